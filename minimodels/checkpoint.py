@@ -1,0 +1,128 @@
+"""A run on disk: one safetensors file that is whole or is not there, beside JSON that a person can read.
+
+    RUN/options.json             how the run was started
+    RUN/checkpoint.safetensors   weights (model.*), optimizer state (optimizer.*), random state; progress as JSON in the header
+    RUN/log.jsonl                what was measured
+
+A checkpoint is written under another name and then moved over the last one. Nothing in it is code: no pickle is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .config import Config, InputError
+from .lm import LM
+
+FILE = "checkpoint.safetensors"
+
+
+def save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict) -> None:
+    """Write the whole state of a training run; `progress` is any JSON object."""
+    tensors = {f"model.{name}": tensor for name, tensor in weights(model).items()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    tensors["random.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available() and next(model.parameters()).is_cuda:
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {"progress": json.dumps(progress), "checksum": str(checksum(tensors))}
+    partial = run / (FILE + ".partial")
+    save_file(tensors, partial, header)
+    os.replace(partial, run / FILE)
+
+
+def load(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
+    """Read a checkpoint into the model, and into the optimizer and random state where one is given.
+
+    Returns the `progress` that was saved. Raises InputError on a file that is missing, damaged, or of another model.
+    """
+    path = run / FILE
+    wanted = weights(model)
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            progress = json.loads(header.get("progress", "{}"))
+            names = [name for name in file.keys() if optimizer is not None or name.startswith("model.")]  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError("checkpoint", str(path), f"a whole safetensors file ({error})") from None
+    if optimizer is not None and header.get("checksum") != str(checksum(tensors)):
+        raise InputError("checkpoint", str(path), "a file whose checksum is that of its contents; this one is damaged")
+
+    found = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+    wrong = sorted(
+        f"{name} {shape(found.get(name))} for {shape(wanted.get(name))}"
+        for name in wanted.keys() | found.keys()
+        if shape(found.get(name)) != shape(wanted.get(name))
+    )
+    if wrong:
+        raise InputError("checkpoint", str(path), f"the tensors of this model; differing: {', '.join(wrong)}")
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(found[name])
+    if optimizer is not None:
+        restore_optimizer(model, optimizer, tensors)
+        torch.set_rng_state(tensors["random.cpu"])
+        if "random.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["random.cuda"])
+    return progress
+
+
+def load_model(run: Path) -> LM:
+    """The trained model of a run, on the CPU. Raises InputError where there is none."""
+    try:
+        config = Config(**json.loads((run / "options.json").read_text())["config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError("run", str(run), f"the folder of a training run ({error})") from None
+    model = LM(config)
+    load(run, model)
+    return model
+
+
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for index, name in enumerate(ordered):
+        prefix = f"optimizer.{name}."
+        state[index] = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, a tied one once."""
+    seen: set[int] = set()
+    unique = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen or not tensor.numel():
+            unique[name] = tensor
+        seen.add(tensor.data_ptr())
+    return unique
+
+
+def shape(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else str(list(tensor.shape))
+
+
+def checksum(tensors: dict[str, Tensor]) -> int:
+    value = 0
+    for name in sorted(tensors):
+        value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), value))
+    return value
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write JSON so that the file is whole or is not there."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, path)

@@ -1,0 +1,37 @@
+"""What every command line shares: a typed dataclass of options, and errors told in one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from .config import InputError
+
+Options = TypeVar("Options")
+
+
+def run_command(main: Callable[[Options], None], options: Callable[[], Options]) -> None:
+    """Parse the options and run: bad input ends in one line on stderr and exit status 2."""
+    try:
+        main(options())
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that a command names; "auto" is the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise InputError("device", name, "auto, cpu" + ", cuda" * torch.cuda.is_available()) from None
+    return device

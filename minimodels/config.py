@@ -1,0 +1,206 @@
+"""What a model is, as data: one dataclass, one small grammar for its layers, the presets.
+
+A model is a list of pre-norm residual layers, written as text:
+
+    "attention mlp attention mlp"                  a transformer of two blocks
+    "(mamba)*8"                                    a parenthesised group, repeated
+    "mamba mlp window mlp mod(attention mlp)"      any mixture; mod(...) wraps a group in mixture-of-depths
+
+The names are those of `minimodels.lm.LAYERS` and `minimodels.lm.WRAPPERS`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+
+
+class InputError(ValueError):
+    """Bad input, told in one line: the field, its value and what would be accepted."""
+
+    def __init__(self, field: str, value: object, accepted: str):
+        super().__init__(f"{field}: {value!r} is not accepted; accepted: {accepted}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of a model. A field whose text says "0: ..." stands for that when it is 0."""
+
+    layers: str = "(attention mlp)*4"
+    """the layers, in the grammar of minimodels/config.py"""
+    vocab: int = 0
+    """V, number of token ids; 0: as many as the data has, 256 for bytes"""
+    width: int = 128
+    """D, the width of the residual stream"""
+    norm_eps: float = 1e-5
+    """epsilon of every RMSNorm"""
+    tie_embeddings: bool = True
+    """use the embedding matrix as the output head too"""
+    impl: str = "auto"
+    """auto, reference (the equations), torch (fast everywhere) or triton (kernels for a GPU)"""
+
+    heads: int = 4
+    """H, query heads of attention"""
+    kv_heads: int = 0
+    """G, key and value heads; 0: as many as heads"""
+    head_dim: int = 0
+    """d, width of a head; 0: width / heads"""
+    rope_base: float = 10_000.0
+    """base of the rotary angles; 0 leaves positions out"""
+    qk_norm: bool = False
+    """RMSNorm on queries and keys before the rotation (Qwen3)"""
+    window: int = 128
+    """tokens that a `window` layer sees, itself included"""
+    mlp_width: int = 0
+    """hidden width of SwiGLU; 0: 8/3 of width, rounded up to a multiple of 32"""
+
+    expand: int = 2
+    """width of Mamba's inner channels over width"""
+    state_size: int = 16
+    """N, Mamba's state per channel"""
+    conv_width: int = 4
+    """taps of Mamba's causal convolution"""
+    dt_rank: int = 0
+    """R, rank of Mamba's step size projection; 0: width / 16, rounded up"""
+
+    experts: int = 8
+    """E, experts of a `moe` layer"""
+    experts_per_token: int = 2
+    """K, experts that a token visits"""
+    expert_width: int = 0
+    """hidden width of one expert; 0: mlp_width / K, so that active FLOPs equal the dense mlp's"""
+    shared_experts: int = 0
+    """experts that every token visits besides its K"""
+    router: str = "softmax_topk"
+    """softmax_topk (Mixtral), softmax (Switch, OLMoE), sigmoid_bias (DeepSeek-V3) or expert_choice (not causal)"""
+    routed_scale: float = 1.0
+    """factor on the routed experts' weights (DeepSeek-V3: 2.5)"""
+    balance_loss: float = 0.01
+    """weight of the load balance loss, per layer"""
+    z_loss: float = 0.001
+    """weight of the router z-loss"""
+    bias_step: float = 0.001
+    """step of sigmoid_bias's selection bias after each optimizer step"""
+
+    capacity: float = 0.125
+    """C, fraction of the tokens that a mod(...) group processes"""
+    mod_route: str = "predictor"
+    """how mod(...) decides causally: router (auxiliary loss on the router) or predictor (a stop-gradient MLP)"""
+    mod_loss: float = 0.01
+    """weight of the loss that trains the causal decision"""
+
+    def __post_init__(self):
+        for name, minimum in MINIMUM.items():
+            if not getattr(self, name) >= minimum:
+                raise InputError(name, getattr(self, name), f"{minimum} or more")
+        for name, accepted in CHOICES.items():
+            if getattr(self, name) not in accepted:
+                raise InputError(name, getattr(self, name), ", ".join(accepted))
+        if not self.head_dim and self.width % self.heads:
+            raise InputError("heads", self.heads, f"a divisor of width {self.width}, or an explicit head_dim")
+        if self.rope_base and (self.head_dim or self.width // self.heads) % 2:
+            raise InputError("head_dim", self.head_dim or self.width // self.heads, "an even number, for rotary pairs")
+        if self.kv_heads and self.heads % self.kv_heads:
+            raise InputError("kv_heads", self.kv_heads, f"a divisor of heads {self.heads}")
+        if self.experts_per_token > self.experts:
+            raise InputError("experts_per_token", self.experts_per_token, f"1 to experts {self.experts}")
+        if not 0 < self.capacity <= 1:
+            raise InputError("capacity", self.capacity, "a fraction in (0, 1]")
+        self.depth  # noqa: B018  (reads the layers, and refuses what is not in the grammar)
+
+    @property
+    def depth(self) -> int:
+        """Residual layers in all, those inside wrappers included: what initialisation scales outputs by."""
+        return count_layers(parse_layers(self.layers))
+
+
+MINIMUM = {
+    "vocab": 0, "width": 1, "norm_eps": 0, "heads": 1, "kv_heads": 0, "head_dim": 0, "rope_base": 0, "window": 1,
+    "mlp_width": 0, "expand": 1, "state_size": 1, "conv_width": 1, "dt_rank": 0, "experts": 1, "experts_per_token": 1,
+    "expert_width": 0, "shared_experts": 0, "routed_scale": 0, "balance_loss": 0, "z_loss": 0, "bias_step": 0, "mod_loss": 0,
+}  # fmt: skip
+CHOICES = {
+    "impl": ("auto", "reference", "torch", "triton"),
+    "router": ("softmax_topk", "softmax", "sigmoid_bias", "expert_choice"),
+    "mod_route": ("router", "predictor"),
+}
+
+
+# --- the layer grammar -------------------------------------------------------------------------------------------
+
+Layers = tuple  # of names and of (wrapper name, Layers)
+
+
+def parse_layers(text: str) -> Layers:
+    """Read the layer grammar.
+
+    items := item+ ;  item := (name | "(" items ")" | wrapper "(" items ")") ["*" count]
+
+    >>> parse_layers("(attention mlp)*2 mod(mamba)")
+    ('attention', 'mlp', 'attention', 'mlp', ('mod', ('mamba',)))
+
+    Raises InputError where the text is not in the grammar.
+    """
+    tokens = re.findall(r"\w+|\S", text)
+    accepted = 'layer names, groups and repeats such as "(attention mlp)*2 mod(mamba mlp)"'
+
+    def items(closing: str) -> Layers:
+        found: Layers = ()
+        while tokens and tokens[0] != ")":
+            found += item()
+        if not found or (tokens.pop(0) if tokens else "") != closing:
+            raise InputError("layers", text, accepted)
+        return found
+
+    def item() -> Layers:
+        name = tokens.pop(0)
+        if name == "(":
+            found = items(")")
+        elif not name.isidentifier():
+            raise InputError("layers", text, accepted)
+        elif tokens[:1] == ["("]:
+            tokens.pop(0)
+            found = ((name, items(")")),)
+        else:
+            found = (name,)
+        if tokens[:1] == ["*"]:
+            count = tokens[1] if len(tokens) > 1 else ""
+            if not count.isdigit() or not int(count):
+                raise InputError("layers", text, accepted)
+            del tokens[:2]
+            found *= int(count)
+        return found
+
+    return items("")
+
+
+def count_layers(layers: Layers) -> int:
+    return sum(1 if isinstance(layer, str) else count_layers(layer[1]) for layer in layers)
+
+
+# --- presets -----------------------------------------------------------------------------------------------------
+
+BLOCKS = {  # preset -> layers at n transformer blocks
+    "transformer": lambda n: f"(attention mlp)*{n}",
+    "mamba": lambda n: f"(mamba)*{2 * n}",
+    "moe": lambda n: f"(attention moe)*{n}",
+    "mod": lambda n: f"(attention mlp mod(attention mlp))*{n // 2}",
+    "hybrid": lambda n: f"(mamba mlp mamba moe mamba mlp attention moe)*{n // 4}",
+}
+SIZES = {  # size -> blocks, and the fields of Config that differ from its defaults
+    "tiny": (4, {"width": 128, "heads": 4}),
+    "small": (12, {"width": 768, "heads": 12, "window": 1024}),
+}
+
+
+def preset(model: str, size: str = "tiny", **overrides) -> Config:
+    """The named preset as a Config: model one of BLOCKS, size one of SIZES, any field overridden."""
+    if model not in BLOCKS:
+        raise InputError("model", model, ", ".join(BLOCKS))
+    if size not in SIZES:
+        raise InputError("size", size, ", ".join(SIZES))
+    unknown = set(overrides) - {field.name for field in fields(Config)}
+    if unknown:
+        raise InputError("config", sorted(unknown), ", ".join(field.name for field in fields(Config)))
+    blocks, shape = SIZES[size]
+    return Config(**{"layers": BLOCKS[model](blocks), **shape, **overrides})

@@ -1,0 +1,89 @@
+"""The few parts that every architecture shares: normalisation, linear maps, rotary positions, the residual stack.
+
+The layer contract. Every sequence layer is an `nn.Module` with
+
+    forward(x: (B, T, D), state=None, positions=None) -> (y: (B, T, D), state)
+
+`state` is all that the layer remembers of the tokens before x (None: there were none). Training passes None, prefill is one
+long chunk, decoding is T = 1: there is no second path for inference. `positions` (B, T) int64 says where each token stands in
+its row's text, and -1 marks padding, which stands only behind a row's last token and touches no state. None means that x goes
+on where the state ended. Mixture-of-depths needs both: it hands its group a few tokens at their original positions, and in a
+batch a different number of them per row.
+
+A layer may leave tensors in two dictionaries, made anew by each forward: `auxiliary_losses`, already weighted, which the
+model adds to its loss; `observed`, detached, which the training log records.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """y = w · x / sqrt(mean(x²) + eps) over the last dimension, the mean in fp32 (arXiv:1910.07467)."""
+
+    def __init__(self, width: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        exact = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        return self.weight * F.rms_norm(exact, self.weight.shape, eps=self.eps).to(x.dtype)
+
+
+class Residual(nn.Module):
+    """x + layer(norm(x)): every layer of a model but the wrappers stands in one of these."""
+
+    def __init__(self, width: int, layer: nn.Module, eps: float):
+        super().__init__()
+        self.norm = RMSNorm(width, eps)
+        self.layer = layer
+
+    def forward(self, x: Tensor, state=None, positions=None):
+        y, state = self.layer(self.norm(x), state, positions)
+        return x + y, state
+
+
+class Stack(nn.ModuleList):
+    """Layers one after the other; the state is the list of theirs. Itself a layer, so that a wrapper can hold one."""
+
+    def forward(self, x: Tensor, state=None, positions=None):
+        after = []
+        for layer, before in zip(self, state or [None] * len(self), strict=True):
+            x, now = layer(x, before, positions)
+            after.append(now)
+        return x, after
+
+
+def linear(inputs: int, outputs: int, std: float = 0.02) -> nn.Linear:
+    """A bias-free linear map with weights from N(0, std²)."""
+    layer = nn.Linear(inputs, outputs, bias=False)
+    nn.init.normal_(layer.weight, std=std)
+    return layer
+
+
+def rotary(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of the angles p · base^(-2j/d), j < d/2: two (..., d/2) in fp32 (RoPE, arXiv:2104.09864)."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions.float().unsqueeze(-1) * base**-exponents
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x_j, x_{j+d/2}) of the last dimension by its angle, so that <q_m, k_n> depends on m - n alone."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def choose(impl: str, operation: str, device: torch.device) -> str:
+    """Which path an operation takes: "reference", "torch" or "triton". Raises InputError if `impl` cannot be honoured."""
+    if impl == "auto":
+        return "torch"
+    if impl == "triton":
+        from .kernels import require
+
+        require(operation, device)
+    return impl

@@ -1,0 +1,108 @@
+"""A language model of any layers: embed, layers, norm, head, loss.
+
+A new architecture joins with one line in LAYERS (or WRAPPERS, if it holds other layers).
+
+    name        shape
+    tokens      (B, T)         int64 token ids below V
+    logits      (B, T, V)
+    targets     (B, T)         int64; IGNORE where nothing is to be predicted
+    state       list           one state per layer
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import Config, InputError, Layers, parse_layers
+from .layers import Residual, RMSNorm, Stack
+from .mamba import Mamba
+from .mod import MixtureOfDepths
+from .moe import MoE
+from .transformer import Attention, SwiGLU
+
+IGNORE = -100
+
+LAYERS = {
+    "attention": Attention,
+    "window": lambda config: Attention(config, config.window),
+    "mlp": SwiGLU,
+    "mamba": Mamba,
+    "moe": MoE,
+}
+WRAPPERS = {"mod": MixtureOfDepths}
+
+
+def build(config: Config, layers: Layers) -> Stack:
+    """The stack of layers that the data describes. Raises InputError on a name that no layer has."""
+    blocks = []
+    for layer in layers:
+        name = layer if isinstance(layer, str) else layer[0]
+        if isinstance(layer, str) and name in LAYERS:
+            blocks.append(Residual(config.width, LAYERS[name](config), config.norm_eps))
+        elif not isinstance(layer, str) and name in WRAPPERS:
+            blocks.append(WRAPPERS[name](config, build(config, layer[1])))
+        else:
+            raise InputError("layers", name, ", ".join([*LAYERS, *(f"{wrapper}(...)" for wrapper in WRAPPERS)]))
+    return Stack(blocks)
+
+
+class LM(nn.Module):
+    """tokens -> logits, with the state of all layers handed in and out."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab or 256, config.width)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.layers = build(config, parse_layers(config.layers))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.head = nn.Linear(config.width, self.embedding.num_embeddings, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        else:
+            nn.init.normal_(self.head.weight, std=0.02)
+
+    def forward(self, tokens: Tensor, state: list | None = None, positions: Tensor | None = None):
+        """tokens (B, T), state and positions as in the layer contract -> logits (B, T, V), state.
+
+        Raises InputError where a state is carried into layers that are not causal.
+        """
+        if state is not None and not self.causal:
+            raise InputError("state", "carried", "None, for a layer routes over the whole sequence: eval(), or another router")
+        x, state = self.layers(self.embedding(tokens), state, positions)
+        return self.head(self.norm(x)), state
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss to minimise, and its parts, detached: "cross_entropy" in nats per predicted token, the layers' own.
+
+        tokens and targets (B, T), targets IGNORE where nothing is to be predicted.
+        """
+        logits, _ = self(tokens)
+        cross_entropy = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE)
+        parts, total = {"cross_entropy": cross_entropy.detach()}, cross_entropy
+        for module in self.modules():
+            for name, value in getattr(module, "auxiliary_losses", {}).items():
+                total = total + value
+                parts[name] = parts.get(name, 0) + value.detach()
+        return total, parts
+
+    @property
+    def causal(self) -> bool:
+        """Whether, in the present mode, no token depends on a later one: what generation requires."""
+        return all(getattr(module, "causal", True) for module in self.modules() if module is not self)
+
+    def after_step(self):
+        """Call once after each optimizer step: layers that balance themselves do it now."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "after_step"):
+                module.after_step()
+
+    def observed(self) -> dict[str, list]:
+        """What the layers recorded in their last forward pass, one entry per layer that recorded it."""
+        found: dict[str, list] = {}
+        for module in self.modules():
+            if module is not self:
+                for name, value in getattr(module, "observed", {}).items():
+                    found.setdefault(name, []).append(value.tolist())
+        return found

@@ -1,0 +1,178 @@
+"""The selective state space model.
+
+Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv:2312.00752.
+
+Every channel of the text drives a small linear recurrence, a state of N numbers that decays and is written to at each token.
+How fast it decays (Δ), what is written (B) and what is read (C) depend on the token itself: the layer selects what to remember
+and what to let pass. So it costs the same per token however long the text, and remembers a fixed amount.
+
+    name        paper   shape
+    u                   (B, T, width)  input of the layer
+    x, z                (B, T, D)      its two halves after in_proj, D = expand · width: the signal and its gate
+    delta       Δ       (B, T, D)      step size, before softplus and bias
+    A           A       (D, N)         decay rates, negative; A = -exp(A_log)
+    B, C        B, C    (B, T, N)      input and output matrix, one per token
+    skip        D       (D,)           weight of x added to the output
+    state       h       (B, D, N)      in fp32
+    window              (B, W-1, D)    the last inputs of the convolution, W taps wide
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import Config
+from .layers import choose
+
+
+class MambaState(NamedTuple):
+    """What a Mamba layer remembers, the same size after any number of tokens."""
+
+    window: Tensor  # (B, W-1, D)
+    h: Tensor  # (B, D, N) fp32
+
+
+class Mamba(nn.Module):
+    """The Mamba block of the paper's Figure 3: projection, convolution, selective scan, gate, projection."""
+
+    operations = ("causal_conv1d", "selective_scan")
+
+    def __init__(self, config: Config):
+        super().__init__()
+        D, N = config.expand * config.width, config.state_size
+        R = config.dt_rank or math.ceil(config.width / 16)
+        self.N, self.R, self.impl = N, R, config.impl
+        self.in_proj = nn.Linear(config.width, 2 * D, bias=False)
+        self.conv1d = nn.Conv1d(D, D, config.conv_width, groups=D)  # holds the weights; causal_conv1d does the work
+        self.x_proj = nn.Linear(D, R + 2 * N, bias=False)
+        self.dt_proj = nn.Linear(R, D)
+        self.A_log = nn.Parameter(torch.arange(1, N + 1).float().log().repeat(D, 1))  # S4D-real: A_n = -(n + 1)
+        self.D = nn.Parameter(torch.ones(D))
+        self.out_proj = nn.Linear(D, config.width, bias=False)
+        self.A_log.no_weight_decay = True
+        self.reset_parameters(config.depth)
+
+    @torch.no_grad()
+    def reset_parameters(self, depth: int):
+        """The step sizes start log-uniform in [0.001, 0.1], which spreads the memory over 10 to 1000 tokens (§3.6)."""
+        nn.init.uniform_(self.dt_proj.weight, -(self.R**-0.5), self.R**-0.5)
+        dt = torch.exp(torch.empty_like(self.dt_proj.bias).uniform_(math.log(0.001), math.log(0.1))).clamp(min=1e-4)
+        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.out_proj.weight.div_(math.sqrt(depth))
+
+    def forward(self, u: Tensor, state: MambaState | None = None, positions: Tensor | None = None):
+        x, z = self.in_proj(u).chunk(2, dim=-1)  # (B, T, D) each
+        lengths = None if positions is None else (positions >= 0).sum(1)  # tokens before the padding
+        x, window = causal_conv1d(
+            x, self.conv1d.weight.squeeze(1), self.conv1d.bias, state and state.window, lengths, self.impl
+        )
+        x = F.silu(x)
+        dt, B, C = self.x_proj(x).split((self.R, self.N, self.N), dim=-1)  # (B, T, R), (B, T, N) twice
+        delta = F.linear(dt, self.dt_proj.weight)  # (B, T, D); the bias is added once, inside the scan
+        if positions is not None:
+            delta = delta.masked_fill((positions < 0).unsqueeze(-1), float("-inf"))  # Δ = 0 freezes the state
+        A = -torch.exp(self.A_log.float())
+        y, h = selective_scan(
+            x, delta, A, B, C, self.D.float(), z, self.dt_proj.bias.float(), state and state.h, self.impl
+        )
+        return self.out_proj(y), MambaState(window, h)
+
+    def flops(self, context: int) -> float:
+        """Forward FLOPs per token, the same at every context: projections, convolution, and 9 per state element."""
+        maps = (self.in_proj, self.conv1d, self.x_proj, self.dt_proj, self.out_proj)
+        return 2 * sum(part.weight.numel() for part in maps) + 9 * self.A_log.numel()
+
+    def state_bytes(self, context: int, itemsize: int) -> float:
+        """Bytes remembered per sequence."""
+        D, _, W = self.conv1d.weight.shape
+        return (W - 1) * D * itemsize + D * self.N * 4
+
+
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor, window: Tensor | None, lengths: Tensor | None = None, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """y_t = bias + Σ_w weight_w ⊙ x_{t-W+1+w}: each channel convolved with its own W taps, looking only back.
+
+    x (B, T, D); weight (D, W); bias (D,); window (B, W-1, D), the inputs before x (None: zeros); lengths (B,), how many
+    tokens of x come before the padding (None: all). Returns y (B, T, D) and the window after x (B, W-1, D).
+    """
+    batch, time, D = x.shape
+    W = weight.shape[1]
+    if weight.shape != (D, W) or (window is not None and window.shape != (batch, W - 1, D)):
+        raise ValueError(f"causal_conv1d: x {tuple(x.shape)}, weight {tuple(weight.shape)} and the window do not fit")
+    if choose(impl, "causal_conv1d", x.device) == "triton":
+        from .kernels.causal_conv1d import causal_conv1d as kernel
+
+        return kernel(x, weight, bias, window, lengths)
+    if window is None:
+        window = x.new_zeros(batch, W - 1, D)
+    padded = torch.cat((window, x), dim=1)  # (B, W-1+T, D)
+    y = bias + sum(weight[:, w] * padded[:, w : w + time] for w in range(W))
+    if lengths is None:
+        return y.to(x.dtype), padded[:, time:].clone()
+    last = lengths[:, None, None] + torch.arange(W - 1, device=x.device)[:, None]  # (B, W-1, 1)
+    return y.to(x.dtype), padded.gather(1, last.expand(-1, -1, D))
+
+
+def selective_scan(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    skip: Tensor,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    state: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The selective scan, Algorithm 2 of the paper, with what surrounds it.
+
+        Δ_t = softplus(delta_t + delta_bias)
+        h_t = exp(Δ_t A) ⊙ h_{t-1} + Δ_t B_t x_t        zero-order hold for A, Euler for B (as the paper's code does)
+        y_t = (<C_t, h_t> + skip ⊙ x_t) ⊙ silu(z_t)
+
+    x, delta, z (B, T, D); A (D, N) negative; B, C (B, T, N); skip, delta_bias (D,); state (B, D, N), None for zeros.
+    Returns y (B, T, D) in x's dtype and the final state (B, D, N); inside, all is fp32 (or fp64 where x is).
+    Raises ValueError on shapes that disagree.
+    """
+    (batch, _, D), N = x.shape, A.shape[1]
+    shapes = (delta.shape, A.shape, B.shape[::2], C.shape, z is None or z.shape, state is None or state.shape)
+    if shapes != (x.shape, (D, N), (batch, N), B.shape, z is None or x.shape, state is None or (batch, D, N)):
+        raise ValueError(
+            f"selective_scan: x {tuple(x.shape)}, delta {tuple(delta.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)}, "
+            f"C {tuple(C.shape)} and the optional arguments do not fit"
+        )
+    path = choose(impl, "selective_scan", x.device)
+    if path == "triton":
+        from .kernels.selective_scan import selective_scan as kernel
+
+        return kernel(x, delta, A, B, C, skip, z, delta_bias, state)
+    dtype, exact = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    x, delta, A, B, C = (part.to(exact) for part in (x, delta, A, B, C))
+    delta = F.softplus(delta if delta_bias is None else delta + delta_bias)
+    state = x.new_zeros(batch, D, N) if state is None else state.to(exact)
+    y, state = (recurrence if path == "reference" else scan)(x, delta, A, B, C, state)
+    y = y + skip * x
+    if z is not None:
+        y = y * F.silu(z.to(exact))
+    return y.to(dtype), state
+
+
+def recurrence(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """The reference: one token after the other. Arguments as selective_scan's, delta after softplus."""
+    outputs = []
+    # unbind, for indexing [:, t] would make the backward pass quadratic in T
+    for x_t, delta_t, B_t, C_t in zip(x.unbind(1), delta.unbind(1), B.unbind(1), C.unbind(1), strict=True):
+        decay = torch.exp(delta_t.unsqueeze(-1) * A)  # (B, D, N)
+        h = decay * h + (delta_t * x_t).unsqueeze(-1) * B_t.unsqueeze(1)  # (B, D, N)
+        outputs.append((h @ C_t.unsqueeze(-1)).squeeze(-1))  # (B, D)
+    return torch.stack(outputs, dim=1), h
+
+
+scan = recurrence

@@ -1,0 +1,122 @@
+"""Mixture-of-depths: some tokens take a group of layers, the others pass it by.
+
+Raposo et al., "Mixture-of-Depths: Dynamically allocating compute in transformer-based language models", arXiv:2404.02258.
+
+A router scores each token. In training the C · T highest-scored tokens of each sequence go through the group, attend to
+one another alone, and have its update, times their score, added; all others keep their value.
+So the group costs a fraction C of its linear and C² of its attention computation.
+Which tokens are among the highest is only known at the end of the text: to generate, a causal decision, learned in training,
+stands in.
+
+    name        paper   shape
+    x           X       (B, T, D)      all tokens
+    scores      r       (B, T)         the router's weights, raw
+    index               (B, k)         the tokens that take the group, ascending; k = C · T in training
+    real                (B, k)         bool: False where a row routes fewer than k tokens
+    gathered    X̃       (B, k, D)      their values
+    update      f(X̃)    (B, k, D)      the group's output less its input: the group adds no residual of its own
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import Config
+from .layers import Stack, linear
+from .ledger import flops, idle_parameters, state_bytes
+
+
+class DepthState(NamedTuple):
+    """What the wrapper remembers: the group knows only the tokens that it processed."""
+
+    seen: Tensor  # (B,) int64, the position of the next token
+    group: Any  # the group's state
+
+
+class MixtureOfDepths(nn.Module):
+    """A router around any group of layers.
+
+    In training mode the tokens are the top k of the sequence, which is not causal. In evaluation mode the decision is
+    causal: sigmoid(r) > ½ with mod_route = "router", whose router learns from the same loss as the model; or a small MLP on
+    the stop-gradient input with "predictor", which leaves the model untouched. `route` set to "topk" keeps top k in
+    evaluation, to measure what the causal decision costs.
+    """
+
+    def __init__(self, config: Config, group: Stack):
+        super().__init__()
+        self.capacity, self.route, self.mod_loss = config.capacity, config.mod_route, config.mod_loss
+        self.group = group
+        self.router = linear(config.width, 1)
+        self.predictor = None
+        if config.mod_route == "predictor":
+            hidden = max(1, config.width // 4)
+            self.predictor = nn.Sequential(nn.Linear(config.width, hidden), nn.SiLU(), nn.Linear(hidden, 1))
+
+    @property
+    def causal(self) -> bool:
+        """Whether no token depends on a later one, in the present mode."""
+        return not self.training and self.route != "topk"
+
+    def forward(self, x: Tensor, state: DepthState | None = None, positions: Tensor | None = None):
+        B, T, _ = x.shape
+        if positions is None:
+            start = x.new_zeros(B, 1, dtype=torch.int64) if state is None else state.seen[:, None]
+            positions = start + torch.arange(T, device=x.device)
+        scores = self.router(x).squeeze(-1)  # (B, T)
+        decision = scores if self.predictor is None else self.predictor(x.detach()).squeeze(-1)  # (B, T) logits
+        index, real = self.select(scores, decision, positions)
+        seen, remembered = positions.amax(1) + 1, state and state.group
+        if state is not None:
+            seen = torch.maximum(seen, state.seen)
+        if index.shape[1] == 0:  # nobody takes the group
+            return x, DepthState(seen, remembered)
+
+        where = index.unsqueeze(-1).expand(-1, -1, x.shape[-1])  # (B, k, D)
+        gathered = x.gather(1, where)
+        original = positions.gather(1, index).masked_fill(~real, -1)
+        output, remembered = self.group(gathered, remembered, original)
+        update = scores.gather(1, index).masked_fill(~real, 0.0).unsqueeze(-1) * (output - gathered)
+        return x.scatter_add(1, where, update.to(x.dtype)), DepthState(seen, remembered)
+
+    def select(self, scores: Tensor, decision: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens that take the group, (B, k) ascending, and which of these are not filling."""
+        T = scores.shape[1]
+        present = positions >= 0
+        if self.training or self.route == "topk":
+            k = min(T, math.ceil(self.capacity * T))
+            index = scores.masked_fill(~present, float("-inf")).topk(k).indices.sort(1).values
+            taken = torch.zeros_like(present).scatter(1, index, True)
+            self.account(decision, taken, present)
+            return index, present.gather(1, index)
+        taken = (decision > 0) & present
+        self.observed = {"routed": taken.sum() / present.sum().clamp(min=1)}
+        k = int(taken.sum(1).amax())  # rows that route fewer are filled up
+        index = (~taken).long().argsort(dim=1, stable=True)[:, :k]
+        return index, taken.gather(1, index)
+
+    def account(self, decision: Tensor, taken: Tensor, present: Tensor):
+        """Teach the causal decision to tell the top k, and record how often it does (1 - C: by never routing)."""
+        decision, target, weight = decision.float(), taken.float(), present.float() / present.sum().clamp(min=1)
+        loss = F.binary_cross_entropy_with_logits(decision, target, weight, reduction="sum")
+        self.auxiliary_losses = {"mod": self.mod_loss * loss}
+        routed = (decision > 0).detach()
+        self.observed = {"routed": (routed * weight).sum(), "accuracy": ((routed == taken) * weight).sum()}
+
+    def flops(self, context: int) -> float:
+        """Forward FLOPs per token: the routers see all tokens, the group C of them and only C · context of each other."""
+        routers = 2 * self.router.weight.numel() + (flops(self.predictor, context) if self.predictor else 0)
+        return routers + self.capacity * flops(self.group, math.ceil(self.capacity * context))
+
+    def idle_parameters(self) -> float:
+        """Parameters that a token does not meet, on average."""
+        size = sum(p.numel() for p in self.group.parameters())
+        return size - self.capacity * (size - idle_parameters(self.group))
+
+    def state_bytes(self, context: int, itemsize: int) -> float:
+        """Bytes remembered per sequence when a fraction C of the tokens is routed."""
+        return 8 + state_bytes(self.group, math.ceil(self.capacity * context), itemsize)

@@ -1,0 +1,177 @@
+"""Mixture of experts: E small MLPs, of which each token visits K.
+
+Shazeer et al., arXiv:1701.06538; Switch, arXiv:2101.03961; Mixtral, arXiv:2401.04088; OLMoE, arXiv:2409.02060;
+DeepSeek-V3, arXiv:2412.19437; expert choice, arXiv:2202.09368.
+
+A router scores the experts for each token and the token visits the K best, their outputs weighted by the scores.
+So the parameters grow with E while the computation stays that of K experts.
+Left alone a router favours few experts; a balance loss, or a bias that only selects, keeps all of them in use.
+
+    name        symbol  shape
+    x                   (B, T, D)      tokens; flattened (n, D), n = B · T
+    logits      Wx      (B, T, E)      the router's scores
+    gates       g       (B, T, E)      what an expert's output for a token is multiplied by, where the token visits it
+    visits              (B, T, E)      bool: which tokens visit which experts
+    token               (A,)           the token of each visit, ordered by expert; A = n · K visits in all
+    counts      n · f   (E,)           visits per expert
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import Config
+from .layers import choose, linear
+from .transformer import SwiGLU, mlp_width
+
+
+class MoE(nn.Module):
+    """Routed experts, each a SwiGLU, beside `shared_experts` that every token visits. No token is dropped; no state."""
+
+    operations = ("grouped_mlp",)
+
+    def __init__(self, config: Config):
+        super().__init__()
+        E, D, I = config.experts, config.width, expert_width(config)
+        self.K, self.route, self.causal = config.experts_per_token, ROUTERS[config.router], config.router != "expert_choice"
+        self.scale, self.impl = config.routed_scale, config.impl
+        self.balance_loss, self.z_loss, self.bias_step = config.balance_loss, config.z_loss, config.bias_step
+        self.router = linear(D, E)
+        self.gate_up = nn.Parameter(torch.empty(E, 2 * I, D).normal_(std=0.02))
+        self.out = nn.Parameter(torch.empty(E, D, I).normal_(std=0.02 / config.depth**0.5))
+        self.shared = SwiGLU(config, config.shared_experts * I) if config.shared_experts else None
+        self.register_buffer("bias", torch.zeros(E))  # for sigmoid_bias: added to the scores when selecting
+        self.register_buffer("load", torch.zeros(E), persistent=False)  # visits since the last optimizer step
+
+    def forward(self, x: Tensor, state=None, positions: Tensor | None = None):
+        with torch.autocast(x.device.type, enabled=False):  # routing is decided in full precision
+            exact = x.to(torch.promote_types(x.dtype, torch.float32))
+            logits = F.linear(exact, self.router.weight.to(exact.dtype))  # (B, T, E)
+            gates, visits, probabilities = self.route(logits, self.K, self.bias)
+            self.auxiliary_losses, self.observed = self.account(logits, visits, probabilities, positions)
+        y = grouped_mlp(
+            x.flatten(0, 1), (self.scale * gates).flatten(0, 1), visits.flatten(0, 1), self.gate_up, self.out, self.impl
+        ).view_as(x)
+        if self.shared is not None:
+            y = y + self.shared(x)[0]
+        return y, None
+
+    def account(self, logits: Tensor, visits: Tensor, probabilities: Tensor, positions: Tensor | None):
+        """The auxiliary losses and what the log records: balance loss E Σ f_i P_i, z-loss mean(logsumexp(logits)²)."""
+        real = logits.new_ones(logits.shape[:2]) if positions is None else (positions >= 0).to(logits.dtype)  # (B, T)
+        weight = (real / real.sum().clamp(min=1)).unsqueeze(-1)  # (B, T, 1), sums to one
+        fraction = (visits * weight).sum((0, 1))  # f (E,), sums to K; no gradient
+        mean_probability = (probabilities * weight).sum((0, 1))  # P (E,), sums to one
+        losses = {
+            "balance": self.balance_loss * fraction.numel() * (fraction * mean_probability).sum(),
+            "z": self.z_loss * (logits.logsumexp(-1, keepdim=True).square() * weight).sum(),
+        }
+        if self.training:
+            self.load += (visits * real.unsqueeze(-1)).sum((0, 1))
+        load = fraction / fraction.sum().clamp(min=1e-9)
+        return losses, {"load": load, "overload": load.amax() * load.numel()}
+
+    @torch.no_grad()
+    def after_step(self):
+        """Once per optimizer step: move the selection bias against the load (DeepSeek-V3 §2.1.2), and count anew."""
+        if self.route is sigmoid_bias:
+            self.bias += self.bias_step * torch.sign(self.load.mean() - self.load)
+        self.load.zero_()
+
+    def flops(self, context: int) -> float:
+        """Forward FLOPs per token: the router, K experts, the shared experts."""
+        one_expert = self.gate_up[0].numel() + self.out[0].numel()
+        shared = 0 if self.shared is None else sum(p.numel() for p in self.shared.parameters())
+        return 2 * (self.router.weight.numel() + self.K * one_expert + shared)
+
+    def idle_parameters(self) -> float:
+        """Parameters that a token does not meet."""
+        return (1 - self.K / self.out.shape[0]) * (self.gate_up.numel() + self.out.numel())
+
+
+def expert_width(config: Config) -> int:
+    """Hidden width I of one expert: by default 1/K of the dense MLP's, so that a token costs the same."""
+    return config.expert_width or -(-mlp_width(config) // config.experts_per_token)
+
+
+# --- routers: logits (B, T, E) -> gates (B, T, E), visits (B, T, E) bool, probabilities (B, T, E) for the balance loss ---
+
+
+def softmax_topk(logits: Tensor, K: int, bias: Tensor):
+    """Mixtral: the softmax over the K best logits, so that the gates sum to one."""
+    visits = top(logits, K)
+    return logits.masked_fill(~visits, float("-inf")).softmax(-1), visits, logits.softmax(-1)
+
+
+def softmax(logits: Tensor, K: int, bias: Tensor):
+    """Switch (K = 1) and OLMoE: the probabilities as they are. Divided by their sum, K = 1 would leave no gradient."""
+    probabilities = logits.softmax(-1)
+    return probabilities, top(probabilities, K), probabilities
+
+
+def sigmoid_bias(logits: Tensor, K: int, bias: Tensor):
+    """DeepSeek-V3: the bias, which carries no gradient, helps to select and is not in the gates."""
+    scores = logits.sigmoid()
+    visits = top(scores + bias, K)
+    gates = scores / ((scores * visits).sum(-1, keepdim=True) + 1e-20)
+    return gates, visits, scores / scores.sum(-1, keepdim=True)
+
+
+def expert_choice(logits: Tensor, K: int, bias: Tensor):
+    """Each expert takes the T·K/E tokens of a sequence that want it most: perfect balance, and not causal, for a later
+    token can push an earlier one out."""
+    probabilities = logits.softmax(-1)
+    capacity = min(logits.shape[1], -(-logits.shape[1] * K // logits.shape[2]))
+    return probabilities, top(probabilities.transpose(1, 2), capacity).transpose(1, 2), probabilities
+
+
+ROUTERS = {router.__name__: router for router in (softmax_topk, softmax, sigmoid_bias, expert_choice)}
+
+
+def top(scores: Tensor, count: int) -> Tensor:
+    """True at the `count` largest of the last dimension, ties or not exactly that many."""
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(count).indices, True)
+
+
+# --- experts -----------------------------------------------------------------------------------------------------
+
+
+def grouped_mlp(
+    x: Tensor, gates: Tensor, visits: Tensor, gate_up: Tensor, out: Tensor, impl: str = "auto"
+) -> Tensor:
+    """y_t = Σ_e visits_te · gates_te · SwiGLU_e(x_t).
+
+    x (n, D); gates (n, E); visits (n, E) bool; gate_up (E, 2I, D), gate rows first; out (E, D, I). Returns (n, D).
+    Raises ValueError on shapes that disagree.
+    """
+    (n, D), (E, _, _), I = x.shape, gate_up.shape, out.shape[2]
+    if (gates.shape, visits.shape, gate_up.shape, out.shape) != ((n, E), (n, E), (E, 2 * I, D), (E, D, I)):
+        raise ValueError(
+            f"grouped_mlp: x {tuple(x.shape)}, gates {tuple(gates.shape)}, visits {tuple(visits.shape)}, "
+            f"gate_up {tuple(gate_up.shape)} and out {tuple(out.shape)} do not fit"
+        )
+    path = choose(impl, "grouped_mlp", x.device)
+    if path == "triton":
+        from .kernels.grouped_mlp import grouped_mlp as kernel
+
+        return kernel(x, gates, visits, gate_up, out)
+    if path == "reference":
+        y = torch.zeros_like(x)
+        for e in range(E):
+            (token,) = visits[:, e].nonzero(as_tuple=True)
+            gate, up = F.linear(x[token], gate_up[e]).chunk(2, dim=-1)
+            expert = F.linear(F.silu(gate) * up, out[e])
+            y = y.index_add(0, token, (expert * gates[token, e, None]).to(y.dtype))
+        return y
+    expert, token = visits.t().nonzero(as_tuple=True)  # (A,) each, ordered by expert
+    counts = visits.sum(0)
+    gate, up = grouped_linear(x[token], gate_up, counts).chunk(2, dim=-1)  # (A, I) each
+    hidden = F.silu(gate) * up * gates[token, expert, None].to(gate.dtype)  # gated where it is narrowest
+    return torch.zeros_like(x).index_add(0, token, grouped_linear(hidden, out, counts).to(x.dtype))
+
+
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Rows of x times their group's matrix: x (A, in) ordered by group, weight (E, out, in), counts (E,) -> (A, out)."""
+    return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(counts.tolist()), weight.unbind(0), strict=True)])

@@ -1,0 +1,134 @@
+"""From logits to text.
+
+    python -m minimodels.sample runs/transformer --prompt "def " --temperature 0.8 --min-p 0.05
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor
+
+from .checkpoint import load_model
+from .command import pick_device, run_command
+from .config import InputError
+from .lm import LM
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. The filters apply in this order."""
+
+    temperature: float = 0.8
+    """divides the logits; 0 takes the likeliest token"""
+    top_k: int = 0
+    """keep the k likeliest tokens; 0: all"""
+    top_p: float = 1.0
+    """keep the likeliest tokens that together reach this probability (arXiv:1904.09751)"""
+    min_p: float = 0.0
+    """keep tokens at least this fraction as likely as the likeliest (arXiv:2407.01082)"""
+
+    def __post_init__(self):
+        if not self.temperature >= 0:
+            raise InputError("temperature", self.temperature, "0 or more")
+        if self.top_k < 0:
+            raise InputError("top_k", self.top_k, "0 or more")
+        if not 0 < self.top_p <= 1:
+            raise InputError("top_p", self.top_p, "a fraction in (0, 1]")
+        if not 0 <= self.min_p <= 1:
+            raise InputError("min_p", self.min_p, "a fraction in [0, 1]")
+
+
+@torch.inference_mode()
+def generate(
+    model: LM, prompts: list[Tensor], count: int, sampling: Sampling = Sampling(), seed: int = 0
+) -> Iterator[Tensor]:
+    """Continue each prompt by `count` tokens, yielding (B,) int64 a step.
+
+    prompts: B tensors of token ids, of any lengths. The prompts are one chunk, each later token another: the state is all
+    that is kept. Each row draws from its own generator, so that a prompt is continued in a batch as it would be alone.
+    Raises InputError for an empty prompt, an id outside the vocabulary, or a model that is not causal in its present mode.
+    """
+    if not model.causal:
+        raise InputError("model", "not causal", "layers that do not route over the whole sequence, in eval() mode")
+    vocab, device = model.embedding.num_embeddings, model.embedding.weight.device
+    for prompt in prompts:
+        if not len(prompt):
+            raise InputError("prompt", "", "at least one token")
+        if not 0 <= int(prompt.min()) <= int(prompt.max()) < vocab:
+            raise InputError("prompt", prompt.tolist(), f"token ids 0 to {vocab - 1}")
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(device)  # (B, T)
+    positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
+    positions = positions.masked_fill(positions >= lengths[:, None], -1)
+    even = bool((lengths == lengths[0]).all())  # then nothing is padding, and no layer needs to be told
+    generators = [torch.Generator(device).manual_seed(seed) for _ in prompts]
+
+    logits, state = model(tokens, None, None if even else positions)
+    logits = logits[torch.arange(len(prompts)), lengths - 1]  # (B, V)
+    for _ in range(count):
+        token = pick(logits, sampling, generators)  # (B,)
+        yield token
+        logits, state = model(token[:, None], state)
+        logits = logits[:, -1]
+
+
+def pick(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
+    """Draw one token per row: (B, V) -> (B,)."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    probabilities = keep(logits.float() / sampling.temperature, sampling).softmax(-1)
+    rows = zip(probabilities, generators, strict=True)
+    return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
+
+
+def keep(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The logits (B, V) with those that the filters remove at -inf; the likeliest always stays."""
+    if sampling.top_k:
+        least = logits.topk(min(sampling.top_k, logits.shape[-1])).values[..., -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    if sampling.top_p < 1:
+        ordered, index = logits.softmax(-1).sort(-1, descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p  # what stands before it suffices
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, index, beyond), float("-inf"))
+    if sampling.min_p:
+        probabilities = logits.softmax(-1)
+        unlikely = probabilities < sampling.min_p * probabilities.amax(-1, keepdim=True)
+        logits = logits.masked_fill(unlikely, float("-inf"))
+    return logits
+
+
+@dataclass(frozen=True)
+class Options:
+    """Continue a prompt with a trained model, printing each token as it comes."""
+
+    run: tyro.conf.Positional[Path]
+    """folder of a training run"""
+    sampling: tyro.conf.OmitArgPrefixes[Sampling] = Sampling()
+    prompt: str = "def "
+    """text to continue"""
+    tokens: int = 400
+    """how many tokens to add"""
+    seed: int = 0
+    """the same seed draws the same text"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+
+
+def main(options: Options) -> None:
+    model = load_model(options.run).to(pick_device(options.device)).eval()
+    prompt = torch.tensor(list(options.prompt.encode()), dtype=torch.int64)
+    print(options.prompt, end="", flush=True)
+    text = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be several bytes
+    for token in generate(model, [prompt], options.tokens, options.sampling, options.seed):
+        print(text.decode(bytes([int(token)])), end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    run_command(main, lambda: tyro.cli(Options, description=__doc__))
