@@ -128,15 +128,15 @@ def main(options: Options) -> None:
     optimizer = adamw(model, options.lr, options.weight_decay)
     loss_function = torch.compile(model.loss) if options.compile else model.loss
 
+    cost = ledger(config, options.context)
+    tokens_per_step = options.batch_size * options.accumulate * options.context
+    last_step = count_steps(options, tokens_per_step, cost.training_flops)
     if options.resume:
         run, done = options.resume, checkpoint.load(options.resume, model, optimizer)
     else:
         run, done = new_folder(options), {"step": 0, "seconds": 0.0}
         checkpoint.write_json(run / "options.json", {**asdict(replace(options, config=config)), "out": None})
     step = done["step"]
-    tokens_per_step = options.batch_size * options.accumulate * options.context
-    cost = ledger(config, options.context)
-    last_step = count_steps(options, tokens_per_step, cost.training_flops)
     print(f"model    {options.model}: {config.layers}")
     print(f"ledger   {cost}")
     paths = ", ".join(f"{name}: {path}" for name, path in impl.items())

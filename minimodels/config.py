@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass, fields
 
 
-class InputError(ValueError):
+class InputError(Exception):
     """Bad input, told in one line: the field, its value and what would be accepted."""
 
     def __init__(self, field: str, value: object, accepted: str):

@@ -76,9 +76,9 @@ class Mamba(nn.Module):
         delta = F.linear(dt, self.dt_proj.weight)  # (B, T, D); the bias is added once, inside the scan
         if positions is not None:
             delta = delta.masked_fill((positions < 0).unsqueeze(-1), float("-inf"))  # Δ = 0 freezes the state
-        A = -torch.exp(self.A_log.float())
+        A = -torch.exp(self.A_log)
         y, h = selective_scan(
-            x, delta, A, B, C, self.D.float(), z, self.dt_proj.bias.float(), state and state.h, self.impl
+            x, delta, A, B, C, self.D, z, self.dt_proj.bias, state and state.h, self.impl
         )
         return self.out_proj(y), MambaState(window, h)
 

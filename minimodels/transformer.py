@@ -16,6 +16,8 @@ The MLP then works on each token alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -33,6 +35,7 @@ class AttentionState(NamedTuple):
     keys: Tensor  # (B, G, S, d), rotated
     values: Tensor  # (B, G, S, d)
     positions: Tensor  # (B, S) int64, ascending
+    seen: Tensor  # (B,) int64, the position of the next token
 
 
 class Attention(nn.Module):
@@ -53,9 +56,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, state: AttentionState | None = None, positions: Tensor | None = None):
         B, T, _ = x.shape
         ragged = positions is not None  # then slots of the state may hold nothing
+        seen = torch.zeros(B, dtype=torch.int64, device=x.device) if state is None else state.seen
         if positions is None:
-            start = 0 if state is None else state.positions.amax(1, keepdim=True) + 1
-            positions = (torch.arange(T, device=x.device) + start).expand(B, T)
+            positions = seen[:, None] + torch.arange(T, device=x.device)
+        seen = torch.maximum(seen, positions.amax(1) + 1)
 
         q, k, v = rearrange(self.qkv(x), "B T (H d) -> B H T d", d=self.head_dim).split(
             (self.heads, self.kv_heads, self.kv_heads), dim=1
@@ -65,51 +69,87 @@ class Attention(nn.Module):
             cos, sin = rotary(positions.unsqueeze(1), self.head_dim, self.rope_base)  # (B, 1, T, d/2)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
 
-        now = AttentionState(k, v, positions)
+        now = AttentionState(k, v, positions, seen)
         if state is not None:
             now = AttentionState(
                 torch.cat((state.keys, k), dim=2),
                 torch.cat((state.values, v), dim=2),
                 torch.cat((state.positions, positions), dim=1),
+                seen,
             )  # S = remembered + T
-        if state is None and (self.window is None or T <= self.window):
-            visible = None  # plain causal; padding stands behind every token that could see it
-        else:
-            visible = sees(positions, now.positions, self.window)
-        y = attention(q, now.keys, now.values, visible, self.impl)  # (B, H, T, d)
-        return self.out(rearrange(y, "B H T d -> B T (H d)")), self.remember(now, ragged, state is None)
+        y = attention(q, now.keys, now.values, positions, now.positions, self.window, self.impl)  # (B, H, T, d)
+        now = self.remember(now, ragged, first=state is None)
+        return self.out(rearrange(y, "B H T d -> B T (H d)")), now
 
     def remember(self, state: AttentionState, ragged: bool, first: bool) -> AttentionState:
         """Drop what no later token can see: all but window - 1 tokens, and slots that are empty in every row."""
         slots = state.positions.shape[1]
         keep = slots if self.window is None else min(slots, self.window - 1)
-        if ragged and not (first and self.window is None):
-            order = state.positions.argsort(dim=1, stable=True)  # empty slots to the front
-            index = order[:, None, :, None].expand_as(state.keys)
-            state = AttentionState(
-                state.keys.gather(2, index), state.values.gather(2, index), state.positions.gather(1, order)
-            )
-            keep = min(keep, int((state.positions >= 0).sum(1).amax()))
+        if ragged:
+            positions, order = state.positions.sort(dim=1, stable=True)  # empty slots first, where they are dropped first
+            index, empty = order[:, None, :, None].expand_as(state.keys), (positions < 0)[:, None, :, None]
+            keys, values = (part.gather(2, index).masked_fill(empty, 0) for part in (state.keys, state.values))
+            state = state._replace(keys=keys, values=values, positions=positions)
+            if not first:
+                keep = min(keep, int((positions >= 0).sum(1).amax()))
         if keep == slots:
             return state
-        drop = slots - keep
-        return AttentionState(
-            state.keys[:, :, drop:].clone(), state.values[:, :, drop:].clone(), state.positions[:, drop:].clone()
-        )  # clones, for a view would keep what was dropped in memory
+        last = slice(slots - keep, None)
+        return state._replace(  # cloned, for a view would keep what is dropped in memory
+            keys=state.keys[:, :, last].clone(),
+            values=state.values[:, :, last].clone(),
+            positions=state.positions[:, last].clone(),
+        )
 
     def flops(self, context: int) -> float:
-        """Forward FLOPs per token: the projections, and QKᵀ and PV as full products (a causal kernel may skip half)."""
-        scores = 4 * self.heads * self.head_dim * context
-        return 2 * (self.qkv.weight.numel() + self.out.weight.numel()) + scores
+        """Forward FLOPs per token: projections, and QKᵀ and PV with every key computed, those masked included."""
+        keys = context if self.window is None else min(context, 2 * self.window)
+        return 2 * (self.qkv.weight.numel() + self.out.weight.numel()) + 4 * self.heads * self.head_dim * keys
 
     def state_bytes(self, context: int, itemsize: int) -> float:
         """Bytes remembered per sequence after `context` tokens."""
         slots = context if self.window is None else min(context, self.window - 1)
-        return slots * (2 * self.kv_heads * self.head_dim * itemsize + 8)
+        return slots * (2 * self.kv_heads * self.head_dim * itemsize + 8) + 8
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_positions: Tensor,
+    key_positions: Tensor,
+    window: int | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """softmax(QKᵀ/√d) V over the keys that each query sees, each of the G key heads shared by H/G query heads.
+
+    q (B, H, T, d); k, v (B, G, S, d); positions (B, T) and (B, S), ascending along a row, -1 where there is nothing; the last
+    T keys are those of the queries. A query sees the keys up to its own position, and of these the last `window` positions.
+    Returns (B, H, T, d); what it holds for a query at -1 is meaningless. Raises ValueError on shapes that disagree.
+    """
+    (B, H, T, d), (G, S) = q.shape, k.shape[1:3]
+    if k.shape != (B, G, S, d) or v.shape != k.shape or H % G or query_positions.shape != (B, T) or T > S:
+        raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
+    path = choose(impl, "attention", q.device)
+    if path == "triton":
+        from .kernels.attention import attention as kernel
+
+        return kernel(q, k, v, query_positions, key_positions, window)
+    if path == "torch":
+        fast = partial(F.scaled_dot_product_attention, enable_gqa=H != G)
+        if S == T and (window is None or window >= T):
+            return fast(q, k, v, is_causal=True)  # padding stands behind every query that could see it
+        if S == T and T > 2 * window:
+            return banded(fast, q, k, v, key_positions, window)
+        return fast(q, k, v, attn_mask=sees(query_positions, key_positions, window))
+    k, v = (repeat(part, "B G S d -> B (G shared) S d", shared=H // G) for part in (k, v))
+    scores = (q @ k.transpose(-1, -2)) * d**-0.5  # (B, H, T, S)
+    scores = scores.masked_fill(~sees(query_positions, key_positions, window), float("-inf"))
+    return scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype) @ v
 
 
 def sees(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """Which key each query may attend to, from their positions: (B, T), (B, S) -> (B, 1, T, S) bool."""
+    """Which key each query attends to, from their positions: (B, T), (B, S) -> (B, 1, T, S) bool."""
     distance = queries[:, :, None] - keys[:, None, :]  # (B, T, S)
     visible = (distance >= 0) & (keys >= 0)[:, None, :]
     if window is not None:
@@ -118,30 +158,21 @@ def sees(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     return visible.unsqueeze(1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, impl: str = "auto") -> Tensor:
-    """softmax(QKᵀ/√d) V, each of the G key heads shared by H/G query heads.
+def banded(fast: Callable, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int) -> Tensor:
+    """Attention within a window at a cost linear in T: in blocks of `window` tokens, each sees its own and the one before."""
+    B, _, T, _ = q.shape
+    empty = -T % window
 
-    q (B, H, T, d); k, v (B, G, S, d); visible (B, 1, T, S) bool, or None for plain causal attention with S = T.
-    Returns (B, H, T, d). Raises ValueError on shapes that disagree.
-    """
-    H, G = q.shape[1], k.shape[1]
-    if k.shape != v.shape or H % G or (visible is None and q.shape[2] != k.shape[2]):
-        raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
-    path = choose(impl, "attention", q.device)
-    if path == "triton":
-        from .kernels.attention import attention as kernel
+    def blocks(x: Tensor, value: int = 0) -> Tensor:  # (B, H, T, d) -> (B, blocks, H, window, d)
+        return rearrange(F.pad(x, (0, 0, 0, empty), value=value), "B H (n w) d -> B n H w d", w=window)
 
-        return kernel(q, k, v, visible)
-    if path == "torch":
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=H != G
-        )
-    k, v = (repeat(part, "B G S d -> B (G shared) S d", shared=H // G) for part in (k, v))
-    if visible is None:
-        visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5  # (B, H, T, S)
-    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
-    return weights.to(v.dtype) @ v
+    def with_previous(x: Tensor, value: int = 0) -> Tensor:  # -> (B · blocks, H, 2 · window, d)
+        return torch.cat((F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0), value=value)[:, :-1], x), dim=3).flatten(0, 1)
+
+    at = blocks(positions[:, None, :, None], -1)  # (B, blocks, 1, window, 1)
+    visible = sees(at.flatten(0, 1)[:, 0, :, 0], with_previous(at, -1)[:, 0, :, 0], window)
+    y = fast(blocks(q).flatten(0, 1), with_previous(blocks(k)), with_previous(blocks(v)), attn_mask=visible)
+    return rearrange(y, "(B n) H w d -> B H (n w) d", B=B)[:, :, :T]
 
 
 class SwiGLU(nn.Module):

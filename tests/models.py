@@ -1,0 +1,56 @@
+"""The layers and models that every law is tested on. A new layer joins with one line in CASES."""
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from minimodels.config import BLOCKS, Config, parse_layers
+from minimodels.lm import build
+
+SHAPE = {"width": 16, "heads": 4, "window": 5, "state_size": 4, "experts": 4, "capacity": 0.3}
+
+CASES = {
+    "attention": {"layers": "attention"},
+    "attention without positions": {"layers": "attention", "rope_base": 0.0},
+    "attention, grouped queries, QK-norm": {"layers": "attention", "kv_heads": 2, "qk_norm": True},
+    "window": {"layers": "window"},
+    "window of one": {"layers": "window", "window": 1},
+    "mlp": {"layers": "mlp"},
+    "mamba": {"layers": "mamba"},
+    "moe": {"layers": "moe"},
+    "moe, Switch": {"layers": "moe", "router": "softmax", "experts_per_token": 1},
+    "moe, DeepSeek": {"layers": "moe", "router": "sigmoid_bias", "shared_experts": 1},
+    "mod, auxiliary loss": {"layers": "mod(attention mlp)", "mod_route": "router"},
+    "mod, predictor": {"layers": "mod(attention mlp)", "mod_route": "predictor"},
+    "mod around mamba and moe": {"layers": "mod(mamba moe)"},
+    "mod around a window": {"layers": "mod(window mlp)", "capacity": 0.75},
+    "mod around mod": {"layers": "mod(attention mod(mamba mlp))", "capacity": 0.7},
+    **{model: {"layers": layers(4)} for model, layers in BLOCKS.items()},
+}
+NOT_CAUSAL = {  # name -> fields, training mode
+    "mixture-of-depths in training": ({"layers": "mod(attention mlp)"}, True),
+    "expert choice": ({"layers": "moe", "router": "expert_choice"}, False),
+}
+
+
+def make(fields: dict, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A stack in evaluation mode with parameters so large that every part, gate and router has its say."""
+    torch.manual_seed(seed)
+    config = Config(**{**SHAPE, **fields})
+    stack = build(config, parse_layers(config.layers)).to(dtype)
+    with torch.no_grad():
+        for parameter in stack.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        for name, buffer in stack.named_buffers():
+            if name.endswith("bias"):
+                buffer.uniform_(-0.2, 0.2)
+    return stack.eval()
+
+
+def tensors(state) -> list[torch.Tensor]:
+    """The tensors of a state, in order."""
+    return [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+
+
+def same(actual, expected, tolerance: float = 1e-9):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)

@@ -1,0 +1,86 @@
+"""The layer grammar and what a configuration refuses."""
+
+import pytest
+
+from minimodels import LM, Config, InputError, ledger, preset
+from minimodels.config import BLOCKS, SIZES, parse_layers
+
+
+@pytest.mark.parametrize(
+    "text, layers",
+    [
+        ("mamba", ("mamba",)),
+        ("(attention mlp)*2", ("attention", "mlp", "attention", "mlp")),
+        ("mamba*3 mlp", ("mamba", "mamba", "mamba", "mlp")),
+        ("((mamba)*2 mlp) * 2", ("mamba", "mamba", "mlp", "mamba", "mamba", "mlp")),
+        ("mod(attention mlp)*2", (("mod", ("attention", "mlp")),) * 2),
+        ("mlp mod(mamba mod(mlp))", ("mlp", ("mod", ("mamba", ("mod", ("mlp",)))))),
+    ],
+)
+def test_grammar(text, layers):
+    assert parse_layers(text) == layers
+
+
+@pytest.mark.parametrize("text", ["", "  ", "(mlp", "mlp)", "mlp**2", "mlp*0", "mlp*x", "mod()", "()", "*2", "mlp,mlp", "2"])
+def test_grammar_refuses(text):
+    with pytest.raises(InputError, match="layers"):
+        Config(layers=text)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"width": 100, "heads": 3}, "heads: 3 .* divisor of width 100"),
+        ({"width": 12, "heads": 4}, "head_dim: 3"),
+        ({"kv_heads": 3}, "kv_heads: 3 .* divisor of heads 4"),
+        ({"capacity": 0.0}, "capacity: 0.0"),
+        ({"capacity": 1.5}, "capacity: 1.5"),
+        ({"capacity": float("nan")}, "capacity: nan"),
+        ({"experts": 2, "experts_per_token": 3}, "experts_per_token: 3 .* 1 to experts 2"),
+        ({"experts": 0}, "experts: 0"),
+        ({"window": 0}, "window: 0"),
+        ({"router": "hash"}, "router: 'hash' .* softmax_topk"),
+        ({"impl": "cuda"}, "impl: 'cuda' .* auto"),
+        ({"mod_route": "topk"}, "mod_route: 'topk' .* predictor"),
+        ({"width": -1}, "width: -1"),
+    ],
+)
+def test_refuses(fields, message):
+    with pytest.raises(InputError, match=message):
+        Config(**fields)
+
+
+@pytest.mark.parametrize("layers", ["attention lstm", "mod", "mlp(attention)", "moe mod(rnn)"])
+def test_unknown_layer_names_the_known(layers):
+    with pytest.raises(InputError, match=r"attention, window, mlp, mamba, moe, mod\(...\)"):
+        LM(Config(layers=layers))
+
+
+def test_unknown_preset_names_the_known():
+    with pytest.raises(InputError, match="model: 'gpt' .* transformer, mamba, moe, mod, hybrid"):
+        preset("gpt")
+    with pytest.raises(InputError, match="size: 'huge' .* tiny, small"):
+        preset("mamba", "huge")
+    with pytest.raises(InputError, match="depth"):
+        preset("mamba", depth=3)
+
+
+@pytest.mark.parametrize("model", BLOCKS)
+@pytest.mark.parametrize("size", SIZES)
+def test_presets_stand_on_comparable_axes(model, size):
+    """At one size every preset but the routed-depth one costs about what the transformer does per token."""
+    cost, transformer = (ledger(preset(name, size), 256) for name in (model, "transformer"))
+    if model == "mod":
+        assert cost.forward_flops < 0.7 * transformer.forward_flops
+        assert cost.parameters == pytest.approx(transformer.parameters, rel=0.05)
+    else:
+        assert cost.forward_flops == pytest.approx(transformer.forward_flops, rel=0.25)
+        assert cost.active == pytest.approx(transformer.active, rel=0.3)
+
+
+def test_speedup_is_what_routing_saves():
+    dense = ledger(preset("transformer"), 256).forward_flops
+    routed = ledger(preset("mod"), 256)
+    assert routed.speedup == pytest.approx(dense / routed.forward_flops, rel=0.01)
+    assert ledger(preset("transformer"), 256).speedup == 1
+    assert 2 < ledger(preset("moe"), 256).speedup < 4

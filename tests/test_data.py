@@ -1,0 +1,134 @@
+"""Text and tasks: the right tokens, the same for everyone on one seed."""
+
+import pytest
+import torch
+
+from minimodels.config import InputError
+from minimodels.data import Span, open_data
+from minimodels.lm import IGNORE
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for number in range(60):
+        (tmp_path / f"{number:02}.txt").write_bytes(bytes([number]) * (number + 40))
+    return tmp_path
+
+
+def test_span_reads_across_files_without_joining_them():
+    parts = [torch.arange(5), torch.empty(0), torch.arange(5, 6), torch.arange(6, 20)]
+    span = Span([part.to(torch.uint8) for part in parts])
+    assert len(span) == 20
+    for start in range(19):
+        for stop in range(start + 1, 21):
+            assert span[start:stop].tolist() == list(range(start, stop))
+
+
+def test_targets_are_the_next_tokens(folder):
+    data = open_data(str(folder), 30)
+    tokens, targets = data.batch(0, 0, 8)
+    assert tokens.shape == targets.shape == (8, 30)
+    assert torch.equal(tokens[:, 1:], targets[:, :-1])
+
+
+def test_a_batch_is_a_function_of_seed_and_step(folder):
+    first, second = open_data(str(folder), 16), open_data(str(folder), 16)
+    assert torch.equal(first.batch(3, 7, 4)[0], second.batch(3, 7, 4)[0])
+    assert not torch.equal(first.batch(3, 7, 4)[0], first.batch(3, 8, 4)[0])
+    assert not torch.equal(first.batch(3, 7, 4)[0], first.batch(4, 7, 4)[0])
+    for one, other in zip(first.validation(4, 2), second.validation(4, 2), strict=True):
+        assert torch.equal(one[0], other[0])
+
+
+def test_held_out_files_are_never_trained_on(folder):
+    data = open_data(str(folder), 30)
+    held_out = {int(part[0]) for part in data.spans["validation"].parts}
+    training = {int(part[0]) for part in data.spans["training"].parts}
+    assert held_out
+    assert not held_out & training
+    assert len(held_out | training) == 60
+
+
+def test_one_file_is_split_by_position(tmp_path):
+    file = tmp_path / "text"
+    file.write_bytes(bytes(range(200)) * 5)
+    data = open_data(str(file), 10)
+    assert [len(span) for span in data.spans.values()] == [950, 50]
+    assert bytes(data.spans["validation"][0:50].tolist()) == file.read_bytes()[950:]
+
+
+def test_stdlib_is_pythons_own_source_without_its_tests():
+    data = open_data("stdlib", 64)
+    assert len(data.spans["training"]) > 3_000_000
+    assert len(data.spans["validation"]) > 50_000
+    assert b"import" in bytes(data.spans["training"][0:100_000].tolist())
+    assert data.vocab == 256
+
+
+def test_selective_copying_asks_for_what_is_not_noise():
+    tokens, targets = open_data("copying:tokens=4,vocab=8", 20).batch(0, 0, 50)
+    assert tokens.shape == (50, 20)
+    for row, answers in zip(tokens.tolist(), targets.tolist(), strict=True):
+        assert row[16:] == [1] * 4
+        assert [token for token in row[:16] if token] == answers[16:]
+        assert set(answers[:16]) == {IGNORE}
+    assert tokens.max() == 7
+
+
+def test_induction_asks_what_followed_the_special_token():
+    tokens, targets = open_data("induction:vocab=6", 12).batch(0, 0, 200)
+    places = set()
+    for row, answers in zip(tokens.tolist(), targets.tolist(), strict=True):
+        assert row.count(5) == 2
+        place = row.index(5)
+        places.add(place)
+        assert answers == [IGNORE] * 11 + [row[place + 1]]
+        assert row[11] == 5
+    assert places == set(range(10))
+
+
+def test_recall_asks_keys_for_their_values():
+    tokens, targets = open_data("mqar:pairs=5,vocab=40", 32).batch(0, 0, 100)
+    for row, answers in zip(tokens.tolist(), targets.tolist(), strict=True):
+        pairs = dict(zip(row[0:10:2], row[1:10:2], strict=True))
+        assert len(pairs) == 5
+        assert all(key < 20 <= value for key, value in pairs.items())
+        asked = {at: answer for at, answer in enumerate(answers) if answer != IGNORE}
+        assert {row[at]: answer for at, answer in asked.items()} == pairs
+        assert min(asked) >= 10
+
+
+def test_tasks_repeat_on_a_seed_and_hold_out_validation():
+    for name in ("copying:tokens=4", "induction", "mqar:pairs=4,vocab=64"):
+        task = open_data(name, 32)
+        assert torch.equal(task.batch(1, 2, 3)[0], task.batch(1, 2, 3)[0])
+        assert not torch.equal(task.batch(1, 2, 3)[0], next(task.validation(3, 1))[0])
+
+
+@pytest.mark.parametrize(
+    "name, context, message",
+    [
+        ("no-such-file", 8, "data: 'no-such-file'"),
+        ("mqar:queries=4", 64, "pairs, vocab"),
+        ("mqar:pairs=x", 64, "pairs, vocab"),
+        ("mqar:pairs=40,vocab=64", 400, "80 or more"),
+        ("copying", 31, "context: 31"),
+        ("induction", 2, "context: 2"),
+    ],
+)
+def test_refuses(name, context, message):
+    with pytest.raises(InputError, match=message):
+        open_data(name, context)
+
+
+@pytest.mark.parametrize("size", [0, 5, 100])
+def test_refuses_a_file_too_short(tmp_path, size):
+    file = tmp_path / "short"
+    file.write_bytes(b"a" * size)
+    with pytest.raises(InputError, match="context \\+ 1 = 65"):
+        open_data(str(file), 64)
+
+
+def test_refuses_an_empty_folder(tmp_path):
+    with pytest.raises(InputError, match="a folder with files"):
+        open_data(str(tmp_path), 8)

@@ -1,0 +1,162 @@
+"""The laws that every layer and every model obeys. Cases stand in tests/models.py."""
+
+import random
+
+import pytest
+import torch
+from models import CASES, NOT_CAUSAL, SHAPE, make, same, tensors
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from minimodels import LM, Config, InputError
+from minimodels.ledger import flops, idle_parameters, ledger, state_bytes
+
+B, T, D = 3, 23, SHAPE["width"]
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which PyTorch's counter does not know
+law = pytest.mark.parametrize("case", CASES)
+
+
+def text(seed: int = 1) -> torch.Tensor:
+    return torch.randn(B, T, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def attention_flops(q, k, v, *args, out_shape=None, **kwargs):
+    return sdpa_flop_count(q, k, v)
+
+
+def gradients(stack, x, y, state):
+    """Of a loss that weighs every output and every number of the final state differently."""
+    outputs = [y, *(leaf for leaf in tensors(state) if leaf.is_floating_point())]
+    weights = [torch.linspace(-1, 1, leaf.numel(), dtype=leaf.dtype).view_as(leaf) for leaf in outputs]
+    loss = sum((leaf * weight).sum() for leaf, weight in zip(outputs, weights, strict=True))
+    names = ["x", *(name for name, _ in stack.named_parameters())]
+    values = torch.autograd.grad(loss, [x, *stack.parameters()], allow_unused=True)
+    return dict(zip(names, values, strict=True))
+
+
+@law
+def test_chunking(case):
+    """Any split of a sequence gives the outputs, final state and gradients of the whole."""
+    stack, x = make(CASES[case]), text().requires_grad_()
+    whole, state = stack(x)
+    expected = gradients(stack, x, whole, state)
+    for seed, pieces in enumerate((2, 4, T)):
+        cuts = sorted(random.Random(seed).sample(range(1, T), pieces - 1))
+        outputs, carried = [], None
+        for chunk in x.tensor_split(cuts, dim=1):
+            y, carried = stack(chunk, carried)
+            outputs.append(y)
+        parts = torch.cat(outputs, dim=1)
+        same(parts, whole)
+        assert len(tensors(carried)) == len(tensors(state))
+        for after, before in zip(tensors(carried), tensors(state), strict=True):
+            same(after, before)
+        for name, gradient in gradients(stack, x, parts, carried).items():
+            same(gradient, expected[name], 1e-7)
+
+
+@law
+def test_causality(case):
+    """A changed token changes nothing before it, and something from it on."""
+    stack, x = make(CASES[case]), text()
+    before, _ = stack(x)
+    for t in (0, 7, T - 1):
+        changed = x.clone()
+        changed[:, t] += 1
+        after, _ = stack(changed)
+        same(after[:, :t], before[:, :t])
+        assert not torch.allclose(after[:, t], before[:, t])
+
+
+@pytest.mark.parametrize("case", NOT_CAUSAL)
+def test_what_is_not_causal_is_so_and_says_so(case):
+    """Routing over the whole sequence lets a later token change what earlier ones get, and is refused for generation."""
+    fields, training = NOT_CAUSAL[case]
+    stack, x = make(fields).train(training), text()
+    before, _ = stack(x)
+    changed = x.clone()
+    changed[:, -1] *= -5
+    after, _ = stack(changed)
+    assert not torch.allclose(after[:, :-1], before[:, :-1])
+    model = LM(Config(**{**SHAPE, **fields})).train(training)
+    assert not model.causal
+    tokens = torch.zeros(1, 4, dtype=torch.int64)
+    _, state = model(tokens)
+    with pytest.raises(InputError, match="whole sequence"):
+        model(tokens, state)
+
+
+@law
+def test_batch_independence(case):
+    """A row of a batch, padded or not, gives what it gives alone, and goes on as it would alone."""
+    stack, x = make(CASES[case]), text()
+    together, _ = stack(x)
+    for row in range(B):
+        same(stack(x[row : row + 1])[0], together[row : row + 1])
+
+    lengths = torch.tensor([T, 1, 9])
+    positions = torch.arange(T).expand(B, T)
+    positions = positions.masked_fill(positions >= lengths[:, None], -1)
+    outputs, carried = stack(x, None, positions)
+    more = text(2)[:, :6]
+    first, carried = stack(more[:, :1], carried)  # positions inferred from the state
+    second, _ = stack(more[:, 1:], carried)
+    for row, length in enumerate(lengths.tolist()):
+        alone, state = stack(x[row : row + 1, :length])
+        same(outputs[row : row + 1, :length], alone)
+        following, _ = stack(more[row : row + 1], state)
+        same(torch.cat((first, second), dim=1)[row : row + 1], following)
+
+
+@law
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+def test_reference_equals_torch(case, training):
+    """Every path of an operation gives the same outputs, states and gradients."""
+    x, state = text().requires_grad_(), None
+    results = {}
+    for impl in ("reference", "torch"):
+        stack = make({**CASES[case], "impl": impl}).train(training)
+        if not training:
+            with torch.no_grad():
+                _, state = stack(x[:, :5])
+        y, after = stack(x[:, 5:], state)
+        results[impl] = [y, *tensors(after), *gradients(stack, x, y, after).values()]
+    for reference, fast in zip(results["reference"], results["torch"], strict=True):
+        same(fast, reference, 1e-8)
+
+
+@law
+def test_ledger_equals_measurement(case):
+    """Parameters, FLOPs and bytes of state are those of a real model in a real forward pass."""
+    context = 20  # at which C · T is whole, and which is longer than the windows
+    stack = make(CASES[case], dtype=torch.float32).train()
+    config = Config(**{**SHAPE, **CASES[case]})
+    x = torch.randn(2, context, D)
+    with FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: attention_flops}) as counter:
+        _, state = stack(x)
+    assert flops(stack, context) * 2 * context == pytest.approx(counter.get_total_flops())
+    assert state_bytes(stack, context, 4) * 2 == sum(leaf.nbytes for leaf in tensors(state))
+    cost = ledger(config, context)
+    assert cost.parameters == sum(p.numel() for p in LM(config).parameters())
+    assert cost.active == cost.parameters - idle_parameters(stack)
+
+
+@pytest.mark.parametrize("model", [case for case in CASES if " " not in case])
+def test_overfits_one_batch(model):
+    """Training reaches every part: a small model learns one batch by heart."""
+    torch.manual_seed(0)
+    fields = {**SHAPE, **CASES[model], "width": 32, "vocab": 16}
+    if "mod" in fields["layers"] or fields["layers"] in ("mlp", "moe"):
+        tokens = torch.stack([torch.randperm(16) for _ in range(2)])  # no token twice: each alone tells what follows
+        tokens[1] = tokens[0]
+    else:
+        tokens = torch.randint(16, (2, 16))
+        tokens[:, 0] = torch.arange(2)
+    lm = LM(Config(**fields)).train()
+    optimizer = torch.optim.Adam(lm.parameters(), lr=1e-2)
+    for _ in range(250):
+        loss, parts = lm.loss(tokens[:, :-1], tokens[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        lm.after_step()
+    assert parts["cross_entropy"] < 0.1

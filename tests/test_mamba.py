@@ -1,0 +1,101 @@
+"""The selective scan, checked against its equation, its limits and its derivatives."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import same
+
+from minimodels import Config
+from minimodels.mamba import Mamba, causal_conv1d, recurrence, scan, selective_scan
+
+
+def arguments(batch=2, time=13, D=3, N=4, seed=0):
+    """x, Δ, A, B, C, h_0 in fp64, each wanting a gradient."""
+    g = torch.Generator().manual_seed(seed)
+    x, C, B = (torch.randn(batch, time, width, generator=g, dtype=torch.float64) for width in (D, N, N))
+    delta = F.softplus(torch.randn(batch, time, D, generator=g, dtype=torch.float64))
+    A = -torch.rand(D, N, generator=g, dtype=torch.float64) - 0.1
+    h = torch.randn(batch, D, N, generator=g, dtype=torch.float64)
+    return [part.requires_grad_() for part in (x, delta, A, B, C, h)]
+
+
+NAMES = ("dx", "ddelta", "dA", "dB", "dC", "dstate")
+
+
+@pytest.mark.parametrize("time", [1, 2, 31, 32, 33, 64, 65, 150])
+@pytest.mark.parametrize("batch, D, N", [(1, 1, 1), (2, 5, 3), (3, 8, 16)])
+def test_scan_equals_recurrence(time, batch, D, N):
+    inputs = arguments(batch, time, D, N)
+    results = []
+    for path in (recurrence, scan):
+        y, h = path(*inputs)
+        loss = (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum() + (h * h).sum()
+        results.append((y, h, *torch.autograd.grad(loss, inputs)))
+    for name, reference, fast in zip(("y", "state", *NAMES), *results, strict=True):
+        assert torch.allclose(fast, reference, rtol=1e-9, atol=1e-9), name
+
+
+@pytest.mark.parametrize("time", [1, 7, 35])
+def test_scan_passes_gradcheck(time):
+    assert torch.autograd.gradcheck(scan, arguments(2, time, 2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_is_within_twice_the_plain_error(dtype):
+    x, delta, A, B, C, h = (part.detach() for part in arguments(2, 100, 8, 16))
+    skip, z = torch.ones(8, dtype=torch.float64), torch.randn_like(x)
+    exact, _ = selective_scan(x, delta, A, B, C, skip, z, None, h, "reference")
+    low = [part.to(dtype) for part in (x, delta, A, B, C, skip, z)]
+    error = {impl: (selective_scan(*low, None, h, impl)[0] - exact).abs().max() for impl in ("reference", "torch")}
+    assert error["torch"] <= 2 * error["reference"]
+
+
+def test_no_step_freezes_the_state():
+    x, delta, A, B, C, h = arguments()
+    y, after = scan(x, torch.zeros_like(delta), A, B, C, h)
+    same(after, h)
+    same(y, torch.einsum("bdn,btn->btd", h, C))
+
+
+def test_constant_selection_is_a_convolution():
+    """With Δ, B and C the same at every token the scan is linear and time-invariant: y = x * (Σ_n C_n Ā_n^k Δ B_n)."""
+    x, delta, A, B, C, h = arguments(1, 20)
+    delta, B, C = (part[:, :1].expand_as(part) for part in (delta, B, C))
+    y, _ = scan(x, delta, A, B, C, torch.zeros_like(h))
+    steps = torch.arange(20).view(-1, 1, 1)
+    kernel = (C[0, 0] * B[0, 0] * delta[0, 0, :, None] * torch.exp(steps * delta[0, 0, :, None] * A)).sum(-1)  # (T, D)
+    expected = torch.stack([(kernel[: t + 1].flip(0) * x[0, : t + 1]).sum(0) for t in range(20)])
+    same(y[0], expected)
+
+
+def test_convolution_is_pytorchs():
+    x, weight, bias = torch.randn(2, 9, 5), torch.randn(5, 4), torch.randn(5)
+    y, window = causal_conv1d(x, weight, bias, None)
+    expected = F.conv1d(F.pad(x.mT, (3, 0)), weight[:, None], bias, groups=5).mT
+    same(y, expected, 1e-5)
+    same(window, x[:, -3:])
+
+
+@torch.no_grad()
+def test_initialisation_is_the_papers():
+    torch.manual_seed(0)
+    layer = Mamba(Config(width=64, layers="(mamba)*4"))
+    same(layer.A_log.exp(), torch.arange(1.0, 17).expand(128, 16), 1e-5)
+    assert (layer.D == 1).all()
+    dt = F.softplus(layer.dt_proj.bias)
+    assert 0.00099 < dt.min() < 0.003 < 0.03 < dt.max() < 0.101
+    assert dt.log().mean() == pytest.approx(math.log(0.01), abs=0.5)
+    assert layer.dt_proj.weight.abs().max() <= 4**-0.5
+    assert layer.dt_proj.weight.abs().max() > 0.9 * 4**-0.5
+    assert layer.out_proj.weight.abs().max() == pytest.approx(128**-0.5 / 4**0.5, rel=0.02)
+    assert layer.A_log.no_weight_decay
+
+
+def test_refuses_shapes_that_do_not_fit():
+    x, delta, A, B, C, _ = arguments()
+    with pytest.raises(ValueError, match="selective_scan: x"):
+        selective_scan(x, delta, A, B, C[:, :-1], torch.ones(3))
+    with pytest.raises(ValueError, match="causal_conv1d"):
+        causal_conv1d(x, torch.ones(2, 4), torch.ones(2), None)

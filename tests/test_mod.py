@@ -1,0 +1,135 @@
+"""Mixture-of-depths, checked against the paper and against the mistakes that are usual."""
+
+import pytest
+import torch
+from models import make, same
+
+from minimodels.layers import Stack
+
+B, T, D = 2, 20, 16
+GROUP = "mod(attention mlp)"
+
+
+def text() -> torch.Tensor:
+    return torch.randn(B, T, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def wrapped(**fields):
+    return make({"layers": GROUP, "capacity": 0.3, **fields})[0]
+
+
+def taken(mod, x) -> torch.Tensor:
+    """Which tokens the group changed: (B, T) bool."""
+    return (mod(x)[0] != x).any(-1)
+
+
+def test_all_tokens_at_weight_one_are_the_dense_group():
+    """The residual is added once, and attention as well as MLP are scaled by the router."""
+    mod, x = wrapped(capacity=1.0).train(), text()
+    x = torch.cat((x[..., :-1], torch.ones_like(x[..., :1])), -1)  # a constant feature that the router reads
+    mod.router.weight.data = torch.tensor([[0.0] * (D - 1) + [1.0]], dtype=torch.float64)
+    same(mod(x)[0], mod.group(x)[0])
+    mod.router.weight.data *= 3
+    same(mod(x)[0], x + 3 * (mod.group(x)[0] - x))
+
+
+def test_training_takes_exactly_the_top_k():
+    mod, x = wrapped().train(), text()
+    scores = mod.router(x).squeeze(-1)
+    expected = torch.zeros(B, T, dtype=torch.bool).scatter(1, scores.topk(6).indices, True)
+    assert torch.equal(taken(mod, x), expected)
+    mod.router.weight.data.zero_()  # all equal: still k, not none
+    mod(x)
+    index, real = mod.select(torch.zeros(B, T), torch.zeros(B, T), torch.arange(T).expand(B, T))
+    assert index.shape == (B, 6)
+    assert real.all()
+
+
+def test_the_group_sees_the_chosen_tokens_in_order_at_their_own_positions():
+    class Spy(torch.nn.Module):
+        def forward(self, x, state, positions):
+            self.positions = positions
+            return x, None
+
+    mod, x = wrapped().train(), text()
+    mod.group = Stack([spy := Spy()])
+    mod(x)
+    scores = mod.router(x).squeeze(-1)
+    assert torch.equal(spy.positions, scores.topk(6).indices.sort(1).values)
+
+
+def test_the_update_is_the_raw_weight_times_the_groups():
+    mod, x = wrapped().train(), text()
+    scores = mod.router(x).squeeze(-1)
+    index = scores.topk(6).indices.sort(1).values
+    for row in range(B):
+        gathered = x[row : row + 1, index[row]]
+        update = mod.group(gathered, None, index[row : row + 1])[0] - gathered
+        same(mod(x)[0][row, index[row]], x[row, index[row]] + scores[row, index[row], None] * update[0])
+
+
+@pytest.mark.parametrize("route", ["router", "predictor"])
+def test_gradients_reach_the_router_and_stop_before_the_model(route):
+    mod, x = wrapped(mod_route=route).train(), text().requires_grad_()
+    y, _ = mod(x)
+    (through_output,) = torch.autograd.grad(y.square().sum(), mod.router.weight, retain_graph=True)
+    assert through_output.abs().sum() > 0
+    wanted = [x, mod.router.weight, *([] if mod.predictor is None else mod.predictor.parameters())]
+    found = torch.autograd.grad(mod.auxiliary_losses["mod"], wanted, allow_unused=True)
+    if route == "router":
+        assert found[1].abs().sum() > 0
+    else:  # the predictor learns, and nothing else feels it
+        assert found[0] is None
+        assert found[1] is None
+        assert all(gradient.abs().sum() > 0 for gradient in found[2:])
+
+
+@pytest.mark.parametrize("route", ["router", "predictor"])
+def test_the_causal_decision_learns_the_top_k(route):
+    """Trained on its own loss, the decision comes to tell the top k far better than routing nobody would."""
+    torch.manual_seed(0)
+    mod = wrapped(mod_route=route, mod_loss=1.0).train()
+    parameters = mod.router.parameters() if route == "router" else mod.predictor.parameters()
+    optimizer = torch.optim.Adam(parameters, lr=0.02)
+    for _ in range(300):
+        mod(torch.randn(16, T, D, dtype=torch.float64))
+        optimizer.zero_grad()
+        mod.auxiliary_losses["mod"].backward()
+        optimizer.step()
+    assert mod.observed["accuracy"] > 0.8  # routing nobody is right for 0.7
+    assert mod.observed["routed"] == pytest.approx(0.3, abs=0.2)
+
+
+def test_a_row_that_routes_nobody_leaves_everything():
+    mod, x = wrapped(mod_route="router"), text()
+    mod.router.weight.data = torch.tensor([[0.0] * (D - 1) + [1.0]], dtype=torch.float64)
+    x[..., -1] = -1.0
+    y, state = mod(x)
+    assert torch.equal(y, x)
+    assert state.group is None
+    assert state.seen.tolist() == [T, T]
+    x[0, 3, -1] = 1.0
+    assert taken(mod, x).sum() == 1
+    _, state = mod(x, state)
+    assert state.group[0].positions.tolist() == [[T + 3], [-1]]
+
+
+def test_a_batch_skips_what_no_row_routes():
+    """At one token a batch whose rows all pass by does not touch the group: the speed of sampling."""
+    mod = wrapped(mod_route="router")
+    mod.group = None  # calling it would fail
+    mod.router.weight.data.zero_()
+    x = text()[:, :1]
+    assert torch.equal(mod(x)[0], x)
+
+
+def test_capacity_is_rounded_up_to_a_token():
+    mod = wrapped(capacity=0.001).train()
+    assert taken(mod, text()).sum(1).tolist() == [1, 1]
+
+
+def test_top_k_in_evaluation_is_an_oracle_to_compare_with():
+    mod, x = wrapped(), text()
+    mod.route = "topk"
+    same(mod(x)[0], mod.train()(x)[0])
+    assert not mod.eval().causal

@@ -1,0 +1,100 @@
+"""Generation: the same as training's forward pass, alone as in a batch."""
+
+import pytest
+import torch
+from models import SHAPE, same
+
+from minimodels import LM, InputError, preset
+from minimodels.config import BLOCKS
+from minimodels.sample import Sampling, generate, keep, pick
+
+GREEDY = Sampling(temperature=0)
+
+
+def model(name: str) -> LM:
+    torch.manual_seed(0)
+    lm = LM(preset(name, **{**SHAPE, "capacity": 0.5}, vocab=32)).eval()
+    for parameter in lm.parameters():
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    return lm.double()
+
+
+def continued(lm, prompts, count, **options) -> torch.Tensor:
+    return torch.stack(list(generate(lm, prompts, count, **options)), dim=1)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_state_carried_equals_everything_recomputed(name):
+    lm, tokens = model(name), torch.arange(5)
+    expected = tokens
+    for _ in range(12):
+        logits, _ = lm(expected[None])
+        expected = torch.cat((expected, logits[0, -1:].argmax(-1)))
+    assert continued(lm, [tokens], 12, sampling=GREEDY)[0].tolist() == expected[5:].tolist()
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, top_k=8)], ids=["greedy", "random"])
+def test_a_prompt_in_a_batch_is_continued_as_alone(name, sampling):
+    lm, prompts = model(name), [torch.arange(5), torch.tensor([9]), torch.arange(20, 31)]
+    together = continued(lm, prompts, 10, sampling=sampling, seed=3)
+    for row, prompt in enumerate(prompts):
+        assert together[row].tolist() == continued(lm, [prompt], 10, sampling=sampling, seed=3)[0].tolist()
+
+
+def test_a_seed_draws_the_same_text():
+    lm, prompts, loose = model("transformer"), [torch.arange(3)], Sampling(temperature=2.0)
+    first, again, other = (continued(lm, prompts, 20, sampling=loose, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def kept(probabilities, **options) -> list[bool]:
+    return keep(torch.tensor([probabilities]).log(), Sampling(**options))[0].isfinite().tolist()
+
+
+def test_filters_keep_what_they_say():
+    p = [0.4, 0.3, 0.2, 0.1]
+    assert kept(p) == [True] * 4
+    assert kept(p, top_k=2) == [True, True, False, False]
+    assert kept(p, top_k=9) == [True] * 4
+    assert kept(p, top_p=0.5) == [True, True, False, False]
+    assert kept(p, top_p=0.05) == [True, False, False, False]
+    assert kept(p[::-1], top_p=0.75) == [False, True, True, True]
+    assert kept(p, min_p=0.6) == [True, True, False, False]
+    assert kept(p, min_p=1.0) == [True, False, False, False]
+
+
+def test_min_p_is_a_threshold_on_logits():
+    """p_i >= m · max p is z_i >= z_max + T ln m: a higher temperature widens the set."""
+    logits, temperature, m = torch.randn(1, 50), 1.7, 0.1
+    expected = logits >= logits.max() + temperature * torch.tensor(m).log()
+    assert torch.equal(keep(logits / temperature, Sampling(min_p=m)).isfinite(), expected)
+
+
+def test_temperature_shapes_the_frequencies():
+    logits = torch.tensor([[2.0, 1.0, 0.0]]).expand(4000, -1)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4000)]
+    drawn = pick(logits, Sampling(temperature=2.0), generators)
+    same(drawn.bincount(minlength=3) / 4000, (logits[0] / 2).softmax(-1), 0.03)
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"min_p": 1.1}]
+)
+def test_refuses_sampling(options):
+    (name,) = options
+    with pytest.raises(InputError, match=name):
+        Sampling(**options)
+
+
+def test_refuses_prompts():
+    lm = model("transformer")
+    for prompt in ([], [32], [-1]):
+        with pytest.raises(InputError, match="prompt"):
+            next(generate(lm, [torch.tensor(prompt, dtype=torch.int64)], 1))
+    with pytest.raises(InputError, match="not causal"):
+        next(generate(model("mod").train(), [torch.arange(3)], 1))
+    lm = LM(preset("moe", router="expert_choice", vocab=32)).eval()
+    with pytest.raises(InputError, match="not causal"):
+        next(generate(lm, [torch.arange(3)], 1))

@@ -1,0 +1,270 @@
+"""The training script as a user meets it: it learns, it stops, it goes on, it refuses."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import minimodels.sample
+import train
+from minimodels.command import run_command
+from minimodels.config import BLOCKS
+
+SMALL = "--width 32 --heads 2 --context 32 --batch-size 2 --eval-batches 1 --eval-every 0 --log-every 1 --experts 4".split()
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_bytes(bytes(range(32, 127)) * 60)
+
+
+def run(*arguments, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    run_command(train.main, train.parse)
+
+
+def contents(folder) -> dict[str, bytes]:
+    with safe_open(folder / "checkpoint.safetensors", "pt") as file:
+        return {name: file.get_tensor(name).reshape(-1).view(torch.uint8).numpy().tobytes() for name in file.keys()}  # noqa: SIM118
+
+
+def log(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("model", BLOCKS)
+def test_main_path(model, tmp_path, monkeypatch, capsys):
+    """Every preset trains, validates, samples and leaves its folder; sampling from it repeats on a seed."""
+    run("--model", model, "--data", "text", "--steps", 40, "--lr", 0.01, "--prompt", "abc", *SMALL, monkeypatch=monkeypatch)
+    printed = capsys.readouterr().out
+    for word in ("ledger", "parameters", "validation", "bits per token", "--- sample ---\nabc", f"runs/{model}"):
+        assert word in printed
+    folder = tmp_path / "runs" / model
+    assert sorted(file.name for file in folder.iterdir()) == ["checkpoint.safetensors", "log.jsonl", "options.json"]
+    records = log(folder)
+    assert records[39]["loss"] < 0.8 * records[0]["loss"]
+    assert records[39]["tokens"] == 40 * 64
+    assert records[-1]["bits_per_token"] < 5.5
+    if model == "moe":
+        assert len(records[39]["load"]) == 4
+        assert sum(records[39]["load"][0]) == pytest.approx(1)
+        assert max(records[39]["overload"]) >= 1
+        assert records[39]["balance"] > 0
+    if model == "mod":
+        assert len(records[39]["accuracy"]) == len(records[39]["routed"]) == 2
+
+    texts = []
+    for seed in (1, 1, 2):
+        monkeypatch.setattr(sys, "argv", ["sample", str(folder), "--prompt", "abc", "--tokens", "30", "--seed", str(seed)])
+        run_command(minimodels.sample.main, lambda: minimodels.sample.tyro.cli(minimodels.sample.Options))
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("abc")
+    assert texts[0] != texts[2]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--model", "transformer", "--schedule", "wsd"],
+        ["--model", "mamba", "--data", "copying:tokens=4"],
+        ["--model", "moe", "--router", "sigmoid_bias", "--bias-step", "0.1"],
+        ["--model", "mod", "--accumulate", "2"],
+        ["--model", "hybrid"],
+    ],
+    ids=lambda arguments: arguments[1],
+)
+def test_resuming_is_exact(arguments, tmp_path, monkeypatch, capsys):
+    """Stopped after 4 of 8 steps and resumed, a run ends with the same bits as one that was not stopped."""
+    if "--data" not in arguments:
+        arguments = [*arguments, "--data", "text"]
+    run(*arguments, "--steps", 8, "--out", "whole", *SMALL, monkeypatch=monkeypatch)
+
+    rate = train.learning_rate
+
+    def interrupt(peak, schedule, step, *rest):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return rate(peak, schedule, step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "learning_rate", interrupt)
+        with pytest.raises(SystemExit) as stopped:
+            run(*arguments, "--steps", 8, "--out", "parts", *SMALL, monkeypatch=monkeypatch)
+    assert stopped.value.code == 130
+    assert "--resume parts" in capsys.readouterr().out
+    torch.manual_seed(99)
+    run("--resume", "parts", monkeypatch=monkeypatch)
+
+    whole, parts = contents(tmp_path / "whole"), contents(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    assert [name for name in whole if whole[name] != parts[name]] == []
+    losses = [{r["step"]: r["loss"] for r in log(tmp_path / name) if "loss" in r} for name in ("whole", "parts")]
+    assert losses[0] == losses[1]
+
+
+def test_a_constant_run_is_extended(tmp_path, monkeypatch):
+    common = ["--data", "text", "--schedule", "constant", *SMALL]
+    run(*common, "--steps", 6, "--out", "whole", monkeypatch=monkeypatch)
+    run(*common, "--steps", 3, "--out", "parts", monkeypatch=monkeypatch)
+    run("--resume", "parts", "--steps", 6, monkeypatch=monkeypatch)
+    assert contents(tmp_path / "whole") == contents(tmp_path / "parts")
+
+
+def test_a_task_is_learnt_and_scored(tmp_path, monkeypatch, capsys):
+    run("--data", "mqar:pairs=2,vocab=8", "--steps", 5, *SMALL, monkeypatch=monkeypatch)
+    assert "right" in capsys.readouterr().out
+    assert 0 <= log(tmp_path / "runs/transformer")[-1]["accuracy"] <= 1
+
+
+@pytest.mark.parametrize(
+    "bounds, steps",
+    [(["--steps", "3"], 3), (["--tokens", "256"], 4), (["--flops", "2e7"], None), (["--steps", "9", "--tokens", "130"], 2)],
+    ids=lambda bounds: bounds[0] if isinstance(bounds, list) else "",
+)
+def test_the_first_bound_ends_the_run(bounds, steps, tmp_path, monkeypatch):
+    run("--layers", "attention mlp", "--data", "text", *bounds, *SMALL, monkeypatch=monkeypatch)
+    last = [record for record in log(tmp_path / "runs/transformer") if "flops" in record][-1]
+    if steps is None:  # as many as the FLOPs allow
+        assert last["flops"] <= 2e7 < last["flops"] * (last["step"] + 1) / last["step"]
+    else:
+        assert last["step"] == steps
+
+
+def test_minutes_end_a_run_and_shape_its_schedule(tmp_path, monkeypatch):
+    run("--layers", "mlp", "--data", "text", "--minutes", 0.03, "--warmup", 0, *SMALL, monkeypatch=monkeypatch)
+    records = [record for record in log(tmp_path / "runs/transformer") if "lr" in record]
+    assert 1.5 < records[-1]["seconds"] < 5
+    assert records[-1]["lr"] < 0.2 * records[0]["lr"]
+
+
+def test_validation_is_logged_and_checkpointed_on_the_way(tmp_path, monkeypatch):
+    run("--data", "text", "--steps", 4, *SMALL, "--eval-every", 2, "--sample-every", 3, monkeypatch=monkeypatch)
+    assert [record["step"] for record in log(tmp_path / "runs/transformer") if "validation_loss" in record] == [2, 4]
+
+
+def test_a_new_run_takes_a_new_name(tmp_path, monkeypatch):
+    for _ in range(2):
+        run("--data", "text", "--steps", 1, *SMALL, monkeypatch=monkeypatch)
+    assert sorted(folder.name for folder in (tmp_path / "runs").iterdir()) == ["transformer", "transformer-2"]
+
+
+def test_decay_touches_matrices_only():
+    from minimodels import LM, preset
+    from minimodels.optim import adamw
+
+    model = LM(preset("hybrid", qk_norm=True))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decayed, kept = ({names[p] for p in group["params"]} for group in adamw(model, 1e-3, 0.1).param_groups)
+    for name in names.values():
+        plain = any(name.endswith(end) for end in ("norm.weight", "bias", "A_log", ".D"))
+        assert (name in kept) == plain
+    assert "layers.0.layer.in_proj.weight" in decayed
+
+
+REFUSED = [
+    (["--model", "gpt"], "model: 'gpt'", "transformer, mamba, moe, mod, hybrid"),
+    (["--size", "huge"], "size: 'huge'", "tiny, small"),
+    (["--layers", "attention lstm"], "layers: 'lstm'", "attention, window, mlp, mamba, moe, mod(...)"),
+    (["--layers", "(attention"], "layers: '(attention'", "groups and repeats"),
+    (["--width", "100", "--heads", "3"], "heads: 3", "divisor of width 100"),
+    (["--capacity", "0"], "capacity: 0.0", "(0, 1]"),
+    (["--capacity", "1.01"], "capacity: 1.01", "(0, 1]"),
+    (["--experts", "2", "--experts-per-token", "3"], "experts_per_token: 3", "1 to experts 2"),
+    (["--data", "missing"], "data: 'missing'", "stdlib, a file, a folder"),
+    (["--data", "empty"], "data: '0 bytes of training text'", "context + 1"),
+    (["--data", "short"], "data: ", "context + 1"),
+    (["--out", "taken"], "out: 'taken'", "a new or empty folder"),
+    (["--resume", "nowhere"], "resume: 'nowhere'", "the folder of a training run"),
+    (["--device", "warp"], "device: 'warp'", "auto, cpu"),
+    (["--impl", "triton", "--device", "cpu"], "impl: 'triton'", "auto, reference or torch"),
+    (["--vocab", "100"], "vocab: 100", "256 or more"),
+    (["--schedule", "linear"], "schedule: 'linear'", "cosine, wsd, constant"),
+    (["--dtype", "int8"], "dtype: 'int8'", "auto, float32 or bfloat16"),
+    (["--steps", "0"], "steps: 0", "above 0"),
+    (["--minutes", "-1"], "minutes: -1.0", "above 0"),
+    (["--tokens", "10"], "tokens", "enough for one step of 4096 tokens"),
+    (["--lr", "nan"], "lr: nan", "above 0"),
+    (["--prompt", ""], "prompt: ''", "at least one character"),
+    (["--data", "mqar:pears=3"], "data: 'pears=3'", "pairs, vocab"),
+]
+
+
+@pytest.mark.parametrize("arguments, field, accepted", REFUSED, ids=[" ".join(row[0]) for row in REFUSED])
+def test_bad_input_is_one_line(arguments, field, accepted, tmp_path, monkeypatch, capsys):
+    """Each names the field, the value and what is accepted, exits with status 2, and leaves nothing behind."""
+    (tmp_path / "empty").touch()
+    (tmp_path / "short").write_bytes(b"abc")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/options.json").write_text("mine")
+    if "--data" not in arguments:
+        arguments = ["--data", "text", *arguments]
+    with pytest.raises(SystemExit) as exit:
+        run(*arguments, monkeypatch=monkeypatch)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert error.count("\n") == 1
+    assert field in error
+    assert accepted in error
+    assert not (tmp_path / "runs").exists()
+    assert (tmp_path / "taken/options.json").read_text() == "mine"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="refuses a GPU only where there is none")
+def test_refuses_a_gpu_that_is_not_there(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run("--data", "text", "--device", "cuda", monkeypatch=monkeypatch)
+    assert "device: 'cuda' is not accepted; accepted: auto, cpu\n" in capsys.readouterr().err
+
+
+def test_an_unknown_option_names_the_nearest(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run("--contxt", "3", monkeypatch=monkeypatch)
+    assert exit.value.code == 2
+    assert "--context" in capsys.readouterr().err
+
+
+def test_refuses_to_resume_what_is_damaged_or_another_run(tmp_path, monkeypatch, capsys):
+    run("--data", "text", "--steps", 2, "--out", "run", *SMALL, monkeypatch=monkeypatch)
+    whole = (tmp_path / "run/checkpoint.safetensors").read_bytes()
+    other = tmp_path / "other"
+    run("--data", "text", "--steps", 2, "--out", "other", *SMALL, "--width", 16, monkeypatch=monkeypatch)
+    shutil.copy(other / "checkpoint.safetensors", tmp_path / "wider.safetensors")
+    flipped = bytearray(whole)
+    flipped[-100] ^= 1
+    damaged = {
+        "a whole safetensors file": whole[: len(whole) // 2],
+        "checksum": bytes(flipped),
+        "differing": (tmp_path / "wider.safetensors").read_bytes(),
+        "safetensors": b"",
+    }
+    for message, content in damaged.items():
+        (tmp_path / "run/checkpoint.safetensors").write_bytes(content)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            run("--resume", "run", "--steps", 4, monkeypatch=monkeypatch)
+        error = capsys.readouterr().err
+        assert exit.value.code == 2
+        assert error.count("\n") == 1
+        assert message in error
+        assert (tmp_path / "run/checkpoint.safetensors").read_bytes() == content
+    (tmp_path / "run/checkpoint.safetensors").write_bytes(whole)
+    for change in (["--width", "16"], ["--data", "stdlib"], ["--lr", "1"], ["--seed", "5"]):
+        with pytest.raises(SystemExit):
+            run("--resume", "run", *change, monkeypatch=monkeypatch)
+        assert f"error: {change[0][2:]}: " in capsys.readouterr().err
+
+
+def test_refuses_a_prompt_outside_the_vocabulary(tmp_path, monkeypatch, capsys):
+    run("--data", "induction", "--steps", 1, "--out", "run", *SMALL, monkeypatch=monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["sample", "run", "--prompt", "a"])
+    with pytest.raises(SystemExit) as exit:
+        run_command(minimodels.sample.main, lambda: minimodels.sample.tyro.cli(minimodels.sample.Options))
+    assert exit.value.code == 2
+    assert "prompt: [97] is not accepted; accepted: token ids 0 to 15" in capsys.readouterr().err

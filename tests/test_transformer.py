@@ -1,0 +1,98 @@
+"""Attention, checked against what defines it."""
+
+import pytest
+import torch
+from models import SHAPE, make, same
+
+from minimodels import Config
+from minimodels.layers import RMSNorm, rotary, rotate
+from minimodels.transformer import Attention, attention
+
+T, D = 24, SHAPE["width"]
+
+
+def text(rows: int = 2) -> torch.Tensor:
+    return torch.randn(rows, T, D, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def test_rotation_depends_on_distance_alone_and_keeps_length():
+    q, k = torch.randn(2, 8, dtype=torch.float64)
+
+    def product(m, n):
+        (a, b), (c, d) = (rotary(torch.tensor([float(p)]), 8, 10_000.0) for p in (m, n))
+        return rotate(q[None], a, b) @ rotate(k[None], c, d).T
+
+    same(product(17, 5), product(12, 0), 1e-6)
+    assert not torch.allclose(product(17, 5), product(17, 6))
+    cos, sin = rotary(torch.tensor([11.0]), 8, 10_000.0)
+    same(rotate(q[None], cos, sin).norm(), q.norm(), 1e-6)
+
+
+def test_rmsnorm_is_its_equation():
+    norm, x = RMSNorm(D), torch.randn(3, D)
+    norm.weight.data.normal_()
+    same(norm(x), norm.weight * x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt(), 1e-5)
+    half = x.bfloat16()
+    same(norm.bfloat16()(half), norm.weight * (half.float() / (half.float().square().mean(-1, keepdim=True) + 1e-5).sqrt())
+         .bfloat16())  # fmt: skip
+
+
+def test_grouped_queries_equal_repeated_keys():
+    """Four query heads on two key heads are four on four, where each key head stands twice."""
+    grouped, full = make({"layers": "attention", "kv_heads": 2}), make({"layers": "attention"})
+    few, many = grouped[0].layer, full[0].layer
+    q, k, v = few.qkv.weight.data.split((16, 8, 8))
+    many.qkv.weight.data = torch.cat((q, *(part.view(2, 4, D).repeat_interleave(2, 0).flatten(0, 1) for part in (k, v))))
+    many.out.weight.data, full[0].norm.weight.data = few.out.weight.data, grouped[0].norm.weight.data
+    same(full(text())[0], grouped(text())[0])
+
+
+def test_window_is_full_attention_while_it_holds_the_text():
+    for window in (T, 2 * T):
+        same(make({"layers": "window", "window": window})(text())[0], make({"layers": "attention"})(text())[0])
+    assert not torch.allclose(make({"layers": "window"})(text())[0], make({"layers": "attention"})(text())[0])
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 11, 12, 23])
+def test_window_sees_itself_and_what_came_just_before(window):
+    """L window layers see 1 + L(w - 1) tokens and no more, whichever path computes them."""
+    for impl in ("reference", "torch"):
+        stack, x = make({"layers": "window window", "window": window, "impl": impl}), text().requires_grad_()
+        stack(x)[0][:, -1].sum().backward()
+        reached = x.grad.abs().sum((0, 2)) > 0
+        assert reached.sum() == min(T, 1 + 2 * (window - 1))
+        assert reached[-1]
+
+
+def test_window_state_stays_bounded():
+    stack, state = make({"layers": "window", "window": 5}), None
+    for _ in range(3):
+        _, state = stack(text(), state)
+        assert state[0].keys.shape[2] == 4
+        assert state[0].keys.untyped_storage().nbytes() == state[0].keys.nbytes
+
+
+def test_refuses_shapes_that_do_not_fit():
+    q, k = torch.randn(1, 3, 4, 8), torch.randn(1, 2, 4, 8)
+    with pytest.raises(ValueError, match=r"attention: q \(1, 3, 4, 8\)"):
+        attention(q, k, k, torch.arange(4)[None], torch.arange(4)[None])
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_low_precision_is_within_twice_the_plain_error(window):
+    """In bfloat16 the fast path errs at most twice as much as the plain equation in bfloat16."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, T, 8, dtype=torch.float64)
+    at = torch.arange(T).expand(2, T)
+    exact = attention(q, k, v, at, at, window, "reference")
+    low = [part.bfloat16() for part in (q, k, v)]
+    error = {impl: (attention(*low, at, at, window, impl) - exact).abs().max() for impl in ("reference", "torch")}
+    assert error["torch"] <= 2 * error["reference"]
+
+
+def test_state_of_attention_counts_what_it_has_seen():
+    layer = Attention(Config(**SHAPE))
+    _, state = layer(torch.randn(2, 3, D))
+    _, state = layer(torch.randn(2, 1, D), state)
+    assert state.seen.tolist() == [4, 4]
+    assert state.positions.tolist() == [[0, 1, 2, 3]] * 2
