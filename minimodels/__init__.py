@@ -1,7 +1,6 @@
 """minimodels: compact implementations of the architectures beyond the transformer, to read, to train and to measure."""
 
 from .config import Config, InputError, preset
-from .ledger import Ledger, ledger
 from .lm import LM
 
-__all__ = ["LM", "Config", "InputError", "Ledger", "ledger", "preset"]
+__all__ = ["LM", "Config", "InputError", "preset"]

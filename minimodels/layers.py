@@ -11,7 +11,9 @@ on where the state ended. Mixture-of-depths needs both: it hands its group a few
 batch a different number of them per row.
 
 A layer may leave tensors in two dictionaries, made anew by each forward: `auxiliary_losses`, already weighted, which the
-model adds to its loss; `observed`, detached, which the training log records.
+model adds to its loss; `observed`, detached, which the training log records. A layer that costs anything but its
+`nn.Linear` parts tells so in methods `flops(context)`, `state_bytes(context, itemsize)` and, where tokens meet only part of
+it, `idle_parameters()`.
 """
 
 from __future__ import annotations
@@ -87,3 +89,29 @@ def choose(impl: str, operation: str, device: torch.device) -> str:
 
         require(operation, device)
     return impl
+
+
+# --- what a part of a model costs ---------------------------------------------------------------------------------
+
+
+def flops(module: nn.Module, context: int) -> float:
+    """Forward FLOPs per token of any part of a model, averaged over a sequence of `context` tokens."""
+    if hasattr(module, "flops"):
+        return module.flops(context)
+    if isinstance(module, nn.Linear):
+        return 2 * module.weight.numel()
+    return sum(flops(child, context) for child in module.children())
+
+
+def idle_parameters(module: nn.Module) -> float:
+    """Parameters that a token does not meet, on average."""
+    if hasattr(module, "idle_parameters"):
+        return module.idle_parameters()
+    return sum(idle_parameters(child) for child in module.children())
+
+
+def state_bytes(module: nn.Module, context: int, itemsize: int) -> float:
+    """Bytes remembered per sequence after `context` tokens."""
+    if hasattr(module, "state_bytes"):
+        return module.state_bytes(context, itemsize)
+    return sum(state_bytes(child, context, itemsize) for child in module.children())

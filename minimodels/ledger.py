@@ -4,9 +4,7 @@
     python -m minimodels.ledger --layers "mamba mlp window mlp" --context 8192
 
 FLOPs are those of matrix products, convolutions and scans, a multiply-add counted as two. Attention counts QKᵀ and PV as full
-T × T products, as PyTorch's counter and the usual model-FLOPs utilisation do, though a causal kernel may skip half. A layer
-that costs anything but its `nn.Linear` parts has methods `flops(context)`, `state_bytes(context, itemsize)` and, where tokens
-meet only part of it, `idle_parameters()`.
+T × T products, as PyTorch's counter and the usual model-FLOPs utilisation do, though a causal kernel may skip half.
 """
 
 from __future__ import annotations
@@ -14,9 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+import tyro
 
-from .config import Config
+from .command import run_command
+from .config import BLOCKS, Config, InputError, preset
+from .layers import flops, idle_parameters, state_bytes
+from .lm import LM
+from .moe import expert_width
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,6 @@ class Ledger:
 
 def ledger(config: Config, context: int, itemsize: int = 4) -> Ledger:
     """Count the model that `config` describes. `itemsize`: bytes per element of what attention caches."""
-    from .lm import LM  # whose layers ask this file for the costs of what they hold
-    from .moe import expert_width
-
     everywhere = replace(config, capacity=1.0, experts_per_token=config.experts, expert_width=expert_width(config))
     with torch.device("meta"):
         model, unrouted = LM(config), LM(everywhere)
@@ -61,24 +60,34 @@ def ledger(config: Config, context: int, itemsize: int = 4) -> Ledger:
     )
 
 
-def flops(module: nn.Module, context: int) -> float:
-    """Forward FLOPs per token of any part of a model, averaged over a sequence of `context` tokens."""
-    if hasattr(module, "flops"):
-        return module.flops(context)
-    if isinstance(module, nn.Linear):
-        return 2 * module.weight.numel()
-    return sum(flops(child, context) for child in module.children())
+@dataclass(frozen=True)
+class Options:
+    """Print what models cost."""
+
+    layers: str = ""
+    """layers to count at the widths of `size`; by default every preset"""
+    size: str = "tiny"
+    """tiny or small"""
+    context: int = 1024
+    """tokens of context that FLOPs and state are counted at"""
 
 
-def idle_parameters(module: nn.Module) -> float:
-    """Parameters that a token does not meet, on average."""
-    if hasattr(module, "idle_parameters"):
-        return module.idle_parameters()
-    return sum(idle_parameters(child) for child in module.children())
+def main(options: Options) -> None:
+    if options.context < 1:
+        raise InputError("context", options.context, "1 or more")
+    if options.layers:
+        configs = {options.layers: preset("transformer", options.size, layers=options.layers)}
+    else:
+        configs = {model: preset(model, options.size) for model in BLOCKS}
+    width = max(map(len, configs))
+    print(f"{'':{width}}  parameters   active  MFLOPs/token  state KiB  saved by routing")
+    for name, config in configs.items():
+        cost = ledger(config, options.context)
+        print(
+            f"{name:{width}}  {cost.parameters / 1e6:9.2f}M {cost.active / 1e6:7.2f}M  {cost.training_flops / 1e6:12.1f}  "
+            f"{cost.state_bytes / 1024:9.0f}  {cost.speedup:15.2f}x"
+        )
 
 
-def state_bytes(module: nn.Module, context: int, itemsize: int) -> float:
-    """Bytes remembered per sequence after `context` tokens."""
-    if hasattr(module, "state_bytes"):
-        return module.state_bytes(context, itemsize)
-    return sum(state_bytes(child, context, itemsize) for child in module.children())
+if __name__ == "__main__":
+    run_command(main, lambda: tyro.cli(Options, description=__doc__))

@@ -27,8 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Config
-from .layers import Stack, linear
-from .ledger import flops, idle_parameters, state_bytes
+from .layers import Stack, flops, idle_parameters, linear, state_bytes
 
 
 class DepthState(NamedTuple):

@@ -138,9 +138,7 @@ def top(scores: Tensor, count: int) -> Tensor:
 # --- experts -----------------------------------------------------------------------------------------------------
 
 
-def grouped_mlp(
-    x: Tensor, gates: Tensor, visits: Tensor, gate_up: Tensor, out: Tensor, impl: str = "auto"
-) -> Tensor:
+def grouped_mlp(x: Tensor, gates: Tensor, visits: Tensor, gate_up: Tensor, out: Tensor, impl: str = "auto") -> Tensor:
     """y_t = Σ_e visits_te · gates_te · SwiGLU_e(x_t).
 
     x (n, D); gates (n, E); visits (n, E) bool; gate_up (E, 2I, D), gate rows first; out (E, D, I). Returns (n, D).

@@ -1,5 +1,7 @@
 """From logits to text.
 
+To continue a prompt with a trained model, printing each token as it comes:
+
     python -m minimodels.sample runs/transformer --prompt "def " --temperature 0.8 --min-p 0.05
 """
 
@@ -45,9 +47,7 @@ class Sampling:
 
 
 @torch.inference_mode()
-def generate(
-    model: LM, prompts: list[Tensor], count: int, sampling: Sampling = Sampling(), seed: int = 0
-) -> Iterator[Tensor]:
+def generate(model: LM, prompts: list[Tensor], count: int, sampling: Sampling = Sampling(), seed: int = 0) -> Iterator[Tensor]:
     """Continue each prompt by `count` tokens, yielding (B,) int64 a step.
 
     prompts: B tensors of token ids, of any lengths. The prompts are one chunk, each later token another: the state is all

@@ -2,8 +2,9 @@
 
 import pytest
 
-from minimodels import LM, Config, InputError, ledger, preset
+from minimodels import LM, Config, InputError, preset
 from minimodels.config import BLOCKS, SIZES, parse_layers
+from minimodels.ledger import ledger
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from models import CASES, NOT_CAUSAL, SHAPE, make, same, tensors
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from minimodels import LM, Config, InputError
-from minimodels.ledger import flops, idle_parameters, ledger, state_bytes
+from minimodels.layers import flops, idle_parameters, state_bytes
+from minimodels.ledger import ledger
 
 B, T, D = 3, 23, SHAPE["width"]
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which PyTorch's counter does not know

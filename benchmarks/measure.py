@@ -1,0 +1,89 @@
+"""How everything here is timed: one process, the providers in turn, the same inputs, built before the clock starts.
+
+A shared machine drifts, so a figure is quoted as a ratio of two providers timed side by side in the same rounds, with the
+median and the spread over the rounds.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+Timings = dict[str, list[float]]  # provider -> seconds of one call, one per round
+
+
+def interleave(providers: dict[str, Callable[[], object]], rounds: int = 7, seconds: float = 0.2) -> Timings:
+    """Time each provider `rounds` times, turn by turn; a turn repeats the call for about `seconds`. The first two warm up."""
+    repeats = {}
+    for name, call in providers.items():
+        call()
+        start = time.perf_counter()
+        call()
+        repeats[name] = max(1, round(seconds / (time.perf_counter() - start)))
+    timings: Timings = {name: [] for name in providers}
+    for _ in range(rounds):
+        for name, call in providers.items():
+            synchronise()
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                call()
+            synchronise()
+            timings[name].append((time.perf_counter() - start) / repeats[name])
+    return timings
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def ratio(timings: Timings, name: str, other: str) -> tuple[float, float, float]:
+    """How many times faster `name` is than `other`: median, least and most over the rounds."""
+    ratios = [b / a for a, b in zip(timings[name], timings[other], strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def peak_memory(call: Callable[[], object]) -> int:
+    """Bytes by which a call raises the peak of a fresh process on the CPU. `call` must be importable by name."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_raise_of_peak, (call,))
+
+
+def _raise_of_peak(call: Callable[[], object]) -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    torch.ones(1000, 1000) @ torch.ones(1000, 1000)  # what the first product allocates for good
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    call()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+
+
+def environment() -> dict[str, object]:
+    """What a figure depends on besides the code: commit, device, versions, threads."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    cuda = torch.cuda.is_available()
+    return {
+        "commit": git.stdout.strip(),
+        "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    """Write rows as JSON lines, each with the environment it was measured in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shared = environment()
+    path.write_text("".join(json.dumps({**shared, **row}) + "\n" for row in rows))
+    print(f"written to {path}")

@@ -1,0 +1,182 @@
+"""Is each part as fast as it should be on this machine?
+
+    python -m benchmarks.parts                  all four questions, about three minutes on two CPU cores
+    python -m benchmarks.parts --only scan      one of them: scan, moe, mod, trainer
+
+- scan: the selective scan, forward and backward, against a loop over the tokens and against mambapy's parallel scan
+- moe: routed experts against a dense MLP of equal active FLOPs, and against the loop over experts
+- mod: a training step of mixture-of-depths against the dense model, beside the speed-up that its FLOPs promise
+- trainer: tokens per second of a small transformer's whole training step, where overhead counts
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import tyro
+
+from minimodels import LM, Config, InputError
+from minimodels.command import run_command
+from minimodels.ledger import ledger
+from minimodels.mamba import recurrence, scan
+from minimodels.moe import MoE
+from minimodels.optim import adamw
+from minimodels.transformer import SwiGLU
+
+from .measure import interleave, peak_memory, ratio, write
+
+
+def scan_inputs(T: int, D: int = 512, N: int = 16, batch: int = 1) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    x, delta = torch.randn(2, batch, T, D, generator=g)
+    B, C = torch.randn(2, batch, T, N, generator=g)
+    A = -torch.arange(1, N + 1).float().repeat(D, 1)
+    inputs = [x, F.softplus(delta - 3), A, B, C, torch.zeros(batch, D, N)]
+    return [tensor.requires_grad_() for tensor in inputs]
+
+
+def mambapy_scan(x, delta, A, B, C, state):
+    """The same function on mambapy's parallel scan, whose states start from zero."""
+    from mambapy.pscan import pscan
+
+    decay = torch.exp(delta.unsqueeze(-1) * A)  # (B, T, D, N)
+    states = pscan(decay, (delta * x).unsqueeze(-1) * B.unsqueeze(2))
+    return (states @ C.unsqueeze(-1)).squeeze(-1), states[:, -1]
+
+
+PROVIDERS = {"scan": scan, "loop": recurrence, "mambapy": mambapy_scan}
+
+
+def both_ways(provider: str, inputs: list[torch.Tensor]) -> torch.Tensor:
+    for tensor in inputs:
+        tensor.grad = None
+    y, _ = PROVIDERS[provider](*inputs)
+    y.backward(inputs[0].detach())
+    return y
+
+
+def scan_once(provider: str, T: int) -> None:
+    both_ways(provider, scan_inputs(T))
+
+
+def measure_scan() -> list[dict]:
+    rows = []
+    names = [name for name in PROVIDERS if name != "mambapy" or importlib.util.find_spec("mambapy")]
+    if len(names) < len(PROVIDERS):
+        print("mambapy is not installed: skipped (pip install mambapy)")
+    print("selective scan, forward + backward, batch 1, D 512, N 16, fp32")
+    print(f"{'T':>6} {'ms':>8} {'us/token':>9} " + "".join(f"{'against ' + name:>26}" for name in names[1:]) + "   MB")
+    for T in (256, 512, 1024, 2048, 4096, 8192):
+        inputs = scan_inputs(T)
+        against = names if T in (256, 1024, 4096) else names[:1]
+        outputs = [both_ways(name, inputs) for name in against]
+        for output in outputs[1:]:
+            torch.testing.assert_close(output, outputs[0], rtol=1e-3, atol=1e-3)
+        timings = interleave({name: partial(both_ways, name, inputs) for name in against})
+        memory = {name: peak_memory(partial(scan_once, name, T)) for name in against}
+        seconds = statistics.median(timings["scan"])
+        cells = [ratio(timings, "scan", name) for name in against[1:]]
+        print(
+            f"{T:6} {seconds * 1e3:8.1f} {seconds * 1e6 / T:9.1f} "
+            + "".join(f"{median:13.2f}x ({low:.2f}-{high:.2f})" for median, low, high in cells)
+            + "   " + ", ".join(f"{name} {size / 1e6:.0f}" for name, size in memory.items())
+        )  # fmt: skip
+        rows += [
+            {"part": "scan", "T": T, "provider": name, "seconds": timings[name], "peak_bytes": memory[name]} for name in against
+        ]
+    return rows
+
+
+def measure_moe() -> list[dict]:
+    config = Config(width=512, experts=8, experts_per_token=2)
+    x = torch.randn(8, 512, 512, requires_grad=True)
+    gradient = torch.randn_like(x)
+    layers = {
+        "dense": SwiGLU(config),
+        "routed": MoE(config),
+        "loop": MoE(Config(width=512, experts=8, experts_per_token=2, impl="reference")),
+    }
+    timings = interleave({name: lambda layer=layer: layer(x)[0].backward(gradient) for name, layer in layers.items()})
+    print("experts, forward + backward, E 8, K 2, 4096 tokens, D 512, fp32")
+    for name in ("routed", "loop"):
+        median, low, high = ratio(timings, name, "dense")
+        print(f"{name:>8}: {median:.2f}x a dense MLP of equal active FLOPs ({low:.2f}-{high:.2f})")
+    return [{"part": "moe", "provider": name, "seconds": seconds} for name, seconds in timings.items()]
+
+
+def measure_mod() -> list[dict]:
+    rows = []
+    print("mixture-of-depths, training step, 6 layers, d 256, capacity 0.125, fp32")
+    for T, batch in ((256, 8), (1024, 2)):
+        configs = {
+            "dense": Config(width=256, layers="(attention mlp)*6"),
+            "mod": Config(width=256, layers="(attention mlp mod(attention mlp))*3"),
+        }
+        promised = ledger(configs["dense"], T).forward_flops / ledger(configs["mod"], T).forward_flops
+        timings = interleave({name: train_step(config, batch, T) for name, config in configs.items()})
+        median, low, high = ratio(timings, "mod", "dense")
+        print(
+            f"  T {T:5}: {median:.2f}x the dense model ({low:.2f}-{high:.2f}); "
+            f"its FLOPs promise {promised:.2f}x: {median / promised:.0%}"
+        )
+        rows += [
+            {"part": "mod", "T": T, "provider": name, "seconds": seconds, "promised": promised}
+            for name, seconds in timings.items()
+        ]
+    return rows
+
+
+def measure_trainer() -> list[dict]:
+    config = Config(width=128, heads=4, layers="(attention mlp)*4", vocab=65)
+    timings = interleave({"transformer": train_step(config, 12, 64)}, rounds=15)
+    speeds = [12 * 64 / seconds for seconds in timings["transformer"]]
+    print("trainer, whole step, 4 layers, d 128, 4 heads, context 64, batch 12, fp32")
+    print(f"  {statistics.median(speeds):,.0f} tokens/s ({min(speeds):,.0f}-{max(speeds):,.0f})")
+    return [{"part": "trainer", "provider": name, "seconds": seconds} for name, seconds in timings.items()]
+
+
+def train_step(config: Config, batch: int, T: int):
+    """A closure that makes one training step of the model on random tokens."""
+    torch.manual_seed(0)
+    model = LM(config)
+    optimizer = adamw(model, 1e-4, 0.1)
+    tokens = torch.randint(model.embedding.num_embeddings, (batch, T + 1))
+
+    def step() -> None:
+        loss, _ = model.loss(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+QUESTIONS = {"scan": measure_scan, "moe": measure_moe, "mod": measure_mod, "trainer": measure_trainer}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Time the parts of this machine's training, side by side."""
+
+    only: str = ""
+    """one question: scan, moe, mod or trainer; all by default"""
+    out: Path = Path("benchmarks/results/parts.jsonl")
+    """file for the JSON rows"""
+
+
+def main(options: Options) -> None:
+    if options.only and options.only not in QUESTIONS:
+        raise InputError("only", options.only, ", ".join(QUESTIONS))
+    rows = [row for name, measure in QUESTIONS.items() if options.only in ("", name) for row in measure()]
+    write(options.out, rows)
+
+
+if __name__ == "__main__":
+    run_command(main, lambda: tyro.cli(Options, description=__doc__))
