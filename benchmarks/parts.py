@@ -24,9 +24,10 @@ import tyro
 from minimodels import LM, Config, InputError
 from minimodels.command import run_command
 from minimodels.ledger import ledger
-from minimodels.mamba import recurrence, scan
+from minimodels.mamba import recurrence
 from minimodels.moe import MoE
 from minimodels.optim import adamw
+from minimodels.scan import scan
 from minimodels.transformer import SwiGLU
 
 from .measure import interleave, peak_memory, ratio, write

@@ -32,8 +32,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        exact = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        return self.weight * F.rms_norm(exact, self.weight.shape, eps=self.eps).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Residual(nn.Module):
@@ -68,16 +67,19 @@ def linear(inputs: int, outputs: int, std: float = 0.02) -> nn.Linear:
 
 
 def rotary(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of the angles p · base^(-2j/d), j < d/2: two (..., d/2) in fp32 (RoPE, arXiv:2104.09864)."""
+    """cos θ and ±sin θ of the angles θ_j = p · base^(-2j/d), for both halves of a head: two (..., d) in fp32.
+
+    RoPE, arXiv:2104.09864, with the pairs (x_j, x_{j+d/2}): the first of a pair is turned with -sin, the second with sin.
+    """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions.float().unsqueeze(-1) * base**-exponents
-    return angles.cos(), angles.sin()
+    angles = positions.float().unsqueeze(-1) * base**-exponents  # (..., d/2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x_j, x_{j+d/2}) of the last dimension by its angle, so that <q_m, k_n> depends on m - n alone."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
 
 def choose(impl: str, operation: str, device: torch.device) -> str:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from .config import Config
 from .layers import choose
+from .scan import scan
 
 
 class MambaState(NamedTuple):
@@ -175,6 +176,3 @@ def recurrence(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Ten
         h = decay * h + (delta_t * x_t).unsqueeze(-1) * B_t.unsqueeze(1)  # (B, D, N)
         outputs.append((h @ C_t.unsqueeze(-1)).squeeze(-1))  # (B, D)
     return torch.stack(outputs, dim=1), h
-
-
-scan = recurrence

@@ -39,7 +39,8 @@ class MoE(nn.Module):
         self.scale, self.impl = config.routed_scale, config.impl
         self.balance_loss, self.z_loss, self.bias_step = config.balance_loss, config.z_loss, config.bias_step
         self.router = linear(D, E)
-        self.gate_up = nn.Parameter(torch.empty(E, 2 * I, D).normal_(std=0.02))
+        self.gate = nn.Parameter(torch.empty(E, I, D).normal_(std=0.02))
+        self.up = nn.Parameter(torch.empty(E, I, D).normal_(std=0.02))
         self.out = nn.Parameter(torch.empty(E, D, I).normal_(std=0.02 / config.depth**0.5))
         self.shared = SwiGLU(config, config.shared_experts * I) if config.shared_experts else None
         self.register_buffer("bias", torch.zeros(E))  # for sigmoid_bias: added to the scores when selecting
@@ -52,7 +53,7 @@ class MoE(nn.Module):
             gates, visits, probabilities = self.route(logits, self.K, self.bias)
             self.auxiliary_losses, self.observed = self.account(logits, visits, probabilities, positions)
         y = grouped_mlp(
-            x.flatten(0, 1), (self.scale * gates).flatten(0, 1), visits.flatten(0, 1), self.gate_up, self.out, self.impl
+            x.flatten(0, 1), (self.scale * gates).flatten(0, 1), visits.flatten(0, 1), self.gate, self.up, self.out, self.impl
         ).view_as(x)
         if self.shared is not None:
             y = y + self.shared(x)[0]
@@ -82,13 +83,13 @@ class MoE(nn.Module):
 
     def flops(self, context: int) -> float:
         """Forward FLOPs per token: the router, K experts, the shared experts."""
-        one_expert = self.gate_up[0].numel() + self.out[0].numel()
+        one_expert = 3 * self.out[0].numel()
         shared = 0 if self.shared is None else sum(p.numel() for p in self.shared.parameters())
         return 2 * (self.router.weight.numel() + self.K * one_expert + shared)
 
     def idle_parameters(self) -> float:
         """Parameters that a token does not meet."""
-        return (1 - self.K / self.out.shape[0]) * (self.gate_up.numel() + self.out.numel())
+        return (1 - self.K / self.out.shape[0]) * 3 * self.out.numel()
 
 
 def expert_width(config: Config) -> int:
@@ -138,36 +139,36 @@ def top(scores: Tensor, count: int) -> Tensor:
 # --- experts -----------------------------------------------------------------------------------------------------
 
 
-def grouped_mlp(x: Tensor, gates: Tensor, visits: Tensor, gate_up: Tensor, out: Tensor, impl: str = "auto") -> Tensor:
-    """y_t = Σ_e visits_te · gates_te · SwiGLU_e(x_t).
+def grouped_mlp(x: Tensor, gates: Tensor, visits: Tensor, gate: Tensor, up: Tensor, out: Tensor, impl: str = "auto") -> Tensor:
+    """y_t = Σ_e visits_te · gates_te · out_e (silu(gate_e x_t) ⊙ up_e x_t).
 
-    x (n, D); gates (n, E); visits (n, E) bool; gate_up (E, 2I, D), gate rows first; out (E, D, I). Returns (n, D).
+    x (n, D); gates (n, E); visits (n, E) bool; gate, up (E, I, D); out (E, D, I). Returns (n, D).
     Raises ValueError on shapes that disagree.
     """
-    (n, D), (E, _, _), I = x.shape, gate_up.shape, out.shape[2]
-    if (gates.shape, visits.shape, gate_up.shape, out.shape) != ((n, E), (n, E), (E, 2 * I, D), (E, D, I)):
+    (n, D), (E, I, _) = x.shape, gate.shape
+    if (gates.shape, visits.shape, gate.shape, up.shape, out.shape) != ((n, E), (n, E), (E, I, D), (E, I, D), (E, D, I)):
         raise ValueError(
             f"grouped_mlp: x {tuple(x.shape)}, gates {tuple(gates.shape)}, visits {tuple(visits.shape)}, "
-            f"gate_up {tuple(gate_up.shape)} and out {tuple(out.shape)} do not fit"
+            f"gate {tuple(gate.shape)}, up {tuple(up.shape)} and out {tuple(out.shape)} do not fit"
         )
     path = choose(impl, "grouped_mlp", x.device)
     if path == "triton":
         from .kernels.grouped_mlp import grouped_mlp as kernel
 
-        return kernel(x, gates, visits, gate_up, out)
+        return kernel(x, gates, visits, gate, up, out)
     if path == "reference":
         y = torch.zeros_like(x)
         for e in range(E):
             (token,) = visits[:, e].nonzero(as_tuple=True)
-            gate, up = F.linear(x[token], gate_up[e]).chunk(2, dim=-1)
-            expert = F.linear(F.silu(gate) * up, out[e])
+            rows = x[token]  # (A_e, D)
+            expert = F.linear(F.silu(F.linear(rows, gate[e])) * F.linear(rows, up[e]), out[e])
             y = y.index_add(0, token, (expert * gates[token, e, None]).to(y.dtype))
         return y
     expert, token = visits.t().nonzero(as_tuple=True)  # (A,) each, ordered by expert
-    counts = visits.sum(0)
-    gate, up = grouped_linear(x[token], gate_up, counts).chunk(2, dim=-1)  # (A, I) each
-    hidden = F.silu(gate) * up * gates[token, expert, None].to(gate.dtype)  # gated where it is narrowest
-    return torch.zeros_like(x).index_add(0, token, grouped_linear(hidden, out, counts).to(x.dtype))
+    counts, rows = visits.sum(0), x[token]  # (E,), (A, D)
+    hidden = F.silu(grouped_linear(rows, gate, counts)) * grouped_linear(rows, up, counts)  # (A, I)
+    y = grouped_linear(hidden, out, counts) * gates[token, expert, None].to(hidden.dtype)  # (A, D)
+    return torch.zeros_like(x).index_add(0, token, y.to(x.dtype))
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

@@ -48,7 +48,9 @@ class Attention(nn.Module):
         self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
         self.head_dim = config.head_dim or config.width // config.heads
         self.rope_base, self.impl, self.window = config.rope_base, config.impl, window
-        self.qkv = linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_dim)
+        self.q = linear(config.width, self.heads * self.head_dim)
+        self.k = linear(config.width, self.kv_heads * self.head_dim)
+        self.v = linear(config.width, self.kv_heads * self.head_dim)
         self.out = linear(self.heads * self.head_dim, config.width, std=0.02 / config.depth**0.5)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
@@ -61,13 +63,11 @@ class Attention(nn.Module):
             positions = seen[:, None] + torch.arange(T, device=x.device)
         seen = torch.maximum(seen, positions.amax(1) + 1)
 
-        q, k, v = rearrange(self.qkv(x), "B T (H d) -> B H T d", d=self.head_dim).split(
-            (self.heads, self.kv_heads, self.kv_heads), dim=1
-        )
+        q, k, v = (rearrange(part(x), "B T (H d) -> B H T d", d=self.head_dim) for part in (self.q, self.k, self.v))
         q, k = self.q_norm(q), self.k_norm(k)
         if self.rope_base:
-            cos, sin = rotary(positions.unsqueeze(1), self.head_dim, self.rope_base)  # (B, 1, T, d/2)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            angles = rotary(positions.unsqueeze(1), self.head_dim, self.rope_base)  # (B, 1, T, d) twice
+            q, k = rotate(q, *angles), rotate(k, *angles)
 
         now = AttentionState(k, v, positions, seen)
         if state is not None:
@@ -104,7 +104,8 @@ class Attention(nn.Module):
     def flops(self, context: int) -> float:
         """Forward FLOPs per token: projections, and QKᵀ and PV with every key computed, those masked included."""
         keys = context if self.window is None else min(context, 2 * self.window)
-        return 2 * (self.qkv.weight.numel() + self.out.weight.numel()) + 4 * self.heads * self.head_dim * keys
+        projections = sum(part.weight.numel() for part in (self.q, self.k, self.v, self.out))
+        return 2 * projections + 4 * self.heads * self.head_dim * keys
 
     def state_bytes(self, context: int, itemsize: int) -> float:
         """Bytes remembered per sequence after `context` tokens."""
@@ -181,12 +182,12 @@ class SwiGLU(nn.Module):
     def __init__(self, config: Config, hidden: int | None = None):
         super().__init__()
         hidden = hidden or mlp_width(config)
-        self.gate_up = linear(config.width, 2 * hidden)
+        self.gate = linear(config.width, hidden)
+        self.up = linear(config.width, hidden)
         self.out = linear(hidden, config.width, std=0.02 / config.depth**0.5)
 
     def forward(self, x: Tensor, state=None, positions=None):
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.out(F.silu(gate) * up), None
+        return self.out(F.silu(self.gate(x)) * self.up(x)), None
 
 
 def mlp_width(config: Config) -> int:

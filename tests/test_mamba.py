@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from models import same
 
 from minimodels import Config
-from minimodels.mamba import Mamba, causal_conv1d, recurrence, scan, selective_scan
+from minimodels.mamba import Mamba, causal_conv1d, recurrence, selective_scan
+from minimodels.scan import scan
 
 
 def arguments(batch=2, time=13, D=3, N=4, seed=0):
@@ -50,6 +51,30 @@ def test_low_precision_is_within_twice_the_plain_error(dtype):
     low = [part.to(dtype) for part in (x, delta, A, B, C, skip, z)]
     error = {impl: (selective_scan(*low, None, h, impl)[0] - exact).abs().max() for impl in ("reference", "torch")}
     assert error["torch"] <= 2 * error["reference"]
+
+
+def test_scan_is_one_opaque_operation_that_compiles():
+    inputs = [part.detach().float() for part in arguments()]
+    torch.library.opcheck(torch.ops.minimodels.scan_forward.default, [part.requires_grad_() for part in inputs])
+    compiled = torch.compile(scan, fullgraph=True, backend="aot_eager")
+    for one, other in zip(compiled(*inputs), scan(*inputs), strict=True):
+        same(one, other, 1e-6)
+
+
+def test_autocast_leaves_the_state_exact():
+    inputs = [part.detach().float() for part in arguments(2, 50, 8, 4)]
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = scan(*inputs)
+    for one, other in zip(cast, scan(*inputs), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (4, 5), (2,)])
+def test_gradients_of_some_arguments_only(wanted):
+    inputs = [part.detach().requires_grad_(i in wanted) for i, part in enumerate(arguments())]
+    y, _ = scan(*inputs)
+    y.sum().backward()
+    assert [part.grad is not None for part in inputs] == [i in wanted for i in range(6)]
 
 
 def test_no_step_freezes_the_state():

@@ -26,9 +26,11 @@ def text() -> torch.Tensor:
 
 def test_identical_experts_are_one_dense_mlp():
     moe = layer()
-    moe.gate_up.data[:], moe.out.data[:] = moe.gate_up.data[0].clone(), moe.out.data[0].clone()
+    for experts in (moe.gate, moe.up, moe.out):
+        experts.data[:] = experts.data[0].clone()
     dense = SwiGLU(Config(**SHAPE), moe.out.shape[2]).double()
-    dense.gate_up.weight.data, dense.out.weight.data = moe.gate_up.data[0], moe.out.data[0]
+    for name in ("gate", "up", "out"):
+        getattr(dense, name).weight.data = getattr(moe, name).data[0]
     same(moe(text())[0], dense(text())[0])
 
 
@@ -38,8 +40,7 @@ def test_all_experts_are_the_soft_mixture(router):
     probabilities = F.linear(x, moe.router.weight).softmax(-1)
     experts = []
     for e in range(E):
-        gate, up = F.linear(x, moe.gate_up[e]).chunk(2, -1)
-        experts.append(F.linear(F.silu(gate) * up, moe.out[e]))
+        experts.append(F.linear(F.silu(F.linear(x, moe.gate[e])) * F.linear(x, moe.up[e]), moe.out[e]))
     same(moe(x)[0], (torch.stack(experts, -1) * probabilities.unsqueeze(2)).sum(-1))
 
 
@@ -47,7 +48,8 @@ def test_the_order_of_experts_does_not_matter():
     moe, order = layer(), torch.tensor([2, 0, 3, 1])
     before, _ = moe(text())
     moe.router.weight.data = moe.router.weight.data[order]
-    moe.gate_up.data, moe.out.data = moe.gate_up.data[order], moe.out.data[order]
+    for experts in (moe.gate, moe.up, moe.out):
+        experts.data = experts.data[order]
     same(moe(text())[0], before)
 
 
@@ -143,13 +145,13 @@ def test_padding_is_not_counted():
 
 def test_expert_without_tokens_gets_no_gradient_and_does_no_harm():
     x = torch.randn(5, D, requires_grad=True)
-    gate_up, out = torch.randn(E, 12, D, requires_grad=True), torch.randn(E, D, 6, requires_grad=True)
+    gate, up, out = (torch.randn(shape, requires_grad=True) for shape in ((E, 6, D), (E, 6, D), (E, D, 6)))
     visits = torch.zeros(5, E, dtype=torch.bool)
     visits[:, 1] = True
     results = []
     for impl in ("reference", "torch"):
-        y = grouped_mlp(x, torch.ones(5, E), visits, gate_up, out, impl)
-        results.append((y, *torch.autograd.grad(y.square().sum(), (x, gate_up, out))))
+        y = grouped_mlp(x, torch.ones(5, E), visits, gate, up, out, impl)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, gate, up, out))))
         assert results[-1][2][[0, 2, 3]].abs().sum() == 0
-    for name, reference, fast in zip(("y", "dx", "dgate_up", "dout"), *results, strict=True):
+    for name, reference, fast in zip(("y", "dx", "dgate", "dup", "dout"), *results, strict=True):
         assert torch.allclose(fast, reference, rtol=1e-4, atol=1e-3), name

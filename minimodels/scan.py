@@ -1,0 +1,154 @@
+"""The selective scan in plain torch, forward and backward, fast on any device. What it computes: `minimodels.mamba.recurrence`.
+
+It stands apart from mamba.py so that the architecture can be learnt without it. A step of the recurrence is one multiply-add,
+so what costs time is memory: all states together are N times as large as x. They are never held at once. Time is cut into
+chunks; a chunk's decays and inputs are made in one operation each, then one in-place operation per step turns inputs into
+states. Only the states at the chunk boundaries are saved, and the backward pass computes the others again.
+
+    name        paper   shape
+    x                   (B, T, D)      input of the SSM
+    delta       Δ       (B, T, D)      step size, after softplus
+    A           A       (D, N)         negative; inside, transposed to (N, D)
+    B, C        B, C    (B, T, N)      input and output matrix
+    state       h       (B, D, N)      inside, (B, chunk, N, D): inner loops then run over channels, of which there are many
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+WORK = 2**19  # states in a chunk: enough to amortise a call, few enough for the chunk's tensors to stay in cache
+
+
+def scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """y (B, T, D) and the final state (B, D, N), in the arguments' one dtype. Every argument may want a gradient."""
+    if x.shape[1] == 1:  # decoding: the recurrence as it is
+        state = torch.exp(delta.mT * A) * state + (delta * x).mT * B  # (B, D, N)
+        return (state * C).sum(2).unsqueeze(1), state
+    y, state, _ = scan_forward(*(tensor.contiguous() for tensor in (x, delta, A, B, C, state)))
+    return y, state
+
+
+@torch.library.custom_op("minimodels::scan_forward", mutates_args=())
+def scan_forward(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the final state, and the states at the chunk boundaries, first and last included: (chunks + 1, B, N, D)."""
+    y, final_state, boundaries = empty_outputs(x, delta, A, B, C, state)
+    boundaries[0] = state.mT
+    for chunk, (now, _, _, _, h) in enumerate(walk(x, delta, A.mT.contiguous(), B, boundaries)):
+        y[:, now] = (C[:, now].unsqueeze(2) @ h).squeeze(2)
+        boundaries[chunk + 1] = h[:, -1]
+    return y, final_state.copy_(boundaries[-1].mT), boundaries
+
+
+@torch.library.custom_op("minimodels::scan_backward", mutates_args=())
+def scan_backward(
+    dy: Tensor, dstate: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, boundaries: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, delta, A, B, C and the initial state from those of y and the final state.
+
+    g_t = ∂L/∂h_t obeys the same recurrence, backwards: g_t = C_t dy_t + exp(Δ_{t+1} A) g_{t+1}. From it
+    d(Δ_t x_t) = B_t · g_t,  dB_t = g_t · Δ_t x_t,  dC_t = h_t · dy_t,  d(Δ_t A) = g_t exp(Δ_t A) h_{t-1}.
+    """
+    A, dstate = A.mT.contiguous(), dstate.mT  # (N, D), (B, N, D)
+    dx, ddelta, dB, dC = (torch.empty_like(tensor) for tensor in (x, delta, B, C))
+    gradient = x.new_empty(x.shape[0], min(chunk_length(dstate), x.shape[1]), *A.shape)  # (B, chunk, N, D)
+    gradient_steps = gradient.unbind(1)
+    dA = torch.zeros_like(gradient)  # summed over batch and chunk at the end: adding is cheaper than reducing
+    for now, start, decay, decay_steps, h in walk(x, delta, A, B, boundaries, backwards=True):
+        steps = h.shape[1]
+        g = torch.mul(dy[:, now].unsqueeze(2), C[:, now].unsqueeze(3), out=gradient[:, :steps])
+        last = gradient_steps[steps - 1].add_(dstate)
+        recur(reversed(decay_steps[1:]), last, reversed(gradient_steps[: steps - 1]))
+
+        dinput = (B[:, now].unsqueeze(2) @ g).squeeze(2)  # of Δx, (B, chunk, D)
+        dB[:, now] = ((delta[:, now] * x[:, now]).unsqueeze(2) @ g.mT).squeeze(2)
+        dC[:, now] = (dy[:, now].unsqueeze(2) @ h.mT).squeeze(2)
+
+        g *= decay
+        dstate = g[:, 0].clone()
+        g[:, 0] *= start
+        g[:, 1:] *= h[:, :-1]  # from here on the gradient of ΔA
+        dA[:, :steps].addcmul_(g, delta[:, now].unsqueeze(2))
+        g *= A
+        ddelta[:, now] = g.sum(2).addcmul_(dinput, x[:, now])
+        dx[:, now] = dinput * delta[:, now]
+    return dx, ddelta, dA.sum((0, 1)).mT.contiguous(), dB, dC, dstate.mT.contiguous()
+
+
+def walk(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, boundaries: Tensor, backwards: bool = False
+) -> Iterator[tuple[slice, Tensor, Tensor, tuple[Tensor, ...], Tensor]]:
+    """Compute one chunk's states after another's, each from its boundary state, all in the same memory.
+
+    Yields the chunk's slice of time, its boundary state, its decays (whole, and as one view per step) and its states.
+    """
+    T, length = x.shape[1], chunk_length(boundaries[0])
+    decay, h = x.new_empty(2, x.shape[0], min(length, T), *A.shape)  # (B, chunk, N, D) each
+    decay_steps, h_steps = decay.unbind(1), h.unbind(1)  # made once: a view costs half as much as its step
+    exponent = A * math.log2(math.e)  # exp(ΔA) as a power of two, which is cheaper
+    chunks = list(zip(range(0, T, length), boundaries.unbind(), strict=False))
+    for first, start in reversed(chunks) if backwards else chunks:
+        steps = min(length, T - first)
+        now = slice(first, first + steps)
+        torch.mul(delta[:, now].unsqueeze(2), exponent, out=decay[:, :steps]).exp2_()
+        torch.mul((delta[:, now] * x[:, now]).unsqueeze(2), B[:, now].unsqueeze(3), out=h[:, :steps])
+        recur(decay_steps, start, h_steps[:steps])
+        yield now, start, decay[:, :steps], decay_steps[:steps], h[:, :steps]
+
+
+def recur(decays: Iterable[Tensor], h: Tensor, inputs: Iterable[Tensor]) -> None:
+    """h_t = decay_t h_{t-1} + input_t, step by step, in place of the inputs."""
+    for decay, entry in zip(decays, inputs, strict=False):
+        h = entry.addcmul_(decay, h)
+
+
+def chunk_length(state: Tensor) -> int:
+    """Steps in a chunk. At least 16: the boundary states saved are then no more than 1/16 of all."""
+    return max(16, WORK // state.numel())
+
+
+# --- what PyTorch must know of the two operations: shapes, derivative, precision, cost ------------------------------------
+
+
+@scan_forward.register_fake
+def empty_outputs(x, delta, A, B, C, state):
+    batch, D, N = state.shape
+    chunks = -(-x.shape[1] // chunk_length(state))
+    return torch.empty_like(x), torch.empty_like(state), x.new_empty(chunks + 1, batch, N, D)
+
+
+@scan_backward.register_fake
+def _(dy, dstate, x, delta, A, B, C, boundaries):
+    return tuple(torch.empty_like(tensor) for tensor in (x, delta, A, B, C, dstate))
+
+
+def save(ctx, inputs, output):
+    *arguments, _ = inputs
+    _, _, boundaries = output
+    ctx.save_for_backward(*arguments, boundaries)
+
+
+def differentiate(ctx, dy, dstate, _):
+    return scan_backward(dy.contiguous(), dstate.contiguous(), *ctx.saved_tensors)
+
+
+scan_forward.register_autograd(differentiate, setup_context=save)
+
+for operation in (scan_forward, scan_backward):
+    for device in ("cpu", "cuda"):
+        operation.register_autocast(device, torch.float32)  # products of states lose too much in half precision
+
+
+@register_flop_formula(torch.ops.minimodels.scan_forward)
+def forward_flops(x, delta, A, *_, out_shape=None):
+    return 9 * math.prod(x) * A[1]
+
+
+@register_flop_formula(torch.ops.minimodels.scan_backward)
+def backward_flops(dy, dstate, x, delta, A, *_, out_shape=None):
+    return 2 * forward_flops(x, delta, A)
