@@ -28,7 +28,7 @@ import tyro
 from tqdm import tqdm
 
 from minimodels import checkpoint
-from minimodels.command import pick_device, run_command
+from minimodels.command import keep_freed_memory, pick_device, run_command
 from minimodels.config import Config, InputError, preset
 from minimodels.data import Text, open_data
 from minimodels.layers import choose
@@ -114,6 +114,7 @@ CHANGEABLE = {*BOUNDS, "impl", "device", "dtype", "compile", "eval_every", "eval
 
 def main(options: Options) -> None:
     check(options)
+    keep_freed_memory()
     device = pick_device(options.device)
     data = open_data(options.data, options.context)
     if 0 < options.config.vocab < data.vocab:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import tyro
 
 from minimodels import LM, Config, InputError
-from minimodels.command import run_command
+from minimodels.command import keep_freed_memory, run_command
 from minimodels.ledger import ledger
 from minimodels.mamba import recurrence
 from minimodels.moe import MoE
@@ -175,6 +175,7 @@ class Options:
 def main(options: Options) -> None:
     if options.only and options.only not in QUESTIONS:
         raise InputError("only", options.only, ", ".join(QUESTIONS))
+    keep_freed_memory()  # for every provider alike, as train.py does
     rows = [row for name, measure in QUESTIONS.items() if options.only in ("", name) for row in measure()]
     write(options.out, rows)
 

@@ -1,7 +1,8 @@
-"""What every command line shares: a typed dataclass of options, and errors told in one line."""
+"""What every command line shares: errors told in one line, the device, the memory of the process."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections.abc import Callable
@@ -35,3 +36,18 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError):
         raise InputError("device", name, "auto, cpu" + ", cuda" * torch.cuda.is_available()) from None
     return device
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed for the next step, not return it to the kernel, which clears each page anew.
+
+    A training step frees and takes the same large tensors again and again: on a CPU this can double its speed. It concerns
+    Linux with glibc; elsewhere nothing changes.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return
+    trim_threshold, mmap_max = -1, -4  # mallopt(3)
+    libc.mallopt(trim_threshold, 2**31 - 1)
+    libc.mallopt(mmap_max, 0)
