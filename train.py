@@ -35,7 +35,7 @@ from minimodels.layers import choose
 from minimodels.ledger import ledger
 from minimodels.lm import IGNORE, LM
 from minimodels.optim import SCHEDULES, adamw, learning_rate
-from minimodels.sample import generate
+from minimodels.sample import generate, to_bytes
 from minimodels.tasks import Task
 
 
@@ -146,8 +146,13 @@ def main(options: Options) -> None:
     bounds = [f"{last_step} steps"] * (last_step < math.inf) + [f"{options.minutes} minutes"] * bool(options.minutes)
     print(f"run      {run}, from step {step}, to {' or '.join(bounds)}", flush=True)
 
-    interrupted = threading.Event()
-    previous = signal.signal(signal.SIGINT, lambda *_: (interrupted.set(), signal.signal(signal.SIGINT, previous)))
+    interrupted, at_interrupt = threading.Event(), signal.getsignal(signal.SIGINT)
+
+    def stop(*_):  # after the step; a second Ctrl-C does not wait for it
+        interrupted.set()
+        signal.signal(signal.SIGINT, at_interrupt)
+
+    signal.signal(signal.SIGINT, stop)
     bar = tqdm(total=1.0, bar_format="{percentage:3.0f}% |{bar:20}| {elapsed}<{remaining} {postfix}", mininterval=0.5)
     start = time.perf_counter() - done["seconds"]
     lap, lap_step, losses = time.perf_counter(), step, []
@@ -193,6 +198,7 @@ def main(options: Options) -> None:
             lap, lap_step = time.perf_counter(), step
 
     bar.close()
+    signal.signal(signal.SIGINT, at_interrupt)
     seconds = time.perf_counter() - start
     checkpoint.save(run, model, optimizer, {"step": step, "seconds": seconds})
     if interrupted.is_set():
@@ -217,27 +223,29 @@ def evaluate(model: LM, data: Text | Task, options: Options, autocast: torch.aut
         right += (logits.argmax(-1) == targets).sum()
         count += (targets != IGNORE).sum()
     model.train()
-    nats, accuracy = float(loss / count), float(right / count)
-    return {"validation_loss": nats, "bits_per_token": nats / math.log(2), "accuracy": accuracy}
+    nats = float(loss / count)
+    scores = {"validation_loss": nats, "accuracy": float(right / count)}
+    return scores | {"bits_per_byte": nats / math.log(2)} if isinstance(data, Text) else scores
 
 
 def report(run: Path, scores: dict[str, float], step: int, seconds: float, write: Callable[[str], object]) -> None:
     """Put the scores of a validation into the log and before the reader."""
     write_log(run, {"step": step, "seconds": seconds, **scores})
-    write(f"step {step}: validation {scores['bits_per_token']:.3f} bits per token, {scores['accuracy']:.1%} right")
+    bits = f"{scores['bits_per_byte']:.3f} bits per byte, " if "bits_per_byte" in scores else ""
+    write(f"step {step}: validation {bits}{scores['accuracy']:.1%} right")
 
 
 def sample(model: LM, data: Text | Task, prompt: str) -> str:
     """200 tokens of text, or why there are none."""
     if not isinstance(data, Text):
-        return ""
+        return "no sample: a task has answers, not text"
     model.eval()
     if not model.causal:
         text = "no sample: this model routes over the whole sequence, which does not exist yet when generating"
     else:
         start = torch.tensor(list(prompt.encode()), dtype=torch.int64)
         tokens = [int(token) for token in generate(model, [start], 200)]
-        text = f"--- sample ---\n{prompt}{bytes(tokens).decode(errors='replace')}"
+        text = f"--- sample ---\n{prompt}{to_bytes(tokens).decode(errors='replace')}"
     model.train()
     return text
 
@@ -309,9 +317,9 @@ def count_steps(options: Options, tokens_per_step: int, flops_per_token: float) 
     ]
     if min(bounds) < 1:
         raise InputError("tokens, flops", (options.tokens, options.flops), f"enough for one step of {tokens_per_step} tokens")
-    if min(bounds) == math.inf and options.minutes is None:
-        return DEFAULT_STEPS[options.size]
-    return min(bounds)
+    if min(bounds) == math.inf:
+        return DEFAULT_STEPS[options.size] if options.minutes is None else math.inf
+    return int(min(bounds))
 
 
 def new_folder(options: Options) -> Path:

@@ -103,6 +103,11 @@ def keep(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits
 
 
+def to_bytes(tokens: list[int]) -> bytes:
+    """The text of byte tokens. A vocabulary larger than 256 has ids that are no bytes: they are left out."""
+    return bytes(token for token in tokens if token < 256)
+
+
 @dataclass(frozen=True)
 class Options:
     """Continue a prompt with a trained model, printing each token as it comes."""
@@ -126,7 +131,7 @@ def main(options: Options) -> None:
     print(options.prompt, end="", flush=True)
     text = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be several bytes
     for token in generate(model, [prompt], options.tokens, options.sampling, options.seed):
-        print(text.decode(bytes([int(token)])), end="", flush=True)
+        print(text.decode(to_bytes([int(token)])), end="", flush=True)
     print()
 
 

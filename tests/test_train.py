@@ -43,14 +43,14 @@ def test_main_path(model, tmp_path, monkeypatch, capsys):
     """Every preset trains, validates, samples and leaves its folder; sampling from it repeats on a seed."""
     run("--model", model, "--data", "text", "--steps", 40, "--lr", 0.01, "--prompt", "abc", *SMALL, monkeypatch=monkeypatch)
     printed = capsys.readouterr().out
-    for word in ("ledger", "parameters", "validation", "bits per token", "--- sample ---\nabc", f"runs/{model}"):
+    for word in ("ledger", "parameters", "validation", "bits per byte", "--- sample ---\nabc", f"runs/{model}"):
         assert word in printed
     folder = tmp_path / "runs" / model
     assert sorted(file.name for file in folder.iterdir()) == ["checkpoint.safetensors", "log.jsonl", "options.json"]
     records = log(folder)
     assert records[39]["loss"] < 0.8 * records[0]["loss"]
     assert records[39]["tokens"] == 40 * 64
-    assert records[-1]["bits_per_token"] < 5.5
+    assert records[-1]["bits_per_byte"] < 5.5
     if model == "moe":
         assert len(records[39]["load"]) == 4
         assert sum(records[39]["load"][0]) == pytest.approx(1)
