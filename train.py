@@ -52,7 +52,7 @@ class Options:
     """stdlib (Python's own source), a file, a folder, or a task: copying, induction, mqar (mqar:pairs=8,vocab=256)"""
 
     steps: int | None = None
-    """bound: optimizer steps; 400 for tiny and 20,000 for small where no bound is given"""
+    """bound: optimizer steps; 600 for tiny and 20,000 for small where no bound is given"""
     tokens: float | None = None
     """bound: training tokens"""
     flops: float | None = None
@@ -62,15 +62,15 @@ class Options:
 
     context: int = 256
     """tokens per sequence"""
-    batch_size: int = 16
+    batch_size: int = 8
     """sequences per forward pass"""
     accumulate: int = 1
     """forward passes per optimizer step"""
-    lr: float = 3e-3
+    lr: float = 2e-3
     """peak learning rate of AdamW"""
     schedule: str = "cosine"
     """cosine (to a tenth), wsd (stable, then to zero over the last fifth) or constant"""
-    warmup: int = 20
+    warmup: int = 50
     """steps over which the learning rate rises"""
     weight_decay: float = 0.1
     """of matrices; norms, biases, A_log and D never decay"""
@@ -106,7 +106,7 @@ TRAINING = {  # size -> the options that differ from the defaults
     "tiny": {},
     "small": {"context": 1024, "batch_size": 32, "lr": 6e-4, "warmup": 500, "eval_every": 1000},
 }
-DEFAULT_STEPS = {"tiny": 400, "small": 20_000}  # where no bound is given
+DEFAULT_STEPS = {"tiny": 600, "small": 20_000}  # where no bound is given
 BOUNDS = ("steps", "tokens", "flops", "minutes")
 CHANGEABLE = {*BOUNDS, "impl", "device", "dtype", "compile", "eval_every", "eval_batches", "sample_every", "prompt",
               "log_every", "resume"}  # fmt: skip

@@ -135,10 +135,17 @@ def measure_mod() -> list[dict]:
 
 def measure_trainer() -> list[dict]:
     config = Config(width=128, heads=4, layers="(attention mlp)*4", vocab=65)
-    timings = interleave({"transformer": train_step(config, 12, 64)}, rounds=15)
+    square = torch.randn(2048, 2048)
+    providers = {"transformer": train_step(config, 12, 64), "matrix product": lambda: square @ square}
+    timings = interleave(providers, rounds=15)
     speeds = [12 * 64 / seconds for seconds in timings["transformer"]]
+    ceiling = statistics.median(2 * 2048**3 / seconds for seconds in timings["matrix product"])
+    share = statistics.median(speeds) * ledger(config, 64).training_flops / ceiling
     print("trainer, whole step, 4 layers, d 128, 4 heads, context 64, batch 12, fp32")
-    print(f"  {statistics.median(speeds):,.0f} tokens/s ({min(speeds):,.0f}-{max(speeds):,.0f})")
+    print(
+        f"  {statistics.median(speeds):,.0f} tokens/s ({min(speeds):,.0f}-{max(speeds):,.0f}), {share:.0%} of the rate of "
+        f"this machine's matrix product, {ceiling / 1e9:.0f} GFLOP/s"
+    )
     return [{"part": "trainer", "provider": name, "seconds": seconds} for name, seconds in timings.items()]
 
 

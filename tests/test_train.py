@@ -189,7 +189,7 @@ REFUSED = [
     (["--dtype", "int8"], "dtype: 'int8'", "auto, float32 or bfloat16"),
     (["--steps", "0"], "steps: 0", "above 0"),
     (["--minutes", "-1"], "minutes: -1.0", "above 0"),
-    (["--tokens", "10"], "tokens", "enough for one step of 4096 tokens"),
+    (["--tokens", "10"], "tokens", "enough for one step of 2048 tokens"),
     (["--lr", "nan"], "lr: nan", "above 0"),
     (["--prompt", ""], "prompt: ''", "at least one character"),
     (["--data", "mqar:pears=3"], "data: 'pears=3'", "pairs, vocab"),
