@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import tyro
+from torch import Tensor
 from tqdm import tqdm
 
 from minimodels import checkpoint
@@ -176,20 +177,21 @@ def main(options: Options) -> None:
         optimizer.zero_grad()
         model.after_step()
         step += 1
+        progress = max(step / last_step, progress)
 
         if step % options.log_every == 0 or step == last_step:
-            mean = torch.stack(losses).mean().item()  # the one place where the CPU waits for a GPU
+            mean = torch.stack(losses).mean().item()
             speed = (step - lap_step) * tokens_per_step / (time.perf_counter() - lap)
             lap, lap_step, losses = time.perf_counter(), step, []
             spent = {"tokens": step * tokens_per_step, "flops": step * tokens_per_step * cost.training_flops}
             measured = {"loss": mean, "grad_norm": norm.item(), "lr": rate, "tokens_per_second": speed}
-            layers = {name: value.item() for name, value in parts.items() if name != "cross_entropy"} | model.observed()
+            layers = {name: value.item() for name, value in parts.items() if name != "cross_entropy"} | model.observations()
+            refuse_nan(loss, step, run)
             write_log(run, {"step": step, "seconds": lap - start, **spent, **measured, **layers})
-            if not math.isfinite(mean):
-                raise SystemExit(f"the loss is {mean} at step {step}; the checkpoint in {run} is from before")
             bar.set_postfix_str(f"step {step}, loss {mean:.3f}, {speed:,.0f} tokens/s", refresh=False)
             bar.update(min(progress, 1.0) - bar.n)
         if options.eval_every and step % options.eval_every == 0 and step < last_step:
+            refuse_nan(loss, step, run)
             report(run, evaluate(model, data, options, autocast), step, time.perf_counter() - start, bar.write)
             checkpoint.save(run, model, optimizer, {"step": step, "seconds": time.perf_counter() - start})
             lap, lap_step = time.perf_counter(), step
@@ -200,6 +202,8 @@ def main(options: Options) -> None:
     bar.close()
     signal.signal(signal.SIGINT, at_interrupt)
     seconds = time.perf_counter() - start
+    if step > done["step"]:
+        refuse_nan(loss, step, run)
     checkpoint.save(run, model, optimizer, {"step": step, "seconds": seconds})
     if interrupted.is_set():
         print(f"\ninterrupted at step {step} and saved; to go on: python train.py --resume {run}")
@@ -250,12 +254,16 @@ def sample(model: LM, data: Text | Task, prompt: str) -> str:
     return text
 
 
+def refuse_nan(loss: Tensor, step: int, run: Path) -> None:
+    """Stop before a broken model is saved over a whole one."""
+    if not math.isfinite(loss.item()):
+        kept = f"the last checkpoint is whole: --resume {run}" if (run / checkpoint.FILE).exists() else "nothing was saved"
+        sys.exit(f"the loss is {loss.item()} at step {step}; a lower lr may help; {kept}")
+
+
 def write_log(run: Path, record: dict) -> None:
     with (run / "log.jsonl").open("a") as file:
         file.write(json.dumps(record) + "\n")
-
-
-# --- options -----------------------------------------------------------------------------------------------------
 
 
 def parse() -> Options:

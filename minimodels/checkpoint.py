@@ -23,6 +23,7 @@ from .config import Config, InputError
 from .lm import LM
 
 FILE = "checkpoint.safetensors"
+PARTS = ("model.", "optimizer.", "random.")
 
 
 def save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict) -> None:
@@ -35,7 +36,8 @@ def save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress
     if torch.cuda.is_available() and next(model.parameters()).is_cuda:
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {"progress": json.dumps(progress), "checksum": str(checksum(tensors))}
+    checksums = {part: checksum(tensors, part) for part in PARTS}
+    header = {"progress": json.dumps(progress), "checksums": json.dumps(checksums)}
     partial = run / (FILE + ".partial")
     save_file(tensors, partial, header)
     os.replace(partial, run / FILE)
@@ -51,12 +53,13 @@ def load(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = 
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
-            progress = json.loads(header.get("progress", "{}"))
-            names = [name for name in file.keys() if optimizer is not None or name.startswith("model.")]  # noqa: SIM118
+            progress, checksums = (json.loads(header.get(key, "{}")) for key in ("progress", "checksums"))
+            parts = PARTS if optimizer is not None else PARTS[:1]
+            names = [name for name in file.keys() if name.startswith(parts)]  # noqa: SIM118
             tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError("checkpoint", str(path), f"a whole safetensors file ({error})") from None
-    if optimizer is not None and header.get("checksum") != str(checksum(tensors)):
+    if any(checksums.get(part) != checksum(tensors, part) for part in parts):
         raise InputError("checkpoint", str(path), "a file whose checksum is that of its contents; this one is damaged")
 
     found = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
@@ -114,9 +117,9 @@ def shape(tensor: Tensor | None) -> str:
     return "missing" if tensor is None else str(list(tensor.shape))
 
 
-def checksum(tensors: dict[str, Tensor]) -> int:
+def checksum(tensors: dict[str, Tensor], part: str) -> int:
     value = 0
-    for name in sorted(tensors):
+    for name in sorted(name for name in tensors if name.startswith(part)):
         value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), value))
     return value
 

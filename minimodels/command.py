@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -22,8 +21,6 @@ def run_command(main: Callable[[Options], None], options: Callable[[], Options])
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # the reader of our output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def pick_device(name: str) -> torch.device:
@@ -32,6 +29,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("computes nothing")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise InputError("device", name, "auto, cpu" + ", cuda" * torch.cuda.is_available()) from None

@@ -68,7 +68,7 @@ class Config:
     experts_per_token: int = 2
     """K, experts that a token visits"""
     expert_width: int = 0
-    """hidden width of one expert; 0: mlp_width / K, so that active FLOPs equal the dense mlp's"""
+    """hidden width of one expert; 0: such that a token's experts, shared ones included, cost what the dense mlp does"""
     shared_experts: int = 0
     """experts that every token visits besides its K"""
     router: str = "softmax_topk"
@@ -76,7 +76,7 @@ class Config:
     routed_scale: float = 1.0
     """factor on the routed experts' weights (DeepSeek-V3: 2.5)"""
     balance_loss: float = 0.01
-    """weight of the load balance loss, per layer"""
+    """weight of the load balance loss, per layer; with sigmoid_bias DeepSeek-V3 has 0.0001 and no z-loss"""
     z_loss: float = 0.001
     """weight of the router z-loss"""
     bias_step: float = 0.001
@@ -90,8 +90,12 @@ class Config:
     """weight of the loss that trains the causal decision"""
 
     def __post_init__(self):
+        for field in fields(self):
+            value, kind = getattr(self, field.name), field.type
+            if type(value).__name__ not in ((kind, "int") if kind == "float" else (kind,)):
+                raise InputError(field.name, value, {"int": "a whole number", "float": "a number"}.get(kind, kind))
         for name, minimum in MINIMUM.items():
-            if not getattr(self, name) >= minimum:
+            if not minimum <= getattr(self, name) < float("inf"):
                 raise InputError(name, getattr(self, name), f"{minimum} or more")
         for name, accepted in CHOICES.items():
             if getattr(self, name) not in accepted:
@@ -104,6 +108,10 @@ class Config:
             raise InputError("kv_heads", self.kv_heads, f"a divisor of heads {self.heads}")
         if self.experts_per_token > self.experts:
             raise InputError("experts_per_token", self.experts_per_token, f"1 to experts {self.experts}")
+        if self.experts_per_token == 1 and self.router in ("softmax_topk", "sigmoid_bias"):
+            raise InputError(
+                "router", self.router, "softmax, for one gate that is made to sum to one teaches the router nothing"
+            )
         if not 0 < self.capacity <= 1:
             raise InputError("capacity", self.capacity, "a fraction in (0, 1]")
         self.depth  # noqa: B018  (reads the layers, and refuses what is not in the grammar)
@@ -125,8 +133,6 @@ CHOICES = {
     "mod_route": ("router", "predictor"),
 }
 
-
-# --- the layer grammar -------------------------------------------------------------------------------------------
 
 Layers = tuple  # of names and of (wrapper name, Layers)
 
@@ -165,7 +171,7 @@ def parse_layers(text: str) -> Layers:
             found = (name,)
         if tokens[:1] == ["*"]:
             count = tokens[1] if len(tokens) > 1 else ""
-            if not count.isdigit() or not int(count):
+            if not count.isdecimal() or not int(count):
                 raise InputError("layers", text, accepted)
             del tokens[:2]
             found *= int(count)
@@ -177,8 +183,6 @@ def parse_layers(text: str) -> Layers:
 def count_layers(layers: Layers) -> int:
     return sum(1 if isinstance(layer, str) else count_layers(layer[1]) for layer in layers)
 
-
-# --- presets -----------------------------------------------------------------------------------------------------
 
 BLOCKS = {  # preset -> layers at n transformer blocks
     "transformer": lambda n: f"(attention mlp)*{n}",

@@ -118,7 +118,7 @@ def parse_options(text: str, task: type) -> dict[str, int]:
     options = {}
     for option in filter(None, text.split(",")):
         key, _, value = option.partition("=")
-        if key not in known or not value.isdigit() or not int(value):
+        if key not in known or not value.isdecimal() or not int(value):
             raise InputError("data", option, f"name=number with a name of {', '.join(known)}")
         options[key] = int(value)
     return options

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .config import CHOICES, InputError
+
 
 class RMSNorm(nn.Module):
     """y = w · x / sqrt(mean(x²) + eps) over the last dimension, the mean in fp32 (arXiv:1910.07467)."""
@@ -82,18 +84,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
 
+def full_precision(x: Tensor) -> Tensor:
+    """x in fp32, or in fp64 as it is: what routing decisions and recurrent states are computed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def choose(impl: str, operation: str, device: torch.device) -> str:
     """Which path an operation takes: "reference", "torch" or "triton". Raises InputError if `impl` cannot be honoured."""
-    if impl == "auto":
-        return "torch"
+    if impl not in CHOICES["impl"]:
+        raise InputError("impl", impl, ", ".join(CHOICES["impl"]))
     if impl == "triton":
         from .kernels import require
 
         require(operation, device)
-    return impl
+    return "torch" if impl == "auto" else impl
 
 
-# --- what a part of a model costs ---------------------------------------------------------------------------------
+# What a part of a model costs.
 
 
 def flops(module: nn.Module, context: int) -> float:

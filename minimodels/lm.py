@@ -66,8 +66,10 @@ class LM(nn.Module):
     def forward(self, tokens: Tensor, state: list | None = None, positions: Tensor | None = None):
         """tokens (B, T), state and positions as in the layer contract -> logits (B, T, V), state.
 
-        Raises InputError where a state is carried into layers that are not causal.
+        Raises InputError where a state is carried into layers that are not causal, ValueError on another shape.
         """
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens are {tuple(tokens.shape)}; accepted: (B, T)")
         if state is not None and not self.causal:
             raise InputError("state", "carried", "None, for a layer routes over the whole sequence: eval(), or another router")
         x, state = self.layers(self.embedding(tokens), state, positions)
@@ -78,10 +80,12 @@ class LM(nn.Module):
 
         tokens and targets (B, T), targets IGNORE where nothing is to be predicted.
         """
+        if targets.shape != tokens.shape:
+            raise ValueError(f"targets are {tuple(targets.shape)}; accepted: the shape of tokens, {tuple(tokens.shape)}")
         logits, _ = self(tokens)
         cross_entropy = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE)
         parts, total = {"cross_entropy": cross_entropy.detach()}, cross_entropy
-        for module in self.modules():
+        for module in self.layers.modules():
             for name, value in getattr(module, "auxiliary_losses", {}).items():
                 total = total + value
                 parts[name] = parts.get(name, 0) + value.detach()
@@ -90,19 +94,18 @@ class LM(nn.Module):
     @property
     def causal(self) -> bool:
         """Whether, in the present mode, no token depends on a later one: what generation requires."""
-        return all(getattr(module, "causal", True) for module in self.modules() if module is not self)
+        return all(getattr(module, "causal", True) for module in self.layers.modules())
 
     def after_step(self):
         """Call once after each optimizer step: layers that balance themselves do it now."""
-        for module in self.modules():
-            if module is not self and hasattr(module, "after_step"):
+        for module in self.layers.modules():
+            if hasattr(module, "after_step"):
                 module.after_step()
 
-    def observed(self) -> dict[str, list]:
+    def observations(self) -> dict[str, list]:
         """What the layers recorded in their last forward pass, one entry per layer that recorded it."""
         found: dict[str, list] = {}
-        for module in self.modules():
-            if module is not self:
-                for name, value in getattr(module, "observed", {}).items():
-                    found.setdefault(name, []).append(value.tolist())
+        for module in self.layers.modules():
+            for name, value in getattr(module, "observed", {}).items():
+                found.setdefault(name, []).append(value.tolist())
         return found

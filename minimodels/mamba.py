@@ -15,6 +15,8 @@ and what to let pass. So it costs the same per token however long the text, and 
     skip        D       (D,)           weight of x added to the output
     state       h       (B, D, N)      in fp32
     window              (B, W-1, D)    the last inputs of the convolution, W taps wide
+
+B within a shape is the batch, and D in this file is the paper's inner width, not the width of the residual stream.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Config
-from .layers import choose
+from .layers import choose, full_precision
 from .scan import scan
 
 
@@ -70,7 +72,7 @@ class Mamba(nn.Module):
         x, z = self.in_proj(u).chunk(2, dim=-1)  # (B, T, D) each
         lengths = None if positions is None else (positions >= 0).sum(1)  # tokens before the padding
         x, window = causal_conv1d(
-            x, self.conv1d.weight.squeeze(1), self.conv1d.bias, state and state.window, lengths, self.impl
+            x, self.conv1d.weight.squeeze(1), self.conv1d.bias, None if state is None else state.window, lengths, self.impl
         )
         x = F.silu(x)
         dt, B, C = self.x_proj(x).split((self.R, self.N, self.N), dim=-1)  # (B, T, R), (B, T, N) twice
@@ -78,7 +80,7 @@ class Mamba(nn.Module):
         if positions is not None:
             delta = delta.masked_fill((positions < 0).unsqueeze(-1), float("-inf"))  # Δ = 0 freezes the state
         A = -torch.exp(self.A_log)
-        y, h = selective_scan(x, delta, A, B, C, self.D, z, self.dt_proj.bias, state and state.h, self.impl)
+        y, h = selective_scan(x, delta, A, B, C, self.D, z, self.dt_proj.bias, None if state is None else state.h, self.impl)
         return self.out_proj(y), MambaState(window, h)
 
     def flops(self, context: int) -> float:
@@ -104,15 +106,10 @@ def causal_conv1d(
     W = weight.shape[1]
     if weight.shape != (D, W) or (window is not None and window.shape != (batch, W - 1, D)):
         raise ValueError(f"causal_conv1d: x {tuple(x.shape)}, weight {tuple(weight.shape)} and the window do not fit")
-    path = choose(impl, "causal_conv1d", x.device)
-    if path == "triton":
-        from .kernels.causal_conv1d import causal_conv1d as kernel
-
-        return kernel(x, weight, bias, window, lengths)
     if window is None:
         window = x.new_zeros(batch, W - 1, D)
     padded = torch.cat((window, x), dim=1)  # (B, W-1+T, D)
-    if path == "reference":
+    if choose(impl, "causal_conv1d", x.device) == "reference":
         y = bias + sum(weight[:, w] * padded[:, w : w + time] for w in range(W))
     else:  # as an image of height one, for which PyTorch has a fast path with the channels innermost
         y = F.conv2d(padded.mT.unsqueeze(2), weight[:, None, None], bias, groups=D).squeeze(2).mT
@@ -137,33 +134,31 @@ def selective_scan(
     """The selective scan, Algorithm 2 of the paper, with what surrounds it.
 
         Δ_t = softplus(delta_t + delta_bias)
-        h_t = exp(Δ_t A) ⊙ h_{t-1} + Δ_t B_t x_t        zero-order hold for A, Euler for B (as the paper's code does)
-        y_t = (<C_t, h_t> + skip ⊙ x_t) ⊙ silu(z_t)
+        h_t = exp(Δ_t A) ⊙ h_{t-1} + Δ_t B_t x_t        equations (2a) and (4); B by Euler's rule, as in the paper's code
+        y_t = (<C_t, h_t> + skip ⊙ x_t) ⊙ silu(z_t)     equation (2b)
 
     x, delta, z (B, T, D); A (D, N) negative; B, C (B, T, N); skip, delta_bias (D,); state (B, D, N), None for zeros.
     Returns y (B, T, D) in x's dtype and the final state (B, D, N); inside, all is fp32 (or fp64 where x is).
     Raises ValueError on shapes that disagree.
     """
-    (batch, _, D), N = x.shape, A.shape[1]
-    shapes = (delta.shape, A.shape, B.shape[::2], C.shape, z is None or z.shape, state is None or state.shape)
-    if shapes != (x.shape, (D, N), (batch, N), B.shape, z is None or x.shape, state is None or (batch, D, N)):
-        raise ValueError(
-            f"selective_scan: x {tuple(x.shape)}, delta {tuple(delta.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)}, "
-            f"C {tuple(C.shape)} and the optional arguments do not fit"
-        )
-    path = choose(impl, "selective_scan", x.device)
-    if path == "triton":
-        from .kernels.selective_scan import selective_scan as kernel
-
-        return kernel(x, delta, A, B, C, skip, z, delta_bias, state)
-    dtype, exact = x.dtype, torch.promote_types(x.dtype, torch.float32)
-    x, delta, A, B, C = (part.to(exact) for part in (x, delta, A, B, C))
-    delta = F.softplus(delta if delta_bias is None else delta + delta_bias)
-    state = x.new_zeros(batch, D, N) if state is None else state.to(exact)
-    y, state = (recurrence if path == "reference" else scan)(x, delta, A, B, C, state)
-    y = y + skip * x
-    if z is not None:
-        y = y * F.silu(z.to(exact))
+    (batch, time, D), N = x.shape, A.shape[1]
+    expected = {
+        "delta": (delta, (batch, time, D)), "A": (A, (D, N)), "B": (B, (batch, time, N)), "C": (C, (batch, time, N)),
+        "skip": (skip, (D,)), "z": (z, (batch, time, D)), "delta_bias": (delta_bias, (D,)), "state": (state, (batch, D, N)),
+    }  # fmt: skip
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"selective_scan: {name} is {tuple(tensor.shape)}; {shape} fits x {tuple(x.shape)}")
+    fast = choose(impl, "selective_scan", x.device) == "torch" and time > 1
+    dtype = x.dtype
+    with torch.autocast(x.device.type, enabled=False):  # a state that sums over the whole text needs its digits
+        x, delta, A, B, C = (full_precision(part) for part in (x, delta, A, B, C))
+        delta = F.softplus(delta if delta_bias is None else delta + delta_bias)
+        state = x.new_zeros(batch, D, N) if state is None else full_precision(state)
+        y, state = (scan if fast else recurrence)(x, delta, A, B, C, state)
+        y = y + skip * x
+        if z is not None:
+            y = y * F.silu(full_precision(z))
     return y.to(dtype), state
 
 
@@ -172,7 +167,7 @@ def recurrence(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Ten
     outputs = []
     # unbind, for indexing [:, t] would make the backward pass quadratic in T
     for x_t, delta_t, B_t, C_t in zip(x.unbind(1), delta.unbind(1), B.unbind(1), C.unbind(1), strict=True):
-        decay = torch.exp(delta_t.unsqueeze(-1) * A)  # (B, D, N)
-        h = decay * h + (delta_t * x_t).unsqueeze(-1) * B_t.unsqueeze(1)  # (B, D, N)
-        outputs.append((h @ C_t.unsqueeze(-1)).squeeze(-1))  # (B, D)
+        decay = torch.exp(delta_t.unsqueeze(-1) * A)  # (4): Ā, (B, D, N)
+        h = decay * h + (delta_t * x_t).unsqueeze(-1) * B_t.unsqueeze(1)  # (2a), (B, D, N)
+        outputs.append((h @ C_t.unsqueeze(-1)).squeeze(-1))  # (2b), (B, D)
     return torch.stack(outputs, dim=1), h

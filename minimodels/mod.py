@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Config
-from .layers import Stack, flops, idle_parameters, linear, state_bytes
+from .layers import Stack, flops, full_precision, idle_parameters, linear, state_bytes
 
 
 class DepthState(NamedTuple):
@@ -41,8 +41,8 @@ class MixtureOfDepths(nn.Module):
     """A router around any group of layers.
 
     In training mode the tokens are the top k of the sequence, which is not causal. In evaluation mode the decision is
-    causal: sigmoid(r) > ½ with mod_route = "router", whose router learns from the same loss as the model; or a small MLP on
-    the stop-gradient input with "predictor", which leaves the model untouched. `route` set to "topk" keeps top k in
+    causal: sigmoid(r) > ½ with mod_route = "router", whose auxiliary loss moves the model a little; or a small MLP on the
+    stop-gradient input with "predictor", which leaves the model untouched. `route` set to "topk" keeps top k in
     evaluation, to measure what the causal decision costs.
     """
 
@@ -66,12 +66,14 @@ class MixtureOfDepths(nn.Module):
         if positions is None:
             start = x.new_zeros(B, 1, dtype=torch.int64) if state is None else state.seen[:, None]
             positions = start + torch.arange(T, device=x.device)
-        scores = self.router(x).squeeze(-1)  # (B, T)
-        decision = scores if self.predictor is None else self.predictor(x.detach()).squeeze(-1)  # (B, T) logits
+        with torch.autocast(x.device.type, enabled=False):  # routing is decided in full precision
+            exact = full_precision(x)
+            scores = self.router(exact).squeeze(-1)  # (B, T)
+            decision = scores if self.predictor is None else self.predictor(exact.detach()).squeeze(-1)  # (B, T) logits
         index, real = self.select(scores, decision, positions)
-        seen, remembered = positions.amax(1) + 1, state and state.group
+        seen, remembered = positions.amax(1) + 1, None
         if state is not None:
-            seen = torch.maximum(seen, state.seen)
+            seen, remembered = torch.maximum(seen, state.seen), state.group
         if index.shape[1] == 0:  # nobody takes the group
             return x, DepthState(seen, remembered)
 
@@ -93,14 +95,14 @@ class MixtureOfDepths(nn.Module):
             self.account(decision, taken, present)
             return index, present.gather(1, index)
         taken = (decision > 0) & present
-        self.observed = {"routed": taken.sum() / present.sum().clamp(min=1)}
+        self.auxiliary_losses, self.observed = {}, {"routed": taken.sum() / present.sum().clamp(min=1)}
         k = int(taken.sum(1).amax())  # rows that route fewer are filled up
         index = (~taken).long().argsort(dim=1, stable=True)[:, :k]
         return index, taken.gather(1, index)
 
     def account(self, decision: Tensor, taken: Tensor, present: Tensor):
         """Teach the causal decision to tell the top k, and record how often it does (1 - C: by never routing)."""
-        decision, target, weight = decision.float(), taken.float(), present.float() / present.sum().clamp(min=1)
+        target, weight = taken.to(decision.dtype), present.to(decision.dtype) / present.sum().clamp(min=1)
         loss = F.binary_cross_entropy_with_logits(decision, target, weight, reduction="sum")
         self.auxiliary_losses = {"mod": self.mod_loss * loss}
         routed = (decision > 0).detach()

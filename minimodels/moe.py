@@ -12,7 +12,7 @@ Left alone a router favours few experts; a balance loss, or a bias that only sel
     logits      Wx      (B, T, E)      the router's scores
     gates       g       (B, T, E)      what an expert's output for a token is multiplied by, where the token visits it
     visits              (B, T, E)      bool: which tokens visit which experts
-    token               (A,)           the token of each visit, ordered by expert; A = n · K visits in all
+    token               (A,)           the token of each visit, ordered by expert; A = n · K of them
     counts      n · f   (E,)           visits per expert
 """
 
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Config
-from .layers import choose, linear
+from .layers import choose, full_precision, linear
 from .transformer import SwiGLU, mlp_width
 
 
@@ -43,13 +43,12 @@ class MoE(nn.Module):
         self.up = nn.Parameter(torch.empty(E, I, D).normal_(std=0.02))
         self.out = nn.Parameter(torch.empty(E, D, I).normal_(std=0.02 / config.depth**0.5))
         self.shared = SwiGLU(config, config.shared_experts * I) if config.shared_experts else None
-        self.register_buffer("bias", torch.zeros(E))  # for sigmoid_bias: added to the scores when selecting
-        self.register_buffer("load", torch.zeros(E), persistent=False)  # visits since the last optimizer step
+        self.register_buffer("bias", torch.zeros(E) if self.route is sigmoid_bias else None)
+        self.register_buffer("visited", torch.zeros(E), persistent=False)  # visits since the last optimizer step
 
     def forward(self, x: Tensor, state=None, positions: Tensor | None = None):
         with torch.autocast(x.device.type, enabled=False):  # routing is decided in full precision
-            exact = x.to(torch.promote_types(x.dtype, torch.float32))
-            logits = F.linear(exact, self.router.weight.to(exact.dtype))  # (B, T, E)
+            logits = self.router(full_precision(x))  # (B, T, E)
             gates, visits, probabilities = self.route(logits, self.K, self.bias)
             self.auxiliary_losses, self.observed = self.account(logits, visits, probabilities, positions)
         y = grouped_mlp(
@@ -70,7 +69,7 @@ class MoE(nn.Module):
             "z": self.z_loss * (logits.logsumexp(-1, keepdim=True).square() * weight).sum(),
         }
         if self.training:
-            self.load += (visits * real.unsqueeze(-1)).sum((0, 1))
+            self.visited.add_((visits * real.unsqueeze(-1)).sum((0, 1)))
         load = fraction / fraction.sum().clamp(min=1e-9)
         return losses, {"load": load, "overload": load.amax() * load.numel()}
 
@@ -78,8 +77,8 @@ class MoE(nn.Module):
     def after_step(self):
         """Once per optimizer step: move the selection bias against the load (DeepSeek-V3 §2.1.2), and count anew."""
         if self.route is sigmoid_bias:
-            self.bias += self.bias_step * torch.sign(self.load.mean() - self.load)
-        self.load.zero_()
+            self.bias += self.bias_step * torch.sign(self.visited.mean() - self.visited)
+        self.visited.zero_()
 
     def flops(self, context: int) -> float:
         """Forward FLOPs per token: the router, K experts, the shared experts."""
@@ -93,20 +92,20 @@ class MoE(nn.Module):
 
 
 def expert_width(config: Config) -> int:
-    """Hidden width I of one expert: by default 1/K of the dense MLP's, so that a token costs the same."""
-    return config.expert_width or -(-mlp_width(config) // config.experts_per_token)
+    """Hidden width I of one expert: by default such that a token's experts cost what the dense MLP does."""
+    return config.expert_width or -(-mlp_width(config) // (config.experts_per_token + config.shared_experts))
 
 
-# --- routers: logits (B, T, E) -> gates (B, T, E), visits (B, T, E) bool, probabilities (B, T, E) for the balance loss ---
+# The routers: logits (B, T, E) -> gates (B, T, E), visits (B, T, E) bool, probabilities (B, T, E) for the balance loss.
 
 
-def softmax_topk(logits: Tensor, K: int, bias: Tensor):
+def softmax_topk(logits: Tensor, K: int, bias: Tensor | None):
     """Mixtral: the softmax over the K best logits, so that the gates sum to one."""
     visits = top(logits, K)
     return logits.masked_fill(~visits, float("-inf")).softmax(-1), visits, logits.softmax(-1)
 
 
-def softmax(logits: Tensor, K: int, bias: Tensor):
+def softmax(logits: Tensor, K: int, bias: Tensor | None):
     """Switch (K = 1) and OLMoE: the probabilities as they are. Divided by their sum, K = 1 would leave no gradient."""
     probabilities = logits.softmax(-1)
     return probabilities, top(probabilities, K), probabilities
@@ -120,9 +119,9 @@ def sigmoid_bias(logits: Tensor, K: int, bias: Tensor):
     return gates, visits, scores / scores.sum(-1, keepdim=True)
 
 
-def expert_choice(logits: Tensor, K: int, bias: Tensor):
+def expert_choice(logits: Tensor, K: int, bias: Tensor | None):
     """Each expert takes the T·K/E tokens of a sequence that want it most: perfect balance, and not causal, for a later
-    token can push an earlier one out."""
+    token can push an earlier one out. Padding competes too."""
     probabilities = logits.softmax(-1)
     capacity = min(logits.shape[1], -(-logits.shape[1] * K // logits.shape[2]))
     return probabilities, top(probabilities.transpose(1, 2), capacity).transpose(1, 2), probabilities
@@ -134,9 +133,6 @@ ROUTERS = {router.__name__: router for router in (softmax_topk, softmax, sigmoid
 def top(scores: Tensor, count: int) -> Tensor:
     """True at the `count` largest of the last dimension, ties or not exactly that many."""
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(count).indices, True)
-
-
-# --- experts -----------------------------------------------------------------------------------------------------
 
 
 def grouped_mlp(x: Tensor, gates: Tensor, visits: Tensor, gate: Tensor, up: Tensor, out: Tensor, impl: str = "auto") -> Tensor:
@@ -151,12 +147,7 @@ def grouped_mlp(x: Tensor, gates: Tensor, visits: Tensor, gate: Tensor, up: Tens
             f"grouped_mlp: x {tuple(x.shape)}, gates {tuple(gates.shape)}, visits {tuple(visits.shape)}, "
             f"gate {tuple(gate.shape)}, up {tuple(up.shape)} and out {tuple(out.shape)} do not fit"
         )
-    path = choose(impl, "grouped_mlp", x.device)
-    if path == "triton":
-        from .kernels.grouped_mlp import grouped_mlp as kernel
-
-        return kernel(x, gates, visits, gate, up, out)
-    if path == "reference":
+    if choose(impl, "grouped_mlp", x.device) == "reference":
         y = torch.zeros_like(x)
         for e in range(E):
             (token,) = visits[:, e].nonzero(as_tuple=True)
@@ -165,12 +156,12 @@ def grouped_mlp(x: Tensor, gates: Tensor, visits: Tensor, gate: Tensor, up: Tens
             y = y.index_add(0, token, (expert * gates[token, e, None]).to(y.dtype))
         return y
     expert, token = visits.t().nonzero(as_tuple=True)  # (A,) each, ordered by expert
-    counts, rows = visits.sum(0), x[token]  # (E,), (A, D)
+    counts, rows = visits.sum(0).tolist(), x[token]  # E numbers, (A, D)
     hidden = F.silu(grouped_linear(rows, gate, counts)) * grouped_linear(rows, up, counts)  # (A, I)
     y = grouped_linear(hidden, out, counts) * gates[token, expert, None].to(hidden.dtype)  # (A, D)
     return torch.zeros_like(x).index_add(0, token, y.to(x.dtype))
 
 
-def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """Rows of x times their group's matrix: x (A, in) ordered by group, weight (E, out, in), counts (E,) -> (A, out)."""
-    return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(counts.tolist()), weight.unbind(0), strict=True)])
+def grouped_linear(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+    """Rows of x times their group's matrix: x (A, in) ordered by group, weight (E, out, in) -> (A, out)."""
+    return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(counts), weight.unbind(0), strict=True)])

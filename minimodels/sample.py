@@ -46,36 +46,43 @@ class Sampling:
             raise InputError("min_p", self.min_p, "a fraction in [0, 1]")
 
 
-@torch.inference_mode()
 def generate(model: LM, prompts: list[Tensor], count: int, sampling: Sampling = Sampling(), seed: int = 0) -> Iterator[Tensor]:
-    """Continue each prompt by `count` tokens, yielding (B,) int64 a step.
+    """Continue each prompt by `count` tokens, one step at a time: an iterator over (B,) int64.
 
     prompts: B tensors of token ids, of any lengths. The prompts are one chunk, each later token another: the state is all
-    that is kept. Each row draws from its own generator, so that a prompt is continued in a batch as it would be alone.
-    Raises InputError for an empty prompt, an id outside the vocabulary, or a model that is not causal in its present mode.
+    that is kept. Each row draws from its own generator, of the same seed, so that a prompt is continued in a batch as it
+    would be alone. Raises InputError for no prompt or an empty one, an id outside the vocabulary, a negative count, or a
+    model that is not causal in its present mode.
     """
     if not model.causal:
         raise InputError("model", "not causal", "layers that do not route over the whole sequence, in eval() mode")
-    vocab, device = model.embedding.num_embeddings, model.embedding.weight.device
+    if count < 0:
+        raise InputError("tokens", count, "0 or more")
+    vocab = model.embedding.num_embeddings
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise InputError("prompt", "", "at least one token")
     for prompt in prompts:
-        if not len(prompt):
-            raise InputError("prompt", "", "at least one token")
         if not 0 <= int(prompt.min()) <= int(prompt.max()) < vocab:
             raise InputError("prompt", prompt.tolist(), f"token ids 0 to {vocab - 1}")
+    return continue_prompts(model, prompts, count, sampling, seed)
+
+
+@torch.inference_mode()
+def continue_prompts(model: LM, prompts: list[Tensor], count: int, sampling: Sampling, seed: int) -> Iterator[Tensor]:
+    device = model.embedding.weight.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(device)  # (B, T)
     positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
     positions = positions.masked_fill(positions >= lengths[:, None], -1)
-    even = bool((lengths == lengths[0]).all())  # then nothing is padding, and no layer needs to be told
+    if len({len(prompt) for prompt in prompts}) == 1:
+        positions = None  # nothing is padding, and no layer needs to be told
     generators = [torch.Generator(device).manual_seed(seed) for _ in prompts]
-
-    logits, state = model(tokens, None, None if even else positions)
-    logits = logits[torch.arange(len(prompts)), lengths - 1]  # (B, V)
+    state, last = None, lengths - 1  # where in the chunk each row's text ends
     for _ in range(count):
-        token = pick(logits, sampling, generators)  # (B,)
+        logits, state = model(tokens, state, positions)
+        token = pick(logits[torch.arange(len(prompts)), last], sampling, generators)  # (B,)
         yield token
-        logits, state = model(token[:, None], state)
-        logits = logits[:, -1]
+        tokens, positions, last = token[:, None], None, torch.zeros_like(last)
 
 
 def pick(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
@@ -128,11 +135,12 @@ class Options:
 def main(options: Options) -> None:
     model = load_model(options.run).to(pick_device(options.device)).eval()
     prompt = torch.tensor(list(options.prompt.encode()), dtype=torch.int64)
+    tokens = generate(model, [prompt], options.tokens, options.sampling, options.seed)
     print(options.prompt, end="", flush=True)
     text = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be several bytes
-    for token in generate(model, [prompt], options.tokens, options.sampling, options.seed):
+    for token in tokens:
         print(text.decode(to_bytes([int(token)])), end="", flush=True)
-    print()
+    print(text.decode(b"", final=True))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""The selective scan in plain torch, forward and backward, fast on any device. What it computes: `minimodels.mamba.recurrence`.
+"""The selective scan in plain torch, forward and backward, for a CPU. What it computes: `minimodels.mamba.recurrence`.
 
 It stands apart from mamba.py so that the architecture can be learnt without it. A step of the recurrence is one multiply-add,
 so what costs time is memory: all states together are N times as large as x. They are never held at once. Time is cut into
 chunks; a chunk's decays and inputs are made in one operation each, then one in-place operation per step turns inputs into
-states. Only the states at the chunk boundaries are saved, and the backward pass computes the others again.
+states. Only the states at the chunk boundaries are saved, and the backward pass computes the others again. On a GPU it
+runs too, but each step is a launch.
 
     name        paper   shape
     x                   (B, T, D)      input of the SSM
@@ -27,9 +28,6 @@ WORK = 2**19  # states in a chunk: enough to amortise a call, few enough for the
 
 def scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """y (B, T, D) and the final state (B, D, N), in the arguments' one dtype. Every argument may want a gradient."""
-    if x.shape[1] == 1:  # decoding: the recurrence as it is
-        state = torch.exp(delta.mT * A) * state + (delta * x).mT * B  # (B, D, N)
-        return (state * C).sum(2).unsqueeze(1), state
     y, state, _ = scan_forward(*(tensor.contiguous() for tensor in (x, delta, A, B, C, state)))
     return y, state
 
@@ -112,7 +110,7 @@ def chunk_length(state: Tensor) -> int:
     return max(16, WORK // state.numel())
 
 
-# --- what PyTorch must know of the two operations: shapes, derivative, precision, cost ------------------------------------
+# What PyTorch must know of the two operations: shapes, derivative, precision, cost.
 
 
 @scan_forward.register_fake

@@ -57,14 +57,15 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, state: AttentionState | None = None, positions: Tensor | None = None):
         B, T, _ = x.shape
-        ragged = positions is not None  # then slots of the state may hold nothing
+        ragged = positions is not None  # then some of these tokens may be padding
         seen = torch.zeros(B, dtype=torch.int64, device=x.device) if state is None else state.seen
         if positions is None:
             positions = seen[:, None] + torch.arange(T, device=x.device)
         seen = torch.maximum(seen, positions.amax(1) + 1)
 
-        q, k, v = (rearrange(part(x), "B T (H d) -> B H T d", d=self.head_dim) for part in (self.q, self.k, self.v))
-        q, k = self.q_norm(q), self.k_norm(k)
+        q = rearrange(self.q(x), "B T (H d) -> B H T d", H=self.heads)
+        k, v = (rearrange(part(x), "B T (G d) -> B G T d", G=self.kv_heads) for part in (self.k, self.v))
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # a norm may leave autocast's precision
         if self.rope_base:
             angles = rotary(positions.unsqueeze(1), self.head_dim, self.rope_base)  # (B, 1, T, d) twice
             q, k = rotate(q, *angles), rotate(k, *angles)
@@ -82,11 +83,14 @@ class Attention(nn.Module):
         return self.out(rearrange(y, "B H T d -> B T (H d)")), now
 
     def remember(self, state: AttentionState, ragged: bool, first: bool) -> AttentionState:
-        """Drop what no later token can see: all but window - 1 tokens, and slots that are empty in every row."""
+        """Drop what no later token can see: all but window - 1 tokens, and slots that are empty in every row.
+
+        Of a `first` chunk the empty slots stay, for to count them a GPU would have to be waited for, in training too.
+        """
         slots = state.positions.shape[1]
         keep = slots if self.window is None else min(slots, self.window - 1)
         if ragged:
-            positions, order = state.positions.sort(dim=1, stable=True)  # empty slots first, where they are dropped first
+            positions, order = state.positions.sort(dim=1, stable=True)  # empty slots first: what is dropped is dropped there
             index, empty = order[:, None, :, None].expand_as(state.keys), (positions < 0)[:, None, :, None]
             keys, values = (part.gather(2, index).masked_fill(empty, 0) for part in (state.keys, state.values))
             state = state._replace(keys=keys, values=values, positions=positions)
@@ -129,14 +133,11 @@ def attention(
     Returns (B, H, T, d); what it holds for a query at -1 is meaningless. Raises ValueError on shapes that disagree.
     """
     (B, H, T, d), (G, S) = q.shape, k.shape[1:3]
-    if k.shape != (B, G, S, d) or v.shape != k.shape or H % G or query_positions.shape != (B, T) or T > S:
+    if (k.shape, v.shape) != ((B, G, S, d), (B, G, S, d)) or H % G or T > S:
         raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
-    path = choose(impl, "attention", q.device)
-    if path == "triton":
-        from .kernels.attention import attention as kernel
-
-        return kernel(q, k, v, query_positions, key_positions, window)
-    if path == "torch":
+    if (query_positions.shape, key_positions.shape) != ((B, T), (B, S)):
+        raise ValueError(f"attention: positions {tuple(query_positions.shape)}, {tuple(key_positions.shape)} do not fit")
+    if choose(impl, "attention", q.device) == "torch":
         fast = partial(F.scaled_dot_product_attention, enable_gqa=H != G)
         if S == T and (window is None or window >= T):
             return fast(q, k, v, is_causal=True)  # padding stands behind every query that could see it

@@ -126,6 +126,17 @@ def test_reference_equals_torch(case, training):
 
 
 @law
+def test_compiles_to_one_graph(case):
+    """In training, torch.compile finds no reason to fall back to Python, and computes the same."""
+    stack, x = make(CASES[case]).train(), text()
+    expected, _ = stack(x)
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
+        y, _ = torch.compile(stack, fullgraph=True, backend="aot_eager")(x)
+    same(y, expected)
+
+
+@law
 def test_ledger_equals_measurement(case):
     """Parameters, FLOPs and bytes of state are those of a real model in a real forward pass."""
     context = 20  # at which C · T is whole, and which is longer than the windows

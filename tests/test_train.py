@@ -15,7 +15,9 @@ import train
 from minimodels.command import run_command
 from minimodels.config import BLOCKS
 
-SMALL = "--width 32 --heads 2 --context 32 --batch-size 2 --eval-batches 1 --eval-every 0 --log-every 1 --experts 4".split()
+SMALL = (
+    "--width 32 --heads 2 --experts 4 --context 32 --batch-size 2 --warmup 5 --eval-batches 1 --eval-every 0 --log-every 1"
+).split()
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +140,7 @@ def test_the_first_bound_ends_the_run(bounds, steps, tmp_path, monkeypatch):
 
 
 def test_minutes_end_a_run_and_shape_its_schedule(tmp_path, monkeypatch):
-    run("--layers", "mlp", "--data", "text", "--minutes", 0.03, "--warmup", 0, *SMALL, monkeypatch=monkeypatch)
+    run("--layers", "mlp", "--data", "text", "--minutes", 0.03, *SMALL, "--warmup", 0, monkeypatch=monkeypatch)
     records = [record for record in log(tmp_path / "runs/transformer") if "lr" in record]
     assert 1.5 < records[-1]["seconds"] < 5
     assert records[-1]["lr"] < 0.2 * records[0]["lr"]
