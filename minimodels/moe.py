@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 from .config import Config
 from .layers import choose, full_precision, linear
@@ -156,12 +157,64 @@ def grouped_mlp(x: Tensor, gates: Tensor, visits: Tensor, gate: Tensor, up: Tens
             y = y.index_add(0, token, (expert * gates[token, e, None]).to(y.dtype))
         return y
     expert, token = visits.t().nonzero(as_tuple=True)  # (A,) each, ordered by expert
-    counts, rows = visits.sum(0).tolist(), x[token]  # E numbers, (A, D)
+    counts, rows = visits.sum(0), x[token]  # (E,), (A, D)
+    if torch.is_autocast_enabled(x.device.type):  # which does not reach into grouped_linear
+        dtype = torch.get_autocast_dtype(x.device.type)
+        rows, gate, up, out = (part.to(dtype) for part in (rows, gate, up, out))
     hidden = F.silu(grouped_linear(rows, gate, counts)) * grouped_linear(rows, up, counts)  # (A, I)
     y = grouped_linear(hidden, out, counts) * gates[token, expert, None].to(hidden.dtype)  # (A, D)
     return torch.zeros_like(x).index_add(0, token, y.to(x.dtype))
 
 
-def grouped_linear(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-    """Rows of x times their group's matrix: x (A, in) ordered by group, weight (E, out, in) -> (A, out)."""
-    return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(counts), weight.unbind(0), strict=True)])
+@torch.library.custom_op("minimodels::grouped_linear", mutates_args=())
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Rows of x times their group's matrix: x (A, in) ordered by group, weight (E, out, in), counts (E,) -> (A, out)."""
+    y, sizes = x.new_empty(x.shape[0], weight.shape[1]), counts.tolist()
+    for rows, matrix, result in zip(x.split(sizes), weight, y.split(sizes), strict=True):
+        torch.mm(rows, matrix.t(), out=result)  # into place: joining the results would copy them
+    return y
+
+
+@torch.library.custom_op("minimodels::grouped_linear_backward", mutates_args=())
+def grouped_linear_backward(dy: Tensor, x: Tensor, weight: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight; those of a group without rows are zero."""
+    dx, dweight, sizes = torch.empty_like(x), torch.empty_like(weight), counts.tolist()
+    parts = (x.split(sizes), weight, dy.split(sizes), dx.split(sizes), dweight)
+    for rows, matrix, gradient, drows, dmatrix in zip(*parts, strict=True):
+        torch.mm(gradient, matrix, out=drows)
+        torch.mm(gradient.t(), rows, out=dmatrix)
+    return dx, dweight
+
+
+# What PyTorch must know of the two operations: shapes, derivative, cost.
+
+
+@grouped_linear.register_fake
+def _(x, weight, counts):
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@grouped_linear_backward.register_fake
+def _(dy, x, weight, counts):
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+def save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def differentiate(ctx, dy):
+    return *grouped_linear_backward(dy.contiguous(), *ctx.saved_tensors), None
+
+
+grouped_linear.register_autograd(differentiate, setup_context=save)
+
+
+@register_flop_formula(torch.ops.minimodels.grouped_linear)
+def grouped_flops(x, weight, counts, out_shape=None):
+    return 2 * x[0] * weight[1] * weight[2]
+
+
+@register_flop_formula(torch.ops.minimodels.grouped_linear_backward)
+def grouped_backward_flops(dy, x, weight, counts, out_shape=None):
+    return 2 * grouped_flops(x, weight, counts)
