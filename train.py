@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import signal
 import sys
 import threading
@@ -36,7 +37,7 @@ from minimodels.layers import choose
 from minimodels.ledger import ledger
 from minimodels.lm import IGNORE, LM
 from minimodels.optim import SCHEDULES, adamw, learning_rate
-from minimodels.sample import generate, to_bytes
+from minimodels.sample import generate, to_bytes, to_tokens
 from minimodels.tasks import Task
 
 
@@ -248,9 +249,9 @@ def sample(model: LM, data: Text | Task, prompt: str) -> str:
     if not model.causal:
         text = "no sample: this model routes over the whole sequence, which does not exist yet when generating"
     else:
-        start = torch.tensor(list(prompt.encode()), dtype=torch.int64)
-        tokens = [int(token) for token in generate(model, [start], 200)]
-        text = f"--- sample ---\n{prompt}{to_bytes(tokens).decode(errors='replace')}"
+        start = to_tokens(prompt)
+        tokens = [*start.tolist(), *(int(token) for token in generate(model, [start], 200))]
+        text = f"--- sample ---\n{to_bytes(tokens).decode(errors='replace')}"
     model.train()
     return text
 
@@ -290,7 +291,9 @@ def read_options(run: Path) -> Options:
     """The options that a run was started with."""
     try:
         saved = json.loads((run / "options.json").read_text())
-        return Options(**{**saved, "config": Config(**saved["config"]), "out": None, "resume": run})
+        options = Options(**{**saved, "config": Config(**saved["config"]), "out": None, "resume": run})
+        check(options)
+        return options
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError("resume", str(run), f"the folder of a training run ({error})") from None
 
@@ -299,11 +302,11 @@ def check(options: Options) -> None:
     """Refuse what cannot be meant before anything is read or written."""
     for name in (*BOUNDS, "context", "batch_size", "accumulate", "lr", "eval_batches", "log_every"):
         value = getattr(options, name)
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise InputError(name, value, "a number above 0")
     for name in ("warmup", "weight_decay", "clip", "eval_every", "sample_every", "seed"):
-        if not getattr(options, name) >= 0:
-            raise InputError(name, getattr(options, name), "0 or more")
+        if not 0 <= getattr(options, name) < 2**63:
+            raise InputError(name, getattr(options, name), "0 or more, below 2^63")
     if options.schedule not in SCHEDULES:
         raise InputError("schedule", options.schedule, ", ".join(SCHEDULES))
     if options.dtype not in ("auto", "float32", "bfloat16"):
@@ -338,9 +341,12 @@ def new_folder(options: Options) -> Path:
         run = next(name for name in names if not name.exists())
     else:
         run = options.out
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        if os.path.lexists(run) and (not run.is_dir() or any(run.iterdir())):
             raise InputError("out", str(run), f"a new or empty folder; to go on with the run in it: --resume {run}")
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError("out", str(run), f"a folder that can be made ({error.strerror})") from None
     return run
 
 

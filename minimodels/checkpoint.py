@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ FILE = "checkpoint.safetensors"
 PARTS = ("model.", "optimizer.", "random.")
 
 
-def save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict) -> None:
+def save(run: Path, model: LM, optimizer: torch.optim.Optimizer, progress: dict) -> None:
     """Write the whole state of a training run; `progress` is any JSON object."""
     tensors = {f"model.{name}": tensor for name, tensor in weights(model).items()}
     for name, parameter in model.named_parameters():
@@ -37,13 +38,13 @@ def save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     checksums = {part: checksum(tensors, part) for part in PARTS}
-    header = {"progress": json.dumps(progress), "checksums": json.dumps(checksums)}
+    header = {"progress": json.dumps(progress), "config": json.dumps(asdict(model.config)), "checksums": json.dumps(checksums)}
     partial = run / (FILE + ".partial")
     save_file(tensors, partial, header)
     os.replace(partial, run / FILE)
 
 
-def load(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
+def load(run: Path, model: LM, optimizer: torch.optim.Optimizer | None = None) -> dict:
     """Read a checkpoint into the model, and into the optimizer and random state where one is given.
 
     Returns the `progress` that was saved. Raises InputError on a file that is missing, damaged, or of another model.
@@ -53,15 +54,19 @@ def load(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = 
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
-            progress, checksums = (json.loads(header.get(key, "{}")) for key in ("progress", "checksums"))
+            progress, config, checksums = (json.loads(header[key]) for key in ("progress", "config", "checksums"))
             parts = PARTS if optimizer is not None else PARTS[:1]
             names = [name for name in file.keys() if name.startswith(parts)]  # noqa: SIM118
             tensors = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError("checkpoint", str(path), f"a whole safetensors file ({error})") from None
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise InputError("checkpoint", str(path), f"a whole safetensors file of a training run ({error})") from None
     if any(checksums.get(part) != checksum(tensors, part) for part in parts):
         raise InputError("checkpoint", str(path), "a file whose checksum is that of its contents; this one is damaged")
 
+    expected = asdict(model.config)
+    changed = [f"{key} {config.get(key)!r} for {expected[key]!r}" for key in expected if config.get(key) != expected[key]]
+    if any(not change.startswith("impl ") for change in changed):
+        raise InputError("checkpoint", str(path), f"a model of this configuration; differing: {', '.join(changed)}")
     found = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
     wrong = sorted(
         f"{name} {shape(found.get(name))} for {shape(wanted.get(name))}"

@@ -127,6 +127,7 @@ MINIMUM = {
     "mlp_width": 0, "expand": 1, "state_size": 1, "conv_width": 1, "dt_rank": 0, "experts": 1, "experts_per_token": 1,
     "expert_width": 0, "shared_experts": 0, "routed_scale": 0, "balance_loss": 0, "z_loss": 0, "bias_step": 0, "mod_loss": 0,
 }  # fmt: skip
+MOST_LAYERS = 10_000
 CHOICES = {
     "impl": ("auto", "reference", "torch", "triton"),
     "router": ("softmax_topk", "softmax", "sigmoid_bias", "expert_choice"),
@@ -174,10 +175,15 @@ def parse_layers(text: str) -> Layers:
             if not count.isdecimal() or not int(count):
                 raise InputError("layers", text, accepted)
             del tokens[:2]
+            if len(found) * int(count) > MOST_LAYERS:
+                raise InputError("layers", text, f"at most {MOST_LAYERS} layers")
             found *= int(count)
         return found
 
-    return items("")
+    try:
+        return items("")
+    except RecursionError:
+        raise InputError("layers", f"{text[:20]}...", "groups nested less deeply") from None
 
 
 def count_layers(layers: Layers) -> int:

@@ -93,6 +93,16 @@ def open_data(name: str, context: int):
     task, _, options = name.partition(":")
     if task in TASKS:
         return TASKS[task](context, **parse_options(options, TASKS[task]))
+    try:
+        return open_text(name, context)
+    except (OSError, RuntimeError) as error:
+        raise InputError("data", name, f"files that can be read ({str(error).splitlines()[0]})") from None
+
+
+def open_text(name: str, context: int) -> Text:
+    """The bytes of stdlib, a file or a folder."""
+    from .tasks import TASKS
+
     if name == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -100,7 +110,7 @@ def open_data(name: str, context: int):
     else:
         root = Path(name)
         files = [root] if root.is_file() else [f for f in root.rglob("*") if f.is_file()]
-    if not files:
+    if not files or not name:
         raise InputError("data", name, f"stdlib, a file, a folder with files, or a task: {', '.join(TASKS)}")
     if files == [root]:
         content = map_file(root)

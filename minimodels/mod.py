@@ -89,7 +89,7 @@ class MixtureOfDepths(nn.Module):
         T = scores.shape[1]
         present = positions >= 0
         if self.training or self.route == "topk":
-            k = min(T, math.ceil(self.capacity * T))
+            k = self.routed(T)
             index = scores.masked_fill(~present, float("-inf")).topk(k).indices.sort(1).values
             taken = torch.zeros_like(present).scatter(1, index, True)
             self.account(decision, taken, present)
@@ -111,7 +111,12 @@ class MixtureOfDepths(nn.Module):
     def flops(self, context: int) -> float:
         """Forward FLOPs per token: the routers see all tokens, the group C of them and only C · context of each other."""
         routers = 2 * self.router.weight.numel() + (flops(self.predictor, context) if self.predictor else 0)
-        return routers + self.capacity * flops(self.group, math.ceil(self.capacity * context))
+        k = self.routed(context)
+        return routers + k / context * flops(self.group, k)
+
+    def routed(self, T: int) -> int:
+        """How many of T tokens take the group in training: k = C · T, rounded up."""
+        return math.ceil(round(self.capacity * T, 6))
 
     def idle_parameters(self) -> float:
         """Parameters that a token does not meet, on average."""
@@ -120,4 +125,4 @@ class MixtureOfDepths(nn.Module):
 
     def state_bytes(self, context: int, itemsize: int) -> float:
         """Bytes remembered per sequence when a fraction C of the tokens is routed."""
-        return 8 + state_bytes(self.group, math.ceil(self.capacity * context), itemsize)
+        return 8 + state_bytes(self.group, self.routed(context), itemsize)

@@ -8,6 +8,7 @@ To continue a prompt with a trained model, printing each token as it comes:
 from __future__ import annotations
 
 import codecs
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,8 @@ def pick(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) 
     """Draw one token per row: (B, V) -> (B,)."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    probabilities = keep(logits.float() / sampling.temperature, sampling).softmax(-1)
+    relative = logits.float() - logits.amax(-1, keepdim=True)  # so that no temperature makes infinities of all
+    probabilities = keep(relative / sampling.temperature, sampling).softmax(-1)
     rows = zip(probabilities, generators, strict=True)
     return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
 
@@ -108,6 +110,11 @@ def keep(logits: Tensor, sampling: Sampling) -> Tensor:
         unlikely = probabilities < sampling.min_p * probabilities.amax(-1, keepdim=True)
         logits = logits.masked_fill(unlikely, float("-inf"))
     return logits
+
+
+def to_tokens(text: str) -> Tensor:
+    """The bytes of a text, those that a command line could not decode included: (T,) int64."""
+    return torch.tensor(list(text.encode("utf-8", "surrogateescape")), dtype=torch.int64)
 
 
 def to_bytes(tokens: list[int]) -> bytes:
@@ -134,11 +141,12 @@ class Options:
 
 def main(options: Options) -> None:
     model = load_model(options.run).to(pick_device(options.device)).eval()
-    prompt = torch.tensor(list(options.prompt.encode()), dtype=torch.int64)
+    if not 0 <= options.seed < 2**63:
+        raise InputError("seed", options.seed, "0 to 2^63 - 1")
+    prompt = to_tokens(options.prompt)
     tokens = generate(model, [prompt], options.tokens, options.sampling, options.seed)
-    print(options.prompt, end="", flush=True)
     text = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be several bytes
-    for token in tokens:
+    for token in itertools.chain(prompt, tokens):
         print(text.decode(to_bytes([int(token)])), end="", flush=True)
     print(text.decode(b"", final=True))
 

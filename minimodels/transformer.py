@@ -107,7 +107,9 @@ class Attention(nn.Module):
 
     def flops(self, context: int) -> float:
         """Forward FLOPs per token: projections, and QKᵀ and PV with every key computed, those masked included."""
-        keys = context if self.window is None else min(context, 2 * self.window)
+        keys, w = context, self.window
+        if w is not None and context > 2 * w:  # then in blocks of w tokens, the last one filled up
+            keys = 2 * w * w * -(-context // w) / context
         projections = sum(part.weight.numel() for part in (self.q, self.k, self.v, self.out))
         return 2 * projections + 4 * self.heads * self.head_dim * keys
 
@@ -139,7 +141,7 @@ def attention(
         raise ValueError(f"attention: positions {tuple(query_positions.shape)}, {tuple(key_positions.shape)} do not fit")
     if choose(impl, "attention", q.device) == "torch":
         fast = partial(F.scaled_dot_product_attention, enable_gqa=H != G)
-        if S == T and (window is None or window >= T):
+        if S == T and window is None:
             return fast(q, k, v, is_causal=True)  # padding stands behind every query that could see it
         if S == T and T > 2 * window:
             return banded(fast, q, k, v, key_positions, window)
@@ -161,7 +163,10 @@ def sees(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
 
 
 def banded(fast: Callable, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int) -> Tensor:
-    """Attention within a window at a cost linear in T: in blocks of `window` tokens, each sees its own and the one before."""
+    """Attention within a window at a cost linear in T: each block of `window` tokens sees itself and the block before.
+
+    Positions may have gaps: tokens less than `window` positions apart are less than `window` places apart.
+    """
     B, _, T, _ = q.shape
     empty = -T % window
 

@@ -24,6 +24,7 @@ CASES = {
     "mod, predictor": {"layers": "mod(attention mlp)", "mod_route": "predictor"},
     "mod around mamba and moe": {"layers": "mod(mamba moe)"},
     "mod around a window": {"layers": "mod(window mlp)", "capacity": 0.75},
+    "mod around a wide window": {"layers": "mod(window)", "window": 8},  # which holds the tokens but not their positions
     "mod around mod": {"layers": "mod(attention mod(mamba mlp))", "capacity": 0.5},
     **{model: {"layers": layers(4)} for model, layers in BLOCKS.items()},
 }

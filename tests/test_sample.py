@@ -79,6 +79,11 @@ def test_temperature_shapes_the_frequencies():
     same(drawn.bincount(minlength=3) / 4000, (logits[0] / 2).softmax(-1), 0.03)
 
 
+def test_no_temperature_is_too_low():
+    logits = torch.tensor([[2.0, 1.0, 0.0]])
+    assert pick(logits, Sampling(temperature=1e-40), [torch.Generator()]).tolist() == [0]
+
+
 @pytest.mark.parametrize(
     "options", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"min_p": 1.1}]
 )
