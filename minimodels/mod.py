@@ -10,7 +10,8 @@ stands in.
 
     name        paper   shape
     x           X       (B, T, D)      all tokens
-    scores      r       (B, T)         the router's weights, raw
+    scores      r       (B, T)         what the router gives each token, raw
+    weights     r       (B, k, 1)      the same, of the chosen tokens
     index               (B, k)         the tokens that take the group, ascending; k = C · T in training
     real                (B, k)         bool: False where a row routes fewer than k tokens
     gathered    X̃       (B, k, D)      their values
@@ -68,29 +69,32 @@ class MixtureOfDepths(nn.Module):
             positions = start + torch.arange(T, device=x.device)
         with torch.autocast(x.device.type, enabled=False):  # routing is decided in full precision
             exact = full_precision(x)
-            scores = self.router(exact).squeeze(-1)  # (B, T)
-            decision = scores if self.predictor is None else self.predictor(exact.detach()).squeeze(-1)  # (B, T) logits
-        index, real = self.select(scores, decision, positions)
+            decision = (self.router(exact) if self.predictor is None else self.predictor(exact.detach())).squeeze(-1)  # (B, T)
+            index, real = self.select(exact.detach(), decision, positions)
         seen, remembered = positions.amax(1) + 1, None
         if state is not None:
             seen, remembered = torch.maximum(seen, state.seen), state.group
         if index.shape[1] == 0:  # nobody takes the group
             return x, DepthState(seen, remembered)
 
-        where = index.unsqueeze(-1).expand(-1, -1, x.shape[-1])  # (B, k, D)
-        gathered = x.gather(1, where)
+        tokens, chosen = x.flatten(0, 1), (index + T * torch.arange(B, device=x.device).unsqueeze(1)).flatten()  # (B · T, D)
+        gathered = tokens[chosen].view(B, -1, x.shape[-1])
+        with torch.autocast(x.device.type, enabled=False):
+            weights = self.router(full_precision(gathered)).masked_fill(~real.unsqueeze(-1), 0.0)  # (B, k, 1)
         original = positions.gather(1, index).masked_fill(~real, -1)
         output, remembered = self.group(gathered, remembered, original)
-        update = scores.gather(1, index).masked_fill(~real, 0.0).unsqueeze(-1) * (output - gathered)
-        return x.scatter_add(1, where, update.to(x.dtype)), DepthState(seen, remembered)
+        update = (weights * (output - gathered)).to(x.dtype)
+        return tokens.index_add(0, chosen, update.flatten(0, 1)).view_as(x), DepthState(seen, remembered)
 
-    def select(self, scores: Tensor, decision: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens that take the group, (B, k) ascending, and which of these are not filling."""
-        T = scores.shape[1]
+    def select(self, x: Tensor, decision: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens that take the group, (B, k) ascending, and which of these are not filling.
+
+        To select needs no gradient: it is the weights of the selected that teach the router.
+        """
         present = positions >= 0
         if self.training or self.route == "topk":
-            k = self.routed(T)
-            index = scores.masked_fill(~present, float("-inf")).topk(k).indices.sort(1).values
+            scores = decision.detach() if self.predictor is None else self.router(x).squeeze(-1).detach()  # (B, T)
+            index = scores.masked_fill(~present, float("-inf")).topk(self.routed(x.shape[1])).indices.sort(1).values
             taken = torch.zeros_like(present).scatter(1, index, True)
             self.account(decision, taken, present)
             return index, present.gather(1, index)
@@ -110,9 +114,10 @@ class MixtureOfDepths(nn.Module):
 
     def flops(self, context: int) -> float:
         """Forward FLOPs per token: the routers see all tokens, the group C of them and only C · context of each other."""
-        routers = 2 * self.router.weight.numel() + (flops(self.predictor, context) if self.predictor else 0)
         k = self.routed(context)
-        return routers + k / context * flops(self.group, k)
+        predictor = flops(self.predictor, context) if self.predictor else 0
+        chosen = k / context * (flops(self.router, k) + flops(self.group, k))
+        return flops(self.router, context) + predictor + chosen
 
     def routed(self, T: int) -> int:
         """How many of T tokens take the group in training: k = C · T, rounded up."""
