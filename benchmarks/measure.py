@@ -27,8 +27,10 @@ def interleave(providers: dict[str, Callable[[], object]], rounds: int = 7, seco
     repeats = {}
     for name, call in providers.items():
         call()
+        synchronise()
         start = time.perf_counter()
         call()
+        synchronise()
         repeats[name] = max(1, round(seconds / (time.perf_counter() - start)))
     timings: Timings = {name: [] for name in providers}
     for _ in range(rounds):
@@ -75,22 +77,28 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def environment() -> dict[str, object]:
+def environment(device: torch.device) -> dict[str, object]:
     """What a figure depends on besides the code: commit, device, versions, threads."""
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    cuda = torch.cuda.is_available()
     return {
         "commit": git.stdout.strip(),
-        "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "device": f"{processor()}, {os.cpu_count()} cores" if device.type == "cpu" else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
 
 
-def write(path: Path, rows: list[dict]) -> None:
+def processor() -> str:
+    """The name of the CPU."""
+    listing = Path("/proc/cpuinfo")
+    names = [line for line in listing.read_text().splitlines() if line.startswith("model name")] if listing.exists() else []
+    return names[0].split(": ")[1] if names else platform.machine()
+
+
+def write(path: Path, rows: list[dict], device: torch.device) -> None:
     """Write rows as JSON lines, each with the environment it was measured in."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    shared = environment()
+    shared = environment(device)
     path.write_text("".join(json.dumps({**shared, **row}) + "\n" for row in rows))
     print(f"written to {path}")

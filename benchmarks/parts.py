@@ -1,4 +1,4 @@
-"""Is each part as fast as it should be on this machine?
+"""Is each part as fast as it should be on a CPU?
 
     python -m benchmarks.parts                  all four questions, about three minutes on two CPU cores
     python -m benchmarks.parts --only scan      one of them: scan, moe, mod, trainer
@@ -62,35 +62,47 @@ def both_ways(provider: str, inputs: list[torch.Tensor]) -> torch.Tensor:
     return y
 
 
+def gradients(provider: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    y = both_ways(provider, inputs)
+    return [y.detach(), *(tensor.grad for tensor in inputs[:-1])]  # mambapy has no initial state
+
+
 def scan_once(provider: str, T: int) -> None:
     both_ways(provider, scan_inputs(T))
 
 
 def measure_scan() -> list[dict]:
-    rows = []
+    """In a plain process first, as anyone runs it; then with freed memory kept, as train.py does, which helps all three."""
     names = [name for name in PROVIDERS if name != "mambapy" or importlib.util.find_spec("mambapy")]
     if len(names) < len(PROVIDERS):
         print("mambapy is not installed: skipped (pip install mambapy)")
     print("selective scan, forward + backward, batch 1, D 512, N 16, fp32")
-    print(f"{'T':>6} {'ms':>8} {'us/token':>9} " + "".join(f"{'against ' + name:>26}" for name in names[1:]) + "   MB")
-    for T in (256, 512, 1024, 2048, 4096, 8192):
-        inputs = scan_inputs(T)
-        against = names if T in (256, 1024, 4096) else names[:1]
-        outputs = [both_ways(name, inputs) for name in against]
-        for output in outputs[1:]:
-            torch.testing.assert_close(output, outputs[0], rtol=1e-3, atol=1e-3)
-        timings = interleave({name: partial(both_ways, name, inputs) for name in against})
-        memory = {name: peak_memory(partial(scan_once, name, T)) for name in against}
-        seconds = statistics.median(timings["scan"])
-        cells = [ratio(timings, "scan", name) for name in against[1:]]
-        print(
-            f"{T:6} {seconds * 1e3:8.1f} {seconds * 1e6 / T:9.1f} "
-            + "".join(f"{median:13.2f}x ({low:.2f}-{high:.2f})" for median, low, high in cells)
-            + "   " + ", ".join(f"{name} {size / 1e6:.0f}" for name, size in memory.items())
-        )  # fmt: skip
-        rows += [
-            {"part": "scan", "T": T, "provider": name, "seconds": timings[name], "peak_bytes": memory[name]} for name in against
-        ]
+    rows = []
+    for kept in (False, True):
+        if kept:
+            keep_freed_memory()
+        print("  with freed memory kept" if kept else "  in a plain process")
+        for T in (256, 1024, 4096):
+            inputs = scan_inputs(T)
+            expected = gradients("loop", inputs)
+            for name in names:
+                for actual, wanted in zip(gradients(name, inputs), expected, strict=True):
+                    torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=2e-2)
+            timings = interleave({name: partial(both_ways, name, inputs) for name in names})
+            cells = [f"{name} {statistics.median(timings[name]) * 1e3:.1f} ms" for name in names]
+            cells += ["{:.2f}x {} ({:.2f}-{:.2f})".format(m, name, low, high)
+                      for name in names[1:] for m, low, high in [ratio(timings, "scan", name)]]  # fmt: skip
+            print(f"    T {T:5}: " + ", ".join(cells))
+            rows += [{"part": "scan", "kept": kept, "T": T, "provider": n, "seconds": timings[n]} for n in names]
+    lengths = (512, 1024, 2048, 4096, 8192)
+    timings = interleave({str(T): partial(both_ways, "scan", scan_inputs(T)) for T in lengths})
+    per_token = {T: min(timings[str(T)]) * 1e6 / T for T in lengths}  # the least, which the machine disturbs least
+    print("  microseconds per token: " + ", ".join(f"{value:.1f} at {T}" for T, value in per_token.items()))
+    rows += [{"part": "scan linearity", "T": T, "provider": "scan", "seconds": timings[str(T)]} for T in lengths]
+    for T in (1024, 4096):
+        memory = {name: peak_memory(partial(scan_once, name, T)) for name in names}
+        print(f"  peak memory at T {T}: " + ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in memory.items()))
+        rows += [{"part": "scan memory", "T": T, "provider": name, "bytes": size} for name, size in memory.items()]
     return rows
 
 
@@ -103,6 +115,8 @@ def measure_moe() -> list[dict]:
         "routed": MoE(config),
         "loop": MoE(Config(width=512, experts=8, experts_per_token=2, impl="reference")),
     }
+    layers["loop"].load_state_dict(layers["routed"].state_dict())
+    torch.testing.assert_close(layers["routed"](x)[0], layers["loop"](x)[0], rtol=1e-3, atol=1e-4)
     timings = interleave({name: lambda layer=layer: layer(x)[0].backward(gradient) for name, layer in layers.items()})
     print("experts, forward + backward, E 8, K 2, 4096 tokens, D 512, fp32")
     for name in ("routed", "loop"):
@@ -171,20 +185,23 @@ QUESTIONS = {"scan": measure_scan, "moe": measure_moe, "mod": measure_mod, "trai
 
 @dataclass(frozen=True)
 class Options:
-    """Time the parts of this machine's training, side by side."""
+    """Time the parts on this machine's CPU, side by side."""
 
     only: str = ""
     """one question: scan, moe, mod or trainer; all by default"""
-    out: Path = Path("benchmarks/results/parts.jsonl")
+    out: Path = Path("benchmarks/results/cpu/parts.jsonl")
     """file for the JSON rows"""
 
 
 def main(options: Options) -> None:
     if options.only and options.only not in QUESTIONS:
         raise InputError("only", options.only, ", ".join(QUESTIONS))
-    keep_freed_memory()  # for every provider alike, as train.py does
-    rows = [row for name, measure in QUESTIONS.items() if options.only in ("", name) for row in measure()]
-    write(options.out, rows)
+    rows = []
+    for name, measure in QUESTIONS.items():
+        if options.only in ("", name):
+            rows += measure()
+            keep_freed_memory()  # for every provider from here on, as train.py does
+    write(options.out, rows, torch.device("cpu"))
 
 
 if __name__ == "__main__":
