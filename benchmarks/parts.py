@@ -90,7 +90,7 @@ def measure_scan() -> list[dict]:
                     torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=2e-2)
             timings = interleave({name: partial(both_ways, name, inputs) for name in names})
             cells = [f"{name} {statistics.median(timings[name]) * 1e3:.1f} ms" for name in names]
-            cells += ["{:.2f}x {} ({:.2f}-{:.2f})".format(m, name, low, high)
+            cells += [f"{m:.2f}x {name} ({low:.2f}-{high:.2f})"
                       for name in names[1:] for m, low, high in [ratio(timings, "scan", name)]]  # fmt: skip
             print(f"    T {T:5}: " + ", ".join(cells))
             rows += [{"part": "scan", "kept": kept, "T": T, "provider": n, "seconds": timings[n]} for n in names]
