@@ -121,6 +121,12 @@ class Config:
         """Residual layers in all, those inside wrappers included: what initialisation scales outputs by."""
         return count_layers(parse_layers(self.layers))
 
+    @property
+    def init_std(self) -> float:
+        """Standard deviation of initial weights: GPT-2's 0.02 at its width of 768, and larger in narrower models, whose sums
+        have fewer terms."""
+        return 0.02 * (768 / self.width) ** 0.5
+
 
 MINIMUM = {
     "vocab": 0, "width": 1, "norm_eps": 0, "heads": 1, "kv_heads": 0, "head_dim": 0, "rope_base": 0, "window": 1,

@@ -61,7 +61,7 @@ class Stack(nn.ModuleList):
         return x, after
 
 
-def linear(inputs: int, outputs: int, std: float = 0.02) -> nn.Linear:
+def linear(inputs: int, outputs: int, std: float) -> nn.Linear:
     """A bias-free linear map with weights from N(0, std²)."""
     layer = nn.Linear(inputs, outputs, bias=False)
     nn.init.normal_(layer.weight, std=std)

@@ -54,14 +54,14 @@ class LM(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab or 256, config.width)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.embedding.weight, std=config.init_std)
         self.layers = build(config, parse_layers(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = nn.Linear(config.width, self.embedding.num_embeddings, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         else:
-            nn.init.normal_(self.head.weight, std=0.02)
+            nn.init.normal_(self.head.weight, std=config.init_std)
 
     def forward(self, tokens: Tensor, state: list | None = None, positions: Tensor | None = None):
         """tokens (B, T), state and positions as in the layer contract -> logits (B, T, V), state.

@@ -51,7 +51,7 @@ class MixtureOfDepths(nn.Module):
         super().__init__()
         self.capacity, self.route, self.mod_loss = config.capacity, config.mod_route, config.mod_loss
         self.group = group
-        self.router = linear(config.width, 1)
+        self.router = linear(config.width, 1, config.init_std)
         self.predictor = None
         if config.mod_route == "predictor":
             hidden = max(1, config.width // 4)

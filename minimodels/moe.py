@@ -39,10 +39,11 @@ class MoE(nn.Module):
         self.K, self.route, self.causal = config.experts_per_token, ROUTERS[config.router], config.router != "expert_choice"
         self.scale, self.impl = config.routed_scale, config.impl
         self.balance_loss, self.z_loss, self.bias_step = config.balance_loss, config.z_loss, config.bias_step
-        self.router = linear(D, E)
-        self.gate = nn.Parameter(torch.empty(E, I, D).normal_(std=0.02))
-        self.up = nn.Parameter(torch.empty(E, I, D).normal_(std=0.02))
-        self.out = nn.Parameter(torch.empty(E, D, I).normal_(std=0.02 / config.depth**0.5))
+        std = config.init_std
+        self.router = linear(D, E, std)
+        self.gate = nn.Parameter(torch.empty(E, I, D).normal_(std=std))
+        self.up = nn.Parameter(torch.empty(E, I, D).normal_(std=std))
+        self.out = nn.Parameter(torch.empty(E, D, I).normal_(std=std / config.depth**0.5))
         self.shared = SwiGLU(config, config.shared_experts * I) if config.shared_experts else None
         self.register_buffer("bias", torch.zeros(E) if self.route is sigmoid_bias else None)
         self.register_buffer("visited", torch.zeros(E), persistent=False)  # visits since the last optimizer step

@@ -48,10 +48,11 @@ class Attention(nn.Module):
         self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
         self.head_dim = config.head_dim or config.width // config.heads
         self.rope_base, self.impl, self.window = config.rope_base, config.impl, window
-        self.q = linear(config.width, self.heads * self.head_dim)
-        self.k = linear(config.width, self.kv_heads * self.head_dim)
-        self.v = linear(config.width, self.kv_heads * self.head_dim)
-        self.out = linear(self.heads * self.head_dim, config.width, std=0.02 / config.depth**0.5)
+        D, std = config.width, config.init_std
+        self.q = linear(D, self.heads * self.head_dim, std)
+        self.k = linear(D, self.kv_heads * self.head_dim, std)
+        self.v = linear(D, self.kv_heads * self.head_dim, std)
+        self.out = linear(self.heads * self.head_dim, D, std / config.depth**0.5)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
@@ -188,9 +189,9 @@ class SwiGLU(nn.Module):
     def __init__(self, config: Config, hidden: int | None = None):
         super().__init__()
         hidden = hidden or mlp_width(config)
-        self.gate = linear(config.width, hidden)
-        self.up = linear(config.width, hidden)
-        self.out = linear(hidden, config.width, std=0.02 / config.depth**0.5)
+        self.gate = linear(config.width, hidden, config.init_std)
+        self.up = linear(config.width, hidden, config.init_std)
+        self.out = linear(hidden, config.width, config.init_std / config.depth**0.5)
 
     def forward(self, x: Tensor, state=None, positions=None):
         return self.out(F.silu(self.gate(x)) * self.up(x)), None
