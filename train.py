@@ -37,7 +37,7 @@ from minimodels.layers import choose
 from minimodels.ledger import ledger
 from minimodels.lm import IGNORE, LM
 from minimodels.optim import SCHEDULES, adamw, learning_rate
-from minimodels.sample import generate, to_bytes, to_tokens
+from minimodels.sample import Sampling, generate, to_bytes, to_tokens
 from minimodels.tasks import Task
 
 
@@ -94,7 +94,7 @@ class Options:
     """batches of a validation"""
     sample_every: int = 0
     """steps between samples; 0: only at the end"""
-    prompt: str = "def "
+    prompt: str = "import "
     """what the samples continue"""
     log_every: int = 10
     """steps between lines of log.jsonl"""
@@ -250,7 +250,7 @@ def sample(model: LM, data: Text | Task, prompt: str) -> str:
         text = "no sample: this model routes over the whole sequence, which does not exist yet when generating"
     else:
         start = to_tokens(prompt)
-        tokens = [*start.tolist(), *(int(token) for token in generate(model, [start], 200))]
+        tokens = [*start.tolist(), *(int(token) for token in generate(model, [start], 200, Sampling(temperature=0.7)))]
         text = f"--- sample ---\n{to_bytes(tokens).decode(errors='replace')}"
     model.train()
     return text

@@ -68,9 +68,8 @@ class MixtureOfDepths(nn.Module):
             start = x.new_zeros(B, 1, dtype=torch.int64) if state is None else state.seen[:, None]
             positions = start + torch.arange(T, device=x.device)
         with torch.autocast(x.device.type, enabled=False):  # routing is decided in full precision
-            exact = full_precision(x)
-            decision = (self.router(exact) if self.predictor is None else self.predictor(exact.detach())).squeeze(-1)  # (B, T)
-            index, real = self.select(exact.detach(), decision, positions)
+            decision = self.score(x) if self.predictor is None else self.predictor(x.detach()).squeeze(-1)  # (B, T)
+            index, real = self.select(x.detach(), decision, positions)
         seen, remembered = positions.amax(1) + 1, None
         if state is not None:
             seen, remembered = torch.maximum(seen, state.seen), state.group
@@ -80,11 +79,15 @@ class MixtureOfDepths(nn.Module):
         tokens, chosen = x.flatten(0, 1), (index + T * torch.arange(B, device=x.device).unsqueeze(1)).flatten()  # (B · T, D)
         gathered = tokens[chosen].view(B, -1, x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
-            weights = self.router(full_precision(gathered)).masked_fill(~real.unsqueeze(-1), 0.0)  # (B, k, 1)
+            weights = self.score(gathered).masked_fill(~real, 0.0).unsqueeze(-1)  # (B, k, 1)
         original = positions.gather(1, index).masked_fill(~real, -1)
         output, remembered = self.group(gathered, remembered, original)
         update = (weights * (output - gathered)).to(x.dtype)
         return tokens.index_add(0, chosen, update.flatten(0, 1)).view_as(x), DepthState(seen, remembered)
+
+    def score(self, x: Tensor) -> Tensor:
+        """r = wᵀx in full precision: (B, T, D) -> (B, T)."""
+        return F.linear(full_precision(x), full_precision(self.router.weight)).squeeze(-1)
 
     def select(self, x: Tensor, decision: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens that take the group, (B, k) ascending, and which of these are not filling.
@@ -93,7 +96,7 @@ class MixtureOfDepths(nn.Module):
         """
         present = positions >= 0
         if self.training or self.route == "topk":
-            scores = decision.detach() if self.predictor is None else self.router(x).squeeze(-1).detach()  # (B, T)
+            scores = decision.detach() if self.predictor is None else self.score(x).detach()  # (B, T)
             index = scores.masked_fill(~present, float("-inf")).topk(self.routed(x.shape[1])).indices.sort(1).values
             taken = torch.zeros_like(present).scatter(1, index, True)
             self.account(decision, taken, present)

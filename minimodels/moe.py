@@ -50,7 +50,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, state=None, positions: Tensor | None = None):
         with torch.autocast(x.device.type, enabled=False):  # routing is decided in full precision
-            logits = self.router(full_precision(x))  # (B, T, E)
+            logits = F.linear(full_precision(x), full_precision(self.router.weight))  # (B, T, E)
             gates, visits, probabilities = self.route(logits, self.K, self.bias)
             self.auxiliary_losses, self.observed = self.account(logits, visits, probabilities, positions)
         y = grouped_mlp(

@@ -126,6 +126,23 @@ def test_reference_equals_torch(case, training):
 
 
 @law
+def test_runs_in_bfloat16(case):
+    """A model cast to bfloat16 trains and carries its state, near what it computes in full precision."""
+    stack, x = make(CASES[case]).train(), 0.5 * text()
+    exact, _ = stack(x)
+    half = make(CASES[case]).bfloat16().train()
+    y, _ = half(x.bfloat16())
+    y.float().square().mean().backward()
+    assert y.dtype == torch.bfloat16
+    assert all(parameter.grad.isfinite().all() for parameter in half.parameters() if parameter.grad is not None)
+    assert (y - exact).abs().median() < 0.1 * exact.abs().median()
+    with torch.no_grad():
+        _, state = half.eval()(x.bfloat16())
+        y, _ = half(x[:, :1].bfloat16(), state)
+    assert y.isfinite().all()
+
+
+@law
 def test_compiles_to_one_graph(case):
     """In training, torch.compile finds no reason to fall back to Python, and computes the same."""
     stack, x = make(CASES[case]).train(), text()
