@@ -98,6 +98,7 @@ def load_model(run: Path) -> LM:
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Give each parameter the moments that were saved under its name."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
@@ -119,10 +120,12 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def shape(tensor: Tensor | None) -> str:
+    """What an error says of a tensor."""
     return "missing" if tensor is None else str(list(tensor.shape))
 
 
 def checksum(tensors: dict[str, Tensor], part: str) -> int:
+    """CRC-32 of the names and bytes of the tensors whose name starts with `part`."""
     value = 0
     for name in sorted(name for name in tensors if name.startswith(part)):
         value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), value))

@@ -193,6 +193,7 @@ def parse_layers(text: str) -> Layers:
 
 
 def count_layers(layers: Layers) -> int:
+    """Layers in all, those inside wrappers included."""
     return sum(1 if isinstance(layer, str) else count_layers(layer[1]) for layer in layers)
 
 

@@ -73,6 +73,7 @@ class Options:
 
 
 def main(options: Options) -> None:
+    """Print one line for each model."""
     if options.context < 1:
         raise InputError("context", options.context, "1 or more")
     if options.layers:

@@ -200,22 +200,22 @@ def _(dy, x, weight, counts):
     return torch.empty_like(x), torch.empty_like(weight)
 
 
-def save(ctx, inputs, output):
+def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def differentiate(ctx, dy):
+def _differentiate(ctx, dy):
     return *grouped_linear_backward(dy.contiguous(), *ctx.saved_tensors), None
 
 
-grouped_linear.register_autograd(differentiate, setup_context=save)
+grouped_linear.register_autograd(_differentiate, setup_context=_save)
 
 
 @register_flop_formula(torch.ops.minimodels.grouped_linear)
-def grouped_flops(x, weight, counts, out_shape=None):
+def _grouped_flops(x, weight, counts, out_shape=None):
     return 2 * x[0] * weight[1] * weight[2]
 
 
 @register_flop_formula(torch.ops.minimodels.grouped_linear_backward)
-def grouped_backward_flops(dy, x, weight, counts, out_shape=None):
-    return 2 * grouped_flops(x, weight, counts)
+def _grouped_backward_flops(dy, x, weight, counts, out_shape=None):
+    return 2 * _grouped_flops(x, weight, counts)

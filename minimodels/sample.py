@@ -70,6 +70,7 @@ def generate(model: LM, prompts: list[Tensor], count: int, sampling: Sampling = 
 
 @torch.inference_mode()
 def continue_prompts(model: LM, prompts: list[Tensor], count: int, sampling: Sampling, seed: int) -> Iterator[Tensor]:
+    """What generate checks and returns."""
     device = model.embedding.weight.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(device)  # (B, T)
@@ -140,6 +141,7 @@ class Options:
 
 
 def main(options: Options) -> None:
+    """Stream the prompt and what follows."""
     model = load_model(options.run).to(pick_device(options.device)).eval()
     if not 0 <= options.seed < 2**63:
         raise InputError("seed", options.seed, "0 to 2^63 - 1")

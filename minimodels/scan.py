@@ -115,6 +115,7 @@ def chunk_length(state: Tensor) -> int:
 
 @scan_forward.register_fake
 def empty_outputs(x, delta, A, B, C, state):
+    """y, the final state and the boundaries, not yet filled."""
     batch, D, N = state.shape
     chunks = -(-x.shape[1] // chunk_length(state))
     return torch.empty_like(x), torch.empty_like(state), x.new_empty(chunks + 1, batch, N, D)
@@ -125,17 +126,17 @@ def _(dy, dstate, x, delta, A, B, C, boundaries):
     return tuple(torch.empty_like(tensor) for tensor in (x, delta, A, B, C, dstate))
 
 
-def save(ctx, inputs, output):
+def _save(ctx, inputs, output):
     *arguments, _ = inputs
     _, _, boundaries = output
     ctx.save_for_backward(*arguments, boundaries)
 
 
-def differentiate(ctx, dy, dstate, _):
+def _differentiate(ctx, dy, dstate, _):
     return scan_backward(dy.contiguous(), dstate.contiguous(), *ctx.saved_tensors)
 
 
-scan_forward.register_autograd(differentiate, setup_context=save)
+scan_forward.register_autograd(_differentiate, setup_context=_save)
 
 for operation in (scan_forward, scan_backward):
     for device in ("cpu", "cuda"):
@@ -143,10 +144,10 @@ for operation in (scan_forward, scan_backward):
 
 
 @register_flop_formula(torch.ops.minimodels.scan_forward)
-def forward_flops(x, delta, A, *_, out_shape=None):
+def _forward_flops(x, delta, A, *_, out_shape=None):
     return 9 * math.prod(x) * A[1]
 
 
 @register_flop_formula(torch.ops.minimodels.scan_backward)
-def backward_flops(dy, dstate, x, delta, A, *_, out_shape=None):
-    return 2 * forward_flops(x, delta, A)
+def _backward_flops(dy, dstate, x, delta, A, *_, out_shape=None):
+    return 2 * _forward_flops(x, delta, A)
