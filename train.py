@@ -129,8 +129,10 @@ def main(options: Options) -> None:
     bfloat16 = use_bfloat16(options.dtype, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
     optimizer = adamw(model, options.lr, options.weight_decay)
-    torch._dynamo.config.capture_dynamic_output_shape_ops = True  # routed tokens are counted inside the graph
-    loss_function = torch.compile(model.loss, fullgraph=True) if options.compile else model.loss
+    loss_function = model.loss
+    if options.compile:
+        torch._dynamo.config.capture_dynamic_output_shape_ops = True  # routed tokens are counted inside the graph
+        loss_function = torch.compile(model.loss, fullgraph=True)
 
     cost = ledger(config, options.context)
     tokens_per_step = options.batch_size * options.accumulate * options.context
