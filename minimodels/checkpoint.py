@@ -55,10 +55,11 @@ def load(run: Path, model: LM, optimizer: torch.optim.Optimizer | None = None) -
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
             progress, config, checksums = (json.loads(header[key]) for key in ("progress", "config", "checksums"))
+            config = asdict(Config(**config))  # a field that is younger than the file has its default
             parts = PARTS if optimizer is not None else PARTS[:1]
             names = [name for name in file.keys() if name.startswith(parts)]  # noqa: SIM118
             tensors = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, InputError) as error:
         raise InputError("checkpoint", str(path), f"a whole safetensors file of a training run ({error})") from None
     if any(checksums.get(part) != checksum(tensors, part) for part in parts):
         raise InputError("checkpoint", str(path), "a file whose checksum is that of its contents; this one is damaged")

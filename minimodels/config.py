@@ -47,12 +47,18 @@ class Config:
     """d, width of a head; 0: width / heads"""
     rope_base: float = 10_000.0
     """base of the rotary angles; 0 leaves positions out"""
-    qk_norm: bool = False
-    """RMSNorm on queries and keys before the rotation (Qwen3)"""
+    rope_scaling: str = ""
+    """slower rotary angles for longer texts: linear:factor=4 or llama3:factor=8,low=1,high=4,context=8192; empty: none"""
+    qk_norm: str = "none"
+    """RMSNorm on queries and keys before the rotation: none, head (each head apart, Qwen3) or full (all together, OLMoE)"""
+    attention_bias: bool = False
+    """biases in attention's four projections"""
     window: int = 128
     """tokens that a `window` layer sees, itself included"""
     mlp_width: int = 0
     """hidden width of SwiGLU; 0: 8/3 of width, rounded up to a multiple of 32"""
+    mlp_bias: bool = False
+    """biases in SwiGLU's three projections"""
 
     expand: int = 2
     """width of Mamba's inner channels over width"""
@@ -62,6 +68,14 @@ class Config:
     """taps of Mamba's causal convolution"""
     dt_rank: int = 0
     """R, rank of Mamba's step size projection; 0: width / 16, rounded up"""
+    conv_bias: bool = True
+    """a bias in Mamba's convolution"""
+    mamba_bias: bool = False
+    """biases in Mamba's input and output projection"""
+    mamba_norm: str = "none"
+    """RMSNorm on Mamba's step size, B and C: none, plain (without weights, Falcon-Mamba) or learned (Jamba)"""
+    mamba_norm_eps: float = 0.0
+    """epsilon of these; 0: norm_eps"""
 
     experts: int = 8
     """E, experts of a `moe` layer"""
@@ -76,7 +90,9 @@ class Config:
     routed_scale: float = 1.0
     """factor on the routed experts' weights (DeepSeek-V3: 2.5)"""
     balance_loss: float = 0.01
-    """weight of the load balance loss, per layer; with sigmoid_bias DeepSeek-V3 has 0.0001 and no z-loss"""
+    """weight of the load balance loss; with sigmoid_bias DeepSeek-V3 has 0.0001 and no z-loss"""
+    balance: str = "layer"
+    """layer (each layer's loads are balanced) or pooled (their mean over the layers is, as in transformers)"""
     z_loss: float = 0.001
     """weight of the router z-loss"""
     bias_step: float = 0.001
@@ -102,6 +118,7 @@ class Config:
                 raise InputError(name, getattr(self, name), ", ".join(accepted))
         if not self.head_dim and self.width % self.heads:
             raise InputError("heads", self.heads, f"a divisor of width {self.width}, or an explicit head_dim")
+        parse_scaling(self.rope_scaling)
         if self.rope_base and (self.head_dim or self.width // self.heads) % 2:
             raise InputError("head_dim", self.head_dim or self.width // self.heads, "an even number, for rotary pairs")
         if self.kv_heads and self.heads % self.kv_heads:
@@ -130,15 +147,36 @@ class Config:
 
 MINIMUM = {
     "vocab": 0, "width": 1, "norm_eps": 0, "heads": 1, "kv_heads": 0, "head_dim": 0, "rope_base": 0, "window": 1,
-    "mlp_width": 0, "expand": 1, "state_size": 1, "conv_width": 1, "dt_rank": 0, "experts": 1, "experts_per_token": 1,
+    "mlp_width": 0, "expand": 1, "state_size": 1, "conv_width": 1, "dt_rank": 0, "mamba_norm_eps": 0, "experts": 1,
+    "experts_per_token": 1,
     "expert_width": 0, "shared_experts": 0, "routed_scale": 0, "balance_loss": 0, "z_loss": 0, "bias_step": 0, "mod_loss": 0,
 }  # fmt: skip
 MOST_LAYERS = 10_000
 CHOICES = {
     "impl": ("auto", "reference", "torch", "triton"),
+    "qk_norm": ("none", "head", "full"),
+    "mamba_norm": ("none", "plain", "learned"),
+    "balance": ("layer", "pooled"),
     "router": ("softmax_topk", "softmax", "sigmoid_bias", "expert_choice"),
     "mod_route": ("router", "predictor"),
 }
+SCALINGS = {"": (), "linear": ("factor",), "llama3": ("factor", "low", "high", "context")}
+
+
+def parse_scaling(text: str) -> tuple[str, dict[str, float]]:
+    """ "linear:factor=4" -> ("linear", {"factor": 4.0}). Raises InputError on what Config.rope_scaling does not offer."""
+    kind, _, options = text.partition(":")
+    try:
+        values = {key: float(value) for key, _, value in (option.partition("=") for option in filter(None, options.split(",")))}
+    except ValueError:
+        values = {}
+    positive = all(0 < value < float("inf") for value in values.values())
+    if kind not in SCALINGS or sorted(values) != sorted(SCALINGS[kind]) or not positive:
+        forms = [kind + ":" + ",".join(f"{name}=NUMBER" for name in names) for kind, names in SCALINGS.items() if names]
+        raise InputError("rope_scaling", text, " or ".join(forms))
+    if kind == "llama3" and not values["low"] < values["high"]:
+        raise InputError("rope_scaling", text, "low less than high")
+    return kind, values
 
 
 Layers = tuple  # of names and of (wrapper name, Layers)

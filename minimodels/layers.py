@@ -18,23 +18,25 @@ it, `idle_parameters()`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import CHOICES, InputError
+from .config import CHOICES, InputError, parse_scaling
 
 
 class RMSNorm(nn.Module):
     """y = w · x / sqrt(mean(x²) + eps) over the last dimension, the mean in fp32 (arXiv:1910.07467)."""
 
-    def __init__(self, width: int, eps: float = 1e-5):
+    def __init__(self, width: int, eps: float = 1e-5, learned: bool = True):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.width, self.eps = width, eps
+        self.weight = nn.Parameter(torch.ones(width)) if learned else None  # None: w = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, (self.width,), self.weight, self.eps)
 
 
 class Residual(nn.Module):
@@ -61,22 +63,42 @@ class Stack(nn.ModuleList):
         return x, after
 
 
-def linear(inputs: int, outputs: int, std: float) -> nn.Linear:
-    """A bias-free linear map with weights from N(0, std²)."""
-    layer = nn.Linear(inputs, outputs, bias=False)
+def linear(inputs: int, outputs: int, std: float, bias: bool = False) -> nn.Linear:
+    """A linear map with weights from N(0, std²) and, if any, biases of zero."""
+    layer = nn.Linear(inputs, outputs, bias=bias)
     nn.init.normal_(layer.weight, std=std)
+    if bias:
+        nn.init.zeros_(layer.bias)
     return layer
 
 
-def rotary(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+def rotary(positions: Tensor, head_dim: int, base: float, scaling: str = "") -> tuple[Tensor, Tensor]:
     """cos θ and ±sin θ of the angles θ_j = p · base^(-2j/d), for both halves of a head: two (..., d) in fp32.
 
     RoPE, arXiv:2104.09864, with the pairs (x_j, x_{j+d/2}): the first of a pair is turned with -sin, the second with sin.
+    `scaling` slows the angles, in the terms of Config.rope_scaling.
     """
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions.float().unsqueeze(-1) * base**-exponents  # (..., d/2)
+    speeds = 1 / base ** (torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angles = positions.float().unsqueeze(-1) * scale(speeds, scaling)  # (..., d/2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def scale(speeds: Tensor, scaling: str) -> Tensor:
+    """Rotary angles per position, slowed so that texts longer than those of training turn them no further.
+
+    linear (arXiv:2306.15595): all of them by `factor`. llama3 (arXiv:2407.21783): by `factor` those that turn fewer than `low`
+    times within the `context` of training, not at all those that turn more than `high` times, and in proportion between.
+    """
+    kind, options = parse_scaling(scaling)
+    if not kind:
+        return speeds
+    slowed = speeds / options["factor"]
+    if kind == "linear":
+        return slowed
+    turns = options["context"] / (2 * math.pi / speeds)
+    kept = ((turns - options["low"]) / (options["high"] - options["low"])).clamp(0, 1)
+    return (1 - kept) * slowed + kept * speeds
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from .config import Config, InputError, Layers, parse_layers
 from .layers import Residual, RMSNorm, Stack
 from .mamba import Mamba
 from .mod import MixtureOfDepths
-from .moe import MoE
+from .moe import MoE, pooled_imbalance
 from .transformer import Attention, SwiGLU
 
 IGNORE = -100
@@ -84,11 +84,13 @@ class LM(nn.Module):
             raise ValueError(f"targets are {tuple(targets.shape)}; accepted: the shape of tokens, {tuple(tokens.shape)}")
         logits, _ = self(tokens)
         cross_entropy = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE)
+        auxiliary = [item for module in self.layers.modules() for item in getattr(module, "auxiliary_losses", {}).items()]
+        if self.config.balance == "pooled":
+            auxiliary.append(("balance", self.config.balance_loss * pooled_imbalance(self.layers)))
         parts, total = {"cross_entropy": cross_entropy.detach()}, cross_entropy
-        for module in self.layers.modules():
-            for name, value in getattr(module, "auxiliary_losses", {}).items():
-                total = total + value
-                parts[name] = parts.get(name, 0) + value.detach()
+        for name, value in auxiliary:
+            total = total + value
+            parts[name] = parts.get(name, 0) + value.detach()
         return total, parts
 
     @property

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Config
-from .layers import choose, full_precision
+from .layers import RMSNorm, choose, full_precision
 from .scan import scan
 
 
@@ -50,13 +50,18 @@ class Mamba(nn.Module):
         D, N = config.expand * config.width, config.state_size
         R = config.dt_rank or math.ceil(config.width / 16)
         self.N, self.R, self.impl = N, R, config.impl
-        self.in_proj = nn.Linear(config.width, 2 * D, bias=False)
-        self.conv1d = nn.Conv1d(D, D, config.conv_width, groups=D)  # holds the weights; causal_conv1d does the work
+        self.in_proj = nn.Linear(config.width, 2 * D, bias=config.mamba_bias)
+        # holds the weights; causal_conv1d does the work
+        self.conv1d = nn.Conv1d(D, D, config.conv_width, groups=D, bias=config.conv_bias)
         self.x_proj = nn.Linear(D, R + 2 * N, bias=False)
         self.dt_proj = nn.Linear(R, D)
         self.A_log = nn.Parameter(torch.arange(1, N + 1).float().log().repeat(D, 1))  # S4D-real: A_n = -(n + 1)
         self.D = nn.Parameter(torch.ones(D))
-        self.out_proj = nn.Linear(D, config.width, bias=False)
+        self.out_proj = nn.Linear(D, config.width, bias=config.mamba_bias)
+        self.dt_norm = self.B_norm = self.C_norm = nn.Identity()
+        if config.mamba_norm != "none":
+            eps, learned = config.mamba_norm_eps or config.norm_eps, config.mamba_norm == "learned"
+            self.dt_norm, self.B_norm, self.C_norm = (RMSNorm(width, eps, learned) for width in (R, N, N))
         self.A_log.no_weight_decay = True
         self.reset_parameters(config.depth)
 
@@ -76,6 +81,7 @@ class Mamba(nn.Module):
         )
         x = F.silu(x)
         dt, B, C = self.x_proj(x).split((self.R, self.N, self.N), dim=-1)  # (B, T, R), (B, T, N) twice
+        dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
         delta = F.linear(dt, self.dt_proj.weight)  # (B, T, D); the bias is added once, inside the scan
         if positions is not None:
             delta = delta.masked_fill((positions < 0).unsqueeze(-1), float("-inf"))  # Δ = 0 freezes the state
@@ -95,12 +101,12 @@ class Mamba(nn.Module):
 
 
 def causal_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor, window: Tensor | None, lengths: Tensor | None = None, impl: str = "auto"
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None, lengths: Tensor | None = None, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """y_t = bias + Σ_w weight_w ⊙ x_{t-W+1+w}: each channel convolved with its own W taps, looking only back.
 
-    x (B, T, D); weight (D, W); bias (D,); window (B, W-1, D), the inputs before x (None: zeros); lengths (B,), how many
-    tokens of x come before the padding (None: all). Returns y (B, T, D) and the window after x (B, W-1, D).
+    x (B, T, D); weight (D, W); bias (D,), None for zero; window (B, W-1, D), the inputs before x, None for zeros; lengths
+    (B,), how many tokens of x come before the padding, None for all. Returns y (B, T, D) and the window after x.
     """
     batch, time, D = x.shape
     W = weight.shape[1]
@@ -110,7 +116,8 @@ def causal_conv1d(
         window = x.new_zeros(batch, W - 1, D)
     padded = torch.cat((window, x), dim=1)  # (B, W-1+T, D)
     if choose(impl, "causal_conv1d", x.device) == "reference":
-        y = bias + sum(weight[:, w] * padded[:, w : w + time] for w in range(W))
+        y = sum(weight[:, w] * padded[:, w : w + time] for w in range(W))
+        y = y if bias is None else y + bias
     else:  # as an image of height one, for which PyTorch has a fast path with the channels innermost
         y = F.conv2d(padded.mT.unsqueeze(2), weight[:, None, None], bias, groups=D).squeeze(2).mT
     if lengths is None:

@@ -38,7 +38,8 @@ class MoE(nn.Module):
         E, D, I = config.experts, config.width, expert_width(config)
         self.K, self.route, self.causal = config.experts_per_token, ROUTERS[config.router], config.router != "expert_choice"
         self.scale, self.impl = config.routed_scale, config.impl
-        self.balance_loss, self.z_loss, self.bias_step = config.balance_loss, config.z_loss, config.bias_step
+        self.balance, self.balance_loss, self.z_loss = config.balance, config.balance_loss, config.z_loss
+        self.bias_step = config.bias_step
         std = config.init_std
         self.router = linear(D, E, std)
         self.gate = nn.Parameter(torch.empty(E, I, D).normal_(std=std))
@@ -61,15 +62,15 @@ class MoE(nn.Module):
         return y, None
 
     def account(self, logits: Tensor, visits: Tensor, probabilities: Tensor, positions: Tensor | None):
-        """The auxiliary losses and what the log records: balance loss E Σ f_i P_i, z-loss mean(logsumexp(logits)²)."""
+        """The auxiliary losses and what the log records: balance loss, z-loss mean(logsumexp(logits)²)."""
         real = logits.new_ones(logits.shape[:2]) if positions is None else (positions >= 0).to(logits.dtype)  # (B, T)
         weight = (real / real.sum().clamp(min=1)).unsqueeze(-1)  # (B, T, 1), sums to one
         fraction = (visits * weight).sum((0, 1))  # f (E,), sums to K; no gradient
         mean_probability = (probabilities * weight).sum((0, 1))  # P (E,), sums to one
-        losses = {
-            "balance": self.balance_loss * fraction.numel() * (fraction * mean_probability).sum(),
-            "z": self.z_loss * (logits.logsumexp(-1, keepdim=True).square() * weight).sum(),
-        }
+        losses = {"z": self.z_loss * (logits.logsumexp(-1, keepdim=True).square() * weight).sum()}
+        self.use = (fraction, mean_probability)
+        if self.balance == "layer":
+            losses["balance"] = self.balance_loss * imbalance(*self.use)
         if self.training:
             self.visited.add_((visits * real.unsqueeze(-1)).sum((0, 1)))
         load = fraction / fraction.sum().clamp(min=1e-9)
@@ -91,6 +92,20 @@ class MoE(nn.Module):
     def idle_parameters(self) -> float:
         """Parameters that a token does not meet."""
         return (1 - self.K / self.out.shape[0]) * 3 * self.out.numel()
+
+
+def imbalance(fraction: Tensor, mean_probability: Tensor) -> Tensor:
+    """E Σ f_i P_i of visits f (E,), which sum to K, and mean probabilities P (E,): K where all experts share alike."""
+    return fraction.numel() * (fraction * mean_probability).sum()
+
+
+def pooled_imbalance(model: nn.Module) -> Tensor:
+    """The imbalance of f and P averaged over the MoE layers of a model, in its last forward pass. 0 if it has none.
+
+    This is what transformers trains with. One layer's load can make up for another's, which the layers' own losses forbid.
+    """
+    use = [module.use for module in model.modules() if isinstance(module, MoE)]
+    return imbalance(*(torch.stack(part).mean(0) for part in zip(*use, strict=True))) if use else torch.zeros(())
 
 
 def expert_width(config: Config) -> int:

@@ -47,14 +47,18 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
         self.head_dim = config.head_dim or config.width // config.heads
-        self.rope_base, self.impl, self.window = config.rope_base, config.impl, window
-        D, std = config.width, config.init_std
-        self.q = linear(D, self.heads * self.head_dim, std)
-        self.k = linear(D, self.kv_heads * self.head_dim, std)
-        self.v = linear(D, self.kv_heads * self.head_dim, std)
-        self.out = linear(self.heads * self.head_dim, D, std / config.depth**0.5)
-        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.rope_base, self.rope_scaling, self.impl, self.window = config.rope_base, config.rope_scaling, config.impl, window
+        D, std, bias = config.width, config.init_std, config.attention_bias
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.q = linear(D, queries, std, bias)
+        self.k = linear(D, keys, std, bias)
+        self.v = linear(D, keys, std, bias)
+        self.out = linear(queries, D, std / config.depth**0.5, bias)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm != "none":
+            full = config.qk_norm == "full"
+            self.q_norm = RMSNorm(queries if full else self.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(keys if full else self.head_dim, config.norm_eps)
 
     def forward(self, x: Tensor, state: AttentionState | None = None, positions: Tensor | None = None):
         B, T, _ = x.shape
@@ -64,11 +68,13 @@ class Attention(nn.Module):
             positions = seen[:, None] + torch.arange(T, device=x.device)
         seen = torch.maximum(seen, positions.amax(1) + 1)
 
-        q = rearrange(self.q(x), "B T (H d) -> B H T d", H=self.heads)
-        k, v = (rearrange(part(x), "B T (G d) -> B G T d", G=self.kv_heads) for part in (self.k, self.v))
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # a norm may leave autocast's precision
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.q_norm is not None:  # a norm may leave autocast's precision
+            q, k = normalised(q, self.q_norm).to(v.dtype), normalised(k, self.k_norm).to(v.dtype)
+        q = rearrange(q, "B T (H d) -> B H T d", H=self.heads)
+        k, v = (rearrange(part, "B T (G d) -> B G T d", G=self.kv_heads) for part in (k, v))
         if self.rope_base:
-            angles = rotary(positions.unsqueeze(1), self.head_dim, self.rope_base)  # (B, 1, T, d) twice
+            angles = rotary(positions.unsqueeze(1), self.head_dim, self.rope_base, self.rope_scaling)  # (B, 1, T, d) twice
             q, k = rotate(q, *angles), rotate(k, *angles)
 
         now = AttentionState(k, v, positions, seen)
@@ -118,6 +124,11 @@ class Attention(nn.Module):
         """Bytes remembered per sequence after `context` tokens."""
         slots = context if self.window is None else min(context, self.window - 1)
         return slots * (2 * self.kv_heads * self.head_dim * itemsize + 8) + 8
+
+
+def normalised(x: Tensor, norm: RMSNorm) -> Tensor:
+    """x (B, T, heads · d) with each run of as many numbers as the norm is wide, a head or all of them, normalised."""
+    return norm(x.unflatten(-1, (-1, norm.width))).flatten(-2)
 
 
 def attention(
@@ -188,10 +199,10 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: Config, hidden: int | None = None):
         super().__init__()
-        hidden = hidden or mlp_width(config)
-        self.gate = linear(config.width, hidden, config.init_std)
-        self.up = linear(config.width, hidden, config.init_std)
-        self.out = linear(hidden, config.width, config.init_std / config.depth**0.5)
+        hidden, bias = hidden or mlp_width(config), config.mlp_bias
+        self.gate = linear(config.width, hidden, config.init_std, bias)
+        self.up = linear(config.width, hidden, config.init_std, bias)
+        self.out = linear(hidden, config.width, config.init_std / config.depth**0.5, bias)
 
     def forward(self, x: Tensor, state=None, positions=None):
         return self.out(F.silu(self.gate(x)) * self.up(x)), None

@@ -161,7 +161,7 @@ def test_decay_touches_matrices_only():
     from minimodels import LM, preset
     from minimodels.optim import adamw
 
-    model = LM(preset("hybrid", qk_norm=True))
+    model = LM(preset("hybrid", qk_norm="head"))
     names = {parameter: name for name, parameter in model.named_parameters()}
     decayed, kept = ({names[p] for p in group["params"]} for group in adamw(model, 1e-3, 0.1).param_groups)
     for name in names.values():
