@@ -2,5 +2,6 @@
 
 from .config import Config, InputError, preset
 from .lm import LM
+from .pretrained import from_pretrained, save_pretrained
 
-__all__ = ["LM", "Config", "InputError", "preset"]
+__all__ = ["LM", "Config", "InputError", "from_pretrained", "preset", "save_pretrained"]

@@ -19,6 +19,7 @@ class InputError(Exception):
     """Bad input, told in one line: the field, its value and what would be accepted."""
 
     def __init__(self, field: str, value: object, accepted: str):
+        self.field, self.value, self.accepted = field, value, accepted
         super().__init__(f"{field}: {value!r} is not accepted; accepted: {accepted}")
 
 
@@ -116,22 +117,30 @@ class Config:
         for name, accepted in CHOICES.items():
             if getattr(self, name) not in accepted:
                 raise InputError(name, getattr(self, name), ", ".join(accepted))
+        parse_scaling(self.rope_scaling)
+        if not 0 < self.capacity <= 1:
+            raise InputError("capacity", self.capacity, "a fraction in (0, 1]")
+        used = layer_names(parse_layers(self.layers))  # what no layer uses cannot be wrong
+        if used & {"attention", "window"}:
+            self.check_attention()
+        if "moe" in used:
+            self.check_experts()
+
+    def check_attention(self):
         if not self.head_dim and self.width % self.heads:
             raise InputError("heads", self.heads, f"a divisor of width {self.width}, or an explicit head_dim")
-        parse_scaling(self.rope_scaling)
         if self.rope_base and (self.head_dim or self.width // self.heads) % 2:
             raise InputError("head_dim", self.head_dim or self.width // self.heads, "an even number, for rotary pairs")
         if self.kv_heads and self.heads % self.kv_heads:
             raise InputError("kv_heads", self.kv_heads, f"a divisor of heads {self.heads}")
+
+    def check_experts(self):
         if self.experts_per_token > self.experts:
             raise InputError("experts_per_token", self.experts_per_token, f"1 to experts {self.experts}")
         if self.experts_per_token == 1 and self.router in ("softmax_topk", "sigmoid_bias"):
             raise InputError(
                 "router", self.router, "softmax, for one gate that is made to sum to one teaches the router nothing"
             )
-        if not 0 < self.capacity <= 1:
-            raise InputError("capacity", self.capacity, "a fraction in (0, 1]")
-        self.depth  # noqa: B018  (reads the layers, and refuses what is not in the grammar)
 
     @property
     def depth(self) -> int:
@@ -233,6 +242,11 @@ def parse_layers(text: str) -> Layers:
 def count_layers(layers: Layers) -> int:
     """Layers in all, those inside wrappers included."""
     return sum(1 if isinstance(layer, str) else count_layers(layer[1]) for layer in layers)
+
+
+def layer_names(layers: Layers) -> set[str]:
+    """The names of all layers, wrappers' own left out."""
+    return set().union(*({layer} if isinstance(layer, str) else layer_names(layer[1]) for layer in layers))
 
 
 BLOCKS = {  # preset -> layers at n transformer blocks

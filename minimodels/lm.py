@@ -11,11 +11,14 @@ A new architecture joins with one line in LAYERS (or WRAPPERS, if it holds other
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import NamedTuple
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Config, InputError, Layers, parse_layers
-from .layers import Residual, RMSNorm, Stack
+from .layers import Residual, RMSNorm, Stack, full_precision
 from .mamba import Mamba
 from .mod import MixtureOfDepths
 from .moe import MoE, pooled_imbalance
@@ -47,12 +50,20 @@ def build(config: Config, layers: Layers) -> Stack:
     return Stack(blocks)
 
 
+class Published(NamedTuple):
+    """The folder and the config.json of a published model, which it keeps for being saved again."""
+
+    folder: Path
+    entries: dict
+
+
 class LM(nn.Module):
     """tokens -> logits, with the state of all layers handed in and out."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
+        self.published: Published | None = None  # where it was read from, if minimodels.pretrained read it
         self.embedding = nn.Embedding(config.vocab or 256, config.width)
         nn.init.normal_(self.embedding.weight, std=config.init_std)
         self.layers = build(config, parse_layers(config.layers))
@@ -83,7 +94,7 @@ class LM(nn.Module):
         if targets.shape != tokens.shape:
             raise ValueError(f"targets are {tuple(targets.shape)}; accepted: the shape of tokens, {tuple(tokens.shape)}")
         logits, _ = self(tokens)
-        cross_entropy = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE)
+        cross_entropy = F.cross_entropy(full_precision(logits).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
         auxiliary = [item for module in self.layers.modules() for item in getattr(module, "auxiliary_losses", {}).items()]
         if self.config.balance == "pooled":
             auxiliary.append(("balance", self.config.balance_loss * pooled_imbalance(self.layers)))

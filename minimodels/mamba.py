@@ -48,7 +48,7 @@ class Mamba(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         D, N = config.expand * config.width, config.state_size
-        R = config.dt_rank or math.ceil(config.width / 16)
+        R = dt_rank(config)
         self.N, self.R, self.impl = N, R, config.impl
         self.in_proj = nn.Linear(config.width, 2 * D, bias=config.mamba_bias)
         # holds the weights; causal_conv1d does the work
@@ -98,6 +98,11 @@ class Mamba(nn.Module):
         """Bytes remembered per sequence."""
         D, _, W = self.conv1d.weight.shape
         return (W - 1) * D * itemsize + D * self.N * 4
+
+
+def dt_rank(config: Config) -> int:
+    """R, the rank of the step size's projection."""
+    return config.dt_rank or math.ceil(config.width / 16)
 
 
 def causal_conv1d(
