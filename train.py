@@ -37,8 +37,9 @@ from minimodels.layers import choose
 from minimodels.ledger import ledger
 from minimodels.lm import IGNORE, LM
 from minimodels.optim import SCHEDULES, adamw, learning_rate
-from minimodels.sample import Sampling, generate, to_bytes, to_tokens
+from minimodels.sample import Sampling, generate
 from minimodels.tasks import Task
+from minimodels.tokenizer import Bytes
 
 
 @dataclass(frozen=True)
@@ -251,9 +252,9 @@ def sample(model: LM, data: Text | Task, prompt: str) -> str:
     if not model.causal:
         text = "no sample: this model routes over the whole sequence, which does not exist yet when generating"
     else:
-        start = to_tokens(prompt)
-        tokens = [*start.tolist(), *(int(token) for token in generate(model, [start], 200, Sampling(temperature=0.7)))]
-        text = f"--- sample ---\n{to_bytes(tokens).decode(errors='replace')}"
+        start = Bytes().encode(prompt)
+        tokens = (int(token) for token in generate(model, [start], 200, Sampling(temperature=0.7)))
+        text = "--- sample ---\n" + "".join(Bytes().stream(start, tokens))
     model.train()
     return text
 

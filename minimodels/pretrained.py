@@ -3,38 +3,39 @@
     model = from_pretrained("folder-or-hub/id")        an LM with the published weights
     save_pretrained(model, "folder")                   what transformers.AutoModelForCausalLM loads
 
+    python -m minimodels.pretrained RUN FOLDER         the same of a training run
+
 Which models, and how they are put together, stands in minimodels/families.py. Only JSON and safetensors are read, so nothing
 in a file can run.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .checkpoint import write_json
-from .config import Config, InputError, parse_layers
-from .families import FAMILIES, IDLE, MEANINGS, ONLY, REQUIRED, Family
-from .layouts import Entries, read_rope, write_rope
+from .checkpoint import load_model, write_json
+from .command import run_command
+from .config import InputError, parse_layers
+from .config_json import family_of, read_config, read_json, write_config
+from .families import FAMILIES, Family
 from .lm import LM, Published
-from .mamba import dt_rank
-from .moe import expert_width
-from .transformer import mlp_width
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")  # tensors in older files that follow from config.json
 
@@ -89,126 +90,18 @@ def save_pretrained(model: LM, path: str | Path, shard_bytes: int = 5_000_000_00
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError("path", str(path), "a folder that is new or empty")
-    name, entries = write_config(model)
+    name, entries = write_config(model.config, model.published.entries if model.published else {})
     entries["dtype"] = str(model.embedding.weight.dtype).removeprefix("torch.")
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_tensors(published_tensors(model, FAMILIES[name]), partial, shard_bytes)
-    write_json(partial / CONFIG, entries)
-    for file in TOKENIZER if model.published else ():
-        if (model.published.folder / file).is_file():
-            shutil.copyfile(model.published.folder / file, partial / file)
-    os.replace(partial, path)
-
-
-# config.json <-> Config.
-
-
-def family_of(entries: dict) -> Family:
-    """The family that a config.json names."""
-    name = entries.get("model_type")
-    if not isinstance(name, str) or name not in FAMILIES:
-        raise InputError("config.json model_type", name, ", ".join(FAMILIES))
-    return FAMILIES[name]
-
-
-def read_config(entries: dict, family: Family, ignore: Iterable[str] = (), overrides: dict | None = None) -> Config:
-    """The Config that a config.json describes. Raises InputError on an entry that is missing, unknown or not implemented."""
-    values = meaning(entries, family, ignore)
-    known = {field.name for field in fields(Config)}
-    for name in overrides or ():
-        if name not in known:
-            raise InputError("overrides", name, ", ".join(sorted(known)))
-    try:
-        return Config(**{**values, **(overrides or {})})
-    except InputError as error:
-        sources = [entry for entry, (targets, _) in family.entries.items() if error.field in targets.split()]
-        raise InputError(f"config.json {sources[0] if sources else error.field}", error.value, error.accepted) from None
-
-
-def meaning(entries: dict, family: Family, ignore: Iterable[str] = ()) -> dict[str, object]:
-    """The fields of Config that a family speaks of, with what its config.json says of them."""
-    entries = Entries({family.aliases.get(name, name): value for name, value in entries.items() if name not in ignore})
-    for name, accepted in {**ONLY, **family.only}.items():
-        if entries.get(name, accepted) != accepted:
-            raise InputError(f"config.json {name}", entries.get(name), f"{accepted!r}, or no such entry")
-    values = dict(family.fixed)
-    for name, (targets, absent) in family.entries.items():
-        value = entries.get(name, absent)
-        if value is REQUIRED or (name in entries and type(value) is int and value < 1):  # 0 means something else in Config
-            raise InputError(f"config.json {name}", entries.get(name), "1 or more" if name in entries else "a value")
-        if isinstance(value, (str, int)):
-            value = MEANINGS.get(name, {}).get(value, value)
-        values |= dict.fromkeys(targets.split(), value)
-    if family.rope_base:
-        values |= read_rope(entries, family.rope_base)
-    if "experts" in values:  # as transformers balances them, and where it does
-        balanced, weight = entries.get("output_router_logits", False), entries.get("router_aux_loss_coef", 0.0)
-        values |= {"balance": "pooled", "balance_loss": weight if balanced else 0.0, "z_loss": 0.0}
-    values |= family.layers(entries)
-    unknown = {name: value for name, value in entries.items() if name not in {*entries.asked, *IDLE, *family.idle}}
-    if unknown:
-        raise InputError("config.json", unknown, "entries known for this model_type, or named in `ignore` to be left out")
-    return values
-
-
-OBJECTIVE = {"balance", "balance_loss", "z_loss"}  # of training: not a part of the model
-
-
-def write_config(model: LM) -> tuple[str, dict]:
-    """The family's name and the config.json of a model. Raises InputError if no family expresses it."""
-    reasons = {}
-    origin = model.published.entries if model.published else {}
-    for name in sorted(FAMILIES, key=lambda name: name != origin.get("model_type")):  # its own first
-        try:
-            return name, express(model.config, name, origin)
-        except InputError as error:
-            reasons[name] = str(error)
-    raise InputError(
-        "model", model.config.layers, "what a family expresses; " + "; ".join(f"{k}: {v}" for k, v in reasons.items())
-    )
-
-
-def express(config: Config, name: str, origin: dict) -> dict:
-    """The config.json of a family for a Config, beside what `origin` says. Raises InputError where it means another model."""
-    family, config = FAMILIES[name], explicit(config)
-    if origin.get("model_type") != name:
-        origin = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # for the classes have defaults
-    entries = {**origin, "model_type": name, "architectures": [family.architecture]}
-    experts = any("experts" in targets.split() for targets, _ in family.entries.values())
-    for entry, (targets, _) in family.entries.items():
-        value = getattr(config, targets.split()[0])
-        meanings = {ours: theirs for theirs, ours in MEANINGS.get(entry, {}).items()}
-        entries[entry] = meanings.get(value, value)
-    if family.rope_base:
-        entries = {name: value for name, value in entries.items() if name not in ("rope_theta", "rope_scaling")}
-        entries |= write_rope(config.rope_base, config.rope_scaling)
-    if experts and config.balance_loss and config.balance == "pooled":
-        entries |= {"output_router_logits": True, "router_aux_loss_coef": config.balance_loss}
-    entries |= family.outline(parse_layers(config.layers), config.window)
-
-    spoken = meaning(entries, family)
-    again = explicit(Config(**spoken))
-    for field in spoken.keys() - OBJECTIVE:
-        told, meant = getattr(again, field), getattr(config, field)
-        if told != meant and (field != "layers" or parse_layers(told) != parse_layers(meant)):
-            raise InputError(field, meant, str(told))
-    return entries
-
-
-def explicit(config: Config) -> Config:
-    """The same with every field spelled out that stood for something else at 0."""
-    return replace(
-        config,
-        vocab=config.vocab or 256,
-        kv_heads=config.kv_heads or config.heads,
-        head_dim=config.head_dim or config.width // config.heads,
-        mlp_width=mlp_width(config),
-        expert_width=expert_width(config),
-        dt_rank=dt_rank(config),
-        mamba_norm_eps=config.mamba_norm_eps or config.norm_eps,
-    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.") as partial:
+        folder = Path(partial) / "model"
+        folder.mkdir()
+        write_tensors(published_tensors(model, FAMILIES[name]), folder, shard_bytes)
+        write_json(folder / CONFIG, entries)
+        for file in BESIDE if model.published else ():
+            if (model.published.folder / file).is_file():
+                shutil.copyfile(model.published.folder / file, folder / file)
+        os.replace(folder, path)
 
 
 # Tensors.
@@ -319,7 +212,7 @@ def write_tensors(tensors: dict[str, Tensor], folder: Path, shard_bytes: int) ->
 def locate(path_or_id: str | Path, revision: str | None = None) -> Path:
     """The folder of a published model, fetched from the hub where it is no folder here."""
     name = str(path_or_id)
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return Path(name)
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise InputError("path_or_id", name, "a folder with config.json and safetensors, or an id of the hub")
@@ -328,18 +221,27 @@ def locate(path_or_id: str | Path, revision: str | None = None) -> Path:
     except ImportError:
         raise InputError("path_or_id", name, 'a folder; for an id of the hub, pip install "minimodels[hub]"') from None
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG, "*.safetensors", INDEX, *TOKENIZER]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG, "*.safetensors", INDEX, *BESIDE]))
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError("path_or_id", name, f"a folder, or an id that the hub has ({reason})") from None
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in a file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(path.name, str(path), f"a file with a JSON object ({error})") from None
-    if not isinstance(content, dict):
-        raise InputError(path.name, str(path), "a file with a JSON object")
-    return content
+@dataclass(frozen=True)
+class Options:
+    """Save the model of a training run in the Hugging Face format."""
+
+    run: tyro.conf.Positional[Path]
+    """folder of a training run"""
+    folder: tyro.conf.Positional[Path]
+    """folder to write, new or empty"""
+
+
+def main(options: Options) -> None:
+    """Read the run, write the folder."""
+    save_pretrained(load_model(options.run), options.folder)
+    print(f"saved in {options.folder}")
+
+
+if __name__ == "__main__":
+    run_command(main, lambda: tyro.cli(Options, description=__doc__))

@@ -1,13 +1,13 @@
 """From logits to text.
 
-To continue a prompt with a trained model, printing each token as it comes:
+To continue a prompt with a trained or a published model, printing each token as it comes:
 
     python -m minimodels.sample runs/transformer --prompt "def " --temperature 0.8 --min-p 0.05
+    python -m minimodels.sample FOLDER_OR_HUB_ID --prompt "Once upon a time"
 """
 
 from __future__ import annotations
 
-import codecs
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +21,8 @@ from .checkpoint import load_model
 from .command import pick_device, run_command
 from .config import InputError
 from .lm import LM
+from .pretrained import from_pretrained
+from .tokenizer import Bytes, TokenizerFile
 
 
 @dataclass(frozen=True)
@@ -113,44 +115,47 @@ def keep(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits
 
 
-def to_tokens(text: str) -> Tensor:
-    """The bytes of a text, those that a command line could not decode included: (T,) int64."""
-    return torch.tensor(list(text.encode("utf-8", "surrogateescape")), dtype=torch.int64)
-
-
-def to_bytes(tokens: list[int]) -> bytes:
-    """The text of byte tokens. A vocabulary larger than 256 has ids that are no bytes: they are left out."""
-    return bytes(token for token in tokens if token < 256)
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Options:
-    """Continue a prompt with a trained model, printing each token as it comes."""
+    """Continue a prompt with a trained or a published model, printing each token as it comes."""
 
-    run: tyro.conf.Positional[Path]
-    """folder of a training run"""
+    model: tyro.conf.Positional[str]
+    """folder of a training run, or a published model: a folder in the Hugging Face format or an id of its hub"""
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = Sampling()
     prompt: str = "def "
     """text to continue"""
     tokens: int = 400
-    """how many tokens to add"""
+    """how many tokens to add, unless the model ends the text before"""
     seed: int = 0
     """the same seed draws the same text"""
     device: str = "auto"
     """auto, cpu or cuda"""
+    dtype: str = "auto"
+    """auto (as the file has it), float32 or bfloat16"""
+    ignore: tuple[str, ...] = ()
+    """entries of a published config.json to leave out of account though they are unknown here"""
 
 
 def main(options: Options) -> None:
     """Stream the prompt and what follows."""
-    model = load_model(options.run).to(pick_device(options.device)).eval()
     if not 0 <= options.seed < 2**63:
         raise InputError("seed", options.seed, "0 to 2^63 - 1")
-    prompt = to_tokens(options.prompt)
-    tokens = generate(model, [prompt], options.tokens, options.sampling, options.seed)
-    text = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be several bytes
-    for token in itertools.chain(prompt, tokens):
-        print(text.decode(to_bytes([int(token)])), end="", flush=True)
-    print(text.decode(b"", final=True))
+    if options.dtype not in DTYPES:
+        raise InputError("dtype", options.dtype, ", ".join(DTYPES))
+    device, dtype = pick_device(options.device), DTYPES[options.dtype]
+    if (Path(options.model) / "options.json").exists():
+        model, tokenizer = load_model(Path(options.model)).to(device, dtype).eval(), Bytes()
+    else:
+        model = from_pretrained(options.model, dtype, device, ignore=options.ignore)
+        tokenizer = TokenizerFile(model.published.folder)
+    prompt = tokenizer.encode(options.prompt)
+    tokens = (int(token) for token in generate(model, [prompt], options.tokens, options.sampling, options.seed))
+    for text in tokenizer.stream(prompt, itertools.takewhile(lambda token: token not in tokenizer.end, tokens)):
+        print(text, end="", flush=True)
+    print()
 
 
 if __name__ == "__main__":
