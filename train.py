@@ -35,7 +35,8 @@ from minimodels.config import Config, InputError, preset
 from minimodels.data import Text, open_data
 from minimodels.layers import choose
 from minimodels.ledger import ledger
-from minimodels.lm import IGNORE, LM
+from minimodels.lm import LM
+from minimodels.loss import IGNORE
 from minimodels.optim import SCHEDULES, adamw, learning_rate
 from minimodels.sample import Sampling, generate
 from minimodels.tasks import Task

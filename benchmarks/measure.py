@@ -22,11 +22,13 @@ import torch
 Timings = dict[str, list[float]]  # provider -> seconds of one call, one per round
 
 
-def interleave(providers: dict[str, Callable[[], object]], rounds: int = 7, seconds: float = 0.2) -> Timings:
-    """Time each provider `rounds` times, turn by turn; a turn repeats the call for about `seconds`. The first two warm up."""
+def interleave(providers: dict[str, Callable[[], object]], rounds: int = 7, seconds: float = 0.2, warm: bool = True) -> Timings:
+    """Time each provider `rounds` times, turn by turn; a turn repeats the call for about `seconds`. The first two calls warm
+    up, or one of them where calls are long and `warm` is false."""
     repeats = {}
     for name, call in providers.items():
-        call()
+        if warm:
+            call()
         synchronise()
         start = time.perf_counter()
         call()

@@ -142,7 +142,7 @@ def idle_parameters(module: nn.Module) -> float:
 
 
 def state_bytes(module: nn.Module, context: int, itemsize: int) -> float:
-    """Bytes remembered per sequence after `context` tokens."""
+    """Bytes remembered per sequence after `context` tokens, but for the integers that say which tokens these are."""
     if hasattr(module, "state_bytes"):
         return module.state_bytes(context, itemsize)
     return sum(state_bytes(child, context, itemsize) for child in module.children())

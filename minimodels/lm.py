@@ -14,17 +14,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Config, InputError, Layers, parse_layers
-from .layers import Residual, RMSNorm, Stack, full_precision
+from .layers import Residual, RMSNorm, Stack
+from .loss import linear_cross_entropy
 from .mamba import Mamba
 from .mod import MixtureOfDepths
 from .moe import MoE, pooled_imbalance
 from .transformer import Attention, SwiGLU
-
-IGNORE = -100
 
 LAYERS = {
     "attention": Attention,
@@ -60,6 +58,8 @@ class Published(NamedTuple):
 class LM(nn.Module):
     """tokens -> logits, with the state of all layers handed in and out."""
 
+    operations = ("linear_cross_entropy",)
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -67,6 +67,7 @@ class LM(nn.Module):
         self.embedding = nn.Embedding(config.vocab or 256, config.width)
         nn.init.normal_(self.embedding.weight, std=config.init_std)
         self.layers = build(config, parse_layers(config.layers))
+        self.routers = [module for module in self.layers.modules() if hasattr(module, "causal")]  # which may not be causal
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = nn.Linear(config.width, self.embedding.num_embeddings, bias=False)
         if config.tie_embeddings:
@@ -79,12 +80,17 @@ class LM(nn.Module):
 
         Raises InputError where a state is carried into layers that are not causal, ValueError on another shape.
         """
+        x, state = self.features(tokens, state, positions)
+        return self.head(x), state
+
+    def features(self, tokens: Tensor, state: list | None = None, positions: Tensor | None = None):
+        """What the head sees (B, T, D), and the state. Arguments and errors as in forward."""
         if tokens.ndim != 2:
             raise ValueError(f"tokens are {tuple(tokens.shape)}; accepted: (B, T)")
         if state is not None and not self.causal:
             raise InputError("state", "carried", "None, for a layer routes over the whole sequence: eval(), or another router")
         x, state = self.layers(self.embedding(tokens), state, positions)
-        return self.head(self.norm(x)), state
+        return self.norm(x), state
 
     def loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to minimise, and its parts, detached: "cross_entropy" in nats per predicted token, the layers' own.
@@ -93,8 +99,8 @@ class LM(nn.Module):
         """
         if targets.shape != tokens.shape:
             raise ValueError(f"targets are {tuple(targets.shape)}; accepted: the shape of tokens, {tuple(tokens.shape)}")
-        logits, _ = self(tokens)
-        cross_entropy = F.cross_entropy(full_precision(logits).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+        x, _ = self.features(tokens)
+        cross_entropy = linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), self.config.impl)
         auxiliary = [item for module in self.layers.modules() for item in getattr(module, "auxiliary_losses", {}).items()]
         if self.config.balance == "pooled":
             auxiliary.append(("balance", self.config.balance_loss * pooled_imbalance(self.layers)))
@@ -107,7 +113,7 @@ class LM(nn.Module):
     @property
     def causal(self) -> bool:
         """Whether, in the present mode, no token depends on a later one: what generation requires."""
-        return all(getattr(module, "causal", True) for module in self.layers.modules())
+        return all(module.causal for module in self.routers)
 
     def after_step(self):
         """Call once after each optimizer step: layers that balance themselves do it now."""

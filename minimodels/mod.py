@@ -133,4 +133,4 @@ class MixtureOfDepths(nn.Module):
 
     def state_bytes(self, context: int, itemsize: int) -> float:
         """Bytes remembered per sequence when a fraction C of the tokens is routed."""
-        return 8 + state_bytes(self.group, self.routed(context), itemsize)
+        return state_bytes(self.group, self.routed(context), itemsize)

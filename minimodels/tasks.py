@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .config import InputError
 from .data import generator
-from .lm import IGNORE
+from .loss import IGNORE
 
 
 @dataclass

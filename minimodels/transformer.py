@@ -11,7 +11,7 @@ The MLP then works on each token alone.
     x                   (B, T, D)      tokens of this chunk
     q           Q       (B, H, T, d)   queries, H heads of width d
     k, v        K, V    (B, G, S, d)   keys and values, G ≤ H heads, S ≥ T tokens: those remembered, then this chunk's
-    positions           (B, T), (B, S) where a token stands in its text; -1: nothing there
+    positions           (B, T), (B, S) where a token stands in its text; -1: nothing there. None: without gaps or padding
 """
 
 from __future__ import annotations
@@ -30,12 +30,16 @@ from .layers import RMSNorm, choose, linear, rotary, rotate
 
 
 class AttentionState(NamedTuple):
-    """What attention remembers. A slot at position -1 holds nothing and is never attended to."""
+    """What attention remembers.
+
+    Where all rows are texts without gaps or padding, the slots are the last S tokens, and `seen` is a number. Where positions
+    were given, a slot at position -1 holds nothing and is never attended to, and `seen` is (B,) int64.
+    """
 
     keys: Tensor  # (B, G, S, d), rotated
     values: Tensor  # (B, G, S, d)
-    positions: Tensor  # (B, S) int64, ascending
-    seen: Tensor  # (B,) int64, the position of the next token
+    positions: Tensor | None  # (B, S) int64, ascending
+    seen: Tensor | int  # the position of the next token
 
 
 class Attention(nn.Module):
@@ -62,41 +66,37 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, state: AttentionState | None = None, positions: Tensor | None = None):
         B, T, _ = x.shape
-        ragged = positions is not None  # then some of these tokens may be padding
-        seen = torch.zeros(B, dtype=torch.int64, device=x.device) if state is None else state.seen
-        if positions is None:
-            positions = seen[:, None] + torch.arange(T, device=x.device)
-        seen = torch.maximum(seen, positions.amax(1) + 1)
+        seen = 0 if state is None else state.seen
+        gapless = positions is None and isinstance(seen, int)
+        if gapless:
+            positions = torch.arange(seen, seen + T, device=x.device)  # (T,)
+        elif positions is None:
+            positions = seen[:, None] + torch.arange(T, device=x.device)  # (B, T)
 
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.q_norm is not None:  # a norm may leave autocast's precision
             q, k = normalised(q, self.q_norm).to(v.dtype), normalised(k, self.k_norm).to(v.dtype)
-        q = rearrange(q, "B T (H d) -> B H T d", H=self.heads)
-        k, v = (rearrange(part, "B T (G d) -> B G T d", G=self.kv_heads) for part in (k, v))
+        q = q.view(B, T, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, d)
+        k, v = (part.view(B, T, self.kv_heads, self.head_dim).transpose(1, 2) for part in (k, v))  # (B, G, T, d)
         if self.rope_base:
-            angles = rotary(positions.unsqueeze(1), self.head_dim, self.rope_base, self.rope_scaling)  # (B, 1, T, d) twice
+            places = positions if gapless else positions.unsqueeze(1)  # (B, 1, T), for all heads
+            angles = rotary(places, self.head_dim, self.rope_base, self.rope_scaling)
             q, k = rotate(q, *angles), rotate(k, *angles)
 
-        now = AttentionState(k, v, positions, seen)
+        now = AttentionState(k, v, None, seen + T) if gapless else with_positions(k, v, positions, seen)
         if state is not None:
-            now = AttentionState(
-                torch.cat((state.keys, k), dim=2),
-                torch.cat((state.values, v), dim=2),
-                torch.cat((state.positions, positions), dim=1),
-                seen,
-            )  # S = remembered + T
-        y = attention(q, now.keys, now.values, positions, now.positions, self.window, self.impl)  # (B, H, T, d)
-        now = self.remember(now, ragged, first=state is None)
-        return self.out(rearrange(y, "B H T d -> B T (H d)")), now
+            now = behind(state, now)  # S = remembered + T
+        y = attention(q, *now[:2], None if gapless else positions, now.positions, self.window, self.impl)  # (B, H, T, d)
+        return self.out(y.transpose(1, 2).flatten(2)), self.remember(now, first=state is None)
 
-    def remember(self, state: AttentionState, ragged: bool, first: bool) -> AttentionState:
+    def remember(self, state: AttentionState, first: bool) -> AttentionState:
         """Drop what no later token can see: all but window - 1 tokens, and slots that are empty in every row.
 
         Of a `first` chunk the empty slots stay, for to count them a GPU would have to be waited for, in training too.
         """
-        slots = state.positions.shape[1]
+        slots = state.keys.shape[2]
         keep = slots if self.window is None else min(slots, self.window - 1)
-        if ragged:
+        if state.positions is not None:
             positions, order = state.positions.sort(dim=1, stable=True)  # empty slots first: what is dropped is dropped there
             index, empty = order[:, None, :, None].expand_as(state.keys), (positions < 0)[:, None, :, None]
             keys, values = (part.gather(2, index).masked_fill(empty, 0) for part in (state.keys, state.values))
@@ -105,12 +105,9 @@ class Attention(nn.Module):
                 keep = min(keep, int((positions >= 0).sum(1).amax()))
         if keep == slots:
             return state
-        last = slice(slots - keep, None)
-        return state._replace(  # cloned, for a view would keep what is dropped in memory
-            keys=state.keys[:, :, last].clone(),
-            values=state.values[:, :, last].clone(),
-            positions=state.positions[:, last].clone(),
-        )
+        last = slice(slots - keep, None)  # cloned, for a view would keep what is dropped in memory
+        keys, values = (part[:, :, last].clone() for part in state[:2])
+        return AttentionState(keys, values, None if state.positions is None else state.positions[:, last].clone(), state.seen)
 
     def flops(self, context: int) -> float:
         """Forward FLOPs per token: projections, and QKᵀ and PV with every key computed, those masked included."""
@@ -121,9 +118,26 @@ class Attention(nn.Module):
         return 2 * projections + 4 * self.heads * self.head_dim * keys
 
     def state_bytes(self, context: int, itemsize: int) -> float:
-        """Bytes remembered per sequence after `context` tokens."""
+        """Bytes of keys and values remembered per sequence after `context` tokens."""
         slots = context if self.window is None else min(context, self.window - 1)
-        return slots * (2 * self.kv_heads * self.head_dim * itemsize + 8) + 8
+        return slots * 2 * self.kv_heads * self.head_dim * itemsize
+
+
+def with_positions(keys: Tensor, values: Tensor, positions: Tensor, seen: Tensor | int) -> AttentionState:
+    """The state of tokens at positions (B, S) alone, after `seen` tokens before them."""
+    return AttentionState(keys, values, positions, (positions.amax(1) + 1).clamp(min=seen))
+
+
+def behind(before: AttentionState, now: AttentionState) -> AttentionState:
+    """The slots of `now` behind those of `before`."""
+    keys, values = (torch.cat(parts, dim=2) for parts in zip(before[:2], now[:2], strict=True))
+    if now.positions is None:
+        return now._replace(keys=keys, values=values)
+    positions = before.positions
+    if positions is None:
+        slots = torch.arange(before.seen - before.keys.shape[2], before.seen, device=keys.device)
+        positions = slots.expand(keys.shape[0], -1)
+    return AttentionState(keys, values, torch.cat((positions, now.positions), dim=1), now.seen)
 
 
 def normalised(x: Tensor, norm: RMSNorm) -> Tensor:
@@ -135,28 +149,35 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    query_positions: Tensor,
-    key_positions: Tensor,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
     window: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """softmax(QKᵀ/√d) V over the keys that each query sees, each of the G key heads shared by H/G query heads.
 
-    q (B, H, T, d); k, v (B, G, S, d); positions (B, T) and (B, S), ascending along a row, -1 where there is nothing; the last
-    T keys are those of the queries. A query sees the keys up to its own position, and of these the last `window` positions.
-    Returns (B, H, T, d); what it holds for a query at -1 is meaningless. Raises ValueError on shapes that disagree.
+    q (B, H, T, d); k, v (B, G, S, d); the last T keys are those of the queries. Positions (B, T) and (B, S), ascending along a
+    row, -1 where there is nothing; or None, where the keys are S tokens in a row. A query sees the keys up to its own position,
+    and of these the last `window` positions. Returns (B, H, T, d); what it holds for a query at -1 is meaningless.
+    Raises ValueError on shapes that disagree.
     """
     (B, H, T, d), (G, S) = q.shape, k.shape[1:3]
     if (k.shape, v.shape) != ((B, G, S, d), (B, G, S, d)) or H % G or T > S:
         raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
-    if (query_positions.shape, key_positions.shape) != ((B, T), (B, S)):
+    gapless = query_positions is None and key_positions is None
+    if gapless:
+        key_positions = torch.arange(S, device=q.device)
+        query_positions = key_positions[S - T :]
+    elif (query_positions.shape, key_positions.shape) != ((B, T), (B, S)):
         raise ValueError(f"attention: positions {tuple(query_positions.shape)}, {tuple(key_positions.shape)} do not fit")
     if choose(impl, "attention", q.device) == "torch":
         fast = partial(F.scaled_dot_product_attention, enable_gqa=H != G)
-        if S == T and window is None:
+        if window is None and S == T:
             return fast(q, k, v, is_causal=True)  # padding stands behind every query that could see it
-        if S == T and T > 2 * window:
-            return banded(fast, q, k, v, key_positions, window)
+        if gapless and T == 1 and (window is None or S <= window):
+            return fast(q, k, v)
+        if window is not None and S == T > 2 * window:
+            return banded(fast, q, k, v, key_positions.expand(B, S), window)
         return fast(q, k, v, attn_mask=sees(query_positions, key_positions, window))
     k, v = (repeat(part, "B G S d -> B (G shared) S d", shared=H // G) for part in (k, v))
     scores = (q @ k.transpose(-1, -2)) * d**-0.5  # (B, H, T, S)
@@ -165,13 +186,13 @@ def attention(
 
 
 def sees(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """Which key each query attends to, from their positions: (B, T), (B, S) -> (B, 1, T, S) bool."""
-    distance = queries[:, :, None] - keys[:, None, :]  # (B, T, S)
-    visible = (distance >= 0) & (keys >= 0)[:, None, :]
+    """Which key each query attends to, from their positions: (..., T), (..., S) -> (..., 1, T, S) bool."""
+    distance = queries.unsqueeze(-1) - keys.unsqueeze(-2)  # (..., T, S)
+    visible = (distance >= 0) & (keys >= 0).unsqueeze(-2)
     if window is not None:
         visible &= distance < window
-    visible |= (queries < 0)[:, :, None]  # padding sees anything: its output is dropped, and a softmax needs one term
-    return visible.unsqueeze(1)
+    visible |= (queries < 0).unsqueeze(-1)  # padding sees anything: its output is dropped, and a softmax needs one term
+    return visible.unsqueeze(-3)
 
 
 def banded(fast: Callable, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int) -> Tensor:

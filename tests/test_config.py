@@ -37,7 +37,7 @@ def test_grammar_refuses(text):
         ({"capacity": 0.0}, "capacity: 0.0"),
         ({"capacity": 1.5}, "capacity: 1.5"),
         ({"capacity": float("nan")}, "capacity: nan"),
-        ({"experts": 2, "experts_per_token": 3}, "experts_per_token: 3 .* 1 to experts 2"),
+        ({"layers": "moe", "experts": 2, "experts_per_token": 3}, "experts_per_token: 3 .* 1 to experts 2"),
         ({"experts": 0}, "experts: 0"),
         ({"window": 0}, "window: 0"),
         ({"router": "hash"}, "router: 'hash' .* softmax_topk"),

@@ -5,7 +5,7 @@ import torch
 
 from minimodels.config import InputError
 from minimodels.data import Span, open_data
-from minimodels.lm import IGNORE
+from minimodels.loss import IGNORE
 
 
 @pytest.fixture

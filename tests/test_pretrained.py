@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from minimodels import LM, Config, InputError, from_pretrained, preset, save_pretrained
 from minimodels.config_json import explicit
 from minimodels.families import FAMILIES
-from minimodels.lm import IGNORE
+from minimodels.loss import IGNORE
 from minimodels.sample import Sampling, generate
 
 transformers = pytest.importorskip(

@@ -94,5 +94,7 @@ def test_state_of_attention_counts_what_it_has_seen():
     layer = Attention(Config(**SHAPE))
     _, state = layer(torch.randn(2, 3, D))
     _, state = layer(torch.randn(2, 1, D), state)
-    assert state.seen.tolist() == [4, 4]
-    assert state.positions.tolist() == [[0, 1, 2, 3]] * 2
+    assert (state.seen, state.positions) == (4, None)
+    _, state = layer(torch.randn(2, 2, D), state, torch.tensor([[4, 6], [5, -1]]))  # from here on with gaps
+    assert state.seen.tolist() == [7, 6]
+    assert state.positions.tolist() == [[0, 1, 2, 3, 4, 6], [-1, 0, 1, 2, 3, 5]]

@@ -1,0 +1,94 @@
+"""The loss of a language model without its logits: the last linear map and the cross-entropy in one operation.
+
+Of n tokens and a vocabulary of V the logits (n, V) are the largest tensor of a small model, and their gradient is as large
+again. Both exist here for a few rows at a time, and as the gradient of a row follows from its logits alone, it is turned into
+those of x and of the weight while it is at hand (Liger Kernel, arXiv:2410.10989). Backward only multiplies by what comes in.
+
+    name        shape
+    x           (n, D)     what the head sees
+    weight      (V, D)     of the head
+    targets     (n,)       int64 below V; IGNORE where nothing is to be predicted
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .layers import choose, full_precision
+
+IGNORE = -100
+WORK = {"cpu": 2**24, "cuda": 2**26}  # logits at a time: enough that the products over them run at full speed
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, impl: str = "auto") -> Tensor:
+    """mean_t (logsumexp(W x_t) - (W x_t)_target) over the targets that are not IGNORE, in nats: a scalar in full precision.
+
+    x (n, D); weight (V, D); targets (n,). Not a number where every target is IGNORE. Raises ValueError on shapes that
+    disagree.
+    """
+    if x.ndim != 2 or weight.shape[1:] != x.shape[1:] or targets.shape != x.shape[:1]:
+        shapes = f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)}"
+        raise ValueError(f"linear_cross_entropy: {shapes} do not fit")
+    if choose(impl, "linear_cross_entropy", x.device) == "reference":
+        return F.cross_entropy(full_precision(F.linear(x, weight)), targets, ignore_index=IGNORE)
+    if torch.is_autocast_enabled(x.device.type):  # which does not reach into the operation
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    learn = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return chunked_loss(x, weight, targets, learn)[0]
+
+
+@torch.library.custom_op("minimodels::chunked_loss", mutates_args=())
+def chunked_loss(x: Tensor, weight: Tensor, targets: Tensor, learn: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss and, if it is to `learn`, its gradients with respect to x and weight; else two empty tensors."""
+    present = targets != IGNORE
+    share = full_precision(present.to(x.dtype)) / present.sum()  # (n,) of each row in the mean
+    rows = max(1, WORK.get(x.device.type, WORK["cuda"]) // weight.shape[0])
+    loss = share.new_zeros(())
+    dx = torch.empty_like(x) if learn else x.new_empty(0)
+    dweight = torch.zeros_like(weight, dtype=share.dtype) if learn else x.new_empty(0)
+    for start in range(0, len(x), rows):
+        at = slice(start, start + rows)
+        target = targets[at].clamp(min=0).unsqueeze(1)  # (rows, 1)
+        logp = full_precision(x[at] @ weight.t()).log_softmax(-1)  # (rows, V)
+        loss -= share[at] @ logp.gather(1, target).squeeze(1)
+        if learn:
+            gradient = logp.exp_().scatter_add_(1, target, -torch.ones_like(logp[:, :1]))
+            gradient = gradient.mul_(share[at].unsqueeze(1)).to(x.dtype)
+            torch.mm(gradient, weight, out=dx[at])
+            if dweight.dtype == x.dtype:
+                dweight.addmm_(gradient.t(), x[at])
+            else:
+                dweight += gradient.t() @ x[at]
+    return loss, dx, dweight.to(weight.dtype)
+
+
+@chunked_loss.register_fake
+def _(x, weight, targets, learn):
+    full = torch.promote_types(x.dtype, torch.float32)
+    return (
+        x.new_empty((), dtype=full),
+        torch.empty_like(x) if learn else x.new_empty(0),
+        (torch.empty_like(weight) if learn else weight.new_empty(0)),
+    )
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _differentiate(ctx, dloss, *_):
+    dx, dweight = ctx.saved_tensors
+    return (dloss * dx).to(dx.dtype), (dloss * dweight).to(dweight.dtype), None, None
+
+
+chunked_loss.register_autograd(_differentiate, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.minimodels.chunked_loss)
+def _flops(x, weight, targets, learn, out_shape=None):
+    return (6 if learn else 2) * x[0] * weight[0] * weight[1]

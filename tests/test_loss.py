@@ -1,0 +1,74 @@
+"""The loss without logits equals the loss with them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import same
+
+import minimodels.loss
+from minimodels.loss import IGNORE, linear_cross_entropy
+
+SHAPES = [(7, 5, 11), (1, 3, 2), (33, 16, 50)]  # n, D, V
+
+
+def arguments(n, D, V, dtype=torch.float64):
+    g = torch.Generator().manual_seed(n)
+    x, weight = torch.randn(n, D, generator=g).to(dtype), torch.randn(V, D, generator=g).to(dtype)
+    targets = torch.randint(V, (n,), generator=g)
+    targets[1::3] = IGNORE
+    return x.requires_grad_(), weight.requires_grad_(), targets
+
+
+def both(impl, x, weight, targets):
+    loss = linear_cross_entropy(x, weight, targets, impl)
+    return [loss, *torch.autograd.grad(3 * loss, (x, weight))]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", [1, 4, 100])
+def test_reference_equals_torch(shape, rows, monkeypatch):
+    monkeypatch.setitem(minimodels.loss.WORK, "cpu", rows * shape[2])
+    exact, fast = both("reference", *arguments(*shape)), both("torch", *arguments(*shape))
+    for quick, true in zip(fast, exact, strict=True):  # loss, dx, dweight
+        same(quick, true, 1e-12)
+
+
+def test_low_precision_is_as_good_as_plain_low_precision():
+    exact = both("reference", *arguments(33, 16, 50))
+    plain = both("reference", *arguments(33, 16, 50, torch.bfloat16))
+    fast = both("torch", *arguments(33, 16, 50, torch.bfloat16))
+    for quick, low, true in zip(fast, plain, exact, strict=True):  # loss, dx, dweight
+        assert (quick - true).abs().max() <= 2 * (low - true).abs().max() + 1e-3
+
+
+def test_autocast_reaches_it():
+    x, weight, targets = arguments(33, 16, 50, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(x, weight, targets, "torch")
+    dx, dweight = torch.autograd.grad(loss, (x, weight))
+    assert (loss.dtype, dx.dtype, dweight.dtype) == (torch.float32,) * 3
+    same(loss, linear_cross_entropy(x, weight, targets, "reference"), 0.02)
+
+
+def test_without_gradients_none_are_made():
+    x, weight, targets = (tensor.detach() for tensor in arguments(7, 5, 11))
+    loss, dx, dweight = minimodels.loss.chunked_loss(x, weight, targets, False)
+    same(loss, F.cross_entropy(x @ weight.t(), targets, ignore_index=IGNORE))
+    assert not dx.numel() and not dweight.numel()
+
+
+def test_large_logits_stay_finite_and_nothing_to_predict_is_nan():
+    x, weight, targets = arguments(7, 5, 11, torch.float32)
+    same(
+        linear_cross_entropy(1e3 * x, weight, targets, "torch"),
+        linear_cross_entropy(1e3 * x, weight, targets, "reference"),
+        1e-5,
+    )
+    assert linear_cross_entropy(x, weight, torch.full_like(targets, IGNORE)).isnan()
+
+
+def test_shapes_that_disagree_are_refused():
+    x, weight, targets = arguments(7, 5, 11)
+    for wrong in ((x[:, :4], weight, targets), (x, weight, targets[:3]), (x[None], weight, targets)):
+        with pytest.raises(ValueError, match="linear_cross_entropy: x"):
+            linear_cross_entropy(*wrong)
