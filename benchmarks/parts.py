@@ -30,7 +30,7 @@ from minimodels.optim import adamw
 from minimodels.scan import scan
 from minimodels.transformer import SwiGLU
 
-from .measure import interleave, peak_memory, ratio, write
+from minimodels.measure import interleave, peak_memory, ratio, write
 
 
 def scan_inputs(T: int, D: int = 512, N: int = 16, batch: int = 1) -> list[torch.Tensor]:

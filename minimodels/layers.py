@@ -39,28 +39,47 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (self.width,), self.weight, self.eps)
 
 
-class Residual(nn.Module):
-    """x + layer(norm(x)): every layer of a model but the wrappers stands in one of these."""
+def rmsnorm(x: Tensor, weight: Tensor, eps: float, update: Tensor | None = None, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """RMSNorm of x + update, and x + update itself: x, update (..., D), weight (D,) -> two (..., D)."""
+    if choose(impl, "rmsnorm", x.device) == "triton":
+        from .kernels.rmsnorm import rmsnorm as kernel
 
-    def __init__(self, width: int, layer: nn.Module, eps: float):
+        return kernel(x, weight, eps, update)
+    x = x if update is None else x + update
+    return F.rms_norm(x, weight.shape, weight, eps), x
+
+
+class Residual(nn.Module):
+    """x + layer(norm(x)): every layer of a model but the wrappers stands in one of these. The sum is left to the next norm,
+    which reads both: what goes in and comes out is x and the `update` that is still to be added to it."""
+
+    operations = ("rmsnorm",)
+
+    def __init__(self, width: int, layer: nn.Module, eps: float, impl: str = "auto"):
         super().__init__()
         self.norm = RMSNorm(width, eps)
         self.layer = layer
+        self.impl = impl
 
-    def forward(self, x: Tensor, state=None, positions=None):
-        y, state = self.layer(self.norm(x), state, positions)
-        return x + y, state
+    def forward(self, x: Tensor, update: Tensor | None, state=None, positions=None):
+        normed, x = rmsnorm(x, self.norm.weight, self.norm.eps, update, self.impl)
+        update, state = self.layer(normed, state, positions)
+        return x, update, state
 
 
 class Stack(nn.ModuleList):
     """Layers one after the other; the state is the list of theirs. Itself a layer, so that a wrapper can hold one."""
 
     def forward(self, x: Tensor, state=None, positions=None):
-        after = []
+        after, update = [], None
         for layer, before in zip(self, state or [None] * len(self), strict=True):
-            x, now = layer(x, before, positions)
+            if isinstance(layer, Residual):
+                x, update, now = layer(x, update, before, positions)
+            else:
+                x, now = layer(x if update is None else x + update, before, positions)
+                update = None
             after.append(now)
-        return x, after
+        return x if update is None else x + update, after
 
 
 def linear(inputs: int, outputs: int, std: float, bias: bool = False) -> nn.Linear:
@@ -119,7 +138,11 @@ def choose(impl: str, operation: str, device: torch.device) -> str:
         from .kernels import require
 
         require(operation, device)
-    return "torch" if impl == "auto" else impl
+    if impl == "auto":
+        from .kernels import FASTER
+
+        return "triton" if device.type == "cuda" and operation in FASTER else "torch"
+    return impl
 
 
 # What a part of a model costs.

@@ -40,7 +40,7 @@ def build(config: Config, layers: Layers) -> Stack:
     for layer in layers:
         name = layer if isinstance(layer, str) else layer[0]
         if isinstance(layer, str) and name in LAYERS:
-            blocks.append(Residual(config.width, LAYERS[name](config), config.norm_eps))
+            blocks.append(Residual(config.width, LAYERS[name](config), config.norm_eps, config.impl))
         elif not isinstance(layer, str) and name in WRAPPERS:
             blocks.append(WRAPPERS[name](config, build(config, layer[1])))
         else:

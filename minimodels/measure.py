@@ -104,3 +104,15 @@ def write(path: Path, rows: list[dict], device: torch.device) -> None:
     shared = environment(device)
     path.write_text("".join(json.dumps({**shared, **row}) + "\n" for row in rows))
     print(f"written to {path}")
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """What this machine reaches at best, measured now: copying, in GB/s read and written, and matrix products in TFLOP/s, in
+    bf16 on a GPU and fp32 on a CPU."""
+    gpu = device.type == "cuda"
+    source = torch.empty(2**28 if gpu else 2**25, device=device)
+    target = torch.empty_like(source)
+    square = torch.randn(8192 if gpu else 2048, 8192 if gpu else 2048, device=device, dtype=torch.bfloat16 if gpu else None)
+    timings = interleave({"copy": lambda: target.copy_(source), "product": lambda: square @ square}, rounds=5)
+    copied, product = (statistics.median(timings[name]) for name in ("copy", "product"))
+    return {"GB/s": 2 * source.nbytes / copied / 1e9, "TFLOP/s": 2 * square.shape[0] ** 3 / product / 1e12}

@@ -1,0 +1,193 @@
+"""RMSNorm of a residual stream, the addition before it included.
+
+    total = x + update                                 the stream after the last layer, where there was one
+    y     = weight · total / sqrt(mean(total²) + eps)
+
+What it must cost: x, update, y and total each cross the memory once, 8 bytes an element in bf16 (4 without update), and
+hardly any arithmetic; so it is as fast as a copy of that many bytes, if everything happens while a row is in registers.
+Backward reads dy, total and dtotal and writes dx, again 8 bytes. With r = 1/sqrt(mean(total²) + eps), n = r · total and
+g = weight · dy:
+
+    dx = dupdate = r · (g - n · mean(g · n)) + dtotal          dweight = Σ_rows dy · n
+
+    name        shape
+    x, update   (..., D)    one row per token
+    weight      (D,)
+    rstd        (rows,)     r of each row, fp32, kept for backward
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import Case, command, compare, full, on, programs, report
+
+
+@triton.jit
+def forward_kernel(X, UPDATE, WEIGHT, Y, TOTAL, RSTD, D, eps, ADD: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr):
+    """One program, one row."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < D
+    x = tl.load(X + row * D + column, inside, 0.0).to(FULL)
+    if ADD:
+        x += tl.load(UPDATE + row * D + column, inside, 0.0).to(FULL)
+        tl.store(TOTAL + row * D + column, x, inside)
+        x = x.to(TOTAL.dtype.element_ty).to(FULL)  # what backward will read
+    rstd = 1 / tl.sqrt(tl.sum(x * x) / D + eps)
+    tl.store(RSTD + row, rstd)
+    tl.store(Y + row * D + column, x * rstd * tl.load(WEIGHT + column, inside, 0.0), inside)
+
+
+@triton.jit
+def backward_kernel(
+    DY, DTOTAL, TOTAL, WEIGHT, RSTD, DX, DWEIGHT, rows, D, ADD: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One program, every P-th row; each leaves its share of dweight, so that no two write to one place."""
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < D
+    weight = tl.load(WEIGHT + column, inside, 0.0).to(FULL)
+    dweight = tl.zeros((BLOCK,), FULL)
+    width = tl.cast(D, tl.int64)  # for offsets beyond 2^31
+    for row in range(program, rows, tl.num_programs(0)):
+        at = row * width + column
+        dy = tl.load(DY + at, inside, 0.0).to(FULL)
+        rstd = tl.load(RSTD + row)
+        n = tl.load(TOTAL + at, inside, 0.0).to(FULL) * rstd
+        g = weight * dy
+        dx = rstd * (g - n * (tl.sum(g * n) / D))
+        if ADD:
+            dx += tl.load(DTOTAL + at, inside, 0.0).to(FULL)
+        tl.store(DX + at, dx, inside)
+        dweight += dy * n
+    tl.store(DWEIGHT + program * D + column, dweight, inside)
+
+
+@torch.library.custom_op("minimodels::rmsnorm_forward", mutates_args=())
+def rmsnorm_forward(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """y, total (empty without update) and rstd."""
+    x, D = x.contiguous(), x.shape[-1]
+    rows = x.numel() // D
+    y, rstd = torch.empty_like(x), x.new_empty(rows, dtype=torch.promote_types(x.dtype, torch.float32))
+    total = x.new_empty(0) if update is None else torch.empty_like(x)
+    added = x if update is None else update.contiguous()
+    BLOCK = triton.next_power_of_2(D)
+    with on(x):
+        forward_kernel[(rows,)](
+            x, added, weight, y, total, rstd, D, eps, update is not None, full(x), BLOCK, num_warps=warps(BLOCK)
+        )  # fmt: skip
+    return y, total, rstd
+
+
+@torch.library.custom_op("minimodels::rmsnorm_backward", mutates_args=())
+def rmsnorm_backward(dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """dx, which is dupdate too, and dweight."""
+    dy, D = dy.contiguous(), total.shape[-1]
+    rows, count = total.numel() // D, programs(total)
+    dx, dweight = torch.empty_like(total), rstd.new_empty(count, D)
+    later = dy if dtotal is None else dtotal.contiguous()
+    BLOCK = triton.next_power_of_2(D)
+    with on(dy):
+        backward_kernel[(count,)](
+            dy, later, total, weight, rstd, dx, dweight, rows, D, dtotal is not None, full(total), BLOCK, num_warps=warps(BLOCK)
+        )  # fmt: skip
+    return dx, dweight.sum(0).to(weight.dtype)
+
+
+def warps(block: int) -> int:
+    """So many that a thread holds about 8 elements of the row."""
+    return min(32, max(1, block // 256))
+
+
+# What PyTorch must know: shapes, derivative.
+
+
+@rmsnorm_forward.register_fake
+def _(x, update, weight, eps):
+    rstd = x.new_empty(x.numel() // x.shape[-1], dtype=torch.promote_types(x.dtype, torch.float32))
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, x.new_empty(0) if update is None else torch.empty_like(y), rstd
+
+
+@rmsnorm_backward.register_fake
+def _(dy, dtotal, total, weight, rstd):
+    return torch.empty_like(total), torch.empty_like(weight)
+
+
+def _save(ctx, inputs, output):
+    x, update, weight, _ = inputs
+    _, total, rstd = output
+    ctx.add = update is not None
+    ctx.save_for_backward(total if ctx.add else x.contiguous(), weight, rstd)
+
+
+def _differentiate(ctx, dy, dtotal, _):
+    dx, dweight = rmsnorm_backward(dy, dtotal if ctx.add else None, *ctx.saved_tensors)
+    return dx, dx if ctx.add else None, dweight, None
+
+
+rmsnorm_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def rmsnorm(x: Tensor, weight: Tensor, eps: float, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As minimodels.layers.rmsnorm: the normalised sum, and the sum. x, update (..., D) of one dtype; weight (D,)."""
+    if weight.shape != x.shape[-1:] or (update is not None and update.shape != x.shape):
+        raise ValueError(f"rmsnorm: x {tuple(x.shape)}, weight {tuple(weight.shape)} and the update do not fit")
+    y, total, _ = rmsnorm_forward(x, update, weight, eps)
+    return y, x if update is None else total
+
+
+SIGNATURES = [  # kernel, types of its arguments, constants, warps: for minimodels.kernels.compile
+    (
+        "forward_kernel",
+        {"X": "*bf16", "UPDATE": "*bf16", "WEIGHT": "*fp32", "Y": "*bf16", "TOTAL": "*bf16", "RSTD": "*fp32", "D": "i32",
+         "eps": "fp32"},
+        {"ADD": True, "FULL": tl.float32, "BLOCK": 1024},
+        4,
+    ),
+    (
+        "backward_kernel",
+        {"DY": "*bf16", "DTOTAL": "*bf16", "TOTAL": "*bf16", "WEIGHT": "*fp32", "RSTD": "*fp32", "DX": "*bf16",
+         "DWEIGHT": "*fp32", "rows": "i32", "D": "i32"},
+        {"ADD": True, "FULL": tl.float32, "BLOCK": 1024},
+        4,
+    ),
+]  # fmt: skip
+
+
+def check() -> None:
+    """Outputs and gradients against the reference in fp64; on a GPU in bf16 too."""
+    for shape in ((3, 5, 33), (4, 768)):
+        for add in (False, True):
+            x, update, weight = torch.randn(shape), torch.randn(shape), torch.randn(shape[-1])
+            compare(
+                lambda x, weight, update: rmsnorm(x, weight, 1e-5, update),
+                lambda x, weight, update: reference(x, weight, 1e-5, update, "reference"),
+                (x, weight, update if add else None),
+            )
+
+
+def reference(*arguments):
+    """minimodels.layers.rmsnorm."""
+    from minimodels.layers import rmsnorm as operation
+
+    return operation(*arguments)
+
+
+def case(rows: int, D: int) -> Case:
+    """bf16, with the addition: eight bytes an element each way."""
+
+    def inputs() -> tuple:
+        x, update = torch.randn(2, rows, D, device="cuda", dtype=torch.bfloat16).unbind(0)
+        return x.requires_grad_(), torch.ones(D, device="cuda", requires_grad=True), 1e-5, update.requires_grad_()
+
+    return Case(f"{rows} rows, D {D}", inputs, 8 * rows * D, 8 * rows * D)
+
+
+if __name__ == "__main__":
+    cases = [case(65536, 768), case(16384, 4096)]
+    command(report("rmsnorm", rmsnorm, lambda *arguments: reference(*arguments, "torch"), cases, check), __doc__)

@@ -1,0 +1,8 @@
+"""Without a GPU the kernels are interpreted, which must be said before Triton is imported."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"

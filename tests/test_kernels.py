@@ -1,0 +1,22 @@
+"""Every kernel against its reference: outputs and gradients, interpreted in fp32 and fp64 without a GPU, in fp32 and bf16 on one."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernels need the package triton")
+
+from minimodels.kernels.common import compare  # noqa: E402
+from minimodels.kernels.rmsnorm import rmsnorm  # noqa: E402
+from minimodels.layers import rmsnorm as rmsnorm_reference  # noqa: E402
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3, 5), (7, 33), (3, 64), (2, 100)])
+@pytest.mark.parametrize("add", [False, True], ids=["alone", "with an update"])
+def test_rmsnorm(shape, add):
+    torch.manual_seed(0)
+    x, update, weight = torch.randn(shape), torch.randn(shape), torch.randn(shape[-1])
+    compare(
+        lambda x, weight, update: rmsnorm(x, weight, 1e-5, update),
+        lambda x, weight, update: rmsnorm_reference(x, weight, 1e-5, update, "reference"),
+        (x, weight, update if add else None),
+    )
