@@ -25,12 +25,11 @@ from minimodels import LM, Config, InputError
 from minimodels.command import keep_freed_memory, run_command
 from minimodels.ledger import ledger
 from minimodels.mamba import recurrence
+from minimodels.measure import interleave, peak_memory, ratio, write
 from minimodels.moe import MoE
 from minimodels.optim import adamw
 from minimodels.scan import scan
 from minimodels.transformer import SwiGLU
-
-from minimodels.measure import interleave, peak_memory, ratio, write
 
 
 def scan_inputs(T: int, D: int = 512, N: int = 16, batch: int = 1) -> list[torch.Tensor]:

@@ -20,9 +20,8 @@ import tyro
 from minimodels import InputError, from_pretrained
 from minimodels.command import keep_freed_memory, run_command
 from minimodels.loss import IGNORE
-from minimodels.sample import Sampling, generate
-
 from minimodels.measure import interleave, ratio, write
+from minimodels.sample import Sampling, generate
 
 SHAPE = {"vocab_size": 256, "hidden_size": 256, "num_hidden_layers": 4}
 NO_SPECIAL = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}

@@ -145,9 +145,8 @@ def time_providers(providers: dict[str, Callable], inputs: Callable[[], tuple], 
             calls[name] = prepare(provider, inputs(), direction)
             calls[name]()
         except Exception as error:  # a peer may raise anything
-            print(
-                f"  {name}: left out, for it failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-            )
+            reason = (str(error).splitlines() or [""])[0]
+            print(f"  {name}: left out, for it failed ({type(error).__name__}: {reason})")
             calls.pop(name, None)
     return interleave(calls, rounds=rounds)
 

@@ -2,8 +2,8 @@
 
     python -m minimodels.kernels.compile [OPERATION]      every kernel of an operation, or of all, for Hopper (sm_90)
 
-Each kernel file lists in SIGNATURES what to compile. Prints registers per thread, spilled bytes and shared memory; a kernel that
-does not compile ends the command with the compiler's message.
+Each kernel file lists in SIGNATURES what to compile. Prints registers per thread, spilled bytes and shared memory; a kernel
+that does not compile ends the command with the compiler's message.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""Every kernel against its reference: outputs and gradients, interpreted in fp32 and fp64 without a GPU, in fp32 and bf16 on one."""
+"""RMSNorm's kernel against its reference: interpreted in fp32 and fp64 without a GPU, in fp32 and bf16 on one."""
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="the kernels need the package triton")
 
-from minimodels.kernels.common import compare  # noqa: E402
-from minimodels.kernels.rmsnorm import rmsnorm  # noqa: E402
-from minimodels.layers import rmsnorm as rmsnorm_reference  # noqa: E402
+from minimodels.kernels.common import compare
+from minimodels.kernels.rmsnorm import rmsnorm
+
+from minimodels.layers import rmsnorm as rmsnorm_reference
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3, 5), (7, 33), (3, 64), (2, 100)])
