@@ -201,6 +201,7 @@ def main(options: Options) -> None:
             rows += measure()
             keep_freed_memory()  # for every provider from here on, as train.py does
     write(options.out, rows, torch.device("cpu"))
+    print(f"written to {options.out}")
 
 
 if __name__ == "__main__":

@@ -120,6 +120,7 @@ def main(options: Options) -> None:
                     for p, s in timings.items()
                 ]
     write(options.out, rows, torch.device("cpu"))
+    print(f"written to {options.out}")
 
 
 if __name__ == "__main__":

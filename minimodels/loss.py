@@ -32,11 +32,16 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, impl: str =
     if x.ndim != 2 or weight.shape[1:] != x.shape[1:] or targets.shape != x.shape[:1]:
         shapes = f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)}"
         raise ValueError(f"linear_cross_entropy: {shapes} do not fit")
-    if choose(impl, "linear_cross_entropy", x.device) == "reference":
+    path = choose(impl, "linear_cross_entropy", x.device)
+    if path == "reference":
         return F.cross_entropy(full_precision(F.linear(x, weight)), targets, ignore_index=IGNORE)
     if torch.is_autocast_enabled(x.device.type):  # which does not reach into the operation
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
+    if path == "triton":
+        from .kernels.linear_cross_entropy import linear_cross_entropy as kernel
+
+        return kernel(x, weight, targets)
     learn = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     return chunked_loss(x, weight, targets, learn)[0]
 

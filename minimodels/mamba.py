@@ -76,10 +76,8 @@ class Mamba(nn.Module):
     def forward(self, u: Tensor, state: MambaState | None = None, positions: Tensor | None = None):
         x, z = self.in_proj(u).chunk(2, dim=-1)  # (B, T, D) each
         lengths = None if positions is None else (positions >= 0).sum(1)  # tokens before the padding
-        x, window = causal_conv1d(
-            x, self.conv1d.weight.squeeze(1), self.conv1d.bias, None if state is None else state.window, lengths, self.impl
-        )
-        x = F.silu(x)
+        taps, before = self.conv1d.weight.squeeze(1), None if state is None else state.window
+        x, window = causal_conv1d(x, taps, self.conv1d.bias, before, lengths, activation=True, impl=self.impl)
         dt, B, C = self.x_proj(x).split((self.R, self.N, self.N), dim=-1)  # (B, T, R), (B, T, N) twice
         dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
         delta = F.linear(dt, self.dt_proj.weight)  # (B, T, D); the bias is added once, inside the scan
@@ -106,9 +104,16 @@ def dt_rank(config: Config) -> int:
 
 
 def causal_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None, lengths: Tensor | None = None, impl: str = "auto"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    window: Tensor | None,
+    lengths: Tensor | None = None,
+    activation: bool = False,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """y_t = bias + Σ_w weight_w ⊙ x_{t-W+1+w}: each channel convolved with its own W taps, looking only back.
+    """y_t = bias + Σ_w weight_w ⊙ x_{t-W+1+w}, then SiLU if there is an `activation`: each channel convolved with its own W
+    taps, looking only back.
 
     x (B, T, D); weight (D, W); bias (D,), None for zero; window (B, W-1, D), the inputs before x, None for zeros; lengths
     (B,), how many tokens of x come before the padding, None for all. Returns y (B, T, D) and the window after x.
@@ -117,14 +122,20 @@ def causal_conv1d(
     W = weight.shape[1]
     if weight.shape != (D, W) or (window is not None and window.shape != (batch, W - 1, D)):
         raise ValueError(f"causal_conv1d: x {tuple(x.shape)}, weight {tuple(weight.shape)} and the window do not fit")
+    path = choose(impl, "causal_conv1d", x.device)
+    if path == "triton":
+        from .kernels.causal_conv1d import causal_conv1d as kernel
+
+        return kernel(x, weight, bias, window, lengths, activation)
     if window is None:
         window = x.new_zeros(batch, W - 1, D)
     padded = torch.cat((window, x), dim=1)  # (B, W-1+T, D)
-    if choose(impl, "causal_conv1d", x.device) == "reference":
+    if path == "reference":
         y = sum(weight[:, w] * padded[:, w : w + time] for w in range(W))
         y = y if bias is None else y + bias
     else:  # as an image of height one, for which PyTorch has a fast path with the channels innermost
         y = F.conv2d(padded.mT.unsqueeze(2), weight[:, None, None], bias, groups=D).squeeze(2).mT
+    y = F.silu(y) if activation else y
     if lengths is None:
         return y, padded[:, time:].clone()
     last = lengths[:, None, None] + torch.arange(W - 1, device=x.device)[:, None]  # (B, W-1, 1)
@@ -161,7 +172,12 @@ def selective_scan(
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"selective_scan: {name} is {tuple(tensor.shape)}; {shape} fits x {tuple(x.shape)}")
-    fast = choose(impl, "selective_scan", x.device) == "torch" and time > 1
+    path = choose(impl, "selective_scan", x.device)
+    if path == "triton":
+        from .kernels.selective_scan import selective_scan as kernel
+
+        return kernel(x, delta, A, B, C, skip, z, delta_bias, state)
+    fast = path == "torch" and time > 1
     dtype = x.dtype
     with torch.autocast(x.device.type, enabled=False):  # a state that sums over the whole text needs its digits
         x, delta, A, B, C = (full_precision(part) for part in (x, delta, A, B, C))

@@ -6,7 +6,9 @@ median and the spread over the rounds.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -15,6 +17,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -103,7 +106,6 @@ def write(path: Path, rows: list[dict], device: torch.device) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     shared = environment(device)
     path.write_text("".join(json.dumps({**shared, **row}) + "\n" for row in rows))
-    print(f"written to {path}")
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
@@ -116,3 +118,58 @@ def ceilings(device: torch.device) -> dict[str, float]:
     timings = interleave({"copy": lambda: target.copy_(source), "product": lambda: square @ square}, rounds=5)
     copied, product = (statistics.median(timings[name]) for name in ("copy", "product"))
     return {"GB/s": 2 * source.nbytes / copied / 1e9, "TFLOP/s": 2 * square.shape[0] ** 3 / product / 1e12}
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """The context from which one model is faster than another, each round on its own; None: not within what was measured."""
+
+    contexts: list[int]
+    median: float | None
+    low: float | None
+    high: float | None
+    faster: bool  # at the longest context
+
+    def __str__(self) -> str:
+        first, last = self.contexts[0], self.contexts[-1]
+        if self.median is None:
+            return f"Mamba is {'faster' if self.faster else 'slower'} than the transformer from {first:,} to {last:,}"
+        return f"Mamba is faster than the transformer from {self.median:,.0f} tokens on ({self.low:,.0f}-{self.high:,.0f})"
+
+
+def crossover(contexts: list[int], ratios: list[list[float]]) -> Crossover:
+    """Where the ratio (the other's seconds over its own) last rises through 1, between contexts straight in their logarithms.
+
+    contexts ascending; ratios: one list of rounds for each of them. A round without such a place counts as none; the median is
+    over the rounds that have one, if they are most.
+    """
+    places = []
+    rounds = list(zip(*ratios, strict=True))
+    for values in rounds:
+        logs = [math.log(value) for value in values]
+        for i in reversed(range(len(logs) - 1)):
+            if logs[i] < 0 <= logs[i + 1]:
+                share = -logs[i] / (logs[i + 1] - logs[i])
+                places.append(math.exp((1 - share) * math.log(contexts[i]) + share * math.log(contexts[i + 1])))
+                break
+    faster = statistics.median(ratios[-1]) >= 1
+    if 2 * len(places) <= len(rounds) or not faster:
+        return Crossover(contexts, None, None, None, faster)
+    return Crossover(contexts, statistics.median(places), min(places), max(places), faster)
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes by which a call raises the memory in use at its highest; None where the system does not tell."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed and kept would hide what is taken now
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is in use
+    except OSError:
+        return None
+    before = _peak()
+    call()
+    return _peak() - before

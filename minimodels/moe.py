@@ -54,9 +54,8 @@ class MoE(nn.Module):
             logits = F.linear(full_precision(x), full_precision(self.router.weight))  # (B, T, E)
             gates, visits, probabilities = self.route(logits, self.K, self.bias)
             self.auxiliary_losses, self.observed = self.account(logits, visits, probabilities, positions)
-        y = grouped_mlp(
-            x.flatten(0, 1), (self.scale * gates).flatten(0, 1), visits.flatten(0, 1), self.gate, self.up, self.out, self.impl
-        ).view_as(x)
+        gates, visits, most = (self.scale * gates).flatten(0, 1), visits.flatten(0, 1), self.K if self.causal else None
+        y = grouped_mlp(x.flatten(0, 1), gates, visits, self.gate, self.up, self.out, most, self.impl).view_as(x)
         if self.shared is not None:
             y = y + self.shared(x)[0]
         return y, None
@@ -152,10 +151,20 @@ def top(scores: Tensor, count: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(count).indices, True)
 
 
-def grouped_mlp(x: Tensor, gates: Tensor, visits: Tensor, gate: Tensor, up: Tensor, out: Tensor, impl: str = "auto") -> Tensor:
+def grouped_mlp(
+    x: Tensor,
+    gates: Tensor,
+    visits: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    out: Tensor,
+    most: int | None = None,
+    impl: str = "auto",
+) -> Tensor:
     """y_t = Σ_e visits_te · gates_te · out_e (silu(gate_e x_t) ⊙ up_e x_t).
 
-    x (n, D); gates (n, E); visits (n, E) bool; gate, up (E, I, D); out (E, D, I). Returns (n, D).
+    x (n, D); gates (n, E); visits (n, E) bool; gate, up (E, I, D); out (E, D, I); most, an upper bound of the experts that a
+    token visits, None for E: where the memory for the visits is not to wait for their number. Returns (n, D).
     Raises ValueError on shapes that disagree.
     """
     (n, D), (E, I, _) = x.shape, gate.shape
@@ -164,7 +173,8 @@ def grouped_mlp(x: Tensor, gates: Tensor, visits: Tensor, gate: Tensor, up: Tens
             f"grouped_mlp: x {tuple(x.shape)}, gates {tuple(gates.shape)}, visits {tuple(visits.shape)}, "
             f"gate {tuple(gate.shape)}, up {tuple(up.shape)} and out {tuple(out.shape)} do not fit"
         )
-    if choose(impl, "grouped_mlp", x.device) == "reference":
+    path = choose(impl, "grouped_mlp", x.device)
+    if path == "reference":
         y = torch.zeros_like(x)
         for e in range(E):
             (token,) = visits[:, e].nonzero(as_tuple=True)
@@ -172,14 +182,18 @@ def grouped_mlp(x: Tensor, gates: Tensor, visits: Tensor, gate: Tensor, up: Tens
             expert = F.linear(F.silu(F.linear(rows, gate[e])) * F.linear(rows, up[e]), out[e])
             y = y.index_add(0, token, (expert * gates[token, e, None]).to(y.dtype))
         return y
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):  # which does not reach into the operations below
+        x, gate, up, out = (part.to(torch.get_autocast_dtype(x.device.type)) for part in (x, gate, up, out))
+    if path == "triton":
+        from .kernels.grouped_mlp import grouped_mlp as kernel
+
+        return kernel(x, gates, visits, gate, up, out, most).to(dtype)
     expert, token = visits.t().nonzero(as_tuple=True)  # (A,) each, ordered by expert
     counts, rows = visits.sum(0), x[token]  # (E,), (A, D)
-    if torch.is_autocast_enabled(x.device.type):  # which does not reach into grouped_linear
-        dtype = torch.get_autocast_dtype(x.device.type)
-        rows, gate, up, out = (part.to(dtype) for part in (rows, gate, up, out))
     hidden = F.silu(grouped_linear(rows, gate, counts)) * grouped_linear(rows, up, counts)  # (A, I)
     y = grouped_linear(hidden, out, counts) * gates[token, expert, None].to(hidden.dtype)  # (A, D)
-    return torch.zeros_like(x).index_add(0, token, y.to(x.dtype))
+    return torch.zeros_like(x, dtype=dtype).index_add(0, token, y.to(dtype))
 
 
 @torch.library.custom_op("minimodels::grouped_linear", mutates_args=())

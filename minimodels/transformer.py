@@ -164,13 +164,17 @@ def attention(
     (B, H, T, d), (G, S) = q.shape, k.shape[1:3]
     if (k.shape, v.shape) != ((B, G, S, d), (B, G, S, d)) or H % G or T > S:
         raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
-    gapless = query_positions is None and key_positions is None
+    path, gapless = choose(impl, "attention", q.device), query_positions is None and key_positions is None
+    if path == "triton":
+        from .kernels.attention import attention as kernel
+
+        return kernel(q, k, v, query_positions, key_positions, window)
     if gapless:
         key_positions = torch.arange(S, device=q.device)
         query_positions = key_positions[S - T :]
     elif (query_positions.shape, key_positions.shape) != ((B, T), (B, S)):
         raise ValueError(f"attention: positions {tuple(query_positions.shape)}, {tuple(key_positions.shape)} do not fit")
-    if choose(impl, "attention", q.device) == "torch":
+    if path == "torch":
         fast = partial(F.scaled_dot_product_attention, enable_gqa=H != G)
         if window is None and S == T:
             return fast(q, k, v, is_causal=True)  # padding stands behind every query that could see it

@@ -150,7 +150,7 @@ def test_expert_without_tokens_gets_no_gradient_and_does_no_harm():
     visits[:, 1] = True
     results = []
     for impl in ("reference", "torch"):
-        y = grouped_mlp(x, torch.ones(5, E), visits, gate, up, out, impl)
+        y = grouped_mlp(x, torch.ones(5, E), visits, gate, up, out, impl=impl)
         results.append((y, *torch.autograd.grad(y.square().sum(), (x, gate, up, out))))
         assert results[-1][2][[0, 2, 3]].abs().sum() == 0
     for name, reference, fast in zip(("y", "dx", "dgate", "dup", "dout"), *results, strict=True):

@@ -1,0 +1,198 @@
+"""Draw measured rows: one picture per question, from JSON alone.
+
+    python -m benchmarks.plot benchmarks/results/cpu/throughput.jsonl
+    python -m benchmarks.plot here.jsonl there.jsonl --out pictures           several devices or commits in one picture
+
+Each picture is written as PNG and SVG. Its title is the question and the answer; lines carry their names, a band shows the
+spread over the rounds, the caption names device and commit.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from minimodels import InputError
+from minimodels.command import run_command
+from minimodels.measure import crossover
+
+COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4b5563")
+STYLES = ("-", "--", ":", "-.")  # one per result file
+Rows = list[dict]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Draw the rows of result files."""
+
+    results: tyro.conf.Positional[tuple[Path, ...]]
+    """files of JSON rows"""
+    out: Path | None = None
+    """folder for the pictures; by default beside the first file"""
+
+
+def main(options: Options) -> None:
+    """Read, draw every kind of picture that the rows allow, say where they are."""
+    if not options.results:
+        raise InputError("results", (), "one or more files of JSON rows")
+    rows = [row for path in options.results for row in read(path)]
+    folder = options.out or options.results[0].parent
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = [path for draw in PICTURES for path in draw(rows, folder)]
+    if not drawn:
+        raise InputError(
+            "results", [str(path) for path in options.results], "rows of benchmarks.throughput or benchmarks.claims"
+        )
+    for path in drawn:
+        print(path)
+
+
+def read(path: Path) -> Rows:
+    """The rows of a file. Raises InputError where it cannot be read."""
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise InputError("results", str(path), f"a file of JSON rows ({error})") from None
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise InputError("results", str(path), "a file of JSON rows, at least one")
+    return [{**row, "file": str(path)} for row in rows]
+
+
+def throughput(rows: Rows, folder: Path) -> list[Path]:
+    """Tokens a second against context, a picture for each mode and batch."""
+    pictures = defaultdict(list)
+    for row in rows:
+        if row.get("benchmark") == "throughput" and row["seconds"] and not row["model"].endswith(" again"):
+            pictures[row["mode"], row["batch"] if row["mode"] == "decode" else 0].append(row)
+    paths = []
+    for (mode, batch), picture in pictures.items():
+        doing = {"train": "train", "prefill": "read", "decode": f"write (batch {batch})"}[mode]
+        title = f"How many tokens a second does each architecture {doing}, as the context grows?"
+        figure, axes = canvas(title, answer(picture), picture)
+        axes.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="tokens/s")
+        axes.set_xscale("log", base=2)
+        draw_lines(axes, picture, x=lambda row: row["context"], y=lambda row, seconds: row["tokens"] / seconds)
+        name = f"throughput-{mode}" + (f"-{batch}" if mode == "decode" else "")
+        paths += save(figure, folder / name)
+    return paths
+
+
+def answer(rows: Rows) -> str:
+    """What the title asks, in words: where Mamba overtakes the transformer."""
+    texts = []
+    for file in dict.fromkeys(row["file"] for row in rows):
+        points = defaultdict(dict)
+        for row in rows:
+            if row["file"] == file:
+                points[row["context"]][row["model"]] = row["seconds"]
+        both = {context: models for context, models in sorted(points.items()) if {"mamba", "transformer"} <= models.keys()}
+        if len(both) > 1:
+            ratios = [[t / m for t, m in zip(models["transformer"], models["mamba"], strict=True)] for models in both.values()]
+            texts.append(str(crossover(list(both), ratios)))
+    return "; ".join(dict.fromkeys(texts))
+
+
+def claims(rows: Rows, folder: Path) -> list[Path]:
+    """The curves of benchmarks.claims: mean over the seeds, and their spread."""
+    pictures = defaultdict(list)
+    for row in rows:
+        if row.get("benchmark") == "claim" and row.get("x") is not None:
+            pictures[row["claim"], row["panel"]].append(row)
+    paths = []
+    for (claim, panel), picture in pictures.items():
+        first = picture[0]
+        figure, axes = canvas(first["question"], first.get("answer", ""), picture)
+        axes.set(xlabel=first["x_label"], ylabel=first["y_label"])
+        if first.get("x_log"):
+            axes.set_xscale("log", base=2)
+        lines = defaultdict(lambda: defaultdict(list))
+        for row in picture:
+            lines[row["model"]][row["x"]].append(row["y"])
+        for colour, (name, points) in zip(cycle(COLOURS), lines.items(), strict=False):
+            line(axes, name, sorted(points.items()), colour, "-")
+        label_lines(axes)
+        paths += save(figure, folder / f"{claim}-{panel}")
+    return paths
+
+
+def cycle(values: tuple) -> list:
+    """The values, again and again."""
+    return list(values) * 16
+
+
+def canvas(title: str, subtitle: str, rows: Rows):
+    """A figure with its question, the answer below it, and where the figures come from."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("matplotlib", "not installed", 'pip install "minimodels[plot]"') from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 5.4), layout="constrained")
+    axes.set_title(title + (f"\n{subtitle}" if subtitle else ""), loc="left", fontsize=11)
+    sources = dict.fromkeys(f"{row.get('device')}, torch {row.get('torch')}, commit {row.get('commit')}" for row in rows)
+    caption = "\n".join(f"{STYLES[i % 4]}  {source}" for i, source in enumerate(sources))
+    figure.supxlabel(caption, fontsize=8, color="#666666", x=0.01, ha="left")
+    axes.grid(True, which="major", color="#e5e7eb")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def draw_lines(axes, rows: Rows, x, y) -> None:
+    """A line for each model and file, with the spread over the rounds as a band."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    files = list(dict.fromkeys(row["file"] for row in rows))
+    for row_file, style in zip(files, cycle(STYLES), strict=False):
+        for model, colour in zip(models, cycle(COLOURS), strict=False):
+            own = [row for row in rows if (row["model"], row["file"]) == (model, row_file)]
+            points = [(x(row), [y(row, seconds) for seconds in row["seconds"]]) for row in own]
+            if points:
+                line(axes, model if row_file == files[0] else "", sorted(points), colour, style)
+    label_lines(axes)
+
+
+def line(axes, name: str, points: list, colour: str, style: str) -> None:
+    """The medians as a line, all samples within the band."""
+    places = [place for place, _ in points]
+    axes.plot(
+        places, [statistics.median(v) for _, v in points], style, color=colour, marker="o", markersize=3, label=name or None
+    )
+    axes.fill_between(places, [min(v) for _, v in points], [max(v) for _, v in points], color=colour, alpha=0.15, linewidth=0)
+
+
+def label_lines(axes) -> None:
+    """Names at the ends of the lines, moved apart where they would meet."""
+    lines = [drawn for drawn in axes.get_lines() if not drawn.get_label().startswith("_")]
+    ends = [(axes.transData.transform((drawn.get_xdata()[-1], drawn.get_ydata()[-1])), drawn) for drawn in lines]
+    ends.sort(key=lambda end: end[0][1])
+    height = None
+    for (_, place_y), drawn in ends:
+        height = place_y if height is None else max(place_y, height + 14)
+        axes.annotate(
+            drawn.get_label(), (drawn.get_xdata()[-1], drawn.get_ydata()[-1]), xytext=(8, (height - place_y) * 0.72),
+            textcoords="offset points", color=drawn.get_color(), va="center", fontsize=9,
+        )  # fmt: skip
+
+
+def save(figure, path: Path) -> list[Path]:
+    """As PNG and as SVG."""
+    from matplotlib import pyplot
+
+    paths = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
+    for target in paths:
+        figure.savefig(target, dpi=160)
+    pyplot.close(figure)
+    return paths
+
+
+PICTURES = (throughput, claims)
+
+
+if __name__ == "__main__":
+    run_command(main, lambda: tyro.cli(Options, description=__doc__))

@@ -1,0 +1,264 @@
+"""How fast is each architecture as the context grows, and from where on does Mamba beat attention?
+
+    python -m benchmarks.throughput                                       every preset, training step, prefill and decode
+    python -m benchmarks.throughput --models transformer mamba --modes train --longest 16384
+    python -m benchmarks.throughput --layers "mamba mlp window mlp" --impl torch
+
+Models are matched on one axis (`--match`): each is made as wide as gives it the transformer's parameters, active parameters or
+FLOPs per token. Contexts double from 256; the tokens of a step are held constant, so a longer context means fewer sequences.
+The models are timed in turn, the first of them twice, which shows the noise. What does not fit in memory is a result too.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+
+from minimodels import LM, Config, InputError, preset
+from minimodels.command import keep_freed_memory, pick_device, run_command
+from minimodels.config import BLOCKS
+from minimodels.layers import choose
+from minimodels.ledger import Ledger, ledger
+from minimodels.measure import ceilings, crossover, interleave, peak_bytes, write
+from minimodels.optim import adamw
+
+AXES: dict[str, Callable[[Ledger], float]] = {
+    "parameters": lambda cost: cost.parameters,
+    "active": lambda cost: cost.active,
+    "flops": lambda cost: cost.forward_flops,
+}
+FIRST = 256  # the shortest context, and the one at which FLOPs are matched
+
+
+@dataclass(frozen=True)
+class Options:
+    """Time whole models against the length of their context."""
+
+    models: tuple[str, ...] = tuple(BLOCKS)
+    """presets"""
+    layers: tuple[str, ...] = ()
+    """further models, each in the grammar of layers"""
+    size: str = "tiny"
+    """tiny or small"""
+    match: str = "active"
+    """axis on which the models are made equal: parameters, active, flops, or none"""
+    modes: tuple[str, ...] = ("train", "prefill", "decode")
+    """train (a whole step), prefill (the state of a prompt), decode (one more token, batch 1 and `decode_batch`)"""
+    longest: int = 0
+    """last context; 0: 4096 on a CPU, 1,048,576 on a GPU"""
+    tokens: int = 0
+    """tokens of a training step or prefill; 0: 4096 on a CPU, 65,536 on a GPU"""
+    decode_batch: int = 8
+    """sequences decoded at once, besides one alone"""
+    rounds: int = 5
+    """timings of each point"""
+    impl: str = "auto"
+    """auto, reference, torch or triton"""
+    compile: bool = False
+    """torch.compile the training step"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+    out: Path = Path("benchmarks/results/cpu/throughput.jsonl")
+    """file for the JSON rows, written anew after each point"""
+
+
+def main(options: Options) -> None:
+    """Measure, print and write each context as it is done."""
+    device = check(options)
+    keep_freed_memory()
+    gpu = device.type == "cuda"
+    longest, tokens = options.longest or (2**20 if gpu else 4096), options.tokens or (65536 if gpu else 4096)
+    limits = ceilings(device)
+    print(f"matrix products {limits['TFLOP/s']:.3g} TFLOP/s, copying {limits['GB/s']:.0f} GB/s")
+    configs = matched(options)
+    rows: list[dict] = []
+    for mode in options.modes:
+        alive = dict(configs)  # a model that does not fit is not tried at twice the context
+        for batch in (1, options.decode_batch) if mode == "decode" else (0,):
+            for context in contexts(longest):
+                sequences = batch or max(1, tokens // context)
+                measured = measure_point(mode, alive, context, sequences, options, device)
+                for row in measured:
+                    row |= {"limit": limits["TFLOP/s"] * 1e12, "impl": options.impl, "compiled": options.compile}
+                    print(describe(row), flush=True)
+                    if row["seconds"] is None:
+                        alive.pop(row["model"].removesuffix(" again"), None)
+                rows += measured
+                write(options.out, rows, device)
+            report_crossover(rows, mode, batch)
+    print(f"written to {options.out}")
+
+
+def check(options: Options) -> torch.device:
+    """The device, after refusing what cannot be run."""
+    for mode in options.modes:
+        if mode not in MODES:
+            raise InputError("modes", mode, ", ".join(MODES))
+    if options.match not in (*AXES, "none"):
+        raise InputError("match", options.match, ", ".join([*AXES, "none"]))
+    for name, least in (("longest", FIRST), ("tokens", 1)):
+        if getattr(options, name) and getattr(options, name) < least:
+            raise InputError(name, getattr(options, name), f"{least} or more")
+    for name in ("rounds", "decode_batch"):
+        if getattr(options, name) < 1:
+            raise InputError(name, getattr(options, name), "1 or more")
+    if not options.models and not options.layers:
+        raise InputError("models", (), ", ".join(BLOCKS))
+    device = pick_device(options.device)
+    choose(options.impl, "rmsnorm", device)
+    return device
+
+
+def contexts(longest: int) -> list[int]:
+    """Doubling from FIRST."""
+    return [FIRST * 2**i for i in range(int(math.log2(longest / FIRST)) + 1)]
+
+
+def matched(options: Options) -> dict[str, Config]:
+    """The models by name, as wide as makes them cost on the axis what the transformer does; and the table of their costs."""
+    base = preset("transformer", options.size, impl=options.impl)
+    configs = {name: preset(name, options.size, impl=options.impl) for name in options.models}
+    configs |= {layers: replace(base, layers=layers) for layers in options.layers}
+    if options.match != "none":
+        configs = {name: match(config, base, AXES[options.match]) for name, config in configs.items()}
+    print(f"matched on {options.match}" if options.match != "none" else "not matched")
+    for name, config in configs.items():
+        print(f"  {name:12} width {config.width}: {ledger(config, FIRST)}")
+    return configs
+
+
+def match(config: Config, base: Config, axis: Callable[[Ledger], float]) -> Config:
+    """The width, a multiple of two per head and of 16, at which the model comes closest to the base on the axis."""
+    step = math.lcm(2 * config.heads, 16)
+    target = axis(ledger(base, FIRST))
+    candidates = [replace(config, width=width) for width in range(step, 4 * base.width + 1, step)]
+    low, high = 0, len(candidates) - 1
+    while low < high:  # costs grow with the width
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if axis(ledger(candidates[middle], FIRST)) < target else (low, middle)
+    return min(candidates[max(0, low - 1) : low + 1], key=lambda c: abs(axis(ledger(c, FIRST)) - target))
+
+
+def measure_point(mode: str, configs: dict[str, Config], context: int, batch: int, options: Options, device: torch.device):
+    """Rows of all models at one context; `seconds` is None where memory does not suffice."""
+    calls: dict[str, Callable] = {}
+    rows = {}
+    for name, config in configs.items():
+        cost = ledger(config, context)
+        rows[name] = {
+            "benchmark": "throughput", "mode": mode, "model": name, "layers": config.layers, "width": config.width,
+            "match": options.match, "context": context, "batch": batch, "parameters": cost.parameters, "active": cost.active,
+            "state_bytes": cost.state_bytes, "tokens": batch * (1 if mode == "decode" else context),
+            "flops": cost.training_flops if mode == "train" else cost.forward_flops, "seconds": None, "peak_bytes": None,
+        }  # fmt: skip
+        try:
+            torch.manual_seed(0)
+            call = MODES[mode](LM(config).to(device), context, batch, options.compile)
+            call()
+            rows[name]["peak_bytes"] = peak_bytes(call, device)
+            calls[name] = call
+        except (torch.OutOfMemoryError, MemoryError):
+            pass
+    names = list(calls)
+    if names:
+        calls[f"{names[0]} again"] = calls[names[0]]
+        rows[f"{names[0]} again"] = {**rows[names[0]], "model": f"{names[0]} again"}
+    for name, seconds in interleave(calls, rounds=options.rounds, seconds=0.1).items():
+        rows[name]["seconds"] = seconds
+    return list(rows.values())
+
+
+def train(model: LM, context: int, batch: int, compiled: bool) -> Callable[[], None]:
+    """Forward, backward, clipping, AdamW."""
+    device = model.embedding.weight.device
+    optimizer = adamw(model, 1e-4, 0.1)
+    tokens = torch.randint(model.embedding.num_embeddings, (batch, context + 1), device=device)
+    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if compiled:
+        torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    loss_function = torch.compile(model.loss, fullgraph=True) if compiled else model.loss
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            loss, _ = loss_function(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.after_step()
+
+    return step
+
+
+def prefill(model: LM, context: int, batch: int, compiled: bool) -> Callable[[], tuple]:
+    """The state of a prompt and the logits of its next token."""
+    model = in_half(model.eval())
+    tokens = torch.randint(model.embedding.num_embeddings, (batch, context), device=model.embedding.weight.device)
+
+    @torch.inference_mode()
+    def call() -> tuple:
+        x, state = model.features(tokens)
+        return model.head(x[:, -1]), state
+
+    return call
+
+
+def decode(model: LM, context: int, batch: int, compiled: bool) -> Callable[[], tuple]:
+    """One token more, after `context` of them."""
+    _, state = prefill(model, context, batch, compiled)()
+    token = torch.zeros(batch, 1, dtype=torch.int64, device=model.embedding.weight.device)
+
+    @torch.inference_mode()
+    def call() -> tuple:
+        return model(token, state)
+
+    return call
+
+
+def in_half(model: LM) -> LM:
+    """In bf16 on a GPU that has it."""
+    gpu = model.embedding.weight.is_cuda and torch.cuda.is_bf16_supported()
+    return model.bfloat16() if gpu else model
+
+
+MODES = {"train": train, "prefill": prefill, "decode": decode}
+
+
+def describe(row: dict) -> str:
+    """One line about a point."""
+    place = f"{row['mode']:8} context {row['context']:8,} x {row['batch']:<4} {row['model']:18}"
+    if row["seconds"] is None:
+        return f"{place} out of memory"
+    median = statistics.median(row["seconds"])
+    rate = row["tokens"] / median
+    slowest, fastest = (row["tokens"] / extreme(row["seconds"]) for extreme in (max, min))
+    text = f"{place} {rate:12,.0f} tokens/s ({slowest:,.0f}-{fastest:,.0f})"
+    if row["mode"] == "decode":
+        text += f", {median * 1e3:.3f} ms a token"
+    else:
+        text += f", {rate * row['flops'] / row['limit']:.0%} of the matrix products"
+    memory = f", peak {row['peak_bytes'] / 2**20:,.0f} MiB" if row["peak_bytes"] is not None else ""
+    return text + memory + f", state {row['state_bytes'] / 1024:,.0f} KiB a sequence"
+
+
+def report_crossover(rows: list[dict], mode: str, batch: int) -> None:
+    """Print from which context Mamba is faster than the transformer in this mode."""
+    points = {}
+    for row in rows:
+        if row["mode"] == mode and row["seconds"] and (mode != "decode" or row["batch"] == batch):
+            points.setdefault(row["context"], {})[row["model"]] = row["seconds"]
+    both = {context: models for context, models in points.items() if {"mamba", "transformer"} <= models.keys()}
+    if len(both) < 2:
+        return
+    ratios = [[t / m for t, m in zip(models["transformer"], models["mamba"], strict=True)] for models in both.values()]
+    print(f"{mode}{f', batch {batch}' if batch else ''}: {crossover(list(both), ratios)}")
+
+
+if __name__ == "__main__":
+    run_command(main, lambda: tyro.cli(Options, description=__doc__))
