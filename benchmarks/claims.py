@@ -1,0 +1,331 @@
+"""Do the papers' claims hold at toy scale? One command each, on a CPU in minutes, on a GPU in full.
+
+    python -m benchmarks.claims copying        selective copying: what is selectivity worth?
+    python -m benchmarks.claims induction      induction heads: who keeps them beyond the trained length?
+    python -m benchmarks.claims recall         associative recall: how much state does it take?
+    python -m benchmarks.claims experts        routed experts against a dense MLP, per token and per second
+    python -m benchmarks.claims depth          mixture-of-depths against dense at equal training FLOPs, and its routes
+    python -m benchmarks.claims balance        keeping experts in use: five ways
+    python -m benchmarks.claims presets        every preset on the same text
+
+Each trains every model with several seeds on the same data and leaves JSON rows, which `python -m benchmarks.plot` draws.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+
+import torch
+import tyro
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minimodels import LM, Config, InputError, preset
+from minimodels.command import keep_freed_memory, pick_device, run_command
+from minimodels.config import BLOCKS
+from minimodels.data import open_data
+from minimodels.ledger import ledger
+from minimodels.mamba import Mamba
+from minimodels.measure import write
+from minimodels.mod import MixtureOfDepths
+
+from .training import Run, evaluate, train
+
+
+@dataclass
+class Panel:
+    """One picture: which recorded numbers it sets against each other."""
+
+    name: str
+    x: str
+    y: str
+    x_label: str
+    y_label: str
+    x_log: bool = False
+
+
+@dataclass
+class Claim:
+    """A question, the runs that answer it and the pictures that show the answer."""
+
+    question: str
+    runs: list[Run]
+    panels: list[Panel]
+    probes: int = 8
+    """evaluations over a run, the last at its end"""
+    at_end: Callable[[LM, Run, torch.device], Iterator[dict[str, float]]] | None = None
+    """further records of the trained model"""
+    seeds: int = 3
+
+
+# The claims. `small`: the size for a CPU.
+
+
+def copying(small: bool) -> Claim:
+    """Mamba (arXiv:2312.00752) §4.1.1, table 1: S6 solves it, the time-invariant S4 does not."""
+    task, context, steps = ("copying:tokens=8,vocab=8", 48, 700) if small else ("copying:tokens=16,vocab=16", 4096, 20_000)
+    shape = {"width": 64, "heads": 4}
+    mamba, attention = Config(layers="(mamba)*2", **shape), Config(layers="(attention mlp)*2", **shape)
+    runs = [
+        Run("mamba", mamba, task, context, steps, lr=4e-3),
+        Run("mamba, time-invariant", mamba, task, context, steps, lr=4e-3, change=forget_selection),
+        Run("attention", attention, task, context, steps, lr=4e-3),
+    ]
+    panel = Panel("accuracy", "step", "accuracy", "training steps", "answers right")
+    return Claim("What is selectivity worth? Copying tokens that are strewn among noise", runs, [panel])
+
+
+def induction(small: bool) -> Claim:
+    """Mamba §4.1.2, table 2: trained at 256, Mamba extrapolates to 2^20, attention hardly doubles its length."""
+    context, steps, longest = (64, 900, 64) if small else (256, 20_000, 4096)
+    shape = {"width": 64, "heads": 4}
+    runs = [
+        Run("mamba", Config(layers="(mamba)*2", **shape), "induction", context, steps, lr=4e-3),
+        Run("attention", Config(layers="(attention mlp)*2", **shape), "induction", context, steps, lr=4e-3),
+    ]
+
+    def lengths(model: LM, run: Run, device: torch.device) -> Iterator[dict[str, float]]:
+        multiple = 1
+        while multiple <= longest:
+            tested = open_data("induction", context * multiple)
+            yield {
+                "length": context * multiple,
+                "right": evaluate(model, tested, device, max(1, 64 // multiple), 4)["accuracy"],
+            }
+            multiple *= 2
+
+    panel = Panel("length", "length", "right", "length of the text (trained at the first)", "answers right", x_log=True)
+    return Claim("Who keeps an induction head beyond the trained length?", runs, [panel], at_end=lengths)
+
+
+def recall(small: bool) -> Claim:
+    """Zoology (arXiv:2312.04927), Based (arXiv:2402.18668): recall is bought with state."""
+    task, context, steps, widths = ("mqar:pairs=4,vocab=64", 32, 500, (16, 32, 64)) if small else (
+        "mqar:pairs=16,vocab=8192", 256, 20_000, (64, 128, 256, 512)
+    )  # fmt: skip
+    layers = {
+        "attention": "(attention mlp)*2",
+        "window of 8" if small else "window of 64": "(window mlp)*2",
+        "mamba": "(mamba)*4",
+        "mamba and window": "(mamba window)*2",
+    }
+    runs = [
+        Run(name, Config(layers=text, width=width, heads=2, window=8 if small else 64), task, context, steps, lr=5e-3)
+        for width in widths
+        for name, text in layers.items()
+    ]
+
+    def state(model: LM, run: Run, device: torch.device) -> Iterator[dict[str, float]]:
+        data = open_data(task, context)
+        yield {"state": ledger(run.config, context).state_bytes, "right": evaluate(model, data, device, 64, 4)["accuracy"]}
+
+    panel = Panel("state", "state", "right", "bytes of state a sequence", "answers right", x_log=True)
+    return Claim("How much state does associative recall take?", runs, [panel], at_end=state)
+
+
+def experts(small: bool) -> Claim:
+    """Switch (arXiv:2101.03961), OLMoE (arXiv:2409.02060): at equal active FLOPs experts learn faster per token."""
+    size, context, steps, batch = ("tiny", 128, 300, 8) if small else ("small", 1024, 5000, 32)
+    runs = [Run(name, preset(name, size), "stdlib", context, steps, batch) for name in ("transformer", "moe")]
+    panels = [TEXT["tokens"], TEXT["seconds"]]
+    return Claim("Do routed experts beat a dense MLP of the same active FLOPs?", runs, panels)
+
+
+def depth(small: bool) -> Claim:
+    """Mixture-of-depths (arXiv:2404.02258): equal loss at equal training FLOPs with faster steps; random routing far worse."""
+    size, context, steps, batch = ("tiny", 128, 300, 8) if small else ("small", 1024, 5000, 32)
+    dense = preset("transformer", size)
+    routed = {"mod, predictor": "predictor", "mod, auxiliary loss": "router", "mod, random": "predictor"}
+    runs = [Run("dense", dense, "stdlib", context, steps, batch)]
+    for name, route in routed.items():
+        config = preset("mod", size, mod_route=route)
+        more = ledger(dense, context).training_flops / ledger(config, context).training_flops  # steps for the same FLOPs
+        change = route_at_random if name == "mod, random" else Run.change
+        runs.append(Run(name, config, "stdlib", context, round(more * steps), batch, change=change))
+    return Claim("Does mixture-of-depths pay at equal training FLOPs?", runs, [TEXT["flops"], TEXT["seconds"]], at_end=routes)
+
+
+def balance(small: bool) -> Claim:
+    """Switch; ST-MoE (arXiv:2202.08906); DeepSeek-V3 (arXiv:2412.19437); expert choice (arXiv:2202.09368)."""
+    size, context, steps, batch = ("tiny", 128, 300, 8) if small else ("small", 1024, 5000, 32)
+    ways = {
+        "none": {"balance_loss": 0.0, "z_loss": 0.0},
+        "auxiliary loss": {"z_loss": 0.0},
+        "auxiliary and z-loss": {},
+        "bias": {"router": "sigmoid_bias", "balance_loss": 0.0001, "z_loss": 0.0, "bias_step": 0.01 if small else 0.001},
+        "expert choice (not causal)": {"router": "expert_choice", "balance_loss": 0.0, "z_loss": 0.0},
+    }
+    runs = [Run(name, preset("moe", size, **fields), "stdlib", context, steps, batch) for name, fields in ways.items()]
+    overload = Panel("overload", "tokens", "overload", "training tokens", "load of the fullest expert, 1: all alike")
+    return Claim("What keeps the experts in use, and at what price?", runs, [overload, TEXT["tokens"]])
+
+
+def presets(small: bool) -> Claim:
+    """The presets of this project, on one text."""
+    size, context, steps, batch = ("tiny", 256, 150, 8) if small else ("small", 1024, 5000, 32)
+    runs = [Run(name, preset(name, size), "stdlib", context, steps, batch) for name in BLOCKS]
+    return Claim("Which architecture learns fastest?", runs, [TEXT["tokens"], TEXT["flops"], TEXT["seconds"]])
+
+
+BITS = "validation, bits per byte"
+TEXT = {
+    "tokens": Panel("tokens", "tokens", "bits", "training tokens", BITS),
+    "flops": Panel("flops", "flops", "bits", "training FLOPs", BITS),
+    "seconds": Panel("seconds", "seconds", "bits", "seconds of training", BITS),
+}
+CLAIMS = {claim.__name__: claim for claim in (copying, induction, recall, experts, depth, balance, presets)}
+
+
+# What is done to models.
+
+
+class Constant(nn.Module):
+    """A learned vector in the place of a projection of x: what it gave no longer depends on the token."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.value = nn.Parameter(torch.randn(size) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value.to(x.dtype).expand(*x.shape[:-1], -1)
+
+
+def forget_selection(model: LM) -> None:
+    """Make step size, B and C of each Mamba layer the same for every token: a time-invariant state space model (S4)."""
+    for module in model.modules():
+        if isinstance(module, Mamba):
+            module.x_proj = Constant(module.R + 2 * module.N)
+
+
+def route_at_random(model: LM) -> None:
+    """Let chance choose the tokens of each mixture-of-depths group, in training and after."""
+
+    def select(self: MixtureOfDepths, x: Tensor, decision: Tensor, positions: Tensor):
+        present = positions >= 0
+        chance = torch.rand(present.shape, device=x.device).masked_fill(~present, -1)
+        index = chance.topk(self.routed(x.shape[1])).indices.sort(1).values
+        self.auxiliary_losses, self.observed = {}, {}
+        return index, present.gather(1, index)
+
+    for module in model.modules():
+        if isinstance(module, MixtureOfDepths):
+            module.select = MethodType(select, module)
+
+
+def routes(model: LM, run: Run, device: torch.device) -> Iterator[dict[str, float]]:
+    """The same trained mixture-of-depths with its causal decision and with the top-k oracle: loss, decisions, speed."""
+    groups = [module for module in model.modules() if isinstance(module, MixtureOfDepths)]
+    data = open_data(run.data, run.context)
+    if not groups or run.model == "mod, random":
+        return
+    for route in (run.config.mod_route, "topk"):
+        for group in groups:
+            group.route = route
+        start = time.perf_counter()
+        found = evaluate(model, data, device, run.batch, 8)
+        seconds = time.perf_counter() - start
+        seen = model.observations()
+        told = {name: statistics.mean(seen[name]) for name in ("routed", "accuracy") if name in seen}
+        yield {"route": route, "route_bits": found["bits"], "route_tokens_per_second": 8 * run.batch * run.context / seconds,
+               **{f"route_{name}": value for name, value in told.items()}}  # fmt: skip
+    for group in groups:
+        group.route = run.config.mod_route
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train small models until they answer a question."""
+
+    claim: tyro.conf.Positional[str]
+    """copying, induction, recall, experts, depth, balance or presets"""
+    size: str = "auto"
+    """cpu, gpu, or by the device"""
+    seeds: int = 0
+    """seeds of each model; 0: as many as the claim asks for"""
+    scale: float = 1.0
+    """factor on the training steps"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+    out: Path = Path("benchmarks/results/cpu")
+    """folder for claim-NAME.jsonl"""
+
+
+def main(options: Options) -> None:
+    """Train, record, write, and say what came out."""
+    if options.claim not in CLAIMS:
+        raise InputError("claim", options.claim, ", ".join(CLAIMS))
+    if options.size not in ("auto", "cpu", "gpu"):
+        raise InputError("size", options.size, "auto, cpu, gpu")
+    if options.seeds < 0 or not options.scale > 0:
+        raise InputError("seeds, scale", (options.seeds, options.scale), "0 or more, and a positive number")
+    device = pick_device(options.device)
+    keep_freed_memory()
+    small = options.size == "cpu" or (options.size == "auto" and device.type == "cpu")
+    claim = CLAIMS[options.claim](small)
+    for run in claim.runs:
+        run.steps = max(1, round(options.scale * run.steps))
+    seeds = range(options.seeds or claim.seeds)
+    rows: list[dict] = []
+    total = sum(run.steps * run.batch * run.context for run in claim.runs) * len(seeds)
+    with tqdm(total=total, unit="token", unit_scale=True, mininterval=1) as bar:
+        for seed in seeds:
+            for run in claim.runs:
+                bar.set_postfix_str(f"{run.model}, seed {seed}")
+                model, records = train(run, seed, claim.probes, device, bar)
+                records += claim.at_end(model, run, device) if claim.at_end else ()
+                shared = {
+                    "benchmark": "claim", "claim": options.claim, "question": claim.question, "model": run.model, "seed": seed,
+                    "size": "cpu" if small else "gpu", "layers": run.config.layers, "data": run.data,
+                }  # fmt: skip
+                rows += rows_of(records, claim.panels, shared)
+                write(options.out / f"claim-{options.claim}.jsonl", rows, device)
+    summarise(rows, claim.panels)
+    print(f"written to {options.out / f'claim-{options.claim}.jsonl'}")
+
+
+def rows_of(records: list[dict], panels: list[Panel], shared: dict) -> list[dict]:
+    """A row for each point of each panel, and one for each record that is in no picture."""
+    rows = []
+    for record in records:
+        drawn = [panel for panel in panels if panel.x in record and panel.y in record]
+        for panel in drawn:
+            rows.append(
+                {**shared, **record, "panel": panel.name, "x": record[panel.x], "y": record[panel.y], "x_label": panel.x_label,
+                 "y_label": panel.y_label, "x_log": panel.x_log}
+            )  # fmt: skip
+        if not drawn:
+            rows.append({**shared, **record, "x": None})
+    return rows
+
+
+def summarise(rows: list[dict], panels: list[Panel]) -> None:
+    """The last point of each line, mean over the seeds with the least and the most; and the routes, if any."""
+    for panel in panels:
+        ends: dict[str, dict[int, list]] = defaultdict(dict)
+        for row in rows:
+            if row.get("panel") == panel.name:
+                ends[row["model"]][row["seed"], row["x"] if panel.x in ("length", "state") else 0] = row
+        print(f"{panel.y_label} ({panel.name})")
+        for model, points in ends.items():
+            by_x = defaultdict(list)
+            for (_, x), row in points.items():
+                by_x[x].append(row["y"])
+            cells = [
+                (f"{x:,.0f}: " if x else "") + f"{statistics.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})"
+                for x, values in sorted(by_x.items())
+            ]
+            print(f"  {model:28} {'   '.join(cells)}")
+    for row in rows:
+        if "route" in row and row["x"] is None:
+            print("  " + ", ".join(f"{name} {row[name]:.3f}" if isinstance(row[name], float) else f"{name} {row[name]}"
+                                   for name in row if name.startswith(("model", "seed", "route"))))  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_command(main, lambda: tyro.cli(Options, description=__doc__))

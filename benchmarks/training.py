@@ -1,0 +1,88 @@
+"""Training small models for a comparison: the same data, schedule and evaluation for all; time counts training alone."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from minimodels import LM, Config
+from minimodels.data import Text, open_data
+from minimodels.ledger import ledger
+from minimodels.loss import IGNORE
+from minimodels.optim import adamw, cosine, learning_rate
+from minimodels.tasks import Task
+
+
+@dataclass
+class Run:
+    """One model and how it is trained."""
+
+    model: str
+    config: Config
+    data: str
+    context: int
+    steps: int
+    batch: int = 32
+    lr: float = 2e-3
+    change: Callable[[LM], None] = lambda model: None
+    """what is done to the model before training"""
+
+
+def train(run: Run, seed: int, probes: int, device: torch.device, bar: tqdm) -> tuple[LM, list[dict[str, float]]]:
+    """The trained model and what was recorded along the way. Seconds count training alone."""
+    data = open_data(run.data, run.context)
+    torch.manual_seed(seed)
+    model = LM(replace(run.config, vocab=data.vocab))
+    run.change(model)
+    model.to(device)
+    optimizer = adamw(model, run.lr, 0.1)
+    flops = 3 * ledger(run.config, run.context).forward_flops
+    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    records, seconds = [], 0.0
+    for step in range(run.steps):
+        start = time.perf_counter()
+        tokens, targets = (part.to(device) for part in data.batch(seed, step, run.batch))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(run.lr, cosine.__name__, step, run.steps // 20, step / run.steps)
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            loss, _ = model.loss(tokens, targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        overload = model.observations().get("overload") if (step + 1) % max(1, run.steps // probes) == 0 else None
+        model.after_step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds += time.perf_counter() - start
+        bar.update(run.batch * run.context)
+        if (step + 1) % max(1, run.steps // probes) == 0 or step + 1 == run.steps:
+            seen = (step + 1) * run.batch * run.context
+            record = {"step": step + 1, "tokens": seen, "flops": flops * seen, "seconds": seconds}
+            record |= evaluate(model, data, device, run.batch, 4)
+            record |= {"overload": statistics.mean(overload)} if overload else {}
+            records.append(record)
+    return model, records
+
+
+@torch.no_grad()
+def evaluate(model: LM, data: Text | Task, device: torch.device, batch: int, batches: int) -> dict[str, float]:
+    """Bits per target and the fraction that is right, in evaluation mode, on batches that are always the same."""
+    model.eval()
+    loss, right, count = 0.0, 0, 0
+    for tokens, targets in data.validation(batch, batches):
+        logits, _ = model(tokens.to(device))
+        targets = targets.to(device)
+        loss += F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum").item()
+        right += (logits.argmax(-1) == targets).sum().item()
+        count += (targets != IGNORE).sum().item()
+    model.train()
+    return {"bits": loss / count / math.log(2), "accuracy": right / count}
