@@ -1,7 +1,7 @@
 """How fast are we against transformers, on the same weights?
 
-    python -m benchmarks.pretrained                    Llama, Mixtral and Mamba: training step and generation
-    python -m benchmarks.pretrained --only llama
+    python -m benchmarks.peers                    Llama, Mixtral and Mamba: training step and generation
+    python -m benchmarks.peers --only llama
 
 Each model is made by transformers (width 256, 4 layers, fp32), saved, and loaded by us; the logits are compared before the
 clock starts. Then one forward and backward pass at each length, and greedy generation with a carried state, in turn.
@@ -89,7 +89,7 @@ class Options:
     """one model: llama, mixtral or mamba; all by default"""
     lengths: tuple[int, ...] = (512, 2048)
     """tokens of the training step"""
-    out: Path = Path("benchmarks/results/cpu/pretrained.jsonl")
+    out: Path = Path("benchmarks/results/cpu/peers.jsonl")
     """file for the JSON rows"""
 
 
@@ -116,7 +116,7 @@ def main(options: Options) -> None:
                 times = ", ".join(f"{provider} {value * 1e3:.0f} ms" for provider, value in seconds.items())
                 print(f"{name:8} {question:28} {median:6.2f}x ({low:.2f}-{high:.2f})   {times}", flush=True)
                 rows += [
-                    {"part": "pretrained", "model": name, "question": question, "tokens": argument, "provider": p, "seconds": s}
+                    {"benchmark": "peers", "model": name, "question": question, "tokens": argument, "provider": p, "seconds": s}
                     for p, s in timings.items()
                 ]
     write(options.out, rows, torch.device("cpu"))

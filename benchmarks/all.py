@@ -1,0 +1,119 @@
+"""Everything worth knowing about a machine in one command, the most valuable first.
+
+    python -m benchmarks.all --minutes 9 --out benchmarks/results/h100
+    python -m benchmarks.all --minutes 9 --out benchmarks/results/h100 --resume     what did not fit in the time
+
+Correctness on the device, ceilings, kernels, training speed, throughput against context, pictures. Each step writes its file in
+DIR while it runs, so being cut off loses nothing; done.json says which steps have ended, and how.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from minimodels import InputError
+from minimodels.checkpoint import write_json
+from minimodels.command import pick_device, run_command
+from minimodels.measure import ceilings, environment
+
+Steps = dict[str, list[str]]  # name -> arguments of python
+
+
+def steps(out: Path, gpu: bool, impl: str) -> Steps:
+    """What is done, in this order. Correctness comes first, for figures of a wrong result are worth nothing."""
+    throughput = ["-m", "benchmarks.throughput", "--impl", impl]
+    small = ["--size", "small"] if gpu else []
+    two = ["--models", "transformer", "mamba"]
+    tests = "tests" if gpu else "tests/test_laws.py"
+    return {
+        "correctness": ["-m", "pytest", "-q", "-x", "--no-header", tests],
+        "ceilings": ["-m", "benchmarks.all", "--only-ceilings", "--out", str(out)],
+        **({"kernels": ["-m", "benchmarks.kernels", "--out", str(out / "kernels.jsonl")]} if gpu else
+           {"parts": ["-m", "benchmarks.parts", "--out", str(out / "parts.jsonl")]}),
+        "training": [*throughput, *small, "--match", "none", "--modes", "train", "--longest", "1024",
+                     "--tokens", "32768" if gpu else "2048", "--out", str(out / "training.jsonl")],
+        "crossover": [*throughput, *small, *two, "--modes", "train", "prefill", "--longest", str(2**18 if gpu else 2**13),
+                      "--out", str(out / "crossover.jsonl")],
+        "throughput": [*throughput, *small, "--longest", str(2**16 if gpu else 2**12), "--out", str(out / "throughput.jsonl")],
+        **({} if gpu else {"peers": ["-m", "benchmarks.peers", "--out", str(out / "peers.jsonl")]}),
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure a machine within a time."""
+
+    out: Path
+    """folder for the results"""
+    minutes: float = 9.0
+    """when to stop"""
+    resume: bool = False
+    """leave out the steps that done.json says have ended well"""
+    impl: str = "auto"
+    """auto, torch or triton"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+    only_ceilings: bool = False
+    """measure nothing but what the machine reaches at best"""
+
+
+def main(options: Options) -> None:
+    """One step after the other, each in its own process, until the time is over."""
+    if not options.minutes > 0:
+        raise InputError("minutes", options.minutes, "more than 0")
+    device = pick_device(options.device)
+    done_file = options.out / "done.json"
+    if done_file.exists() and not options.resume and not options.only_ceilings:
+        raise InputError("out", str(options.out), "a folder without done.json, or --resume to go on in it")
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.only_ceilings:
+        limits = {**environment(device), **ceilings(device)}
+        write_json(options.out / "ceilings.json", limits)
+        print(limits)
+        return
+    end = time.monotonic() + 60 * options.minutes
+    done = read_done(done_file)
+    plan = steps(options.out, device.type == "cuda", options.impl)
+    for name, arguments in plan.items():
+        left = end - time.monotonic()
+        if done.get(name, {}).get("status") == "done" or left < 10:
+            continue
+        print(f"--- {name}: {left / 60:.1f} minutes left", flush=True)
+        start = time.monotonic()
+        try:
+            code = subprocess.run([sys.executable, *arguments], timeout=left).returncode
+            status = "done" if code == 0 else f"failed with {code}"
+        except subprocess.TimeoutExpired:
+            status = "cut off"
+        done[name] = {"status": status, "seconds": round(time.monotonic() - start, 1)}
+        write_json(done_file, done)
+        print(f"--- {name}: {status}", flush=True)
+        if name == "correctness" and status.startswith("failed"):
+            raise InputError("correctness", status, "tests that pass on this device; nothing was measured")
+    for name in ("throughput", "crossover"):
+        if (options.out / f"{name}.jsonl").exists():
+            command = ["-m", "benchmarks.plot", str(options.out / f"{name}.jsonl"), "--out", str(options.out / name)]
+            subprocess.run([sys.executable, *command])
+    missing = [name for name in plan if done.get(name, {}).get("status") != "done"]
+    print("everything is done" if not missing else f"not done: {', '.join(missing)}; --resume goes on")
+
+
+def read_done(path: Path) -> dict:
+    """Which steps have ended, and how."""
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError("done.json", str(path), f"a JSON file ({error})") from None
+
+
+if __name__ == "__main__":
+    run_command(main, lambda: tyro.cli(Options, description=__doc__))

@@ -1,0 +1,53 @@
+"""How fast is every operation, against its torch path, its reference and what else is installed?
+
+    python -m benchmarks.kernels                           on a GPU: the kernels' own reports, all of them
+    python -m benchmarks.kernels --only selective_scan
+
+Each operation's file in kernels/ checks itself and is timed forward and backward against the torch path, the same compiled, and
+the peers that are installed; the rows go into one file. On a CPU the kernels are only checked, interpreted, where
+TRITON_INTERPRET=1 is set; what the torch paths reach there, `python -m benchmarks.parts` measures.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from minimodels.kernels import OPERATIONS
+
+from minimodels import InputError
+from minimodels.command import run_command
+
+
+@dataclass(frozen=True)
+class Options:
+    """Check and time every kernel."""
+
+    only: str = ""
+    """one operation; all by default"""
+    rounds: int = 5
+    """rounds of interleaved timings"""
+    out: Path = Path("benchmarks/results/gpu/kernels.jsonl")
+    """file for the JSON rows, appended"""
+
+
+def main(options: Options) -> None:
+    """Run each operation's file in a process of its own, so that one that fails does not end the others."""
+    if options.only and options.only not in OPERATIONS:
+        raise InputError("only", options.only, ", ".join(OPERATIONS))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for operation in OPERATIONS:
+        if options.only in ("", operation):
+            command = [sys.executable, "-m", f"minimodels.kernels.{operation}"]
+            command += ["--rounds", str(options.rounds), "--out", str(options.out)]
+            failed += [operation] * (subprocess.run(command).returncode != 0)
+    if failed:
+        raise InputError("kernels", failed, "kernels that pass their own check (what went wrong stands above)")
+
+
+if __name__ == "__main__":
+    run_command(main, lambda: tyro.cli(Options, description=__doc__))

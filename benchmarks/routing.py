@@ -1,0 +1,140 @@
+"""Which tokens did each mixture-of-depths group process, and which experts did each token visit?
+
+    python -m benchmarks.routing runs/mod "def f(x):"             coloured in the terminal
+    python -m benchmarks.routing runs/hybrid "import os" --html routing.html
+
+A group's line shows the tokens that took the group in reverse; an expert layer's line colours each token by the expert whose
+output weighed most.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from minimodels import LM, InputError
+from minimodels.checkpoint import load_model
+from minimodels.command import run_command
+from minimodels.mod import MixtureOfDepths
+from minimodels.moe import MoE
+from minimodels.tokenizer import Bytes
+
+COLOURS = ("#fca5a5", "#fdba74", "#fde047", "#bef264", "#6ee7b7", "#67e8f9", "#93c5fd", "#c4b5fd", "#f9a8d4", "#d4d4d8")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Show how a trained model routes a text."""
+
+    run: tyro.conf.Positional[Path]
+    """folder of a training run"""
+    text: tyro.conf.Positional[str]
+    """what the model reads"""
+    html: Path | None = None
+    """file for a page with the same picture"""
+    route: str = ""
+    """topk shows the choice of training instead of the causal one"""
+
+
+def main(options: Options) -> None:
+    """Read the text once and show what each router decided."""
+    if options.route not in ("", "topk"):
+        raise InputError("route", options.route, "topk, or nothing for the causal decision")
+    model, tokens = load_model(options.run).eval(), Bytes().encode(options.text)
+    if not len(tokens):
+        raise InputError("text", options.text, "at least one character")
+    layers = trace(model, tokens, options.route)
+    if not layers:
+        raise InputError("run", str(options.run), "a model with moe layers or mod(...) groups")
+    characters = [chr(token) if 32 <= token < 127 else "·" for token in tokens.tolist()]
+    width = max(map(len, layers))
+    for name, colours in layers.items():
+        print(f"{name:{width}} " + "".join(paint(c, colour) for c, colour in zip(characters, colours, strict=True)))
+    if options.html:
+        options.html.write_text(page(options.text, characters, layers), encoding="utf-8")
+        print(f"written to {options.html}")
+
+
+@torch.no_grad()
+def trace(model: LM, tokens: torch.Tensor, route: str = "") -> dict[str, list[str | None]]:
+    """For each router a colour per token, None where it was passed by. Tokens (T,)."""
+    found: dict[str, list[str | None]] = {}
+    restore: list[Callable[[], None]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, MixtureOfDepths):
+            watch_depth(module, f"mod {name}", len(tokens), found, restore)
+            module.route = route or module.route
+        elif isinstance(module, MoE):
+            watch_experts(module, f"moe {name}", len(tokens), found, restore)
+    try:
+        model(tokens[None])
+    finally:
+        for undo in restore:
+            undo()
+    return dict(sorted(found.items(), key=lambda item: [int(part) if part.isdigit() else 0 for part in item[0].split(".")]))
+
+
+def watch_depth(module: MixtureOfDepths, name: str, T: int, found: dict, restore: list) -> None:
+    """Record which tokens take the group."""
+    select = module.select
+
+    def recording(x, decision, positions):
+        index, real = select(x, decision, positions)
+        taken = {place for place, is_real in zip(positions[0][index[0]].tolist(), real[0].tolist(), strict=True) if is_real}
+        found[name] = [COLOURS[6] if place in taken else None for place in range(T)]
+        return index, real
+
+    module.select = recording
+    restore.append(lambda: module.__dict__.pop("select"))
+
+
+def watch_experts(module: MoE, name: str, T: int, found: dict, restore: list) -> None:
+    """Record the expert that weighs most for each token. Within a group only some tokens come, at their positions."""
+    route, places = module.route, list(range(T))
+
+    def arriving(module, arguments):
+        if arguments[2] is not None:
+            places[:] = arguments[2][0].tolist()
+
+    def recording(logits, K, bias):
+        gates, visits, probabilities = route(logits, K, bias)
+        best = dict(zip(places, (gates * visits).argmax(-1)[0].tolist(), strict=True))
+        found[name] = [COLOURS[best[place] % len(COLOURS)] if place in best else None for place in range(T)]
+        return gates, visits, probabilities
+
+    hook = module.register_forward_pre_hook(arriving)
+    module.route = recording
+    restore += [hook.remove, lambda: setattr(module, "route", route)]
+
+
+def paint(character: str, colour: str | None) -> str:
+    """A character on a coloured ground, for a terminal with 24-bit colours."""
+    if colour is None:
+        return character
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"\033[30;48;2;{red};{green};{blue}m{character}\033[0m"
+
+
+def page(text: str, characters: list[str], layers: dict[str, list[str | None]]) -> str:
+    """The same as HTML."""
+    rows = []
+    for name, colours in layers.items():
+        cells = "".join(
+            f'<span style="background:{colour}">{html.escape(c)}</span>' if colour else html.escape(c)
+            for c, colour in zip(characters, colours, strict=True)
+        )
+        rows.append(f"<tr><th>{html.escape(name)}</th><td><pre>{cells}</pre></td></tr>")
+    style = "body{font-family:sans-serif} th{text-align:left;padding-right:1em;font-weight:normal} pre{margin:2px}"
+    return (
+        f'<!doctype html><meta charset="utf-8"><title>Routing</title><style>{style}</style>'
+        f"<p>Where each layer sent the tokens of: {html.escape(text)}</p><table>{''.join(rows)}</table>\n"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main, lambda: tyro.cli(Options, description=__doc__))
