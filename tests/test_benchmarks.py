@@ -1,0 +1,210 @@
+"""The benchmarks at tiny sizes: they run, their rows hold what plots need, and what they compute from rows is right."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from benchmarks import all as everything
+from benchmarks import claims, curves, kernels, peers, plot, routing, throughput
+from minimodels import LM, Config, InputError, preset
+from minimodels.ledger import ledger
+from minimodels.measure import crossover, interleave, ratio
+from minimodels.tokenizer import Bytes
+
+
+def rows_of(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_crossover_is_where_the_ratio_rises_through_one():
+    contexts = [256, 512, 1024, 2048]
+    even = crossover(contexts, [[0.5, 0.5], [math.sqrt(0.5)] * 2, [1.0, 1.0], [2.0, 2.0]])
+    assert (even.median, even.low, even.high) == (1024, 1024, 1024)
+    between = crossover(contexts, [[0.5] * 3, [0.5] * 3, [2.0] * 3, [4.0] * 3])
+    assert between.median == pytest.approx(512 * math.sqrt(2))  # half way between 1/2 and 2, in logarithms
+    spread = crossover(contexts, [[0.5, 0.5, 0.5], [0.5, 0.9, 0.5], [2.0, 1.1, 4.0], [4.0, 4.0, 4.0]])
+    assert spread.low < spread.median < spread.high
+    assert "faster than the transformer from" in str(spread)
+
+
+def test_no_crossover_is_told_as_such():
+    assert str(crossover([256, 512], [[0.5], [0.6]])) == "Mamba is slower than the transformer from 256 to 512"
+    assert str(crossover([256, 512], [[2.0], [3.0]])) == "Mamba is faster than the transformer from 256 to 512"
+    assert crossover([256, 512, 1024], [[0.5], [2.0], [0.5]]).median is None  # overtaken again
+
+
+def test_timings_are_interleaved_and_compared_round_by_round():
+    order = []
+    timings = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, seconds=0)
+    assert order == ["a", "a", "b", "b"] + ["a", "b"] * 3
+    assert {name: len(samples) for name, samples in timings.items()} == {"a": 3, "b": 3}
+    assert ratio({"a": [1.0, 2.0, 4.0], "b": [2.0, 2.0, 2.0]}, "a", "b") == (1.0, 0.5, 2.0)
+
+
+@pytest.mark.parametrize("axis", throughput.AXES)
+@pytest.mark.parametrize("model", ["mamba", "moe", "mod", "hybrid"])
+def test_models_are_matched_on_the_axis(axis, model):
+    base, of = preset("transformer"), throughput.AXES[axis]
+    matched = throughput.match(preset(model), base, of)
+    assert of(ledger(matched, 256)) == pytest.approx(of(ledger(base, 256)), rel=0.25)
+    step = math.lcm(2 * matched.heads, 16)
+    for width in (matched.width - step, matched.width + step):
+        other = of(ledger(preset(model, width=width), 256))
+        assert abs(other - of(ledger(base, 256))) >= abs(of(ledger(matched, 256)) - of(ledger(base, 256)))
+
+
+def test_throughput_writes_rows_that_plot_draws(tmp_path, capsys):
+    out = tmp_path / "throughput.jsonl"
+    throughput.main(
+        throughput.Options(models=("transformer", "mamba"), layers=("window mlp",), longest=512, tokens=256, rounds=2,
+                           decode_batch=2, device="cpu", out=out)
+    )  # fmt: skip
+    rows = rows_of(out)
+    assert {row["mode"] for row in rows} == {"train", "prefill", "decode"}
+    assert {row["context"] for row in rows} == {256, 512}
+    assert {"transformer", "transformer again", "mamba", "window mlp"} == {row["model"] for row in rows}
+    for row in rows:
+        assert len(row["seconds"]) == 2 and row["device"] and row["commit"] and row["limit"] > 0
+        assert row["state_bytes"] > 0 and row["flops"] > 0 and row["parameters"] > 0
+    assert "Mamba is" in capsys.readouterr().out
+    plot.main(plot.Options(results=(out, out), out=tmp_path / "pictures"))
+    drawn = {path.name for path in (tmp_path / "pictures").iterdir()}
+    names = ("throughput-train", "throughput-prefill", "throughput-decode-1", "throughput-decode-2")
+    assert drawn == {f"{name}.{suffix}" for name in names for suffix in ("png", "svg")}
+
+
+def test_what_does_not_fit_is_a_row(monkeypatch):
+    def refuse(model, context, batch, compiled):
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setitem(throughput.MODES, "train", refuse)
+    (row,) = throughput.measure_point("train", {"mlp": Config(layers="mlp")}, 256, 1, throughput.Options(), torch.device("cpu"))
+    assert row["seconds"] is None and "out of memory" in throughput.describe(row)
+
+
+@pytest.mark.parametrize("claim", claims.CLAIMS)
+@pytest.mark.parametrize("small", [True, False], ids=["cpu", "gpu"])
+def test_every_claim_describes_models_that_can_be_built(claim, small):
+    described = claims.CLAIMS[claim](small)
+    assert described.seeds >= 3
+    for run in described.runs:
+        with torch.device("meta"):
+            run.change(LM(run.config))
+        for panel in described.panels:
+            assert panel.x and panel.y
+
+
+@pytest.mark.parametrize("claim", ["copying", "recall", "depth", "balance"])
+def test_a_claim_leaves_rows_that_plot_draws(claim, tmp_path, monkeypatch, capsys):
+    real = claims.CLAIMS[claim]
+
+    def shorter(small):
+        described = real(small)
+        for run in described.runs:
+            run.batch, run.context = 2, min(run.context, 64)
+        described.probes = 2
+        return described
+
+    monkeypatch.setitem(claims.CLAIMS, claim, shorter)
+    claims.main(claims.Options(claim=claim, scale=0.004, seeds=2, device="cpu", out=tmp_path))
+    rows = rows_of(tmp_path / f"claim-{claim}.jsonl")
+    described = shorter(True)
+    assert {row["model"] for row in rows} == {run.model for run in described.runs}
+    assert {row["panel"] for row in rows if row["x"] is not None} == {panel.name for panel in described.panels}
+    if claim == "depth":
+        routes = {(row["model"], row["route"]) for row in rows if "route" in row}
+        assert routes == {("mod, predictor", "predictor"), ("mod, predictor", "topk"), ("mod, auxiliary loss", "router"),
+                          ("mod, auxiliary loss", "topk")}  # fmt: skip
+    plot.main(plot.Options(results=(tmp_path / f"claim-{claim}.jsonl",)))
+    assert len(list(tmp_path.glob("*.png"))) == len(described.panels)
+
+
+def test_without_selection_mamba_treats_every_token_alike():
+    torch.manual_seed(0)
+    lm = LM(Config(layers="mamba", width=16)).double()
+    claims.forget_selection(lm)
+    (layer,) = (module for module in lm.modules() if isinstance(module, claims.Mamba))
+    x, y = torch.randn(2, 1, 9, 32, dtype=torch.float64)
+    assert torch.equal(layer.x_proj(x), layer.x_proj(y))
+    lm.loss(torch.zeros(1, 5, dtype=torch.int64), torch.zeros(1, 5, dtype=torch.int64))[0].backward()
+    assert layer.x_proj.value.grad.abs().sum() > 0
+
+
+def test_routing_shows_what_the_routers_chose():
+    torch.manual_seed(0)
+    lm, tokens = LM(Config(layers="mod(attention moe) moe", width=16, capacity=0.5)).eval(), Bytes().encode("some text")
+    shown = routing.trace(lm, tokens, "topk")
+    depth, inner, outer = (shown[name] for name in ("mod layers.0", "moe layers.0.group.1.layer", "moe layers.1.layer"))
+    assert sum(colour is not None for colour in depth) == 5  # half of nine, rounded up
+    assert [colour is None for colour in depth] == [colour is None for colour in inner]
+    assert None not in outer
+    before, _ = lm(tokens[None])
+    assert torch.equal(lm(tokens[None])[0], before)  # nothing is left behind
+    assert "<script" not in routing.page("<script>", ["<"] * 9, shown)
+
+
+def test_curves_are_drawn_from_logs(tmp_path):
+    log = [{"step": 1, "seconds": 1.0, "tokens": 10, "flops": 5.0, "loss": 2.0},
+           {"step": 1, "seconds": 1.5, "validation_loss": 1.0}]  # fmt: skip
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    curves.main(curves.Options(runs=(tmp_path / "run",), axis="flops", out=tmp_path / "curves"))
+    assert (tmp_path / "curves.svg").exists()
+    training, validation = curves.points([{**row, "file": "x"} for row in log], "flops")
+    assert (training, validation) == (([5.0], [2 / math.log(2)]), ([5.0], [1 / math.log(2)]))
+
+
+def test_all_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    plan = {"first": ["-c", "pass"], "second": ["-c", "raise SystemExit(3)"], "third": ["-c", "pass"]}
+    monkeypatch.setattr(everything, "steps", lambda *arguments: plan)
+    everything.main(everything.Options(out=tmp_path / "machine", minutes=1))
+    done = json.loads((tmp_path / "machine/done.json").read_text())
+    assert [done[name]["status"] for name in plan] == ["done", "failed with 3", "done"]
+    assert "not done: second" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--resume"):
+        everything.main(everything.Options(out=tmp_path / "machine"))
+    plan["second"] = ["-c", "pass"]
+    plan["first"] = ["-c", "raise SystemExit(1)"]  # is not run again
+    everything.main(everything.Options(out=tmp_path / "machine", resume=True))
+    assert "everything is done" in capsys.readouterr().out
+
+
+def test_nothing_is_measured_where_the_results_are_wrong(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        everything, "steps", lambda *arguments: {"correctness": ["-c", "raise SystemExit(1)"], "x": ["-c", "pass"]}
+    )
+    with pytest.raises(InputError, match="nothing was measured"):
+        everything.main(everything.Options(out=tmp_path / "machine", minutes=1))
+    assert "x" not in json.loads((tmp_path / "machine/done.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("main", "options", "message"),
+    [
+        (throughput.main, throughput.Options(modes=("guess",)), "modes: 'guess' .* train, prefill, decode"),
+        (throughput.main, throughput.Options(models=("gpt",)), "model: 'gpt' .* transformer"),
+        (throughput.main, throughput.Options(match="weight"), "match: 'weight'"),
+        (throughput.main, throughput.Options(longest=100), "longest: 100 .* 256 or more"),
+        (throughput.main, throughput.Options(rounds=0), "rounds: 0"),
+        (claims.main, claims.Options(claim="luck"), "claim: 'luck' .* copying"),
+        (claims.main, claims.Options(claim="copying", size="big"), "size: 'big'"),
+        (kernels.main, kernels.Options(only="fft"), "only: 'fft' .* rmsnorm"),
+        (peers.main, peers.Options(only="gpt"), "only: 'gpt' .* llama"),
+        (plot.main, plot.Options(results=()), "results"),
+        (curves.main, curves.Options(runs=(), axis="money"), "axis: 'money' .* tokens"),
+    ],
+)
+def test_bad_input_is_refused(main, options, message):
+    with pytest.raises(InputError, match=message):
+        main(options)
+
+
+@pytest.mark.parametrize("content", ["", "not JSON", "[1]\n", '{"benchmark": "none"}\n'])
+def test_results_that_cannot_be_drawn_are_refused(content, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(content)
+    with pytest.raises(InputError, match="results"):
+        plot.main(plot.Options(results=(tmp_path / "rows.jsonl",)))
+    with pytest.raises(InputError, match="results"):
+        plot.main(plot.Options(results=(tmp_path / "missing.jsonl",)))
