@@ -89,7 +89,7 @@ class Case:
     forward: float
     """the bytes, or FLOPs, that the forward pass must cost"""
     backward: float
-    """and the backward pass"""
+    """and the backward pass; 0 where the providers do both in one call"""
     unit: str = "GB/s"
     """or TFLOP/s: what the two above are counted in, and which of the machine's ceilings they are held against"""
     peers: dict[str, Callable] = field(default_factory=dict)
@@ -120,6 +120,8 @@ def report(operation: str, kernel: Callable, torch_path: Callable, cases: list[C
         for case in cases:
             providers = {"triton": kernel, "torch": torch_path, "torch.compile": torch.compile(torch_path), **case.peers}
             for direction, work in (("forward", case.forward), ("backward", case.backward)):
+                if not work:  # the forward pass did both
+                    continue
                 timings = time_providers(providers, case.inputs, direction, options.rounds)
                 for name, seconds in timings.items():
                     median = statistics.median(seconds)

@@ -60,7 +60,7 @@ def test_causality(case):
     """A changed token changes nothing before it, and something from it on."""
     stack, x = make(CASES[case]), text()
     before, _ = stack(x)
-    for t in (0, 7, T - 1):
+    for t in (0, T // 3, T - 1):
         changed = x.clone()
         changed[:, t] += 1
         after, _ = stack(changed)
@@ -94,7 +94,7 @@ def test_batch_independence(case):
     for row in range(B):
         same(stack(x[row : row + 1])[0], together[row : row + 1])
 
-    lengths = torch.tensor([T, 1, 9])
+    lengths = torch.tensor([T, 1, T // 2])
     positions = torch.arange(T).expand(B, T)
     positions = positions.masked_fill(positions >= lengths[:, None], -1)
     outputs, carried = stack(x, None, positions)

@@ -1,0 +1,344 @@
+"""Each channel of a text convolved with its own few taps, looking only back, and SiLU after it.
+
+    p_t = bias + Σ_w weight_w ⊙ x_{t-W+1+w}            w = 0 … W-1, and x before time 0 is the window
+    y_t = p_t ⊙ σ(p_t)                                 with the activation; else y = p
+
+What it must cost: x is read and y written once, 4 bytes an element in bf16, against 2·W operations and an exponential; so it
+is as fast as a copy of that many bytes, if each number is loaded once. Backward reads x and dy and writes dx, 6 bytes. With
+g_t = dy_t ⊙ (σ(p_t) · (1 + p_t · (1 - σ(p_t)))), or g = dy,
+
+    dx_s = Σ_w weight_w ⊙ g_{s+W-1-w}                  for s < 0 it is dwindow
+    dweight_w = Σ_t g_t ⊙ x_{t-W+1+w}                  dbias = Σ_t g_t
+
+A program walks along a chunk of the text with a block of channels, neighbouring threads on neighbouring channels, and holds the
+last W inputs in registers, in backward the last W numbers of g too; so nothing but the W-1 tokens at a chunk's borders is
+loaded twice, and p is recomputed, not kept. A few tokens are loaded ahead of their use to keep the memory busy.
+
+    name        shape
+    x, y        (B, T, D)      x may be a part of a wider tensor, as the first half of a projection is
+    weight      (D, W)
+    bias        (D,)           or None
+    window      (B, W-1, D)    the inputs before x, None for zeros
+    partial     (B · chunks, W+1, D)   each program's share of dweight, and of dbias in the last place
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import Case, command, compare, full, on, report, tuned
+
+CHUNK = 128  # tokens a program walks along: at W = 4 the borders and the partial sums add about 5 % to the bytes of backward
+CONFIGS = [  # a thread holds 2 to 8 channels, so that a warp reads 128 to 512 bytes at once
+    triton.Config({"CHANNELS": 128, "AHEAD": 4}, num_warps=1),
+    triton.Config({"CHANNELS": 256, "AHEAD": 4}, num_warps=2),
+    triton.Config({"CHANNELS": 256, "AHEAD": 8}, num_warps=2),
+    triton.Config({"CHANNELS": 256, "AHEAD": 8}, num_warps=4),
+    triton.Config({"CHANNELS": 512, "AHEAD": 4}, num_warps=2),
+]
+
+
+@triton.jit
+def load_taps(WEIGHT, channel, inside, W: tl.constexpr, FULL: tl.constexpr):
+    """The W weights of each channel."""
+    taps = ()
+    for w in tl.static_range(W):
+        taps += (tl.load(WEIGHT + channel * W + w, inside, 0.0).to(FULL),)
+    return taps
+
+
+@triton.jit
+def load_past(X, WINDOW, start, stride, D, channel, inside, W: tl.constexpr, FULL: tl.constexpr):
+    """The W-1 inputs before `start`, from the window where that is before time 0."""
+    past = ()
+    for w in tl.static_range(W - 1):
+        t = start + (w - W + 1)
+        x = tl.load(X + t * stride + channel, tl.where(t >= 0, inside, False), 0.0).to(FULL)
+        if WINDOW is not None:
+            x += tl.load(WINDOW + (t + W - 1) * D + channel, tl.where(t < 0, inside, False), 0.0).to(FULL)
+        past += (x,)
+    return past
+
+
+@triton.jit
+def combine(taps, numbers, total, W: tl.constexpr, REVERSE: tl.constexpr):
+    """total + Σ_w taps_w · numbers_w, or numbers_{W-1-w}."""
+    for w in tl.static_range(W):
+        total += taps[w] * numbers[W - 1 - w if REVERSE else w]
+    return total
+
+
+@triton.jit
+def gradient(dy, p, SILU: tl.constexpr):
+    """g: what comes in, times the activation's derivative."""
+    if SILU:
+        gate = tl.sigmoid(p)
+        return dy * (gate * (1 + p * (1 - gate)))
+    else:
+        return dy
+
+
+@tuned(CONFIGS, key=["D", "W"])
+@triton.jit
+def forward_kernel(
+    X, WEIGHT, BIAS, WINDOW, Y, T, D, batch_stride, time_stride,
+    SILU: tl.constexpr, W: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """One program, one block of channels, one chunk of one text."""
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    inside = channel < D
+    start, batch = tl.program_id(1) * CHUNK, tl.program_id(2).to(tl.int64)
+    stride, width = tl.cast(time_stride, tl.int64), tl.cast(D, tl.int64)  # for offsets beyond 2^31
+    X += batch * batch_stride
+    Y += batch * T * width
+    if WINDOW is not None:
+        WINDOW += batch * (W - 1) * width
+    taps = load_taps(WEIGHT, channel, inside, W, FULL)
+    bias = tl.zeros((CHANNELS,), FULL)
+    if BIAS is not None:
+        bias += tl.load(BIAS + channel, inside, 0.0).to(FULL)
+    past = load_past(X, WINDOW, start, stride, D, channel, inside, W, FULL)
+    for t in range(start, tl.minimum(start + CHUNK, T), AHEAD):
+        loaded = ()
+        for i in tl.static_range(AHEAD):
+            loaded += (tl.load(X + (t + i) * stride + channel, tl.where(t + i < T, inside, False), 0.0),)
+        for i in tl.static_range(AHEAD):
+            past += (loaded[i].to(FULL),)
+            y = combine(taps, past, bias, W, False)
+            if SILU:
+                y = y * tl.sigmoid(y)
+            tl.store(Y + (t + i) * width + channel, y, tl.where(t + i < T, inside, False))
+            past = past[1:]
+
+
+@tuned(CONFIGS, key=["D", "W"])
+@triton.jit
+def backward_kernel(
+    DY, X, WEIGHT, BIAS, WINDOW, DX, DWINDOW, PARTIAL, T, D, batch_stride, time_stride,
+    SILU: tl.constexpr, W: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """One program, one block of channels, dx of one chunk of one text. It walks W-1 tokens beyond, for dx_s needs g up to
+    t = s+W-1; and counts in dweight the t of its own s, to which the first chunk adds those that are left, the first W-1."""
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    inside = channel < D
+    start, batch = tl.program_id(1) * CHUNK, tl.program_id(2).to(tl.int64)
+    stride, width = tl.cast(time_stride, tl.int64), tl.cast(D, tl.int64)
+    X += batch * batch_stride
+    DY += batch * T * width
+    DX += batch * T * width
+    if WINDOW is not None:
+        WINDOW += batch * (W - 1) * width
+        DWINDOW += batch * (W - 1) * width
+    taps = load_taps(WEIGHT, channel, inside, W, FULL)
+    nothing = tl.zeros((CHANNELS,), FULL)
+    bias = nothing
+    if BIAS is not None:
+        bias += tl.load(BIAS + channel, inside, 0.0).to(FULL)
+    past = load_past(X, WINDOW, start, stride, D, channel, inside, W, FULL)  # W-1 of x
+    g = (nothing,) * (W - 1)  # what came before the chunk adds to dx of another
+    dtaps, dbias = (nothing,) * W, nothing
+    first = tl.where(start == 0, inside, False)
+    for i in tl.static_range(W - 1):
+        t = start + i
+        dy = tl.load(DY + t * width + channel, tl.where(t < T, inside, False), 0.0).to(FULL)
+        past += (tl.load(X + t * stride + channel, tl.where(t < T, inside, False), 0.0).to(FULL),)
+        g += (gradient(dy, combine(taps, past, bias, W, False), SILU),)
+        if WINDOW is not None:
+            tl.store(DWINDOW + t * width + channel, combine(taps, g, nothing, W, True), first)
+        counted = tl.where(first, g[W - 1], 0.0)
+        more = ()
+        for w in tl.static_range(W):
+            more += (dtaps[w] + counted * past[w],)
+        dtaps, dbias = more, dbias + counted
+        past, g = past[1:], g[1:]
+    for s in range(start, tl.minimum(start + CHUNK, T), AHEAD):
+        loaded, incoming = (), ()
+        for i in tl.static_range(AHEAD):
+            t = s + i + W - 1
+            loaded += (tl.load(X + t * stride + channel, tl.where(t < T, inside, False), 0.0),)
+            incoming += (tl.load(DY + t * width + channel, tl.where(t < T, inside, False), 0.0),)
+        for i in tl.static_range(AHEAD):
+            past += (loaded[i].to(FULL),)
+            g += (gradient(incoming[i].to(FULL), combine(taps, past, bias, W, False), SILU),)
+            tl.store(DX + (s + i) * width + channel, combine(taps, g, nothing, W, True), tl.where(s + i < T, inside, False))
+            more = ()
+            for w in tl.static_range(W):
+                more += (dtaps[w] + g[W - 1] * past[w],)
+            dtaps, dbias = more, dbias + g[W - 1]
+            past, g = past[1:], g[1:]
+    PARTIAL += (batch * tl.num_programs(1) + tl.program_id(1)) * (W + 1) * width + channel
+    for w in tl.static_range(W):
+        tl.store(PARTIAL + w * D, dtaps[w], inside)
+    tl.store(PARTIAL + W * D, dbias, inside)
+
+
+@torch.library.custom_op("minimodels::causal_conv1d_forward", mutates_args=())
+def causal_conv1d_forward(x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None, activation: bool) -> Tensor:
+    """y (B, T, D)."""
+    x, (_, T, D), W = channels_innermost(x), x.shape, weight.shape[1]
+    y = x.new_empty(x.shape)
+    with on(x):
+        forward_kernel[lambda meta: grid(x, meta)](
+            x, weight.contiguous(), bias, window if window is None else window.contiguous(), y, T, D, x.stride(0), x.stride(1),
+            activation, W, CHUNK, full(x),
+        )  # fmt: skip
+    return y
+
+
+@torch.library.custom_op("minimodels::causal_conv1d_backward", mutates_args=())
+def causal_conv1d_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None, activation: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dweight, dbias and dwindow (empty without a window)."""
+    dy, x, (batch, T, D), W = dy.contiguous(), channels_innermost(x), x.shape, weight.shape[1]
+    dx, dwindow = x.new_empty(x.shape), x.new_empty(0) if window is None else window.new_empty(window.shape)
+    partial = x.new_empty(batch * triton.cdiv(T, CHUNK), W + 1, D, dtype=torch.promote_types(x.dtype, torch.float32))
+    with on(x):
+        backward_kernel[lambda meta: grid(x, meta)](
+            dy, x, weight.contiguous(), bias, window if window is None else window.contiguous(), dx, dwindow, partial, T, D,
+            x.stride(0), x.stride(1), activation, W, CHUNK, full(x),
+        )  # fmt: skip
+    total = partial.sum(0)  # (W+1, D)
+    return dx, total[:W].t().to(weight.dtype).contiguous(), total[W].to(weight.dtype if bias is None else bias.dtype), dwindow
+
+
+def channels_innermost(x: Tensor) -> Tensor:
+    """x itself where its channels are neighbours in memory, whatever its other strides are; else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def grid(x: Tensor, meta: dict) -> tuple[int, int, int]:
+    """Channels first, so that programs that start together read neighbouring memory."""
+    batch, T, D = x.shape
+    return triton.cdiv(D, meta["CHANNELS"]), triton.cdiv(T, meta["CHUNK"]), batch
+
+
+# What PyTorch must know: shapes, derivative.
+
+
+@causal_conv1d_forward.register_fake
+def _(x, weight, bias, window, activation):
+    return x.new_empty(x.shape)
+
+
+@causal_conv1d_backward.register_fake
+def _(dy, x, weight, bias, window, activation):
+    dbias = weight.new_empty(weight.shape[:1]) if bias is None else bias.new_empty(bias.shape)
+    dwindow = x.new_empty(0) if window is None else window.new_empty(window.shape)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dwindow
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.activation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx, dy):
+    x, weight, bias, window = ctx.saved_tensors
+    dx, dweight, dbias, dwindow = causal_conv1d_backward(dy, x, weight, bias, window, ctx.activation)
+    return dx, dweight, None if bias is None else dbias, None if window is None else dwindow, None
+
+
+causal_conv1d_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    window: Tensor | None,
+    lengths: Tensor | None = None,
+    activation: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """As minimodels.mamba.causal_conv1d: y (B, T, D) in x's dtype, through SiLU if `activation`, and the window after x.
+
+    x (B, T, D); weight (D, W); bias (D,), None for zero; window (B, W-1, D), the inputs before x, None for zeros; lengths
+    (B,), how many tokens of x come before the padding, None for all. Raises ValueError on shapes that disagree.
+    """
+    parts = {"x": x, "weight": weight, "bias": bias, "window": window, "lengths": lengths}
+    fits = x.ndim == 3 and x.shape[1] > 0 and weight.ndim == 2 and weight.shape[0] == x.shape[2]
+    if fits:
+        batch, T, D = x.shape
+        W = weight.shape[1]
+        wanted = {"bias": (D,), "window": (batch, W - 1, D), "lengths": (batch,)}
+        fits = all(parts[name] is None or parts[name].shape == shape for name, shape in wanted.items())
+    if not fits:
+        shapes = ", ".join(f"{name} {tuple(part.shape)}" for name, part in parts.items() if part is not None)
+        raise ValueError(f"causal_conv1d: {shapes} do not fit")
+    y = causal_conv1d_forward(x, weight, bias, window, activation)
+    if window is None:
+        window = x.new_zeros(batch, W - 1, D)
+    if lengths is None:
+        late = torch.cat((window, x[:, max(0, T - W + 1) :]), dim=1)
+        return y, late[:, late.shape[1] - W + 1 :]
+    last = lengths[:, None, None] + torch.arange(W - 1, device=x.device)[:, None]  # (B, W-1, 1): of the window, then x
+    last = last.expand(-1, -1, D)
+    old, new = window.gather(1, last.clamp(max=W - 2)), x.gather(1, (last - W + 1).clamp(min=0))
+    return y, torch.where(last < W - 1, old, new)
+
+
+def _signature(types: str) -> dict[str, str]:
+    """The arguments' types: pointers and integers by name."""
+    return {name: "i32" if name in ("T", "D", "batch_stride", "time_stride") else "*bf16" for name in types.split()}
+
+
+_CONSTANTS = {"SILU": True, "W": 4, "CHUNK": CHUNK, "FULL": tl.float32, "CHANNELS": 256, "AHEAD": 4}
+SIGNATURES = [  # kernel, types of its arguments, constants, warps: for minimodels.kernels.compile
+    (
+        "forward_kernel",
+        _signature("X WEIGHT BIAS WINDOW Y T D batch_stride time_stride"),
+        _CONSTANTS,
+        2,
+    ),
+    (
+        "backward_kernel",
+        _signature("DY X WEIGHT BIAS WINDOW DX DWINDOW T D batch_stride time_stride") | {"PARTIAL": "*fp32"},
+        _CONSTANTS,
+        2,
+    ),
+]
+
+
+def check() -> None:
+    """Outputs and gradients against the reference in fp64; on a GPU in bf16 too."""
+    for batch, T, D, W in ((2, 5, 33, 4), (1, CHUNK + 3, 130, 3)):
+        for activation in (False, True):
+            arguments = torch.randn(batch, T, D), torch.randn(D, W), torch.randn(D), torch.randn(batch, W - 1, D), None
+            compare(causal_conv1d, lambda *arguments: reference(*arguments, "reference"), (*arguments, activation))
+
+
+def reference(x, weight, bias, window, lengths, activation, impl):
+    """minimodels.mamba.causal_conv1d, and SiLU."""
+    from minimodels.mamba import causal_conv1d as operation
+
+    y, window = operation(x, weight, bias, window, lengths, impl=impl)
+    return torch.nn.functional.silu(y) if activation else y, window
+
+
+def peers() -> dict:
+    """The package causal_conv1d, where it is installed; it wants (B, D, T), here a view."""
+    try:
+        from causal_conv1d import causal_conv1d_fn
+    except ImportError:
+        return {}
+    return {"causal_conv1d": lambda x, weight, bias, *_: causal_conv1d_fn(x.mT, weight, bias, activation="silu").mT}
+
+
+def case(batch: int, T: int, D: int, W: int = 4) -> Case:
+    """bf16, with SiLU: four bytes an element forward, six backward."""
+
+    def inputs() -> tuple:
+        x = torch.randn(batch, T, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        weight, bias = torch.randn(D, W + 1, device="cuda", dtype=torch.bfloat16).split((W, 1), dim=1)
+        return x, weight.contiguous().requires_grad_(), bias.flatten().requires_grad_(), None, None, True
+
+    size = batch * T * D
+    return Case(f"B {batch}, T {T}, D {D}, W {W}", inputs, 4 * size, 6 * size, peers=peers())
+
+
+if __name__ == "__main__":
+    cases = [case(8, 8192, 1536), case(1, 65536, 1536)]
+    command(report("causal_conv1d", causal_conv1d, lambda *arguments: reference(*arguments, "torch"), cases, check), __doc__)

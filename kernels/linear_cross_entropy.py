@@ -1,0 +1,277 @@
+"""The loss of a language model without its logits: the last linear map and the cross-entropy in one operation.
+
+    z_tv = <x_t, weight_v>        lse_t = log Σ_v exp(z_tv)        loss = mean_t (lse_t - z_t,target(t))
+
+where the mean is over the targets that are not IGNORE. With share_t = dloss / count there, 0 elsewhere,
+
+    g_tv = (exp(z_tv - lse_t) - [v = target(t)]) · share_t          dx = g · weight          dweight = gᵀ · x
+
+What it must cost: three products of 2·n·V·D operations, one forward and two backward, and no (n, V) tensor. So logits exist for
+a chunk of the vocabulary at a time, for all rows. The matrix library makes the products; what a kernel can add is that
+everything between them crosses the memory once: a read of the chunk in forward (2 bytes a logit in bf16), a read and a write in
+place in backward (4); at D = 2048 that is about a tenth and a fifth of the time of one product's 2·D operations a logit.
+
+Two ways to have dweight without (n, V), by count:
+
+    vocabulary chunks (here)    lse first, so backward makes the chunk's logits again: 4 products. dweight of a chunk is one
+                                product over all rows, summed inside it; dx is added up in fp32, 8·n·D bytes a chunk. Beyond
+                                inputs and gradients it holds n · (4·D + 2·chunk) bytes
+    row chunks (the torch path, Liger)    gradients in forward: 3 products. dweight is added up, 8·V·D bytes in fp32 a chunk,
+                                and it holds 4·V·D bytes and the logits' chunk
+
+At n = 16384, D = 4096, V = 131072 that is 0.4 GB against 2.1 GB and a chunk: at half of the second's memory no row chunks are
+possible, whatever their size. (Liger adds up in bf16 unless told otherwise, which loses what a chunk adds, and then holds the
+logits' chunk alone, 2·n·D bytes.) Given the memory, row chunks take up to a quarter less time, the closer the longer they are:
+8·V·D bytes of addition against 6·rows·V·D operations.
+
+    name        shape
+    x           (n, D)          what the head sees
+    weight      (V, D)          of the head
+    targets     (n,)            int64 below V; IGNORE where nothing is to be predicted
+    logits      (n, chunk)      of one chunk of the vocabulary, rows padded to a multiple of 64; in backward g takes their place
+    lse         (n,)            log Σ exp, fp32
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from minimodels.loss import IGNORE
+
+from .common import Case, command, compare, full, on, report
+
+COLUMNS = 4096  # at least, of a chunk: in the product for dx 8192 operations for the 8 bytes with which an element is added up
+WORK = 2**25  # logits of a chunk where there are few rows, so that a product fills the machine
+BLOCK, WARPS = 4096, 4  # columns of a step: a thread has four loads of 16 bytes under way
+
+
+@triton.jit
+def forward_kernel(
+    LOGITS, TARGETS, LSE, WANTED, first, columns, stride,
+    BEGIN: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program, one row: add the chunk whose first column is `first` to lse, and note the target's logit if it is there."""
+    row = tl.program_id(0).to(tl.int64)
+    LOGITS += row * stride
+    column = tl.arange(0, BLOCK)
+    top, total = tl.full((), float("-inf"), FULL), tl.full((), 0, FULL)  # Σ exp so far is total · exp(top)
+    if not BEGIN:
+        top, total = tl.load(LSE + row), total + 1
+    for start in range(0, columns, BLOCK):
+        logit = tl.load(LOGITS + start + column, start + column < columns, float("-inf")).to(FULL)
+        higher = tl.maximum(top, tl.max(logit))
+        total = total * tl.exp(top - higher) + tl.sum(tl.exp(logit - higher))
+        top = higher
+    tl.store(LSE + row, top + tl.log(total))
+    target = tl.load(TARGETS + row) - first
+    here = (target >= 0) & (target < columns)
+    tl.store(WANTED + row, tl.load(LOGITS + target, here, 0.0).to(FULL), here)
+
+
+@triton.jit
+def backward_kernel(
+    LOGITS, TARGETS, LSE, SHARE, first, columns, stride, ignore, FULL: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One program, one block of a row: g in place of the logits."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    target = tl.load(TARGETS + row)
+    share = tl.where(target == ignore, 0.0, tl.load(SHARE))
+    LOGITS += row * stride
+    p = tl.exp(tl.load(LOGITS + column, inside, 0.0).to(FULL) - tl.load(LSE + row))
+    tl.store(LOGITS + column, (p - tl.where(column == target - first, 1.0, 0.0)) * share, inside)
+
+
+@torch.library.custom_op("minimodels::linear_cross_entropy_forward", mutates_args=())
+def linear_cross_entropy_forward(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss and lse."""
+    targets = targets.contiguous()
+    precision = torch.promote_types(x.dtype, torch.float32)
+    lse, wanted = x.new_empty(len(x), dtype=precision), x.new_full((len(x),), float("nan"), dtype=precision)
+    for at, logits in chunks(x, weight):
+        with on(x):
+            forward_kernel[(len(x),)](
+                logits, targets, lse, wanted, at.start, logits.shape[1], logits.stride(0), at.start == 0, full(x), BLOCK,
+                num_warps=WARPS,
+            )  # fmt: skip
+    present = targets != IGNORE
+    return torch.where(present, lse - wanted, 0.0).sum() / present.sum(), lse
+
+
+@torch.library.custom_op("minimodels::linear_cross_entropy_backward", mutates_args=())
+def linear_cross_entropy_backward(
+    dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dx and dweight."""
+    targets = targets.contiguous()
+    share = dloss / (targets != IGNORE).sum()
+    dx, dweight = lse.new_zeros(x.shape), weight.new_empty(weight.shape)
+    for at, logits in chunks(x, weight):
+        n, columns = logits.shape
+        with on(x):
+            backward_kernel[(n, triton.cdiv(columns, BLOCK))](
+                logits, targets, lse, share, at.start, columns, logits.stride(0), IGNORE, full(x), BLOCK, num_warps=WARPS
+            )  # fmt: skip
+        torch.mm(logits.t(), x, out=dweight[at])
+        add_product(dx, logits, weight[at])
+    return dx.to(x.dtype), dweight
+
+
+def chunks(x: Tensor, weight: Tensor):
+    """Slices of the vocabulary, about equal, and the logits there (n, columns), each in the place of those before."""
+    (n, _), V = x.shape, len(weight)
+    count = triton.cdiv(V, max(COLUMNS, WORK // max(n, 1)))
+    size = 64 * triton.cdiv(V, 64 * count) if count > 1 else V
+    buffer = x.new_empty(n, 64 * triton.cdiv(size, 64))  # rows that start at multiples of 128 bytes, whatever V is
+    for first in range(0, V, size):
+        at = slice(first, min(first + size, V))
+        yield at, torch.mm(x, weight[at].t(), out=buffer[:, : at.stop - first])
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a · b, where total may have more precision than its factors and the sum is made in it."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:  # PyTorch has that product for GPUs alone
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+# What PyTorch must know: shapes, derivative, FLOPs (recomputation included).
+
+
+@linear_cross_entropy_forward.register_fake
+def _(x, weight, targets):
+    lse = x.new_empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+    return lse.new_empty(()), lse
+
+
+@linear_cross_entropy_backward.register_fake
+def _(dloss, x, weight, targets, lse):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx, dloss, _):
+    return *linear_cross_entropy_backward(dloss, *ctx.saved_tensors), None
+
+
+linear_cross_entropy_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.minimodels.linear_cross_entropy_forward)
+def _flops_forward(x, weight, targets, out_shape=None):
+    return 2 * x[0] * weight[0] * weight[1]
+
+
+@register_flop_formula(torch.ops.minimodels.linear_cross_entropy_backward)
+def _flops_backward(dloss, x, weight, targets, lse, out_shape=None):
+    return 6 * x[0] * weight[0] * weight[1]
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """As minimodels.loss.linear_cross_entropy: mean_t (logsumexp(W x_t) - (W x_t)_target) over the targets that are not IGNORE,
+    in nats, a scalar in full precision; not a number where every target is IGNORE, or where one is no row of the weight.
+
+    x (n, D); weight (V, D); targets (n,). Raises ValueError on shapes that disagree.
+    """
+    if x.ndim != 2 or weight.shape[1:] != x.shape[1:] or targets.shape != x.shape[:1]:
+        shapes = f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)}"
+        raise ValueError(f"linear_cross_entropy: {shapes} do not fit")
+    if torch.is_autocast_enabled(x.device.type):  # which does not reach into the operation
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    return linear_cross_entropy_forward(x, weight, targets)[0]
+
+
+SIGNATURES = [  # kernel, types of its arguments, constants, warps: for minimodels.kernels.compile
+    (
+        "forward_kernel",
+        {"LOGITS": "*bf16", "TARGETS": "*i64", "LSE": "*fp32", "WANTED": "*fp32", "first": "i32", "columns": "i32",
+         "stride": "i32"},
+        {"BEGIN": False, "FULL": tl.float32, "BLOCK": BLOCK},
+        WARPS,
+    ),
+    (
+        "backward_kernel",
+        {"LOGITS": "*bf16", "TARGETS": "*i64", "LSE": "*fp32", "SHARE": "*fp32", "first": "i32", "columns": "i32",
+         "stride": "i32", "ignore": "i32"},
+        {"FULL": tl.float32, "BLOCK": BLOCK},
+        WARPS,
+    ),
+]  # fmt: skip
+
+
+def check() -> None:
+    """Outputs and gradients against the reference in fp64; on a GPU in bf16 too."""
+    for n, D, V in ((5, 7, 33), (70, 64, 5000)):
+        targets = torch.randint(V, (n,))
+        targets[1] = IGNORE
+        arguments = torch.randn(n, D), torch.randn(V, D) / D**0.5, targets
+        compare(linear_cross_entropy, lambda *arguments: reference(*arguments, "reference"), arguments)
+
+
+def reference(*arguments):
+    """minimodels.loss.linear_cross_entropy."""
+    from minimodels.loss import linear_cross_entropy as operation
+
+    return operation(*arguments)
+
+
+def plain(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """With all logits."""
+    return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=IGNORE)
+
+
+def liger(accumulate: torch.dtype | None):
+    """Liger's fused operation, dweight added up in the dtype given, None for the weight's own."""
+
+    def operation(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Function
+
+        last = {"label smoothing": 0.0, "reduction": "mean", "softcap": None, "z loss": False, "accumulate": accumulate}
+        return Function.apply(x, weight, targets, None, None, IGNORE, 0.0, *last.values())[0]
+
+    return operation
+
+
+def whole(operation):
+    """Forward and backward in one call, for some make their gradients in one and some in the other."""
+
+    def both(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        with torch.enable_grad():
+            loss = operation(x, weight, targets)
+            torch.autograd.grad(loss, (x, weight), retain_graph=True)
+            return loss
+
+    return both
+
+
+def case(n: int, D: int, V: int) -> Case:
+    """bf16; the useful work is three products."""
+
+    def inputs() -> tuple:
+        x = torch.randn(n, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        weight = (torch.randn(V, D, device="cuda", dtype=torch.bfloat16) * D**-0.5).requires_grad_()
+        return x, weight, torch.randint(V, (n,), device="cuda")
+
+    peers = {"plain": plain, "liger": liger(None), "liger, fp32": liger(torch.float32)}
+    peers = {name: whole(peer) for name, peer in peers.items()}
+    return Case(f"n {n}, D {D}, V {V}: both passes", inputs, 6 * n * D * V, 0, "TFLOP/s", peers)
+
+
+if __name__ == "__main__":
+    cases = [case(8192, 2048, 50304), case(16384, 4096, 131072)]
+    torch_path = whole(lambda *arguments: reference(*arguments, "torch"))
+    command(report("linear_cross_entropy", whole(linear_cross_entropy), torch_path, cases, check), __doc__)
