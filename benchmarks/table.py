@@ -1,0 +1,101 @@
+"""Markdown tables from measured rows, as the README shows them.
+
+python -m benchmarks.table benchmarks/results/cpu/throughput.jsonl
+python -m benchmarks.table benchmarks/results/cpu/peers.jsonl benchmarks/results/cpu/claim-depth.jsonl
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from minimodels import InputError
+from minimodels.command import run_command
+from minimodels.measure import ratio
+
+from .plot import Rows, read
+
+
+@dataclass(frozen=True)
+class Options:
+    """Print tables of result files."""
+
+    results: tyro.conf.Positional[tuple[Path, ...]]
+    """files of JSON rows"""
+
+
+def main(options: Options) -> None:
+    """One table for each kind of row in each file."""
+    if not options.results:
+        raise InputError("results", (), "one or more files of JSON rows")
+    for path in options.results:
+        rows = read(path)
+        found = [make(rows) for make in (throughput, peers, claims)]
+        if not any(found):
+            raise InputError("results", str(path), "rows of benchmarks.throughput, benchmarks.peers or benchmarks.claims")
+        for table in filter(None, found):
+            print(table)
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    """A table, with a line of its own behind it."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def throughput(rows: Rows) -> str:
+    """Median tokens a second: a table for each mode and batch, a line for each model, a column for each context."""
+    tables = defaultdict(dict)
+    for row in rows:
+        if row.get("benchmark") == "throughput" and not row["model"].endswith(" again"):
+            mode = f"decode, batch {row['batch']}" if row["mode"] == "decode" else row["mode"]
+            speed = row["tokens"] / statistics.median(row["seconds"]) if row["seconds"] else None
+            tables[mode][row["model"], row["context"]] = f"{speed:,.0f}" if speed else "out of memory"
+    texts = []
+    for mode, cells in tables.items():
+        models, contexts = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+        lines = [[f"`{model}`", *(cells.get((model, context), "") for context in contexts)] for model in models]
+        texts.append(markdown([f"{mode}, tokens/s at context", *(f"{context:,}" for context in contexts)], lines))
+    return "\n".join(texts)
+
+
+def peers(rows: Rows) -> str:
+    """How many times faster than transformers: median over the rounds, and the least and most."""
+    timings = defaultdict(dict)
+    for row in rows:
+        if row.get("benchmark") == "peers":
+            timings[row["model"], row["question"]][row["provider"]] = row["seconds"]
+    models, questions = (list(dict.fromkeys(key[i] for key in timings)) for i in (0, 1))
+    cells = {key: "{:.2f}x ({:.2f}-{:.2f})".format(*ratio(pair, "minimodels", "transformers")) for key, pair in timings.items()}
+    lines = [[model, *(cells.get((model, question), "") for question in questions)] for model in models]
+    return markdown(["against transformers", *questions], lines) if lines else ""
+
+
+def claims(rows: Rows) -> str:
+    """Where each line of each picture ends: mean over the seeds, and the least and most."""
+    texts = []
+    panels = dict.fromkeys(
+        (row["claim"], row["panel"]) for row in rows if row.get("benchmark") == "claim" and row["x"] is not None
+    )
+    for claim, panel in panels:
+        points = [row for row in drawn if (row["claim"], row["panel"]) == (claim, panel)]
+        final = defaultdict(dict)
+        for row in points:
+            final[row["model"]][row["seed"], row["x"] if row["x_log"] else 0] = row["y"]
+        lines = []
+        for model, ends in final.items():
+            by_x = defaultdict(list)
+            for (_, x), y in ends.items():
+                by_x[x].append(y)
+            spread = [f"{statistics.mean(y):.3f} ({min(y):.3f}-{max(y):.3f})" for _, y in sorted(by_x.items())]
+            lines.append([model, "; ".join(spread)])
+        texts.append(markdown([claim, points[0]["y_label"]], lines))
+    return "\n".join(texts)
+
+
+if __name__ == "__main__":
+    run_command(main, lambda: tyro.cli(Options, description=__doc__))
