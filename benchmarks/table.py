@@ -78,9 +78,8 @@ def peers(rows: Rows) -> str:
 def claims(rows: Rows) -> str:
     """Where each line of each picture ends: mean over the seeds, and the least and most."""
     texts = []
-    panels = dict.fromkeys(
-        (row["claim"], row["panel"]) for row in rows if row.get("benchmark") == "claim" and row["x"] is not None
-    )
+    drawn = [row for row in rows if row.get("benchmark") == "claim" and row["x"] is not None]
+    panels = dict.fromkeys((row["claim"], row["panel"]) for row in drawn)
     for claim, panel in panels:
         points = [row for row in drawn if (row["claim"], row["panel"]) == (claim, panel)]
         final = defaultdict(dict)

@@ -1,0 +1,448 @@
+"""The experts of a mixture: each token through the SwiGLU MLPs that it visits, none dropped and no row padded.
+
+    y_t = Σ_e visits_te · gates_te · out_e (silu(g_te) ⊙ u_te)        g_te = gate_e x_t,  u_te = up_e x_t
+
+What it must cost: A visits of three products of I · D multiply-adds are 6 A I D operations forward, and twice that backward.
+An expert with 2,000 visits does 2,000 operations for each byte of its weights in bf16, so the tensor cores are the bound; only
+where experts have few visits, as in decoding, is it the bytes of the weights. Beside the products a visit's part of y, a row
+of D, is written and read again to be summed; and g and u are kept for backward, 4 I bytes a visit, for to recompute them would
+add two products to backward's six. With h = silu(g) ⊙ u, s = σ(g), r = out_eᵀ dy_t, and the indices te left out:
+
+    dgates = ⟨r, h⟩    du = gates · r ⊙ silu(g)    dg = gates · r ⊙ u ⊙ (s + silu(g) ⊙ (1 - s))
+    dx_t = Σ_e gate_eᵀ dg + up_eᵀ du    dgate_e = Σ_t dg x_tᵀ    dup_e = Σ_t du x_tᵀ    dout_e = Σ_t dy_t (gates · h)ᵀ
+
+Every visit gets a slot, in the order of experts and then of tokens. How many an expert has is known to the GPU alone and the
+host never asks: it allocates slots for as many as there can be and launches as many programs as fill the machine. These walk
+tiles, blocks of an expert's slots × blocks of columns, as far as the offsets say, and gather rows of x and dy on the way.
+A kernel of its own sums what visits add to a token, expert after expert: no atomics, the same bits every time.
+
+    name        shape
+    x, y        (n, D)        n tokens
+    gates       (n, E)
+    visits      (n, E)        bool, A of them true
+    gate, up    (E, I, D)
+    out         (E, D, I)
+    cell        (slots,)      t · E + e of each visit, by expert and then by token; n · E where a slot is not used
+    offsets     (E + 1,)      expert e has the slots from offsets[e] to before offsets[e + 1]
+    order       (slots,)      the slots by token and then by expert
+    starts      (n + 1,)      token t has those at starts[t] to before starts[t + 1] of them
+    g, u, h     (slots, I)    and dg, du
+    parts       (slots, D)    what each visit adds to its token, in y or in dx
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import Config, cdiv, next_power_of_2
+
+from . import INTERPRETED
+from .common import Case, command, compare, full, on, programs, report
+
+GROUP = tl.constexpr(8)  # blocks of slots: their rows and the weights they meet next come from the L2 cache
+WIDTH = 128  # columns of every tile of r, however tuned: dgates is a sum of parts, one for each so many columns
+
+
+def tuned(*sizes: tuple[int, int, int, int, int]):
+    """Tune a kernel: rows and columns of a tile, depth of the product done at a time, warps and stages, from small to large.
+    fp32, which keeps clear of the tensor cores, gets the first two: for it the larger compile for minutes, only to spill."""
+
+    def prune(configs: list[Config], arguments: dict, **_) -> list[Config]:
+        return configs if next(iter(arguments.values())).element_size() <= 2 else configs[:2]
+
+    configs = [Config({"ROWS": r, "COLUMNS": c, "DEPTH": d}, num_warps=w, num_stages=s) for r, c, d, w, s in sizes]
+    usable = configs[:1] if INTERPRETED else configs
+    return triton.autotune(usable, ["D", "I", "E"], prune_configs_by={"early_config_prune": prune})
+
+
+@triton.jit
+def place_kernel(VISITS, BY_EXPERT, BY_TOKEN, CELL, ORDER, n, E, slots, TOKENS: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Put each visit in its slot, and its slot in the token's order; the sums say how many come before it, itself included."""
+    t, e = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None], tl.arange(0, BLOCK_E)[None, :]
+    inside = (t < n) & (e < E)
+    slot = tl.load(BY_EXPERT + e * n + t, inside, 0) - 1
+    place = tl.load(BY_TOKEN + t * E + e, inside, 0) - 1
+    visited = inside & (tl.load(VISITS + t * E + e, inside, 0) != 0)
+    tl.store(CELL + slot, t * E + e, visited & (slot < slots))
+    tl.store(ORDER + place, slot, visited & (place < slots))
+
+
+@triton.jit
+def blocks_until(OFFSETS, E, ROWS: tl.constexpr, BLOCK_E: tl.constexpr):
+    """How many blocks of slots the experts up to each have, itself included."""
+    e = tl.arange(0, BLOCK_E)
+    count = tl.load(OFFSETS + e + 1, e < E, 0) - tl.load(OFFSETS + e, e < E, 0)
+    return tl.cumsum(tl.cdiv(count, ROWS), 0)
+
+
+@triton.jit
+def find(tile, until, OFFSETS, columns, ROWS: tl.constexpr):
+    """A tile's expert, slots, which of them are that expert's, and block of columns. GROUP blocks of slots meet one block of
+    columns after another."""
+    group = tile // (GROUP * columns)
+    within = tile - group * GROUP * columns
+    height = tl.minimum(tl.max(until, 0) - group * GROUP, GROUP)
+    block = group * GROUP + within % height
+    earlier = until <= block
+    expert = tl.sum(earlier.to(tl.int32), 0)
+    block -= tl.max(tl.where(earlier, until, 0), 0)
+    slot = tl.load(OFFSETS + expert) + block * ROWS + tl.arange(0, ROWS)
+    return expert.to(tl.int64), slot, slot < tl.load(OFFSETS + expert + 1), within // height
+
+
+@tuned((16, 16, 16, 4, 2), (64, 32, 32, 4, 3), (128, 64, 64, 4, 3), (128, 128, 64, 8, 4))
+@triton.jit
+def hidden_kernel(
+    X, GATE, UP, CELL, OFFSETS, G, U, H, D, I, E,
+    KEEP: tl.constexpr, FULL: tl.constexpr, BLOCK_E: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """g and u, which share the rows of x, and h."""
+    until = blocks_until(OFFSETS, E, ROWS, BLOCK_E)
+    columns = tl.cdiv(I, COLUMNS)
+    for tile in range(tl.program_id(0), tl.max(until, 0) * columns, tl.num_programs(0)):
+        expert, slot, real, column = find(tile, until, OFFSETS, columns, ROWS)
+        i, d = column * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
+        token = (tl.load(CELL + slot, real, 0) // E).to(tl.int64)  # rows that are not the expert's are computed and not stored
+        x_at = X + token[:, None] * D + d[None, :]
+        weight_at = expert * I * D + i[None, :] * D + d[:, None]
+        g, u = tl.zeros((ROWS, COLUMNS), FULL), tl.zeros((ROWS, COLUMNS), FULL)
+        for start in range(0, D, DEPTH):
+            x = tl.load(x_at + start, d[None, :] < D - start, 0.0)
+            inside = (d[:, None] < D - start) & (i < I)[None, :]
+            g = tl.dot(x, tl.load(GATE + weight_at + start, inside, 0.0), g, input_precision="ieee")
+            u = tl.dot(x, tl.load(UP + weight_at + start, inside, 0.0), u, input_precision="ieee")
+        at, inside = slot.to(tl.int64)[:, None] * I + i[None, :], real[:, None] & (i < I)[None, :]
+        if KEEP:
+            tl.store(G + at, g, inside)
+            tl.store(U + at, u, inside)
+        tl.store(H + at, g * tl.sigmoid(g) * u, inside)
+
+
+@tuned((16, 16, 16, 4, 2), (64, 64, 32, 4, 3), (128, 128, 64, 4, 3), (128, 256, 64, 8, 4))
+@triton.jit
+def parts_kernel(
+    P, WP, Q, WQ, GATES, CELL, OFFSETS, Y, D, I, E, stride_i, stride_d,
+    TWO: tl.constexpr, FULL: tl.constexpr, BLOCK_E: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Back from I to D, one matrix WP_e or WQ_e an expert: gates · p WP forward, and p WP + q WQ (TWO) in backward."""
+    until = blocks_until(OFFSETS, E, ROWS, BLOCK_E)
+    columns = tl.cdiv(D, COLUMNS)
+    for tile in range(tl.program_id(0), tl.max(until, 0) * columns, tl.num_programs(0)):
+        expert, slot, real, column = find(tile, until, OFFSETS, columns, ROWS)
+        d, i = column * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
+        at = tl.where(real, slot, 0).to(tl.int64)[:, None] * I + i[None, :]
+        weight_at = expert * I * D + d[None, :] * stride_d + i[:, None] * stride_i
+        y, depths = tl.zeros((ROWS, COLUMNS), FULL), tl.cdiv(I, DEPTH)
+        for k in range(0, 2 * depths if TWO else depths):  # one loop for both, so that loads run ahead from one into the other
+            later = k >= depths
+            start = (k - tl.where(later, depths, 0)) * DEPTH
+            inside = (i[:, None] < I - start) & (d < D)[None, :]
+            p = tl.load(tl.where(later, Q, P) + at + start, i[None, :] < I - start, 0.0)
+            weight = tl.load(tl.where(later, WQ, WP) + weight_at + start * stride_i, inside, 0.0)
+            y = tl.dot(p, weight, y, input_precision="ieee")
+        if not TWO:
+            y *= tl.load(GATES + tl.load(CELL + slot, real, 0), real, 0.0).to(FULL)[:, None]
+        tl.store(Y + slot.to(tl.int64)[:, None] * D + d[None, :], y, real[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def sum_kernel(PARTS, ORDER, STARTS, Y, D, FULL: tl.constexpr, BLOCK: tl.constexpr):
+    """One program, one token and BLOCK columns: the sum of its visits' parts, expert after expert."""
+    t, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    y = tl.zeros((BLOCK,), FULL)
+    for k in range(tl.load(STARTS + t), tl.load(STARTS + t + 1)):
+        slot = tl.load(ORDER + k).to(tl.int64)
+        y += tl.load(PARTS + slot * D + d, d < D, 0.0).to(FULL)
+    tl.store(Y + t * D + d, y, d < D)
+
+
+@triton.jit
+def quarter(r, which: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """One of four blocks of columns."""
+    left, right = tl.split(tl.permute(tl.reshape(r, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+    half = right if which >= 2 else left
+    left, right = tl.split(tl.permute(tl.reshape(half, (ROWS, 2, COLUMNS // 4)), (0, 2, 1)))
+    return right if which % 2 == 1 else left
+
+
+@tuned((16, WIDTH, 16, 4, 2), (32, WIDTH, 32, 4, 3), (128, WIDTH, 64, 4, 3), (256, WIDTH, 64, 8, 4))
+@triton.jit
+def hidden_backward_kernel(
+    DY, OUT, GATES, CELL, OFFSETS, G, U, DG, DU, GH, DGATES, D, I, E, slots,
+    FULL: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """dg, du, gates · h, which dout will need, and for dgates the sum of r ⊙ h over a block of columns."""
+    until = blocks_until(OFFSETS, E, ROWS, BLOCK_E)
+    columns = tl.cdiv(I, COLUMNS)
+    for tile in range(tl.program_id(0), tl.max(until, 0) * columns, tl.num_programs(0)):
+        expert, slot, real, column = find(tile, until, OFFSETS, columns, ROWS)
+        i, d = column * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
+        cell = tl.load(CELL + slot, real, 0)
+        dy_at = DY + (cell // E).to(tl.int64)[:, None] * D + d[None, :]
+        out_at = OUT + expert * I * D + d[:, None] * I + i[None, :]
+        r = tl.zeros((ROWS, COLUMNS), FULL)
+        for start in range(0, D, DEPTH):
+            dy = tl.load(dy_at + start, d[None, :] < D - start, 0.0)
+            out = tl.load(out_at + start * I, (d[:, None] < D - start) & (i < I)[None, :], 0.0)
+            r = tl.dot(dy, out, r, input_precision="ieee")
+        r = r.to(DY.dtype.element_ty)  # as a tensor between two products would be: half the registers
+        gates, dgates = tl.load(GATES + cell, real, 0.0).to(FULL)[:, None], tl.zeros((ROWS,), FULL)
+        for part in tl.static_range(4):  # few columns at a time, for the registers too
+            i = column * COLUMNS + part * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
+            at, inside = slot.to(tl.int64)[:, None] * I + i[None, :], real[:, None] & (i < I)[None, :]
+            g, u = tl.load(G + at, inside, 0.0).to(FULL), tl.load(U + at, inside, 0.0).to(FULL)
+            s, dh = tl.sigmoid(g), quarter(r, part, ROWS, COLUMNS).to(FULL)
+            h = g * s * u
+            dgates += tl.sum(dh * h, 1)
+            tl.store(GH + at, gates * h, inside)
+            tl.store(DU + at, gates * dh * (g * s), inside)
+            tl.store(DG + at, gates * dh * u * (s + g * s * (1 - s)), inside)
+        tl.store(DGATES + tl.cast(slots, tl.int64) * column + slot, dgates, real)
+
+
+# more stages, for where a row's address must wait for the token only every second one holds operands
+@tuned((16, 16, 16, 4, 2), (64, 64, 32, 4, 3), (128, 128, 64, 4, 5), (128, 256, 64, 8, 5))
+@triton.jit
+def weights_backward_kernel(
+    P, X, CELL, OFFSETS, DW, D, I, E, stride_i, stride_d,
+    FULL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Σ p xᵀ over an expert's slots, x gathered. Here the host does know how many tiles there are: one program each."""
+    columns = tl.cdiv(D, COLUMNS)
+    expert = tl.program_id(0) // (tl.cdiv(I, ROWS) * columns)
+    within = tl.program_id(0) % (tl.cdiv(I, ROWS) * columns)
+    i, d = within // columns * ROWS + tl.arange(0, ROWS), within % columns * COLUMNS + tl.arange(0, COLUMNS)
+    last = tl.load(OFFSETS + expert + 1)
+    w = tl.zeros((ROWS, COLUMNS), FULL)
+    for start in range(tl.load(OFFSETS + expert), last, DEPTH):
+        slot = start + tl.arange(0, DEPTH)
+        token = (tl.load(CELL + slot, slot < last, 0) // E).to(tl.int64)
+        p = tl.load(P + slot.to(tl.int64)[None, :] * I + i[:, None], (slot < last)[None, :] & (i < I)[:, None], 0.0)
+        x = tl.load(X + token[:, None] * D + d[None, :], (slot < last)[:, None] & (d < D)[None, :], 0.0)
+        w = tl.dot(p, x, w, input_precision="ieee")
+    at = expert.to(tl.int64) * I * D + i[:, None] * stride_i + d[None, :] * stride_d
+    tl.store(DW + at, w, (i < I)[:, None] & (d < D)[None, :])
+
+
+def persistent(tensor: Tensor, accumulators: int) -> tuple[int]:
+    """As many programs as run at once where their accumulators may take half of a processor's registers."""
+    return (programs(tensor, max(1, min(8, 2**15 // accumulators))),)
+
+
+@torch.library.custom_op("minimodels::grouped_mlp_order", mutates_args=())
+def grouped_mlp_order(visits: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """cell, offsets, order and starts of the visits, of which there may be as many as slots."""
+    visits, (n, E) = visits.contiguous(), visits.shape
+    offsets, starts = (F.pad(visits.sum(dim).cumsum(0, dtype=torch.int32), (1, 0)) for dim in (0, 1))
+    # asked and answered on the GPU
+    torch._assert_async(starts[-1] <= slots, "grouped_mlp: there are more visits than n · most")
+    by_expert, by_token = (mask.flatten().cumsum(0, dtype=torch.int32) for mask in (visits.t(), visits))
+    cell, order = starts.new_full((slots,), n * E), starts.new_empty(slots)
+    with on(visits):
+        place_kernel[(cdiv(n, 16),)](visits, by_expert, by_token, cell, order, n, E, slots, 16, next_power_of_2(E))
+    return cell, offsets, order, starts
+
+
+@torch.library.custom_op("minimodels::grouped_mlp_forward", mutates_args=())
+def grouped_mlp_forward(
+    x: Tensor, gates: Tensor, gate: Tensor, up: Tensor, out: Tensor,
+    cell: Tensor, offsets: Tensor, order: Tensor, starts: Tensor, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, and to keep g and u (else empty)."""
+    x, gates, gate, up, out = (part.contiguous() for part in (x, gates, gate, up, out))
+    (E, I, D), h = gate.shape, x.new_empty(len(cell), gate.shape[1])
+    g, u = (torch.empty_like(h) if keep else h.new_empty(0) for _ in range(2))
+    parts, BLOCK_E = x.new_empty(len(cell), D), next_power_of_2(E)
+    with on(x):
+        hidden_kernel[lambda meta: persistent(x, 2 * meta["ROWS"] * meta["COLUMNS"])](
+            x, gate, up, cell, offsets, g, u, h, D, I, E, keep, full(x), BLOCK_E
+        )  # fmt: skip
+        parts_kernel[lambda meta: persistent(x, meta["ROWS"] * meta["COLUMNS"])](
+            h, out, h, out, gates, cell, offsets, parts, D, I, E, 1, I, False, full(x), BLOCK_E
+        )  # fmt: skip
+    return sum_parts(parts, order, starts), g, u
+
+
+@torch.library.custom_op("minimodels::grouped_mlp_backward", mutates_args=())
+def grouped_mlp_backward(
+    dy: Tensor, x: Tensor, gates: Tensor, gate: Tensor, up: Tensor, out: Tensor,
+    cell: Tensor, offsets: Tensor, order: Tensor, starts: Tensor, g: Tensor, u: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, dgates, dgate, dup, dout."""
+    dy, x, gates, gate, up, out = (part.contiguous() for part in (dy, x, gates, gate, up, out))
+    (E, I, D), slots, BLOCK_E = gate.shape, len(cell), next_power_of_2(gate.shape[0])
+    dg, du, gh = (torch.empty_like(g) for _ in range(3))
+    partial = x.new_empty(cdiv(I, WIDTH), slots, dtype=torch.promote_types(x.dtype, torch.float32))
+    parts, weights = x.new_empty(slots, D), tuple(torch.empty_like(weight) for weight in (gate, up, out))
+    with on(x):
+        hidden_backward_kernel[lambda meta: persistent(x, meta["ROWS"] * WIDTH)](
+            dy, out, gates, cell, offsets, g, u, dg, du, gh, partial, D, I, E, slots, full(x), BLOCK_E
+        )  # fmt: skip
+        parts_kernel[lambda meta: persistent(x, meta["ROWS"] * meta["COLUMNS"])](
+            dg, gate, du, up, gates, cell, offsets, parts, D, I, E, D, 1, True, full(x), BLOCK_E
+        )  # fmt: skip
+        for p, row, weight, strides in zip((dg, du, gh), (x, x, dy), weights, ((D, 1), (D, 1), (1, I)), strict=True):
+            weights_backward_kernel[lambda meta: (E * cdiv(I, meta["ROWS"]) * cdiv(D, meta["COLUMNS"]),)](
+                p, row, cell, offsets, weight, D, I, E, *strides, full(x)
+            )  # fmt: skip
+    dgates = gates.new_zeros(gates.numel() + 1)  # the last is where unused slots go
+    dgates.scatter_(0, cell.long(), partial.sum(0).to(gates.dtype))
+    return sum_parts(parts, order, starts), dgates[:-1].view_as(gates), *weights
+
+
+def sum_parts(parts: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+    """For each token the sum of its visits' parts: (slots, D) -> (n, D)."""
+    n, D = len(starts) - 1, parts.shape[1]
+    y, BLOCK = parts.new_empty(n, D), min(1024, next_power_of_2(D))
+    with on(parts):
+        sum_kernel[(n, cdiv(D, BLOCK))](parts, order, starts, y, D, full(parts), BLOCK)
+    return y
+
+
+# What PyTorch must know: shapes, derivative.
+
+
+@grouped_mlp_order.register_fake
+def _(visits, slots):
+    n, E = visits.shape
+    return tuple(visits.new_empty(size, dtype=torch.int32) for size in (slots, E + 1, slots, n + 1))
+
+
+@grouped_mlp_forward.register_fake
+def _(x, gates, gate, up, out, cell, offsets, order, starts, keep):
+    g, u = (x.new_empty((cell.shape[0], gate.shape[1]) if keep else 0) for _ in range(2))
+    return torch.empty_like(x, memory_format=torch.contiguous_format), g, u
+
+
+@grouped_mlp_backward.register_fake
+def _(dy, x, gates, gate, up, out, cell, offsets, order, starts, g, u):
+    return tuple(torch.empty_like(part, memory_format=torch.contiguous_format) for part in (x, gates, gate, up, out))
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:-1], *output[1:])
+    ctx.set_materialize_grads(False)  # or autograd would make zeros the size of g and u
+
+
+def _differentiate(ctx, dy, dg, du):
+    return *grouped_mlp_backward(dy, *ctx.saved_tensors), None, None, None, None, None
+
+
+grouped_mlp_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def grouped_mlp(
+    x: Tensor, gates: Tensor, visits: Tensor, gate: Tensor, up: Tensor, out: Tensor, most: int | None = None
+) -> Tensor:
+    """As minimodels.moe.grouped_mlp: y (n, D).
+
+    x (n, D); gates (n, E) of any dtype; visits (n, E) bool; gate, up (E, I, D) and out (E, D, I) of the dtype of x.
+    `most`: how many visits to allocate for, per token on average over all tokens: K for a top-k router, None for all E.
+    If there are more than n · most the program stops, on a GPU by a device-side assertion.
+    Raises ValueError on shapes or dtypes that disagree.
+    """
+    (n, D), (E, I, _) = x.shape, gate.shape
+    if (gates.shape, visits.shape, gate.shape, up.shape, out.shape) != ((n, E), (n, E), (E, I, D), (E, I, D), (E, D, I)):
+        raise ValueError(
+            f"grouped_mlp: x {tuple(x.shape)}, gates {tuple(gates.shape)}, visits {tuple(visits.shape)}, "
+            f"gate {tuple(gate.shape)}, up {tuple(up.shape)} and out {tuple(out.shape)} do not fit"
+        )
+    if visits.dtype != torch.bool or n * E >= 2**31:
+        raise ValueError(f"grouped_mlp: visits is {visits.dtype} of {n * E} numbers and must be bool, of less than 2^31")
+    if most is not None and most < 1:
+        raise ValueError(f"grouped_mlp: most is {most} and must be 1 or more, or None")
+    if not x.dtype == gate.dtype == up.dtype == out.dtype:
+        raise ValueError(f"grouped_mlp: x {x.dtype}, gate {gate.dtype}, up {up.dtype} and out {out.dtype} must have one dtype")
+    keep = torch.is_grad_enabled() and any(part.requires_grad for part in (x, gates, gate, up, out))
+    order = grouped_mlp_order(visits, n * min(E, most or E))
+    return grouped_mlp_forward(x, gates, gate, up, out, *order, keep)[0]
+
+
+SIZES = {"D": 2048, "I": 768, "E": 128}  # constants here, so that the compiler knows what divides them
+TILE = {**SIZES, "FULL": tl.float32, "BLOCK_E": 128, "ROWS": 128, "COLUMNS": 128, "DEPTH": 64}
+FORWARD, BACKWARD = {"TWO": False, "stride_i": 1, "stride_d": 768}, {"TWO": True, "stride_i": 2048, "stride_d": 1}
+WEIGHTS = {name: TILE[name] for name in ("D", "I", "E", "FULL", "ROWS", "DEPTH")} | {"stride_i": 2048, "stride_d": 1}
+
+
+def types(bf16: str, i32: str, **others: str) -> dict[str, str]:
+    """Of the arguments of a kernel: its pointers to bf16, its pointers to i32, the rest."""
+    return dict.fromkeys(bf16.split(), "*bf16") | dict.fromkeys(i32.split(), "*i32") | others
+
+
+SIGNATURES = [  # kernel, types of its arguments, constants, warps: for minimodels.kernels.compile
+    ("place_kernel", types("", "BY_EXPERT BY_TOKEN CELL ORDER", VISITS="*i1", n="i32", slots="i32"),
+     {"E": 128, "TOKENS": 16, "BLOCK_E": 128}, 4),
+    ("hidden_kernel", types("X GATE UP G U H", "CELL OFFSETS"), {**TILE, "KEEP": True}, 8),
+    ("parts_kernel", types("P WP Q WQ GATES Y", "CELL OFFSETS"), {**TILE, **FORWARD}, 4),
+    ("parts_kernel", types("P WP Q WQ GATES Y", "CELL OFFSETS"), {**TILE, **FORWARD, "COLUMNS": 256}, 8),
+    ("parts_kernel", types("P WP Q WQ GATES Y", "CELL OFFSETS"), {**TILE, **BACKWARD, "COLUMNS": 256}, 8),
+    ("sum_kernel", types("PARTS Y", "ORDER STARTS"), {"D": 2048, "FULL": tl.float32, "BLOCK": 1024}, 4),
+    ("hidden_backward_kernel", types("DY OUT GATES G U DG DU GH", "CELL OFFSETS", DGATES="*fp32", slots="i32"), TILE, 4),
+    ("hidden_backward_kernel", types("DY OUT GATES G U DG DU GH", "CELL OFFSETS", DGATES="*fp32", slots="i32"),
+     {**TILE, "ROWS": 256}, 8),
+    ("weights_backward_kernel", types("P X DW", "CELL OFFSETS"), {**WEIGHTS, "COLUMNS": 128}, 4),
+    ("weights_backward_kernel", types("P X DW", "CELL OFFSETS"), {**WEIGHTS, "COLUMNS": 256}, 8),
+]  # fmt: skip
+
+
+def check() -> None:
+    """Outputs and gradients against the reference in fp64; on a GPU in bf16 too."""
+    for n, E, K, D, I in ((11, 4, 2, 33, 20), (40, 3, 1, 16, 130)):
+        weights = torch.randn(E, I, D) / D**0.5, torch.randn(E, I, D) / D**0.5, torch.randn(E, D, I) / I**0.5
+        compare(grouped_mlp, reference, (torch.randn(n, D), torch.rand(n, E), torch.rand(n, E).argsort(1) < K, *weights, K))
+
+
+def reference(*arguments, impl: str = "reference"):
+    """minimodels.moe.grouped_mlp."""
+    from minimodels.moe import grouped_mlp as operation
+
+    return operation(*arguments, impl=impl)
+
+
+def dense(x, gates, visits, gate, up, out, most):
+    """One MLP as wide as `most` experts, for every token: as many products, and no routing. That it multiplies by a gate, and
+    gives the experts it leaves out gradients of zero, makes its inputs and outputs the same."""
+    gate, up, out = gate[:most].flatten(0, 1), up[:most].flatten(0, 1), out[:most].reshape(x.shape[1], -1)
+    return gates[:, :1].to(x.dtype) * F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), out)
+
+
+@functools.lru_cache(maxsize=1)
+def for_liger(gate: Tensor, up: Tensor, visits: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """What liger-kernel's caller has at hand, made before the clock starts: the two weights as one, each token's experts."""
+    return torch.cat((gate, up), 1), visits.to(torch.int8).topk(most).indices
+
+
+def liger(x, gates, visits, gate, up, out, most):
+    """The fused experts of liger-kernel."""
+    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+    weights, experts = for_liger(gate, up, visits, most)
+    return LigerFusedMoEFunction.apply(x, weights, out, experts.int(), gates.gather(1, experts))
+
+
+def case(n: int, E: int, K: int, D: int, I: int) -> Case:
+    """bf16, the experts chosen at random: three products forward, six backward."""
+
+    def inputs() -> tuple:
+        shapes = (n, D), (E, I, D), (E, I, D), (E, D, I)
+        tensors = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) * shape[-1] ** -0.5 for shape in shapes)
+        x, gate, up, out = (tensor.requires_grad_() for tensor in tensors)
+        visits = torch.rand(n, E, device="cuda").argsort(1) < K
+        return x, torch.rand(n, E, device="cuda", requires_grad=True), visits, gate, up, out, K
+
+    peers = {"dense, equal FLOPs": dense} | ({"liger": liger} if importlib.util.find_spec("liger_kernel") else {})
+    label, forward = f"{n} tokens, {K} of {E} experts, D {D}, I {I}", 6 * n * K * D * I
+    return Case(label, inputs, forward, 2 * forward, "TFLOP/s", peers)
+
+
+if __name__ == "__main__":
+    cases = [case(32768, 128, 8, 2048, 768), case(8192, 8, 2, 2048, 5632)]
+    command(report("grouped_mlp", grouped_mlp, functools.partial(reference, impl="torch"), cases, check), __doc__)
