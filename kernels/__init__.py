@@ -15,7 +15,7 @@ import torch
 
 from minimodels.config import InputError
 
-OPERATIONS = ("rmsnorm",)
+OPERATIONS = ("rmsnorm", "selective_scan", "causal_conv1d", "attention", "grouped_mlp", "linear_cross_entropy")
 FASTER: frozenset[str] = frozenset()  # operations whose kernel was measured to be faster than the torch path: what "auto" takes
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

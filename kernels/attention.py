@@ -1,0 +1,507 @@
+"""Causal attention with grouped queries, a window and empty slots; scores and weights never reach the memory.
+
+    p_ij = exp(s_ij) / Σ_j exp(s_ij),   s_ij = q_i · k_j / √d over the keys j that query i sees          y_i = Σ_j p_ij v_j
+
+What it must cost: half of the T² pairs are visible, and each takes 2d operations for its score and 2d for its share of y,
+4·B·H·T²/2·d forward. Backward takes four products of that kind and the scores again, 2.5 times as much. The memory sees q, k, v
+and y, T/4 operations a byte in bf16: beyond T of about a thousand the tensor cores bound it. Next to them the exponentials, one
+a pair: a Hopper processor makes 16 of them a clock, or 4096 operations of products, so that they take as long as forward's two
+products at d = 64 and half as long at 128. Decoding, T = 1, is bound by reading k and v, with only B·H programs at work.
+
+Forward, a block of queries walks over its keys with the softmax of those met so far: Σ exp(s - high) v, Σ exp(s - high) and the
+highest score, by whose growth both sums are scaled down. It leaves lse = log Σ_j exp(s_ij), from which backward has every p_ij
+at once. With dp_ij = dy_i · v_j and delta_i = dy_i · y_i:
+
+    ds_ij = p_ij (dp_ij - delta_i)     dq_i = Σ_j ds_ij k_j / √d     dk_j = Σ_i ds_ij q_i / √d     dv_j = Σ_i p_ij dy_i
+
+One kernel has a block of queries and sums dq over their keys; it goes first and leaves delta. The other has a block of keys
+and sums dk and dv over the queries of all heads that share them. Both compute s and dp, seven products for five: the price of
+adding nothing atomically, so that results do not differ from run to run. Exponentials are to base 2, which the hardware has.
+Blocks that no query sees are skipped, and only those that some of the queries see in part are masked. Where positions are given
+any slot may be empty: then every block is masked, and only the slots behind a query's own are known to be invisible.
+
+    name        shape
+    q, y        (B, H, T, d)    H heads; any strides, the last dimension contiguous
+    k, v        (B, G, S, d)    G key heads, each shared by H/G heads; the last T slots are those of the queries
+    queries     (B, T)          where the queries stand, and
+    keys        (B, S)          the keys; -1: nothing there. None: keys at 0 to S - 1
+    lse, delta  (B, H, T)       lse to base 2, infinite where a query sees nothing; fp32
+    size        ()              T rounded up to a power of two: what tuning goes by
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from . import INTERPRETED
+from .common import Case, command, compare, full, move, on, report, run
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def tile(P, start, stride, rows, d: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, EDGE: tl.constexpr):
+    """Rows start to start + LENGTH of a (rows, d) matrix; at its EDGE and beyond column d zeros."""
+    row, column = tl.arange(0, LENGTH)[:, None], tl.arange(0, WIDTH)[None, :]
+    at = P + start * tl.cast(stride, tl.int64) + (row * stride + column)
+    if EDGE:
+        x = tl.load(at, (row < rows - start) & (column < d), 0.0)
+    elif d < WIDTH:
+        x = tl.load(at, column < d, 0.0)
+    else:
+        x = tl.load(at)
+    return x
+
+
+@triton.jit
+def store(P, x, start, stride, rows, d: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr):
+    """Write what `tile` reads."""
+    row, column = tl.arange(0, LENGTH)[:, None], tl.arange(0, WIDTH)[None, :]
+    at = P + start * tl.cast(stride, tl.int64) + (row * stride + column)
+    tl.store(at, x.to(P.dtype.element_ty), (row < rows - start) & (column < d))
+
+
+@triton.jit
+def query_places(QUERIES, start, T, S, LENGTH: tl.constexpr):
+    """Where the queries of a block stand."""
+    i = start + tl.arange(0, LENGTH)
+    if QUERIES is None:
+        return S - T + i
+    else:
+        return tl.load(QUERIES + i, i < T, -1).to(tl.int32)
+
+
+@triton.jit
+def key_places(KEYS, start, S, LENGTH: tl.constexpr):
+    """Where the keys of a block stand: those of empty slots behind everything, where no query sees them."""
+    j = start + tl.arange(0, LENGTH)
+    if KEYS is None:
+        return j
+    else:
+        place = tl.load(KEYS + j, j < S, -1).to(tl.int32)
+        return tl.where(place < 0, 0x7FFFFFFF, place)
+
+
+@triton.jit
+def hide(scores, query, key, window):
+    """The scores, -inf where the query does not see the key."""
+    seen = key <= query
+    if window is not None:
+        seen &= key > query - window
+    return tl.where(seen, scores, float("-inf"))
+
+
+@triton.jit
+def keys_of(start, T, S, window, KEYS, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Of the keys that a block of queries sees: the first, the two bounds of those that all of them see, the end."""
+    first = S - T + start  # the slot of the first query
+    low, whole, edge, end = 0, 0, 0, tl.minimum(first + BLOCK_T, S)
+    if KEYS is None:
+        edge = (first + 1) // BLOCK_S * BLOCK_S
+        if window is not None:
+            low = tl.maximum(first - window + 1, 0) // BLOCK_S * BLOCK_S
+            whole = tl.minimum(tl.cdiv(tl.maximum(first + BLOCK_T - window, 0), BLOCK_S) * BLOCK_S, end)
+            edge = tl.maximum(edge, whole)
+    return low, whole, edge, end
+
+
+@triton.jit
+def queries_of(start, T, S, window, KEYS, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Of the queries that see a block of keys: the first, the two bounds of those that see all of them, the end."""
+    first = start - (S - T)  # the query at the slot of the first key; below 0 where that is remembered
+    low = tl.maximum(first, 0) // BLOCK_T * BLOCK_T
+    whole, edge, end = T, T, T
+    if KEYS is None:
+        whole = tl.minimum(tl.cdiv(tl.maximum(first + BLOCK_S - 1, 0), BLOCK_T) * BLOCK_T, T)
+        if window is not None:
+            end = tl.minimum(first + BLOCK_S - 1 + window, T)  # below low where no query sees the block
+            whole = tl.minimum(whole, end)
+            edge = tl.maximum(tl.minimum(tl.maximum(first + window, 0) // BLOCK_T * BLOCK_T, end), whole)
+    return low, whole, edge, end
+
+
+@triton.jit
+def attend(
+    total, weight, high, q, query, K, V, KEYS, k_stride, v_stride, low, end, S, window,
+    d: tl.constexpr, SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Add the keys from low to end to Σ_j exp(s - high) v, Σ_j exp(s - high) and the highest score."""
+    for start in range(low, end, BLOCK_S):
+        k = tile(K, start, k_stride, S, d, BLOCK_S, WIDTH, EDGE)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=FULL)
+        if EDGE:
+            s = hide(s, query[:, None], key_places(KEYS, start, S, BLOCK_S)[None, :], window)
+        higher = tl.maximum(high, tl.max(s, 1) * (SCALE * LOG2E))
+        p = tl.exp2(s * (SCALE * LOG2E) - higher[:, None])
+        shrink = tl.exp2(high - higher)
+        weight = weight * shrink + tl.sum(p, 1)
+        v = tile(V, start, v_stride, S, d, BLOCK_S, WIDTH, EDGE)
+        total = tl.dot(p.to(v.dtype), v, total * shrink[:, None], input_precision="ieee", out_dtype=FULL)
+        high = higher
+    return total, weight, high
+
+
+def fitting(configs: list[triton.Config], arguments: dict, **_) -> list[triton.Config]:
+    """Those with no more queries a block than there are; the smallest for fp32, which no tensor core multiplies exactly."""
+    if arguments["Q"].element_size() > 2:
+        return configs[:1]
+    return [config for config in configs if config.kwargs["BLOCK_T"] <= max(16, arguments["size"])]
+
+
+def blocks(*sizes: tuple[int, int, int, int]):
+    """Tune BLOCK_T, BLOCK_S, warps and stages; small blocks first: for the interpreter, for fp32 and for very wide heads."""
+    configs = [
+        triton.Config({"BLOCK_T": t, "BLOCK_S": s}, num_warps=warps, num_stages=stages)
+        for t, s, warps, stages in ((16, 16, 4, 2), *sizes)
+    ]
+    keep = {"early_config_prune": fitting}
+    return triton.autotune(configs[:1] if INTERPRETED else configs, key=["size", "window", "WIDTH"], prune_configs_by=keep)
+
+
+@blocks(
+    (16, 128, 4, 3), (64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3)
+)  # fmt: skip
+@triton.jit
+def forward_kernel(
+    Q, K, V, QUERIES, KEYS, Y, LSE, q_strides, k_strides, v_strides, y_strides, B, H, G, T, S, size, window,
+    d: tl.constexpr, SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """One program, BLOCK_T queries of one head; those with the most keys start first, all heads abreast."""
+    row, block = tl.program_id(0) % (B * H), tl.program_id(0) // (B * H)
+    start = (tl.cdiv(T, BLOCK_T) - 1 - block) * BLOCK_T
+    batch, head = (row // H).to(tl.int64), (row % H).to(tl.int64)
+    shared = head // (H // G)
+    K += batch * k_strides[0] + shared * k_strides[1]
+    V += batch * v_strides[0] + shared * v_strides[1]
+    if KEYS is not None:
+        QUERIES += batch * T
+        KEYS += batch * S
+    query = query_places(QUERIES, start, T, S, BLOCK_T)
+    q = tile(Q + batch * q_strides[0] + head * q_strides[1], start, q_strides[2], T, d, BLOCK_T, WIDTH, True)
+
+    total, weight = tl.zeros((BLOCK_T, WIDTH), FULL), tl.zeros((BLOCK_T,), FULL)
+    high = tl.full((BLOCK_T,), -1e38, FULL)  # finite, so that a row that has seen nothing subtracts no infinities
+    bounds = keys_of(start, T, S, window, KEYS, BLOCK_T, BLOCK_S)
+    for part in tl.static_range(3):
+        if part == 2 or (KEYS is None and (part == 1 or window is not None)):
+            total, weight, high = attend(
+                total, weight, high, q, query, K, V, KEYS, k_strides[2], v_strides[2], bounds[part], bounds[part + 1], S,
+                window, d, SCALE, FULL, WIDTH, BLOCK_S, part != 1,
+            )  # fmt: skip
+
+    nothing = weight == 0  # no key seen: y is 0, and an infinite lse makes each p of backward 0
+    weight = tl.where(nothing, 1.0, weight)
+    y = total / weight[:, None]
+    lse = tl.where(nothing, float("inf"), high + tl.log2(weight))
+    store(Y + batch * y_strides[0] + head * y_strides[1], y, start, y_strides[2], T, d, BLOCK_T, WIDTH)
+    i = start + tl.arange(0, BLOCK_T)
+    tl.store(LSE + (batch * H + head) * T + i, lse, i < T)
+
+
+@triton.jit
+def towards_queries(
+    dq, q, dy, lse, delta, query, K, V, KEYS, k_stride, v_stride, low, end, S, window,
+    d: tl.constexpr, SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Add the keys from low to end to Σ_j ds k."""
+    for start in range(low, end, BLOCK_S):
+        k = tile(K, start, k_stride, S, d, BLOCK_S, WIDTH, EDGE)
+        v = tile(V, start, v_stride, S, d, BLOCK_S, WIDTH, EDGE)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=FULL)
+        if EDGE:
+            s = hide(s, query[:, None], key_places(KEYS, start, S, BLOCK_S)[None, :], window)
+        p = tl.exp2(s * (SCALE * LOG2E) - lse[:, None])
+        dp = tl.dot(dy, tl.trans(v), input_precision="ieee", out_dtype=FULL)
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee", out_dtype=FULL)
+    return dq
+
+
+@blocks((64, 64, 4, 3), (64, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2))
+@triton.jit
+def backward_queries_kernel(
+    Q, K, V, QUERIES, KEYS, Y, DY, LSE, DELTA, DQ, q_strides, k_strides, v_strides, y_strides, dy_strides, dq_strides,
+    B, H, G, T, S, size, window,
+    d: tl.constexpr, SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """dq and delta. One program, BLOCK_T queries of one head, as forward."""
+    row, block = tl.program_id(0) % (B * H), tl.program_id(0) // (B * H)
+    start = (tl.cdiv(T, BLOCK_T) - 1 - block) * BLOCK_T
+    batch, head = (row // H).to(tl.int64), (row % H).to(tl.int64)
+    shared = head // (H // G)
+    K += batch * k_strides[0] + shared * k_strides[1]
+    V += batch * v_strides[0] + shared * v_strides[1]
+    if KEYS is not None:
+        QUERIES += batch * T
+        KEYS += batch * S
+    query = query_places(QUERIES, start, T, S, BLOCK_T)
+    dy = tile(DY + batch * dy_strides[0] + head * dy_strides[1], start, dy_strides[2], T, d, BLOCK_T, WIDTH, True)
+    y = tile(Y + batch * y_strides[0] + head * y_strides[1], start, y_strides[2], T, d, BLOCK_T, WIDTH, True)
+    delta = tl.sum(dy.to(FULL) * y.to(FULL), 1)
+    i = start + tl.arange(0, BLOCK_T)
+    at = (batch * H + head) * T + i
+    tl.store(DELTA + at, delta, i < T)
+    lse = tl.load(LSE + at, i < T, 0.0)
+    q = tile(Q + batch * q_strides[0] + head * q_strides[1], start, q_strides[2], T, d, BLOCK_T, WIDTH, True)
+
+    dq = tl.zeros((BLOCK_T, WIDTH), FULL)
+    bounds = keys_of(start, T, S, window, KEYS, BLOCK_T, BLOCK_S)
+    for part in tl.static_range(3):
+        if part == 2 or (KEYS is None and (part == 1 or window is not None)):
+            dq = towards_queries(
+                dq, q, dy, lse, delta, query, K, V, KEYS, k_strides[2], v_strides[2], bounds[part], bounds[part + 1], S,
+                window, d, SCALE, FULL, WIDTH, BLOCK_S, part != 1,
+            )  # fmt: skip
+    dq *= SCALE
+    store(DQ + batch * dq_strides[0] + head * dq_strides[1], dq, start, dq_strides[2], T, d, BLOCK_T, WIDTH)
+
+
+@triton.jit
+def towards_keys(
+    dk, dv, k, v, key, Q, DY, LSE, DELTA, QUERIES, q_strides, dy_strides, low, end, members, T, S, window,
+    d: tl.constexpr, SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Add the queries from low to end of each head to Σ_i ds q and Σ_i p dy; scores are transposed, (keys, queries)."""
+    count = tl.cdiv(end - low, BLOCK_T)
+    for step in range(0, members * count):  # one loop, for a nested one holds more registers
+        head, start = tl.cast(step // count, tl.int64), low + step % count * BLOCK_T
+        q = tile(Q + head * q_strides[1], start, q_strides[2], T, d, BLOCK_T, WIDTH, True)
+        dy = tile(DY + head * dy_strides[1], start, dy_strides[2], T, d, BLOCK_T, WIDTH, True)
+        i = start + tl.arange(0, BLOCK_T)
+        lse = tl.load(LSE + head * T + i, i < T, 0.0)  # behind the last query q and dy are 0, and so what they add
+        delta = tl.load(DELTA + head * T + i, i < T, 0.0)
+        s = tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=FULL)
+        if EDGE:
+            s = hide(s, query_places(QUERIES, start, T, S, BLOCK_T)[None, :], key[:, None], window)
+        p = tl.exp2(s * (SCALE * LOG2E) - lse[None, :])
+        dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision="ieee", out_dtype=FULL)
+        dp = tl.dot(v, tl.trans(dy), input_precision="ieee", out_dtype=FULL)
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee", out_dtype=FULL)
+    return dk, dv
+
+
+@blocks((64, 64, 4, 2), (32, 64, 8, 2), (32, 128, 8, 3), (64, 128, 8, 2), (64, 128, 8, 3))
+@triton.jit
+def backward_keys_kernel(
+    Q, K, V, QUERIES, KEYS, DY, LSE, DELTA, DK, DV, q_strides, k_strides, v_strides, dy_strides, dk_strides,
+    B, H, G, T, S, size, window,
+    d: tl.constexpr, SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """dk and dv. One program, BLOCK_S keys of one key head; those with the most queries start first."""
+    row, start = tl.program_id(0) % (B * G), tl.program_id(0) // (B * G) * BLOCK_S
+    batch, shared = (row // G).to(tl.int64), (row % G).to(tl.int64)
+    k = tile(K + batch * k_strides[0] + shared * k_strides[1], start, k_strides[2], S, d, BLOCK_S, WIDTH, True)
+    v = tile(V + batch * v_strides[0] + shared * v_strides[1], start, v_strides[2], S, d, BLOCK_S, WIDTH, True)
+    if KEYS is not None:
+        QUERIES += batch * T
+        KEYS += batch * S
+    key = key_places(KEYS, start, S, BLOCK_S)
+    head = shared * (H // G)  # the first of those that share the keys
+    Q += batch * q_strides[0] + head * q_strides[1]
+    DY += batch * dy_strides[0] + head * dy_strides[1]
+    LSE += (batch * H + head) * T
+    DELTA += (batch * H + head) * T
+
+    dk, dv = tl.zeros((BLOCK_S, WIDTH), FULL), tl.zeros((BLOCK_S, WIDTH), FULL)
+    bounds = queries_of(start, T, S, window, KEYS, BLOCK_T, BLOCK_S)
+    for part in tl.static_range(3):
+        if part == 0 or (KEYS is None and (part == 1 or window is not None)):
+            dk, dv = towards_keys(
+                dk, dv, k, v, key, Q, DY, LSE, DELTA, QUERIES, q_strides, dy_strides, bounds[part], bounds[part + 1],
+                H // G, T, S, window, d, SCALE, FULL, WIDTH, BLOCK_T, part != 1,
+            )  # fmt: skip
+    base = batch * dk_strides[0] + shared * dk_strides[1]
+    store(DK + base, dk * SCALE, start, dk_strides[2], S, d, BLOCK_S, WIDTH)
+    store(DV + base, dv, start, dk_strides[2], S, d, BLOCK_S, WIDTH)
+
+
+@torch.library.custom_op("minimodels::attention_forward", mutates_args=())
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, queries: Tensor | None, keys: Tensor | None, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """y and lse."""
+    (B, H, T), (G, S) = q.shape[:3], k.shape[1:3]
+    q, k, v, queries, keys = rows(q), rows(k), rows(v), *packed(queries, keys)
+    y, lse = heads_like(q), q.new_empty(B, H, T, dtype=torch.promote_types(q.dtype, torch.float32))
+    with on(q):
+        forward_kernel[lambda meta: (B * H * triton.cdiv(T, meta["BLOCK_T"]),)](
+            q, k, v, queries, keys, y, lse, q.stride(), k.stride(), v.stride(), y.stride(),
+            B, H, G, T, S, triton.next_power_of_2(T), window, **constants(q),
+        )  # fmt: skip
+    return y, lse
+
+
+@torch.library.custom_op("minimodels::attention_backward", mutates_args=())
+def attention_backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor,
+    queries: Tensor | None, keys: Tensor | None, window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk and dv."""
+    (B, H, T), (G, S) = q.shape[:3], k.shape[1:3]
+    dy, q, k, v, queries, keys = rows(dy), rows(q), rows(k), rows(v), *packed(queries, keys)
+    dq, dk, dv, delta = heads_like(q), heads_like(k), heads_like(v), torch.empty_like(lse)
+    sizes = (B, H, G, T, S, triton.next_power_of_2(T), window)
+    with on(q):
+        backward_queries_kernel[lambda meta: (B * H * triton.cdiv(T, meta["BLOCK_T"]),)](
+            q, k, v, queries, keys, y, dy, lse, delta, dq,
+            q.stride(), k.stride(), v.stride(), y.stride(), dy.stride(), dq.stride(), *sizes, **constants(q),
+        )  # fmt: skip
+        backward_keys_kernel[lambda meta: (B * G * triton.cdiv(S, meta["BLOCK_S"]),)](
+            q, k, v, queries, keys, dy, lse, delta, dk, dv,
+            q.stride(), k.stride(), v.stride(), dy.stride(), dk.stride(), *sizes, **constants(q),
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+def rows(x: Tensor) -> Tensor:
+    """x, copied unless its last dimension is contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def packed(*positions: Tensor | None) -> list[Tensor | None]:
+    """Positions as kernels read them."""
+    return [None if x is None else x.contiguous() for x in positions]
+
+
+def heads_like(x: Tensor) -> Tensor:
+    """An empty (B, H, T, d) whose numbers lie as (B, T, H, d), so that the projection behind it needs no copy."""
+    B, H, T, d = x.shape
+    return x.new_empty(B, T, H, d).transpose(1, 2)
+
+
+def constants(q: Tensor) -> dict[str, object]:
+    """What is compiled in; WIDTH is d as tl.dot takes it, a power of two."""
+    d = q.shape[-1]
+    return {"d": d, "SCALE": d**-0.5, "FULL": full(q), "WIDTH": max(16, triton.next_power_of_2(d))}
+
+
+# What PyTorch must know: shapes, derivative.
+
+
+@attention_forward.register_fake
+def _(q, k, v, queries, keys, window):
+    return heads_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@attention_backward.register_fake
+def _(dy, q, k, v, y, lse, queries, keys, window):
+    return heads_like(q), heads_like(k), heads_like(v)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, queries, keys, ctx.window = inputs
+    ctx.save_for_backward(q, k, v, *output, queries, keys)
+
+
+def _differentiate(ctx, dy, _):
+    return *attention_backward(dy, *ctx.saved_tensors, ctx.window), None, None, None
+
+
+attention_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """As minimodels.transformer.attention: (B, H, T, d). q, k and v of one dtype; for a query at -1, 0.
+
+    Raises ValueError on shapes or dtypes that disagree.
+    """
+    (B, H, T, d), (G, S) = q.shape, k.shape[1:3]
+    if (k.shape, v.shape) != ((B, G, S, d), (B, G, S, d)) or H % G or T > S or not q.dtype == k.dtype == v.dtype:
+        described = ", ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in (("q", q), ("k", k), ("v", v)))
+        raise ValueError(f"attention: {described} do not fit")
+    gapless = query_positions is None and key_positions is None
+    if not gapless:
+        shapes = [None if x is None else tuple(x.shape) for x in (query_positions, key_positions)]
+        if shapes != [(B, T), (B, S)]:
+            raise ValueError(f"attention: positions {shapes[0]}, {shapes[1]} do not fit q {tuple(q.shape)}, k {tuple(k.shape)}")
+    elif window is not None and window >= S:
+        window = None  # a kernel without its tests
+    return attention_forward(q, k, v, query_positions, key_positions, window)[0]
+
+
+def signature(kernel, d: int, block_t: int, block_s: int, warps: int, window=None, positions=None) -> tuple:
+    """A kernel, types of its arguments, constants, warps: for minimodels.kernels.compile."""
+    types = dict.fromkeys("Q K V Y DY DQ DK DV".split(), "*bf16") | {"LSE": "*fp32", "DELTA": "*fp32"}
+    types |= dict.fromkeys("B H G T S size".split(), "i32") | {"QUERIES": positions, "KEYS": positions, "window": window}
+    fixed = {"d": d, "SCALE": d**-0.5, "FULL": tl.float32, "WIDTH": d, "BLOCK_T": block_t, "BLOCK_S": block_s}
+    fixed |= {name: (2**16 * d, d, 16 * d, 1) for name in kernel.arg_names if name.endswith("strides")}
+    typed = {name: types[name] for name in kernel.arg_names if types.get(name)}
+    return kernel.fn.__name__, typed, {name: fixed.get(name) for name in kernel.arg_names if name not in typed}, warps
+
+
+SIGNATURES = [
+    signature(forward_kernel, 64, 128, 64, 4),
+    signature(forward_kernel, 128, 128, 64, 8),
+    signature(forward_kernel, 128, 128, 64, 8, "i32", "*i64"),
+    signature(backward_queries_kernel, 64, 128, 64, 8),
+    signature(backward_queries_kernel, 128, 128, 64, 8),
+    signature(backward_queries_kernel, 128, 128, 64, 8, "i32", "*i64"),
+    signature(backward_keys_kernel, 64, 64, 128, 8),
+    signature(backward_keys_kernel, 128, 64, 128, 8),
+    signature(backward_keys_kernel, 128, 32, 128, 8, "i32", "*i64"),
+]
+
+
+def check() -> None:
+    """Outputs and gradients against the reference in fp64; on a GPU in bf16 and fp16 too."""
+    for B, H, G, T, S, d, window in ((1, 2, 2, 1, 33, 64, None), (1, 2, 1, 37, 37, 24, None), (2, 4, 2, 20, 41, 16, 7)):
+        arguments = (torch.randn(B, H, T, d), torch.randn(B, G, S, d), torch.randn(B, G, S, d))
+        places = torch.arange(S).repeat(B, 1) * 2
+        for positions in ((None, None), (places[:, S - T :], places)):
+            compare(attention, reference, (*arguments, *positions, window))
+    if torch.cuda.is_available():
+        inputs = {dtype: [move(part, "cuda", dtype) for part in arguments] for dtype in (torch.float16, torch.float64)}
+        half, exact = inputs.values()
+        for result, plain, true in zip(run(attention, half), run(reference, half), run(reference, exact), strict=True):
+            allowed = max(2 * (plain - true).abs().max(), 4e-3 * (1 + true.abs().max()))
+            if not (result - true).abs().max() <= allowed:
+                raise AssertionError(f"float16: off by {(result - true).abs().max():.2e}, allowed {allowed:.2e}")
+
+
+def reference(*arguments, impl: str = "reference") -> Tensor:
+    """minimodels.transformer.attention."""
+    from minimodels.transformer import attention as operation
+
+    return operation(*arguments, impl=impl)
+
+
+def torch_path(*arguments, backend: SDPBackend | None = None) -> Tensor:
+    """The same by torch's scaled_dot_product_attention, of its own choice of backend or of one."""
+    with nullcontext() if backend is None else sdpa_kernel(backend):
+        return reference(*arguments, impl="torch")
+
+
+def case(d: int, T: int) -> Case:
+    """bf16, 16384 tokens; two products forward, five backward, what is computed twice not counted."""
+    B, H = 16384 // T, 16
+
+    def inputs() -> tuple:
+        parts = torch.randn(3, B, T, H, d, device="cuda", dtype=torch.bfloat16)
+        return tuple(part.transpose(1, 2).requires_grad_() for part in parts.unbind(0))
+
+    peers = {
+        "cuDNN": partial(torch_path, backend=SDPBackend.CUDNN_ATTENTION),
+        "FlashAttention": partial(torch_path, backend=SDPBackend.FLASH_ATTENTION),
+    }
+    work = 4 * B * H * T * T * d / 2
+    return Case(f"B {B}, H {H}, T {T}, d {d}", inputs, work, 2.5 * work, "TFLOP/s", peers)
+
+
+if __name__ == "__main__":
+    cases = [case(d, T) for d in (64, 128) for T in (1024, 4096, 16384)]
+    command(report("attention", attention, torch_path, cases, check), __doc__)

@@ -1,0 +1,548 @@
+"""The selective scan, what surrounds it included.
+
+    Δ_t = softplus(delta_t + delta_bias)
+    h_t = exp(Δ_t A) ⊙ h_{t-1} + Δ_t B_t x_t
+    y_t = (<C_t, h_t> + skip ⊙ x_t) ⊙ silu(z_t)
+
+What it must cost, per token and channel in bf16: forward reads x and delta and writes y, 6 bytes, and reads z, 2 more; backward
+reads x, delta and dy and writes dx and ddelta, 10 bytes, and reads z and writes dz, 4 more (6 for a kernel that reads y again
+and does not recompute it). Forward also takes N exponentials, of which a Hopper processor does 16 a clock: at N = 16 one clock,
+in which the memory delivers 14 bytes (H100) to 21 (H200). So arithmetic bounds the scan: a step of 32 channels compiles to some
+190 instructions forward and 700 backward at N = 16, and a processor issues 4 a clock.
+
+    name           shape
+    x, delta, z    (B, T, D)    signal, step size before softplus and bias, gate
+    A              (D, N)       decay rates, negative; log2(e) is folded in, so that each decay is one exp2
+    B, C           (B, T, N)    input and output of each token
+    h, g           (N, channels)    in a program: the state, and the gradient of all that comes later with respect to it
+    starts, ends   (B, intervals, D, N)   h before each interval of 256 steps; g behind it
+
+A program is one warp that holds the states of 32 channels and walks time, all of them in lock-step. Where that leaves the
+machine idle, time is split in chunks of whole intervals: local kernels walk each from zero, which costs the exponentials once
+more; a chunk as a whole multiplies a state by exp(A ΣΔ), so a small kernel carries the states over the chunks, and the main
+kernels start from the truth. Backward is the same the other way:
+
+    g_t = C_t dy'_t + a_{t+1} g_{t+1}        a_t = exp(Δ_t A), dy' = dy ⊙ silu(z)
+    dB_t = Σ_channels g_t Δ_t x_t            dC_t = Σ_channels dy'_t h_t           dx_t = skip dy'_t + Δ_t <g_t, B_t>
+    dΔ_t = <g_t, a_t h_{t-1} A + B_t x_t>    dA = Σ_t g_t a_t h_{t-1} Δ_t
+
+It needs h in reverse. Kept are the inputs and `starts`, 0.25 bytes per token and channel at N = 16. In each interval a first
+walk leaves the state of every fourth step in a scratch that each program reuses; groups of four are recomputed from there into
+registers. So it takes nearly 3 N exponentials, or 4 N where time is split. dB and dC are summed over the channels of a
+program, which takes one block of channels after the other, then over programs; dA, dskip and ddelta_bias over intervals: each
+partial sum has its place, and nothing depends on the order in which programs run. While it runs, backward needs besides its
+results 0.5 bytes per token and channel for `ends` and partial dA, 4 / share for partial dB and dC (`share` blocks a program),
+and 128 KiB of scratch for each program, of which there are about 1000.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import Case, command, compare, full, on, programs, report
+
+INTERVAL = 256  # steps between the states that are kept for backward
+STEPS = 4  # whose loads are in flight together; backward recomputes their states into registers
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def softplus(v):
+    """log(1 + exp(v)) and its derivative, both exact where they are small and 0 at v = -inf."""
+    e = tl.exp2(tl.abs(v) * -LOG2_E)
+    s = e / (2 + e)  # log(1 + e) = 2 artanh(s), and s <= 1/3
+    square = s * s
+    TERMS: tl.constexpr = 14 if v.dtype == tl.float64 else 7
+    series = 0 * s
+    for i in tl.static_range(TERMS):
+        series = series * square + 1 / (2 * (TERMS - i) - 1)
+    return tl.maximum(v, 0.0) + 2 * s * series, tl.where(v >= 0, 1.0, e) / (1 + e)
+
+
+@triton.jit
+def sigmoid(v):
+    """1 / (1 + exp(-v))."""
+    return 1 / (1 + tl.exp2(v * -LOG2_E))
+
+
+@triton.jit
+def among(i, count, inside):
+    """`inside` if i < count, else nothing; compared as tensors, for the interpreter broadcasts no scalar truth values."""
+    return inside & (tl.full(inside.shape, i, tl.int32) < count)
+
+
+@triton.jit
+def rows(P, stride: tl.constexpr, count, columns, inside, other, STEPS: tl.constexpr, FULL: tl.constexpr):
+    """STEPS rows, all requested before the first is used; those from row `count` on read as `other`."""
+    values = ()
+    for i in tl.static_range(STEPS):
+        values += (tl.load(P + i * stride + columns, among(i, count, inside), other).to(FULL),)
+    return values
+
+
+@triton.jit
+def tile(block, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The channels and state numbers of a block, where its states lie in (D, N), and which of all these exist."""
+    d, n = block * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
+    return d, n, d[None, :] * N + n[:, None], d < D, n < N, (d < D)[None, :] & (n < N)[:, None]
+
+
+@triton.jit
+def forward_local_kernel(
+    X, DELTA, A, B, BIAS, LOCAL, SUM, T, steps, blocks, chunks,
+    D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Walk each chunk but the last from a state of zero: the final state, and the sum of the step sizes."""
+    block, walk = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    batch, chunk = walk // (chunks - 1), walk % (chunks - 1)
+    d, n, at, real, used, both = tile(block, D, N, BLOCK_N, BLOCK_D)
+    rate = tl.load(A + at, both, 0.0).to(FULL) * LOG2_E
+    bias = tl.load(BIAS + d, real, 0.0).to(FULL)
+    h, total = tl.zeros((BLOCK_N, BLOCK_D), FULL), tl.zeros((BLOCK_D,), FULL)
+    for t in range(0, steps, STEPS):
+        row, count = batch * T + chunk * steps + t, steps - t
+        xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, FULL)
+        deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, FULL)
+        Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, FULL)
+        for i in tl.static_range(STEPS):
+            step, _ = softplus(deltas[i] + bias)
+            h = tl.exp2(step[None, :] * rate) * h + Bs[i][:, None] * (step * xs[i])[None, :]
+            total += step
+    tl.store(LOCAL + walk * D * N + at, h, both)
+    tl.store(SUM + walk * D + d, total, real)
+
+
+@triton.jit
+def carry_kernel(
+    LOCAL, SUM, A, EDGES, D, N, intervals, span, chunks, REVERSE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr
+):  # fmt: skip
+    """Carry states from the first chunk to the last, or gradients from the last to the first: one program, some (d, n)."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    batch, size = tl.program_id(1).to(tl.int64), D * N
+    inside = at < size
+    rate = tl.load(A + at, inside, 0.0).to(FULL) * LOG2_E
+    h = tl.load(EDGES + (batch * intervals + (intervals - 1) * REVERSE) * size + at, inside, 0.0)
+    for i in range(chunks - 1):
+        chunk = chunks - 2 - i if REVERSE else i
+        walk = batch * (chunks - 1) + chunk
+        total = tl.load(SUM + walk * D + at // N, inside, 0.0)
+        h = tl.exp2(total * rate) * h + tl.load(LOCAL + walk * size + at, inside, 0.0)
+        tl.store(EDGES + (batch * intervals + (chunk + 1) * span - REVERSE) * size + at, h, inside)
+
+
+@triton.jit
+def forward_kernel(
+    X, DELTA, A, B, C, SKIP, Z, BIAS, Y, STARTS, FINAL, T, z_batch, interval, intervals, span, blocks, chunks,
+    GATE: tl.constexpr, Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    STEPS: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Walk each chunk from its true start: the outputs, and the state at the start of each interval."""
+    block, walk = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    batch, chunk = walk // chunks, walk % chunks
+    d, n, at, real, used, both = tile(block, D, N, BLOCK_N, BLOCK_D)
+    rate = tl.load(A + at, both, 0.0).to(FULL) * LOG2_E
+    bias, skip = tl.load(BIAS + d, real, 0.0).to(FULL), tl.load(SKIP + d, real, 0.0).to(FULL)
+    h = tl.load(STARTS + (batch * intervals + chunk * span) * D * N + at, both, 0.0)
+    for i in range(chunk * span, tl.minimum(chunk * span + span, intervals)):
+        tl.store(STARTS + (batch * intervals + i) * D * N + at, h, both)
+        end = tl.minimum(T, i * interval + interval)
+        for t in range(i * interval, end, STEPS):
+            row, count = batch * T + t, end - t
+            xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, FULL)
+            deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, FULL)
+            Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, FULL)
+            Cs = rows(C + row * N, N, count, n, used, 0.0, STEPS, FULL)
+            if GATE:
+                zs = rows(Z + batch * z_batch + t * Z_ROW, Z_ROW, count, d, real, 0.0, STEPS, FULL)
+            for j in tl.static_range(STEPS):
+                step, _ = softplus(deltas[j] + bias)
+                h = tl.exp2(step[None, :] * rate) * h + Bs[j][:, None] * (step * xs[j])[None, :]
+                y = tl.sum(h * Cs[j][:, None], 0) + skip * xs[j]
+                if GATE:
+                    y *= zs[j] * sigmoid(zs[j])
+                tl.store(Y + (row + j) * D + d, y, among(j, count, real))
+    if chunk == chunks - 1:
+        tl.store(FINAL + batch * D * N + at, h, both)
+
+
+@triton.jit
+def backward_local_kernel(
+    DELTA, A, C, Z, BIAS, DY, LOCAL, SUM, T, z_batch, steps, blocks, chunks,
+    GATE: tl.constexpr, Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    STEPS: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Walk each chunk but the first backwards: the gradient that its outputs alone give the state before it."""
+    block, walk = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    batch, chunk = walk // (chunks - 1), walk % (chunks - 1) + 1
+    d, n, at, real, used, both = tile(block, D, N, BLOCK_N, BLOCK_D)
+    rate = tl.load(A + at, both, 0.0).to(FULL) * LOG2_E
+    bias = tl.load(BIAS + d, real, 0.0).to(FULL)
+    g, total = tl.zeros((BLOCK_N, BLOCK_D), FULL), tl.zeros((BLOCK_D,), FULL)
+    length = tl.minimum(steps, T - chunk * steps)
+    groups = tl.cdiv(length, STEPS)
+    for i in range(groups):
+        t = (groups - 1 - i) * STEPS
+        row, count = batch * T + chunk * steps + t, length - t
+        deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, FULL)
+        dys = rows(DY + row * D, D, count, d, real, 0.0, STEPS, FULL)
+        Cs = rows(C + row * N, N, count, n, used, 0.0, STEPS, FULL)
+        if GATE:
+            zs = rows(Z + batch * z_batch + (chunk * steps + t) * Z_ROW, Z_ROW, count, d, real, 0.0, STEPS, FULL)
+        for j in tl.static_range(STEPS - 1, -1, -1):
+            step, _ = softplus(deltas[j] + bias)
+            dy = dys[j]
+            if GATE:
+                dy *= zs[j] * sigmoid(zs[j])
+            g = tl.exp2(step[None, :] * rate) * (g + Cs[j][:, None] * dy[None, :])
+            total += step
+    tl.store(LOCAL + walk * D * N + at, g, both)
+    tl.store(SUM + walk * D + d, total, real)
+
+
+@triton.jit
+def backward_kernel(
+    X, DELTA, A, B, C, SKIP, Z, BIAS, DY, STARTS, ENDS, SCRATCH, DX, DDELTA, DA, DB, DC, DSKIP, DZ, DBIAS, DSTATE,
+    T, tokens, z_batch, interval, intervals, span, blocks, chunks, share,
+    GATE: tl.constexpr, Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    STEPS: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Walk each chunk backwards, interval by interval, in each interval one block of channels after the other."""
+    teams = tl.cdiv(blocks, share)
+    team, walk = tl.program_id(0) % teams, (tl.program_id(0) // teams).to(tl.int64)
+    batch, chunk = walk // chunks, walk % chunks
+    size = tl.cast(D, tl.int64) * N
+    first, last = chunk * span, tl.minimum(chunk * span + span, intervals)
+    scratch = SCRATCH + tl.program_id(0).to(tl.int64) * tl.cdiv(interval, STEPS) * BLOCK_D * BLOCK_N
+    slot = tl.arange(0, BLOCK_D)[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    for index in range(first, last):
+        here = last - 1 - (index - first)
+        length = tl.minimum(interval, T - here * interval).to(tl.int32)
+        groups = tl.cdiv(length, STEPS)
+        for block in range(team * share, tl.minimum(team * share + share, blocks)):
+            d, n, at, real, used, both = tile(block, D, N, BLOCK_N, BLOCK_D)
+            rate = tl.load(A + at, both, 0.0).to(FULL) * LOG2_E
+            bias, skip = tl.load(BIAS + d, real, 0.0).to(FULL), tl.load(SKIP + d, real, 0.0).to(FULL)
+
+            # Forwards: every STEPS-th state.
+            h = tl.load(STARTS + (batch * intervals + here) * size + at, both, 0.0)
+            for i in range(groups):
+                row, count = batch * T + here * interval + i * STEPS, length - i * STEPS
+                tl.store(scratch + i * BLOCK_D * BLOCK_N + slot, h)
+                xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, FULL)
+                deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, FULL)
+                Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, FULL)
+                for j in tl.static_range(STEPS):
+                    step, _ = softplus(deltas[j] + bias)
+                    h = tl.exp2(step[None, :] * rate) * h + Bs[j][:, None] * (step * xs[j])[None, :]
+            tl.debug_barrier()
+
+            # Backwards: a group's states from the one before it, then its gradients.
+            g = tl.load(ENDS + (batch * intervals + here) * size + at, both, 0.0)
+            dA = tl.zeros((BLOCK_N, BLOCK_D), FULL)
+            dskip, dbias = tl.zeros((BLOCK_D,), FULL), tl.zeros((BLOCK_D,), FULL)
+            for i in range(groups):
+                t = (groups - 1 - i) * STEPS
+                row, count = batch * T + here * interval + t, length - t
+                h = tl.load(scratch + (groups - 1 - i) * BLOCK_D * BLOCK_N + slot)
+                xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, FULL)
+                deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, FULL)
+                Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, FULL)
+                hs = ()  # the states before each step
+                for j in tl.static_range(STEPS):
+                    hs += (h,)
+                    step, _ = softplus(deltas[j] + bias)
+                    h = tl.exp2(step[None, :] * rate) * h + Bs[j][:, None] * (step * xs[j])[None, :]
+                tl.debug_barrier()  # all but these states is computed anew below: kept, it would not fit into registers
+                xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, FULL)
+                deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, FULL)
+                dys = rows(DY + row * D, D, count, d, real, 0.0, STEPS, FULL)
+                Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, FULL)
+                Cs = rows(C + row * N, N, count, n, used, 0.0, STEPS, FULL)
+                if GATE:
+                    zs = rows(Z + batch * z_batch + (here * interval + t) * Z_ROW, Z_ROW, count, d, real, 0.0, STEPS, FULL)
+                for j in tl.static_range(STEPS - 1, -1, -1):
+                    to, use = (row + j) * D + d, among(j, count, real)
+                    step, slope = softplus(deltas[j] + bias)
+                    decay = tl.exp2(step[None, :] * rate)
+                    kept = decay * hs[j]
+                    h = kept + Bs[j][:, None] * (step * xs[j])[None, :]
+                    dy = dys[j]
+                    if GATE:
+                        s = sigmoid(zs[j])
+                        gate = zs[j] * s
+                        y = tl.sum(h * Cs[j][:, None], 0) + skip * xs[j]
+                        tl.store(DZ + to, dy * y * (s + gate * (1 - s)), use)
+                        dy *= gate
+                    g += Cs[j][:, None] * dy[None, :]
+                    dC = tl.sum(h * dy[None, :], 1)
+                    dB = tl.sum(g * (step * xs[j])[None, :], 1)
+                    into = tl.sum(g * Bs[j][:, None], 0)
+                    through = g * kept
+                    ddelta = slope * (xs[j] * into + tl.sum(through * rate, 0) / LOG2_E)
+                    tl.store(DX + to, skip * dy + step * into, use)
+                    tl.store(DDELTA + to, ddelta, use)
+                    dA += through * step[None, :]
+                    dskip += dy * xs[j]
+                    dbias += ddelta
+                    g *= decay
+                    # this team's sums over its channels so far
+                    told = among(j, count, used)
+                    earlier, sums = among(team * share, block, told), (team * tokens + row + j) * N + n
+                    tl.store(DB + sums, dB + tl.load(DB + sums, earlier, 0.0), told)
+                    tl.store(DC + sums, dC + tl.load(DC + sums, earlier, 0.0), told)
+            tl.store(DA + (batch * intervals + here) * size + at, dA, both)
+            tl.store(DSKIP + (batch * intervals + here) * D + d, dskip, real)
+            tl.store(DBIAS + (batch * intervals + here) * D + d, dbias, real)
+            if here == 0:
+                tl.store(DSTATE + batch * size + at, g, both)
+            elif here > first:
+                tl.store(ENDS + (batch * intervals + here - 1) * size + at, g, both)
+            tl.debug_barrier()
+
+
+@torch.library.custom_op("minimodels::selective_scan_forward", mutates_args=())
+def selective_scan_forward(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor, z: Tensor | None, bias: Tensor | None,
+    state: Tensor | None, interval: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, the final state, and the states at the start of each interval (B, intervals, D, N)."""
+    batch, T, D, N, precise, z, bias, (x, delta, A, B, C, skip) = prepare(z, bias, x, delta, A, B, C, skip)
+    intervals, blocks, span, chunks, _ = plan(x, N, interval)
+    y, starts, final = torch.empty_like(x), precise.new_empty(batch, intervals, D, N), precise.new_empty(batch, D, N)
+    starts[:, 0] = 0 if state is None else state
+    sizes = {"D": D, "N": N, "BLOCK_N": triton.next_power_of_2(N), "BLOCK_D": block(N), "FULL": full(x), "num_warps": 1}
+    with on(x):
+        if chunks > 1:
+            local, total = precise.new_empty(batch, chunks - 1, D, N), precise.new_empty(batch, chunks - 1, D)
+            forward_local_kernel[(blocks * batch * (chunks - 1),)](
+                x, delta, A, B, bias, local, total, T, span * interval, blocks, chunks, **sizes, STEPS=STEPS
+            )  # fmt: skip
+            carry(local, total, A, starts, span, reverse=False)
+        forward_kernel[(blocks * batch * chunks,)](
+            x, delta, A, B, C, skip, x if z is None else z, bias, y, starts, final, T, 0 if z is None else z.stride(0),
+            interval, intervals, span, blocks, chunks,
+            GATE=z is not None, Z_ROW=0 if z is None else z.stride(1), **sizes, STEPS=STEPS,
+        )  # fmt: skip
+    return y, final, starts
+
+
+@torch.library.custom_op("minimodels::selective_scan_backward", mutates_args=())
+def selective_scan_backward(
+    dy: Tensor, dfinal: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor, z: Tensor | None,
+    bias: Tensor | None, starts: Tensor, interval: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, ddelta, dA, dB, dC, dskip, dz (empty without z), dbias, dstate."""
+    given = (A, B, C, skip, bias)
+    batch, T, D, N, precise, z, bias, (x, delta, A, B, C, skip, dy) = prepare(z, bias, x, delta, A, B, C, skip, dy)
+    intervals, blocks, span, chunks, share = plan(x, N, interval)
+    teams, steps = triton.cdiv(blocks, share), max(1, min(STEPS, 64 // triton.next_power_of_2(N)))
+    ends, dstate = torch.empty_like(starts), torch.empty_like(dfinal, memory_format=torch.contiguous_format)
+    ends[:, -1] = dfinal
+    dx, ddelta, dz = torch.empty_like(x), torch.empty_like(delta), x.new_empty(0) if z is None else z.new_empty(x.shape)
+    dA, dskip, dbias = torch.empty_like(starts), precise.new_empty(batch, intervals, D), precise.new_empty(batch, intervals, D)
+    dB, dC = precise.new_empty(teams, batch, T, N), precise.new_empty(teams, batch, T, N)
+    sizes = {"D": D, "N": N, "BLOCK_N": triton.next_power_of_2(N), "BLOCK_D": block(N), "FULL": full(x), "num_warps": 1}
+    gate = {"GATE": z is not None, "Z_ROW": 0 if z is None else z.stride(1)}
+    z_batch = 0 if z is None else z.stride(0)
+    scratch = precise.new_empty(teams * batch * chunks * triton.cdiv(interval, steps), sizes["BLOCK_D"], sizes["BLOCK_N"])
+    with on(x):
+        if chunks > 1:
+            local, total = precise.new_empty(batch, chunks - 1, D, N), precise.new_empty(batch, chunks - 1, D)
+            backward_local_kernel[(blocks * batch * (chunks - 1),)](
+                delta, A, C, x if z is None else z, bias, dy, local, total, T, z_batch, span * interval, blocks, chunks,
+                **gate, **sizes, STEPS=STEPS,
+            )  # fmt: skip
+            carry(local, total, A, ends, span, reverse=True)
+        backward_kernel[(teams * batch * chunks,)](
+            x, delta, A, B, C, skip, x if z is None else z, bias, dy, starts, ends, scratch,
+            dx, ddelta, dA, dB, dC, dskip, dz, dbias, dstate,
+            T, batch * T, z_batch, interval, intervals, span, blocks, chunks, share, **gate, **sizes, STEPS=steps,
+        )  # fmt: skip
+    sums = dA.sum((0, 1)), dB.sum(0), dC.sum(0), dskip.sum((0, 1)), dbias.sum((0, 1))
+    dA, dB, dC, dskip, dbias = (s if g is None else s.to(g.dtype) for s, g in zip(sums, given, strict=True))
+    return dx, ddelta, dA, dB, dC, dskip, dz, dbias, dstate
+
+
+def carry(local: Tensor, total: Tensor, A: Tensor, edges: Tensor, span: int, reverse: bool) -> None:
+    """Run carry_kernel: fill in `edges` (B, intervals, D, N) at the chunks' starts, or, reversed, at their ends."""
+    batch, intervals, D, N = edges.shape
+    carry_kernel[(triton.cdiv(D * N, 256), batch)](
+        local, total, A, edges, D, N, intervals, span, local.shape[1] + 1, int(reverse), 256, full(edges), num_warps=2
+    )
+
+
+def prepare(z: Tensor | None, bias: Tensor | None, x: Tensor, delta: Tensor, A: Tensor, *rest: Tensor) -> tuple:
+    """The sizes, an empty tensor of the precision that is computed in, and the tensors as the kernels expect them."""
+    batch, T, D = x.shape
+    precise = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
+    if z is not None and z.stride(2) != 1:  # half of a projection is fine as it lies
+        z = z.contiguous()
+    bias = precise.new_zeros(D) if bias is None else bias.contiguous()
+    return batch, T, D, A.shape[1], precise, z, bias, tuple(tensor.contiguous() for tensor in (x, delta, A, *rest))
+
+
+def block(N: int) -> int:
+    """Channels of a program: one for each lane of its warp, fewer where their states would not fit into the registers."""
+    return 32 if N <= 32 else 16
+
+
+def plan(x: Tensor, N: int, interval: int) -> tuple[int, int, int, int, int]:
+    """Intervals, blocks of channels, intervals to a chunk, chunks, and blocks to a program of the backward pass."""
+    batch, T, D = x.shape
+    intervals, blocks = triton.cdiv(T, interval), triton.cdiv(D, block(N))
+    span, share = divide(batch * blocks, intervals, programs(x, 1))
+    return intervals, blocks, span, triton.cdiv(intervals, span), min(share, blocks)
+
+
+def divide(walks: int, intervals: int, processors: int) -> tuple[int, int]:
+    """Intervals to a chunk and blocks to a program of the backward pass, given the walks: blocks of channels times batch.
+
+    A walk is one warp's work. Two for each of a processor's four schedulers are enough to leave time whole, for a split costs
+    the forward pass its exponentials twice; where there are fewer, chunks make it about 32 warps a processor. A processor
+    holds 8 programs of the backward pass: what exceeds that is better spent on sums over more channels.
+    """
+    span = intervals if walks >= 8 * processors else max(1, intervals * walks // (32 * processors))
+    return span, triton.cdiv(walks * triton.cdiv(intervals, span), 8 * processors)
+
+
+# What PyTorch must know: shapes, derivative.
+
+
+@selective_scan_forward.register_fake
+def _(x, delta, A, B, C, skip, z, bias, state, interval):
+    (batch, T, D), N = x.shape, A.shape[1]
+    precise = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
+    starts = precise.new_empty(batch, (T + interval - 1) // interval, D, N)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), precise.new_empty(batch, D, N), starts
+
+
+@selective_scan_backward.register_fake
+def _(dy, dfinal, x, delta, A, B, C, skip, z, bias, starts, interval):
+    dbias = starts.new_empty(skip.shape, dtype=starts.dtype if bias is None else bias.dtype)
+    plain = [tensor.new_empty(tensor.shape) for tensor in (x, delta, A, B, C, skip)]
+    return *plain, x.new_empty(0) if z is None else z.new_empty(z.shape), dbias, dfinal.new_empty(dfinal.shape)
+
+
+def _save(ctx, inputs, output):
+    *tensors, state, interval = inputs
+    ctx.interval, ctx.state = interval, None if state is None else state.dtype
+    ctx.save_for_backward(*tensors, output[2])
+
+
+def _differentiate(ctx, dy, dfinal, _):
+    *tensors, starts = ctx.saved_tensors
+    *gradients, dz, dbias, dstate = selective_scan_backward(dy, dfinal, *tensors, starts, ctx.interval)
+    z, bias = tensors[6:]
+    dstate = None if ctx.state is None else dstate.to(ctx.state)
+    return *gradients, None if z is None else dz, None if bias is None else dbias, dstate, None
+
+
+selective_scan_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def selective_scan(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    skip: Tensor,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As minimodels.mamba.selective_scan: y (B, T, D) in x's dtype and the final state (B, D, N).
+
+    x, delta, z (B, T, D); A (D, N) negative; B, C (B, T, N); skip, delta_bias (D,); state (B, D, N), None for zeros.
+    N <= 64. Raises ValueError on shapes that disagree.
+    """
+    (batch, T, D), N = x.shape, A.shape[1]
+    expected = {
+        "delta": (delta, (batch, T, D)), "A": (A, (D, N)), "B": (B, (batch, T, N)), "C": (C, (batch, T, N)),
+        "skip": (skip, (D,)), "z": (z, (batch, T, D)), "delta_bias": (delta_bias, (D,)), "state": (state, (batch, D, N)),
+    }  # fmt: skip
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"selective_scan: {name} is {tuple(tensor.shape)}; {shape} fits x {tuple(x.shape)}")
+    if not (T and 0 < N <= 64):
+        raise ValueError(f"selective_scan: {T} steps of {N} states a channel; the kernel takes 1 or more, and 1 to 64")
+    y, final, _ = selective_scan_forward(x, delta, A, B, C, skip, z, delta_bias, state, INTERVAL)
+    return y, final
+
+
+_TYPES = {name: "*bf16" for name in "X DELTA B C Z Y DY DX DDELTA DZ".split()}
+_TYPES |= {
+    name: "*fp32" for name in "A SKIP BIAS LOCAL SUM EDGES STARTS FINAL ENDS SCRATCH DA DB DC DSKIP DBIAS DSTATE".split()
+}
+_TYPES |= {name: "i32" for name in "T tokens z_batch steps interval intervals span blocks chunks share".split()}
+_CONSTANTS = {"GATE": True, "Z_ROW": 3072, "D": 1536, "N": 16, "BLOCK_N": 16, "BLOCK_D": 32, "STEPS": STEPS, "FULL": tl.float32}
+
+
+def _signature(kernel, types: dict, constants: dict, warps: int) -> tuple:
+    """Of these types and constants, those that the kernel has."""
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    types = {name: types[name] for name in kernel.arg_names if name not in constants}
+    return kernel.__name__, types, constants, warps
+
+
+SIGNATURES = [  # kernel, types of its arguments, constants, warps: for minimodels.kernels.compile
+    _signature(forward_local_kernel, _TYPES, _CONSTANTS, 1),
+    _signature(forward_kernel, _TYPES, _CONSTANTS, 1),
+    _signature(backward_local_kernel, _TYPES, _CONSTANTS, 1),
+    _signature(backward_kernel, _TYPES, _CONSTANTS, 1),
+    _signature(carry_kernel, _TYPES | {"D": "i32", "N": "i32"}, {"REVERSE": 0, "BLOCK": 256, "FULL": tl.float32}, 2),
+]
+
+
+def check() -> None:
+    """Outputs and gradients against the reference in fp64; on a GPU in bf16 too, and over several chunks."""
+    lengths = (700, 1) if torch.cuda.is_available() else (9, 1)
+    for T in lengths:
+        for plain in (False, True):
+            compare(selective_scan, lambda *arguments: reference(*arguments, impl="reference"), arguments(2, T, 48, 16, plain))
+
+
+def reference(*arguments, impl: str):
+    """minimodels.mamba.selective_scan."""
+    from minimodels.mamba import selective_scan as operation
+
+    return operation(*arguments, impl=impl)
+
+
+def arguments(batch: int, T: int, D: int, N: int, plain: bool = False) -> tuple:
+    """Random ones; `plain` without gate, bias and state."""
+    x, delta, z = torch.randn(3, batch, T, D).unbind(0)
+    B, C = torch.randn(2, batch, T, N).unbind(0)
+    optional = (None, None, None) if plain else (z, torch.randn(D), torch.randn(batch, D, N))
+    return x, delta - 2, -torch.rand(D, N) * N, B, C, torch.randn(D), *optional
+
+
+def mamba_ssm(x, delta, A, B, C, skip, z, bias):
+    """The CUDA kernel of the paper's authors, which wants (B, D, T): the transposing is timed with it."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    x, delta, B, C, z = (tensor.mT.contiguous() for tensor in (x, delta, B, C, z))
+    return selective_scan_fn(x, delta, A, B, C, skip, z, bias, delta_softplus=True).mT
+
+
+def case(T: int, D: int = 1536, N: int = 16) -> Case:
+    """65536 tokens in bf16, gated."""
+    tokens = 65536
+
+    def inputs() -> tuple:
+        x, delta, A, B, C, skip, z, bias, _ = (tensor.cuda() for tensor in arguments(tokens // T, T, D, N))
+        x, delta, B, C, z = (tensor.bfloat16() for tensor in (x, delta, B, C, z))
+        return tuple(tensor.requires_grad_() for tensor in (x, delta, A, B, C, skip, z, bias))
+
+    peers = {"mamba_ssm": mamba_ssm} if importlib.util.find_spec("mamba_ssm") else {}
+    return Case(f"B {tokens // T}, T {T}, D {D}, N {N}", inputs, 8 * tokens * D, 14 * tokens * D, peers=peers)
+
+
+if __name__ == "__main__":
+    cases = [case(T) for T in (1024, 4096, 16384, 65536)]
+    command(report("selective_scan", selective_scan, lambda *given: reference(*given, impl="torch"), cases, check), __doc__)

@@ -1,0 +1,158 @@
+"""Attention's kernel against its reference: output, dq, dk and dv, in every way that keys can be hidden.
+
+Without a GPU blocks are of 16 queries and 16 keys: lengths are shorter than one, and cross several.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernels need the package triton")
+
+from minimodels.kernels.attention import attention
+from minimodels.kernels.common import compare
+
+from minimodels.transformer import attention as reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def parts(B: int, H: int, G: int, T: int, S: int, d: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """q, k and v, views as the layer hands them over."""
+    torch.manual_seed(seed)
+    return tuple(torch.randn(B, length, heads, d).transpose(1, 2) for length, heads in ((T, H), (S, G), (S, G)))
+
+
+def check(q, k, v, queries=None, keys=None, window=None):
+    """Compare; what stands at a query that is none, here 0 and in the reference anything, is left out."""
+
+    def comparable(operation, **options):
+        def run(q, k, v, queries, keys):
+            y = operation(q, k, v, queries, keys, window, **options)
+            return y if queries is None else y * (queries >= 0)[:, None, :, None]
+
+        return run
+
+    compare(comparable(attention), comparable(reference, impl="reference"), (q, k, v, queries, keys))
+
+
+@pytest.mark.parametrize("T, S", [(1, 1), (5, 5), (37, 37), (1, 33), (20, 41)])
+@pytest.mark.parametrize("window", [None, 1, 7], ids=lambda window: f"window {window}")
+def test_a_row_of_tokens(T, S, window):
+    check(*parts(1, 1, 1, T, S, 16), window=window)
+
+
+@pytest.mark.parametrize("T, S, window", [(53, 53, 31), (40, 70, 33), (30, 64, 63)])
+def test_windows_over_several_blocks(T, S, window):
+    check(*parts(1, 1, 1, T, S, 16), window=window)
+
+
+@pytest.mark.parametrize("H, G", [(4, 2), (3, 1)])
+def test_shared_keys(H, G):
+    check(*parts(1, H, G, 17, 19, 16), window=18)
+
+
+@pytest.mark.parametrize("d", [17, 24, 64, 100, 256])
+def test_widths(d):
+    check(*parts(2, 1, 1, 9, 18, d))
+
+
+PADDED = torch.tensor([[-1] * 9 + list(range(14)), list(range(18)) + [-1] * 5])
+GAPS = torch.tensor([[0, 1, -1, 2, 5, -1, -1, 6, 7, 8, 9, 20, -1, 22, 23, -1, -1, 25, 26, 30, -1, 32, 33, -1, 50], [-1] * 25])
+APART = torch.arange(29).repeat(2, 1) * 3
+
+
+@pytest.mark.parametrize("T", [1, 21])
+@pytest.mark.parametrize("window", [None, 6], ids=lambda window: f"window {window}")
+@pytest.mark.parametrize("positions", [PADDED, GAPS, APART], ids=["padded", "gaps", "apart"])
+def test_positions(positions, window, T):
+    check(*parts(2, 1, 1, T, positions.shape[1], 16), positions[:, -T:], positions, window)
+
+
+def test_queries_that_are_none_give_nothing_and_disturb_nothing():
+    q, k, v = (part.to(DEVICE).requires_grad_() for part in parts(2, 2, 1, 23, 23, 16))
+    positions, keep = PADDED.to(DEVICE), (PADDED >= 0).to(DEVICE)[:, None, :, None]
+    y = attention(q, k, v, positions, positions)
+    assert not y.masked_select(~keep).any()
+    dy = torch.randn_like(y)
+    careless = torch.autograd.grad(y, (q, k, v), dy, retain_graph=True)
+    careful = torch.autograd.grad(y, (q, k, v), dy * keep)
+    for name, one, other in zip("dq dk dv".split(), careless, careful, strict=True):
+        assert torch.equal(one, other) and one.isfinite().all(), name
+    assert not careless[0].masked_select(~keep).any()
+
+
+def test_positions_without_gaps_are_as_none():
+    q, k, v = (part.to(DEVICE) for part in parts(2, 1, 1, 20, 37, 16))
+    positions = torch.arange(5, 42, device=DEVICE).expand(2, -1)
+    for window in (None, 9):
+        torch.testing.assert_close(attention(q, k, v, positions[:, 17:], positions, window), attention(q, k, v, window=window))
+
+
+def test_large_scores():
+    q, k, v = parts(1, 1, 1, 20, 20, 16)
+    check(6 * q, 6 * k, v)  # exp of some of them does not fit fp32
+
+
+def test_strides():
+    q, k, v = parts(1, 2, 2, 19, 19, 16)
+    check(q.transpose(2, 3).contiguous().transpose(2, 3), k[:, :1].expand(-1, 2, -1, -1), v)
+    y = attention(q.to(DEVICE), k.to(DEVICE), v.to(DEVICE))
+    assert y.transpose(1, 2).is_contiguous()
+
+
+def test_two_runs_give_the_same_bits():
+    q, k, v = (part.to(DEVICE).requires_grad_() for part in parts(1, 4, 2, 20, 37, 16))
+
+    def once():
+        y = attention(q, k, v, window=20)
+        return y, *torch.autograd.grad(y.sin().sum(), (q, k, v))
+
+    for name, one, other in zip("y dq dk dv".split(), once(), once(), strict=True):
+        assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("positions", [False, True], ids=["in a row", "positions"])
+def test_a_compiled_graph_is_whole(positions):
+    q, k, v = (part.to(DEVICE).requires_grad_() for part in parts(2, 1, 1, 18, 18, 16))
+    places = torch.arange(18, device=DEVICE).repeat(2, 1) if positions else None
+
+    def layer(q, k, v):
+        return attention(2 * q, k, v, places, places, 5).transpose(1, 2).flatten(2).square()
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    y, expected = compiled(q, k, v), layer(q, k, v)
+    torch.testing.assert_close(y, expected)
+    gradients = (torch.autograd.grad(out.sum(), (q, k, v)) for out in (y, expected))
+    for name, one, other in zip("dq dk dv".split(), *gradients, strict=True):
+        torch.testing.assert_close(one, other, msg=name)
+
+
+def test_the_operations_are_registered_rightly():
+    q, k, v = (part.to(DEVICE).requires_grad_() for part in parts(1, 2, 1, 5, 7, 16))
+    torch.library.opcheck(torch.ops.minimodels.attention_forward.default, (q, k, v, None, None, 3))
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((1, 2, 5, 16), (1, 2, 5, 16), (1, 2, 6, 16)),
+        ((1, 2, 5, 16), (1, 2, 4, 16), (1, 2, 4, 16)),
+        ((1, 3, 5, 16), (1, 2, 5, 16), (1, 2, 5, 16)),
+        ((1, 2, 5, 16), (1, 2, 5, 24), (1, 2, 5, 24)),
+        ((2, 2, 5, 16), (1, 2, 5, 16), (1, 2, 5, 16)),
+    ],
+    ids=["k is not v", "more queries than keys", "heads not shared evenly", "widths", "batches"],
+)
+def test_wrong_shapes_are_refused(shapes):
+    with pytest.raises(ValueError, match="attention: q .* do not fit"):
+        attention(*(torch.zeros(shape) for shape in shapes))
+
+
+def test_wrong_positions_and_dtypes_are_refused():
+    q, k, v = (torch.zeros(1, 2, 5, 16) for _ in range(3))
+    places = torch.arange(5)[None]
+    for queries, keys in ((None, places), (places, None), (places[:, 1:], places), (places, places[0])):
+        with pytest.raises(ValueError, match="attention: positions .* do not fit"):
+            attention(q, k, v, queries, keys)
+    with pytest.raises(ValueError, match="attention: q .*float32.* do not fit"):
+        attention(q, k.half(), v.half())

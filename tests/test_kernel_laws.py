@@ -1,0 +1,60 @@
+"""The laws of tests/test_laws.py with impl="triton", at lengths that the interpreter can walk, and whole models on kernels."""
+
+import pytest
+import test_laws as laws
+import torch
+from models import CASES, SHAPE, make, same, tensors
+
+pytest.importorskip("triton", reason="the kernels need the package triton")
+
+from minimodels import LM, Config
+from minimodels.sample import Sampling, generate
+
+FEW = {"experts": 2, "experts_per_token": 1, "router": "softmax", "expert_width": 8}
+KERNEL_CASES = {
+    "attention": {"layers": "attention", "kv_heads": 2, "qk_norm": "head"},
+    "window": {"layers": "window", "window": 3},
+    "mamba": {"layers": "mamba"},
+    "moe": {"layers": "moe", **FEW},
+    "mod": {"layers": "mod(mamba attention)", "capacity": 0.5},
+}
+LAWS = (laws.test_chunking, laws.test_causality, laws.test_batch_independence)
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__.removeprefix("test_"))
+@pytest.mark.parametrize("case", KERNEL_CASES)
+def test_law(law, case, monkeypatch):
+    monkeypatch.setattr(laws, "T", 5)
+    monkeypatch.setitem(CASES, "on kernels", {**KERNEL_CASES[case], "impl": "triton"})
+    law("on kernels")
+
+
+@pytest.mark.parametrize("case", ["attention", "window", "mamba", "moe"])
+def test_reference_equals_triton(case, monkeypatch):
+    """Outputs, carried states and gradients."""
+    monkeypatch.setattr(laws, "T", 9)
+    results = {}
+    for impl in ("reference", "triton"):
+        stack, x = make({**KERNEL_CASES[case], "impl": impl}), laws.text().requires_grad_()
+        with torch.no_grad():
+            _, state = stack(x[:, :4])
+        y, after = stack(x[:, 4:], state)
+        results[impl] = [y, *tensors(after), *laws.gradients(stack, x, y, after).values()]
+    for reference, kernel in zip(results["reference"], results["triton"], strict=True):
+        same(kernel, reference, 1e-8)
+
+
+@pytest.mark.parametrize("layers", ["attention mlp", "mamba", "attention moe"])
+def test_a_whole_model_trains_and_generates_on_kernels(layers):
+    """Loss, every gradient and greedy text are those of the reference."""
+    tokens = torch.randint(32, (2, 5), generator=torch.Generator().manual_seed(0))
+    results = {}
+    for impl in ("reference", "triton"):
+        torch.manual_seed(0)
+        lm = LM(Config(**{**SHAPE, **FEW, "layers": layers, "vocab": 32, "impl": impl})).double()
+        loss, _ = lm.loss(tokens[:, :-1], tokens[:, 1:])
+        gradients = torch.autograd.grad(loss, list(lm.parameters()))
+        text = torch.stack(list(generate(lm.eval(), [tokens[0]], 2, Sampling(temperature=0))))
+        results[impl] = [loss, *gradients, text]
+    for reference, kernel in zip(results["reference"], results["triton"], strict=True):
+        same(kernel, reference, 1e-8)
