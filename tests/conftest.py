@@ -1,4 +1,4 @@
-"""Without a GPU the kernels are interpreted, which must be said before Triton is imported."""
+"""Without a GPU the kernels are interpreted, which must be said before Triton is imported. One thread: the tensors are small."""
 
 import os
 
@@ -6,3 +6,4 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+torch.set_num_threads(1)

@@ -212,6 +212,7 @@ def test_bad_input_is_one_line(arguments, field, accepted, tmp_path, monkeypatch
     (tmp_path / "short").write_bytes(b"abc")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/options.json").write_text("mine")
+    monkeypatch.setattr("minimodels.kernels.INTERPRETED", False)  # as outside of the tests
     if "--data" not in arguments:
         arguments = ["--data", "text", *arguments]
     with pytest.raises(SystemExit) as exit:
