@@ -1,4 +1,7 @@
-"""Without a GPU the kernels are interpreted, which must be said before Triton is imported. One thread: the tensors are small."""
+"""Without a GPU the kernels are interpreted, which must be said before Triton is imported.
+
+One thread, for the tensors are small.
+"""
 
 import os
 
