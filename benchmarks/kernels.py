@@ -30,6 +30,8 @@ class Options:
     """one operation; all by default"""
     rounds: int = 5
     """rounds of interleaved timings"""
+    check_only: bool = False
+    """compare with the references and time nothing"""
     out: Path = Path("benchmarks/results/gpu/kernels.jsonl")
     """file for the JSON rows, appended"""
 
@@ -38,12 +40,13 @@ def main(options: Options) -> None:
     """Run each operation's file in a process of its own, so that one that fails does not end the others."""
     if options.only and options.only not in OPERATIONS:
         raise InputError("only", options.only, ", ".join(OPERATIONS))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    if not options.check_only:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     failed = []
     for operation in OPERATIONS:
         if options.only in ("", operation):
             command = [sys.executable, "-m", f"minimodels.kernels.{operation}"]
-            command += ["--rounds", str(options.rounds), "--out", str(options.out)]
+            command += ["--rounds", str(options.rounds), "--out", str(options.out), *["--check-only"] * options.check_only]
             failed += [operation] * (subprocess.run(command).returncode != 0)
     if failed:
         raise InputError("kernels", failed, "kernels that pass their own check (what went wrong stands above)")

@@ -104,6 +104,8 @@ class Options:
     """file for JSON rows, appended"""
     rounds: int = 5
     """rounds of interleaved timings"""
+    check_only: bool = False
+    """compare with the reference and time nothing"""
 
 
 def report(operation: str, kernel: Callable, torch_path: Callable, cases: list[Case], check: Callable[[], None]) -> Callable:
@@ -112,6 +114,8 @@ def report(operation: str, kernel: Callable, torch_path: Callable, cases: list[C
     def main(options: Options) -> None:
         check()
         print(f"{operation}: outputs and gradients are those of the reference")
+        if options.check_only:
+            return
         if not torch.cuda.is_available():
             print("no GPU: nothing is timed (the check ran interpreted)")
             return

@@ -7,8 +7,12 @@ from models import CASES, SHAPE, make, same, tensors
 
 pytest.importorskip("triton", reason="the kernels need the package triton")
 
+from minimodels.kernels import INTERPRETED
+
 from minimodels import LM, Config
 from minimodels.sample import Sampling, generate
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the laws run interpreted: TRITON_INTERPRET=1 where there is a GPU")
 
 FEW = {"experts": 2, "experts_per_token": 1, "router": "softmax", "expert_width": 8}
 KERNEL_CASES = {
