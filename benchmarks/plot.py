@@ -106,7 +106,7 @@ def claims(rows: Rows, folder: Path) -> list[Path]:
     paths = []
     for (claim, panel), picture in pictures.items():
         first = picture[0]
-        figure, axes = canvas(first["question"], first.get("answer", ""), picture)
+        figure, axes = canvas(first["question"], ends(picture), picture)
         axes.set(xlabel=first["x_label"], ylabel=first["y_label"])
         if first.get("x_log"):
             axes.set_xscale("log", base=2)
@@ -118,6 +118,17 @@ def claims(rows: Rows, folder: Path) -> list[Path]:
         label_lines(axes)
         paths += save(figure, folder / f"{claim}-{panel}")
     return paths
+
+
+def ends(rows: Rows) -> str:
+    """Where each line ends, in words."""
+    last = max(row["x"] for row in rows) if rows[0].get("x_log") else None
+    finals = defaultdict(dict)
+    for row in rows:
+        if last is None or row["x"] == last:
+            finals[row["model"]][row["seed"]] = row["y"]
+    where = f"at {last:,.0f}" if last else "at the end"
+    return f"{where}: " + ", ".join(f"{model} {statistics.mean(seeds.values()):.3g}" for model, seeds in finals.items())
 
 
 def cycle(values: tuple) -> list:
