@@ -94,11 +94,9 @@ def induction(small: bool) -> Claim:
     def lengths(model: LM, run: Run, device: torch.device) -> Iterator[dict[str, float]]:
         multiple = 1
         while multiple <= longest:
-            tested = open_data("induction", context * multiple)
-            yield {
-                "length": context * multiple,
-                "right": evaluate(model, tested, device, max(1, 64 // multiple), 4)["accuracy"],
-            }
+            tested, batch = open_data("induction", context * multiple), max(1, 64 // multiple)
+            found = evaluate(model, tested, device, batch, max(2, 64 // batch))
+            yield {"length": context * multiple, "right": found["accuracy"]}
             multiple *= 2
 
     panel = Panel("length", "length", "right", "length of the text (trained at the first)", "answers right", x_log=True)
