@@ -50,6 +50,7 @@ def interleave(providers: dict[str, Callable[[], object]], rounds: int = 7, seco
 
 
 def synchronise() -> None:
+    """Wait for the GPU, where there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
