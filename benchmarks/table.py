@@ -90,7 +90,10 @@ def claims(rows: Rows) -> str:
             by_x = defaultdict(list)
             for (_, x), y in ends.items():
                 by_x[x].append(y)
-            spread = [f"{statistics.mean(y):.3f} ({min(y):.3f}-{max(y):.3f})" for _, y in sorted(by_x.items())]
+            spread = [
+                (f"{x:,.0f}: " if x else "") + f"{statistics.mean(y):.3f} ({min(y):.3f}-{max(y):.3f})"
+                for x, y in sorted(by_x.items())
+            ]
             lines.append([model, "; ".join(spread)])
         texts.append(markdown([claim, points[0]["y_label"]], lines))
     return "\n".join(texts)

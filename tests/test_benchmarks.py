@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import all as everything
-from benchmarks import claims, curves, kernels, peers, plot, routing, throughput
+from benchmarks import claims, curves, kernels, peers, plot, routing, table, throughput
 from minimodels import LM, Config, InputError, preset
 from minimodels.ledger import ledger
 from minimodels.measure import crossover, interleave, ratio
@@ -201,9 +201,33 @@ def test_bad_input_is_refused(main, options, message):
         main(options)
 
 
+def test_tables_hold_medians_and_means(tmp_path, capsys):
+    timed = {"benchmark": "throughput", "mode": "train", "batch": 1, "context": 256, "tokens": 100}
+    rows = [{**timed, "model": "mamba", "seconds": [1.0, 2.0, 4.0]}, {**timed, "model": "mlp", "seconds": None}]
+    for provider, seconds in {"minimodels": [1.0, 1.0], "transformers": [2.0, 4.0]}.items():
+        rows.append(
+            {"benchmark": "peers", "model": "llama", "question": "generation", "provider": provider, "seconds": seconds}
+        )
+    for seed, y in ((0, 0.5), (1, 1.0)):
+        claim = {"benchmark": "claim", "claim": "copying", "panel": "accuracy", "model": "mamba", "y_label": "right"}
+        rows.append({**claim, "seed": seed, "x": 10, "y": y, "x_log": False})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table.main(table.Options(results=(tmp_path / "rows.jsonl",)))
+    shown = capsys.readouterr().out
+    for line in (
+        "| `mamba` | 50 |",
+        "| `mlp` | out of memory |",
+        "| llama | 3.00x (2.00-4.00) |",
+        "| mamba | 0.750 (0.500-1.000) |",
+    ):
+        assert line in shown
+
+
 @pytest.mark.parametrize("content", ["", "not JSON", "[1]\n", '{"benchmark": "none"}\n'])
 def test_results_that_cannot_be_drawn_are_refused(content, tmp_path):
     (tmp_path / "rows.jsonl").write_text(content)
+    with pytest.raises(InputError, match="results"):
+        table.main(table.Options(results=(tmp_path / "rows.jsonl",)))
     with pytest.raises(InputError, match="results"):
         plot.main(plot.Options(results=(tmp_path / "rows.jsonl",)))
     with pytest.raises(InputError, match="results"):
