@@ -2,6 +2,14 @@
 
 from .config import Config, InputError, preset
 from .lm import LM
-from .pretrained import from_pretrained, save_pretrained
 
 __all__ = ["LM", "Config", "InputError", "from_pretrained", "preset", "save_pretrained"]
+
+
+def __getattr__(name: str):
+    """Import what reads published models when it is asked for: it is a command too, and would otherwise be loaded twice."""
+    if name in ("from_pretrained", "save_pretrained"):
+        from . import pretrained
+
+        return getattr(pretrained, name)
+    raise AttributeError(f"module 'minimodels' has no attribute {name!r}")
