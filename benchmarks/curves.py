@@ -8,6 +8,7 @@ Axes: tokens, flops, seconds, step. Writes curves.png and curves.svg from the ru
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import tyro
@@ -15,7 +16,7 @@ import tyro
 from minimodels import InputError
 from minimodels.command import run_command
 
-from .plot import COLOURS, canvas, cycle, label_lines, read, save
+from .plot import COLOURS, canvas, label_lines, read, save
 
 AXES = {"tokens": "training tokens", "flops": "training FLOPs", "seconds": "seconds of training", "step": "optimizer steps"}
 

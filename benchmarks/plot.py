@@ -13,6 +13,7 @@ import json
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import tyro
@@ -129,11 +130,6 @@ def ends(rows: Rows) -> str:
             finals[row["model"]][row["seed"]] = row["y"]
     where = f"at {last:,.0f}" if last else "at the end"
     return f"{where}: " + ", ".join(f"{model} {statistics.mean(seeds.values()):.3g}" for model, seeds in finals.items())
-
-
-def cycle(values: tuple) -> list:
-    """The values, again and again."""
-    return list(values) * 16
 
 
 def canvas(title: str, subtitle: str, rows: Rows):

@@ -57,7 +57,7 @@ def from_pretrained(
     Raises InputError for a model_type or an option that is not implemented, for files that are missing or damaged, and for
     tensors that are missing, surplus or of another shape, all of them at once.
     """
-    folder = locate(path_or_id, revision)
+    folder, ignore = locate(path_or_id, revision), set(ignore)
     entries = read_json(folder / CONFIG)
     family = family_of(entries)
     config = read_config(entries, family, ignore, overrides)
