@@ -3,8 +3,8 @@
     python -m benchmarks.all --minutes 9 --out benchmarks/results/h100
     python -m benchmarks.all --minutes 9 --out benchmarks/results/h100 --resume     what did not fit in the time
 
-Correctness on the device, ceilings, kernels, training speed, throughput against context, pictures. Each step writes its file in
-DIR while it runs, so being cut off loses nothing; done.json says which steps have ended, and how.
+Correctness on the device, ceilings, kernels, training speed, tests, throughput against context, pictures. Each step writes its
+file in DIR while it runs, so being cut off loses nothing; done.json says which steps have ended, and how.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from minimodels.kernels import OPERATIONS
 
 from minimodels import InputError
 from minimodels.checkpoint import write_json
@@ -28,22 +29,39 @@ Steps = dict[str, list[str]]  # name -> arguments of python
 
 def steps(out: Path, gpu: bool, impl: str) -> Steps:
     """What is done, in this order. Correctness comes first, for figures of a wrong result are worth nothing."""
-    throughput = ["-m", "benchmarks.throughput", "--impl", impl]
-    small = ["--size", "small"] if gpu else []
-    two = ["--models", "transformer", "mamba"]
-    correct = ["-m", "benchmarks.kernels", "--check-only"] if gpu else ["-m", "pytest", "-q", "-x", "tests/test_laws.py"]
+
+    def to(name: str, module: str, *arguments: str) -> list[str]:
+        return ["-m", f"benchmarks.{module}", *arguments, "--out", str(out / name)]
+
+    def throughput(name: str, *arguments: str) -> list[str]:
+        return to(name, "throughput", *arguments, *(["--size", "small"] if gpu else []))
+
+    tests = ["-m", "pytest", "-q", "tests/test_laws.py"]
+    paths = ["--impl", *(("torch", "triton") if gpu and impl == "auto" else (impl,))]
+    at_1024 = ["--match", "none", "--modes", "train", "--shortest", "1024", "--longest", "1024"]
+    at_1024 += ["--tokens", "32768" if gpu else "2048"]
+    long = ["--models", "transformer", "mamba", "--modes", "train", "prefill", "--longest", str(2**18 if gpu else 2**13)]
+    kernels = {f"kernels {name}": to("kernels.jsonl", "kernels", "--only", name) for name in OPERATIONS}
+    training = {"training": throughput("training.jsonl", *paths, *at_1024)}
+    whole = {
+        "crossover": throughput("crossover.jsonl", *paths, *long),
+        "throughput": throughput("throughput.jsonl", *paths, "--longest", str(2**16 if gpu else 2**12)),
+    }
+    ceilings = {"ceilings": to("", "all", "--only-ceilings")}
+    if not gpu:
+        parts, peers = {"parts": to("parts.jsonl", "parts")}, {"peers": to("peers.jsonl", "peers")}
+        return {"correctness": [*tests, "-x"], **ceilings, **parts, **training, **whole, **peers, **kernels}
+    compiled = ["--models", "transformer", "--impl", "torch", "cudnn", "triton", "--compile"]
     return {
-        "correctness": correct,
-        "ceilings": ["-m", "benchmarks.all", "--only-ceilings", "--out", str(out)],
-        **({"kernels": ["-m", "benchmarks.kernels", "--out", str(out / "kernels.jsonl")]} if gpu else
-           {"parts": ["-m", "benchmarks.parts", "--out", str(out / "parts.jsonl")]}),
-        "training": [*throughput, *small, "--match", "none", "--modes", "train", "--longest", "1024",
-                     "--tokens", "32768" if gpu else "2048", "--out", str(out / "training.jsonl")],
-        "crossover": [*throughput, *small, *two, "--modes", "train", "prefill", "--longest", str(2**18 if gpu else 2**13),
-                      "--out", str(out / "crossover.jsonl")],
-        "throughput": [*throughput, *small, "--longest", str(2**16 if gpu else 2**12), "--out", str(out / "throughput.jsonl")],
-        **({} if gpu else {"peers": ["-m", "benchmarks.peers", "--out", str(out / "peers.jsonl")]}),
-    }  # fmt: skip
+        "correctness": ["-m", "benchmarks.kernels", "--check-only"],
+        **ceilings,
+        **kernels,
+        **training,
+        "compiled": throughput("compiled.jsonl", *at_1024, *compiled),
+        "mixture-of-depths": to("parts.jsonl", "parts", "--only", "mod", "--device", "cuda"),
+        "tests": [*tests, *(f"tests/test_kernel_{name}.py" for name in OPERATIONS)],
+        **whole,
+    }
 
 
 @dataclass(frozen=True)
@@ -57,7 +75,7 @@ class Options:
     resume: bool = False
     """leave out the steps that done.json says have ended well"""
     impl: str = "auto"
-    """auto, torch or triton"""
+    """auto (on a GPU torch and triton, side by side), torch or triton"""
     device: str = "auto"
     """auto, cpu or cuda"""
     only_ceilings: bool = False

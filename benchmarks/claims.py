@@ -130,7 +130,7 @@ def recall(small: bool) -> Claim:
 
 def experts(small: bool) -> Claim:
     """Switch (arXiv:2101.03961), OLMoE (arXiv:2409.02060): at equal active FLOPs experts learn faster per token."""
-    size, context, steps, batch = ("tiny", 128, 300, 8) if small else ("small", 1024, 5000, 32)
+    size, context, steps, batch = ("tiny", 128, 600, 8) if small else ("small", 1024, 5000, 32)
     runs = [Run(name, preset(name, size), "stdlib", context, steps, batch) for name in ("transformer", "moe")]
     panels = [TEXT["tokens"], TEXT["seconds"]]
     return Claim("Do routed experts beat a dense MLP of the same active FLOPs?", runs, panels)
@@ -167,7 +167,7 @@ def balance(small: bool) -> Claim:
 
 def presets(small: bool) -> Claim:
     """The presets of this project, on one text."""
-    size, context, steps, batch = ("tiny", 256, 150, 8) if small else ("small", 1024, 5000, 32)
+    size, context, steps, batch = ("tiny", 128, 250, 8) if small else ("small", 1024, 5000, 32)
     runs = [Run(name, preset(name, size), "stdlib", context, steps, batch) for name in BLOCKS]
     return Claim("Which architecture learns fastest?", runs, [TEXT["tokens"], TEXT["flops"], TEXT["seconds"]])
 

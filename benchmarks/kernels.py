@@ -1,15 +1,18 @@
 """How fast is every operation, against its torch path, its reference and what else is installed?
 
-    python -m benchmarks.kernels                           on a GPU: the kernels' own reports, all of them
+    python -m benchmarks.kernels                           all of them
     python -m benchmarks.kernels --only selective_scan
 
-Each operation's file in kernels/ checks itself and is timed forward and backward against the torch path, the same compiled, and
-the peers that are installed; the rows go into one file. On a CPU the kernels are only checked, interpreted, where
-TRITON_INTERPRET=1 is set; what the torch paths reach there, `python -m benchmarks.parts` measures.
+Each operation's file in kernels/ checks itself and times the kernel, forward and backward and with the memory that they take,
+against the torch path, the same compiled, and the peers that are installed; the rows go into one file. On a CPU the torch path
+is timed against the reference and those peers that run there; the kernels are checked, interpreted, where TRITON_INTERPRET=1
+is set.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -32,24 +35,33 @@ class Options:
     """rounds of interleaved timings"""
     check_only: bool = False
     """compare with the references and time nothing"""
-    out: Path = Path("benchmarks/results/gpu/kernels.jsonl")
-    """file for the JSON rows, appended"""
+    out: Path = Path("benchmarks/results/cpu/kernels.jsonl")
+    """file for the JSON rows; those of an operation take the place of earlier ones"""
 
 
 def main(options: Options) -> None:
     """Run each operation's file in a process of its own, so that one that fails does not end the others."""
     if options.only and options.only not in OPERATIONS:
         raise InputError("only", options.only, ", ".join(OPERATIONS))
-    if not options.check_only:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
+    if importlib.util.find_spec("triton") is None:
+        raise InputError("triton", "not installed", "pip install triton")
     failed = []
     for operation in OPERATIONS:
         if options.only in ("", operation):
+            if not options.check_only:
+                forget(options.out, operation)
             command = [sys.executable, "-m", f"minimodels.kernels.{operation}"]
             command += ["--rounds", str(options.rounds), "--out", str(options.out), *["--check-only"] * options.check_only]
             failed += [operation] * (subprocess.run(command).returncode != 0)
     if failed:
         raise InputError("kernels", failed, "kernels that pass their own check (what went wrong stands above)")
+
+
+def forget(path: Path, operation: str) -> None:
+    """Keep only the rows of other operations."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    path.write_text("".join(line for line in lines if json.loads(line)["operation"] != operation))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Is each part as fast as it should be on a CPU?
+"""Is each part as fast as it should be without a kernel of its own?
 
     python -m benchmarks.parts                  all four questions, about three minutes on two CPU cores
     python -m benchmarks.parts --only scan      one of them: scan, moe, mod, trainer
 
 - scan: the selective scan, forward and backward, against a loop over the tokens and against mambapy's parallel scan
 - moe: routed experts against a dense MLP of equal active FLOPs, and against the loop over experts
-- mod: a training step of mixture-of-depths against the dense model, beside the speed-up that its FLOPs promise
+- mod: a training step of mixture-of-depths against the dense model, beside the speed-up that its FLOPs promise; and how much of
+  a wrapped block is routing, gathering and scattering, which is all that a kernel for it could save
 - trainer: tokens per second of a small transformer's whole training step, where overhead counts
 """
 
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 import tyro
 
 from minimodels import LM, Config, InputError
-from minimodels.command import keep_freed_memory, run_command
+from minimodels.command import keep_freed_memory, pick_device, run_command
 from minimodels.ledger import ledger
 from minimodels.mamba import recurrence
 from minimodels.measure import interleave, peak_memory, ratio, write
@@ -31,14 +32,16 @@ from minimodels.optim import adamw
 from minimodels.scan import scan
 from minimodels.transformer import SwiGLU
 
+CPU = torch.device("cpu")
 
-def scan_inputs(T: int, D: int = 512, N: int = 16, batch: int = 1) -> list[torch.Tensor]:
+
+def scan_inputs(T: int, device: torch.device = CPU, D: int = 512, N: int = 16, batch: int = 1) -> list[torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     x, delta = torch.randn(2, batch, T, D, generator=g)
     B, C = torch.randn(2, batch, T, N, generator=g)
     A = -torch.arange(1, N + 1).float().repeat(D, 1)
     inputs = [x, F.softplus(delta - 3), A, B, C, torch.zeros(batch, D, N)]
-    return [tensor.requires_grad_() for tensor in inputs]
+    return [tensor.to(device).requires_grad_() for tensor in inputs]
 
 
 def mambapy_scan(x, delta, A, B, C, state):
@@ -70,7 +73,7 @@ def scan_once(provider: str, T: int) -> None:
     both_ways(provider, scan_inputs(T))
 
 
-def measure_scan() -> list[dict]:
+def measure_scan(device: torch.device) -> list[dict]:
     """In a plain process first, as anyone runs it; then with freed memory kept, as train.py does, which helps all three."""
     names = [name for name in PROVIDERS if name != "mambapy" or importlib.util.find_spec("mambapy")]
     if len(names) < len(PROVIDERS):
@@ -82,7 +85,7 @@ def measure_scan() -> list[dict]:
             keep_freed_memory()
         print("  with freed memory kept" if kept else "  in a plain process")
         for T in (256, 1024, 4096):
-            inputs = scan_inputs(T)
+            inputs = scan_inputs(T, device)
             expected = gradients("loop", inputs)
             for name in names:
                 for actual, wanted in zip(gradients(name, inputs), expected, strict=True):
@@ -94,26 +97,27 @@ def measure_scan() -> list[dict]:
             print(f"    T {T:5}: " + ", ".join(cells))
             rows += [{"part": "scan", "kept": kept, "T": T, "provider": n, "seconds": timings[n]} for n in names]
     lengths = (512, 1024, 2048, 4096, 8192)
-    timings = interleave({str(T): partial(both_ways, "scan", scan_inputs(T)) for T in lengths})
+    timings = interleave({str(T): partial(both_ways, "scan", scan_inputs(T, device)) for T in lengths})
     per_token = {T: min(timings[str(T)]) * 1e6 / T for T in lengths}  # the least, which the machine disturbs least
     print("  microseconds per token: " + ", ".join(f"{value:.1f} at {T}" for T, value in per_token.items()))
     rows += [{"part": "scan linearity", "T": T, "provider": "scan", "seconds": timings[str(T)]} for T in lengths]
-    for T in (1024, 4096):
+    for T in (1024, 4096) if device == CPU else ():
         memory = {name: peak_memory(partial(scan_once, name, T)) for name in names}
         print(f"  peak memory at T {T}: " + ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in memory.items()))
         rows += [{"part": "scan memory", "T": T, "provider": name, "bytes": size} for name, size in memory.items()]
     return rows
 
 
-def measure_moe() -> list[dict]:
+def measure_moe(device: torch.device) -> list[dict]:
     config = Config(width=512, experts=8, experts_per_token=2)
-    x = torch.randn(8, 512, 512, requires_grad=True)
+    x = torch.randn(8, 512, 512, device=device, requires_grad=True)
     gradient = torch.randn_like(x)
     layers = {
         "dense": SwiGLU(config),
         "routed": MoE(config),
         "loop": MoE(Config(width=512, experts=8, experts_per_token=2, impl="reference")),
     }
+    layers = {name: layer.to(device) for name, layer in layers.items()}
     layers["loop"].load_state_dict(layers["routed"].state_dict())
     torch.testing.assert_close(layers["routed"](x)[0], layers["loop"](x)[0], rtol=1e-3, atol=1e-4)
     timings = interleave({name: lambda layer=layer: layer(x)[0].backward(gradient) for name, layer in layers.items()})
@@ -124,16 +128,17 @@ def measure_moe() -> list[dict]:
     return [{"part": "moe", "provider": name, "seconds": seconds} for name, seconds in timings.items()]
 
 
-def measure_mod() -> list[dict]:
+def measure_mod(device: torch.device) -> list[dict]:
     rows = []
-    print("mixture-of-depths, training step, 6 layers, d 256, capacity 0.125, fp32")
-    for T, batch in ((256, 8), (1024, 2)):
+    width, tokens = (256, 2048) if device == CPU else (768, 32768)
+    print(f"mixture-of-depths, training step, 6 layers, d {width}, {tokens} tokens, capacity 0.125")
+    for T in (256, 1024):
         configs = {
-            "dense": Config(width=256, layers="(attention mlp)*6"),
-            "mod": Config(width=256, layers="(attention mlp mod(attention mlp))*3"),
+            "dense": Config(width=width, layers="(attention mlp)*6"),
+            "mod": Config(width=width, layers="(attention mlp mod(attention mlp))*3"),
         }
         promised = ledger(configs["dense"], T).forward_flops / ledger(configs["mod"], T).forward_flops
-        timings = interleave({name: train_step(config, batch, T) for name, config in configs.items()})
+        timings = interleave({name: train_step(config, tokens // T, T, device) for name, config in configs.items()})
         median, low, high = ratio(timings, "mod", "dense")
         print(
             f"  T {T:5}: {median:.2f}x the dense model ({low:.2f}-{high:.2f}); "
@@ -143,13 +148,36 @@ def measure_mod() -> list[dict]:
             {"part": "mod", "T": T, "provider": name, "seconds": seconds, "promised": promised}
             for name, seconds in timings.items()
         ]
+        timings = interleave(wrapped_block(width, tokens // T, T, device))
+        bare, low, high = ratio(timings, "block", "group alone")
+        print(f"  T {T:5}: routing, gathering and scattering are {1 - bare:.0%} of a block ({1 - high:.0%} to {1 - low:.0%})")
+        rows += [{"part": "mod block", "T": T, "provider": name, "seconds": seconds} for name, seconds in timings.items()]
     return rows
 
 
-def measure_trainer() -> list[dict]:
+def wrapped_block(width: int, batch: int, T: int, device: torch.device) -> dict:
+    """Forward and backward of a block in mixture-of-depths, and of its group alone on the tokens that it would be handed."""
+    torch.manual_seed(0)
+    (block,) = LM(Config(width=width, layers="mod(attention mlp)")).to(device).layers
+    k = block.routed(T)
+    every, chosen = (torch.randn(batch, length, width, device=device, requires_grad=True) for length in (T, k))
+    positions = torch.rand(batch, T, device=device).argsort(1)[:, :k].sort(1).values
+
+    def both_passes(module, *arguments):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device != CPU):
+            y, _ = module(*arguments)
+        y.sum().backward()
+
+    return {
+        "block": partial(both_passes, block, every),
+        "group alone": partial(both_passes, block.group, chosen, None, positions),
+    }
+
+
+def measure_trainer(device: torch.device) -> list[dict]:
     config = Config(width=128, heads=4, layers="(attention mlp)*4", vocab=65)
-    square = torch.randn(2048, 2048)
-    providers = {"transformer": train_step(config, 12, 64), "matrix product": lambda: square @ square}
+    square = torch.randn(2048, 2048, device=device)
+    providers = {"transformer": train_step(config, 12, 64, device), "matrix product": lambda: square @ square}
     timings = interleave(providers, rounds=15)
     speeds = [12 * 64 / seconds for seconds in timings["transformer"]]
     ceiling = statistics.median(2 * 2048**3 / seconds for seconds in timings["matrix product"])
@@ -162,15 +190,16 @@ def measure_trainer() -> list[dict]:
     return [{"part": "trainer", "provider": name, "seconds": seconds} for name, seconds in timings.items()]
 
 
-def train_step(config: Config, batch: int, T: int):
-    """A closure that makes one training step of the model on random tokens."""
+def train_step(config: Config, batch: int, T: int, device: torch.device):
+    """A closure that makes one training step of the model on random tokens, on a GPU in bf16."""
     torch.manual_seed(0)
-    model = LM(config)
+    model = LM(config).to(device)
     optimizer = adamw(model, 1e-4, 0.1)
-    tokens = torch.randint(model.embedding.num_embeddings, (batch, T + 1))
+    tokens = torch.randint(model.embedding.num_embeddings, (batch, T + 1), device=device)
 
     def step() -> None:
-        loss, _ = model.loss(tokens[:, :-1], tokens[:, 1:])
+        with torch.autocast(device.type, torch.bfloat16, enabled=device != CPU):
+            loss, _ = model.loss(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -184,10 +213,12 @@ QUESTIONS = {"scan": measure_scan, "moe": measure_moe, "mod": measure_mod, "trai
 
 @dataclass(frozen=True)
 class Options:
-    """Time the parts on this machine's CPU, side by side."""
+    """Time the parts, side by side."""
 
     only: str = ""
     """one question: scan, moe, mod or trainer; all by default"""
+    device: str = "cpu"
+    """auto, cpu or cuda"""
     out: Path = Path("benchmarks/results/cpu/parts.jsonl")
     """file for the JSON rows"""
 
@@ -195,12 +226,12 @@ class Options:
 def main(options: Options) -> None:
     if options.only and options.only not in QUESTIONS:
         raise InputError("only", options.only, ", ".join(QUESTIONS))
-    rows = []
+    rows, device = [], pick_device(options.device)
     for name, measure in QUESTIONS.items():
         if options.only in ("", name):
-            rows += measure()
+            rows += measure(device)
             keep_freed_memory()  # for every provider from here on, as train.py does
-    write(options.out, rows, torch.device("cpu"))
+    write(options.out, rows, device)
     print(f"written to {options.out}")
 
 

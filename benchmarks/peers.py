@@ -1,21 +1,27 @@
-"""How fast are we against transformers, on the same weights?
+"""How fast are we against other implementations of the same model, on the same weights?
 
     python -m benchmarks.peers                    Llama, Mixtral and Mamba: training step and generation
     python -m benchmarks.peers --only llama
 
-Each model is made by transformers (width 256, 4 layers, fp32), saved, and loaded by us; the logits are compared before the
-clock starts. Then one forward and backward pass at each length, and greedy generation with a carried state, in turn.
+Each model is made by transformers (width 256, 4 layers, fp32), saved, and loaded by us; x-transformers and mambapy, where they
+are installed and have the architecture, are given the same weights. The logits are compared before the clock starts. Then one
+forward and backward pass at each length, and greedy generation with a carried state, in turn with each peer.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import tyro
+from einops import rearrange
+from torch import Tensor, nn
 
 from minimodels import InputError, from_pretrained
 from minimodels.command import keep_freed_memory, run_command
@@ -23,72 +29,204 @@ from minimodels.loss import IGNORE
 from minimodels.measure import interleave, ratio, write
 from minimodels.sample import Sampling, generate
 
-SHAPE = {"vocab_size": 256, "hidden_size": 256, "num_hidden_layers": 4}
+D, DEPTH, H, V, WIDE = 256, 4, 4, 256, 704
+SHAPE = {"vocab_size": V, "hidden_size": D, "num_hidden_layers": DEPTH}
 NO_SPECIAL = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 704}
+HEADS = {"num_attention_heads": H, "num_key_value_heads": H, "rms_norm_eps": 1e-12}  # x-transformers has no eps
 MODELS = {
-    "llama": HEADS,
-    "mixtral": {**HEADS, "num_local_experts": 8, "intermediate_size": 352},
-    "mamba": {},
+    "llama": {**HEADS, "intermediate_size": WIDE},
+    "mixtral": {**HEADS, "num_local_experts": 8, "intermediate_size": WIDE // 2},
+    "mamba": {"layer_norm_epsilon": 1e-5},
 }
 
 
-def pair(name: str):
-    """A model of transformers and ours with its weights, both in training mode."""
-    import transformers
+@dataclass
+class Contender:
+    """A model and how its package uses it."""
+
+    model: nn.Module
+    logits: Callable[[Tensor], Tensor]
+    """(B, T) -> (B, T, V)"""
+    loss: Callable[[Tensor], Tensor]
+    """tokens (B, T) -> the mean cross-entropy of each next token"""
+    generate: Callable[[Tensor, int], Tensor]
+    """a prompt (T,), a count -> that many likeliest tokens"""
+
+
+def transformers(name: str) -> Contender:
+    """The model of transformers, with random weights that are always the same."""
+    import transformers as package
 
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(name, **SHAPE, **MODELS[name], **NO_SPECIAL)
-    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    config = package.AutoConfig.for_model(name, **{**SHAPE, **MODELS[name], **NO_SPECIAL})
+    model = package.AutoModelForCausalLM.from_config(config)
+    return Contender(
+        model,
+        lambda tokens: model(tokens).logits,
+        lambda tokens: model(tokens, labels=tokens, use_cache=False).loss,
+        lambda prompt, count: model.generate(prompt[None], max_new_tokens=count, do_sample=False)[0, len(prompt) :],
+    )
+
+
+def minimodels(name: str, source: nn.Module) -> Contender:
+    """Ours, read from what transformers saves."""
     with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(folder)
-        ours = from_pretrained(folder)
-    tokens = torch.randint(SHAPE["vocab_size"], (1, 128))
+        source.save_pretrained(folder)
+        model = from_pretrained(folder)
+
+    def loss(tokens: Tensor) -> Tensor:
+        targets = torch.cat((tokens[:, 1:], torch.full_like(tokens[:, :1], IGNORE)), dim=1)
+        return model.loss(tokens, targets)[0]
+
+    return Contender(
+        model,
+        lambda tokens: model(tokens)[0],
+        loss,
+        lambda prompt, count: torch.cat(list(generate(model, [prompt], count, Sampling(temperature=0)))),
+    )
+
+
+def x_transformers(name: str, source: nn.Module) -> Contender:
+    """The Llama of x-transformers: rotary pairs are neighbours, gate and up projection are one, norms multiply by 1 + g."""
+    from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
+
+    d = D // H
+    rotary, glu = {"rotary_pos_emb": True, "rotary_emb_dim": d}, {"ff_glu": True, "ff_swish": True, "ff_no_bias": True}
+    layers = Decoder(
+        dim=D, depth=DEPTH, heads=H, attn_dim_head=d, use_rmsnorm=True, attn_flash=True, ff_mult=WIDE / D, **rotary, **glu
+    )
+    net = TransformerWrapper(num_tokens=V, max_seq_len=2**16, use_abs_pos_emb=False, attn_layers=layers)
+    weights = {"token_emb.emb": source.model.embed_tokens, "attn_layers.final_norm": source.model.norm}
+    weights["to_logits"] = source.lm_head
+    for i, layer in enumerate(source.model.layers):
+        attention, mlp = f"attn_layers.layers.{2 * i}", f"attn_layers.layers.{2 * i + 1}"
+        weights |= {f"{attention}.0.0": layer.input_layernorm, f"{mlp}.0.0": layer.post_attention_layernorm}
+        weights |= {f"{attention}.1.to_{part}": getattr(layer.self_attn, f"{part}_proj") for part in "qkv"}
+        weights |= {f"{attention}.1.to_out": layer.self_attn.o_proj, f"{mlp}.1.ff.2": layer.mlp.down_proj}
+        net.get_submodule(f"{mlp}.1.ff.0.proj").load_state_dict(
+            {"weight": torch.cat((layer.mlp.up_proj.weight, layer.mlp.gate_proj.weight)), "bias": torch.zeros(2 * WIDE)}
+        )
+    for target, module in weights.items():
+        weight = module.weight
+        if target.endswith(("to_q", "to_k")):
+            weight = rearrange(weight, "(h two half) d -> (h half two) d", h=H, two=2)
+        net.get_submodule(target).load_state_dict({"g": weight - 1} if weight.ndim == 1 else {"weight": weight})
+    model = AutoregressiveWrapper(net)
+    return Contender(
+        model, net, model, lambda prompt, count: model.generate(prompt[None], count, temperature=0.0, cache_kv=True)[0]
+    )
+
+
+class MambaPy(nn.Module):
+    """The layers of mambapy between an embedding and a head: its own language model needs a CUDA package to be imported."""
+
+    def __init__(self):
+        super().__init__()
+        from mambapy.mamba import Mamba, MambaConfig, RMSNorm
+
+        self.embeddings, self.lm_head = nn.Embedding(V, D), nn.Linear(D, V, bias=False)
+        self.backbone, self.norm_f = Mamba(MambaConfig(d_model=D, n_layers=DEPTH)), RMSNorm(D, 1e-5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.lm_head(self.norm_f(self.backbone(self.embeddings(tokens))))
+
+    @torch.no_grad()
+    def generate(self, prompt: Tensor, count: int) -> Tensor:
+        """By steps, those of the prompt too, as mambapy does it."""
+        config = self.backbone.config
+        caches = [(None, torch.zeros(1, config.d_inner, config.d_conv - 1)) for _ in range(DEPTH)]
+        tokens = prompt.tolist()
+        for i in range(len(prompt) + count - 1):
+            x, caches = self.backbone.step(self.embeddings(torch.tensor(tokens[i : i + 1])), caches)
+            if i + 1 == len(tokens):
+                tokens.append(int(self.lm_head(self.norm_f(x)).argmax()))
+        return torch.tensor(tokens[len(prompt) :])
+
+
+def mambapy(name: str, source: nn.Module) -> Contender:
+    """The Mamba of mambapy, which keeps transformers' names."""
+    model = MambaPy()
+    weights = source.state_dict().items()
+    moved = ("backbone.embeddings", "backbone.norm_f")  # out of the backbone
+    model.load_state_dict({key.removeprefix("backbone.") if key.startswith(moved) else key: tensor for key, tensor in weights})
+    return Contender(
+        model,
+        model,
+        lambda tokens: F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()),
+        model.generate,
+    )
+
+
+OTHERS = {"x-transformers": (x_transformers, "llama"), "mambapy": (mambapy, "mamba")}
+
+
+def contenders(name: str) -> dict[str, Contender]:
+    """All that have the architecture and are installed, ours first, with the same logits."""
+    theirs = transformers(name)
+    found = {"minimodels": minimodels(name, theirs.model), "transformers": theirs}
+    for package, (make, architecture) in OTHERS.items():
+        if architecture == name:
+            if importlib.util.find_spec(package.replace("-", "_")):
+                found[package] = make(name, theirs.model)
+            else:
+                print(f"{package} is not installed: skipped (pip install {package})")
+    tokens = torch.randint(V, (1, 128))
     with torch.no_grad():
-        torch.testing.assert_close(ours(tokens)[0], theirs(tokens).logits, rtol=1e-4, atol=1e-4)
-    return ours.train(), theirs.train()
+        expected = theirs.logits(tokens)
+        for contender in found.values():
+            torch.testing.assert_close(contender.logits(tokens), expected, rtol=1e-4, atol=1e-4)
+    return found
 
 
-def measure_training(name: str, T: int) -> dict:
-    """Forward and backward of one sequence; the slower side is timed less often."""
-    ours, theirs = pair(name)
-    tokens = torch.randint(SHAPE["vocab_size"], (1, T))
-    targets = torch.cat((tokens[:, 1:], torch.full_like(tokens[:, :1], IGNORE)), dim=1)
+def training(contender: Contender, T: int) -> Callable[[], None]:
+    """Forward and backward of one sequence."""
+    tokens = torch.randint(V, (1, T), generator=torch.Generator().manual_seed(0))
+    contender.model.train()
 
-    def our_step() -> None:
-        ours.zero_grad()
-        ours.loss(tokens, targets)[0].backward()
+    def step() -> None:
+        contender.model.zero_grad()
+        contender.loss(tokens).backward()
 
-    def their_step() -> None:
-        theirs.zero_grad()
-        theirs(tokens, labels=tokens, use_cache=False).loss.backward()
-
-    slow = name == "mamba"  # whose loop over tokens takes them seconds to minutes
-    return interleave({"minimodels": our_step, "transformers": their_step}, rounds=2 if slow else 9, warm=not slow)
+    return step
 
 
-def measure_generation(name: str, count: int = 256) -> dict:
+def generation(contender: Contender, count: int) -> Callable[[], Tensor]:
     """`count` tokens after a prompt of 32, greedily, the state carried."""
-    ours, theirs = (model.eval() for model in pair(name))
-    prompt = torch.randint(SHAPE["vocab_size"], (1, 32))
-    calls = {
-        "minimodels": lambda: list(generate(ours, [prompt[0]], count, Sampling(temperature=0))),
-        "transformers": lambda: theirs.generate(prompt, max_new_tokens=count, do_sample=False),
-    }
-    first, second = torch.cat(calls["minimodels"]()), calls["transformers"]()[0, 32:]
-    if not torch.equal(first[:64], second[:64]):  # further on, rounding may tip a near tie
-        raise AssertionError(f"{name}: the two do not generate the same tokens")
-    return interleave(calls, rounds=5)
+    prompt = torch.randint(V, (32,), generator=torch.Generator().manual_seed(0))
+    contender.model.eval()
+    return lambda: contender.generate(prompt, count)
+
+
+def measure(name: str, question: str, argument: int, found: dict[str, Contender]) -> list[dict]:
+    """Ours against each of the others in turn, so that a slow one does not thin out the rounds of the rest."""
+    rows, ours = [], found["minimodels"]
+    for package in [key for key in found if key != "minimodels"]:
+        make = generation if question == "generation" else training
+        calls = {"minimodels": make(ours, argument), package: make(found[package], argument)}
+        if question == "generation":
+            first, second = (call()[:64] for call in calls.values())  # further on, rounding may tip a near tie
+            if not torch.equal(first, second):
+                raise AssertionError(f"{name}: {package} does not generate the same tokens")
+        slow = (name, package) == ("mamba", "transformers") and question != "generation"  # a loop over the tokens
+        timings = interleave(calls, rounds=2 if slow else 7, warm=not slow)
+        median, low, high = ratio(timings, "minimodels", package)
+        times = ", ".join(f"{provider} {statistics.median(samples) * 1e3:.0f} ms" for provider, samples in timings.items())
+        print(f"{name:8} {question:28} {median:6.2f}x ({low:.2f}-{high:.2f})   {times}", flush=True)
+        shared = {"benchmark": "peers", "model": name, "question": question, "tokens": argument, "peer": package}
+        rows += [{**shared, "provider": provider, "seconds": seconds} for provider, seconds in timings.items()]
+    return rows
 
 
 @dataclass(frozen=True)
 class Options:
-    """Time published models against transformers on this machine's CPU."""
+    """Time published models against other implementations on this machine's CPU."""
 
     only: str = ""
     """one model: llama, mixtral or mamba; all by default"""
     lengths: tuple[int, ...] = (512, 2048)
     """tokens of the training step"""
+    generate: int = 256
+    """tokens to generate"""
     out: Path = Path("benchmarks/results/cpu/peers.jsonl")
     """file for the JSON rows"""
 
@@ -97,29 +235,25 @@ def main(options: Options) -> None:
     """Measure, print, write."""
     if options.only and options.only not in MODELS:
         raise InputError("only", options.only, ", ".join(MODELS))
-    try:
-        import transformers
-    except ImportError:
-        raise InputError("transformers", "not installed", "pip install transformers") from None
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    for field, values in {"lengths": options.lengths, "generate": (options.generate,)}.items():
+        if not all(value > 1 for value in values):
+            raise InputError(field, values, "2 or more")
+    if importlib.util.find_spec("transformers") is None:
+        raise InputError("transformers", "not installed", "pip install transformers")
+    from transformers import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     keep_freed_memory()
     rows = []
-    print("width 256, 4 layers, vocabulary 256, batch 1, fp32, against transformers")
+    print(f"width {D}, {DEPTH} layers, vocabulary {V}, batch 1, fp32; how many times faster ours is")
     for name in MODELS:
         if options.only in ("", name):
-            questions = {f"forward + backward, T {T}": (measure_training, T) for T in options.lengths}
-            for question, (measure, argument) in {**questions, "generation": (measure_generation, 256)}.items():
-                timings = measure(name, argument)
-                median, low, high = ratio(timings, "minimodels", "transformers")
-                seconds = {provider: statistics.median(samples) for provider, samples in timings.items()}
-                times = ", ".join(f"{provider} {value * 1e3:.0f} ms" for provider, value in seconds.items())
-                print(f"{name:8} {question:28} {median:6.2f}x ({low:.2f}-{high:.2f})   {times}", flush=True)
-                rows += [
-                    {"benchmark": "peers", "model": name, "question": question, "tokens": argument, "provider": p, "seconds": s}
-                    for p, s in timings.items()
-                ]
-    write(options.out, rows, torch.device("cpu"))
+            found = contenders(name)
+            questions = {f"forward + backward, T {T}": T for T in options.lengths} | {"generation": options.generate}
+            for question, argument in questions.items():
+                rows += measure(name, question, argument, found)
+                write(options.out, rows, torch.device("cpu"))
     print(f"written to {options.out}")
 
 

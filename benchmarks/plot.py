@@ -20,7 +20,7 @@ import tyro
 
 from minimodels import InputError
 from minimodels.command import run_command
-from minimodels.measure import crossover
+from minimodels.measure import overtaking
 
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4b5563")
 STYLES = ("-", "--", ":", "-.")  # one per result file
@@ -87,14 +87,8 @@ def answer(rows: Rows) -> str:
     """What the title asks, in words: where Mamba overtakes the transformer."""
     texts = []
     for file in dict.fromkeys(row["file"] for row in rows):
-        points = defaultdict(dict)
-        for row in rows:
-            if row["file"] == file:
-                points[row["context"]][row["model"]] = row["seconds"]
-        both = {context: models for context, models in sorted(points.items()) if {"mamba", "transformer"} <= models.keys()}
-        if len(both) > 1:
-            ratios = [[t / m for t, m in zip(models["transformer"], models["mamba"], strict=True)] for models in both.values()]
-            texts.append(str(crossover(list(both), ratios)))
+        if place := overtaking([row for row in rows if row["file"] == file]):
+            texts.append(str(place))
     return "; ".join(dict.fromkeys(texts))
 
 

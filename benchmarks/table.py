@@ -34,9 +34,9 @@ def main(options: Options) -> None:
         raise InputError("results", (), "one or more files of JSON rows")
     for path in options.results:
         rows = read(path)
-        found = [make(rows) for make in (throughput, peers, claims)]
+        found = [make(rows) for make in (throughput, peers, kernels, claims)]
         if not any(found):
-            raise InputError("results", str(path), "rows of benchmarks.throughput, benchmarks.peers or benchmarks.claims")
+            raise InputError("results", str(path), "rows of benchmarks.throughput, peers, kernels or claims")
         for table in filter(None, found):
             print(table)
 
@@ -64,15 +64,38 @@ def throughput(rows: Rows) -> str:
 
 
 def peers(rows: Rows) -> str:
-    """How many times faster than transformers: median over the rounds, and the least and most."""
+    """How many times faster than each peer: median over the rounds, and the least and most."""
     timings = defaultdict(dict)
     for row in rows:
         if row.get("benchmark") == "peers":
-            timings[row["model"], row["question"]][row["provider"]] = row["seconds"]
-    models, questions = (list(dict.fromkeys(key[i] for key in timings)) for i in (0, 1))
-    cells = {key: "{:.2f}x ({:.2f}-{:.2f})".format(*ratio(pair, "minimodels", "transformers")) for key, pair in timings.items()}
-    lines = [[model, *(cells.get((model, question), "") for question in questions)] for model in models]
-    return markdown(["against transformers", *questions], lines) if lines else ""
+            timings[f"{row['model']}, {row['peer']}", row["question"]][row["provider"]] = row["seconds"]
+    pairs, questions = (list(dict.fromkeys(key[i] for key in timings)) for i in (0, 1))
+    cells = {}
+    for (pair, question), samples in timings.items():
+        (peer,) = set(samples) - {"minimodels"}
+        cells[pair, question] = "{:.2f}x ({:.2f}-{:.2f})".format(*ratio(samples, "minimodels", peer))
+    lines = [[pair, *(cells.get((pair, question), "") for question in questions)] for pair in pairs]
+    return markdown(["model, against", *questions], lines) if lines else ""
+
+
+def kernels(rows: Rows) -> str:
+    """For the last case of each operation: what ours takes, the share of what the machine can copy or multiply, the memory, and
+    how many times longer the others take. Ours is the kernel, or where that was not timed the torch path."""
+    cases = defaultdict(dict)
+    for row in rows:
+        if row.get("benchmark") == "kernels":
+            cases[row["operation"], row["direction"]].setdefault(row["case"], {})[row["provider"]] = row
+    lines = []
+    for (operation, direction), by_case in cases.items():
+        case, providers = list(by_case.items())[-1]
+        ours = "triton" if "triton" in providers else "torch"
+        row = providers[ours]
+        took = [f"{statistics.median(row['seconds']) * 1e3:.2f} ms", f"{row['rate'] / row['ceiling']:.0%} of {row['unit']}"]
+        took += [f"{row['bytes'] / 1e6:,.0f} MB"] if row["bytes"] is not None else []
+        timings = {name: other["seconds"] for name, other in providers.items()}
+        others = [f"{name} {ratio(timings, ours, name)[0]:.2f}x" for name in providers if name != ours]
+        lines.append([f"`{operation}` {direction}", case, f"{ours} {', '.join(took)}", ", ".join(others)])
+    return markdown(["operation", "case", "ours", "others take"], lines) if lines else ""
 
 
 def claims(rows: Rows) -> str:

@@ -2,11 +2,13 @@
 
     python -m benchmarks.throughput                                       every preset, training step, prefill and decode
     python -m benchmarks.throughput --models transformer mamba --modes train --longest 16384
-    python -m benchmarks.throughput --layers "mamba mlp window mlp" --impl torch
+    python -m benchmarks.throughput --layers "mamba mlp window mlp" --impl reference torch
+    python -m benchmarks.throughput --models transformer --modes train --impl torch cudnn triton --compile
 
 Models are matched on one axis (`--match`): each is made as wide as gives it the transformer's parameters, active parameters or
 FLOPs per token. Contexts double from 256; the tokens of a step are held constant, so a longer context means fewer sequences.
 The models are timed in turn, the first of them twice, which shows the noise. What does not fit in memory is a result too.
+Given several paths, each model is timed with each, and the crossover is that of the fastest of either model.
 """
 
 from __future__ import annotations
@@ -14,18 +16,22 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import tyro
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minimodels import LM, Config, InputError, preset
 from minimodels.command import keep_freed_memory, pick_device, run_command
 from minimodels.config import BLOCKS
 from minimodels.layers import choose
 from minimodels.ledger import Ledger, ledger
-from minimodels.measure import ceilings, crossover, interleave, peak_bytes, write
+from minimodels.measure import ceilings, interleave, overtaking, peak_bytes, write
 from minimodels.optim import adamw
 
 AXES: dict[str, Callable[[Ledger], float]] = {
@@ -33,7 +39,8 @@ AXES: dict[str, Callable[[Ledger], float]] = {
     "active": lambda cost: cost.active,
     "flops": lambda cost: cost.forward_flops,
 }
-FIRST = 256  # the shortest context, and the one at which FLOPs are matched
+FIRST = 256  # the context at which the models are matched, and the shortest unless another is asked for
+CUDNN = "cudnn"  # the torch path with cuDNN's attention, which PyTorch does not always choose by itself
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,8 @@ class Options:
     """axis on which the models are made equal: parameters, active, flops, or none"""
     modes: tuple[str, ...] = ("train", "prefill", "decode")
     """train (a whole step), prefill (the state of a prompt), decode (one more token, batch 1 and `decode_batch`)"""
+    shortest: int = FIRST
+    """first context"""
     longest: int = 0
     """last context; 0: 4096 on a CPU, 1,048,576 on a GPU"""
     tokens: int = 0
@@ -58,14 +67,24 @@ class Options:
     """sequences decoded at once, besides one alone"""
     rounds: int = 5
     """timings of each point"""
-    impl: str = "auto"
-    """auto, reference, torch or triton"""
+    impl: tuple[str, ...] = ("auto",)
+    """paths to compare: auto, reference, torch, triton, and cudnn, which is torch with cuDNN's attention"""
     compile: bool = False
-    """torch.compile the training step"""
+    """time the training step under torch.compile too"""
     device: str = "auto"
     """auto, cpu or cuda"""
     out: Path = Path("benchmarks/results/cpu/throughput.jsonl")
     """file for the JSON rows, written anew after each point"""
+
+
+class Provider(NamedTuple):
+    """A model and the way it is run."""
+
+    base: str
+    """name of the model"""
+    config: Config
+    impl: str
+    compiled: bool = False
 
 
 def main(options: Options) -> None:
@@ -79,19 +98,21 @@ def main(options: Options) -> None:
     configs = matched(options)
     rows: list[dict] = []
     for mode in options.modes:
-        alive = dict(configs)  # a model that does not fit is not tried at twice the context
+        alive = providers(configs, options, mode)  # what does not fit is not tried at twice the context
         for batch in (1, options.decode_batch) if mode == "decode" else (0,):
-            for context in contexts(longest):
+            for context in contexts(options.shortest, longest):
                 sequences = batch or max(1, tokens // context)
                 measured = measure_point(mode, alive, context, sequences, options, device)
                 for row in measured:
-                    row |= {"limit": limits["TFLOP/s"] * 1e12, "impl": options.impl, "compiled": options.compile}
+                    row |= {"limit": limits["TFLOP/s"] * 1e12}
                     print(describe(row), flush=True)
                     if row["seconds"] is None:
                         alive.pop(row["model"].removesuffix(" again"), None)
                 rows += measured
                 write(options.out, rows, device)
-            report_crossover(rows, mode, batch)
+            places = [row for row in rows if row["mode"] == mode and (row["batch"] == batch or not batch)]
+            if place := overtaking(places):
+                print(f"{mode}{f', batch {batch}' if batch else ''}: {place}")
     print(f"written to {options.out}")
 
 
@@ -102,28 +123,48 @@ def check(options: Options) -> torch.device:
             raise InputError("modes", mode, ", ".join(MODES))
     if options.match not in (*AXES, "none"):
         raise InputError("match", options.match, ", ".join([*AXES, "none"]))
-    for name, least in (("longest", FIRST), ("tokens", 1)):
+    for name, least in (("longest", options.shortest), ("tokens", 1)):
         if getattr(options, name) and getattr(options, name) < least:
             raise InputError(name, getattr(options, name), f"{least} or more")
-    for name in ("rounds", "decode_batch"):
+    for name in ("rounds", "decode_batch", "shortest"):
         if getattr(options, name) < 1:
             raise InputError(name, getattr(options, name), "1 or more")
     if not options.models and not options.layers:
         raise InputError("models", (), ", ".join(BLOCKS))
     device = pick_device(options.device)
-    choose(options.impl, "rmsnorm", device)
+    for impl in options.impl:
+        if impl != CUDNN:
+            choose(impl, "rmsnorm", device)
+        elif device.type != "cuda":
+            raise InputError("impl", CUDNN, f"auto, reference or torch, for the device is {device.type}")
+    if not options.impl:
+        raise InputError("impl", (), "auto, reference, torch, triton, cudnn")
     return device
 
 
-def contexts(longest: int) -> list[int]:
-    """Doubling from FIRST."""
-    return [FIRST * 2**i for i in range(int(math.log2(longest / FIRST)) + 1)]
+def contexts(shortest: int, longest: int) -> list[int]:
+    """Doubling."""
+    return [shortest * 2**i for i in range(int(math.log2(longest / shortest)) + 1)]
+
+
+def providers(configs: dict[str, Config], options: Options, mode: str) -> dict[str, Provider]:
+    """Every model with every path; where there is more than one way, its name says which."""
+    found = {}
+    for compiled in (False, True) if options.compile and mode == "train" else (False,):
+        for impl in options.impl:
+            for base, config in configs.items():
+                if impl == CUDNN and not any(layer in config.layers for layer in ("attention", "window")):
+                    continue
+                way = f", {impl}" * (len(options.impl) > 1) + " compiled" * compiled
+                config = replace(config, impl="torch" if impl == CUDNN else impl)
+                found[base + way] = Provider(base, config, impl, compiled)
+    return found
 
 
 def matched(options: Options) -> dict[str, Config]:
     """The models by name, as wide as makes them cost on the axis what the transformer does; and the table of their costs."""
-    base = preset("transformer", options.size, impl=options.impl)
-    configs = {name: preset(name, options.size, impl=options.impl) for name in options.models}
+    base = preset("transformer", options.size)
+    configs = {name: preset(name, options.size) for name in options.models}
     configs |= {layers: replace(base, layers=layers) for layers in options.layers}
     if options.match != "none":
         configs = {name: match(config, base, AXES[options.match]) for name, config in configs.items()}
@@ -145,21 +186,22 @@ def match(config: Config, base: Config, axis: Callable[[Ledger], float]) -> Conf
     return min(candidates[max(0, low - 1) : low + 1], key=lambda c: abs(axis(ledger(c, FIRST)) - target))
 
 
-def measure_point(mode: str, configs: dict[str, Config], context: int, batch: int, options: Options, device: torch.device):
+def measure_point(mode: str, given: dict[str, Provider], context: int, batch: int, options: Options, device: torch.device):
     """Rows of all models at one context; `seconds` is None where memory does not suffice."""
     calls: dict[str, Callable] = {}
     rows = {}
-    for name, config in configs.items():
+    for name, (base, config, impl, compiled) in given.items():
         cost = ledger(config, context)
         rows[name] = {
-            "benchmark": "throughput", "mode": mode, "model": name, "layers": config.layers, "width": config.width,
-            "match": options.match, "context": context, "batch": batch, "parameters": cost.parameters, "active": cost.active,
-            "state_bytes": cost.state_bytes, "tokens": batch * (1 if mode == "decode" else context),
+            "benchmark": "throughput", "mode": mode, "model": name, "base": base, "impl": impl, "compiled": compiled,
+            "layers": config.layers, "width": config.width, "match": options.match, "context": context, "batch": batch,
+            "parameters": cost.parameters, "active": cost.active, "state_bytes": cost.state_bytes,
+            "tokens": batch * (1 if mode == "decode" else context),
             "flops": cost.training_flops if mode == "train" else cost.forward_flops, "seconds": None, "peak_bytes": None,
         }  # fmt: skip
         try:
             torch.manual_seed(0)
-            call = MODES[mode](LM(config).to(device), context, batch, options.compile)
+            call = partial(run, impl, MODES[mode](LM(config).to(device), context, batch, compiled))
             call()
             rows[name]["peak_bytes"] = peak_bytes(call, device)
             calls[name] = call
@@ -172,6 +214,12 @@ def measure_point(mode: str, configs: dict[str, Config], context: int, batch: in
     for name, seconds in interleave(calls, rounds=options.rounds, seconds=0.1).items():
         rows[name]["seconds"] = seconds
     return list(rows.values())
+
+
+def run(impl: str, call: Callable[[], object]) -> None:
+    """The call, with the attention that the path asks for."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if impl == CUDNN else nullcontext():
+        call()
 
 
 def train(model: LM, context: int, batch: int, compiled: bool) -> Callable[[], None]:
@@ -245,19 +293,6 @@ def describe(row: dict) -> str:
         text += f", {rate * row['flops'] / row['limit']:.0%} of the matrix products"
     memory = f", peak {row['peak_bytes'] / 2**20:,.0f} MiB" if row["peak_bytes"] is not None else ""
     return text + memory + f", state {row['state_bytes'] / 1024:,.0f} KiB a sequence"
-
-
-def report_crossover(rows: list[dict], mode: str, batch: int) -> None:
-    """Print from which context Mamba is faster than the transformer in this mode."""
-    points = {}
-    for row in rows:
-        if row["mode"] == mode and row["seconds"] and (mode != "decode" or row["batch"] == batch):
-            points.setdefault(row["context"], {})[row["model"]] = row["seconds"]
-    both = {context: models for context, models in points.items() if {"mamba", "transformer"} <= models.keys()}
-    if len(both) < 2:
-        return
-    ratios = [[t / m for t, m in zip(models["transformer"], models["mamba"], strict=True)] for models in both.values()]
-    print(f"{mode}{f', batch {batch}' if batch else ''}: {crossover(list(both), ratios)}")
 
 
 if __name__ == "__main__":

@@ -31,17 +31,17 @@ any slot may be empty: then every block is masked, and only the slots behind a q
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from . import INTERPRETED
-from .common import Case, command, compare, full, move, on, report, run
+from .common import GPU, TIMED, Case, Peer, command, compare, full, move, on, report, run
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -464,7 +464,7 @@ def check() -> None:
         places = torch.arange(S).repeat(B, 1) * 2
         for positions in ((None, None), (places[:, S - T :], places)):
             compare(attention, reference, (*arguments, *positions, window))
-    if torch.cuda.is_available():
+    if GPU:
         inputs = {dtype: [move(part, "cuda", dtype) for part in arguments] for dtype in (torch.float16, torch.float64)}
         half, exact = inputs.values()
         for result, plain, true in zip(run(attention, half), run(reference, half), run(reference, exact), strict=True):
@@ -480,28 +480,55 @@ def reference(*arguments, impl: str = "reference") -> Tensor:
     return operation(*arguments, impl=impl)
 
 
-def torch_path(*arguments, backend: SDPBackend | None = None) -> Tensor:
-    """The same by torch's scaled_dot_product_attention, of its own choice of backend or of one."""
-    with nullcontext() if backend is None else sdpa_kernel(backend):
+def backend(chosen: SDPBackend, *arguments) -> Tensor:
+    """One backend of torch's scaled_dot_product_attention, which by itself chooses among them."""
+    with sdpa_kernel(chosen):
         return reference(*arguments, impl="torch")
 
 
-def case(d: int, T: int) -> Case:
-    """bf16, 16384 tokens; two products forward, five backward, what is computed twice not counted."""
-    B, H = 16384 // T, 16
+def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's own Triton attention."""
+    return compiled_flex()(q, k, v, block_mask=causal_blocks(q.shape[2], q.device))
+
+
+@lru_cache
+def compiled_flex():
+    return torch.compile(flex_attention)
+
+
+@lru_cache
+def causal_blocks(T: int, device: torch.device):
+    return create_block_mask(lambda b, h, query, key: query >= key, None, None, T, T, device=device)
+
+
+def fla(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The Triton attention of flash-linear-attention, which wants (B, T, H, d)."""
+    from fla.ops.attn import parallel_attn
+
+    return parallel_attn(*(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2)
+
+
+PEERS = {
+    "cuDNN": Peer("torch", partial(backend, SDPBackend.CUDNN_ATTENTION)),
+    "FlashAttention": Peer("torch", partial(backend, SDPBackend.FLASH_ATTENTION)),
+    "flex_attention": Peer("torch", flex),
+    "fla": Peer("fla-core", fla, module="fla"),
+}
+
+
+def case(tokens: int, T: int, H: int, d: int) -> Case:
+    """Two products forward, five backward, what is computed twice not counted."""
+    B = tokens // T
 
     def inputs() -> tuple:
-        parts = torch.randn(3, B, T, H, d, device="cuda", dtype=torch.bfloat16)
+        parts = torch.randn(3, B, T, H, d, **TIMED)
         return tuple(part.transpose(1, 2).requires_grad_() for part in parts.unbind(0))
 
-    peers = {
-        "cuDNN": partial(torch_path, backend=SDPBackend.CUDNN_ATTENTION),
-        "FlashAttention": partial(torch_path, backend=SDPBackend.FLASH_ATTENTION),
-    }
     work = 4 * B * H * T * T * d / 2
-    return Case(f"B {B}, H {H}, T {T}, d {d}", inputs, work, 2.5 * work, "TFLOP/s", peers)
+    return Case(f"B {B}, H {H}, T {T}, d {d}", inputs, work, 2.5 * work, "TFLOP/s")
 
 
 if __name__ == "__main__":
-    cases = [case(d, T) for d in (64, 128) for T in (1024, 4096, 16384)]
-    command(report("attention", attention, torch_path, cases, check), __doc__)
+    lengths = (1024, 4096, 16384) if GPU else (256, 1024, 4096)
+    cases = [case(16384, T, 16, d) for d in (64, 128) for T in lengths] if GPU else [case(T, T, 4, 64) for T in lengths]
+    command(report("attention", attention, reference, cases, PEERS, check), __doc__)

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Case, command, compare, full, on, report, tuned
+from .common import GPU, TIMED, Case, Peer, command, compare, full, on, report, tuned
 
 CHUNK = 128  # tokens a program walks along: at W = 4 the borders and the partial sums add about 5 % to the bytes of backward
 CONFIGS = [  # a thread holds 2 to 8 channels, so that a warp reads 128 to 512 bytes at once
@@ -307,38 +307,44 @@ def check() -> None:
     for batch, T, D, W in ((2, 5, 33, 4), (1, CHUNK + 3, 130, 3)):
         for activation in (False, True):
             arguments = torch.randn(batch, T, D), torch.randn(D, W), torch.randn(D), torch.randn(batch, W - 1, D), None
-            compare(causal_conv1d, lambda *arguments: reference(*arguments, "reference"), (*arguments, activation))
+            compare(causal_conv1d, reference, (*arguments, activation))
 
 
-def reference(x, weight, bias, window, lengths, activation, impl):
-    """minimodels.mamba.causal_conv1d, and SiLU."""
+def reference(*arguments, impl: str = "reference") -> tuple[Tensor, Tensor]:
+    """minimodels.mamba.causal_conv1d."""
     from minimodels.mamba import causal_conv1d as operation
 
-    y, window = operation(x, weight, bias, window, lengths, impl=impl)
-    return torch.nn.functional.silu(y) if activation else y, window
+    return operation(*arguments, impl=impl)
 
 
-def peers() -> dict:
-    """The package causal_conv1d, where it is installed; it wants (B, D, T), here a view."""
-    try:
-        from causal_conv1d import causal_conv1d_fn
-    except ImportError:
-        return {}
-    return {"causal_conv1d": lambda x, weight, bias, *_: causal_conv1d_fn(x.mT, weight, bias, activation="silu").mT}
+def cuda(x: Tensor, weight: Tensor, bias: Tensor, *_) -> Tensor:
+    """The CUDA kernel of the package causal_conv1d, which wants (B, D, T): here a view."""
+    from causal_conv1d import causal_conv1d_fn
+
+    return causal_conv1d_fn(x.mT, weight, bias, activation="silu").mT
+
+
+def fla(x: Tensor, weight: Tensor, bias: Tensor, *_) -> Tensor:
+    """The Triton kernel of flash-linear-attention."""
+    from fla.modules.causal_conv1d import causal_conv1d as operation
+
+    return operation(x, weight, bias, activation="silu")[0]
+
+
+PEERS = {"causal_conv1d": Peer("causal_conv1d", cuda), "fla": Peer("fla-core", fla, module="fla")}
 
 
 def case(batch: int, T: int, D: int, W: int = 4) -> Case:
-    """bf16, with SiLU: four bytes an element forward, six backward."""
+    """With SiLU: two numbers an element forward, three backward."""
 
     def inputs() -> tuple:
-        x = torch.randn(batch, T, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        weight, bias = torch.randn(D, W + 1, device="cuda", dtype=torch.bfloat16).split((W, 1), dim=1)
-        return x, weight.contiguous().requires_grad_(), bias.flatten().requires_grad_(), None, None, True
+        x, (weight, bias) = torch.randn(batch, T, D, **TIMED), torch.randn(D, W + 1, **TIMED).split((W, 1), dim=1)
+        return x.requires_grad_(), weight.contiguous().requires_grad_(), bias.flatten().requires_grad_(), None, None, True
 
     size = batch * T * D
-    return Case(f"B {batch}, T {T}, D {D}, W {W}", inputs, 4 * size, 6 * size, peers=peers())
+    return Case(f"B {batch}, T {T}, D {D}, W {W}", inputs, 2 * size, 3 * size)
 
 
 if __name__ == "__main__":
-    cases = [case(8, 8192, 1536), case(1, 65536, 1536)]
-    command(report("causal_conv1d", causal_conv1d, lambda *arguments: reference(*arguments, "torch"), cases, check), __doc__)
+    cases = [case(8, 8192, 1536), case(1, 65536, 1536)] if GPU else [case(1, T, 512) for T in (256, 1024, 4096)]
+    command(report("causal_conv1d", causal_conv1d, reference, cases, PEERS, check), __doc__)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,9 +17,13 @@ import triton.language as tl
 import tyro
 from torch import Tensor
 
-from minimodels.measure import ceilings, environment, interleave
+from minimodels.config import InputError
+from minimodels.measure import ceilings, environment, interleave, peak_bytes
 
 from . import INTERPRETED
+
+GPU = torch.cuda.is_available()
+TIMED = {"device": "cuda", "dtype": torch.bfloat16} if GPU else {"device": "cpu", "dtype": torch.float32}  # what is timed in
 
 
 def on(tensor: Tensor) -> contextlib.AbstractContextManager:
@@ -43,9 +49,9 @@ def programs(tensor: Tensor, per_processor: int = 4) -> int:
 def compare(kernel: Callable, reference: Callable, arguments: tuple) -> None:
     """Assert that outputs and gradients are the reference's in fp64, up to twice the error of the reference at the precision
     tested, or to a floor where that is chance: fp32 and, interpreted, fp64; on a GPU fp32 and bf16."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = TIMED["device"]
     exact = run(reference, [move(part, device, torch.float64) for part in arguments])
-    for dtype in (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32, torch.float64):
+    for dtype in (torch.float32, torch.bfloat16) if GPU else (torch.float32, torch.float64):
         inputs = [move(part, device, dtype) for part in arguments]
         results, plain = run(kernel, inputs), run(reference, inputs)
         for i, (result, low, true) in enumerate(zip(results, plain, exact, strict=True)):
@@ -81,24 +87,49 @@ def run(operation: Callable, arguments: list) -> list[Tensor]:
 
 @dataclass
 class Case:
-    """One size at which an operation is timed."""
+    """One size at which an operation is timed: its inputs are as TIMED says, bf16 on a GPU and fp32 on a CPU."""
 
     label: str
     inputs: Callable[[], tuple]
-    """makes the arguments; the tensors that want gradients require them"""
+    """makes the arguments; the tensors that want gradients require them, x or q is the first"""
     forward: float
-    """the bytes, or FLOPs, that the forward pass must cost"""
+    """the numbers moved, or the FLOPs, that the forward pass must cost"""
     backward: float
     """and the backward pass; 0 where the providers do both in one call"""
     unit: str = "GB/s"
-    """or TFLOP/s: what the two above are counted in, and which of the machine's ceilings they are held against"""
-    peers: dict[str, Callable] = field(default_factory=dict)
-    """further providers with the operation's signature"""
+    """or TFLOP/s: which of the machine's ceilings the two above are held against"""
+
+
+@dataclass
+class Peer:
+    """What someone else made of the operation."""
+
+    package: str
+    """that has to be installed"""
+    call: Callable
+    """with the signature of the operation"""
+    gpu: bool = True
+    """whether it needs one"""
+    module: str = ""
+    """what the package is imported as, if it has another name"""
+
+
+def available(peers: dict[str, Peer]) -> dict[str, Callable]:
+    """Those that can run here; the others are skipped by name."""
+    found = {}
+    for name, peer in peers.items():
+        if importlib.util.find_spec(peer.module or peer.package.replace("-", "_")) is None:
+            print(f"  {name}: skipped, for {peer.package} is not installed")
+        elif peer.gpu and not GPU:
+            print(f"  {name}: skipped, for it needs a GPU")
+        else:
+            found[name] = peer.call
+    return found
 
 
 @dataclass(frozen=True)
 class Options:
-    """Check an operation and time it against its torch path, the same compiled, and what else is installed."""
+    """Check an operation and time it against its torch path, the same compiled, its reference, and what else is installed."""
 
     out: Path | None = None
     """file for JSON rows, appended"""
@@ -108,34 +139,44 @@ class Options:
     """compare with the reference and time nothing"""
 
 
-def report(operation: str, kernel: Callable, torch_path: Callable, cases: list[Case], check: Callable[[], None]) -> Callable:
-    """The command of a kernel file: `check` first, then forward and backward of every case, providers in turn."""
+def report(
+    operation: str, kernel: Callable, path: Callable, cases: list[Case], peers: dict[str, Peer], check: Callable
+) -> Callable:
+    """The command of a kernel file: `check` first, then forward and backward of every case, providers in turn, and the memory
+    that they take. `path` is the operation with an argument `impl`. Without a GPU the kernel is checked, interpreted, and
+    the reference, the torch path and the peers are timed without it."""
 
     def main(options: Options) -> None:
-        check()
-        print(f"{operation}: outputs and gradients are those of the reference")
+        if not GPU and not INTERPRETED and options.check_only:
+            raise InputError("check-only", True, "a machine with a GPU, or TRITON_INTERPRET=1")
+        if GPU or INTERPRETED:
+            check()
+            print(f"{operation}: outputs and gradients are those of the reference")
+        else:
+            print(f"{operation}: the kernel is neither checked nor timed, for there is no GPU (TRITON_INTERPRET=1 checks it)")
         if options.check_only:
             return
-        if not torch.cuda.is_available():
-            print("no GPU: nothing is timed (the check ran interpreted)")
-            return
-        limits, shared = ceilings(torch.device("cuda")), environment(torch.device("cuda"))
-        print(f"{shared['device']}: copy {limits['GB/s']:,.0f} GB/s, bf16 products {limits['TFLOP/s']:,.0f} TFLOP/s")
+        device = torch.device(TIMED["device"])
+        limits, shared = ceilings(device), environment(device)
+        print(f"{shared['device']}: copy {limits['GB/s']:.3g} GB/s, matrix products {limits['TFLOP/s']:.3g} TFLOP/s")
+        torch_path, others = partial(path, impl="torch"), available(peers)
         for case in cases:
-            providers = {"triton": kernel, "torch": torch_path, "torch.compile": torch.compile(torch_path), **case.peers}
+            first = {"triton": kernel} if GPU else {"reference": partial(path, impl="reference")}
+            providers = {**first, "torch": torch_path, "torch.compile": torch.compile(torch_path), **others}
             for direction, work in (("forward", case.forward), ("backward", case.backward)):
                 if not work:  # the forward pass did both
                     continue
-                timings = time_providers(providers, case.inputs, direction, options.rounds)
+                timings, memory = time_providers(providers, case.inputs, direction, options.rounds)
                 for name, seconds in timings.items():
                     median = statistics.median(seconds)
-                    rate = work / median / (1e9 if case.unit == "GB/s" else 1e12)
+                    rate = work * (TIMED["dtype"].itemsize / 1e9 if case.unit == "GB/s" else 1e-12) / median
                     print(
-                        f"  {case.label:40} {direction:8} {name:14} {median * 1e3:8.3f} ms {rate:8,.0f} {case.unit} "
-                        f"{rate / limits[case.unit]:5.0%} of the machine's"
+                        f"  {case.label:40} {direction:8} {name:14} {median * 1e3:9.3f} ms {rate:8.3g} {case.unit} "
+                        f"{rate / limits[case.unit]:5.0%} of the machine's {(memory[name] or 0) / 1e6:8,.0f} MB"
                     )
-                    row = {"operation": operation, "case": case.label, "direction": direction, "provider": name}
-                    row |= {"seconds": seconds, "rate": rate, "unit": case.unit, "ceiling": limits[case.unit]}
+                    row = {"benchmark": "kernels", "operation": operation, "case": case.label, "direction": direction}
+                    row |= {"provider": name, "seconds": seconds, "bytes": memory[name]}
+                    row |= {"rate": rate, "unit": case.unit, "ceiling": limits[case.unit]}
                     if options.out:
                         with options.out.open("a") as file:
                             file.write(json.dumps({**shared, **row}) + "\n")
@@ -143,18 +184,26 @@ def report(operation: str, kernel: Callable, torch_path: Callable, cases: list[C
     return main
 
 
-def time_providers(providers: dict[str, Callable], inputs: Callable[[], tuple], direction: str, rounds: int) -> dict:
-    """Interleaved seconds of each provider that runs at all; one that fails is named and left out."""
-    calls = {}
+def time_providers(providers: dict[str, Callable], inputs: Callable[[], tuple], direction: str, rounds: int) -> tuple:
+    """Interleaved seconds of each provider that runs at all, and the bytes it takes; one that fails is named and left out."""
+    torch._functorch.config.donated_buffer = False  # a compiled backward pass is to run more than once
+    calls, memory = {}, {}
     for name, provider in providers.items():
         try:
-            calls[name] = prepare(provider, inputs(), direction)
-            calls[name]()
+            arguments = inputs()
+            call = prepare(provider, arguments, direction)
+            call()  # compiles and tunes
+            memory[name] = peak_bytes(partial(once, provider, arguments, direction), torch.device(TIMED["device"]))
+            calls[name] = call
         except Exception as error:  # a peer may raise anything
             reason = (str(error).splitlines() or [""])[0]
             print(f"  {name}: left out, for it failed ({type(error).__name__}: {reason})")
-            calls.pop(name, None)
-    return interleave(calls, rounds=rounds)
+    return interleave(calls, rounds=rounds, warm=False), memory
+
+
+def once(provider: Callable, arguments: tuple, direction: str) -> None:
+    """One forward pass without gradients, or one with them and the backward pass: whose memory is measured."""
+    prepare(provider, arguments, direction)()
 
 
 def prepare(provider: Callable, arguments: tuple, direction: str) -> Callable[[], object]:

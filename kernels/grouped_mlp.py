@@ -33,7 +33,6 @@ A kernel of its own sums what visits add to a token, expert after expert: no ato
 from __future__ import annotations
 
 import functools
-import importlib.util
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +42,7 @@ from torch import Tensor
 from triton import Config, cdiv, next_power_of_2
 
 from . import INTERPRETED
-from .common import Case, command, compare, full, on, programs, report
+from .common import GPU, TIMED, Case, Peer, command, compare, full, on, programs, report
 
 GROUP = tl.constexpr(8)  # blocks of slots: their rows and the weights they meet next come from the L2 cache
 WIDTH = 128  # columns of every tile of r, however tuned: dgates is a sum of parts, one for each so many columns
@@ -428,21 +427,38 @@ def liger(x, gates, visits, gate, up, out, most):
     return LigerFusedMoEFunction.apply(x, weights, out, experts.int(), gates.gather(1, experts))
 
 
+def grouped_mm(x, gates, visits, gate, up, out, most):
+    """PyTorch's grouped product, the tokens sorted by expert."""
+    expert, token = visits.t().nonzero(as_tuple=True)
+    ends, rows = visits.sum(0).cumsum(0).to(torch.int32), x[token]
+    hidden = F.silu(F.grouped_mm(rows, gate.mT, offs=ends)) * F.grouped_mm(rows, up.mT, offs=ends)
+    y = F.grouped_mm(hidden, out.mT, offs=ends) * gates[token, expert, None].to(hidden.dtype)
+    return torch.zeros_like(x).index_add(0, token, y)
+
+
+PEERS = {
+    "dense, as many FLOPs": Peer("torch", dense, gpu=False),
+    "grouped_mm": Peer("torch", grouped_mm, gpu=False),
+    "liger": Peer("liger-kernel", liger),
+}
+
+
 def case(n: int, E: int, K: int, D: int, I: int) -> Case:
-    """bf16, the experts chosen at random: three products forward, six backward."""
+    """The experts chosen at random: three products forward, six backward."""
 
     def inputs() -> tuple:
         shapes = (n, D), (E, I, D), (E, I, D), (E, D, I)
-        tensors = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) * shape[-1] ** -0.5 for shape in shapes)
+        tensors = (torch.randn(shape, **TIMED) * shape[-1] ** -0.5 for shape in shapes)
         x, gate, up, out = (tensor.requires_grad_() for tensor in tensors)
-        visits = torch.rand(n, E, device="cuda").argsort(1) < K
-        return x, torch.rand(n, E, device="cuda", requires_grad=True), visits, gate, up, out, K
+        visits = torch.rand(n, E, device=x.device).argsort(1) < K
+        return x, torch.rand(n, E, device=x.device, requires_grad=True), visits, gate, up, out, K
 
-    peers = {"dense, equal FLOPs": dense} | ({"liger": liger} if importlib.util.find_spec("liger_kernel") else {})
     label, forward = f"{n} tokens, {K} of {E} experts, D {D}, I {I}", 6 * n * K * D * I
-    return Case(label, inputs, forward, 2 * forward, "TFLOP/s", peers)
+    return Case(label, inputs, forward, 2 * forward, "TFLOP/s")
 
 
 if __name__ == "__main__":
-    cases = [case(32768, 128, 8, 2048, 768), case(8192, 8, 2, 2048, 5632)]
-    command(report("grouped_mlp", grouped_mlp, functools.partial(reference, impl="torch"), cases, check), __doc__)
+    cases = [case(32768, 128, 8, 2048, 768), case(8192, 8, 2, 2048, 5632)] if GPU else [
+        case(n, 8, 2, 512, 688) for n in (256, 1024, 4096)
+    ]  # fmt: skip
+    command(report("grouped_mlp", grouped_mlp, reference, cases, PEERS, check), __doc__)

@@ -43,7 +43,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from minimodels.loss import IGNORE
 
-from .common import Case, command, compare, full, on, report
+from .common import GPU, TIMED, Case, Peer, command, compare, full, on, report
 
 COLUMNS = 4096  # at least, of a chunk: in the product for dx 8192 operations for the 8 bytes with which an element is added up
 WORK = 2**25  # logits of a chunk where there are few rows, so that a product fills the machine
@@ -219,14 +219,14 @@ def check() -> None:
         targets = torch.randint(V, (n,))
         targets[1] = IGNORE
         arguments = torch.randn(n, D), torch.randn(V, D) / D**0.5, targets
-        compare(linear_cross_entropy, lambda *arguments: reference(*arguments, "reference"), arguments)
+        compare(linear_cross_entropy, reference, arguments)
 
 
-def reference(*arguments):
+def reference(*arguments, impl: str = "reference") -> Tensor:
     """minimodels.loss.linear_cross_entropy."""
     from minimodels.loss import linear_cross_entropy as operation
 
-    return operation(*arguments)
+    return operation(*arguments, impl)
 
 
 def plain(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -249,29 +249,32 @@ def liger(accumulate: torch.dtype | None):
 def whole(operation):
     """Forward and backward in one call, for some make their gradients in one and some in the other."""
 
-    def both(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def both(x: Tensor, weight: Tensor, targets: Tensor, **impl: str) -> Tensor:
         with torch.enable_grad():
-            loss = operation(x, weight, targets)
-            torch.autograd.grad(loss, (x, weight), retain_graph=True)
-            return loss
+            loss = operation(x, weight, targets, **impl)
+            torch.autograd.grad(loss, (x, weight))
+            return loss.detach()
 
     return both
 
 
+PEERS = {
+    "plain": Peer("torch", whole(plain), gpu=False),
+    "liger": Peer("liger-kernel", whole(liger(None))),
+    "liger, fp32": Peer("liger-kernel", whole(liger(torch.float32))),
+}
+
+
 def case(n: int, D: int, V: int) -> Case:
-    """bf16; the useful work is three products."""
+    """The useful work is three products."""
 
     def inputs() -> tuple:
-        x = torch.randn(n, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        weight = (torch.randn(V, D, device="cuda", dtype=torch.bfloat16) * D**-0.5).requires_grad_()
-        return x, weight, torch.randint(V, (n,), device="cuda")
+        x, weight = torch.randn(n, D, **TIMED), torch.randn(V, D, **TIMED) * D**-0.5
+        return x.requires_grad_(), weight.requires_grad_(), torch.randint(V, (n,), device=x.device)
 
-    peers = {"plain": plain, "liger": liger(None), "liger, fp32": liger(torch.float32)}
-    peers = {name: whole(peer) for name, peer in peers.items()}
-    return Case(f"n {n}, D {D}, V {V}: both passes", inputs, 6 * n * D * V, 0, "TFLOP/s", peers)
+    return Case(f"n {n}, D {D}, V {V}: both passes", inputs, 6 * n * D * V, 0, "TFLOP/s")
 
 
 if __name__ == "__main__":
-    cases = [case(8192, 2048, 50304), case(16384, 4096, 131072)]
-    torch_path = whole(lambda *arguments: reference(*arguments, "torch"))
-    command(report("linear_cross_entropy", whole(linear_cross_entropy), torch_path, cases, check), __doc__)
+    cases = [case(8192, 2048, 50304), case(16384, 4096, 131072)] if GPU else [case(n, 256, 8192) for n in (256, 1024, 4096)]
+    command(report("linear_cross_entropy", whole(linear_cross_entropy), whole(reference), cases, PEERS, check), __doc__)

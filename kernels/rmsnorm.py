@@ -18,12 +18,14 @@ g = weight · dy:
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Case, command, compare, full, on, programs, report
+from .common import GPU, TIMED, Case, Peer, command, compare, full, on, programs, report
 
 
 @triton.jit
@@ -166,28 +168,47 @@ def check() -> None:
             x, update, weight = torch.randn(shape), torch.randn(shape), torch.randn(shape[-1])
             compare(
                 lambda x, weight, update: rmsnorm(x, weight, 1e-5, update),
-                lambda x, weight, update: reference(x, weight, 1e-5, update, "reference"),
+                lambda x, weight, update: reference(x, weight, 1e-5, update),
                 (x, weight, update if add else None),
             )
 
 
-def reference(*arguments):
+def reference(*arguments, impl: str = "reference") -> tuple[Tensor, Tensor]:
     """minimodels.layers.rmsnorm."""
     from minimodels.layers import rmsnorm as operation
 
-    return operation(*arguments)
+    return operation(*arguments, impl=impl)
+
+
+def liger(x: Tensor, weight: Tensor, eps: float, update: Tensor) -> tuple[Tensor, Tensor]:
+    """The same fusion in liger-kernel."""
+    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+
+    return LigerFusedAddRMSNormFunction.apply(update, x, weight, eps)
+
+
+def llama(x: Tensor, weight: Tensor, eps: float, update: Tensor) -> tuple[Tensor, Tensor]:
+    """The addition and the norm of transformers' Llama."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    total = x + update
+    return LlamaRMSNorm.forward(SimpleNamespace(weight=weight, variance_epsilon=eps), total), total
+
+
+PEERS = {"liger": Peer("liger-kernel", liger), "transformers": Peer("transformers", llama, gpu=False)}
 
 
 def case(rows: int, D: int) -> Case:
-    """bf16, with the addition: eight bytes an element each way."""
+    """With the addition: four numbers an element each way."""
 
     def inputs() -> tuple:
-        x, update = torch.randn(2, rows, D, device="cuda", dtype=torch.bfloat16).unbind(0)
-        return x.requires_grad_(), torch.ones(D, device="cuda", requires_grad=True), 1e-5, update.requires_grad_()
+        x, update = torch.randn(2, rows, D, **TIMED).unbind(0)
+        weight = torch.ones(D, device=x.device, requires_grad=True)
+        return x.requires_grad_(), weight, 1e-5, update.requires_grad_()
 
-    return Case(f"{rows} rows, D {D}", inputs, 8 * rows * D, 8 * rows * D)
+    return Case(f"{rows} rows, D {D}", inputs, 4 * rows * D, 4 * rows * D)
 
 
 if __name__ == "__main__":
-    cases = [case(65536, 768), case(16384, 4096)]
-    command(report("rmsnorm", rmsnorm, lambda *arguments: reference(*arguments, "torch"), cases, check), __doc__)
+    cases = [case(65536, 768), case(16384, 4096)] if GPU else [case(rows, 256) for rows in (512, 2048, 8192)]
+    command(report("rmsnorm", rmsnorm, reference, cases, PEERS, check), __doc__)

@@ -37,14 +37,16 @@ and 128 KiB of scratch for each program, of which there are about 1000.
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
+from einops import rearrange
 from torch import Tensor
 
-from .common import Case, command, compare, full, on, programs, report
+from .common import GPU, TIMED, Case, Peer, command, compare, full, on, programs, report
 
 INTERVAL = 256  # steps between the states that are kept for backward
 STEPS = 4  # whose loads are in flight together; backward recomputes their states into registers
@@ -501,13 +503,13 @@ SIGNATURES = [  # kernel, types of its arguments, constants, warps: for minimode
 
 def check() -> None:
     """Outputs and gradients against the reference in fp64; on a GPU in bf16 too, and over several chunks."""
-    lengths = (700, 1) if torch.cuda.is_available() else (9, 1)
+    lengths = (700, 1) if GPU else (9, 1)
     for T in lengths:
         for plain in (False, True):
-            compare(selective_scan, lambda *arguments: reference(*arguments, impl="reference"), arguments(2, T, 48, 16, plain))
+            compare(selective_scan, reference, arguments(2, T, 48, 16, plain))
 
 
-def reference(*arguments, impl: str):
+def reference(*arguments, impl: str = "reference"):
     """minimodels.mamba.selective_scan."""
     from minimodels.mamba import selective_scan as operation
 
@@ -530,19 +532,52 @@ def mamba_ssm(x, delta, A, B, C, skip, z, bias):
     return selective_scan_fn(x, delta, A, B, C, skip, z, bias, delta_softplus=True).mT
 
 
-def case(T: int, D: int = 1536, N: int = 16) -> Case:
-    """65536 tokens in bf16, gated."""
-    tokens = 65536
+def by_states(scan: Callable) -> Callable:
+    """The operation by a scan h_t = decay_t · h_(t-1) + new_t that holds the states of all times, (B, T, D, N)."""
+
+    def operation(x, delta, A, B, C, skip, z, bias):
+        step = F.softplus(delta + bias).float().unsqueeze(-1)  # (B, T, D, 1)
+        states = scan(torch.exp(step * A), step * x.unsqueeze(-1) * B.unsqueeze(2))
+        y = (states @ C.float().unsqueeze(-1)).squeeze(-1) + skip * x
+        return (y * F.silu(z)).to(x.dtype)
+
+    return operation
+
+
+def mambapy(decay: Tensor, new: Tensor) -> Tensor:
+    """The parallel scan of mambapy."""
+    from mambapy.pscan import pscan
+
+    return pscan(decay, new)
+
+
+def accelerated_scan(decay: Tensor, new: Tensor) -> Tensor:
+    """The Triton scan of accelerated-scan, which wants (B, channels, T)."""
+    from accelerated_scan.scalar import scan
+
+    decay, new = (rearrange(part, "b t d n -> b (d n) t").contiguous() for part in (decay, new))
+    return rearrange(scan(decay, new), "b (d n) t -> b t d n", n=N_TIMED)
+
+
+N_TIMED = 16
+PEERS = {
+    "mamba_ssm": Peer("mamba_ssm", mamba_ssm),
+    "mambapy": Peer("mambapy", by_states(mambapy), gpu=False),
+    "accelerated-scan": Peer("accelerated-scan", by_states(accelerated_scan)),
+}
+
+
+def case(tokens: int, T: int, D: int, N: int = N_TIMED) -> Case:
+    """Gated: x, delta, z and y forward; backward reads x, delta, z and dy, and writes dx, ddelta and dz."""
 
     def inputs() -> tuple:
-        x, delta, A, B, C, skip, z, bias, _ = (tensor.cuda() for tensor in arguments(tokens // T, T, D, N))
-        x, delta, B, C, z = (tensor.bfloat16() for tensor in (x, delta, B, C, z))
+        x, delta, A, B, C, skip, z, bias, _ = (tensor.to(TIMED["device"]) for tensor in arguments(tokens // T, T, D, N))
+        x, delta, B, C, z = (tensor.to(TIMED["dtype"]) for tensor in (x, delta, B, C, z))
         return tuple(tensor.requires_grad_() for tensor in (x, delta, A, B, C, skip, z, bias))
 
-    peers = {"mamba_ssm": mamba_ssm} if importlib.util.find_spec("mamba_ssm") else {}
-    return Case(f"B {tokens // T}, T {T}, D {D}, N {N}", inputs, 8 * tokens * D, 14 * tokens * D, peers=peers)
+    return Case(f"B {tokens // T}, T {T}, D {D}, N {N}", inputs, 4 * tokens * D, 7 * tokens * D)
 
 
 if __name__ == "__main__":
-    cases = [case(T) for T in (1024, 4096, 16384, 65536)]
-    command(report("selective_scan", selective_scan, lambda *given: reference(*given, impl="torch"), cases, check), __doc__)
+    cases = [case(65536, T, 1536) for T in (1024, 4096, 16384, 65536)] if GPU else [case(T, T, 512) for T in (256, 1024, 4096)]
+    command(report("selective_scan", selective_scan, reference, cases, PEERS, check), __doc__)

@@ -10,7 +10,7 @@ its row's text, and -1 marks padding, which stands only behind a row's last toke
 on where the state ended. Mixture-of-depths needs both: it hands its group a few tokens at their original positions, and in a
 batch a different number of them per row.
 
-A layer may leave tensors in two dictionaries, made anew by each forward: `auxiliary_losses`, already weighted, which the
+A layer may have two dictionaries of tensors that tell of its last forward: `auxiliary_losses`, already weighted, which the
 model adds to its loss; `observed`, detached, which the training log records. A layer that costs anything but its
 `nn.Linear` parts tells so in methods `flops(context)`, `state_bytes(context, itemsize)` and, where tokens meet only part of
 it, `idle_parameters()`.

@@ -159,6 +159,20 @@ def crossover(contexts: list[int], ratios: list[list[float]]) -> Crossover:
     return Crossover(contexts, statistics.median(places), min(places), max(places), faster)
 
 
+def overtaking(rows: list[dict]) -> Crossover | None:
+    """The crossover of the rows of one file, mode and batch, the fastest way of either model taken at each context; None where
+    two contexts do not have both models."""
+    fastest: dict[int, dict[str, list[float]]] = {}
+    for row in rows:
+        if row["seconds"] and not row["model"].endswith(" again"):
+            models, base = fastest.setdefault(row["context"], {}), row.get("base", row["model"])
+            if base not in models or statistics.median(row["seconds"]) < statistics.median(models[base]):
+                models[base] = row["seconds"]
+    both = {context: models for context, models in sorted(fastest.items()) if {"mamba", "transformer"} <= models.keys()}
+    ratios = [[t / m for t, m in zip(models["transformer"], models["mamba"], strict=True)] for models in both.values()]
+    return crossover(list(both), ratios) if len(both) > 1 else None
+
+
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
     """Bytes by which a call raises the memory in use at its highest; None where the system does not tell."""
     if device.type == "cuda":

@@ -18,6 +18,8 @@ Left alone a router favours few experts; a balance loss, or a bias that only sel
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,6 +28,15 @@ from torch.utils.flop_counter import register_flop_formula
 from .config import Config
 from .layers import choose, full_precision, linear
 from .transformer import SwiGLU, mlp_width
+
+
+class Routing(NamedTuple):
+    """What a router decided, kept until the next forward for who wants to know how the experts are used."""
+
+    logits: Tensor  # (B, T, E)
+    visits: Tensor  # (B, T, E)
+    probabilities: Tensor  # (B, T, E)
+    positions: Tensor | None  # (B, T), as in the layer contract
 
 
 class MoE(nn.Module):
@@ -53,27 +64,39 @@ class MoE(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # routing is decided in full precision
             logits = F.linear(full_precision(x), full_precision(self.router.weight))  # (B, T, E)
             gates, visits, probabilities = self.route(logits, self.K, self.bias)
-            self.auxiliary_losses, self.observed = self.account(logits, visits, probabilities, positions)
+        self.routing = Routing(logits, visits, probabilities, positions)
+        if self.training:
+            real = visits if positions is None else visits & (positions >= 0).unsqueeze(-1)
+            self.visited.add_(real.sum((0, 1)))
         gates, visits, most = (self.scale * gates).flatten(0, 1), visits.flatten(0, 1), self.K if self.causal else None
         y = grouped_mlp(x.flatten(0, 1), gates, visits, self.gate, self.up, self.out, most, self.impl).view_as(x)
         if self.shared is not None:
             y = y + self.shared(x)[0]
         return y, None
 
-    def account(self, logits: Tensor, visits: Tensor, probabilities: Tensor, positions: Tensor | None):
-        """The auxiliary losses and what the log records: balance loss, z-loss mean(logsumexp(logits)²)."""
+    def use(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the last forward: f (E,), the visits per token, which carries no gradient; P (E,), the mean probability; and each
+        token's part in a mean (B, T, 1), none for padding."""
+        logits, visits, probabilities, positions = self.routing
         real = logits.new_ones(logits.shape[:2]) if positions is None else (positions >= 0).to(logits.dtype)  # (B, T)
-        weight = (real / real.sum().clamp(min=1)).unsqueeze(-1)  # (B, T, 1), sums to one
-        fraction = (visits * weight).sum((0, 1))  # f (E,), sums to K; no gradient
-        mean_probability = (probabilities * weight).sum((0, 1))  # P (E,), sums to one
-        losses = {"z": self.z_loss * (logits.logsumexp(-1, keepdim=True).square() * weight).sum()}
-        self.use = (fraction, mean_probability)
+        part = (real / real.sum().clamp(min=1)).unsqueeze(-1)
+        return (visits * part).sum((0, 1)), (probabilities * part).sum((0, 1)), part
+
+    @property
+    def auxiliary_losses(self) -> dict[str, Tensor]:
+        """Of the last forward, made when asked for: z-loss, mean(logsumexp(logits)²), and balance loss."""
+        fraction, mean_probability, part = self.use()
+        losses = {"z": self.z_loss * (self.routing.logits.logsumexp(-1, keepdim=True).square() * part).sum()}
         if self.balance == "layer":
-            losses["balance"] = self.balance_loss * imbalance(*self.use)
-        if self.training:
-            self.visited.add_((visits * real.unsqueeze(-1)).sum((0, 1)))
+            losses["balance"] = self.balance_loss * imbalance(fraction, mean_probability)
+        return losses
+
+    @property
+    def observed(self) -> dict[str, Tensor]:
+        """What the log records of the last forward: each expert's share of the visits, and E times the largest of them."""
+        fraction = self.use()[0]
         load = fraction / fraction.sum().clamp(min=1e-9)
-        return losses, {"load": load, "overload": load.amax() * load.numel()}
+        return {"load": load, "overload": load.amax() * load.numel()}
 
     @torch.no_grad()
     def after_step(self):
@@ -103,7 +126,7 @@ def pooled_imbalance(model: nn.Module) -> Tensor:
 
     This is what transformers trains with. One layer's load can make up for another's, which the layers' own losses forbid.
     """
-    use = [module.use for module in model.modules() if isinstance(module, MoE)]
+    use = [module.use()[:2] for module in model.modules() if isinstance(module, MoE)]
     return imbalance(*(torch.stack(part).mean(0) for part in zip(*use, strict=True))) if use else torch.zeros(())
 
 
@@ -199,9 +222,11 @@ def grouped_mlp(
 @torch.library.custom_op("minimodels::grouped_linear", mutates_args=())
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Rows of x times their group's matrix: x (A, in) ordered by group, weight (E, out, in), counts (E,) -> (A, out)."""
-    y, sizes = x.new_empty(x.shape[0], weight.shape[1]), counts.tolist()
-    for rows, matrix, result in zip(x.split(sizes), weight, y.split(sizes), strict=True):
-        torch.mm(rows, matrix.t(), out=result)  # into place: joining the results would copy them
+    y, start = x.new_empty(x.shape[0], weight.shape[1]), 0
+    for e, count in enumerate(counts.tolist()):
+        if count:
+            group, start = slice(start, start + count), start + count
+            torch.mm(x[group], weight[e].t(), out=y[group])  # into place: joining the results would copy them
     return y
 
 

@@ -80,7 +80,8 @@ def test_what_does_not_fit_is_a_row(monkeypatch):
         raise torch.OutOfMemoryError("no more")
 
     monkeypatch.setitem(throughput.MODES, "train", refuse)
-    (row,) = throughput.measure_point("train", {"mlp": Config(layers="mlp")}, 256, 1, throughput.Options(), torch.device("cpu"))
+    given = {"mlp": throughput.Provider("mlp", Config(layers="mlp"), "torch")}
+    (row,) = throughput.measure_point("train", given, 256, 1, throughput.Options(), torch.device("cpu"))
     assert row["seconds"] is None and "out of memory" in throughput.describe(row)
 
 
@@ -206,8 +207,13 @@ def test_tables_hold_medians_and_means(tmp_path, capsys):
     rows = [{**timed, "model": "mamba", "seconds": [1.0, 2.0, 4.0]}, {**timed, "model": "mlp", "seconds": None}]
     for provider, seconds in {"minimodels": [1.0, 1.0], "transformers": [2.0, 4.0]}.items():
         rows.append(
-            {"benchmark": "peers", "model": "llama", "question": "generation", "provider": provider, "seconds": seconds}
-        )
+            {"benchmark": "peers", "model": "llama", "question": "generation", "peer": "transformers", "provider": provider,
+             "seconds": seconds}
+        )  # fmt: skip
+        kernel = {"benchmark": "kernels", "operation": "rmsnorm", "direction": "forward", "unit": "GB/s"}
+        kernel |= {"rate": 5, "ceiling": 10}
+        ours = "torch" if provider == "minimodels" else "reference"
+        rows += [{**kernel, "case": case, "provider": ours, "seconds": seconds, "bytes": 10**6} for case in ("small", "large")]
     for seed, y in ((0, 0.5), (1, 1.0)):
         claim = {"benchmark": "claim", "claim": "copying", "panel": "accuracy", "model": "mamba", "y_label": "right"}
         rows.append({**claim, "seed": seed, "x": 10, "y": y, "x_log": False})
@@ -217,7 +223,8 @@ def test_tables_hold_medians_and_means(tmp_path, capsys):
     for line in (
         "| `mamba` | 50 |",
         "| `mlp` | out of memory |",
-        "| llama | 3.00x (2.00-4.00) |",
+        "| llama, transformers | 3.00x (2.00-4.00) |",
+        "| `rmsnorm` forward | large | torch 1000.00 ms, 50% of GB/s, 1 MB | reference 3.00x |",
         "| mamba | 0.750 (0.500-1.000) |",
     ):
         assert line in shown
