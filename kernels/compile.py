@@ -2,8 +2,9 @@
 
     python -m minimodels.kernels.compile [OPERATION]      every kernel of an operation, or of all, for Hopper (sm_90)
 
-Each kernel file lists in SIGNATURES what to compile. Prints registers per thread, spilled bytes and shared memory; a kernel
-that does not compile ends the command with the compiler's message.
+Each kernel file lists in SIGNATURES what to compile. Prints registers per thread, spilled bytes, shared memory, and of each
+innermost loop the instructions, and how many of them are special functions (exponentials, reciprocals) or matrix products: what
+a warp must issue each time round. A kernel that does not compile ends the command with the compiler's message.
 """
 
 from __future__ import annotations
@@ -47,6 +48,32 @@ def resources(compiled) -> str:
     )
 
 
+def loops(compiled) -> str:
+    """The innermost loops of the machine code: from the target of a jump back to the jump, where none lies between."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    code: list[str] = []
+    labels, found = {}, []
+    for line in listing.splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label.group(1)] = len(code)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?(\w.*)", line):
+            code.append(instruction.group(1))
+            jump = re.match(r"BRA.*\((\.L_\w+)\)", code[-1])
+            start = labels.get(jump.group(1), -1) if jump else -1
+            if 0 <= start < len(code) - 1 and not any(start <= inner for inner, _ in found):
+                found.append((start, len(code)))
+    texts = []
+    for start, end in found:
+        counts = {"special": "MUFU", "products": "HGMMA"}
+        counts = {name: sum(line.startswith(op) for line in code[start:end]) for name, op in counts.items()}
+        texts.append(", ".join([str(end - start), *(f"{count} {name}" for name, count in counts.items() if count)]))
+    return "loops: " + "; ".join(texts) if texts else "no loop"
+
+
 def main(names: list[str]) -> None:
     """Compile the kernels of the named operations, of all by default."""
     for operation in names or OPERATIONS:
@@ -55,7 +82,7 @@ def main(names: list[str]) -> None:
             kernel = getattr(module, name)
             kernel = kernel.fn if hasattr(kernel, "configs") else kernel  # without its tuner
             compiled = compile_kernel(kernel, signature, constants, warps)
-            print(f"{operation:22} {name:28} {resources(compiled)}")
+            print(f"{operation:22} {name:28} {resources(compiled)}, {loops(compiled)}")
 
 
 if __name__ == "__main__":

@@ -7,63 +7,74 @@
 What it must cost, per token and channel in bf16: forward reads x and delta and writes y, 6 bytes, and reads z, 2 more; backward
 reads x, delta and dy and writes dx and ddelta, 10 bytes, and reads z and writes dz, 4 more (6 for a kernel that reads y again
 and does not recompute it). Forward also takes N exponentials, of which a Hopper processor does 16 a clock: at N = 16 one clock,
-in which the memory delivers 14 bytes (H100) to 21 (H200). So arithmetic bounds the scan: a step of 32 channels compiles to some
-190 instructions forward and 700 backward at N = 16, and a processor issues 4 a clock.
+in which the memory delivers 14 bytes (H100) to 21 (H200). So arithmetic bounds the scan. At N = 16 a step of 32 channels, whose
+exponentials alone take a processor 32 clocks, compiles to 140 instructions forward, of which it issues 4 a clock: 35 clocks;
+19 of them are special functions, 2 clocks each: 38. Backward it is 640 instructions, 160 clocks.
 
     name           shape
     x, delta, z    (B, T, D)    signal, step size before softplus and bias, gate
     A              (D, N)       decay rates, negative; log2(e) is folded in, so that each decay is one exp2
     B, C           (B, T, N)    input and output of each token
     h, g           (N, channels)    in a program: the state, and the gradient of all that comes later with respect to it
-    starts, ends   (B, intervals, D, N)   h before each interval of 256 steps; g behind it
+    starts, ends   (B, intervals, D, N)   h before each interval of 64 steps; g behind it
 
-A program is one warp that holds the states of 32 channels and walks time, all of them in lock-step. Where that leaves the
-machine idle, time is split in chunks of whole intervals: local kernels walk each from zero, which costs the exponentials once
-more; a chunk as a whole multiplies a state by exp(A ΣΔ), so a small kernel carries the states over the chunks, and the main
-kernels start from the truth. Backward is the same the other way:
+A program is one warp that holds the states of 32 channels and walks time, all of them in lock-step. Forward a lane has all N
+states of its channel, so that no step needs a shuffle or a barrier; backward, which sums over channels too, a lane has 4 states
+of 4 channels. Where that leaves the machine idle, time is split in chunks of whole intervals: local kernels walk each from
+zero, which costs the exponentials once more; a chunk as a whole multiplies a state by exp(A ΣΔ), so a small kernel carries the
+states over the chunks, and the main kernels start from the truth. Backward is the same the other way:
 
     g_t = C_t dy'_t + a_{t+1} g_{t+1}        a_t = exp(Δ_t A), dy' = dy ⊙ silu(z)
     dB_t = Σ_channels g_t Δ_t x_t            dC_t = Σ_channels dy'_t h_t           dx_t = skip dy'_t + Δ_t <g_t, B_t>
     dΔ_t = <g_t, a_t h_{t-1} A + B_t x_t>    dA = Σ_t g_t a_t h_{t-1} Δ_t
 
-It needs h in reverse. Kept are the inputs and `starts`, 0.25 bytes per token and channel at N = 16. In each interval a first
-walk leaves the state of every fourth step in a scratch that each program reuses; groups of four are recomputed from there into
+It needs h in reverse. Kept are the inputs and `starts`, one byte per token and channel at N = 16. In each interval a first walk
+leaves the state of every fourth step in a scratch that each program reuses; groups of four are recomputed from there into
 registers. So it takes nearly 3 N exponentials, or 4 N where time is split. dB and dC are summed over the channels of a
 program, which takes one block of channels after the other, then over programs; dA, dskip and ddelta_bias over intervals: each
 partial sum has its place, and nothing depends on the order in which programs run. While it runs, backward needs besides its
-results 0.5 bytes per token and channel for `ends` and partial dA, 4 / share for partial dB and dC (`share` blocks a program),
-and 128 KiB of scratch for each program, of which there are about 1000.
+results 2 bytes per token and channel for `ends` and partial dA, 4 / share for partial dB and dC (`share` blocks a program), and
+32 KiB of scratch for each of about 1000 programs, which together fit into the L2 cache: what is longer would cross the memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from einops import rearrange
+from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor
 
 from .common import GPU, TIMED, Case, Peer, command, compare, full, on, programs, report
 
-INTERVAL = 256  # steps between the states that are kept for backward
+INTERVAL = 64  # steps between the states that are kept for backward
 STEPS = 4  # whose loads are in flight together; backward recomputes their states into registers
 LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+def log1p_series(degree: int) -> tl.constexpr:
+    """Coefficients, the highest first, of a polynomial for log(1 + e) / e on [0, 1]: without division, and exact at 0."""
+    series = Chebyshev.interpolate(lambda e: np.log1p(e) / e, degree, domain=[0, 1]).convert(kind=Polynomial)
+    return tl.constexpr(tuple(series.coef[::-1].tolist()))
+
+
+LOG1P_32, LOG1P_64 = log1p_series(8), log1p_series(18)  # off by 3e-8 and 3e-15
 
 
 @triton.jit
 def softplus(v):
     """log(1 + exp(v)) and its derivative, both exact where they are small and 0 at v = -inf."""
     e = tl.exp2(tl.abs(v) * -LOG2_E)
-    s = e / (2 + e)  # log(1 + e) = 2 artanh(s), and s <= 1/3
-    square = s * s
-    TERMS: tl.constexpr = 14 if v.dtype == tl.float64 else 7
-    series = 0 * s
-    for i in tl.static_range(TERMS):
-        series = series * square + 1 / (2 * (TERMS - i) - 1)
-    return tl.maximum(v, 0.0) + 2 * s * series, tl.where(v >= 0, 1.0, e) / (1 + e)
+    DEGREE: tl.constexpr = 18 if v.dtype == tl.float64 else 8
+    series = tl.zeros_like(e)
+    for i in tl.static_range(DEGREE + 1):
+        series = series * e + (LOG1P_64[i] if DEGREE == 18 else LOG1P_32[i])
+    return tl.maximum(v, 0.0) + e * series, tl.where(v >= 0, 1.0, e) / (1 + e)
 
 
 @triton.jit
@@ -73,17 +84,17 @@ def sigmoid(v):
 
 
 @triton.jit
-def among(i, count, inside):
+def among(i, count, inside, EDGE: tl.constexpr):
     """`inside` if i < count, else nothing; compared as tensors, for the interpreter broadcasts no scalar truth values."""
-    return inside & (tl.full(inside.shape, i, tl.int32) < count)
+    return inside & (tl.full(inside.shape, i, tl.int32) < count) if EDGE else inside
 
 
 @triton.jit
-def rows(P, stride: tl.constexpr, count, columns, inside, other, STEPS: tl.constexpr, FULL: tl.constexpr):
-    """STEPS rows, all requested before the first is used; those from row `count` on read as `other`."""
+def rows(P, stride: tl.constexpr, count, columns, inside, other, STEPS: tl.constexpr, EDGE: tl.constexpr, FULL: tl.constexpr):
+    """STEPS rows, all requested before the first is used; at an EDGE those from row `count` on read as `other`."""
     values = ()
     for i in tl.static_range(STEPS):
-        values += (tl.load(P + i * stride + columns, among(i, count, inside), other).to(FULL),)
+        values += (tl.load(P + i * stride + columns, among(i, count, inside, EDGE), other).to(FULL),)
     return values
 
 
@@ -91,26 +102,40 @@ def rows(P, stride: tl.constexpr, count, columns, inside, other, STEPS: tl.const
 def tile(block, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """The channels and state numbers of a block, where its states lie in (D, N), and which of all these exist."""
     d, n = block * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
-    return d, n, d[None, :] * N + n[:, None], d < D, n < N, (d < D)[None, :] & (n < N)[:, None]
+    # where all exist, a mask that says so costs nothing
+    real = d < D if D % BLOCK_D else tl.full((BLOCK_D,), 1, tl.int1)
+    used = n < N if N < BLOCK_N else tl.full((BLOCK_N,), 1, tl.int1)
+    return d, n, d[None, :] * N + n[:, None], real, used, real[None, :] & used[:, None]
+
+
+@triton.jit
+def lanes(P, d, n, real, N: tl.constexpr, FULL: tl.constexpr):
+    """Rows d of a (D, N) matrix, transposed: (BLOCK_N, channels), each lane with all numbers of its channel, so that sums over
+    N need no shuffles. A load of the matrix as a whole would spread a channel over lanes."""
+    values = tl.zeros((n.shape[0], d.shape[0]), FULL)
+    for k in tl.static_range(N):
+        values = tl.where((n == k)[:, None], tl.load(P + d * N + k, real, 0.0).to(FULL)[None, :], values)
+    return values
 
 
 @triton.jit
 def forward_local_kernel(
     X, DELTA, A, B, BIAS, LOCAL, SUM, T, steps, blocks, chunks,
-    D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, FULL: tl.constexpr,
+    D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, EDGE: tl.constexpr,
+    FULL: tl.constexpr,
 ):  # fmt: skip
     """Walk each chunk but the last from a state of zero: the final state, and the sum of the step sizes."""
     block, walk = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     batch, chunk = walk // (chunks - 1), walk % (chunks - 1)
     d, n, at, real, used, both = tile(block, D, N, BLOCK_N, BLOCK_D)
-    rate = tl.load(A + at, both, 0.0).to(FULL) * LOG2_E
+    rate = lanes(A, d, n, real, N, FULL) * LOG2_E
     bias = tl.load(BIAS + d, real, 0.0).to(FULL)
     h, total = tl.zeros((BLOCK_N, BLOCK_D), FULL), tl.zeros((BLOCK_D,), FULL)
     for t in range(0, steps, STEPS):
         row, count = batch * T + chunk * steps + t, steps - t
-        xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, FULL)
-        deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, FULL)
-        Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, FULL)
+        xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, EDGE, FULL)
+        deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, EDGE, FULL)
+        Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, EDGE, FULL)
         for i in tl.static_range(STEPS):
             step, _ = softplus(deltas[i] + bias)
             h = tl.exp2(step[None, :] * rate) * h + Bs[i][:, None] * (step * xs[i])[None, :]
@@ -141,33 +166,33 @@ def carry_kernel(
 def forward_kernel(
     X, DELTA, A, B, C, SKIP, Z, BIAS, Y, STARTS, FINAL, T, z_batch, interval, intervals, span, blocks, chunks,
     GATE: tl.constexpr, Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    STEPS: tl.constexpr, FULL: tl.constexpr,
+    STEPS: tl.constexpr, EDGE: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Walk each chunk from its true start: the outputs, and the state at the start of each interval."""
     block, walk = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     batch, chunk = walk // chunks, walk % chunks
     d, n, at, real, used, both = tile(block, D, N, BLOCK_N, BLOCK_D)
-    rate = tl.load(A + at, both, 0.0).to(FULL) * LOG2_E
+    rate = lanes(A, d, n, real, N, FULL) * LOG2_E
     bias, skip = tl.load(BIAS + d, real, 0.0).to(FULL), tl.load(SKIP + d, real, 0.0).to(FULL)
-    h = tl.load(STARTS + (batch * intervals + chunk * span) * D * N + at, both, 0.0)
+    h = lanes(STARTS + (batch * intervals + chunk * span) * D * N, d, n, real, N, FULL)
     for i in range(chunk * span, tl.minimum(chunk * span + span, intervals)):
         tl.store(STARTS + (batch * intervals + i) * D * N + at, h, both)
         end = tl.minimum(T, i * interval + interval)
         for t in range(i * interval, end, STEPS):
             row, count = batch * T + t, end - t
-            xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, FULL)
-            deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, FULL)
-            Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, FULL)
-            Cs = rows(C + row * N, N, count, n, used, 0.0, STEPS, FULL)
+            xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, EDGE, FULL)
+            deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, EDGE, FULL)
+            Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, EDGE, FULL)
+            Cs = rows(C + row * N, N, count, n, used, 0.0, STEPS, EDGE, FULL)
             if GATE:
-                zs = rows(Z + batch * z_batch + t * Z_ROW, Z_ROW, count, d, real, 0.0, STEPS, FULL)
+                zs = rows(Z + batch * z_batch + t * Z_ROW, Z_ROW, count, d, real, 0.0, STEPS, EDGE, FULL)
             for j in tl.static_range(STEPS):
                 step, _ = softplus(deltas[j] + bias)
                 h = tl.exp2(step[None, :] * rate) * h + Bs[j][:, None] * (step * xs[j])[None, :]
                 y = tl.sum(h * Cs[j][:, None], 0) + skip * xs[j]
                 if GATE:
                     y *= zs[j] * sigmoid(zs[j])
-                tl.store(Y + (row + j) * D + d, y, among(j, count, real))
+                tl.store(Y + (row + j) * D + d, y, among(j, count, real, EDGE))
     if chunk == chunks - 1:
         tl.store(FINAL + batch * D * N + at, h, both)
 
@@ -176,13 +201,13 @@ def forward_kernel(
 def backward_local_kernel(
     DELTA, A, C, Z, BIAS, DY, LOCAL, SUM, T, z_batch, steps, blocks, chunks,
     GATE: tl.constexpr, Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    STEPS: tl.constexpr, FULL: tl.constexpr,
+    STEPS: tl.constexpr, EDGE: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Walk each chunk but the first backwards: the gradient that its outputs alone give the state before it."""
     block, walk = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     batch, chunk = walk // (chunks - 1), walk % (chunks - 1) + 1
     d, n, at, real, used, both = tile(block, D, N, BLOCK_N, BLOCK_D)
-    rate = tl.load(A + at, both, 0.0).to(FULL) * LOG2_E
+    rate = lanes(A, d, n, real, N, FULL) * LOG2_E
     bias = tl.load(BIAS + d, real, 0.0).to(FULL)
     g, total = tl.zeros((BLOCK_N, BLOCK_D), FULL), tl.zeros((BLOCK_D,), FULL)
     length = tl.minimum(steps, T - chunk * steps)
@@ -190,11 +215,11 @@ def backward_local_kernel(
     for i in range(groups):
         t = (groups - 1 - i) * STEPS
         row, count = batch * T + chunk * steps + t, length - t
-        deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, FULL)
-        dys = rows(DY + row * D, D, count, d, real, 0.0, STEPS, FULL)
-        Cs = rows(C + row * N, N, count, n, used, 0.0, STEPS, FULL)
+        deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, EDGE, FULL)
+        dys = rows(DY + row * D, D, count, d, real, 0.0, STEPS, EDGE, FULL)
+        Cs = rows(C + row * N, N, count, n, used, 0.0, STEPS, EDGE, FULL)
         if GATE:
-            zs = rows(Z + batch * z_batch + (chunk * steps + t) * Z_ROW, Z_ROW, count, d, real, 0.0, STEPS, FULL)
+            zs = rows(Z + batch * z_batch + (chunk * steps + t) * Z_ROW, Z_ROW, count, d, real, 0.0, STEPS, EDGE, FULL)
         for j in tl.static_range(STEPS - 1, -1, -1):
             step, _ = softplus(deltas[j] + bias)
             dy = dys[j]
@@ -211,7 +236,7 @@ def backward_kernel(
     X, DELTA, A, B, C, SKIP, Z, BIAS, DY, STARTS, ENDS, SCRATCH, DX, DDELTA, DA, DB, DC, DSKIP, DZ, DBIAS, DSTATE,
     T, tokens, z_batch, interval, intervals, span, blocks, chunks, share,
     GATE: tl.constexpr, Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    STEPS: tl.constexpr, FULL: tl.constexpr,
+    STEPS: tl.constexpr, EDGE: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Walk each chunk backwards, interval by interval, in each interval one block of channels after the other."""
     teams = tl.cdiv(blocks, share)
@@ -235,9 +260,9 @@ def backward_kernel(
             for i in range(groups):
                 row, count = batch * T + here * interval + i * STEPS, length - i * STEPS
                 tl.store(scratch + i * BLOCK_D * BLOCK_N + slot, h)
-                xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, FULL)
-                deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, FULL)
-                Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, FULL)
+                xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, EDGE, FULL)
+                deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, EDGE, FULL)
+                Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, EDGE, FULL)
                 for j in tl.static_range(STEPS):
                     step, _ = softplus(deltas[j] + bias)
                     h = tl.exp2(step[None, :] * rate) * h + Bs[j][:, None] * (step * xs[j])[None, :]
@@ -251,24 +276,25 @@ def backward_kernel(
                 t = (groups - 1 - i) * STEPS
                 row, count = batch * T + here * interval + t, length - t
                 h = tl.load(scratch + (groups - 1 - i) * BLOCK_D * BLOCK_N + slot)
-                xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, FULL)
-                deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, FULL)
-                Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, FULL)
+                xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, EDGE, FULL)
+                deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, EDGE, FULL)
+                Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, EDGE, FULL)
                 hs = ()  # the states before each step
                 for j in tl.static_range(STEPS):
                     hs += (h,)
                     step, _ = softplus(deltas[j] + bias)
                     h = tl.exp2(step[None, :] * rate) * h + Bs[j][:, None] * (step * xs[j])[None, :]
                 tl.debug_barrier()  # all but these states is computed anew below: kept, it would not fit into registers
-                xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, FULL)
-                deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, FULL)
-                dys = rows(DY + row * D, D, count, d, real, 0.0, STEPS, FULL)
-                Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, FULL)
-                Cs = rows(C + row * N, N, count, n, used, 0.0, STEPS, FULL)
+                xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, EDGE, FULL)
+                deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, EDGE, FULL)
+                dys = rows(DY + row * D, D, count, d, real, 0.0, STEPS, EDGE, FULL)
+                Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, EDGE, FULL)
+                Cs = rows(C + row * N, N, count, n, used, 0.0, STEPS, EDGE, FULL)
                 if GATE:
-                    zs = rows(Z + batch * z_batch + (here * interval + t) * Z_ROW, Z_ROW, count, d, real, 0.0, STEPS, FULL)
+                    zs = Z + batch * z_batch + (here * interval + t) * Z_ROW
+                    zs = rows(zs, Z_ROW, count, d, real, 0.0, STEPS, EDGE, FULL)
                 for j in tl.static_range(STEPS - 1, -1, -1):
-                    to, use = (row + j) * D + d, among(j, count, real)
+                    to, use = (row + j) * D + d, among(j, count, real, EDGE)
                     step, slope = softplus(deltas[j] + bias)
                     decay = tl.exp2(step[None, :] * rate)
                     kept = decay * hs[j]
@@ -293,8 +319,8 @@ def backward_kernel(
                     dbias += ddelta
                     g *= decay
                     # this team's sums over its channels so far
-                    told = among(j, count, used)
-                    earlier, sums = among(team * share, block, told), (team * tokens + row + j) * N + n
+                    told = among(j, count, used, EDGE)
+                    earlier, sums = among(team * share, block, told, True), (team * tokens + row + j) * N + n
                     tl.store(DB + sums, dB + tl.load(DB + sums, earlier, 0.0), told)
                     tl.store(DC + sums, dC + tl.load(DC + sums, earlier, 0.0), told)
             tl.store(DA + (batch * intervals + here) * size + at, dA, both)
@@ -317,18 +343,18 @@ def selective_scan_forward(
     intervals, blocks, span, chunks, _ = plan(x, N, interval)
     y, starts, final = torch.empty_like(x), precise.new_empty(batch, intervals, D, N), precise.new_empty(batch, D, N)
     starts[:, 0] = 0 if state is None else state
-    sizes = {"D": D, "N": N, "BLOCK_N": triton.next_power_of_2(N), "BLOCK_D": block(N), "FULL": full(x), "num_warps": 1}
+    sizes = sizes_of(x, N, STEPS, interval)
     with on(x):
         if chunks > 1:
             local, total = precise.new_empty(batch, chunks - 1, D, N), precise.new_empty(batch, chunks - 1, D)
             forward_local_kernel[(blocks * batch * (chunks - 1),)](
-                x, delta, A, B, bias, local, total, T, span * interval, blocks, chunks, **sizes, STEPS=STEPS
+                x, delta, A, B, bias, local, total, T, span * interval, blocks, chunks, **sizes
             )  # fmt: skip
             carry(local, total, A, starts, span, reverse=False)
         forward_kernel[(blocks * batch * chunks,)](
             x, delta, A, B, C, skip, x if z is None else z, bias, y, starts, final, T, 0 if z is None else z.stride(0),
             interval, intervals, span, blocks, chunks,
-            GATE=z is not None, Z_ROW=0 if z is None else z.stride(1), **sizes, STEPS=STEPS,
+            GATE=z is not None, Z_ROW=0 if z is None else z.stride(1), **sizes,
         )  # fmt: skip
     return y, final, starts
 
@@ -348,7 +374,7 @@ def selective_scan_backward(
     dx, ddelta, dz = torch.empty_like(x), torch.empty_like(delta), x.new_empty(0) if z is None else z.new_empty(x.shape)
     dA, dskip, dbias = torch.empty_like(starts), precise.new_empty(batch, intervals, D), precise.new_empty(batch, intervals, D)
     dB, dC = precise.new_empty(teams, batch, T, N), precise.new_empty(teams, batch, T, N)
-    sizes = {"D": D, "N": N, "BLOCK_N": triton.next_power_of_2(N), "BLOCK_D": block(N), "FULL": full(x), "num_warps": 1}
+    sizes = sizes_of(x, N, steps, interval)
     gate = {"GATE": z is not None, "Z_ROW": 0 if z is None else z.stride(1)}
     z_batch = 0 if z is None else z.stride(0)
     scratch = precise.new_empty(teams * batch * chunks * triton.cdiv(interval, steps), sizes["BLOCK_D"], sizes["BLOCK_N"])
@@ -357,13 +383,13 @@ def selective_scan_backward(
             local, total = precise.new_empty(batch, chunks - 1, D, N), precise.new_empty(batch, chunks - 1, D)
             backward_local_kernel[(blocks * batch * (chunks - 1),)](
                 delta, A, C, x if z is None else z, bias, dy, local, total, T, z_batch, span * interval, blocks, chunks,
-                **gate, **sizes, STEPS=STEPS,
+                **gate, **sizes_of(x, N, STEPS, interval),
             )  # fmt: skip
             carry(local, total, A, ends, span, reverse=True)
         backward_kernel[(teams * batch * chunks,)](
             x, delta, A, B, C, skip, x if z is None else z, bias, dy, starts, ends, scratch,
             dx, ddelta, dA, dB, dC, dskip, dz, dbias, dstate,
-            T, batch * T, z_batch, interval, intervals, span, blocks, chunks, share, **gate, **sizes, STEPS=steps,
+            T, batch * T, z_batch, interval, intervals, span, blocks, chunks, share, **gate, **sizes,
         )  # fmt: skip
     sums = dA.sum((0, 1)), dB.sum(0), dC.sum(0), dskip.sum((0, 1)), dbias.sum((0, 1))
     dA, dB, dC, dskip, dbias = (s if g is None else s.to(g.dtype) for s, g in zip(sums, given, strict=True))
@@ -378,14 +404,26 @@ def carry(local: Tensor, total: Tensor, A: Tensor, edges: Tensor, span: int, rev
     )
 
 
-def prepare(z: Tensor | None, bias: Tensor | None, x: Tensor, delta: Tensor, A: Tensor, *rest: Tensor) -> tuple:
-    """The sizes, an empty tensor of the precision that is computed in, and the tensors as the kernels expect them."""
+def prepare(z: Tensor | None, bias: Tensor | None, *tensors: Tensor) -> tuple:
+    """The sizes, an empty tensor of the precision that is computed in, and the tensors as the kernels expect them.
+
+    `tensors` are x, delta, A, B, C and more; B and C come in the full precision, for each number is read by every channel.
+    """
+    x, delta, A, B, C, *rest = tensors
     batch, T, D = x.shape
     precise = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
     if z is not None and z.stride(2) != 1:  # half of a projection is fine as it lies
         z = z.contiguous()
     bias = precise.new_zeros(D) if bias is None else bias.contiguous()
-    return batch, T, D, A.shape[1], precise, z, bias, tuple(tensor.contiguous() for tensor in (x, delta, A, *rest))
+    tensors = (x, delta, A, B.to(precise.dtype), C.to(precise.dtype), *rest)
+    return batch, T, D, A.shape[1], precise, z, bias, tuple(tensor.contiguous() for tensor in tensors)
+
+
+def sizes_of(x: Tensor, N: int, steps: int, interval: int) -> dict[str, object]:
+    """What the kernels are compiled for; `EDGE`: whether some group of steps is not full."""
+    T, D = x.shape[1:]
+    sizes = {"D": D, "N": N, "BLOCK_N": triton.next_power_of_2(N), "BLOCK_D": block(N), "STEPS": steps, "FULL": full(x)}
+    return {**sizes, "EDGE": bool(T % steps or interval % steps), "num_warps": 1}
 
 
 def block(N: int) -> int:
@@ -477,12 +515,13 @@ def selective_scan(
     return y, final
 
 
-_TYPES = {name: "*bf16" for name in "X DELTA B C Z Y DY DX DDELTA DZ".split()}
+_TYPES = {name: "*bf16" for name in "X DELTA Z Y DY DX DDELTA DZ".split()}
 _TYPES |= {
-    name: "*fp32" for name in "A SKIP BIAS LOCAL SUM EDGES STARTS FINAL ENDS SCRATCH DA DB DC DSKIP DBIAS DSTATE".split()
+    name: "*fp32" for name in "A B C SKIP BIAS LOCAL SUM EDGES STARTS FINAL ENDS SCRATCH DA DB DC DSKIP DBIAS DSTATE".split()
 }
 _TYPES |= {name: "i32" for name in "T tokens z_batch steps interval intervals span blocks chunks share".split()}
-_CONSTANTS = {"GATE": True, "Z_ROW": 3072, "D": 1536, "N": 16, "BLOCK_N": 16, "BLOCK_D": 32, "STEPS": STEPS, "FULL": tl.float32}
+_CONSTANTS = {"GATE": True, "Z_ROW": 3072, "D": 1536, "N": 16, "BLOCK_N": 16, "BLOCK_D": 32, "STEPS": STEPS, "EDGE": False}
+_CONSTANTS |= {"FULL": tl.float32}
 
 
 def _signature(kernel, types: dict, constants: dict, warps: int) -> tuple:
