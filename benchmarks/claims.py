@@ -105,17 +105,17 @@ def induction(small: bool) -> Claim:
 
 def recall(small: bool) -> Claim:
     """Zoology (arXiv:2312.04927), Based (arXiv:2402.18668): recall is bought with state."""
-    task, context, steps, widths = ("mqar:pairs=4,vocab=64", 32, 500, (16, 32, 64)) if small else (
-        "mqar:pairs=16,vocab=8192", 256, 20_000, (64, 128, 256, 512)
+    task, context, steps, widths, window = ("mqar:pairs=2,vocab=16", 16, 600, (16, 32, 64), 4) if small else (
+        "mqar:pairs=16,vocab=8192", 256, 20_000, (64, 128, 256, 512), 64
     )  # fmt: skip
     layers = {
         "attention": "(attention mlp)*2",
-        "window of 8" if small else "window of 64": "(window mlp)*2",
-        "mamba": "(mamba)*4",
+        f"window of {window}": "(window mlp)*2",
+        "mamba": "(mamba)*2",
         "mamba and window": "(mamba window)*2",
     }
     runs = [
-        Run(name, Config(layers=text, width=width, heads=2, window=8 if small else 64), task, context, steps, lr=5e-3)
+        Run(name, Config(layers=text, width=width, heads=2, window=window), task, context, steps, batch=64, lr=4e-3)
         for width in widths
         for name, text in layers.items()
     ]

@@ -41,9 +41,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from . import INTERPRETED
-from .common import GPU, TIMED, Case, Peer, command, compare, full, move, on, report, run
-
-LOG2E = tl.constexpr(1.4426950408889634)
+from .common import GPU, LOG2_E, TIMED, Case, Peer, command, compare, full, move, on, report, run
 
 
 @triton.jit
@@ -138,8 +136,8 @@ def attend(
         s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=FULL)
         if EDGE:
             s = hide(s, query[:, None], key_places(KEYS, start, S, BLOCK_S)[None, :], window)
-        higher = tl.maximum(high, tl.max(s, 1) * (SCALE * LOG2E))
-        p = tl.exp2(s * (SCALE * LOG2E) - higher[:, None])
+        higher = tl.maximum(high, tl.max(s, 1) * (SCALE * LOG2_E))
+        p = tl.exp2(s * (SCALE * LOG2_E) - higher[:, None])
         shrink = tl.exp2(high - higher)
         weight = weight * shrink + tl.sum(p, 1)
         v = tile(V, start, v_stride, S, d, BLOCK_S, WIDTH, EDGE)
@@ -217,7 +215,7 @@ def towards_queries(
         s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=FULL)
         if EDGE:
             s = hide(s, query[:, None], key_places(KEYS, start, S, BLOCK_S)[None, :], window)
-        p = tl.exp2(s * (SCALE * LOG2E) - lse[:, None])
+        p = tl.exp2(s * (SCALE * LOG2_E) - lse[:, None])
         dp = tl.dot(dy, tl.trans(v), input_precision="ieee", out_dtype=FULL)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee", out_dtype=FULL)
@@ -280,7 +278,7 @@ def towards_keys(
         s = tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=FULL)
         if EDGE:
             s = hide(s, query_places(QUERIES, start, T, S, BLOCK_T)[None, :], key[:, None], window)
-        p = tl.exp2(s * (SCALE * LOG2E) - lse[None, :])
+        p = tl.exp2(s * (SCALE * LOG2_E) - lse[None, :])
         dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision="ieee", out_dtype=FULL)
         dp = tl.dot(v, tl.trans(dy), input_precision="ieee", out_dtype=FULL)
         ds = p * (dp - delta[None, :])

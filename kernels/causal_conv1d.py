@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import GPU, TIMED, Case, Peer, command, compare, full, on, report, tuned
+from .common import GPU, TIMED, Case, Peer, command, compare, full, on, report, sigmoid, tuned
 
 CHUNK = 128  # tokens a program walks along: at W = 4 the borders and the partial sums add about 5 % to the bytes of backward
 CONFIGS = [  # a thread holds 2 to 8 channels, so that a warp reads 128 to 512 bytes at once
@@ -75,7 +75,7 @@ def combine(taps, numbers, total, W: tl.constexpr, REVERSE: tl.constexpr):
 def gradient(dy, p, SILU: tl.constexpr):
     """g: what comes in, times the activation's derivative."""
     if SILU:
-        gate = tl.sigmoid(p)
+        gate = sigmoid(p)
         return dy * (gate * (1 + p * (1 - gate)))
     else:
         return dy
@@ -109,7 +109,7 @@ def forward_kernel(
             past += (loaded[i].to(FULL),)
             y = combine(taps, past, bias, W, False)
             if SILU:
-                y = y * tl.sigmoid(y)
+                y = y * sigmoid(y)
             tl.store(Y + (t + i) * width + channel, y, tl.where(t + i < T, inside, False))
             past = past[1:]
 
@@ -282,7 +282,7 @@ def causal_conv1d(
 
 def _signature(types: str) -> dict[str, str]:
     """The arguments' types: pointers and integers by name."""
-    return {name: "i32" if name in ("T", "D", "batch_stride", "time_stride") else "*bf16" for name in types.split()}
+    return {name: "i32:16" if name in ("T", "D", "batch_stride", "time_stride") else "*bf16" for name in types.split()}
 
 
 _CONSTANTS = {"SILU": True, "W": 4, "CHUNK": CHUNK, "FULL": tl.float32, "CHANNELS": 256, "AHEAD": 4}

@@ -26,6 +26,15 @@ GPU = torch.cuda.is_available()
 TIMED = {"device": "cuda", "dtype": torch.bfloat16} if GPU else {"device": "cpu", "dtype": torch.float32}  # what is timed in
 
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def sigmoid(v):
+    """1 / (1 + exp(-v)), by exp2: one instruction where exp takes four."""
+    return 1 / (1 + tl.exp2(v * -LOG2_E))
+
+
 def on(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Launch where the tensor is, whichever GPU is the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
@@ -112,6 +121,8 @@ class Peer:
     """whether it needs one"""
     module: str = ""
     """what the package is imported as, if it has another name"""
+    same: bool = True
+    """whether it computes the same; one that does is left out where its results are others"""
 
 
 def available(peers: dict[str, Peer]) -> dict[str, Callable]:
@@ -157,16 +168,18 @@ def report(
         if options.check_only:
             return
         device = torch.device(TIMED["device"])
-        limits, shared = ceilings(device), environment(device)
-        print(f"{shared['device']}: copy {limits['GB/s']:.3g} GB/s, matrix products {limits['TFLOP/s']:.3g} TFLOP/s")
-        torch_path, others = partial(path, impl="torch"), available(peers)
+        shared = environment(device)
+        torch_path, installed = partial(path, impl="torch"), available(peers)
         for case in cases:
+            limits = ceilings(device)  # anew, for a shared machine drifts
+            print(f"{shared['device']}: copy {limits['GB/s']:.3g} GB/s, matrix products {limits['TFLOP/s']:.3g} TFLOP/s")
             first = {"triton": kernel} if GPU else {"reference": partial(path, impl="reference")}
-            providers = {**first, "torch": torch_path, "torch.compile": torch.compile(torch_path), **others}
+            providers = {**first, "torch": torch_path, "torch.compile": torch.compile(torch_path), **installed}
             for direction, work in (("forward", case.forward), ("backward", case.backward)):
                 if not work:  # the forward pass did both
                     continue
-                timings, memory = time_providers(providers, case.inputs, direction, options.rounds)
+                others = {name for name, peer in peers.items() if not peer.same}
+                timings, memory = time_providers(providers, others, case.inputs, direction, options.rounds)
                 for name, seconds in timings.items():
                     median = statistics.median(seconds)
                     rate = work * (TIMED["dtype"].itemsize / 1e9 if case.unit == "GB/s" else 1e-12) / median
@@ -184,21 +197,41 @@ def report(
     return main
 
 
-def time_providers(providers: dict[str, Callable], inputs: Callable[[], tuple], direction: str, rounds: int) -> tuple:
-    """Interleaved seconds of each provider that runs at all, and the bytes it takes; one that fails is named and left out."""
+def time_providers(
+    providers: dict[str, Callable], others: set[str], inputs: Callable[[], tuple], direction: str, rounds: int
+) -> tuple:
+    """Interleaved seconds of each provider, and the bytes it takes. One that fails, or whose results are not the first one's,
+    is named and left out; `others` compute something else."""
     torch._functorch.config.donated_buffer = False  # a compiled backward pass is to run more than once
-    calls, memory = {}, {}
+    calls, memory, expected = {}, {}, None
     for name, provider in providers.items():
         try:
+            torch.manual_seed(0)
             arguments = inputs()
             call = prepare(provider, arguments, direction)
-            call()  # compiles and tunes
+            results = tensors(call())  # compiles and tunes
+            expected = results if expected is None else expected
+            if name not in others:
+                agree(results, expected)
             memory[name] = peak_bytes(partial(once, provider, arguments, direction), torch.device(TIMED["device"]))
             calls[name] = call
         except Exception as error:  # a peer may raise anything
             reason = (str(error).splitlines() or [""])[0]
             print(f"  {name}: left out, for it failed ({type(error).__name__}: {reason})")
     return interleave(calls, rounds=rounds, warm=False), memory
+
+
+def tensors(results: object) -> list[Tensor]:
+    """The outputs, or the gradients; of the outputs the first, which is what all providers return."""
+    return list(results) if isinstance(results, list) else [results[0] if isinstance(results, tuple) else results]
+
+
+def agree(results: list[Tensor], expected: list[Tensor]) -> None:
+    """Raise AssertionError unless the results are the same up to rounding in the precision that is timed in."""
+    for i, (result, wanted) in enumerate(zip(results, expected, strict=True)):
+        allowed = (0.05 if TIMED["dtype"] == torch.bfloat16 else 1e-3) * wanted.abs().max()
+        if not (error := (result - wanted).abs().max()) <= allowed:
+            raise AssertionError(f"result {i} is off by {error:.2e}, allowed {allowed:.2e}")
 
 
 def once(provider: Callable, arguments: tuple, direction: str) -> None:
@@ -219,7 +252,7 @@ def prepare(provider: Callable, arguments: tuple, direction: str) -> Callable[[]
     output = outputs[0] if isinstance(outputs, tuple) else outputs
     wanted = [tensor for tensor in arguments if isinstance(tensor, Tensor) and tensor.requires_grad]
     gradient = torch.randn_like(output)
-    return lambda: torch.autograd.grad(output, wanted, gradient, retain_graph=True)
+    return lambda: list(torch.autograd.grad(output, wanted, gradient, retain_graph=True))
 
 
 def command(main: Callable, description: str) -> None:

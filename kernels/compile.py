@@ -24,11 +24,17 @@ from . import OPERATIONS
 
 
 def compile_kernel(kernel, signature: dict[str, str], constants: dict[str, object], warps: int, stages: int = 3):
-    """Compile one kernel for sm_90; `signature` has a type for each argument that is no constant, such as *bf16 or i32."""
+    """Compile one kernel for sm_90. `signature` has a type for each argument that is no constant: *bf16, i32, or i32:16, that is
+    a multiple of 16, as sizes mostly are and Triton sees when it launches."""
     types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     # pointers are multiples of 16 bytes, as PyTorch allocates them
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if types[name].startswith("*")}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if types[name].startswith("*") or types[name].endswith(":16")
+    }
+    types = {name: kind.removesuffix(":16") for name, kind in types.items()}
     source = ASTSource(fn=kernel, signature=types, constexprs=places, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
 

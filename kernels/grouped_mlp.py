@@ -42,7 +42,7 @@ from torch import Tensor
 from triton import Config, cdiv, next_power_of_2
 
 from . import INTERPRETED
-from .common import GPU, TIMED, Case, Peer, command, compare, full, on, programs, report
+from .common import GPU, TIMED, Case, Peer, command, compare, full, on, programs, report, sigmoid
 
 GROUP = tl.constexpr(8)  # blocks of slots: their rows and the weights they meet next come from the L2 cache
 WIDTH = 128  # columns of every tile of r, however tuned: dgates is a sum of parts, one for each so many columns
@@ -121,7 +121,7 @@ def hidden_kernel(
         if KEEP:
             tl.store(G + at, g, inside)
             tl.store(U + at, u, inside)
-        tl.store(H + at, g * tl.sigmoid(g) * u, inside)
+        tl.store(H + at, g * sigmoid(g) * u, inside)
 
 
 @tuned((16, 16, 16, 4, 2), (64, 64, 32, 4, 3), (128, 128, 64, 4, 3), (128, 256, 64, 8, 4))
@@ -198,7 +198,7 @@ def hidden_backward_kernel(
             i = column * COLUMNS + part * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
             at, inside = slot.to(tl.int64)[:, None] * I + i[None, :], real[:, None] & (i < I)[None, :]
             g, u = tl.load(G + at, inside, 0.0).to(FULL), tl.load(U + at, inside, 0.0).to(FULL)
-            s, dh = tl.sigmoid(g), quarter(r, part, ROWS, COLUMNS).to(FULL)
+            s, dh = sigmoid(g), quarter(r, part, ROWS, COLUMNS).to(FULL)
             h = g * s * u
             dgates += tl.sum(dh * h, 1)
             tl.store(GH + at, gates * h, inside)
@@ -437,7 +437,7 @@ def grouped_mm(x, gates, visits, gate, up, out, most):
 
 
 PEERS = {
-    "dense, as many FLOPs": Peer("torch", dense, gpu=False),
+    "dense, as many FLOPs": Peer("torch", dense, gpu=False, same=False),
     "grouped_mm": Peer("torch", grouped_mm, gpu=False),
     "liger": Peer("liger-kernel", liger),
 }

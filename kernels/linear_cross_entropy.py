@@ -43,7 +43,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from minimodels.loss import IGNORE
 
-from .common import GPU, TIMED, Case, Peer, command, compare, full, on, report
+from .common import GPU, LOG2_E, TIMED, Case, Peer, command, compare, full, on, report
 
 COLUMNS = 4096  # at least, of a chunk: in the product for dx 8192 operations for the 8 bytes with which an element is added up
 WORK = 2**25  # logits of a chunk where there are few rows, so that a product fills the machine
@@ -65,7 +65,7 @@ def forward_kernel(
     for start in range(0, columns, BLOCK):
         logit = tl.load(LOGITS + start + column, start + column < columns, float("-inf")).to(FULL)
         higher = tl.maximum(top, tl.max(logit))
-        total = total * tl.exp(top - higher) + tl.sum(tl.exp(logit - higher))
+        total = total * tl.exp2((top - higher) * LOG2_E) + tl.sum(tl.exp2((logit - higher) * LOG2_E))
         top = higher
     tl.store(LSE + row, top + tl.log(total))
     target = tl.load(TARGETS + row) - first
@@ -84,7 +84,7 @@ def backward_kernel(
     target = tl.load(TARGETS + row)
     share = tl.where(target == ignore, 0.0, tl.load(SHARE))
     LOGITS += row * stride
-    p = tl.exp(tl.load(LOGITS + column, inside, 0.0).to(FULL) - tl.load(LSE + row))
+    p = tl.exp2((tl.load(LOGITS + column, inside, 0.0).to(FULL) - tl.load(LSE + row)) * LOG2_E)
     tl.store(LOGITS + column, (p - tl.where(column == target - first, 1.0, 0.0)) * share, inside)
 
 
@@ -199,14 +199,14 @@ SIGNATURES = [  # kernel, types of its arguments, constants, warps: for minimode
     (
         "forward_kernel",
         {"LOGITS": "*bf16", "TARGETS": "*i64", "LSE": "*fp32", "WANTED": "*fp32", "first": "i32", "columns": "i32",
-         "stride": "i32"},
+         "stride": "i32:16"},
         {"BEGIN": False, "FULL": tl.float32, "BLOCK": BLOCK},
         WARPS,
     ),
     (
         "backward_kernel",
         {"LOGITS": "*bf16", "TARGETS": "*i64", "LSE": "*fp32", "SHARE": "*fp32", "first": "i32", "columns": "i32",
-         "stride": "i32", "ignore": "i32"},
+         "stride": "i32:16", "ignore": "i32"},
         {"FULL": tl.float32, "BLOCK": BLOCK},
         WARPS,
     ),

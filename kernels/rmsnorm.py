@@ -146,7 +146,7 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, update: Tensor | None = None)
 SIGNATURES = [  # kernel, types of its arguments, constants, warps: for minimodels.kernels.compile
     (
         "forward_kernel",
-        {"X": "*bf16", "UPDATE": "*bf16", "WEIGHT": "*fp32", "Y": "*bf16", "TOTAL": "*bf16", "RSTD": "*fp32", "D": "i32",
+        {"X": "*bf16", "UPDATE": "*bf16", "WEIGHT": "*fp32", "Y": "*bf16", "TOTAL": "*bf16", "RSTD": "*fp32", "D": "i32:16",
          "eps": "fp32"},
         {"ADD": True, "FULL": tl.float32, "BLOCK": 1024},
         4,
@@ -154,7 +154,7 @@ SIGNATURES = [  # kernel, types of its arguments, constants, warps: for minimode
     (
         "backward_kernel",
         {"DY": "*bf16", "DTOTAL": "*bf16", "TOTAL": "*bf16", "WEIGHT": "*fp32", "RSTD": "*fp32", "DX": "*bf16",
-         "DWEIGHT": "*fp32", "rows": "i32", "D": "i32"},
+         "DWEIGHT": "*fp32", "rows": "i32", "D": "i32:16"},
         {"ADD": True, "FULL": tl.float32, "BLOCK": 1024},
         4,
     ),

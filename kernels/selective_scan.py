@@ -50,11 +50,10 @@ from einops import rearrange
 from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor
 
-from .common import GPU, TIMED, Case, Peer, command, compare, full, on, programs, report
+from .common import GPU, LOG2_E, TIMED, Case, Peer, command, compare, full, on, programs, report, sigmoid
 
 INTERVAL = 64  # steps between the states that are kept for backward
 STEPS = 4  # whose loads are in flight together; backward recomputes their states into registers
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def log1p_series(degree: int) -> tl.constexpr:
@@ -75,12 +74,6 @@ def softplus(v):
     for i in tl.static_range(DEGREE + 1):
         series = series * e + (LOG1P_64[i] if DEGREE == 18 else LOG1P_32[i])
     return tl.maximum(v, 0.0) + e * series, tl.where(v >= 0, 1.0, e) / (1 + e)
-
-
-@triton.jit
-def sigmoid(v):
-    """1 / (1 + exp(-v))."""
-    return 1 / (1 + tl.exp2(v * -LOG2_E))
 
 
 @triton.jit

@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
+from minimodels.kernels import common
 
 from benchmarks import all as everything
 from benchmarks import claims, curves, kernels, peers, plot, routing, table, throughput
 from minimodels import LM, Config, InputError, preset
 from minimodels.ledger import ledger
-from minimodels.measure import crossover, interleave, ratio
+from minimodels.measure import crossover, interleave, overtaking, ratio
 from minimodels.tokenizer import Bytes
 
 
@@ -35,12 +36,43 @@ def test_no_crossover_is_told_as_such():
     assert crossover([256, 512, 1024], [[0.5], [2.0], [0.5]]).median is None  # overtaken again
 
 
+def test_the_crossover_is_that_of_the_fastest_way_of_either():
+    rows = []
+    for context, times in {256: (1.0, 2.0, 3.0), 512: (2.0, 1.0, 4.0), 1024: (8.0, 4.0, 2.0)}.items():
+        for name, base, seconds in zip(("t", "t compiled", "m"), ("transformer", "transformer", "mamba"), times, strict=True):
+            rows.append({"model": name, "base": base, "context": context, "seconds": [seconds, seconds]})
+    rows.append({"model": "t again", "base": "transformer", "context": 1024, "seconds": [0.1, 0.1]})  # only shows the noise
+    assert overtaking(rows).median == pytest.approx(512 * 2 ** (2 / 3))  # from 1/4 to 2
+    assert overtaking(rows[:3]) is None  # one context
+
+
 def test_timings_are_interleaved_and_compared_round_by_round():
     order = []
     timings = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, seconds=0)
     assert order == ["a", "a", "b", "b"] + ["a", "b"] * 3
     assert {name: len(samples) for name, samples in timings.items()} == {"a": 3, "b": 3}
     assert ratio({"a": [1.0, 2.0, 4.0], "b": [2.0, 2.0, 2.0]}, "a", "b") == (1.0, 0.5, 2.0)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_provider_that_fails_or_is_wrong_is_left_out(direction, capsys):
+    providers = {
+        "first": lambda x: 2 * x, "same": lambda x: x + x, "wrong": lambda x: 3 * x, "failing": lambda x: x / None,
+        "something else": lambda x: 7 * x,
+    }  # fmt: skip
+    inputs = lambda: (torch.ones(3, requires_grad=True),)  # noqa: E731
+    timings, memory = common.time_providers(providers, {"something else"}, inputs, direction, rounds=2)
+    assert list(timings) == list(memory) == ["first", "same", "something else"]
+    said = capsys.readouterr().out
+    assert "wrong: left out, for it failed (AssertionError: result 0" in said and "failing: left out" in said
+
+
+def test_rows_of_an_operation_take_the_place_of_earlier_ones(tmp_path):
+    path = tmp_path / "new" / "kernels.jsonl"
+    kernels.forget(path, "attention")
+    path.write_text('{"operation": "attention"}\n{"operation": "rmsnorm"}\n')
+    kernels.forget(path, "attention")
+    assert rows_of(path) == [{"operation": "rmsnorm"}]
 
 
 @pytest.mark.parametrize("axis", throughput.AXES)
@@ -73,6 +105,26 @@ def test_throughput_writes_rows_that_plot_draws(tmp_path, capsys):
     drawn = {path.name for path in (tmp_path / "pictures").iterdir()}
     names = ("throughput-train", "throughput-prefill", "throughput-decode-1", "throughput-decode-2")
     assert drawn == {f"{name}.{suffix}" for name in names for suffix in ("png", "svg")}
+
+
+def test_throughput_compares_paths(tmp_path):
+    out = tmp_path / "throughput.jsonl"
+    options = throughput.Options(
+        models=("transformer",), layers=("mlp",), modes=("train", "decode"), impl=("torch", "reference"), compile=True,
+        longest=256, tokens=256, rounds=1, decode_batch=1, device="cpu", out=out,
+    )  # fmt: skip
+    configs = throughput.matched(options)
+    named = throughput.providers(configs, options, "train")
+    assert list(named) == [f"{model}, {impl}{compiled}" for compiled in ("", " compiled") for impl in options.impl
+                           for model in ("transformer", "mlp")]  # fmt: skip
+    assert named["mlp, reference compiled"] == ("mlp", throughput.replace(configs["mlp"], impl="reference"), "reference", True)
+    assert all(not provider.compiled for provider in throughput.providers(configs, options, "decode").values())
+    cudnn = throughput.providers(configs, throughput.replace(options, impl=("torch", "cudnn")), "prefill")
+    assert list(cudnn) == ["transformer, torch", "mlp, torch", "transformer, cudnn"]  # no attention, no cuDNN
+    throughput.main(throughput.replace(options, compile=False))
+    assert {(row["base"], row["impl"]) for row in rows_of(out)} == {
+        ("transformer", "torch"), ("transformer", "reference"), ("mlp", "torch"), ("mlp", "reference")
+    }  # fmt: skip
 
 
 def test_what_does_not_fit_is_a_row(monkeypatch):
@@ -189,6 +241,11 @@ def test_nothing_is_measured_where_the_results_are_wrong(tmp_path, monkeypatch):
         (throughput.main, throughput.Options(match="weight"), "match: 'weight'"),
         (throughput.main, throughput.Options(longest=100), "longest: 100 .* 256 or more"),
         (throughput.main, throughput.Options(rounds=0), "rounds: 0"),
+        (throughput.main, throughput.Options(shortest=0), "shortest: 0"),
+        (throughput.main, throughput.Options(impl=()), "impl: .* auto"),
+        (throughput.main, throughput.Options(impl=("cudnn",), device="cpu"), "impl: 'cudnn' .* device is cpu"),
+        (throughput.main, throughput.Options(impl=("fast",)), "impl: 'fast' .* reference"),
+        (peers.main, peers.Options(lengths=(1,)), "lengths: .* 2 or more"),
         (claims.main, claims.Options(claim="luck"), "claim: 'luck' .* copying"),
         (claims.main, claims.Options(claim="copying", size="big"), "size: 'big'"),
         (kernels.main, kernels.Options(only="fft"), "only: 'fft' .* rmsnorm"),
