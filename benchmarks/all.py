@@ -10,12 +10,15 @@ file in DIR while it runs, so being cut off loses nothing; done.json says which 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import tyro
 from minimodels.kernels import OPERATIONS
 
@@ -34,7 +37,7 @@ def steps(out: Path, gpu: bool, impl: str) -> Steps:
         return ["-m", f"benchmarks.{module}", *arguments, "--out", str(out / name)]
 
     def throughput(name: str, *arguments: str) -> list[str]:
-        return to(name, "throughput", *arguments, *(["--size", "small"] if gpu else []))
+        return to(name, "throughput", *(["--size", "small"] if gpu else []), *arguments)
 
     tests = ["-m", "pytest", "-q", "tests/test_laws.py"]
     paths = ["--impl", *(("torch", "triton") if gpu and impl == "auto" else (impl,))]
@@ -86,6 +89,8 @@ def main(options: Options) -> None:
     """One step after the other, each in its own process, until the time is over."""
     if not options.minutes > 0:
         raise InputError("minutes", options.minutes, "more than 0")
+    if options.impl not in ("auto", "torch", "triton"):
+        raise InputError("impl", options.impl, "auto, torch, triton")
     device = pick_device(options.device)
     done_file = options.out / "done.json"
     if done_file.exists() and not options.resume and not options.only_ceilings:
@@ -104,12 +109,11 @@ def main(options: Options) -> None:
         if done.get(name, {}).get("status") == "done" or left < 10:
             continue
         print(f"--- {name}: {left / 60:.1f} minutes left", flush=True)
+        rows = Path(arguments[-1])
+        if name in done and rows.suffix == ".jsonl" and rows.exists() and not name.startswith("kernels"):
+            rows.rename(rows.with_suffix(".cut.jsonl"))  # what it had measured when it was cut off
         start = time.monotonic()
-        try:
-            code = subprocess.run([sys.executable, *arguments], timeout=left).returncode
-            status = "done" if code == 0 else f"failed with {code}"
-        except subprocess.TimeoutExpired:
-            status = "cut off"
+        status = run(arguments, left, device)
         done[name] = {"status": status, "seconds": round(time.monotonic() - start, 1)}
         write_json(done_file, done)
         print(f"--- {name}: {status}", flush=True)
@@ -120,7 +124,21 @@ def main(options: Options) -> None:
             command = ["-m", "benchmarks.plot", str(options.out / f"{name}.jsonl"), "--out", str(options.out / name)]
             subprocess.run([sys.executable, *command])
     missing = [name for name in plan if done.get(name, {}).get("status") != "done"]
-    print("everything is done" if not missing else f"not done: {', '.join(missing)}; --resume goes on")
+    print("everything is done" if not missing else f"not done: {', '.join(missing)}; --resume does these, each from its start")
+
+
+def run(arguments: list[str], seconds: float, device: torch.device) -> str:
+    """How the step ended; at the end of its time it is stopped with all that it has started."""
+    environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if device.type == "cpu" else {})}
+    with subprocess.Popen([sys.executable, *arguments], start_new_session=True, env=environment) as process:
+        try:
+            code = process.wait(seconds)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            return "cut off"
+    return "done" if code == 0 else f"failed with {code}"
 
 
 def read_done(path: Path) -> dict:

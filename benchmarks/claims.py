@@ -17,7 +17,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
 
@@ -30,6 +30,7 @@ from minimodels import LM, Config, InputError, preset
 from minimodels.command import keep_freed_memory, pick_device, run_command
 from minimodels.config import BLOCKS
 from minimodels.data import open_data
+from minimodels.layers import choose
 from minimodels.ledger import ledger
 from minimodels.mamba import Mamba
 from minimodels.measure import write
@@ -249,9 +250,11 @@ class Options:
     """seeds of each model; 0: as many as the claim asks for"""
     scale: float = 1.0
     """factor on the training steps"""
+    impl: str = "auto"
+    """auto, reference, torch or triton: with the kernels Mamba trains far faster on a GPU"""
     device: str = "auto"
     """auto, cpu or cuda"""
-    out: Path = Path("benchmarks/results/cpu")
+    out: Path = Path("runs/benchmarks")
     """folder for claim-NAME.jsonl"""
 
 
@@ -267,7 +270,9 @@ def main(options: Options) -> None:
     keep_freed_memory()
     small = options.size == "cpu" or (options.size == "auto" and device.type == "cpu")
     claim = CLAIMS[options.claim](small)
+    choose(options.impl, "rmsnorm", device)
     for run in claim.runs:
+        run.config = replace(run.config, impl=options.impl)
         run.steps = max(1, round(options.scale * run.steps))
     seeds = range(options.seeds or claim.seeds)
     rows: list[dict] = []

@@ -12,7 +12,6 @@ is set.
 from __future__ import annotations
 
 import importlib.util
-import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ class Options:
     """rounds of interleaved timings"""
     check_only: bool = False
     """compare with the references and time nothing"""
-    out: Path = Path("benchmarks/results/cpu/kernels.jsonl")
+    out: Path = Path("runs/benchmarks/kernels.jsonl")
     """file for the JSON rows; those of an operation take the place of earlier ones"""
 
 
@@ -43,25 +42,18 @@ def main(options: Options) -> None:
     """Run each operation's file in a process of its own, so that one that fails does not end the others."""
     if options.only and options.only not in OPERATIONS:
         raise InputError("only", options.only, ", ".join(OPERATIONS))
+    if options.rounds < 1:
+        raise InputError("rounds", options.rounds, "1 or more")
     if importlib.util.find_spec("triton") is None:
         raise InputError("triton", "not installed", "pip install triton")
     failed = []
     for operation in OPERATIONS:
         if options.only in ("", operation):
-            if not options.check_only:
-                forget(options.out, operation)
             command = [sys.executable, "-m", f"minimodels.kernels.{operation}"]
             command += ["--rounds", str(options.rounds), "--out", str(options.out), *["--check-only"] * options.check_only]
             failed += [operation] * (subprocess.run(command).returncode != 0)
     if failed:
         raise InputError("kernels", failed, "kernels that pass their own check (what went wrong stands above)")
-
-
-def forget(path: Path, operation: str) -> None:
-    """Keep only the rows of other operations."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    path.write_text("".join(line for line in lines if json.loads(line)["operation"] != operation))
 
 
 if __name__ == "__main__":

@@ -219,7 +219,7 @@ class Options:
     """one question: scan, moe, mod or trainer; all by default"""
     device: str = "cpu"
     """auto, cpu or cuda"""
-    out: Path = Path("benchmarks/results/cpu/parts.jsonl")
+    out: Path = Path("runs/benchmarks/parts.jsonl")
     """file for the JSON rows"""
 
 
@@ -229,9 +229,10 @@ def main(options: Options) -> None:
     rows, device = [], pick_device(options.device)
     for name, measure in QUESTIONS.items():
         if options.only in ("", name):
-            rows += measure(device)
-            keep_freed_memory()  # for every provider from here on, as train.py does
-    write(options.out, rows, device)
+            if name != "scan":  # which asks both ways
+                keep_freed_memory()  # for every provider, as train.py does
+            rows += [{"benchmark": "parts", **row} for row in measure(device)]
+            write(options.out, rows, device)
     print(f"written to {options.out}")
 
 

@@ -227,7 +227,7 @@ class Options:
     """tokens of the training step"""
     generate: int = 256
     """tokens to generate"""
-    out: Path = Path("benchmarks/results/cpu/peers.jsonl")
+    out: Path = Path("runs/benchmarks/peers.jsonl")
     """file for the JSON rows"""
 
 

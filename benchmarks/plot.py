@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -77,7 +78,7 @@ def throughput(rows: Rows, folder: Path) -> list[Path]:
         figure, axes = canvas(title, answer(picture), picture)
         axes.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="tokens/s")
         axes.set_xscale("log", base=2)
-        draw_lines(axes, picture, x=lambda row: row["context"], y=lambda row, seconds: row["tokens"] / seconds)
+        draw_lines(axes, picture, speeds)
         name = f"throughput-{mode}" + (f"-{batch}" if mode == "decode" else "")
         paths += save(figure, folder / name)
     return paths
@@ -105,14 +106,18 @@ def claims(rows: Rows, folder: Path) -> list[Path]:
         axes.set(xlabel=first["x_label"], ylabel=first["y_label"])
         if first.get("x_log"):
             axes.set_xscale("log", base=2)
-        lines = defaultdict(lambda: defaultdict(list))
-        for row in picture:
-            lines[row["model"]][row["x"]].append(row["y"])
-        for colour, (name, points) in zip(cycle(COLOURS), lines.items(), strict=False):
-            line(axes, name, sorted(points.items()), colour, "-")
-        label_lines(axes)
+        draw_lines(axes, picture, curve)
         paths += save(figure, folder / f"{claim}-{panel}")
     return paths
+
+
+def curve(rows: Rows) -> list[tuple]:
+    """The first point of every seed as one, the second, and so on: the median x (for seconds differ), the mean y, every y."""
+    seeds = defaultdict(list)
+    for row in rows:
+        seeds[row["seed"]].append((row["x"], row["y"]))
+    points = (tuple(zip(*group, strict=True)) for group in zip(*seeds.values(), strict=False))
+    return [(statistics.median(places), statistics.mean(values), values) for places, values in points]
 
 
 def ends(rows: Rows) -> str:
@@ -137,34 +142,38 @@ def canvas(title: str, subtitle: str, rows: Rows):
 
     figure, axes = pyplot.subplots(figsize=(9, 5.4), layout="constrained")
     axes.set_title(title + (f"\n{subtitle}" if subtitle else ""), loc="left", fontsize=11)
-    sources = dict.fromkeys(f"{row.get('device')}, torch {row.get('torch')}, commit {row.get('commit')}" for row in rows)
-    caption = "\n".join(f"{STYLES[i % 4]}  {source}" for i, source in enumerate(sources))
+    sources = {row["file"]: f"{row.get('device')}, torch {row.get('torch')}, commit {row.get('commit')}" for row in rows}
+    caption = "\n".join(f"{STYLES[i % 4]}  {source}" for i, source in enumerate(sources.values()))
     figure.supxlabel(caption, fontsize=8, color="#666666", x=0.01, ha="left")
     axes.grid(True, which="major", color="#e5e7eb")
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def draw_lines(axes, rows: Rows, x, y) -> None:
-    """A line for each model and file, with the spread over the rounds as a band."""
+def speeds(rows: Rows) -> list[tuple]:
+    """Tokens a second against context: the median over the rounds, and each."""
+    rates = [(row["context"], [row["tokens"] / seconds for seconds in row["seconds"]]) for row in rows]
+    return [(context, statistics.median(values), values) for context, values in rates]
+
+
+def draw_lines(axes, rows: Rows, points_of: Callable[[Rows], list[tuple]]) -> None:
+    """A line for each model and file, with the spread over the rounds, or seeds, as a band."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     files = list(dict.fromkeys(row["file"] for row in rows))
     for row_file, style in zip(files, cycle(STYLES), strict=False):
         for model, colour in zip(models, cycle(COLOURS), strict=False):
+            named = any(drawn.get_label() == model for drawn in axes.get_lines())
             own = [row for row in rows if (row["model"], row["file"]) == (model, row_file)]
-            points = [(x(row), [y(row, seconds) for seconds in row["seconds"]]) for row in own]
-            if points:
-                line(axes, model if row_file == files[0] else "", sorted(points), colour, style)
+            if own:
+                line(axes, "" if named else model, sorted(points_of(own)), colour, style)
     label_lines(axes)
 
 
 def line(axes, name: str, points: list, colour: str, style: str) -> None:
-    """The medians as a line, all samples within the band."""
-    places = [place for place, _ in points]
-    axes.plot(
-        places, [statistics.median(v) for _, v in points], style, color=colour, marker="o", markersize=3, label=name or None
-    )
-    axes.fill_between(places, [min(v) for _, v in points], [max(v) for _, v in points], color=colour, alpha=0.15, linewidth=0)
+    """The centres as a line, all samples within the band."""
+    places, centres, samples = zip(*points, strict=True)
+    axes.plot(places, centres, style, color=colour, marker="o", markersize=3, label=name or None)
+    axes.fill_between(places, [min(v) for v in samples], [max(v) for v in samples], color=colour, alpha=0.15, linewidth=0)
 
 
 def label_lines(axes) -> None:

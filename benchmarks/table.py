@@ -88,7 +88,9 @@ def kernels(rows: Rows) -> str:
     lines = []
     for (operation, direction), by_case in cases.items():
         case, providers = list(by_case.items())[-1]
-        ours = "triton" if "triton" in providers else "torch"
+        ours = next((name for name in ("triton", "torch") if name in providers), None)
+        if ours is None:
+            continue
         row = providers[ours]
         took = [f"{statistics.median(row['seconds']) * 1e3:.2f} ms", f"{row['rate'] / row['ceiling']:.0%} of {row['unit']}"]
         took += [f"{row['bytes'] / 1e6:,.0f} MB"] if row["bytes"] is not None else []

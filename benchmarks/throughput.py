@@ -6,8 +6,10 @@
     python -m benchmarks.throughput --models transformer --modes train --impl torch cudnn triton --compile
 
 Models are matched on one axis (`--match`): each is made as wide as gives it the transformer's parameters, active parameters or
-FLOPs per token. Contexts double from 256; the tokens of a step are held constant, so a longer context means fewer sequences.
+FLOPs per token. Contexts double from 256; the tokens of a step are held constant, so a longer context means fewer sequences,
+down to one.
 The models are timed in turn, the first of them twice, which shows the noise. What does not fit in memory is a result too.
+Mixture-of-depths takes its share of the tokens at random in prefill and decoding, where an untrained router would take any.
 Given several paths, each model is timed with each, and the crossover is that of the fastest of either model.
 """
 
@@ -24,6 +26,7 @@ from typing import NamedTuple
 
 import torch
 import tyro
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minimodels import LM, Config, InputError, preset
@@ -32,6 +35,7 @@ from minimodels.config import BLOCKS
 from minimodels.layers import choose
 from minimodels.ledger import Ledger, ledger
 from minimodels.measure import ceilings, interleave, overtaking, peak_bytes, write
+from minimodels.mod import MixtureOfDepths
 from minimodels.optim import adamw
 
 AXES: dict[str, Callable[[Ledger], float]] = {
@@ -40,6 +44,7 @@ AXES: dict[str, Callable[[Ledger], float]] = {
     "flops": lambda cost: cost.forward_flops,
 }
 FIRST = 256  # the context at which the models are matched, and the shortest unless another is asked for
+PIECE = 2**16  # tokens that are read at once to make a state for decoding
 CUDNN = "cudnn"  # the torch path with cuDNN's attention, which PyTorch does not always choose by itself
 
 
@@ -67,13 +72,15 @@ class Options:
     """sequences decoded at once, besides one alone"""
     rounds: int = 5
     """timings of each point"""
+    patience: float = 20.0
+    """seconds: what takes longer is not tried at longer contexts"""
     impl: tuple[str, ...] = ("auto",)
     """paths to compare: auto, reference, torch, triton, and cudnn, which is torch with cuDNN's attention"""
     compile: bool = False
     """time the training step under torch.compile too"""
     device: str = "auto"
     """auto, cpu or cuda"""
-    out: Path = Path("benchmarks/results/cpu/throughput.jsonl")
+    out: Path = Path("runs/benchmarks/throughput.jsonl")
     """file for the JSON rows, written anew after each point"""
 
 
@@ -92,22 +99,24 @@ def main(options: Options) -> None:
     device = check(options)
     keep_freed_memory()
     gpu = device.type == "cuda"
-    longest, tokens = options.longest or (2**20 if gpu else 4096), options.tokens or (65536 if gpu else 4096)
+    longest, tokens = options.longest or longest_on(device), options.tokens or (65536 if gpu else 4096)
     limits = ceilings(device)
     print(f"matrix products {limits['TFLOP/s']:.3g} TFLOP/s, copying {limits['GB/s']:.0f} GB/s")
     configs = matched(options)
     rows: list[dict] = []
     for mode in options.modes:
-        alive = providers(configs, options, mode)  # what does not fit is not tried at twice the context
-        for batch in (1, options.decode_batch) if mode == "decode" else (0,):
+        for batch in sorted({1, options.decode_batch}) if mode == "decode" else (0,):
+            alive = providers(configs, options, mode)  # what does not fit, or takes too long, is not tried at twice the context
             for context in contexts(options.shortest, longest):
                 sequences = batch or max(1, tokens // context)
                 measured = measure_point(mode, alive, context, sequences, options, device)
                 for row in measured:
                     row |= {"limit": limits["TFLOP/s"] * 1e12}
                     print(describe(row), flush=True)
-                    if row["seconds"] is None:
+                    if row["seconds"] is None or statistics.median(row["seconds"]) > options.patience:
                         alive.pop(row["model"].removesuffix(" again"), None)
+                if not alive:
+                    break
                 rows += measured
                 write(options.out, rows, device)
             places = [row for row in rows if row["mode"] == mode and (row["batch"] == batch or not batch)]
@@ -123,9 +132,11 @@ def check(options: Options) -> torch.device:
             raise InputError("modes", mode, ", ".join(MODES))
     if options.match not in (*AXES, "none"):
         raise InputError("match", options.match, ", ".join([*AXES, "none"]))
-    for name, least in (("longest", options.shortest), ("tokens", 1)):
-        if getattr(options, name) and getattr(options, name) < least:
-            raise InputError(name, getattr(options, name), f"{least} or more")
+    for name in ("longest", "tokens"):
+        if getattr(options, name) < 0:
+            raise InputError(name, getattr(options, name), "0 or more")
+    if options.shortest > (options.longest or longest_on(pick_device(options.device))):
+        raise InputError("longest", options.longest or "auto", f"{options.shortest} or more")
     for name in ("rounds", "decode_batch", "shortest"):
         if getattr(options, name) < 1:
             raise InputError(name, getattr(options, name), "1 or more")
@@ -140,6 +151,11 @@ def check(options: Options) -> torch.device:
     if not options.impl:
         raise InputError("impl", (), "auto, reference, torch, triton, cudnn")
     return device
+
+
+def longest_on(device: torch.device) -> int:
+    """The last context by default."""
+    return 2**20 if device.type == "cuda" else 4096
 
 
 def contexts(shortest: int, longest: int) -> list[int]:
@@ -187,33 +203,52 @@ def match(config: Config, base: Config, axis: Callable[[Ledger], float]) -> Conf
 
 
 def measure_point(mode: str, given: dict[str, Provider], context: int, batch: int, options: Options, device: torch.device):
-    """Rows of all models at one context; `seconds` is None where memory does not suffice."""
-    calls: dict[str, Callable] = {}
-    rows = {}
-    for name, (base, config, impl, compiled) in given.items():
-        cost = ledger(config, context)
-        rows[name] = {
-            "benchmark": "throughput", "mode": mode, "model": name, "base": base, "impl": impl, "compiled": compiled,
-            "layers": config.layers, "width": config.width, "match": options.match, "context": context, "batch": batch,
-            "parameters": cost.parameters, "active": cost.active, "state_bytes": cost.state_bytes,
-            "tokens": batch * (1 if mode == "decode" else context),
-            "flops": cost.training_flops if mode == "train" else cost.forward_flops, "seconds": None, "peak_bytes": None,
-        }  # fmt: skip
-        try:
-            torch.manual_seed(0)
-            call = partial(run, impl, MODES[mode](LM(config).to(device), context, batch, compiled))
-            call()
-            rows[name]["peak_bytes"] = peak_bytes(call, device)
-            calls[name] = call
-        except (torch.OutOfMemoryError, MemoryError):
-            pass
-    names = list(calls)
-    if names:
-        calls[f"{names[0]} again"] = calls[names[0]]
-        rows[f"{names[0]} again"] = {**rows[names[0]], "model": f"{names[0]} again"}
-    for name, seconds in interleave(calls, rounds=options.rounds, seconds=0.1).items():
-        rows[name]["seconds"] = seconds
+    """Rows of all providers at one context: timed in turn, or each alone where they do not fit into memory together. `seconds`
+    is None where one does not fit, or cannot run, and `error` says why."""
+    rows = {name: describe_point(mode, name, provider, context, batch, options) for name, provider in given.items()}
+    if failed(mode, given, rows, context, batch, options, device) and len(given) > 1:
+        for name, provider in given.items():
+            failed(mode, {name: provider}, rows, context, batch, options, device)
     return list(rows.values())
+
+
+def failed(mode: str, given: dict[str, Provider], rows: dict, *arguments) -> bool:
+    """Fill the rows in, or say in that of a single provider what went wrong: too little memory, mostly."""
+    try:
+        rows |= timed(mode, given, rows, *arguments)
+    except RuntimeError as error:  # which running out of memory is, and an attention backend that cannot run
+        if len(given) == 1:
+            rows[next(iter(given))]["error"] = str(error).splitlines()[0]
+        return True
+    return False
+
+
+def describe_point(mode: str, name: str, provider: Provider, context: int, batch: int, options: Options) -> dict:
+    """What is known of a point before it is measured."""
+    config, cost = provider.config, ledger(provider.config, context)
+    return {
+        "benchmark": "throughput", "mode": mode, "model": name, "base": provider.base, "impl": provider.impl,
+        "compiled": provider.compiled, "layers": config.layers, "width": config.width, "match": options.match,
+        "context": context, "batch": batch, "parameters": cost.parameters, "active": cost.active,
+        "state_bytes": cost.state_bytes, "tokens": batch * (1 if mode == "decode" else context),
+        "flops": cost.training_flops if mode == "train" else cost.forward_flops, "seconds": None, "peak_bytes": None,
+    }  # fmt: skip
+
+
+def timed(mode: str, given: dict[str, Provider], rows: dict, context: int, batch: int, options: Options, device: torch.device):
+    """The rows of the given providers with their seconds and memory; where they are several, the first once more."""
+    calls, found = {}, {}
+    for name, provider in given.items():
+        torch.manual_seed(0)
+        calls[name] = partial(run, provider.impl, MODES[mode](LM(provider.config).to(device), context, batch, provider))
+        calls[name]()
+        found[name] = {**rows[name], "peak_bytes": peak_bytes(calls[name], device), "alone": len(given) == 1}
+    first = next(iter(given))
+    if len(given) > 1:
+        calls[f"{first} again"], found[f"{first} again"] = calls[first], {**found[first], "model": f"{first} again"}
+    for name, seconds in interleave(calls, rounds=options.rounds, seconds=0.1).items():
+        found[name]["seconds"] = seconds
+    return found
 
 
 def run(impl: str, call: Callable[[], object]) -> None:
@@ -222,15 +257,13 @@ def run(impl: str, call: Callable[[], object]) -> None:
         call()
 
 
-def train(model: LM, context: int, batch: int, compiled: bool) -> Callable[[], None]:
+def train(model: LM, context: int, batch: int, provider: Provider) -> Callable[[], None]:
     """Forward, backward, clipping, AdamW."""
     device = model.embedding.weight.device
     optimizer = adamw(model, 1e-4, 0.1)
     tokens = torch.randint(model.embedding.num_embeddings, (batch, context + 1), device=device)
     half = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    if compiled:
-        torch._dynamo.config.capture_dynamic_output_shape_ops = True
-    loss_function = torch.compile(model.loss, fullgraph=True) if compiled else model.loss
+    loss_function = compiled(model, provider) if provider.compiled else model.loss
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
@@ -244,9 +277,17 @@ def train(model: LM, context: int, batch: int, compiled: bool) -> Callable[[], N
     return step
 
 
-def prefill(model: LM, context: int, batch: int, compiled: bool) -> Callable[[], tuple]:
+def compiled(model: LM, provider: Provider) -> Callable:
+    """The loss as one graph for this very size. Attention's backend is chosen while compiling, and no cache knows of it."""
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    torch._dynamo.config.recompile_limit = 1000  # every model, path and size is one
+    options = {"force_disable_caches": True} if provider.impl == CUDNN else None
+    return torch.compile(model.loss, fullgraph=True, dynamic=False, options=options)
+
+
+def prefill(model: LM, context: int, batch: int, provider: Provider) -> Callable[[], tuple]:
     """The state of a prompt and the logits of its next token."""
-    model = in_half(model.eval())
+    model = at_capacity(in_half(model.eval()))
     tokens = torch.randint(model.embedding.num_embeddings, (batch, context), device=model.embedding.weight.device)
 
     @torch.inference_mode()
@@ -257,16 +298,40 @@ def prefill(model: LM, context: int, batch: int, compiled: bool) -> Callable[[],
     return call
 
 
-def decode(model: LM, context: int, batch: int, compiled: bool) -> Callable[[], tuple]:
-    """One token more, after `context` of them."""
-    _, state = prefill(model, context, batch, compiled)()
-    token = torch.zeros(batch, 1, dtype=torch.int64, device=model.embedding.weight.device)
+def decode(model: LM, context: int, batch: int, provider: Provider) -> Callable[[], tuple]:
+    """One token more, after `context` of them, which are read in pieces that need little memory."""
+    model = at_capacity(in_half(model.eval()))
+    token, state = torch.zeros(batch, 1, dtype=torch.int64, device=model.embedding.weight.device), None
+    with torch.inference_mode():
+        for length in torch.arange(context).split(max(1, PIECE // batch)):
+            _, state = model.features(token.expand(batch, len(length)), state)
 
     @torch.inference_mode()
     def call() -> tuple:
         return model(token, state)
 
     return call
+
+
+class AtCapacity(nn.Module):
+    """In the place of a mixture-of-depths' causal decision, which an untrained model makes at random for all tokens alike: it
+    costs the same, and takes the share of tokens that a trained one aims at."""
+
+    def __init__(self, decide: nn.Module, capacity: float):
+        super().__init__()
+        self.decide, self.capacity = decide, capacity
+
+    def forward(self, x: Tensor) -> Tensor:
+        decision = self.decide(x)
+        return self.capacity - torch.rand_like(decision) + 0 * decision
+
+
+def at_capacity(model: LM) -> LM:
+    """Make every mixture-of-depths take its share of the tokens."""
+    for module in model.modules():
+        if isinstance(module, MixtureOfDepths):
+            module.predictor = AtCapacity(module.predictor or module.router, module.capacity)
+    return model
 
 
 def in_half(model: LM) -> LM:
@@ -282,7 +347,7 @@ def describe(row: dict) -> str:
     """One line about a point."""
     place = f"{row['mode']:8} context {row['context']:8,} x {row['batch']:<4} {row['model']:18}"
     if row["seconds"] is None:
-        return f"{place} out of memory"
+        return f"{place} {row.get('error') or 'out of memory'}"
     median = statistics.median(row["seconds"])
     rate = row["tokens"] / median
     slowest, fastest = (row["tokens"] / extreme(row["seconds"]) for extreme in (max, min))

@@ -182,7 +182,7 @@ def causal_conv1d_forward(x: Tensor, weight: Tensor, bias: Tensor | None, window
     y = x.new_empty(x.shape)
     with on(x):
         forward_kernel[lambda meta: grid(x, meta)](
-            x, weight.contiguous(), bias, window if window is None else window.contiguous(), y, T, D, x.stride(0), x.stride(1),
+            x, *dense(weight, bias, window), y, T, D, x.stride(0), x.stride(1),
             activation, W, CHUNK, full(x),
         )  # fmt: skip
     return y
@@ -198,7 +198,7 @@ def causal_conv1d_backward(
     partial = x.new_empty(batch * triton.cdiv(T, CHUNK), W + 1, D, dtype=torch.promote_types(x.dtype, torch.float32))
     with on(x):
         backward_kernel[lambda meta: grid(x, meta)](
-            dy, x, weight.contiguous(), bias, window if window is None else window.contiguous(), dx, dwindow, partial, T, D,
+            dy, x, *dense(weight, bias, window), dx, dwindow, partial, T, D,
             x.stride(0), x.stride(1), activation, W, CHUNK, full(x),
         )  # fmt: skip
     total = partial.sum(0)  # (W+1, D)
@@ -208,6 +208,11 @@ def causal_conv1d_backward(
 def channels_innermost(x: Tensor) -> Tensor:
     """x itself where its channels are neighbours in memory, whatever its other strides are; else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def dense(*parts: Tensor | None) -> list[Tensor | None]:
+    """What there is, each tensor contiguous."""
+    return [part if part is None else part.contiguous() for part in parts]
 
 
 def grid(x: Tensor, meta: dict) -> tuple[int, int, int]:

@@ -1,4 +1,5 @@
-"""What the kernels share: launching on the tensor's device, tuning, and the report that each file prints when it is run."""
+"""What the kernels share: the sigmoid, launching on the tensor's device, tuning, and the report that each file prints when it
+is run."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ import triton
 import triton.language as tl
 import tyro
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
+from minimodels.command import keep_freed_memory
 from minimodels.config import InputError
 from minimodels.measure import ceilings, environment, interleave, peak_bytes
 
@@ -50,9 +53,9 @@ def tuned(configs: list[triton.Config], key: list[str]):
     return triton.autotune(configs=configs[:1] if INTERPRETED else configs, key=key)
 
 
-def programs(tensor: Tensor, per_processor: int = 4) -> int:
-    """How many programs keep the machine busy, each with a share of the rows."""
-    return per_processor * torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 3
+def processors(tensor: Tensor) -> int:
+    """Of the tensor's GPU; 3 where a CPU interprets."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 3
 
 
 def compare(kernel: Callable, reference: Callable, arguments: tuple) -> None:
@@ -96,7 +99,7 @@ def run(operation: Callable, arguments: list) -> list[Tensor]:
 
 @dataclass
 class Case:
-    """One size at which an operation is timed: its inputs are as TIMED says, bf16 on a GPU and fp32 on a CPU."""
+    """One size at which an operation is timed, as TIMED says: in fp32 on a CPU, in bf16 but for small parameters on a GPU."""
 
     label: str
     inputs: Callable[[], tuple]
@@ -140,10 +143,10 @@ def available(peers: dict[str, Peer]) -> dict[str, Callable]:
 
 @dataclass(frozen=True)
 class Options:
-    """Check an operation and time it against its torch path, the same compiled, its reference, and what else is installed."""
+    """Check an operation and time it against its torch path, the same compiled, and what else is installed."""
 
     out: Path | None = None
-    """file for JSON rows, appended"""
+    """file for JSON rows, in which they take the place of the operation's earlier ones"""
     rounds: int = 5
     """rounds of interleaved timings"""
     check_only: bool = False
@@ -154,8 +157,8 @@ def report(
     operation: str, kernel: Callable, path: Callable, cases: list[Case], peers: dict[str, Peer], check: Callable
 ) -> Callable:
     """The command of a kernel file: `check` first, then forward and backward of every case, providers in turn, and the memory
-    that they take. `path` is the operation with an argument `impl`. Without a GPU the kernel is checked, interpreted, and
-    the reference, the torch path and the peers are timed without it."""
+    that they take. `path` is the operation with an argument `impl`. Without a GPU the kernel is checked if TRITON_INTERPRET=1,
+    and the reference is timed in its place."""
 
     def main(options: Options) -> None:
         if not GPU and not INTERPRETED and options.check_only:
@@ -167,6 +170,11 @@ def report(
             print(f"{operation}: the kernel is neither checked nor timed, for there is no GPU (TRITON_INTERPRET=1 checks it)")
         if options.check_only:
             return
+        if options.rounds < 1:
+            raise InputError("rounds", options.rounds, "1 or more")
+        if options.out:
+            forget(options.out, operation)
+        keep_freed_memory()  # as train.py does
         device = torch.device(TIMED["device"])
         shared = environment(device)
         torch_path, installed = partial(path, impl="torch"), available(peers)
@@ -197,12 +205,23 @@ def report(
     return main
 
 
+def forget(path: Path, operation: str) -> None:
+    """Keep only the rows of other operations. Raises InputError where the file holds something else."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text().splitlines() if path.exists() else []
+    try:
+        kept = [line for line in lines if line and json.loads(line)["operation"] != operation]
+    except (ValueError, KeyError, TypeError):
+        raise InputError("out", str(path), "a new file, or one of rows of kernels") from None
+    path.write_text("".join(f"{line}\n" for line in kept))
+
+
 def time_providers(
     providers: dict[str, Callable], others: set[str], inputs: Callable[[], tuple], direction: str, rounds: int
 ) -> tuple:
     """Interleaved seconds of each provider, and the bytes it takes. One that fails, or whose results are not the first one's,
     is named and left out; `others` compute something else."""
-    torch._functorch.config.donated_buffer = False  # a compiled backward pass is to run more than once
+    functorch_config.donated_buffer = False  # a compiled backward pass is to run more than once
     calls, memory, expected = {}, {}, None
     for name, provider in providers.items():
         try:
@@ -251,7 +270,7 @@ def prepare(provider: Callable, arguments: tuple, direction: str) -> Callable[[]
     outputs = provider(*arguments)
     output = outputs[0] if isinstance(outputs, tuple) else outputs
     wanted = [tensor for tensor in arguments if isinstance(tensor, Tensor) and tensor.requires_grad]
-    gradient = torch.randn_like(output)
+    gradient = torch.randn(output.shape, device=output.device, dtype=output.dtype)  # whatever the strides, the same
     return lambda: list(torch.autograd.grad(output, wanted, gradient, retain_graph=True))
 
 

@@ -24,8 +24,8 @@ from . import OPERATIONS
 
 
 def compile_kernel(kernel, signature: dict[str, str], constants: dict[str, object], warps: int, stages: int = 3):
-    """Compile one kernel for sm_90. `signature` has a type for each argument that is no constant: *bf16, i32, or i32:16, that is
-    a multiple of 16, as sizes mostly are and Triton sees when it launches."""
+    """Compile one kernel for sm_90. `signature` has a type for each argument that is no constant: *bf16, i32, or i32:16 for a
+    multiple of 16, as sizes mostly are and Triton sees when it launches."""
     types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     # pointers are multiples of 16 bytes, as PyTorch allocates them

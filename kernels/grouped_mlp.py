@@ -42,7 +42,7 @@ from torch import Tensor
 from triton import Config, cdiv, next_power_of_2
 
 from . import INTERPRETED
-from .common import GPU, TIMED, Case, Peer, command, compare, full, on, programs, report, sigmoid
+from .common import GPU, TIMED, Case, Peer, command, compare, full, on, processors, report, sigmoid
 
 GROUP = tl.constexpr(8)  # blocks of slots: their rows and the weights they meet next come from the L2 cache
 WIDTH = 128  # columns of every tile of r, however tuned: dgates is a sum of parts, one for each so many columns
@@ -233,7 +233,7 @@ def weights_backward_kernel(
 
 def persistent(tensor: Tensor, accumulators: int) -> tuple[int]:
     """As many programs as run at once where their accumulators may take half of a processor's registers."""
-    return (programs(tensor, max(1, min(8, 2**15 // accumulators))),)
+    return (processors(tensor) * max(1, min(8, 2**15 // accumulators)),)
 
 
 @torch.library.custom_op("minimodels::grouped_mlp_order", mutates_args=())

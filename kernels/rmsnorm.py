@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import GPU, TIMED, Case, Peer, command, compare, full, on, programs, report
+from .common import GPU, TIMED, Case, Peer, command, compare, full, on, processors, report
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def rmsnorm_forward(x: Tensor, update: Tensor | None, weight: Tensor, eps: float
 def rmsnorm_backward(dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """dx, which is dupdate too, and dweight."""
     dy, D = dy.contiguous(), total.shape[-1]
-    rows, count = total.numel() // D, programs(total)
+    rows, count = total.numel() // D, 4 * processors(total)
     dx, dweight = torch.empty_like(total), rstd.new_empty(count, D)
     later = dy if dtotal is None else dtotal.contiguous()
     BLOCK = triton.next_power_of_2(D)

@@ -8,33 +8,37 @@ What it must cost, per token and channel in bf16: forward reads x and delta and 
 reads x, delta and dy and writes dx and ddelta, 10 bytes, and reads z and writes dz, 4 more (6 for a kernel that reads y again
 and does not recompute it). Forward also takes N exponentials, of which a Hopper processor does 16 a clock: at N = 16 one clock,
 in which the memory delivers 14 bytes (H100) to 21 (H200). So arithmetic bounds the scan. At N = 16 a step of 32 channels, whose
-exponentials alone take a processor 32 clocks, compiles to 140 instructions forward, of which it issues 4 a clock: 35 clocks;
-19 of them are special functions, 2 clocks each: 38. Backward it is 640 instructions, 160 clocks.
+exponentials alone take a processor 32 clocks, compiles to 140 instructions forward, of which it issues 4 a clock: 35 clocks; 19
+of them are special functions, 2 clocks each: 38. Backward it is 640 instructions, 160 clocks. (`kernels.compile` prints those
+of a round, which is 4 steps; backward has two inner loops.)
 
     name           shape
     x, delta, z    (B, T, D)    signal, step size before softplus and bias, gate
-    A              (D, N)       decay rates, negative; log2(e) is folded in, so that each decay is one exp2
+    A, rate        (D, N)       decay rates, negative; rate is log2(e) A, so that each decay is one exp2
     B, C           (B, T, N)    input and output of each token
     h, g           (N, channels)    in a program: the state, and the gradient of all that comes later with respect to it
     starts, ends   (B, intervals, D, N)   h before each interval of 64 steps; g behind it
 
-A program is one warp that holds the states of 32 channels and walks time, all of them in lock-step. Forward a lane has all N
-states of its channel, so that no step needs a shuffle or a barrier; backward, which sums over channels too, a lane has 4 states
-of 4 channels. Where that leaves the machine idle, time is split in chunks of whole intervals: local kernels walk each from
-zero, which costs the exponentials once more; a chunk as a whole multiplies a state by exp(A ΣΔ), so a small kernel carries the
-states over the chunks, and the main kernels start from the truth. Backward is the same the other way:
+A program is one warp that holds the states of 32 channels and walks time, all of them in lock-step. Forward, at N = 16 or less,
+a lane has all states of its channel, so that no step needs a shuffle or a barrier; backward, which sums over channels too, a
+lane has 4 states of 4 channels. Where that leaves the machine idle, time is split in chunks of whole intervals: local kernels
+walk each from zero, which costs the exponentials once more; a chunk as a whole multiplies a state by exp(A ΣΔ), so a small
+kernel carries the states over the chunks, and the main kernels start from the truth. Backward is the same the other way:
 
     g_t = C_t dy'_t + a_{t+1} g_{t+1}        a_t = exp(Δ_t A), dy' = dy ⊙ silu(z)
     dB_t = Σ_channels g_t Δ_t x_t            dC_t = Σ_channels dy'_t h_t           dx_t = skip dy'_t + Δ_t <g_t, B_t>
     dΔ_t = <g_t, a_t h_{t-1} A + B_t x_t>    dA = Σ_t g_t a_t h_{t-1} Δ_t
 
-It needs h in reverse. Kept are the inputs and `starts`, one byte per token and channel at N = 16. In each interval a first walk
-leaves the state of every fourth step in a scratch that each program reuses; groups of four are recomputed from there into
-registers. So it takes nearly 3 N exponentials, or 4 N where time is split. dB and dC are summed over the channels of a
-program, which takes one block of channels after the other, then over programs; dA, dskip and ddelta_bias over intervals: each
-partial sum has its place, and nothing depends on the order in which programs run. While it runs, backward needs besides its
-results 2 bytes per token and channel for `ends` and partial dA, 4 / share for partial dB and dC (`share` blocks a program), and
-32 KiB of scratch for each of about 1000 programs, which together fit into the L2 cache: what is longer would cross the memory.
+It needs h in reverse. Kept are the inputs and `starts`. In each interval a first walk leaves the state of every fourth step in
+a scratch that each program reuses; groups of four are recomputed from there into registers. So it takes nearly 3 N
+exponentials, or 4 N where time is split. dB and dC are summed over the channels of a program, which takes one block of channels
+after the other, then over programs; dA, dskip and ddelta_bias over intervals: each partial sum has its place, and nothing
+depends on the order in which programs run.
+
+The memory it takes at N = 16 (for more states in proportion, and in groups of two steps): `starts` one byte per token and
+channel, and while backward runs 2 more for `ends` and partial dA, 4 / share for partial dB and dC (`share` blocks a program),
+and 32 KiB of scratch for each of about 1000 programs. These fit into the L2 cache together; those of longer intervals would
+not.
 """
 
 from __future__ import annotations
@@ -50,24 +54,24 @@ from einops import rearrange
 from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor
 
-from .common import GPU, LOG2_E, TIMED, Case, Peer, command, compare, full, on, programs, report, sigmoid
+from .common import GPU, LOG2_E, TIMED, Case, Peer, command, compare, full, on, processors, report, sigmoid
 
 INTERVAL = 64  # steps between the states that are kept for backward
-STEPS = 4  # whose loads are in flight together; backward recomputes their states into registers
+STEPS = 4  # of a group, at most: their loads are in flight together, and backward recomputes their states into registers
 
 
 def log1p_series(degree: int) -> tl.constexpr:
-    """Coefficients, the highest first, of a polynomial for log(1 + e) / e on [0, 1]: without division, and exact at 0."""
+    """Coefficients, the highest first, of a polynomial for log(1 + e) / e on [0, 1], which is 1 at 0: to divide costs more."""
     series = Chebyshev.interpolate(lambda e: np.log1p(e) / e, degree, domain=[0, 1]).convert(kind=Polynomial)
-    return tl.constexpr(tuple(series.coef[::-1].tolist()))
+    return tl.constexpr((*series.coef[:0:-1].tolist(), 1.0))
 
 
-LOG1P_32, LOG1P_64 = log1p_series(8), log1p_series(18)  # off by 3e-8 and 3e-15
+LOG1P_32, LOG1P_64 = log1p_series(8), log1p_series(18)  # off by less than 1e-7 and 1e-14
 
 
 @triton.jit
 def softplus(v):
-    """log(1 + exp(v)) and its derivative, both exact where they are small and 0 at v = -inf."""
+    """log(1 + exp(v)) and its derivative; both keep their digits where they are small, and are 0 at v = -inf."""
     e = tl.exp2(tl.abs(v) * -LOG2_E)
     DEGREE: tl.constexpr = 18 if v.dtype == tl.float64 else 8
     series = tl.zeros_like(e)
@@ -77,17 +81,18 @@ def softplus(v):
 
 
 @triton.jit
-def among(i, count, inside, EDGE: tl.constexpr):
-    """`inside` if i < count, else nothing; compared as tensors, for the interpreter broadcasts no scalar truth values."""
-    return inside & (tl.full(inside.shape, i, tl.int32) < count) if EDGE else inside
+def among(i, count, inside, RAGGED: tl.constexpr):
+    """`inside` if i < count, else nothing; without RAGGED `inside` as it is, for then all groups are full. Compared as
+    tensors, for the interpreter broadcasts no scalar truth values."""
+    return inside & (tl.full(inside.shape, i, tl.int32) < count) if RAGGED else inside
 
 
 @triton.jit
-def rows(P, stride: tl.constexpr, count, columns, inside, other, STEPS: tl.constexpr, EDGE: tl.constexpr, FULL: tl.constexpr):
-    """STEPS rows, all requested before the first is used; at an EDGE those from row `count` on read as `other`."""
+def rows(P, stride: tl.constexpr, count, columns, inside, other, STEPS: tl.constexpr, RAGGED: tl.constexpr, FULL: tl.constexpr):
+    """STEPS rows, all requested before the first is used; where groups may be RAGGED, those from row `count` on are `other`."""
     values = ()
     for i in tl.static_range(STEPS):
-        values += (tl.load(P + i * stride + columns, among(i, count, inside, EDGE), other).to(FULL),)
+        values += (tl.load(P + i * stride + columns, among(i, count, inside, RAGGED), other).to(FULL),)
     return values
 
 
@@ -103,8 +108,8 @@ def tile(block, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D
 
 @triton.jit
 def lanes(P, d, n, real, N: tl.constexpr, FULL: tl.constexpr):
-    """Rows d of a (D, N) matrix, transposed: (BLOCK_N, channels), each lane with all numbers of its channel, so that sums over
-    N need no shuffles. A load of the matrix as a whole would spread a channel over lanes."""
+    """Rows d of a (D, N) matrix, transposed: (BLOCK_N, channels), each lane with all numbers of its channel (where 32 channels
+    make a block), so that sums over N need no shuffles. A load of the matrix as a whole would spread a channel over lanes."""
     values = tl.zeros((n.shape[0], d.shape[0]), FULL)
     for k in tl.static_range(N):
         values = tl.where((n == k)[:, None], tl.load(P + d * N + k, real, 0.0).to(FULL)[None, :], values)
@@ -114,7 +119,7 @@ def lanes(P, d, n, real, N: tl.constexpr, FULL: tl.constexpr):
 @triton.jit
 def forward_local_kernel(
     X, DELTA, A, B, BIAS, LOCAL, SUM, T, steps, blocks, chunks,
-    D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, EDGE: tl.constexpr,
+    D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, RAGGED: tl.constexpr,
     FULL: tl.constexpr,
 ):  # fmt: skip
     """Walk each chunk but the last from a state of zero: the final state, and the sum of the step sizes."""
@@ -126,9 +131,9 @@ def forward_local_kernel(
     h, total = tl.zeros((BLOCK_N, BLOCK_D), FULL), tl.zeros((BLOCK_D,), FULL)
     for t in range(0, steps, STEPS):
         row, count = batch * T + chunk * steps + t, steps - t
-        xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, EDGE, FULL)
-        deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, EDGE, FULL)
-        Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, EDGE, FULL)
+        xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, RAGGED, FULL)
+        deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, RAGGED, FULL)
+        Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, RAGGED, FULL)
         for i in tl.static_range(STEPS):
             step, _ = softplus(deltas[i] + bias)
             h = tl.exp2(step[None, :] * rate) * h + Bs[i][:, None] * (step * xs[i])[None, :]
@@ -141,7 +146,8 @@ def forward_local_kernel(
 def carry_kernel(
     LOCAL, SUM, A, EDGES, D, N, intervals, span, chunks, REVERSE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr
 ):  # fmt: skip
-    """Carry states from the first chunk to the last, or gradients from the last to the first: one program, some (d, n)."""
+    """Carry states from the first chunk to the last, or gradients from the last to the first: one program, some (d, n). LOCAL
+    has no place for the chunk that is carried to last, so reversed its place r is that of chunk r + 1."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     batch, size = tl.program_id(1).to(tl.int64), D * N
     inside = at < size
@@ -149,9 +155,9 @@ def carry_kernel(
     h = tl.load(EDGES + (batch * intervals + (intervals - 1) * REVERSE) * size + at, inside, 0.0)
     for i in range(chunks - 1):
         chunk = chunks - 2 - i if REVERSE else i
-        walk = batch * (chunks - 1) + chunk
-        total = tl.load(SUM + walk * D + at // N, inside, 0.0)
-        h = tl.exp2(total * rate) * h + tl.load(LOCAL + walk * size + at, inside, 0.0)
+        place = batch * (chunks - 1) + chunk
+        total = tl.load(SUM + place * D + at // N, inside, 0.0)
+        h = tl.exp2(total * rate) * h + tl.load(LOCAL + place * size + at, inside, 0.0)
         tl.store(EDGES + (batch * intervals + (chunk + 1) * span - REVERSE) * size + at, h, inside)
 
 
@@ -159,7 +165,7 @@ def carry_kernel(
 def forward_kernel(
     X, DELTA, A, B, C, SKIP, Z, BIAS, Y, STARTS, FINAL, T, z_batch, interval, intervals, span, blocks, chunks,
     GATE: tl.constexpr, Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    STEPS: tl.constexpr, EDGE: tl.constexpr, FULL: tl.constexpr,
+    STEPS: tl.constexpr, RAGGED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Walk each chunk from its true start: the outputs, and the state at the start of each interval."""
     block, walk = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
@@ -173,19 +179,19 @@ def forward_kernel(
         end = tl.minimum(T, i * interval + interval)
         for t in range(i * interval, end, STEPS):
             row, count = batch * T + t, end - t
-            xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, EDGE, FULL)
-            deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, EDGE, FULL)
-            Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, EDGE, FULL)
-            Cs = rows(C + row * N, N, count, n, used, 0.0, STEPS, EDGE, FULL)
+            xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, RAGGED, FULL)
+            deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, RAGGED, FULL)
+            Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, RAGGED, FULL)
+            Cs = rows(C + row * N, N, count, n, used, 0.0, STEPS, RAGGED, FULL)
             if GATE:
-                zs = rows(Z + batch * z_batch + t * Z_ROW, Z_ROW, count, d, real, 0.0, STEPS, EDGE, FULL)
+                zs = rows(Z + batch * z_batch + t * Z_ROW, Z_ROW, count, d, real, 0.0, STEPS, RAGGED, FULL)
             for j in tl.static_range(STEPS):
                 step, _ = softplus(deltas[j] + bias)
                 h = tl.exp2(step[None, :] * rate) * h + Bs[j][:, None] * (step * xs[j])[None, :]
                 y = tl.sum(h * Cs[j][:, None], 0) + skip * xs[j]
                 if GATE:
                     y *= zs[j] * sigmoid(zs[j])
-                tl.store(Y + (row + j) * D + d, y, among(j, count, real, EDGE))
+                tl.store(Y + (row + j) * D + d, y, among(j, count, real, RAGGED))
     if chunk == chunks - 1:
         tl.store(FINAL + batch * D * N + at, h, both)
 
@@ -194,7 +200,7 @@ def forward_kernel(
 def backward_local_kernel(
     DELTA, A, C, Z, BIAS, DY, LOCAL, SUM, T, z_batch, steps, blocks, chunks,
     GATE: tl.constexpr, Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    STEPS: tl.constexpr, EDGE: tl.constexpr, FULL: tl.constexpr,
+    STEPS: tl.constexpr, RAGGED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Walk each chunk but the first backwards: the gradient that its outputs alone give the state before it."""
     block, walk = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
@@ -208,11 +214,11 @@ def backward_local_kernel(
     for i in range(groups):
         t = (groups - 1 - i) * STEPS
         row, count = batch * T + chunk * steps + t, length - t
-        deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, EDGE, FULL)
-        dys = rows(DY + row * D, D, count, d, real, 0.0, STEPS, EDGE, FULL)
-        Cs = rows(C + row * N, N, count, n, used, 0.0, STEPS, EDGE, FULL)
+        deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, RAGGED, FULL)
+        dys = rows(DY + row * D, D, count, d, real, 0.0, STEPS, RAGGED, FULL)
+        Cs = rows(C + row * N, N, count, n, used, 0.0, STEPS, RAGGED, FULL)
         if GATE:
-            zs = rows(Z + batch * z_batch + (chunk * steps + t) * Z_ROW, Z_ROW, count, d, real, 0.0, STEPS, EDGE, FULL)
+            zs = rows(Z + batch * z_batch + (chunk * steps + t) * Z_ROW, Z_ROW, count, d, real, 0.0, STEPS, RAGGED, FULL)
         for j in tl.static_range(STEPS - 1, -1, -1):
             step, _ = softplus(deltas[j] + bias)
             dy = dys[j]
@@ -229,7 +235,7 @@ def backward_kernel(
     X, DELTA, A, B, C, SKIP, Z, BIAS, DY, STARTS, ENDS, SCRATCH, DX, DDELTA, DA, DB, DC, DSKIP, DZ, DBIAS, DSTATE,
     T, tokens, z_batch, interval, intervals, span, blocks, chunks, share,
     GATE: tl.constexpr, Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    STEPS: tl.constexpr, EDGE: tl.constexpr, FULL: tl.constexpr,
+    STEPS: tl.constexpr, RAGGED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Walk each chunk backwards, interval by interval, in each interval one block of channels after the other."""
     teams = tl.cdiv(blocks, share)
@@ -253,13 +259,13 @@ def backward_kernel(
             for i in range(groups):
                 row, count = batch * T + here * interval + i * STEPS, length - i * STEPS
                 tl.store(scratch + i * BLOCK_D * BLOCK_N + slot, h)
-                xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, EDGE, FULL)
-                deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, EDGE, FULL)
-                Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, EDGE, FULL)
+                xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, RAGGED, FULL)
+                deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, RAGGED, FULL)
+                Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, RAGGED, FULL)
                 for j in tl.static_range(STEPS):
                     step, _ = softplus(deltas[j] + bias)
                     h = tl.exp2(step[None, :] * rate) * h + Bs[j][:, None] * (step * xs[j])[None, :]
-            tl.debug_barrier()
+            tl.debug_barrier()  # lanes read below what others have stored
 
             # Backwards: a group's states from the one before it, then its gradients.
             g = tl.load(ENDS + (batch * intervals + here) * size + at, both, 0.0)
@@ -269,25 +275,25 @@ def backward_kernel(
                 t = (groups - 1 - i) * STEPS
                 row, count = batch * T + here * interval + t, length - t
                 h = tl.load(scratch + (groups - 1 - i) * BLOCK_D * BLOCK_N + slot)
-                xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, EDGE, FULL)
-                deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, EDGE, FULL)
-                Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, EDGE, FULL)
+                xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, RAGGED, FULL)
+                deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, RAGGED, FULL)
+                Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, RAGGED, FULL)
                 hs = ()  # the states before each step
                 for j in tl.static_range(STEPS):
                     hs += (h,)
                     step, _ = softplus(deltas[j] + bias)
                     h = tl.exp2(step[None, :] * rate) * h + Bs[j][:, None] * (step * xs[j])[None, :]
-                tl.debug_barrier()  # all but these states is computed anew below: kept, it would not fit into registers
-                xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, EDGE, FULL)
-                deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, EDGE, FULL)
-                dys = rows(DY + row * D, D, count, d, real, 0.0, STEPS, EDGE, FULL)
-                Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, EDGE, FULL)
-                Cs = rows(C + row * N, N, count, n, used, 0.0, STEPS, EDGE, FULL)
+                tl.debug_barrier()  # has all but these states computed anew below: kept, it would not fit into registers
+                xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, RAGGED, FULL)
+                deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, RAGGED, FULL)
+                dys = rows(DY + row * D, D, count, d, real, 0.0, STEPS, RAGGED, FULL)
+                Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, RAGGED, FULL)
+                Cs = rows(C + row * N, N, count, n, used, 0.0, STEPS, RAGGED, FULL)
                 if GATE:
                     zs = Z + batch * z_batch + (here * interval + t) * Z_ROW
-                    zs = rows(zs, Z_ROW, count, d, real, 0.0, STEPS, EDGE, FULL)
+                    zs = rows(zs, Z_ROW, count, d, real, 0.0, STEPS, RAGGED, FULL)
                 for j in tl.static_range(STEPS - 1, -1, -1):
-                    to, use = (row + j) * D + d, among(j, count, real, EDGE)
+                    to, use = (row + j) * D + d, among(j, count, real, RAGGED)
                     step, slope = softplus(deltas[j] + bias)
                     decay = tl.exp2(step[None, :] * rate)
                     kept = decay * hs[j]
@@ -311,8 +317,8 @@ def backward_kernel(
                     dskip += dy * xs[j]
                     dbias += ddelta
                     g *= decay
-                    # this team's sums over its channels so far
-                    told = among(j, count, used, EDGE)
+                    # this team's sums over its channels so far: none before its first block
+                    told = among(j, count, used, RAGGED)
                     earlier, sums = among(team * share, block, told, True), (team * tokens + row + j) * N + n
                     tl.store(DB + sums, dB + tl.load(DB + sums, earlier, 0.0), told)
                     tl.store(DC + sums, dC + tl.load(DC + sums, earlier, 0.0), told)
@@ -323,7 +329,7 @@ def backward_kernel(
                 tl.store(DSTATE + batch * size + at, g, both)
             elif here > first:
                 tl.store(ENDS + (batch * intervals + here - 1) * size + at, g, both)
-            tl.debug_barrier()
+            tl.debug_barrier()  # the same for the sums, the ends and the scratch, in the next block or interval
 
 
 @torch.library.custom_op("minimodels::selective_scan_forward", mutates_args=())
@@ -336,7 +342,7 @@ def selective_scan_forward(
     intervals, blocks, span, chunks, _ = plan(x, N, interval)
     y, starts, final = torch.empty_like(x), precise.new_empty(batch, intervals, D, N), precise.new_empty(batch, D, N)
     starts[:, 0] = 0 if state is None else state
-    sizes = sizes_of(x, N, STEPS, interval)
+    sizes = sizes_of(x, N, interval)
     with on(x):
         if chunks > 1:
             local, total = precise.new_empty(batch, chunks - 1, D, N), precise.new_empty(batch, chunks - 1, D)
@@ -361,22 +367,24 @@ def selective_scan_backward(
     given = (A, B, C, skip, bias)
     batch, T, D, N, precise, z, bias, (x, delta, A, B, C, skip, dy) = prepare(z, bias, x, delta, A, B, C, skip, dy)
     intervals, blocks, span, chunks, share = plan(x, N, interval)
-    teams, steps = triton.cdiv(blocks, share), max(1, min(STEPS, 64 // triton.next_power_of_2(N)))
+    teams = triton.cdiv(blocks, share)
     ends, dstate = torch.empty_like(starts), torch.empty_like(dfinal, memory_format=torch.contiguous_format)
     ends[:, -1] = dfinal
     dx, ddelta, dz = torch.empty_like(x), torch.empty_like(delta), x.new_empty(0) if z is None else z.new_empty(x.shape)
     dA, dskip, dbias = torch.empty_like(starts), precise.new_empty(batch, intervals, D), precise.new_empty(batch, intervals, D)
     dB, dC = precise.new_empty(teams, batch, T, N), precise.new_empty(teams, batch, T, N)
-    sizes = sizes_of(x, N, steps, interval)
+    sizes = sizes_of(x, N, interval)
     gate = {"GATE": z is not None, "Z_ROW": 0 if z is None else z.stride(1)}
     z_batch = 0 if z is None else z.stride(0)
-    scratch = precise.new_empty(teams * batch * chunks * triton.cdiv(interval, steps), sizes["BLOCK_D"], sizes["BLOCK_N"])
+    scratch = precise.new_empty(
+        teams * batch * chunks * triton.cdiv(interval, sizes["STEPS"]), sizes["BLOCK_D"], sizes["BLOCK_N"]
+    )
     with on(x):
         if chunks > 1:
             local, total = precise.new_empty(batch, chunks - 1, D, N), precise.new_empty(batch, chunks - 1, D)
             backward_local_kernel[(blocks * batch * (chunks - 1),)](
                 delta, A, C, x if z is None else z, bias, dy, local, total, T, z_batch, span * interval, blocks, chunks,
-                **gate, **sizes_of(x, N, STEPS, interval),
+                **gate, **sizes,
             )  # fmt: skip
             carry(local, total, A, ends, span, reverse=True)
         backward_kernel[(teams * batch * chunks,)](
@@ -412,11 +420,13 @@ def prepare(z: Tensor | None, bias: Tensor | None, *tensors: Tensor) -> tuple:
     return batch, T, D, A.shape[1], precise, z, bias, tuple(tensor.contiguous() for tensor in tensors)
 
 
-def sizes_of(x: Tensor, N: int, steps: int, interval: int) -> dict[str, object]:
-    """What the kernels are compiled for; `EDGE`: whether some group of steps is not full."""
-    T, D = x.shape[1:]
-    sizes = {"D": D, "N": N, "BLOCK_N": triton.next_power_of_2(N), "BLOCK_D": block(N), "STEPS": steps, "FULL": full(x)}
-    return {**sizes, "EDGE": bool(T % steps or interval % steps), "num_warps": 1}
+def sizes_of(x: Tensor, N: int, interval: int) -> dict[str, object]:
+    """What the kernels are compiled for. `STEPS`: as many as 64 registers a lane hold the states of; `RAGGED`: whether some
+    group of steps is not full."""
+    (_, T, D), width = x.shape, triton.next_power_of_2(N)
+    steps = min(STEPS, 64 * 32 // (width * block(N)))
+    sizes = {"D": D, "N": N, "BLOCK_N": width, "BLOCK_D": block(N), "STEPS": steps, "FULL": full(x), "num_warps": 1}
+    return {**sizes, "RAGGED": bool(T % steps or interval % steps)}
 
 
 def block(N: int) -> int:
@@ -428,7 +438,7 @@ def plan(x: Tensor, N: int, interval: int) -> tuple[int, int, int, int, int]:
     """Intervals, blocks of channels, intervals to a chunk, chunks, and blocks to a program of the backward pass."""
     batch, T, D = x.shape
     intervals, blocks = triton.cdiv(T, interval), triton.cdiv(D, block(N))
-    span, share = divide(batch * blocks, intervals, programs(x, 1))
+    span, share = divide(batch * blocks, intervals, processors(x))
     return intervals, blocks, span, triton.cdiv(intervals, span), min(share, blocks)
 
 
@@ -513,8 +523,9 @@ _TYPES |= {
     name: "*fp32" for name in "A B C SKIP BIAS LOCAL SUM EDGES STARTS FINAL ENDS SCRATCH DA DB DC DSKIP DBIAS DSTATE".split()
 }
 _TYPES |= {name: "i32" for name in "T tokens z_batch steps interval intervals span blocks chunks share".split()}
-_CONSTANTS = {"GATE": True, "Z_ROW": 3072, "D": 1536, "N": 16, "BLOCK_N": 16, "BLOCK_D": 32, "STEPS": STEPS, "EDGE": False}
+_CONSTANTS = {"GATE": True, "Z_ROW": 3072, "D": 1536, "N": 16, "BLOCK_N": 16, "BLOCK_D": 32, "STEPS": STEPS, "RAGGED": False}
 _CONSTANTS |= {"FULL": tl.float32}
+_OTHER = {"GATE": False, "D": 1500, "N": 50, "BLOCK_N": 64, "BLOCK_D": 16, "STEPS": 2, "RAGGED": True}
 
 
 def _signature(kernel, types: dict, constants: dict, warps: int) -> tuple:
@@ -529,16 +540,18 @@ SIGNATURES = [  # kernel, types of its arguments, constants, warps: for minimode
     _signature(forward_kernel, _TYPES, _CONSTANTS, 1),
     _signature(backward_local_kernel, _TYPES, _CONSTANTS, 1),
     _signature(backward_kernel, _TYPES, _CONSTANTS, 1),
+    _signature(forward_kernel, _TYPES, _CONSTANTS | _OTHER, 1),
+    _signature(backward_kernel, _TYPES, _CONSTANTS | _OTHER, 1),
     _signature(carry_kernel, _TYPES | {"D": "i32", "N": "i32"}, {"REVERSE": 0, "BLOCK": 256, "FULL": tl.float32}, 2),
 ]
 
 
 def check() -> None:
     """Outputs and gradients against the reference in fp64; on a GPU in bf16 too, and over several chunks."""
-    lengths = (700, 1) if GPU else (9, 1)
-    for T in lengths:
+    shapes = [(2, 701, 64, 16), (1, 260, 48, 16), (1, 67, 48, 33)] if GPU else [(2, 9, 48, 16), (1, 8, 32, 16), (1, 5, 20, 33)]
+    for batch, T, D, N in (*shapes, (2, 1, 48, 16)):
         for plain in (False, True):
-            compare(selective_scan, reference, arguments(2, T, 48, 16, plain))
+            compare(selective_scan, reference, arguments(batch, T, D, N, plain))
 
 
 def reference(*arguments, impl: str = "reference"):

@@ -7,6 +7,8 @@ median and the spread over the rounds.
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -84,15 +86,24 @@ def _peak() -> int:
 
 
 def environment(device: torch.device) -> dict[str, object]:
-    """What a figure depends on besides the code: commit, device, versions, threads."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    """What a figure depends on besides the code: commit (and a + where files differ from it), device, versions, threads."""
+    names = {"cpu": lambda: f"{processor()}, {os.cpu_count()} cores", "cuda": lambda: torch.cuda.get_device_name(device)}
     return {
-        "commit": git.stdout.strip(),
-        "device": f"{processor()}, {os.cpu_count()} cores" if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "commit": git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no")),
+        "device": names.get(device.type, lambda: device.type)(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,
         "python": platform.python_version(),
     }
+
+
+def git(*arguments: str) -> str:
+    """What git says of the code's folder; nothing where there is no git, or no repository."""
+    try:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def processor() -> str:
@@ -130,11 +141,13 @@ class Crossover:
     low: float | None
     high: float | None
     faster: bool  # at the longest context
+    steady: bool  # and at all others alike
 
     def __str__(self) -> str:
         first, last = self.contexts[0], self.contexts[-1]
         if self.median is None:
-            return f"Mamba is {'faster' if self.faster else 'slower'} than the transformer from {first:,} to {last:,}"
+            where = f"from {first:,} to {last:,}" if self.steady else f"at {last:,}, but not at every context from {first:,} on"
+            return f"Mamba is {'faster' if self.faster else 'slower'} than the transformer {where}"
         return f"Mamba is faster than the transformer from {self.median:,.0f} tokens on ({self.low:,.0f}-{self.high:,.0f})"
 
 
@@ -153,10 +166,10 @@ def crossover(contexts: list[int], ratios: list[list[float]]) -> Crossover:
                 share = -logs[i] / (logs[i + 1] - logs[i])
                 places.append(math.exp((1 - share) * math.log(contexts[i]) + share * math.log(contexts[i + 1])))
                 break
-    faster = statistics.median(ratios[-1]) >= 1
-    if 2 * len(places) <= len(rounds) or not faster:
-        return Crossover(contexts, None, None, None, faster)
-    return Crossover(contexts, statistics.median(places), min(places), max(places), faster)
+    wins = [statistics.median(values) >= 1 for values in ratios]
+    if 2 * len(places) <= len(rounds) or not wins[-1]:
+        return Crossover(contexts, None, None, None, wins[-1], len(set(wins)) == 1)
+    return Crossover(contexts, statistics.median(places), min(places), max(places), wins[-1], False)
 
 
 def overtaking(rows: list[dict]) -> Crossover | None:

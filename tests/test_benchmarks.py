@@ -1,10 +1,14 @@
 """The benchmarks at tiny sizes: they run, their rows hold what plots need, and what they compute from rows is right."""
 
+import importlib
 import json
 import math
+import time
+from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from minimodels.kernels import common
 
 from benchmarks import all as everything
@@ -33,7 +37,8 @@ def test_crossover_is_where_the_ratio_rises_through_one():
 def test_no_crossover_is_told_as_such():
     assert str(crossover([256, 512], [[0.5], [0.6]])) == "Mamba is slower than the transformer from 256 to 512"
     assert str(crossover([256, 512], [[2.0], [3.0]])) == "Mamba is faster than the transformer from 256 to 512"
-    assert crossover([256, 512, 1024], [[0.5], [2.0], [0.5]]).median is None  # overtaken again
+    overtaken_again = crossover([256, 512, 1024], [[0.5], [2.0], [0.5]])
+    assert str(overtaken_again) == "Mamba is slower than the transformer at 1,024, but not at every context from 256 on"
 
 
 def test_the_crossover_is_that_of_the_fastest_way_of_either():
@@ -69,10 +74,14 @@ def test_a_provider_that_fails_or_is_wrong_is_left_out(direction, capsys):
 
 def test_rows_of_an_operation_take_the_place_of_earlier_ones(tmp_path):
     path = tmp_path / "new" / "kernels.jsonl"
-    kernels.forget(path, "attention")
-    path.write_text('{"operation": "attention"}\n{"operation": "rmsnorm"}\n')
-    kernels.forget(path, "attention")
+    common.forget(path, "attention")
+    path.write_text('{"operation": "attention"}\n\n{"operation": "rmsnorm"}\n')
+    common.forget(path, "attention")
     assert rows_of(path) == [{"operation": "rmsnorm"}]
+    path.write_text("something else")
+    with pytest.raises(InputError, match="rows of kernels"):
+        common.forget(path, "attention")
+    assert path.read_text() == "something else"
 
 
 @pytest.mark.parametrize("axis", throughput.AXES)
@@ -128,8 +137,8 @@ def test_throughput_compares_paths(tmp_path):
 
 
 def test_what_does_not_fit_is_a_row(monkeypatch):
-    def refuse(model, context, batch, compiled):
-        raise torch.OutOfMemoryError("no more")
+    def refuse(model, context, batch, provider):
+        raise torch.OutOfMemoryError("out of memory, tried to allocate")
 
     monkeypatch.setitem(throughput.MODES, "train", refuse)
     given = {"mlp": throughput.Provider("mlp", Config(layers="mlp"), "torch")}
@@ -224,6 +233,26 @@ def test_all_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert "everything is done" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
+def test_all_asks_for_what_there_is(gpu, tmp_path):
+    """Every step of the plan is a command whose options exist."""
+    for name, (module, *arguments) in ((name, step[1:]) for name, step in everything.steps(tmp_path, gpu, "auto").items()):
+        assert arguments, name
+        if module != "pytest":
+            tyro.cli(importlib.import_module(module).Options, args=arguments)
+        else:
+            assert all(Path(argument).exists() for argument in arguments if argument.startswith("tests/"))
+
+
+def test_a_step_is_stopped_with_what_it_started(tmp_path):
+    child = "import time; time.sleep(1); open('alive', 'w')"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], cwd={str(tmp_path)!r})"
+    assert everything.run(["-c", parent], 0.4, torch.device("cpu")) == "cut off"
+    time.sleep(1.2)
+    assert not (tmp_path / "alive").exists()
+    assert everything.run(["-c", "raise SystemExit(2)"], 10, torch.device("cpu")) == "failed with 2"
+
+
 def test_nothing_is_measured_where_the_results_are_wrong(tmp_path, monkeypatch):
     monkeypatch.setattr(
         everything, "steps", lambda *arguments: {"correctness": ["-c", "raise SystemExit(1)"], "x": ["-c", "pass"]}
@@ -249,6 +278,9 @@ def test_nothing_is_measured_where_the_results_are_wrong(tmp_path, monkeypatch):
         (claims.main, claims.Options(claim="luck"), "claim: 'luck' .* copying"),
         (claims.main, claims.Options(claim="copying", size="big"), "size: 'big'"),
         (kernels.main, kernels.Options(only="fft"), "only: 'fft' .* rmsnorm"),
+        (kernels.main, kernels.Options(rounds=0), "rounds: 0"),
+        (throughput.main, throughput.Options(shortest=512, longest=256, device="cpu"), "longest: 256 .* 512"),
+        (everything.main, everything.Options(out=Path("never"), impl="fast"), "impl: 'fast'"),
         (peers.main, peers.Options(only="gpt"), "only: 'gpt' .* llama"),
         (plot.main, plot.Options(results=()), "results"),
         (curves.main, curves.Options(runs=(), axis="money"), "axis: 'money' .* tokens"),
@@ -285,6 +317,13 @@ def test_tables_hold_medians_and_means(tmp_path, capsys):
         "| mamba | 0.750 (0.500-1.000) |",
     ):
         assert line in shown
+
+
+def test_a_curve_joins_the_seeds_probe_by_probe():
+    rows = [
+        {"seed": seed, "x": x, "y": y} for seed, points in enumerate(([(1, 4), (2, 3)], [(3, 5), (6, 2)])) for x, y in points
+    ]
+    assert plot.curve(rows) == [(2, 4.5, (4, 5)), (4, 2.5, (3, 2))]
 
 
 @pytest.mark.parametrize("content", ["", "not JSON", "[1]\n", '{"benchmark": "none"}\n'])

@@ -81,6 +81,13 @@ def test_x_may_be_a_part_of_a_wider_tensor():
     )
 
 
+def test_small_parts_may_be_columns():
+    x, weight, bias, window = (part.to(DEVICE) for part in arguments(2, 9, 6, 4))
+    strided = [torch.stack((part, -part), dim=-1)[..., 0] for part in (weight, bias, window)]
+    for part, whole in zip(causal_conv1d(x, *strided), causal_conv1d(x, weight, bias, window), strict=True):
+        torch.testing.assert_close(part, whole, rtol=0, atol=0)
+
+
 def test_pieces_are_the_whole():
     x, weight, bias, window = (part.to(DEVICE) for part in arguments(2, 13, 6, 4))
     whole, last = causal_conv1d(x, weight, bias, window, activation=True)
