@@ -8,7 +8,8 @@
     python -m benchmarks.claims balance        keeping experts in use: five ways
     python -m benchmarks.claims presets        every preset on the same text
 
-Each trains every model with several seeds on the same data and leaves JSON rows, which `python -m benchmarks.plot` draws.
+Each trains every model with several seeds on the same data and leaves JSON rows, which `python -m benchmarks.plot` draws. On a
+GPU `--impl triton` trains with the kernels.
 """
 
 from __future__ import annotations

@@ -176,13 +176,13 @@ def wrapped_block(width: int, batch: int, T: int, device: torch.device) -> dict:
 
 def measure_trainer(device: torch.device) -> list[dict]:
     config = Config(width=128, heads=4, layers="(attention mlp)*4", vocab=65)
-    square = torch.randn(2048, 2048, device=device)
+    square = torch.randn(2048, 2048, device=device, dtype=None if device == CPU else torch.bfloat16)
     providers = {"transformer": train_step(config, 12, 64, device), "matrix product": lambda: square @ square}
     timings = interleave(providers, rounds=15)
     speeds = [12 * 64 / seconds for seconds in timings["transformer"]]
     ceiling = statistics.median(2 * 2048**3 / seconds for seconds in timings["matrix product"])
     share = statistics.median(speeds) * ledger(config, 64).training_flops / ceiling
-    print("trainer, whole step, 4 layers, d 128, 4 heads, context 64, batch 12, fp32")
+    print(f"trainer, whole step, 4 layers, d 128, 4 heads, context 64, batch 12, {'fp32' if device == CPU else 'bf16'}")
     print(
         f"  {statistics.median(speeds):,.0f} tokens/s ({min(speeds):,.0f}-{max(speeds):,.0f}), {share:.0%} of the rate of "
         f"this machine's matrix product, {ceiling / 1e9:.0f} GFLOP/s"
@@ -231,7 +231,8 @@ def main(options: Options) -> None:
         if options.only in ("", name):
             if name != "scan":  # which asks both ways
                 keep_freed_memory()  # for every provider, as train.py does
-            rows += [{"benchmark": "parts", **row} for row in measure(device)]
+            precision = {"dtype": "float32"} if name in ("scan", "moe") else {}
+            rows += [{"benchmark": "parts", **precision, **row} for row in measure(device)]
             write(options.out, rows, device)
     print(f"written to {options.out}")
 

@@ -224,7 +224,7 @@ class Options:
     only: str = ""
     """one model: llama, mixtral or mamba; all by default"""
     lengths: tuple[int, ...] = (512, 2048)
-    """tokens of the training step"""
+    """tokens of the forward and backward pass"""
     generate: int = 256
     """tokens to generate"""
     out: Path = Path("runs/benchmarks/peers.jsonl")

@@ -115,10 +115,10 @@ def main(options: Options) -> None:
                     print(describe(row), flush=True)
                     if row["seconds"] is None or statistics.median(row["seconds"]) > options.patience:
                         alive.pop(row["model"].removesuffix(" again"), None)
-                if not alive:
-                    break
                 rows += measured
                 write(options.out, rows, device)
+                if not alive:
+                    break
             places = [row for row in rows if row["mode"] == mode and (row["batch"] == batch or not batch)]
             if place := overtaking(places):
                 print(f"{mode}{f', batch {batch}' if batch else ''}: {place}")
@@ -206,21 +206,23 @@ def measure_point(mode: str, given: dict[str, Provider], context: int, batch: in
     """Rows of all providers at one context: timed in turn, or each alone where they do not fit into memory together. `seconds`
     is None where one does not fit, or cannot run, and `error` says why."""
     rows = {name: describe_point(mode, name, provider, context, batch, options) for name, provider in given.items()}
-    if failed(mode, given, rows, context, batch, options, device) and len(given) > 1:
+    if error := fill(rows, given, mode, context, batch, options, device):
         for name, provider in given.items():
-            failed(mode, {name: provider}, rows, context, batch, options, device)
+            if len(given) > 1:
+                error = fill(rows, {name: provider}, mode, context, batch, options, device)
+            rows[name] |= {"alone": len(given) > 1, "error": error}
     return list(rows.values())
 
 
-def failed(mode: str, given: dict[str, Provider], rows: dict, *arguments) -> bool:
-    """Fill the rows in, or say in that of a single provider what went wrong: too little memory, mostly."""
+def fill(rows: dict[str, dict], given: dict[str, Provider], *point) -> str:
+    """Put into the rows what is measured; what went wrong, if anything: too little memory, mostly."""
     try:
-        rows |= timed(mode, given, rows, *arguments)
-    except RuntimeError as error:  # which running out of memory is, and an attention backend that cannot run
-        if len(given) == 1:
-            rows[next(iter(given))]["error"] = str(error).splitlines()[0]
-        return True
-    return False
+        measured = timed(given, *point)
+    except (RuntimeError, MemoryError) as error:  # the first also where an attention backend cannot run
+        return (str(error).splitlines() or ["out of memory"])[0]
+    for name, (seconds, peak) in measured.items():
+        rows[name] = {**rows[name.removesuffix(" again")], "model": name, "seconds": seconds, "peak_bytes": peak}
+    return ""
 
 
 def describe_point(mode: str, name: str, provider: Provider, context: int, batch: int, options: Options) -> dict:
@@ -235,20 +237,17 @@ def describe_point(mode: str, name: str, provider: Provider, context: int, batch
     }  # fmt: skip
 
 
-def timed(mode: str, given: dict[str, Provider], rows: dict, context: int, batch: int, options: Options, device: torch.device):
-    """The rows of the given providers with their seconds and memory; where they are several, the first once more."""
-    calls, found = {}, {}
+def timed(given: dict[str, Provider], mode: str, context: int, batch: int, options: Options, device: torch.device) -> dict:
+    """Seconds of each round, and the peak of memory in bytes, of each provider and once more of the first."""
+    calls, peaks = {}, {}
     for name, provider in given.items():
         torch.manual_seed(0)
         calls[name] = partial(run, provider.impl, MODES[mode](LM(provider.config).to(device), context, batch, provider))
         calls[name]()
-        found[name] = {**rows[name], "peak_bytes": peak_bytes(calls[name], device), "alone": len(given) == 1}
+        peaks[name] = peak_bytes(calls[name], device)
     first = next(iter(given))
-    if len(given) > 1:
-        calls[f"{first} again"], found[f"{first} again"] = calls[first], {**found[first], "model": f"{first} again"}
-    for name, seconds in interleave(calls, rounds=options.rounds, seconds=0.1).items():
-        found[name]["seconds"] = seconds
-    return found
+    calls[f"{first} again"], peaks[f"{first} again"] = calls[first], peaks[first]
+    return {name: (seconds, peaks[name]) for name, seconds in interleave(calls, options.rounds, seconds=0.1).items()}
 
 
 def run(impl: str, call: Callable[[], object]) -> None:

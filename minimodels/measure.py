@@ -86,11 +86,13 @@ def _peak() -> int:
 
 
 def environment(device: torch.device) -> dict[str, object]:
-    """What a figure depends on besides the code: commit (and a + where files differ from it), device, versions, threads."""
+    """What a figure depends on besides the code: commit (and a + where files differ from it), device, the precision of what is
+    timed there unless a row says otherwise, versions, threads."""
     names = {"cpu": lambda: f"{processor()}, {os.cpu_count()} cores", "cuda": lambda: torch.cuda.get_device_name(device)}
     return {
         "commit": git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no")),
         "device": names.get(device.type, lambda: device.type)(),
+        "dtype": "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,

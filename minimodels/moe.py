@@ -40,7 +40,8 @@ class Routing(NamedTuple):
 
 
 class MoE(nn.Module):
-    """Routed experts, each a SwiGLU, beside `shared_experts` that every token visits. No token is dropped; no state."""
+    """Routed experts, each a SwiGLU, beside `shared_experts` that every token visits. No token is dropped, but where experts
+    choose; no state."""
 
     operations = ("grouped_mlp",)
 

@@ -136,7 +136,7 @@ def test_throughput_compares_paths(tmp_path):
     }  # fmt: skip
 
 
-def test_what_does_not_fit_is_a_row(monkeypatch):
+def test_what_does_not_fit_is_a_row(monkeypatch, tmp_path):
     def refuse(model, context, batch, provider):
         raise torch.OutOfMemoryError("out of memory, tried to allocate")
 
@@ -144,6 +144,37 @@ def test_what_does_not_fit_is_a_row(monkeypatch):
     given = {"mlp": throughput.Provider("mlp", Config(layers="mlp"), "torch")}
     (row,) = throughput.measure_point("train", given, 256, 1, throughput.Options(), torch.device("cpu"))
     assert row["seconds"] is None and "out of memory" in throughput.describe(row)
+    out = tmp_path / "throughput.jsonl"
+    throughput.main(throughput.Options(models=("transformer", "mod"), modes=("train",), tokens=256, device="cpu", out=out))
+    assert [(row["model"], row["context"], row["seconds"]) for row in rows_of(out)] == [
+        ("transformer", 256, None),
+        ("mod", 256, None),
+    ]
+
+
+def test_what_does_not_fit_beside_others_is_timed_alone(monkeypatch):
+    real, together = throughput.timed, []
+
+    def crowded(given, *point):
+        together.append(list(given))
+        if len(given) > 1 or "mamba" in given:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(given, *point)
+
+    monkeypatch.setattr(throughput, "timed", crowded)
+    given = {name: throughput.Provider(name, preset(name), "torch") for name in ("transformer", "mamba", "mod")}
+    options = throughput.Options(rounds=1)
+    rows = {row["model"]: row for row in throughput.measure_point("prefill", given, 32, 1, options, torch.device("cpu"))}
+    assert together == [["transformer", "mamba", "mod"], ["transformer"], ["mamba"], ["mod"]]
+    assert rows["mod"]["seconds"] and rows["mod"]["alone"] and not rows["mod"]["error"]
+    assert rows["mamba"]["seconds"] is None and rows["mamba"]["error"] == "out of memory"
+
+
+def test_mixture_of_depths_is_timed_at_its_capacity():
+    torch.manual_seed(0)
+    model = throughput.at_capacity(LM(preset("mod", capacity=0.25)).eval())
+    model(torch.zeros(8, 256, dtype=torch.int64))
+    assert all(abs(share - 0.25) < 0.05 for share in model.observations()["routed"])
 
 
 @pytest.mark.parametrize("claim", claims.CLAIMS)
