@@ -121,14 +121,19 @@ def curve(rows: Rows) -> list[tuple]:
 
 
 def ends(rows: Rows) -> str:
-    """Where each line ends, in words."""
-    last = max(row["x"] for row in rows) if rows[0].get("x_log") else None
-    finals = defaultdict(dict)
-    for row in rows:
-        if last is None or row["x"] == last:
-            finals[row["model"]][row["seed"]] = row["y"]
-    where = f"at {last:,.0f}" if last else "at the end"
-    return f"{where}: " + ", ".join(f"{model} {statistics.mean(seeds.values()):.3g}" for model, seeds in finals.items())
+    """Where each line ends, in words: the mean over the seeds, and at which x, if a line says more than how training went."""
+    texts, places = [], set()
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model]
+        last = max(row["x"] for row in own) if rows[0].get("x_log") else None
+        finals = {row["seed"]: row["y"] for row in own if last in (None, row["x"])}
+        texts.append((model, statistics.mean(finals.values()), last))
+        places.add(last)
+    if len(places) > 1:
+        return ", ".join(f"{model} {mean:.3g} at {last:,.0f}" for model, mean, last in texts)
+    (last,) = places
+    where = "at the end" if last is None else f"at {last:,.0f}"
+    return f"{where}: " + ", ".join(f"{model} {mean:.3g}" for model, mean, _ in texts)
 
 
 def canvas(title: str, subtitle: str, rows: Rows):
@@ -138,6 +143,7 @@ def canvas(title: str, subtitle: str, rows: Rows):
     except ImportError:
         raise InputError("matplotlib", "not installed", 'pip install "minimodels[plot]"') from None
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "minimodels"
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 5.4), layout="constrained")
@@ -195,8 +201,8 @@ def save(figure, path: Path) -> list[Path]:
     from matplotlib import pyplot
 
     paths = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
-    for target in paths:
-        figure.savefig(target, dpi=160)
+    for target in paths:  # the same rows give the same file
+        figure.savefig(target, dpi=160, metadata={"Date": None} if target.suffix == ".svg" else None)
     pyplot.close(figure)
     return paths
 

@@ -355,6 +355,10 @@ def test_a_curve_joins_the_seeds_probe_by_probe():
         {"seed": seed, "x": x, "y": y} for seed, points in enumerate(([(1, 4), (2, 3)], [(3, 5), (6, 2)])) for x, y in points
     ]
     assert plot.curve(rows) == [(2, 4.5, (4, 5)), (4, 2.5, (3, 2))]
+    rows = [{**row, "model": "a"} for row in rows]
+    assert plot.ends([row for row in rows if row["x"] in (2, 6)]) == "at the end: a 2.5"
+    longer = [{"seed": 0, "x": 9, "y": 7, "model": "b"}]
+    assert plot.ends([{**row, "x_log": True} for row in rows[:2] + longer]) == "a 3 at 2, b 7 at 9"
 
 
 @pytest.mark.parametrize("content", ["", "not JSON", "[1]\n", '{"benchmark": "none"}\n'])
