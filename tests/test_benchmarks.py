@@ -12,7 +12,7 @@ import tyro
 from minimodels.kernels import common
 
 from benchmarks import all as everything
-from benchmarks import claims, curves, kernels, peers, plot, routing, table, throughput
+from benchmarks import claims, curves, kernels, parts, peers, plot, routing, table, throughput
 from minimodels import LM, Config, InputError, preset
 from minimodels.ledger import ledger
 from minimodels.measure import crossover, interleave, overtaking, ratio
@@ -70,6 +70,44 @@ def test_a_provider_that_fails_or_is_wrong_is_left_out(direction, capsys):
     assert list(timings) == list(memory) == ["first", "same", "something else"]
     said = capsys.readouterr().out
     assert "wrong: left out, for it failed (AssertionError: result 0" in said and "failing: left out" in said
+
+
+def test_an_operation_reports_rows_that_table_reads(tmp_path, capsys, monkeypatch):
+    def square(x, impl="triton"):
+        return x * x
+
+    inputs = lambda: (torch.ones(4, 8, **common.TIMED, requires_grad=True),)  # noqa: E731
+    cases = [common.Case(label, inputs, forward=64, backward=96) for label in ("small", "large")]
+    peers = {"same": common.Peer("torch", square, gpu=False), "absent": common.Peer("no-such-package", square)}
+    monkeypatch.setattr(common, "interleave", lambda calls, **_: interleave(calls, rounds=2, seconds=0))
+    monkeypatch.setattr(common, "ceilings", lambda device: {"GB/s": 10.0, "TFLOP/s": 1.0})
+    monkeypatch.setattr(torch, "compile", lambda call: call)
+    out = tmp_path / "new" / "kernels.jsonl"
+    for _ in range(2):  # the second time in the place of the first
+        common.report("square", square, square, cases, peers, lambda: None)(common.Options(out=out, rounds=2))
+    rows = rows_of(out)
+    assert len(rows) == 2 * 2 * 4 and all(row["rate"] > 0 and len(row["seconds"]) == 2 for row in rows)
+    assert {row["provider"] for row in rows} >= {"torch", "torch.compile", "same"}
+    assert "absent: skipped, for no-such-package is not installed" in capsys.readouterr().out
+    table.main(table.Options(results=(out,)))
+    assert "| `square` backward | large |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", peers.MODELS)
+def test_peers_have_our_logits_and_generate_our_tokens(name, tmp_path, monkeypatch):
+    """Which main asserts before it times."""
+    monkeypatch.setattr(peers, "interleave", lambda calls, **_: interleave(calls, rounds=1, seconds=0, warm=False))
+    peers.main(peers.Options(only=name, lengths=(8,), generate=6, out=tmp_path / "peers.jsonl"))
+    rows = rows_of(tmp_path / "peers.jsonl")
+    assert {row["provider"] for row in rows} >= {"minimodels", "transformers"}
+    assert {row["question"] for row in rows} == {"forward + backward, T 8", "generation"}
+
+
+def test_a_wrapped_block_and_its_group_alone():
+    calls = parts.wrapped_block(16, 2, 24, torch.device("cpu"))
+    for call in calls.values():
+        call()
+    assert list(calls) == ["block", "group alone"]
 
 
 def test_rows_of_an_operation_take_the_place_of_earlier_ones(tmp_path):

@@ -46,8 +46,9 @@ def test_selective_scan(batch, time, D, N, bias, state, z):
 
 
 @pytest.mark.parametrize(
-    "time, interval, span", [(12, 8, 2), (9, 4, 1), (7, 8, 1), (9, 4, 2), (5, 3, 1)],
-    ids=["whole", "chunks of one interval", "one interval", "a short last chunk", "intervals that groups do not fill"],
+    "time, interval, span", [(12, 8, 2), (9, 4, 1), (7, 8, 1), (9, 4, 2), (5, 3, 1), (8, 3, 2)],
+    ids=["whole", "chunks of one interval", "one interval", "a short last chunk", "intervals that groups do not fill",
+         "and they fill the time"],
 )  # fmt: skip
 def test_split(divided, time, interval, span):
     torch.manual_seed(1)
