@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -73,13 +74,12 @@ def scan_once(provider: str, T: int) -> None:
     both_ways(provider, scan_inputs(T))
 
 
-def measure_scan(device: torch.device) -> list[dict]:
+def measure_scan(device: torch.device) -> Iterator[dict]:
     """In a plain process first, as anyone runs it; then with freed memory kept, as train.py does, which helps all three."""
     names = [name for name in PROVIDERS if name != "mambapy" or importlib.util.find_spec("mambapy")]
     if len(names) < len(PROVIDERS):
         print("mambapy is not installed: skipped (pip install mambapy)")
     print("selective scan, forward + backward, batch 1, D 512, N 16, fp32")
-    rows = []
     for kept in (False, True):
         if kept:
             keep_freed_memory()
@@ -95,17 +95,16 @@ def measure_scan(device: torch.device) -> list[dict]:
             cells += [f"{m:.2f}x {name} ({low:.2f}-{high:.2f})"
                       for name in names[1:] for m, low, high in [ratio(timings, "scan", name)]]  # fmt: skip
             print(f"    T {T:5}: " + ", ".join(cells))
-            rows += [{"part": "scan", "kept": kept, "T": T, "provider": n, "seconds": timings[n]} for n in names]
+            yield from [{"part": "scan", "kept": kept, "T": T, "provider": n, "seconds": timings[n]} for n in names]
     lengths = (512, 1024, 2048, 4096, 8192)
     timings = interleave({str(T): partial(both_ways, "scan", scan_inputs(T, device)) for T in lengths})
     per_token = {T: min(timings[str(T)]) * 1e6 / T for T in lengths}  # the least, which the machine disturbs least
     print("  microseconds per token: " + ", ".join(f"{value:.1f} at {T}" for T, value in per_token.items()))
-    rows += [{"part": "scan linearity", "T": T, "provider": "scan", "seconds": timings[str(T)]} for T in lengths]
+    yield from [{"part": "scan linearity", "T": T, "provider": "scan", "seconds": timings[str(T)]} for T in lengths]
     for T in (1024, 4096) if device == CPU else ():
         memory = {name: peak_memory(partial(scan_once, name, T)) for name in names}
         print(f"  peak memory at T {T}: " + ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in memory.items()))
-        rows += [{"part": "scan memory", "T": T, "provider": name, "bytes": size} for name, size in memory.items()]
-    return rows
+        yield from [{"part": "scan memory", "T": T, "provider": name, "bytes": size} for name, size in memory.items()]
 
 
 def measure_moe(device: torch.device) -> list[dict]:
@@ -128,8 +127,7 @@ def measure_moe(device: torch.device) -> list[dict]:
     return [{"part": "moe", "provider": name, "seconds": seconds} for name, seconds in timings.items()]
 
 
-def measure_mod(device: torch.device) -> list[dict]:
-    rows = []
+def measure_mod(device: torch.device) -> Iterator[dict]:
     width, tokens = (256, 2048) if device == CPU else (768, 32768)
     print(f"mixture-of-depths, training step, 6 layers, d {width}, {tokens} tokens, capacity 0.125")
     for T in (256, 1024):
@@ -144,15 +142,14 @@ def measure_mod(device: torch.device) -> list[dict]:
             f"  T {T:5}: {median:.2f}x the dense model ({low:.2f}-{high:.2f}); "
             f"its FLOPs promise {promised:.2f}x: {median / promised:.0%}"
         )
-        rows += [
+        yield from [
             {"part": "mod", "T": T, "provider": name, "seconds": seconds, "promised": promised}
             for name, seconds in timings.items()
         ]
         timings = interleave(wrapped_block(width, tokens // T, T, device))
         bare, low, high = ratio(timings, "block", "group alone")
         print(f"  T {T:5}: routing, gathering and scattering are {1 - bare:.0%} of a block ({1 - high:.0%} to {1 - low:.0%})")
-        rows += [{"part": "mod block", "T": T, "provider": name, "seconds": seconds} for name, seconds in timings.items()]
-    return rows
+        yield from [{"part": "mod block", "T": T, "provider": name, "seconds": seconds} for name, seconds in timings.items()]
 
 
 def wrapped_block(width: int, batch: int, T: int, device: torch.device) -> dict:
@@ -232,8 +229,9 @@ def main(options: Options) -> None:
             if name != "scan":  # which asks both ways
                 keep_freed_memory()  # for every provider, as train.py does
             precision = {"dtype": "float32"} if name in ("scan", "moe") else {}
-            rows += [{"benchmark": "parts", **precision, **row} for row in measure(device)]
-            write(options.out, rows, device)
+            for row in measure(device):
+                rows.append({"benchmark": "parts", **precision, **row})
+                write(options.out, rows, device)
     print(f"written to {options.out}")
 
 
