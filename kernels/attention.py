@@ -491,11 +491,13 @@ def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @lru_cache
 def compiled_flex():
+    """Compiled once, for it is slow otherwise."""
     return torch.compile(flex_attention)
 
 
 @lru_cache
 def causal_blocks(T: int, device: torch.device):
+    """Which blocks of (T, T) a causal mask leaves, as flex_attention wants to be told."""
     return create_block_mask(lambda b, h, query, key: query >= key, None, None, T, T, device=device)
 
 

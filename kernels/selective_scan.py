@@ -54,6 +54,8 @@ from einops import rearrange
 from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor
 
+from minimodels.mamba import check_shapes
+
 from .common import GPU, LOG2_E, TIMED, Case, Peer, command, compare, full, on, processors, report, sigmoid
 
 INTERVAL = 64  # steps between the states that are kept for backward
@@ -504,14 +506,8 @@ def selective_scan(
     x, delta, z (B, T, D); A (D, N) negative; B, C (B, T, N); skip, delta_bias (D,); state (B, D, N), None for zeros.
     N <= 64. Raises ValueError on shapes that disagree.
     """
-    (batch, T, D), N = x.shape, A.shape[1]
-    expected = {
-        "delta": (delta, (batch, T, D)), "A": (A, (D, N)), "B": (B, (batch, T, N)), "C": (C, (batch, T, N)),
-        "skip": (skip, (D,)), "z": (z, (batch, T, D)), "delta_bias": (delta_bias, (D,)), "state": (state, (batch, D, N)),
-    }  # fmt: skip
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"selective_scan: {name} is {tuple(tensor.shape)}; {shape} fits x {tuple(x.shape)}")
+    check_shapes(x, delta, A, B, C, skip, z, delta_bias, state)
+    T, N = x.shape[1], A.shape[1]
     if not (T and 0 < N <= 64):
         raise ValueError(f"selective_scan: {T} steps of {N} states a channel; the kernel takes 1 or more, and 1 to 64")
     y, final, _ = selective_scan_forward(x, delta, A, B, C, skip, z, delta_bias, state, INTERVAL)

@@ -167,14 +167,8 @@ def selective_scan(
     Returns y (B, T, D) in x's dtype and the final state (B, D, N); inside, all is fp32 (or fp64 where x is).
     Raises ValueError on shapes that disagree.
     """
+    check_shapes(x, delta, A, B, C, skip, z, delta_bias, state)
     (batch, time, D), N = x.shape, A.shape[1]
-    expected = {
-        "delta": (delta, (batch, time, D)), "A": (A, (D, N)), "B": (B, (batch, time, N)), "C": (C, (batch, time, N)),
-        "skip": (skip, (D,)), "z": (z, (batch, time, D)), "delta_bias": (delta_bias, (D,)), "state": (state, (batch, D, N)),
-    }  # fmt: skip
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"selective_scan: {name} is {tuple(tensor.shape)}; {shape} fits x {tuple(x.shape)}")
     path = choose(impl, "selective_scan", x.device)
     if path == "triton":
         from .kernels.selective_scan import selective_scan as kernel
@@ -191,6 +185,21 @@ def selective_scan(
         if z is not None:
             y = y * F.silu(full_precision(z))
     return y.to(dtype), state
+
+
+def check_shapes(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor, z: Tensor | None, delta_bias: Tensor | None,
+    state: Tensor | None,
+) -> None:  # fmt: skip
+    """Raise ValueError unless the arguments have the shapes that selective_scan names, here and in its kernel."""
+    (batch, time, D), N = x.shape, A.shape[1]
+    expected = {
+        "delta": (delta, (batch, time, D)), "A": (A, (D, N)), "B": (B, (batch, time, N)), "C": (C, (batch, time, N)),
+        "skip": (skip, (D,)), "z": (z, (batch, time, D)), "delta_bias": (delta_bias, (D,)), "state": (state, (batch, D, N)),
+    }  # fmt: skip
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"selective_scan: {name} is {tuple(tensor.shape)}; {shape} fits x {tuple(x.shape)}")
 
 
 def recurrence(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
