@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +36,7 @@ from minimodels.mamba import Mamba
 from minimodels.measure import write
 from minimodels.mod import MixtureOfDepths
 
+from . import table
 from .training import Run, evaluate, train
 
 
@@ -290,7 +290,7 @@ def main(options: Options) -> None:
                 }  # fmt: skip
                 rows += rows_of(records, claim.panels, shared)
                 write(options.out / f"claim-{options.claim}.jsonl", rows, device)
-    summarise(rows, claim.panels)
+    summarise(rows)
     print(f"written to {options.out / f'claim-{options.claim}.jsonl'}")
 
 
@@ -309,23 +309,9 @@ def rows_of(records: list[dict], panels: list[Panel], shared: dict) -> list[dict
     return rows
 
 
-def summarise(rows: list[dict], panels: list[Panel]) -> None:
-    """The last point of each line, mean over the seeds with the least and the most; and the routes, if any."""
-    for panel in panels:
-        ends: dict[str, dict[int, list]] = defaultdict(dict)
-        for row in rows:
-            if row.get("panel") == panel.name:
-                ends[row["model"]][row["seed"], row["x"] if panel.x in ("length", "state") else 0] = row
-        print(f"{panel.y_label} ({panel.name})")
-        for model, points in ends.items():
-            by_x = defaultdict(list)
-            for (_, x), row in points.items():
-                by_x[x].append(row["y"])
-            cells = [
-                (f"{x:,.0f}: " if x else "") + f"{statistics.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})"
-                for x, values in sorted(by_x.items())
-            ]
-            print(f"  {model:28} {'   '.join(cells)}")
+def summarise(rows: list[dict]) -> None:
+    """Where each line ends, and what the routes did, if there are any."""
+    print(table.claims(rows))
     for row in rows:
         if "route" in row and row["x"] is None:
             print("  " + ", ".join(f"{name} {row[name]:.3f}" if isinstance(row[name], float) else f"{name} {row[name]}"

@@ -68,7 +68,7 @@ def transformers(name: str) -> Contender:
     )
 
 
-def minimodels(name: str, source: nn.Module) -> Contender:
+def minimodels(source: nn.Module) -> Contender:
     """Ours, read from what transformers saves."""
     with tempfile.TemporaryDirectory() as folder:
         source.save_pretrained(folder)
@@ -86,7 +86,7 @@ def minimodels(name: str, source: nn.Module) -> Contender:
     )
 
 
-def x_transformers(name: str, source: nn.Module) -> Contender:
+def x_transformers(source: nn.Module) -> Contender:
     """The Llama of x-transformers: rotary pairs are neighbours, gate and up projection are one, norms multiply by 1 + g."""
     from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 
@@ -143,7 +143,7 @@ class MambaPy(nn.Module):
         return torch.tensor(tokens[len(prompt) :])
 
 
-def mambapy(name: str, source: nn.Module) -> Contender:
+def mambapy(source: nn.Module) -> Contender:
     """The Mamba of mambapy, which keeps transformers' names."""
     model = MambaPy()
     weights = source.state_dict().items()
@@ -163,11 +163,11 @@ OTHERS = {"x-transformers": (x_transformers, "llama"), "mambapy": (mambapy, "mam
 def contenders(name: str) -> dict[str, Contender]:
     """All that have the architecture and are installed, ours first, with the same logits."""
     theirs = transformers(name)
-    found = {"minimodels": minimodels(name, theirs.model), "transformers": theirs}
+    found = {"minimodels": minimodels(theirs.model), "transformers": theirs}
     for package, (make, architecture) in OTHERS.items():
         if architecture == name:
             if importlib.util.find_spec(package.replace("-", "_")):
-                found[package] = make(name, theirs.model)
+                found[package] = make(theirs.model)
             else:
                 print(f"{package} is not installed: skipped (pip install {package})")
     tokens = torch.randint(V, (1, 128))
