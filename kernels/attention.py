@@ -20,6 +20,12 @@ adding nothing atomically, so that results do not differ from run to run. Expone
 Blocks that no query sees are skipped, and only those that some of the queries see in part are masked. Where positions are given
 any slot may be empty: then every block is masked, and only the slots behind a query's own are known to be invisible.
 
+Tensor cores multiply while the other units compute exponentials only if these do not wait for that product. So forward may
+start the next block's scores AHEAD of this block's softmax, for registers and one block of scores too many; backward starts dp
+ahead of p. And a loop that may not run at all stands behind an `if`: without it the way around the loop and the way out of it
+meet while a product is under way, and the assembler makes every product wait for the one before. No result tells;
+minimodels.kernels.compile does.
+
     name        shape
     q, y        (B, H, T, d)    H heads; any strides, the last dimension contiguous
     k, v        (B, G, S, d)    G key heads, each shared by H/G heads; the last T slots are those of the queries
@@ -126,24 +132,38 @@ def queries_of(start, T, S, window, KEYS, BLOCK_T: tl.constexpr, BLOCK_S: tl.con
 
 
 @triton.jit
+def scores(
+    q, K, start, stride, S, d: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, LENGTH: tl.constexpr, EDGE: tl.constexpr
+):
+    """q · k of a block of queries and a block of keys."""
+    k = tile(K, start, stride, S, d, LENGTH, WIDTH, EDGE)
+    return tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=FULL)
+
+
+@triton.jit
 def attend(
-    total, weight, high, q, query, K, V, KEYS, k_stride, v_stride, low, end, S, window,
-    d: tl.constexpr, SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr, EDGE: tl.constexpr,
+    total, weight, high, ahead, q, query, K, V, KEYS, k_stride, v_stride, low, end, S, window, d: tl.constexpr,
+    SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr,
+    AHEAD: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Add the keys from low to end to Σ_j exp(s - high) v, Σ_j exp(s - high) and the highest score."""
-    for start in range(low, end, BLOCK_S):
-        k = tile(K, start, k_stride, S, d, BLOCK_S, WIDTH, EDGE)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=FULL)
-        if EDGE:
-            s = hide(s, query[:, None], key_places(KEYS, start, S, BLOCK_S)[None, :], window)
-        higher = tl.maximum(high, tl.max(s, 1) * (SCALE * LOG2_E))
-        p = tl.exp2(s * (SCALE * LOG2_E) - higher[:, None])
-        shrink = tl.exp2(high - higher)
-        weight = weight * shrink + tl.sum(p, 1)
-        v = tile(V, start, v_stride, S, d, BLOCK_S, WIDTH, EDGE)
-        total = tl.dot(p.to(v.dtype), v, total * shrink[:, None], input_precision="ieee", out_dtype=FULL)
-        high = higher
-    return total, weight, high
+    """Add the keys from low to end to Σ_j exp(s - high) v, Σ_j exp(s - high) and the highest score. With AHEAD the first
+    block's scores come in, and those of the block behind the last go out."""
+    if low < end:
+        for start in range(low, end, BLOCK_S):
+            if AHEAD:
+                s, ahead = ahead, scores(q, K, start + BLOCK_S, k_stride, S, d, FULL, WIDTH, BLOCK_S, True)
+            else:
+                s = scores(q, K, start, k_stride, S, d, FULL, WIDTH, BLOCK_S, EDGE)
+            if EDGE:
+                s = hide(s, query[:, None], key_places(KEYS, start, S, BLOCK_S)[None, :], window)
+            higher = tl.maximum(high, tl.max(s, 1) * (SCALE * LOG2_E))
+            p = tl.exp2(s * (SCALE * LOG2_E) - higher[:, None])
+            shrink = tl.exp2(high - higher)
+            weight = weight * shrink + tl.sum(p, 1)
+            v = tile(V, start, v_stride, S, d, BLOCK_S, WIDTH, EDGE)
+            total = tl.dot(p.to(v.dtype), v, total * shrink[:, None], input_precision="ieee", out_dtype=FULL)
+            high = higher
+    return total, weight, high, ahead
 
 
 def fitting(configs: list[triton.Config], arguments: dict, **_) -> list[triton.Config]:
@@ -153,23 +173,28 @@ def fitting(configs: list[triton.Config], arguments: dict, **_) -> list[triton.C
     return [config for config in configs if config.kwargs["BLOCK_T"] <= max(16, arguments["size"])]
 
 
-def blocks(*sizes: tuple[int, int, int, int]):
-    """Tune BLOCK_T, BLOCK_S, warps and stages; small blocks first: for the interpreter, for fp32 and for very wide heads."""
-    configs = [
-        triton.Config({"BLOCK_T": t, "BLOCK_S": s}, num_warps=warps, num_stages=stages)
-        for t, s, warps, stages in ((16, 16, 4, 2), *sizes)
+def blocks(*sizes: tuple[int, int, int, int], **also) -> list[triton.Config]:
+    """BLOCK_T, BLOCK_S, warps and stages of each, and what it has `also`."""
+    return [
+        triton.Config({"BLOCK_T": t, "BLOCK_S": s, **also}, num_warps=warps, num_stages=stages) for t, s, warps, stages in sizes
     ]
+
+
+def tuned(configs: list[triton.Config]):
+    """The fastest of the configs; the first, of small blocks, is for the interpreter, for fp32 and for very wide heads."""
     keep = {"early_config_prune": fitting}
     return triton.autotune(configs[:1] if INTERPRETED else configs, key=["size", "window", "WIDTH"], prune_configs_by=keep)
 
 
-@blocks(
-    (16, 128, 4, 3), (64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3)
-)  # fmt: skip
+@tuned(
+    blocks((16, 16, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 3), AHEAD=True)
+    + blocks((16, 128, 4, 3), (64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3), AHEAD=False)
+)
 @triton.jit
 def forward_kernel(
-    Q, K, V, QUERIES, KEYS, Y, LSE, q_strides, k_strides, v_strides, y_strides, B, H, G, T, S, size, window,
-    d: tl.constexpr, SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    Q, K, V, QUERIES, KEYS, Y, LSE, q_strides, k_strides, v_strides, y_strides, B, H, G, T, S, size, window, d: tl.constexpr,
+    SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One program, BLOCK_T queries of one head; those with the most keys start first, all heads abreast."""
     row, block = tl.program_id(0) % (B * H), tl.program_id(0) // (B * H)
@@ -187,11 +212,12 @@ def forward_kernel(
     total, weight = tl.zeros((BLOCK_T, WIDTH), FULL), tl.zeros((BLOCK_T,), FULL)
     high = tl.full((BLOCK_T,), -1e38, FULL)  # finite, so that a row that has seen nothing subtracts no infinities
     bounds = keys_of(start, T, S, window, KEYS, BLOCK_T, BLOCK_S)
+    ahead = scores(q, K, bounds[0], k_strides[2], S, d, FULL, WIDTH, BLOCK_S, True) if AHEAD else 0
     for part in tl.static_range(3):
         if part == 2 or (KEYS is None and (part == 1 or window is not None)):
-            total, weight, high = attend(
-                total, weight, high, q, query, K, V, KEYS, k_strides[2], v_strides[2], bounds[part], bounds[part + 1], S,
-                window, d, SCALE, FULL, WIDTH, BLOCK_S, part != 1,
+            total, weight, high, ahead = attend(
+                total, weight, high, ahead, q, query, K, V, KEYS, k_strides[2], v_strides[2], bounds[part], bounds[part + 1], S,
+                window, d, SCALE, FULL, WIDTH, BLOCK_S, AHEAD, part != 1,
             )  # fmt: skip
 
     nothing = weight == 0  # no key seen: y is 0, and an infinite lse makes each p of backward 0
@@ -209,20 +235,21 @@ def towards_queries(
     d: tl.constexpr, SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Add the keys from low to end to Σ_j ds k."""
-    for start in range(low, end, BLOCK_S):
-        k = tile(K, start, k_stride, S, d, BLOCK_S, WIDTH, EDGE)
-        v = tile(V, start, v_stride, S, d, BLOCK_S, WIDTH, EDGE)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=FULL)
-        if EDGE:
-            s = hide(s, query[:, None], key_places(KEYS, start, S, BLOCK_S)[None, :], window)
-        p = tl.exp2(s * (SCALE * LOG2_E) - lse[:, None])
-        dp = tl.dot(dy, tl.trans(v), input_precision="ieee", out_dtype=FULL)
-        ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee", out_dtype=FULL)
+    if low < end:
+        for start in range(low, end, BLOCK_S):
+            k = tile(K, start, k_stride, S, d, BLOCK_S, WIDTH, EDGE)
+            v = tile(V, start, v_stride, S, d, BLOCK_S, WIDTH, EDGE)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=FULL)
+            if EDGE:
+                s = hide(s, query[:, None], key_places(KEYS, start, S, BLOCK_S)[None, :], window)
+            dp = tl.dot(dy, tl.trans(v), input_precision="ieee", out_dtype=FULL)
+            p = tl.exp2(s * (SCALE * LOG2_E) - lse[:, None])
+            ds = p * (dp - delta[:, None])
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee", out_dtype=FULL)
     return dq
 
 
-@blocks((64, 64, 4, 3), (64, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2))
+@tuned(blocks((16, 16, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)))
 @triton.jit
 def backward_queries_kernel(
     Q, K, V, QUERIES, KEYS, Y, DY, LSE, DELTA, DQ, q_strides, k_strides, v_strides, y_strides, dy_strides, dq_strides,
@@ -267,26 +294,28 @@ def towards_keys(
     d: tl.constexpr, SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Add the queries from low to end of each head to Σ_i ds q and Σ_i p dy; scores are transposed, (keys, queries)."""
-    count = tl.cdiv(end - low, BLOCK_T)
-    for step in range(0, members * count):  # one loop, for a nested one holds more registers
-        head, start = tl.cast(step // count, tl.int64), low + step % count * BLOCK_T
-        q = tile(Q + head * q_strides[1], start, q_strides[2], T, d, BLOCK_T, WIDTH, True)
-        dy = tile(DY + head * dy_strides[1], start, dy_strides[2], T, d, BLOCK_T, WIDTH, True)
-        i = start + tl.arange(0, BLOCK_T)
-        lse = tl.load(LSE + head * T + i, i < T, 0.0)  # behind the last query q and dy are 0, and so what they add
-        delta = tl.load(DELTA + head * T + i, i < T, 0.0)
-        s = tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=FULL)
-        if EDGE:
-            s = hide(s, query_places(QUERIES, start, T, S, BLOCK_T)[None, :], key[:, None], window)
-        p = tl.exp2(s * (SCALE * LOG2_E) - lse[None, :])
-        dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision="ieee", out_dtype=FULL)
-        dp = tl.dot(v, tl.trans(dy), input_precision="ieee", out_dtype=FULL)
-        ds = p * (dp - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee", out_dtype=FULL)
+    if low < end:
+        head, start = tl.cast(0, tl.int64), low
+        for _ in range(0, members * tl.cdiv(end - low, BLOCK_T)):  # one loop, for a nested one holds more registers
+            q = tile(Q + head * q_strides[1], start, q_strides[2], T, d, BLOCK_T, WIDTH, True)
+            dy = tile(DY + head * dy_strides[1], start, dy_strides[2], T, d, BLOCK_T, WIDTH, True)
+            i = start + tl.arange(0, BLOCK_T)
+            lse = tl.load(LSE + head * T + i, i < T, 0.0)  # behind the last query q and dy are 0, and so what they add
+            delta = tl.load(DELTA + head * T + i, i < T, 0.0)
+            s = tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=FULL)
+            if EDGE:
+                s = hide(s, query_places(QUERIES, start, T, S, BLOCK_T)[None, :], key[:, None], window)
+            dp = tl.dot(v, tl.trans(dy), input_precision="ieee", out_dtype=FULL)
+            p = tl.exp2(s * (SCALE * LOG2_E) - lse[None, :])
+            dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision="ieee", out_dtype=FULL)
+            ds = p * (dp - delta[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee", out_dtype=FULL)
+            last = start + BLOCK_T >= end
+            head, start = tl.where(last, head + 1, head), tl.where(last, low, start + BLOCK_T)
     return dk, dv
 
 
-@blocks((64, 64, 4, 2), (32, 64, 8, 2), (32, 128, 8, 3), (64, 128, 8, 2), (64, 128, 8, 3))
+@tuned(blocks((16, 16, 4, 2), (64, 64, 4, 2), (32, 64, 8, 2), (32, 128, 8, 3), (64, 128, 8, 2), (64, 128, 8, 3)))
 @triton.jit
 def backward_keys_kernel(
     Q, K, V, QUERIES, KEYS, DY, LSE, DELTA, DK, DV, q_strides, k_strides, v_strides, dy_strides, dk_strides,
@@ -432,20 +461,25 @@ def attention(
     return attention_forward(q, k, v, query_positions, key_positions, window)[0]
 
 
-def signature(kernel, d: int, block_t: int, block_s: int, warps: int, window=None, positions=None) -> tuple:
+def signature(kernel, d: int, block_t: int, block_s: int, warps: int, window=None, positions=None, ahead=None) -> tuple:
     """A kernel, types of its arguments, constants, warps: for minimodels.kernels.compile."""
     types = dict.fromkeys("Q K V Y DY DQ DK DV".split(), "*bf16") | {"LSE": "*fp32", "DELTA": "*fp32"}
-    types |= dict.fromkeys("B H G T S size".split(), "i32") | {"QUERIES": positions, "KEYS": positions, "window": window}
-    fixed = {"d": d, "SCALE": d**-0.5, "FULL": tl.float32, "WIDTH": d, "BLOCK_T": block_t, "BLOCK_S": block_s}
+    types |= (
+        dict.fromkeys("B H G".split(), "i32")
+        | dict.fromkeys("T S size".split(), "i32:16")
+        | {"QUERIES": positions, "KEYS": positions, "window": window}
+    )
+    fixed = {"d": d, "SCALE": d**-0.5, "FULL": tl.float32, "WIDTH": d, "BLOCK_T": block_t, "BLOCK_S": block_s, "AHEAD": ahead}
     fixed |= {name: (2**16 * d, d, 16 * d, 1) for name in kernel.arg_names if name.endswith("strides")}
     typed = {name: types[name] for name in kernel.arg_names if types.get(name)}
     return kernel.fn.__name__, typed, {name: fixed.get(name) for name in kernel.arg_names if name not in typed}, warps
 
 
 SIGNATURES = [
-    signature(forward_kernel, 64, 128, 64, 4),
-    signature(forward_kernel, 128, 128, 64, 8),
-    signature(forward_kernel, 128, 128, 64, 8, "i32", "*i64"),
+    signature(forward_kernel, 64, 128, 64, 4, ahead=False),
+    signature(forward_kernel, 64, 128, 128, 8, ahead=True),
+    signature(forward_kernel, 128, 128, 64, 8, ahead=True),
+    signature(forward_kernel, 128, 128, 64, 8, "i32", "*i64", ahead=True),
     signature(backward_queries_kernel, 64, 128, 64, 8),
     signature(backward_queries_kernel, 128, 128, 64, 8),
     signature(backward_queries_kernel, 128, 128, 64, 8, "i32", "*i64"),

@@ -4,7 +4,8 @@
 
 Each kernel file lists in SIGNATURES what to compile. Prints registers per thread, spilled bytes, shared memory, and of each
 innermost loop the instructions, and how many of them are special functions (exponentials, reciprocals) or matrix products: what
-a warp must issue each time round. A kernel that does not compile ends the command with the compiler's message.
+a warp must issue each time round. Where the assembler expects a loss, it is quoted: products that are "serialized" wait one for
+the other, which can halve a kernel's speed, and the command fails, as it does with the compiler's message where there is one.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def compile_kernel(kernel, signature: dict[str, str], constants: dict[str, objec
 
 
 def resources(compiled) -> str:
-    """What the assembler says: registers per thread, spilled bytes; and shared memory."""
+    """What the assembler says: registers per thread, spilled bytes, expected losses; and shared memory."""
     assembler = get_ptxas(90).path
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(compiled.asm["ptx"])
@@ -48,9 +49,10 @@ def resources(compiled) -> str:
         command = [assembler, "-v", "-arch=sm_90a", file.name, "-o", "/dev/null"]
         said = subprocess.run(command, capture_output=True, text=True).stderr
     registers, spilled = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
+    losses = re.findall(r"Potential Performance Loss: (.*) in the function", said)
     return (
         f"{registers.group(1) if registers else '?':>4} registers, {spilled.group(1) if spilled else '?':>5} bytes spilled, "
-        f"{compiled.metadata.shared:>7} bytes of shared memory"
+        f"{compiled.metadata.shared:>7} bytes of shared memory" + "".join(f", LOSS: {loss}" for loss in losses)
     )
 
 
@@ -82,13 +84,19 @@ def loops(compiled) -> str:
 
 def main(names: list[str]) -> None:
     """Compile the kernels of the named operations, of all by default."""
+    lossy = []
     for operation in names or OPERATIONS:
         module = importlib.import_module(f"minimodels.kernels.{operation}")
         for name, signature, constants, warps in module.SIGNATURES:
             kernel = getattr(module, name)
             kernel = kernel.fn if hasattr(kernel, "configs") else kernel  # without its tuner
             compiled = compile_kernel(kernel, signature, constants, warps)
-            print(f"{operation:22} {name:28} {resources(compiled)}, {loops(compiled)}")
+            used = resources(compiled)
+            print(f"{operation:22} {name:28} {used}, {loops(compiled)}", flush=True)
+            if "LOSS" in used:
+                lossy.append(f"{operation}.{name}")
+    if lossy:
+        sys.exit(f"the assembler expects losses in {', '.join(lossy)}")
 
 
 if __name__ == "__main__":

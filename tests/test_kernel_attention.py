@@ -1,6 +1,7 @@
 """Attention's kernel against its reference: output, dq, dk and dv, in every way that keys can be hidden.
 
-Without a GPU blocks are of 16 queries and 16 keys: lengths are shorter than one, and cross several.
+Without a GPU blocks are of 16 queries and 16 keys, but where a test names others: lengths are shorter than one, and cross
+several.
 """
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need the package triton")
 
-from minimodels.kernels.attention import attention
+from minimodels.kernels.attention import attention, backward_keys_kernel, backward_queries_kernel, blocks, forward_kernel
 from minimodels.kernels.common import compare
 
 from minimodels.transformer import attention as reference
@@ -44,6 +45,15 @@ def test_a_row_of_tokens(T, S, window):
 @pytest.mark.parametrize("T, S, window", [(53, 53, 31), (40, 70, 33), (30, 64, 63)])
 def test_windows_over_several_blocks(T, S, window):
     check(*parts(1, 1, 1, T, S, 16), window=window)
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["scores in time", "scores ahead"])
+@pytest.mark.parametrize("T, S, window", [(37, 37, None), (37, 70, 33), (1, 33, None), (40, 40, 5)])
+def test_blocks_of_other_shapes(monkeypatch, T, S, window, ahead):
+    for kernel in (forward_kernel, backward_queries_kernel, backward_keys_kernel):
+        also = {"AHEAD": ahead} if kernel is forward_kernel else {}
+        monkeypatch.setattr(kernel, "configs", blocks((16, 32, 4, 2) if ahead else (32, 16, 4, 2), **also))
+    check(*parts(1, 2, 1, T, S, 16), window=window)
 
 
 @pytest.mark.parametrize("H, G", [(4, 2), (3, 1)])
