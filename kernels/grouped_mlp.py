@@ -172,7 +172,7 @@ def quarter(r, which: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return right if which % 2 == 1 else left
 
 
-@tuned((16, WIDTH, 16, 4, 2), (32, WIDTH, 32, 4, 3), (128, WIDTH, 64, 4, 3), (256, WIDTH, 64, 8, 4))
+@tuned((16, WIDTH, 16, 4, 2), (32, WIDTH, 32, 4, 3), (64, WIDTH, 64, 4, 4), (128, WIDTH, 64, 8, 4), (256, WIDTH, 64, 8, 4))
 @triton.jit
 def hidden_backward_kernel(
     DY, OUT, GATES, CELL, OFFSETS, G, U, DG, DU, GH, DGATES, D, I, E, slots,
@@ -384,7 +384,9 @@ SIGNATURES = [  # kernel, types of its arguments, constants, warps: for minimode
     ("parts_kernel", types("P WP Q WQ GATES Y", "CELL OFFSETS"), {**TILE, **FORWARD, "COLUMNS": 256}, 8),
     ("parts_kernel", types("P WP Q WQ GATES Y", "CELL OFFSETS"), {**TILE, **BACKWARD, "COLUMNS": 256}, 8),
     ("sum_kernel", types("PARTS Y", "ORDER STARTS"), {"D": 2048, "FULL": tl.float32, "BLOCK": 1024}, 4),
-    ("hidden_backward_kernel", types("DY OUT GATES G U DG DU GH", "CELL OFFSETS", DGATES="*fp32", slots="i32"), TILE, 4),
+    ("hidden_backward_kernel", types("DY OUT GATES G U DG DU GH", "CELL OFFSETS", DGATES="*fp32", slots="i32"),
+     {**TILE, "ROWS": 64}, 4),
+    ("hidden_backward_kernel", types("DY OUT GATES G U DG DU GH", "CELL OFFSETS", DGATES="*fp32", slots="i32"), TILE, 8),
     ("hidden_backward_kernel", types("DY OUT GATES G U DG DU GH", "CELL OFFSETS", DGATES="*fp32", slots="i32"),
      {**TILE, "ROWS": 256}, 8),
     ("weights_backward_kernel", types("P X DW", "CELL OFFSETS"), {**WEIGHTS, "COLUMNS": 128}, 4),
