@@ -47,7 +47,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from . import INTERPRETED
-from .common import GPU, LOG2_E, TIMED, Case, Peer, command, compare, full, move, on, report, run
+from .common import GPU, LOG2_E, TIMED, Case, Peer, command, compare, full, move, on, processors, report, run
+
+FEW = 16  # queries: one block of them, and keys to deal out
+KEYS_EACH = 256  # at least, of a part
 
 
 @triton.jit
@@ -114,6 +117,16 @@ def keys_of(start, T, S, window, KEYS, BLOCK_T: tl.constexpr, BLOCK_S: tl.conste
             whole = tl.minimum(tl.cdiv(tl.maximum(first + BLOCK_T - window, 0), BLOCK_S) * BLOCK_S, end)
             edge = tl.maximum(edge, whole)
     return low, whole, edge, end
+
+
+@triton.jit
+def dealt(part, PARTS: tl.constexpr, bounds, BLOCK_S: tl.constexpr):
+    """The bounds that one of PARTS of the keys has, each of as many blocks, the last of fewer."""
+    low, whole, edge, end = bounds
+    share = tl.cdiv(tl.cdiv(end - low, BLOCK_S), PARTS) * BLOCK_S
+    low += part * share
+    end = tl.minimum(low + share, end)
+    return low, tl.minimum(tl.maximum(whole, low), end), tl.minimum(tl.maximum(edge, low), end), end
 
 
 @triton.jit
@@ -193,11 +206,12 @@ def tuned(configs: list[triton.Config]):
 @triton.jit
 def forward_kernel(
     Q, K, V, QUERIES, KEYS, Y, LSE, q_strides, k_strides, v_strides, y_strides, B, H, G, T, S, size, window, d: tl.constexpr,
-    SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
-    AHEAD: tl.constexpr,
+    SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """One program, BLOCK_T queries of one head; those with the most keys start first, all heads abreast."""
-    row, block = tl.program_id(0) % (B * H), tl.program_id(0) // (B * H)
+    """One program, BLOCK_T queries of one head and one of PARTS of their keys; those with the most keys start first, all heads
+    abreast."""
+    row, block, part = tl.program_id(0) % (B * H), tl.program_id(0) // (B * H), tl.program_id(1)
     start = (tl.cdiv(T, BLOCK_T) - 1 - block) * BLOCK_T
     batch, head = (row // H).to(tl.int64), (row % H).to(tl.int64)
     shared = head // (H // G)
@@ -212,21 +226,42 @@ def forward_kernel(
     total, weight = tl.zeros((BLOCK_T, WIDTH), FULL), tl.zeros((BLOCK_T,), FULL)
     high = tl.full((BLOCK_T,), -1e38, FULL)  # finite, so that a row that has seen nothing subtracts no infinities
     bounds = keys_of(start, T, S, window, KEYS, BLOCK_T, BLOCK_S)
+    if PARTS > 1:
+        bounds = dealt(part, PARTS, bounds, BLOCK_S)
     ahead = scores(q, K, bounds[0], k_strides[2], S, d, FULL, WIDTH, BLOCK_S, True) if AHEAD else 0
-    for part in tl.static_range(3):
-        if part == 2 or (KEYS is None and (part == 1 or window is not None)):
+    for i in tl.static_range(3):
+        if i == 2 or (KEYS is None and (i == 1 or window is not None)):
             total, weight, high, ahead = attend(
-                total, weight, high, ahead, q, query, K, V, KEYS, k_strides[2], v_strides[2], bounds[part], bounds[part + 1], S,
-                window, d, SCALE, FULL, WIDTH, BLOCK_S, AHEAD, part != 1,
+                total, weight, high, ahead, q, query, K, V, KEYS, k_strides[2], v_strides[2], bounds[i], bounds[i + 1], S,
+                window, d, SCALE, FULL, WIDTH, BLOCK_S, AHEAD, i != 1,
             )  # fmt: skip
 
     nothing = weight == 0  # no key seen: y is 0, and an infinite lse makes each p of backward 0
     weight = tl.where(nothing, 1.0, weight)
     y = total / weight[:, None]
     lse = tl.where(nothing, float("inf"), high + tl.log2(weight))
-    store(Y + batch * y_strides[0] + head * y_strides[1], y, start, y_strides[2], T, d, BLOCK_T, WIDTH)
+    Y += part * y_strides[0] + batch * y_strides[1] + head * y_strides[2]
+    store(Y, y, start, y_strides[3], T, d, BLOCK_T, WIDTH)
     i = start + tl.arange(0, BLOCK_T)
-    tl.store(LSE + (batch * H + head) * T + i, lse, i < T)
+    tl.store(LSE + ((part * B + batch) * H + head) * T + i, lse, i < T)
+
+
+@triton.jit
+def join_kernel(Y_PARTS, LSE_PARTS, Y, LSE, y_strides, B, H, T, d, PARTS: tl.constexpr, WIDTH: tl.constexpr):
+    """One program, one query: y and lse from those of the parts of its keys, each weighted by its share of Σ_j exp(s_ij)."""
+    row, part, column = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS), tl.arange(0, WIDTH)
+    lse = tl.load(LSE_PARTS + part * (B * H * T) + row)
+    lse = tl.where(lse == float("inf"), float("-inf"), lse)  # no key seen
+    high = tl.maximum(tl.max(lse, 0), -1e38)
+    share = tl.exp2(lse - high)
+    weight = tl.sum(share, 0)
+    nothing = weight == 0
+    weight = tl.where(nothing, 1.0, weight)
+    at = (part[:, None] * (B * H * T) + row) * d + column[None, :]
+    y = tl.sum(tl.load(Y_PARTS + at, column[None, :] < d, 0.0) * share[:, None], 0) / weight
+    Y += row // (H * T) * y_strides[0] + row // T % H * y_strides[1] + row % T * y_strides[2]
+    tl.store(Y + column, y.to(Y.dtype.element_ty), column < d)
+    tl.store(LSE + row, tl.where(nothing, float("inf"), high + tl.log2(weight)))
 
 
 @triton.jit
@@ -358,12 +393,22 @@ def attention_forward(
     (B, H, T), (G, S) = q.shape[:3], k.shape[1:3]
     q, k, v, queries, keys = rows(q), rows(k), rows(v), *packed(queries, keys)
     y, lse = heads_like(q), q.new_empty(B, H, T, dtype=torch.promote_types(q.dtype, torch.float32))
+    parts, known = parts_of(q, S if window is None else min(S, T + window)), constants(q)
+    y_parts, lse_parts = (y[None], lse) if parts == 1 else (lse.new_empty(parts, *q.shape), lse.new_empty(parts, *lse.shape))
     with on(q):
-        forward_kernel[lambda meta: (B * H * triton.cdiv(T, meta["BLOCK_T"]),)](
-            q, k, v, queries, keys, y, lse, q.stride(), k.stride(), v.stride(), y.stride(),
-            B, H, G, T, S, triton.next_power_of_2(T), window, **constants(q),
+        forward_kernel[lambda meta: (B * H * triton.cdiv(T, meta["BLOCK_T"]), parts)](
+            q, k, v, queries, keys, y_parts, lse_parts, q.stride(), k.stride(), v.stride(), y_parts.stride(),
+            B, H, G, T, S, triton.next_power_of_2(T), window, **known, PARTS=parts,
         )  # fmt: skip
+        if parts > 1:
+            join_kernel[(B * H * T,)](y_parts, lse_parts, y, lse, y.stride(), B, H, T, known["d"], parts, known["WIDTH"])
     return y, lse
+
+
+def parts_of(q: Tensor, keys: int) -> int:
+    """How many parts, a power of two, the keys of a few queries are dealt out to: as fill the machine, and none too short."""
+    (B, H, T), fill = q.shape[:3], 2 * processors(q)
+    return 1 if T > FEW else 2 ** max(0, min(fill // (B * H), keys // KEYS_EACH).bit_length() - 1)
 
 
 @torch.library.custom_op("minimodels::attention_backward", mutates_args=())
@@ -471,6 +516,8 @@ def signature(kernel, d: int, block_t: int, block_s: int, warps: int, window=Non
     )
     fixed = {"d": d, "SCALE": d**-0.5, "FULL": tl.float32, "WIDTH": d, "BLOCK_T": block_t, "BLOCK_S": block_s, "AHEAD": ahead}
     fixed |= {name: (2**16 * d, d, 16 * d, 1) for name in kernel.arg_names if name.endswith("strides")}
+    if kernel is forward_kernel:
+        fixed |= {"PARTS": 1, "y_strides": (2**20 * d, *fixed["y_strides"])}
     typed = {name: types[name] for name in kernel.arg_names if types.get(name)}
     return kernel.fn.__name__, typed, {name: fixed.get(name) for name in kernel.arg_names if name not in typed}, warps
 
@@ -486,6 +533,12 @@ SIGNATURES = [
     signature(backward_keys_kernel, 64, 64, 128, 8),
     signature(backward_keys_kernel, 128, 64, 128, 8),
     signature(backward_keys_kernel, 128, 32, 128, 8, "i32", "*i64"),
+    (
+        "join_kernel",
+        {"Y_PARTS": "*fp32", "LSE_PARTS": "*fp32", "Y": "*bf16", "LSE": "*fp32", "B": "i32", "H": "i32", "T": "i32"},
+        {"y_strides": (2**16, 64, 64, 1), "d": 64, "PARTS": 16, "WIDTH": 64},
+        4,
+    ),
 ]
 
 

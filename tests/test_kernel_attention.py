@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need the package triton")
 
+import minimodels.kernels.attention as kernels
 from minimodels.kernels.attention import attention, backward_keys_kernel, backward_queries_kernel, blocks, forward_kernel
 from minimodels.kernels.common import compare
 
@@ -54,6 +55,19 @@ def test_blocks_of_other_shapes(monkeypatch, T, S, window, ahead):
         also = {"AHEAD": ahead} if kernel is forward_kernel else {}
         monkeypatch.setattr(kernel, "configs", blocks((16, 32, 4, 2) if ahead else (32, 16, 4, 2), **also))
     check(*parts(1, 2, 1, T, S, 16), window=window)
+
+
+@pytest.mark.parametrize("window", [None, 9, 60], ids=lambda window: f"window {window}")
+@pytest.mark.parametrize("T, positions", [(1, False), (16, False), (5, True)])
+def test_keys_dealt_out(monkeypatch, T, positions, window):
+    monkeypatch.setattr(kernels, "KEYS_EACH", 16)
+    monkeypatch.setattr(kernels, "processors", lambda q: 16)
+    inputs = parts(2, 2, 1, T, 75, 16)
+    assert kernels.parts_of(inputs[0], 75) == 4
+    places = torch.arange(75).repeat(2, 1)
+    places[0, 20:60] = -1  # to the first row some parts have nothing to show
+    places[1, :74] = -1
+    check(*inputs, *((places[:, 75 - T :], places) if positions else ()), window=window)
 
 
 @pytest.mark.parametrize("H, G", [(4, 2), (3, 1)])
