@@ -615,7 +615,17 @@ def case(tokens: int, T: int, H: int, d: int) -> Case:
     return Case(f"B {B}, H {H}, T {T}, d {d}", inputs, work, 2.5 * work, "TFLOP/s")
 
 
+def decoding(S: int, H: int, d: int) -> Case:
+    """One query, whose keys and values are read."""
+
+    def inputs() -> tuple:
+        return tuple(torch.randn(1, T, H, d, **TIMED).transpose(1, 2) for T in (1, S, S))
+
+    return Case(f"decoding: B 1, H {H}, S {S}, d {d}", inputs, 2 * H * S * d, 0)
+
+
 if __name__ == "__main__":
     lengths = (1024, 4096, 16384) if GPU else (256, 1024, 4096)
-    cases = [case(16384, T, 16, d) for d in (64, 128) for T in lengths] if GPU else [case(T, T, 4, 64) for T in lengths]
+    cases = [decoding(32768, 16, 128) if GPU else decoding(4096, 4, 64)]
+    cases += [case(16384, T, 16, d) for d in (64, 128) for T in lengths] if GPU else [case(T, T, 4, 64) for T in lengths]
     command(report("attention", attention, reference, cases, PEERS, check), __doc__)

@@ -107,7 +107,7 @@ class Case:
     forward: float
     """the numbers moved, or the FLOPs, that the forward pass must cost"""
     backward: float
-    """and the backward pass; 0 where the providers do both in one call"""
+    """and the backward pass; 0 where the providers do both in one call, or nobody needs one"""
     unit: str = "GB/s"
     """or TFLOP/s: which of the machine's ceilings the two above are held against"""
 
@@ -184,7 +184,7 @@ def report(
             first = {"triton": kernel} if GPU else {"reference": partial(path, impl="reference")}
             providers = {**first, "torch": torch_path, "torch.compile": torch.compile(torch_path), **installed}
             for direction, work in (("forward", case.forward), ("backward", case.backward)):
-                if not work:  # the forward pass did both
+                if not work:
                     continue
                 others = {name for name, peer in peers.items() if not peer.same}
                 timings, memory = time_providers(providers, others, case.inputs, direction, options.rounds)
