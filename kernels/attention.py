@@ -46,11 +46,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from . import INTERPRETED
-from .common import GPU, LOG2_E, TIMED, Case, Peer, command, compare, full, move, on, processors, report, run
+from .common import GPU, LOG2_E, TIMED, Case, Peer, command, compare, full, move, on, processors, report, run, tuned
 
 FEW = 16  # queries: one block of them, and keys to deal out
 KEYS_EACH = 256  # at least, of a part
+KEY = ["size", "window", "WIDTH"]  # by which blocks are tuned
 
 
 @triton.jit
@@ -180,28 +180,27 @@ def attend(
 
 
 def fitting(configs: list[triton.Config], arguments: dict, **_) -> list[triton.Config]:
-    """Those with no more queries a block than there are; the smallest for fp32, which no tensor core multiplies exactly."""
+    """Those with no more queries a block than there are; the first for fp32, which no tensor core multiplies exactly."""
     if arguments["Q"].element_size() > 2:
         return configs[:1]
     return [config for config in configs if config.kwargs["BLOCK_T"] <= max(16, arguments["size"])]
 
 
 def blocks(*sizes: tuple[int, int, int, int], **also) -> list[triton.Config]:
-    """BLOCK_T, BLOCK_S, warps and stages of each, and what it has `also`."""
+    """BLOCK_T, BLOCK_S, warps and stages of each, and what it has `also`. The first, of small blocks, is for the interpreter,
+    for fp32 and for very wide heads."""
     return [
         triton.Config({"BLOCK_T": t, "BLOCK_S": s, **also}, num_warps=warps, num_stages=stages) for t, s, warps, stages in sizes
     ]
 
 
-def tuned(configs: list[triton.Config]):
-    """The fastest of the configs; the first, of small blocks, is for the interpreter, for fp32 and for very wide heads."""
-    keep = {"early_config_prune": fitting}
-    return triton.autotune(configs[:1] if INTERPRETED else configs, key=["size", "window", "WIDTH"], prune_configs_by=keep)
-
-
 @tuned(
     blocks((16, 16, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 3), AHEAD=True)
-    + blocks((16, 128, 4, 3), (64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3), AHEAD=False)
+    + blocks(
+        (16, 128, 4, 3), (64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3), AHEAD=False
+    ),
+    KEY,
+    fitting,
 )
 @triton.jit
 def forward_kernel(
@@ -284,7 +283,7 @@ def towards_queries(
     return dq
 
 
-@tuned(blocks((16, 16, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)))
+@tuned(blocks((16, 16, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)), KEY, fitting)
 @triton.jit
 def backward_queries_kernel(
     Q, K, V, QUERIES, KEYS, Y, DY, LSE, DELTA, DQ, q_strides, k_strides, v_strides, y_strides, dy_strides, dq_strides,
@@ -350,7 +349,7 @@ def towards_keys(
     return dk, dv
 
 
-@tuned(blocks((16, 16, 4, 2), (64, 64, 4, 2), (32, 64, 8, 2), (32, 128, 8, 3), (64, 128, 8, 2), (64, 128, 8, 3)))
+@tuned(blocks((16, 16, 4, 2), (64, 64, 4, 2), (32, 64, 8, 2), (32, 128, 8, 3), (64, 128, 8, 2), (64, 128, 8, 3)), KEY, fitting)
 @triton.jit
 def backward_keys_kernel(
     Q, K, V, QUERIES, KEYS, DY, LSE, DELTA, DK, DV, q_strides, k_strides, v_strides, dy_strides, dk_strides,

@@ -48,9 +48,12 @@ def full(tensor: Tensor) -> tl.dtype:
     return tl.float64 if tensor.dtype == torch.float64 else tl.float32
 
 
-def tuned(configs: list[triton.Config], key: list[str]):
-    """Time the configurations once for each value of the key and keep the fastest; the interpreter takes the first."""
-    return triton.autotune(configs=configs[:1] if INTERPRETED else configs, key=key)
+def tuned(configs: list[triton.Config], key: list[str], prune: Callable | None = None):
+    """Time the configurations, those that `prune` leaves, once for each value of the key, and keep the fastest, in Triton's
+    cache on the disk too; the interpreter takes the first."""
+    if INTERPRETED:
+        return triton.autotune(configs[:1], key)
+    return triton.autotune(configs, key, prune_configs_by=prune and {"early_config_prune": prune}, cache_results=True)
 
 
 def processors(tensor: Tensor) -> int:

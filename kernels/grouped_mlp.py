@@ -41,23 +41,21 @@ import triton.language as tl
 from torch import Tensor
 from triton import Config, cdiv, next_power_of_2
 
-from . import INTERPRETED
-from .common import GPU, TIMED, Case, Peer, command, compare, full, on, processors, report, sigmoid
+from .common import GPU, TIMED, Case, Peer, command, compare, full, on, processors, report, sigmoid, tuned
 
 GROUP = tl.constexpr(8)  # blocks of slots: their rows and the weights they meet next come from the L2 cache
+KEY = ["D", "I", "E"]  # by which tiles are tuned
 WIDTH = 128  # columns of every tile of r, however tuned: dgates is a sum of parts, one for each so many columns
 
 
-def tuned(*sizes: tuple[int, int, int, int, int]):
-    """Tune a kernel: rows and columns of a tile, depth of the product done at a time, warps and stages, from small to large.
-    fp32, which keeps clear of the tensor cores, gets the first two: for it the larger compile for minutes, only to spill."""
+def tiles(*sizes: tuple[int, int, int, int, int]) -> list[Config]:
+    """Of each, from small to large: rows and columns of a tile, depth of the product done at a time, warps and stages."""
+    return [Config({"ROWS": r, "COLUMNS": c, "DEPTH": d}, num_warps=w, num_stages=s) for r, c, d, w, s in sizes]
 
-    def prune(configs: list[Config], arguments: dict, **_) -> list[Config]:
-        return configs if next(iter(arguments.values())).element_size() <= 2 else configs[:2]
 
-    configs = [Config({"ROWS": r, "COLUMNS": c, "DEPTH": d}, num_warps=w, num_stages=s) for r, c, d, w, s in sizes]
-    usable = configs[:1] if INTERPRETED else configs
-    return triton.autotune(usable, ["D", "I", "E"], prune_configs_by={"early_config_prune": prune})
+def fitting(configs: list[Config], arguments: dict, **_) -> list[Config]:
+    """The first two for fp32, which keeps clear of the tensor cores: the larger compile for minutes, only to spill."""
+    return configs if next(iter(arguments.values())).element_size() <= 2 else configs[:2]
 
 
 @triton.jit
@@ -95,7 +93,7 @@ def find(tile, until, OFFSETS, columns, ROWS: tl.constexpr):
     return expert.to(tl.int64), slot, slot < tl.load(OFFSETS + expert + 1), within // height
 
 
-@tuned((16, 16, 16, 4, 2), (64, 32, 32, 4, 3), (128, 64, 64, 4, 3), (128, 128, 64, 8, 4))
+@tuned(tiles((16, 16, 16, 4, 2), (64, 32, 32, 4, 3), (128, 64, 64, 4, 3), (128, 128, 64, 8, 4)), KEY, fitting)
 @triton.jit
 def hidden_kernel(
     X, GATE, UP, CELL, OFFSETS, G, U, H, D, I, E,
@@ -124,7 +122,7 @@ def hidden_kernel(
         tl.store(H + at, g * sigmoid(g) * u, inside)
 
 
-@tuned((16, 16, 16, 4, 2), (64, 64, 32, 4, 3), (128, 128, 64, 4, 3), (128, 256, 64, 8, 4))
+@tuned(tiles((16, 16, 16, 4, 2), (64, 64, 32, 4, 3), (128, 128, 64, 4, 3), (128, 256, 64, 8, 4)), KEY, fitting)
 @triton.jit
 def parts_kernel(
     P, WP, Q, WQ, GATES, CELL, OFFSETS, Y, D, I, E, stride_i, stride_d,
@@ -172,7 +170,11 @@ def quarter(r, which: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return right if which % 2 == 1 else left
 
 
-@tuned((16, WIDTH, 16, 4, 2), (32, WIDTH, 32, 4, 3), (64, WIDTH, 64, 4, 4), (128, WIDTH, 64, 8, 4), (256, WIDTH, 64, 8, 4))
+@tuned(
+    tiles((16, WIDTH, 16, 4, 2), (32, WIDTH, 32, 4, 3), (64, WIDTH, 64, 4, 4), (128, WIDTH, 64, 8, 4), (256, WIDTH, 64, 8, 4)),
+    KEY,
+    fitting,
+)
 @triton.jit
 def hidden_backward_kernel(
     DY, OUT, GATES, CELL, OFFSETS, G, U, DG, DU, GH, DGATES, D, I, E, slots,
@@ -208,7 +210,7 @@ def hidden_backward_kernel(
 
 
 # more stages, for where a row's address must wait for the token only every second one holds operands
-@tuned((16, 16, 16, 4, 2), (64, 64, 32, 4, 3), (128, 128, 64, 4, 5), (128, 256, 64, 8, 5))
+@tuned(tiles((16, 16, 16, 4, 2), (64, 64, 32, 4, 3), (128, 128, 64, 4, 5), (128, 256, 64, 8, 5)), KEY, fitting)
 @triton.jit
 def weights_backward_kernel(
     P, X, CELL, OFFSETS, DW, D, I, E, stride_i, stride_d,
