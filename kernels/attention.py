@@ -37,6 +37,7 @@ minimodels.kernels.compile does.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache, partial
 
 import torch
@@ -505,42 +506,6 @@ def attention(
     return attention_forward(q, k, v, query_positions, key_positions, window)[0]
 
 
-def signature(kernel, d: int, block_t: int, block_s: int, warps: int, window=None, positions=None, ahead=None) -> tuple:
-    """A kernel, types of its arguments, constants, warps: for minimodels.kernels.compile."""
-    types = dict.fromkeys("Q K V Y DY DQ DK DV".split(), "*bf16") | {"LSE": "*fp32", "DELTA": "*fp32"}
-    types |= (
-        dict.fromkeys("B H G".split(), "i32")
-        | dict.fromkeys("T S size".split(), "i32:16")
-        | {"QUERIES": positions, "KEYS": positions, "window": window}
-    )
-    fixed = {"d": d, "SCALE": d**-0.5, "FULL": tl.float32, "WIDTH": d, "BLOCK_T": block_t, "BLOCK_S": block_s, "AHEAD": ahead}
-    fixed |= {name: (2**16 * d, d, 16 * d, 1) for name in kernel.arg_names if name.endswith("strides")}
-    if kernel is forward_kernel:
-        fixed |= {"PARTS": 1, "y_strides": (2**20 * d, *fixed["y_strides"])}
-    typed = {name: types[name] for name in kernel.arg_names if types.get(name)}
-    return kernel.fn.__name__, typed, {name: fixed.get(name) for name in kernel.arg_names if name not in typed}, warps
-
-
-SIGNATURES = [
-    signature(forward_kernel, 64, 128, 64, 4, ahead=False),
-    signature(forward_kernel, 64, 128, 128, 8, ahead=True),
-    signature(forward_kernel, 128, 128, 64, 8, ahead=True),
-    signature(forward_kernel, 128, 128, 64, 8, "i32", "*i64", ahead=True),
-    signature(backward_queries_kernel, 64, 128, 64, 8),
-    signature(backward_queries_kernel, 128, 128, 64, 8),
-    signature(backward_queries_kernel, 128, 128, 64, 8, "i32", "*i64"),
-    signature(backward_keys_kernel, 64, 64, 128, 8),
-    signature(backward_keys_kernel, 128, 64, 128, 8),
-    signature(backward_keys_kernel, 128, 32, 128, 8, "i32", "*i64"),
-    (
-        "join_kernel",
-        {"Y_PARTS": "*fp32", "LSE_PARTS": "*fp32", "Y": "*bf16", "LSE": "*fp32", "B": "i32", "H": "i32", "T": "i32"},
-        {"y_strides": (2**16, 64, 64, 1), "d": 64, "PARTS": 16, "WIDTH": 64},
-        4,
-    ),
-]
-
-
 def check() -> None:
     """Outputs and gradients against the reference in fp64; on a GPU in bf16 and fp16 too."""
     for B, H, G, T, S, d, window in ((1, 2, 2, 1, 33, 64, None), (1, 2, 1, 37, 37, 24, None), (2, 4, 2, 20, 41, 16, 7)):
@@ -621,6 +586,21 @@ def decoding(S: int, H: int, d: int) -> Case:
         return tuple(torch.randn(1, T, H, d, **TIMED).transpose(1, 2) for T in (1, S, S))
 
     return Case(f"decoding: B 1, H {H}, S {S}, d {d}", inputs, 2 * H * S * d, 0)
+
+
+def example(d: int, window: int | None = None, positions: bool = False) -> Callable[[], tuple]:
+    """Inputs that minimodels.kernels.compile launches."""
+    places = torch.arange(256).expand(2, -1) if positions else None
+    return lambda: (*case(512, 256, 4, d).inputs(), places, places, window)
+
+
+EXAMPLES = [
+    example(64),
+    example(128),
+    example(128, window=100),
+    example(128, 100, positions=True),
+    decoding(4096, 4, 128).inputs,
+]
 
 
 if __name__ == "__main__":

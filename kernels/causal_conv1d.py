@@ -285,28 +285,6 @@ def causal_conv1d(
     return y, torch.where(last < W - 1, old, new)
 
 
-def _signature(types: str) -> dict[str, str]:
-    """The arguments' types: pointers and integers by name."""
-    return {name: "i32:16" if name in ("T", "D", "batch_stride", "time_stride") else "*bf16" for name in types.split()}
-
-
-_CONSTANTS = {"SILU": True, "W": 4, "CHUNK": CHUNK, "FULL": tl.float32, "CHANNELS": 256, "AHEAD": 4}
-SIGNATURES = [  # kernel, types of its arguments, constants, warps: for minimodels.kernels.compile
-    (
-        "forward_kernel",
-        _signature("X WEIGHT BIAS WINDOW Y T D batch_stride time_stride"),
-        _CONSTANTS,
-        2,
-    ),
-    (
-        "backward_kernel",
-        _signature("DY X WEIGHT BIAS WINDOW DX DWINDOW T D batch_stride time_stride") | {"PARTIAL": "*fp32"},
-        _CONSTANTS,
-        2,
-    ),
-]
-
-
 def check() -> None:
     """Outputs and gradients against the reference in fp64; on a GPU in bf16 too."""
     for batch, T, D, W in ((2, 5, 33, 4), (1, CHUNK + 3, 130, 3)):
@@ -348,6 +326,10 @@ def case(batch: int, T: int, D: int, W: int = 4) -> Case:
 
     size = batch * T * D
     return Case(f"B {batch}, T {T}, D {D}, W {W}", inputs, 2 * size, 3 * size)
+
+
+# what minimodels.kernels.compile launches: also without SiLU, padded
+EXAMPLES = [case(2, 300, 1536).inputs, lambda: (*case(2, 300, 1536).inputs()[:4], torch.tensor([300, 7]), False)]
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from . import INTERPRETED
 
 GPU = torch.cuda.is_available()
 TIMED = {"device": "cuda", "dtype": torch.bfloat16} if GPU else {"device": "cpu", "dtype": torch.float32}  # what is timed in
+PRETENDED = 3  # processors where a CPU interprets
 
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -57,8 +58,8 @@ def tuned(configs: list[triton.Config], key: list[str], prune: Callable | None =
 
 
 def processors(tensor: Tensor) -> int:
-    """Of the tensor's GPU; 3 where a CPU interprets."""
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 3
+    """Of the tensor's GPU; as many as PRETENDED where there is none."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else PRETENDED
 
 
 def compare(kernel: Callable, reference: Callable, arguments: tuple) -> None:

@@ -1,11 +1,15 @@
-"""Do the kernels compile for a GPU? Needs none.
+"""Do the kernels compile for a GPU, as they are launched? Needs none.
 
     python -m minimodels.kernels.compile [OPERATION]      every kernel of an operation, or of all, for Hopper (sm_90)
 
-Each kernel file lists in SIGNATURES what to compile. Prints registers per thread, spilled bytes, shared memory, and of each
-innermost loop the instructions, and how many of them are special functions (exponentials, reciprocals) or matrix products: what
-a warp must issue each time round. Where the assembler expects a loss, it is quoted: products that are "serialized" wait one for
-the other, which can halve a kernel's speed, and the command fails, as it does with the compiler's message where there is one.
+Each kernel file has EXAMPLES, inputs of its operation. They go forward and backward in bf16, and each launch on the way is
+bound to its arguments and compiled, in every configuration that tuning would try, but not made: what the outputs hold is
+chance. It takes some minutes, for what Triton's cache does not hold.
+
+Prints registers per thread, spilled bytes, shared memory, and of each innermost loop the instructions, and how many of them are
+special functions (exponentials, reciprocals) or matrix products: what a warp must issue each time round. Where the assembler
+expects a loss, it is quoted: products that are "serialized" wait one for the other, which can halve a kernel's speed, and the
+command fails, as it does with the compiler's message where there is one.
 """
 
 from __future__ import annotations
@@ -15,34 +19,61 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
+from triton.runtime import driver
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.jit import JITFunction
 
-from . import OPERATIONS
+from minimodels.command import run_command
+from minimodels.config import InputError
+
+from . import INTERPRETED, OPERATIONS, common
 
 
-def compile_kernel(kernel, signature: dict[str, str], constants: dict[str, object], warps: int, stages: int = 3):
-    """Compile one kernel for sm_90. `signature` has a type for each argument that is no constant: *bf16, i32, or i32:16 for a
-    multiple of 16, as sizes mostly are and Triton sees when it launches."""
-    types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    # pointers are multiples of 16 bytes, as PyTorch allocates them
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if types[name].startswith("*") or types[name].endswith(":16")
-    }
-    types = {name: kind.removesuffix(":16") for name, kind in types.items()}
-    source = ASTSource(fn=kernel, signature=types, constexprs=places, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
+class Hopper:
+    """What Triton asks a GPU's driver before it compiles."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+def launches(operation: Callable, arguments: tuple) -> list[tuple]:
+    """Run an operation forward and backward with no GPU: the name, the tuned constants and the binary of each launch."""
+    found, bind, tune = [], JITFunction.run, Autotuner.run
+
+    def compile_only(kernel: JITFunction, *values, grid, warmup: bool = False, tuned: str = "", **options):
+        found.append((kernel.__name__, tuned, bind(kernel, *values, grid=grid, warmup=True, **options)))
+
+    def try_all(tuner: Autotuner, *values, **options):
+        tuner.nargs = dict(zip(tuner.arg_names, values, strict=False))
+        for config in tuner.prune_configs(options):
+            sizes = [*config.kwargs.items(), (config.num_warps, "warps"), (config.num_stages, "stages")]
+            tuned = "  [" + ", ".join(f"{name} {value}" for name, value in sizes) + "]"
+            tuner.fn.run(*values, **options, **config.all_kwargs(), tuned=tuned)
+
+    JITFunction.run, Autotuner.run = compile_only, try_all
+    try:
+        outputs = operation(*arguments)
+        outputs = [part for part in (outputs if isinstance(outputs, tuple) else (outputs,)) if part.requires_grad]
+        torch.autograd.backward(outputs, [torch.zeros_like(part) for part in outputs])
+    finally:
+        JITFunction.run, Autotuner.run = bind, tune
+    return found
 
 
 def resources(compiled) -> str:
     """What the assembler says: registers per thread, spilled bytes, expected losses; and shared memory."""
-    assembler = get_ptxas(90).path
+    assembler = triton.knobs.nvidia.ptxas.path
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(compiled.asm["ptx"])
         file.flush()
@@ -84,20 +115,29 @@ def loops(compiled) -> str:
 
 def main(names: list[str]) -> None:
     """Compile the kernels of the named operations, of all by default."""
+    if INTERPRETED:
+        raise InputError("TRITON_INTERPRET", 1, "unset, for what is interpreted is not compiled")
+    for name in names:
+        if name not in OPERATIONS:
+            raise InputError("operation", name, ", ".join(OPERATIONS))
+    driver.set_active(Hopper())
+    common.TIMED.update(device="cpu", dtype=torch.bfloat16)
+    common.PRETENDED = 132  # an H100's
     lossy = []
-    for operation in names or OPERATIONS:
-        module = importlib.import_module(f"minimodels.kernels.{operation}")
-        for name, signature, constants, warps in module.SIGNATURES:
-            kernel = getattr(module, name)
-            kernel = kernel.fn if hasattr(kernel, "configs") else kernel  # without its tuner
-            compiled = compile_kernel(kernel, signature, constants, warps)
-            used = resources(compiled)
-            print(f"{operation:22} {name:28} {used}, {loops(compiled)}", flush=True)
-            if "LOSS" in used:
-                lossy.append(f"{operation}.{name}")
+    for name in names or OPERATIONS:
+        module = importlib.import_module(f"minimodels.kernels.{name}")
+        print(name)
+        seen = set()
+        for example in module.EXAMPLES:
+            for kernel, tuned, compiled in launches(getattr(module, name), example()):
+                if compiled.hash not in seen:
+                    seen.add(compiled.hash)
+                    used = resources(compiled)
+                    print(f"  {kernel:28} {used}, {loops(compiled)}{tuned}", flush=True)
+                    lossy += [f"{name}.{kernel}"] * ("LOSS" in used)
     if lossy:
         sys.exit(f"the assembler expects losses in {', '.join(lossy)}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main, lambda: sys.argv[1:])

@@ -96,7 +96,7 @@ def find(tile, until, OFFSETS, columns, ROWS: tl.constexpr):
 @tuned(tiles((16, 16, 16, 4, 2), (64, 32, 32, 4, 3), (128, 64, 64, 4, 3), (128, 128, 64, 8, 4)), KEY, fitting)
 @triton.jit
 def hidden_kernel(
-    X, GATE, UP, CELL, OFFSETS, G, U, H, D, I, E,
+    X, GATE, UP, CELL, OFFSETS, G, U, H, D: tl.constexpr, I: tl.constexpr, E: tl.constexpr,
     KEEP: tl.constexpr, FULL: tl.constexpr, BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -125,7 +125,8 @@ def hidden_kernel(
 @tuned(tiles((16, 16, 16, 4, 2), (64, 64, 32, 4, 3), (128, 128, 64, 4, 3), (128, 256, 64, 8, 4)), KEY, fitting)
 @triton.jit
 def parts_kernel(
-    P, WP, Q, WQ, GATES, CELL, OFFSETS, Y, D, I, E, stride_i, stride_d,
+    P, WP, Q, WQ, GATES, CELL, OFFSETS, Y, D: tl.constexpr, I: tl.constexpr, E: tl.constexpr,
+    stride_i: tl.constexpr, stride_d: tl.constexpr,
     TWO: tl.constexpr, FULL: tl.constexpr, BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -177,7 +178,7 @@ def quarter(r, which: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 )
 @triton.jit
 def hidden_backward_kernel(
-    DY, OUT, GATES, CELL, OFFSETS, G, U, DG, DU, GH, DGATES, D, I, E, slots,
+    DY, OUT, GATES, CELL, OFFSETS, G, U, DG, DU, GH, DGATES, D: tl.constexpr, I: tl.constexpr, E: tl.constexpr, slots,
     FULL: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """dg, du, gates · h, which dout will need, and for dgates the sum of r ⊙ h over a block of columns."""
@@ -213,7 +214,8 @@ def hidden_backward_kernel(
 @tuned(tiles((16, 16, 16, 4, 2), (64, 64, 32, 4, 3), (128, 128, 64, 4, 5), (128, 256, 64, 8, 5)), KEY, fitting)
 @triton.jit
 def weights_backward_kernel(
-    P, X, CELL, OFFSETS, DW, D, I, E, stride_i, stride_d,
+    P, X, CELL, OFFSETS, DW, D: tl.constexpr, I: tl.constexpr, E: tl.constexpr,
+    stride_i: tl.constexpr, stride_d: tl.constexpr,
     FULL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Σ p xᵀ over an expert's slots, x gathered. Here the host does know how many tiles there are: one program each."""
@@ -367,35 +369,6 @@ def grouped_mlp(
     return grouped_mlp_forward(x, gates, gate, up, out, *order, keep)[0]
 
 
-SIZES = {"D": 2048, "I": 768, "E": 128}  # constants here, so that the compiler knows what divides them
-TILE = {**SIZES, "FULL": tl.float32, "BLOCK_E": 128, "ROWS": 128, "COLUMNS": 128, "DEPTH": 64}
-FORWARD, BACKWARD = {"TWO": False, "stride_i": 1, "stride_d": 768}, {"TWO": True, "stride_i": 2048, "stride_d": 1}
-WEIGHTS = {name: TILE[name] for name in ("D", "I", "E", "FULL", "ROWS", "DEPTH")} | {"stride_i": 2048, "stride_d": 1}
-
-
-def types(bf16: str, i32: str, **others: str) -> dict[str, str]:
-    """Of the arguments of a kernel: its pointers to bf16, its pointers to i32, the rest."""
-    return dict.fromkeys(bf16.split(), "*bf16") | dict.fromkeys(i32.split(), "*i32") | others
-
-
-SIGNATURES = [  # kernel, types of its arguments, constants, warps: for minimodels.kernels.compile
-    ("place_kernel", types("", "BY_EXPERT BY_TOKEN CELL ORDER", VISITS="*i1", n="i32", slots="i32"),
-     {"E": 128, "TOKENS": 16, "BLOCK_E": 128}, 4),
-    ("hidden_kernel", types("X GATE UP G U H", "CELL OFFSETS"), {**TILE, "KEEP": True}, 8),
-    ("parts_kernel", types("P WP Q WQ GATES Y", "CELL OFFSETS"), {**TILE, **FORWARD}, 4),
-    ("parts_kernel", types("P WP Q WQ GATES Y", "CELL OFFSETS"), {**TILE, **FORWARD, "COLUMNS": 256}, 8),
-    ("parts_kernel", types("P WP Q WQ GATES Y", "CELL OFFSETS"), {**TILE, **BACKWARD, "COLUMNS": 256}, 8),
-    ("sum_kernel", types("PARTS Y", "ORDER STARTS"), {"D": 2048, "FULL": tl.float32, "BLOCK": 1024}, 4),
-    ("hidden_backward_kernel", types("DY OUT GATES G U DG DU GH", "CELL OFFSETS", DGATES="*fp32", slots="i32"),
-     {**TILE, "ROWS": 64}, 4),
-    ("hidden_backward_kernel", types("DY OUT GATES G U DG DU GH", "CELL OFFSETS", DGATES="*fp32", slots="i32"), TILE, 8),
-    ("hidden_backward_kernel", types("DY OUT GATES G U DG DU GH", "CELL OFFSETS", DGATES="*fp32", slots="i32"),
-     {**TILE, "ROWS": 256}, 8),
-    ("weights_backward_kernel", types("P X DW", "CELL OFFSETS"), {**WEIGHTS, "COLUMNS": 128}, 4),
-    ("weights_backward_kernel", types("P X DW", "CELL OFFSETS"), {**WEIGHTS, "COLUMNS": 256}, 8),
-]  # fmt: skip
-
-
 def check() -> None:
     """Outputs and gradients against the reference in fp64; on a GPU in bf16 too."""
     for n, E, K, D, I in ((11, 4, 2, 33, 20), (40, 3, 1, 16, 130)):
@@ -459,6 +432,9 @@ def case(n: int, E: int, K: int, D: int, I: int) -> Case:
 
     label, forward = f"{n} tokens, {K} of {E} experts, D {D}, I {I}", 6 * n * K * D * I
     return Case(label, inputs, forward, 2 * forward, "TFLOP/s")
+
+
+EXAMPLES = [case(256, 16, 2, 2048, 768).inputs]  # what minimodels.kernels.compile launches
 
 
 if __name__ == "__main__":

@@ -195,24 +195,6 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return linear_cross_entropy_forward(x, weight, targets)[0]
 
 
-SIGNATURES = [  # kernel, types of its arguments, constants, warps: for minimodels.kernels.compile
-    (
-        "forward_kernel",
-        {"LOGITS": "*bf16", "TARGETS": "*i64", "LSE": "*fp32", "WANTED": "*fp32", "first": "i32", "columns": "i32",
-         "stride": "i32:16"},
-        {"BEGIN": False, "FULL": tl.float32, "BLOCK": BLOCK},
-        WARPS,
-    ),
-    (
-        "backward_kernel",
-        {"LOGITS": "*bf16", "TARGETS": "*i64", "LSE": "*fp32", "SHARE": "*fp32", "first": "i32", "columns": "i32",
-         "stride": "i32:16", "ignore": "i32"},
-        {"FULL": tl.float32, "BLOCK": BLOCK},
-        WARPS,
-    ),
-]  # fmt: skip
-
-
 def check() -> None:
     """Outputs and gradients against the reference in fp64; on a GPU in bf16 too."""
     for n, D, V in ((5, 7, 33), (70, 64, 5000)):
@@ -273,6 +255,9 @@ def case(n: int, D: int, V: int) -> Case:
         return x.requires_grad_(), weight.requires_grad_(), torch.randint(V, (n,), device=x.device)
 
     return Case(f"n {n}, D {D}, V {V}: both passes", inputs, 6 * n * D * V, 0, "TFLOP/s")
+
+
+EXAMPLES = [case(64, 256, 50304).inputs]  # what minimodels.kernels.compile launches
 
 
 if __name__ == "__main__":

@@ -143,24 +143,6 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, update: Tensor | None = None)
     return y, x if update is None else total
 
 
-SIGNATURES = [  # kernel, types of its arguments, constants, warps: for minimodels.kernels.compile
-    (
-        "forward_kernel",
-        {"X": "*bf16", "UPDATE": "*bf16", "WEIGHT": "*fp32", "Y": "*bf16", "TOTAL": "*bf16", "RSTD": "*fp32", "D": "i32:16",
-         "eps": "fp32"},
-        {"ADD": True, "FULL": tl.float32, "BLOCK": 1024},
-        4,
-    ),
-    (
-        "backward_kernel",
-        {"DY": "*bf16", "DTOTAL": "*bf16", "TOTAL": "*bf16", "WEIGHT": "*fp32", "RSTD": "*fp32", "DX": "*bf16",
-         "DWEIGHT": "*fp32", "rows": "i32", "D": "i32:16"},
-        {"ADD": True, "FULL": tl.float32, "BLOCK": 1024},
-        4,
-    ),
-]  # fmt: skip
-
-
 def check() -> None:
     """Outputs and gradients against the reference in fp64; on a GPU in bf16 too."""
     for shape in ((3, 5, 33), (4, 768)):
@@ -207,6 +189,10 @@ def case(rows: int, D: int) -> Case:
         return x.requires_grad_(), weight, 1e-5, update.requires_grad_()
 
     return Case(f"{rows} rows, D {D}", inputs, 4 * rows * D, 4 * rows * D)
+
+
+# what minimodels.kernels.compile launches: also without an update
+EXAMPLES = [case(64, 1024).inputs, lambda: (*case(64, 1024).inputs()[:3], None)]
 
 
 if __name__ == "__main__":

@@ -514,34 +514,6 @@ def selective_scan(
     return y, final
 
 
-_TYPES = {name: "*bf16" for name in "X DELTA Z Y DY DX DDELTA DZ".split()}
-_TYPES |= {
-    name: "*fp32" for name in "A B C SKIP BIAS LOCAL SUM EDGES STARTS FINAL ENDS SCRATCH DA DB DC DSKIP DBIAS DSTATE".split()
-}
-_TYPES |= {name: "i32" for name in "T tokens z_batch steps interval intervals span blocks chunks share".split()}
-_CONSTANTS = {"GATE": True, "Z_ROW": 3072, "D": 1536, "N": 16, "BLOCK_N": 16, "BLOCK_D": 32, "STEPS": STEPS, "RAGGED": False}
-_CONSTANTS |= {"FULL": tl.float32}
-_OTHER = {"GATE": False, "D": 1500, "N": 50, "BLOCK_N": 64, "BLOCK_D": 16, "STEPS": 2, "RAGGED": True}
-
-
-def _signature(kernel, types: dict, constants: dict, warps: int) -> tuple:
-    """Of these types and constants, those that the kernel has."""
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    types = {name: types[name] for name in kernel.arg_names if name not in constants}
-    return kernel.__name__, types, constants, warps
-
-
-SIGNATURES = [  # kernel, types of its arguments, constants, warps: for minimodels.kernels.compile
-    _signature(forward_local_kernel, _TYPES, _CONSTANTS, 1),
-    _signature(forward_kernel, _TYPES, _CONSTANTS, 1),
-    _signature(backward_local_kernel, _TYPES, _CONSTANTS, 1),
-    _signature(backward_kernel, _TYPES, _CONSTANTS, 1),
-    _signature(forward_kernel, _TYPES, _CONSTANTS | _OTHER, 1),
-    _signature(backward_kernel, _TYPES, _CONSTANTS | _OTHER, 1),
-    _signature(carry_kernel, _TYPES | {"D": "i32", "N": "i32"}, {"REVERSE": 0, "BLOCK": 256, "FULL": tl.float32}, 2),
-]
-
-
 def check() -> None:
     """Outputs and gradients against the reference in fp64; on a GPU in bf16 too, and over several chunks."""
     shapes = [(2, 701, 64, 16), (1, 260, 48, 16), (1, 67, 48, 33)] if GPU else [(2, 9, 48, 16), (1, 8, 32, 16), (1, 5, 20, 33)]
@@ -617,6 +589,10 @@ def case(tokens: int, T: int, D: int, N: int = N_TIMED) -> Case:
         return tuple(tensor.requires_grad_() for tensor in (x, delta, A, B, C, skip, z, bias))
 
     return Case(f"B {tokens // T}, T {T}, D {D}, N {N}", inputs, 4 * tokens * D, 7 * tokens * D)
+
+
+# what minimodels.kernels.compile launches: also without a gate, and with states and channels that fill no block
+EXAMPLES = [case(8192, 4096, 1536).inputs, lambda: case(300, 300, 1500, 50).inputs()[:6]]
 
 
 if __name__ == "__main__":
