@@ -6,7 +6,9 @@ What it must cost: half of the T² pairs are visible, and each takes 2d operatio
 4·B·H·T²/2·d forward. Backward takes four products of that kind and the scores again, 2.5 times as much. The memory sees q, k, v
 and y, T/4 operations a byte in bf16: beyond T of about a thousand the tensor cores bound it. Next to them the exponentials, one
 a pair: a Hopper processor makes 16 of them a clock, or 4096 operations of products, so that they take as long as forward's two
-products at d = 64 and half as long at 128. Decoding, T = 1, is bound by reading k and v, with only B·H programs at work.
+products at d = 64 and half as long at 128. Decoding, T = 1, is bound by reading k and v, once for each head that shares them
+though mostly from the L2 cache. As B·H programs would leave most of the machine idle, the keys of a few queries are dealt out
+to several programs, whose y are joined by their lse.
 
 Forward, a block of queries walks over its keys with the softmax of those met so far: Σ exp(s - high) v, Σ exp(s - high) and the
 highest score, by whose growth both sums are scaled down. It leaves lse = log Σ_j exp(s_ij), from which backward has every p_ij
@@ -16,9 +18,10 @@ at once. With dp_ij = dy_i · v_j and delta_i = dy_i · y_i:
 
 One kernel has a block of queries and sums dq over their keys; it goes first and leaves delta. The other has a block of keys
 and sums dk and dv over the queries of all heads that share them. Both compute s and dp, seven products for five: the price of
-adding nothing atomically, so that results do not differ from run to run. Exponentials are to base 2, which the hardware has.
-Blocks that no query sees are skipped, and only those that some of the queries see in part are masked. Where positions are given
-any slot may be empty: then every block is masked, and only the slots behind a query's own are known to be invisible.
+adding nothing atomically, so that with the same blocks results do not differ from run to run. Exponentials are to base 2,
+which the hardware has. Blocks that no query sees are skipped, and only those that some of the queries see in part are masked.
+Where positions are given any slot may be empty: then every block is masked, and only the slots behind a query's own are known
+to be invisible.
 
 Tensor cores multiply while the other units compute exponentials only if these do not wait for that product. So forward may
 start the next block's scores AHEAD of this block's softmax, for registers and one block of scores too many; backward starts dp
@@ -31,8 +34,10 @@ minimodels.kernels.compile does.
     k, v        (B, G, S, d)    G key heads, each shared by H/G heads; the last T slots are those of the queries
     queries     (B, T)          where the queries stand, and
     keys        (B, S)          the keys; -1: nothing there. None: keys at 0 to S - 1
-    lse, delta  (B, H, T)       lse to base 2, infinite where a query sees nothing; fp32
-    size        ()              T rounded up to a power of two: what tuning goes by
+    s, dp       (block, block)  of queries and keys; without the factor 1/√d
+    high, lse   (B, H, T)       times log2 e; lse is infinite where a query sees nothing; fp32 (or fp64, as delta)
+    size, span  ()              T, and for a few queries S, rounded up to powers of two: what tuning goes by
+    region                      of a block's keys, or queries: those some of which a window hides, all seen, some still to come
 """
 
 from __future__ import annotations
@@ -49,9 +54,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from .common import GPU, LOG2_E, TIMED, Case, Peer, command, compare, full, move, on, processors, report, run, tuned
 
-FEW = 16  # queries: one block of them, and keys to deal out
-KEYS_EACH = 256  # at least, of a part
-KEY = ["size", "window", "WIDTH"]  # by which blocks are tuned
+FEW = 16  # a few queries, one block of them: more are training, or programs enough
+KEYS_EACH = 256  # at least that many keys are dealt out to a program
+KEY = ["size", "span", "window", "WIDTH"]  # by which blocks are tuned
 
 
 @triton.jit
@@ -98,12 +103,12 @@ def key_places(KEYS, start, S, LENGTH: tl.constexpr):
 
 
 @triton.jit
-def hide(scores, query, key, window):
+def hide(s, query, key, window):
     """The scores, -inf where the query does not see the key."""
     seen = key <= query
     if window is not None:
         seen &= key > query - window
-    return tl.where(seen, scores, float("-inf"))
+    return tl.where(seen, s, float("-inf"))
 
 
 @triton.jit
@@ -121,12 +126,12 @@ def keys_of(start, T, S, window, KEYS, BLOCK_T: tl.constexpr, BLOCK_S: tl.conste
 
 
 @triton.jit
-def dealt(part, PARTS: tl.constexpr, bounds, BLOCK_S: tl.constexpr):
-    """The bounds that one of PARTS of the keys has, each of as many blocks, the last of fewer."""
+def dealt(bounds, BLOCK_S: tl.constexpr):
+    """Of these bounds those that this of several programs has: each gets as many blocks, but for the last ones."""
     low, whole, edge, end = bounds
-    share = tl.cdiv(tl.cdiv(end - low, BLOCK_S), PARTS) * BLOCK_S
-    low += part * share
-    end = tl.minimum(low + share, end)
+    length = tl.cdiv(tl.cdiv(end - low, BLOCK_S), tl.num_programs(1)) * BLOCK_S
+    low += tl.program_id(1) * length
+    end = tl.minimum(low + length, end)
     return low, tl.minimum(tl.maximum(whole, low), end), tl.minimum(tl.maximum(edge, low), end), end
 
 
@@ -198,20 +203,27 @@ def blocks(*sizes: tuple[int, int, int, int], **also) -> list[triton.Config]:
 @tuned(
     blocks((16, 16, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 3), AHEAD=True)
     + blocks(
-        (16, 128, 4, 3), (64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3), AHEAD=False
+        (16, 64, 4, 3),
+        (16, 128, 4, 2),
+        (64, 64, 4, 3),
+        (128, 64, 4, 3),
+        (128, 64, 8, 3),
+        (128, 128, 8, 2),
+        (128, 128, 8, 3),
+        AHEAD=False,
     ),
     KEY,
     fitting,
 )
 @triton.jit
 def forward_kernel(
-    Q, K, V, QUERIES, KEYS, Y, LSE, q_strides, k_strides, v_strides, y_strides, B, H, G, T, S, size, window, d: tl.constexpr,
-    SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+    Q, K, V, QUERIES, KEYS, Y, LSE, q_strides, k_strides, v_strides, y_strides, B, H, G, T, S, size, span, window,
+    d: tl.constexpr, SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, DEAL: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """One program, BLOCK_T queries of one head and one of PARTS of their keys; those with the most keys start first, all heads
-    abreast."""
-    row, block, part = tl.program_id(0) % (B * H), tl.program_id(0) // (B * H), tl.program_id(1)
+    """One program, BLOCK_T queries of one head, and all their keys or those DEALt out to it; those with the most keys start
+    first, all heads abreast."""
+    row, block = tl.program_id(0) % (B * H), tl.program_id(0) // (B * H)
     start = (tl.cdiv(T, BLOCK_T) - 1 - block) * BLOCK_T
     batch, head = (row // H).to(tl.int64), (row % H).to(tl.int64)
     shared = head // (H // G)
@@ -226,20 +238,21 @@ def forward_kernel(
     total, weight = tl.zeros((BLOCK_T, WIDTH), FULL), tl.zeros((BLOCK_T,), FULL)
     high = tl.full((BLOCK_T,), -1e38, FULL)  # finite, so that a row that has seen nothing subtracts no infinities
     bounds = keys_of(start, T, S, window, KEYS, BLOCK_T, BLOCK_S)
-    if PARTS > 1:
-        bounds = dealt(part, PARTS, bounds, BLOCK_S)
+    if DEAL:
+        bounds = dealt(bounds, BLOCK_S)
     ahead = scores(q, K, bounds[0], k_strides[2], S, d, FULL, WIDTH, BLOCK_S, True) if AHEAD else 0
-    for i in tl.static_range(3):
-        if i == 2 or (KEYS is None and (i == 1 or window is not None)):
+    for region in tl.static_range(3):
+        if region == 2 or (KEYS is None and (region == 1 or window is not None)):
             total, weight, high, ahead = attend(
-                total, weight, high, ahead, q, query, K, V, KEYS, k_strides[2], v_strides[2], bounds[i], bounds[i + 1], S,
-                window, d, SCALE, FULL, WIDTH, BLOCK_S, AHEAD, i != 1,
+                total, weight, high, ahead, q, query, K, V, KEYS, k_strides[2], v_strides[2], bounds[region],
+                bounds[region + 1], S, window, d, SCALE, FULL, WIDTH, BLOCK_S, AHEAD, region != 1,
             )  # fmt: skip
 
     nothing = weight == 0  # no key seen: y is 0, and an infinite lse makes each p of backward 0
     weight = tl.where(nothing, 1.0, weight)
     y = total / weight[:, None]
     lse = tl.where(nothing, float("inf"), high + tl.log2(weight))
+    part = tl.program_id(1)
     Y += part * y_strides[0] + batch * y_strides[1] + head * y_strides[2]
     store(Y, y, start, y_strides[3], T, d, BLOCK_T, WIDTH)
     i = start + tl.arange(0, BLOCK_T)
@@ -288,7 +301,7 @@ def towards_queries(
 @triton.jit
 def backward_queries_kernel(
     Q, K, V, QUERIES, KEYS, Y, DY, LSE, DELTA, DQ, q_strides, k_strides, v_strides, y_strides, dy_strides, dq_strides,
-    B, H, G, T, S, size, window,
+    B, H, G, T, S, size, span, window,
     d: tl.constexpr, SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """dq and delta. One program, BLOCK_T queries of one head, as forward."""
@@ -313,11 +326,11 @@ def backward_queries_kernel(
 
     dq = tl.zeros((BLOCK_T, WIDTH), FULL)
     bounds = keys_of(start, T, S, window, KEYS, BLOCK_T, BLOCK_S)
-    for part in tl.static_range(3):
-        if part == 2 or (KEYS is None and (part == 1 or window is not None)):
+    for region in tl.static_range(3):
+        if region == 2 or (KEYS is None and (region == 1 or window is not None)):
             dq = towards_queries(
-                dq, q, dy, lse, delta, query, K, V, KEYS, k_strides[2], v_strides[2], bounds[part], bounds[part + 1], S,
-                window, d, SCALE, FULL, WIDTH, BLOCK_S, part != 1,
+                dq, q, dy, lse, delta, query, K, V, KEYS, k_strides[2], v_strides[2], bounds[region], bounds[region + 1], S,
+                window, d, SCALE, FULL, WIDTH, BLOCK_S, region != 1,
             )  # fmt: skip
     dq *= SCALE
     store(DQ + batch * dq_strides[0] + head * dq_strides[1], dq, start, dq_strides[2], T, d, BLOCK_T, WIDTH)
@@ -354,7 +367,7 @@ def towards_keys(
 @triton.jit
 def backward_keys_kernel(
     Q, K, V, QUERIES, KEYS, DY, LSE, DELTA, DK, DV, q_strides, k_strides, v_strides, dy_strides, dk_strides,
-    B, H, G, T, S, size, window,
+    B, H, G, T, S, size, span, window,
     d: tl.constexpr, SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """dk and dv. One program, BLOCK_S keys of one key head; those with the most queries start first."""
@@ -374,11 +387,11 @@ def backward_keys_kernel(
 
     dk, dv = tl.zeros((BLOCK_S, WIDTH), FULL), tl.zeros((BLOCK_S, WIDTH), FULL)
     bounds = queries_of(start, T, S, window, KEYS, BLOCK_T, BLOCK_S)
-    for part in tl.static_range(3):
-        if part == 0 or (KEYS is None and (part == 1 or window is not None)):
+    for region in tl.static_range(3):
+        if region == 0 or (KEYS is None and (region == 1 or window is not None)):
             dk, dv = towards_keys(
-                dk, dv, k, v, key, Q, DY, LSE, DELTA, QUERIES, q_strides, dy_strides, bounds[part], bounds[part + 1],
-                H // G, T, S, window, d, SCALE, FULL, WIDTH, BLOCK_T, part != 1,
+                dk, dv, k, v, key, Q, DY, LSE, DELTA, QUERIES, q_strides, dy_strides, bounds[region], bounds[region + 1],
+                H // G, T, S, window, d, SCALE, FULL, WIDTH, BLOCK_T, region != 1,
             )  # fmt: skip
     base = batch * dk_strides[0] + shared * dk_strides[1]
     store(DK + base, dk * SCALE, start, dk_strides[2], S, d, BLOCK_S, WIDTH)
@@ -390,25 +403,26 @@ def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, queries: Tensor | None, keys: Tensor | None, window: int | None
 ) -> tuple[Tensor, Tensor]:
     """y and lse."""
-    (B, H, T), (G, S) = q.shape[:3], k.shape[1:3]
+    (B, H, T, d), S = q.shape, k.shape[2]
     q, k, v, queries, keys = rows(q), rows(k), rows(v), *packed(queries, keys)
     y, lse = heads_like(q), q.new_empty(B, H, T, dtype=torch.promote_types(q.dtype, torch.float32))
-    parts, known = parts_of(q, S if window is None else min(S, T + window)), constants(q)
+    parts = parts_of(q, S if window is None or keys is not None else min(S, T + window))
     y_parts, lse_parts = (y[None], lse) if parts == 1 else (lse.new_empty(parts, *q.shape), lse.new_empty(parts, *lse.shape))
     with on(q):
         forward_kernel[lambda meta: (B * H * triton.cdiv(T, meta["BLOCK_T"]), parts)](
             q, k, v, queries, keys, y_parts, lse_parts, q.stride(), k.stride(), v.stride(), y_parts.stride(),
-            B, H, G, T, S, triton.next_power_of_2(T), window, **known, PARTS=parts,
+            *sizes(q, k), window, **constants(q), DEAL=parts > 1,
         )  # fmt: skip
         if parts > 1:
-            join_kernel[(B * H * T,)](y_parts, lse_parts, y, lse, y.stride(), B, H, T, known["d"], parts, known["WIDTH"])
+            join_kernel[(B * H * T,)](y_parts, lse_parts, y, lse, y.stride(), B, H, T, d, parts, triton.next_power_of_2(d))
     return y, lse
 
 
-def parts_of(q: Tensor, keys: int) -> int:
-    """How many parts, a power of two, the keys of a few queries are dealt out to: as fill the machine, and none too short."""
+def parts_of(q: Tensor, met: int) -> int:
+    """Among how many programs, a power of two, the keys are dealt out that a few queries have `met`: as many as fill the
+    machine, but each with KEYS_EACH."""
     (B, H, T), fill = q.shape[:3], 2 * processors(q)
-    return 1 if T > FEW else 2 ** max(0, min(fill // (B * H), keys // KEYS_EACH).bit_length() - 1)
+    return 1 if T > FEW else 2 ** max(0, min(fill // (B * H), met // KEYS_EACH).bit_length() - 1)
 
 
 @torch.library.custom_op("minimodels::attention_backward", mutates_args=())
@@ -420,15 +434,15 @@ def attention_backward(
     (B, H, T), (G, S) = q.shape[:3], k.shape[1:3]
     dy, q, k, v, queries, keys = rows(dy), rows(q), rows(k), rows(v), *packed(queries, keys)
     dq, dk, dv, delta = heads_like(q), heads_like(k), heads_like(v), torch.empty_like(lse)
-    sizes = (B, H, G, T, S, triton.next_power_of_2(T), window)
+    known = (*sizes(q, k), window)
     with on(q):
         backward_queries_kernel[lambda meta: (B * H * triton.cdiv(T, meta["BLOCK_T"]),)](
             q, k, v, queries, keys, y, dy, lse, delta, dq,
-            q.stride(), k.stride(), v.stride(), y.stride(), dy.stride(), dq.stride(), *sizes, **constants(q),
+            q.stride(), k.stride(), v.stride(), y.stride(), dy.stride(), dq.stride(), *known, **constants(q),
         )  # fmt: skip
         backward_keys_kernel[lambda meta: (B * G * triton.cdiv(S, meta["BLOCK_S"]),)](
             q, k, v, queries, keys, dy, lse, delta, dk, dv,
-            q.stride(), k.stride(), v.stride(), dy.stride(), dk.stride(), *sizes, **constants(q),
+            q.stride(), k.stride(), v.stride(), dy.stride(), dk.stride(), *known, **constants(q),
         )  # fmt: skip
     return dq, dk, dv
 
@@ -447,6 +461,12 @@ def heads_like(x: Tensor) -> Tensor:
     """An empty (B, H, T, d) whose numbers lie as (B, T, H, d), so that the projection behind it needs no copy."""
     B, H, T, d = x.shape
     return x.new_empty(B, T, H, d).transpose(1, 2)
+
+
+def sizes(q: Tensor, k: Tensor) -> tuple[int, ...]:
+    """B, H, G, T, S, size and span."""
+    (B, H, T), (G, S) = q.shape[:3], k.shape[1:3]
+    return B, H, G, T, S, triton.next_power_of_2(T), triton.next_power_of_2(S) if T <= FEW else 0
 
 
 def constants(q: Tensor) -> dict[str, object]:
@@ -508,7 +528,8 @@ def attention(
 
 def check() -> None:
     """Outputs and gradients against the reference in fp64; on a GPU in bf16 and fp16 too."""
-    for B, H, G, T, S, d, window in ((1, 2, 2, 1, 33, 64, None), (1, 2, 1, 37, 37, 24, None), (2, 4, 2, 20, 41, 16, 7)):
+    shapes = (1, 2, 1, 1, 1100, 64, None), (1, 2, 2, 1, 33, 64, None), (1, 2, 1, 37, 37, 24, None), (2, 4, 2, 20, 41, 16, 7)
+    for B, H, G, T, S, d, window in shapes:
         arguments = (torch.randn(B, H, T, d), torch.randn(B, G, S, d), torch.randn(B, G, S, d))
         places = torch.arange(S).repeat(B, 1) * 2
         for positions in ((None, None), (places[:, S - T :], places)):
@@ -537,7 +558,7 @@ def backend(chosen: SDPBackend, *arguments) -> Tensor:
 
 def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """PyTorch's own Triton attention."""
-    return compiled_flex()(q, k, v, block_mask=causal_blocks(q.shape[2], q.device))
+    return compiled_flex()(q, k, v, block_mask=causal_blocks(q.shape[2], k.shape[2], q.device))
 
 
 @lru_cache
@@ -547,9 +568,9 @@ def compiled_flex():
 
 
 @lru_cache
-def causal_blocks(T: int, device: torch.device):
-    """Which blocks of (T, T) a causal mask leaves, as flex_attention wants to be told."""
-    return create_block_mask(lambda b, h, query, key: query >= key, None, None, T, T, device=device)
+def causal_blocks(T: int, S: int, device: torch.device):
+    """Which blocks of (T, S) a causal mask leaves, as flex_attention wants to be told."""
+    return create_block_mask(lambda b, h, query, key: query + S - T >= key, None, None, T, S, device=device)
 
 
 def fla(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -588,18 +609,24 @@ def decoding(S: int, H: int, d: int) -> Case:
     return Case(f"decoding: B 1, H {H}, S {S}, d {d}", inputs, 2 * H * S * d, 0)
 
 
-def example(d: int, window: int | None = None, positions: bool = False) -> Callable[[], tuple]:
+def example(call: Case, window: int | None = None, positions: bool = False) -> Callable[[], tuple]:
     """Inputs that minimodels.kernels.compile launches."""
-    places = torch.arange(256).expand(2, -1) if positions else None
-    return lambda: (*case(512, 256, 4, d).inputs(), places, places, window)
+
+    def inputs() -> tuple:
+        q, k, v = call.inputs()
+        places = torch.arange(k.shape[2]).expand(len(k), -1)
+        return q, k, v, *((places[:, -q.shape[2] :], places) if positions else (None, None)), window
+
+    return inputs
 
 
 EXAMPLES = [
-    example(64),
-    example(128),
-    example(128, window=100),
-    example(128, 100, positions=True),
-    decoding(4096, 4, 128).inputs,
+    example(case(512, 256, 4, 64)),
+    example(case(512, 256, 4, 128)),
+    example(case(512, 256, 4, 128), window=100),
+    example(case(512, 256, 4, 128), positions=True),
+    example(decoding(4096, 4, 128)),
+    example(decoding(4096, 4, 128), positions=True),
 ]
 
 

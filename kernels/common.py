@@ -27,7 +27,7 @@ from . import INTERPRETED
 
 GPU = torch.cuda.is_available()
 TIMED = {"device": "cuda", "dtype": torch.bfloat16} if GPU else {"device": "cpu", "dtype": torch.float32}  # what is timed in
-PRETENDED = 3  # processors where a CPU interprets
+PRETENDED = 3  # processors where there is no GPU
 
 
 LOG2_E = tl.constexpr(1.4426950408889634)

@@ -1,6 +1,6 @@
 """Do the kernels compile for a GPU, as they are launched? Needs none.
 
-    python -m minimodels.kernels.compile [OPERATION]      every kernel of an operation, or of all, for Hopper (sm_90)
+    python -m minimodels.kernels.compile [OPERATION ...]      every kernel of an operation, or of all, for Hopper (sm_90)
 
 Each kernel file has EXAMPLES, inputs of its operation. They go forward and backward in bf16, and each launch on the way is
 bound to its arguments and compiled, in every configuration that tuning would try, but not made: what the outputs hold is
@@ -15,6 +15,7 @@ command fails, as it does with the compiler's message where there is one.
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from collections.abc import Callable
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
@@ -32,6 +34,8 @@ from minimodels.command import run_command
 from minimodels.config import InputError
 
 from . import INTERPRETED, OPERATIONS, common
+
+SHARED = 227 * 1024  # bytes that a program may have
 
 
 class Hopper:
@@ -73,17 +77,21 @@ def launches(operation: Callable, arguments: tuple) -> list[tuple]:
 
 def resources(compiled) -> str:
     """What the assembler says: registers per thread, spilled bytes, expected losses; and shared memory."""
-    assembler = triton.knobs.nvidia.ptxas.path
+    assembler = get_ptxas(*[90][: len(inspect.signature(get_ptxas).parameters)]).path  # Triton 3.5 has but one
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(compiled.asm["ptx"])
         file.flush()
         command = [assembler, "-v", "-arch=sm_90a", file.name, "-o", "/dev/null"]
-        said = subprocess.run(command, capture_output=True, text=True).stderr
-    registers, spilled = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
-    losses = re.findall(r"Potential Performance Loss: (.*) in the function", said)
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers, spilled = (
+        re.search(r"Used (\d+) registers", said).group(1),
+        re.search(r"(\d+) bytes spill stores", said).group(1),
+    )
+    shared, losses = compiled.metadata.shared, re.findall(r"Potential Performance Loss: (.*) in the function", said)
     return (
-        f"{registers.group(1) if registers else '?':>4} registers, {spilled.group(1) if spilled else '?':>5} bytes spilled, "
-        f"{compiled.metadata.shared:>7} bytes of shared memory" + "".join(f", LOSS: {loss}" for loss in losses)
+        f"{registers:>4} registers, {spilled:>5} bytes spilled, {shared:>7} bytes of shared memory"
+        + ", too many to launch" * (shared > SHARED)
+        + "".join(f", LOSS: {loss}" for loss in losses)
     )
 
 

@@ -57,17 +57,20 @@ def test_blocks_of_other_shapes(monkeypatch, T, S, window, ahead):
     check(*parts(1, 2, 1, T, S, 16), window=window)
 
 
-@pytest.mark.parametrize("window", [None, 9, 60], ids=lambda window: f"window {window}")
-@pytest.mark.parametrize("T, positions", [(1, False), (16, False), (5, True)])
-def test_keys_dealt_out(monkeypatch, T, positions, window):
+@pytest.mark.parametrize("ahead", [False, True], ids=["scores in time", "scores ahead"])
+@pytest.mark.parametrize("T, window, positions", [(1, None, False), (16, 40, False), (5, None, True), (3, 40, True)])
+def test_keys_dealt_out(monkeypatch, T, window, positions, ahead):
     monkeypatch.setattr(kernels, "KEYS_EACH", 16)
-    monkeypatch.setattr(kernels, "processors", lambda q: 16)
+    monkeypatch.setattr(kernels, "processors", lambda q: 8)
+    monkeypatch.setattr(forward_kernel, "configs", blocks((16, 16, 4, 2), AHEAD=ahead))
+    chosen, choose = [], kernels.parts_of
+    monkeypatch.setattr(kernels, "parts_of", lambda q, met: chosen.append(choose(q, met)) or chosen[-1])
     inputs = parts(2, 2, 1, T, 75, 16)
-    assert kernels.parts_of(inputs[0], 75) == 4
     places = torch.arange(75).repeat(2, 1)
-    places[0, 20:60] = -1  # to the first row some parts have nothing to show
+    places[0, 20:60] = -1  # to the first row some programs have nothing to show
     places[1, :74] = -1
     check(*inputs, *((places[:, 75 - T :], places) if positions else ()), window=window)
+    assert min(chosen) > 1
 
 
 @pytest.mark.parametrize("H, G", [(4, 2), (3, 1)])
