@@ -90,11 +90,12 @@ def among(i, count, inside, RAGGED: tl.constexpr):
 
 
 @triton.jit
-def rows(P, stride: tl.constexpr, count, columns, inside, other, STEPS: tl.constexpr, RAGGED: tl.constexpr, FULL: tl.constexpr):
-    """STEPS rows, all requested before the first is used; where groups may be RAGGED, those from row `count` on are `other`."""
+def rows(P, stride: tl.constexpr, count, columns, inside, other, STEPS: tl.constexpr, RAGGED: tl.constexpr):
+    """STEPS rows, all requested before the first is used; where groups may be RAGGED, those from row `count` on are `other`.
+    They come as they lie: to convert them here would change their layout here, and each request would wait for the last."""
     values = ()
     for i in tl.static_range(STEPS):
-        values += (tl.load(P + i * stride + columns, among(i, count, inside, RAGGED), other).to(FULL),)
+        values += (tl.load(P + i * stride + columns, among(i, count, inside, RAGGED), other),)
     return values
 
 
@@ -133,12 +134,13 @@ def forward_local_kernel(
     h, total = tl.zeros((BLOCK_N, BLOCK_D), FULL), tl.zeros((BLOCK_D,), FULL)
     for t in range(0, steps, STEPS):
         row, count = batch * T + chunk * steps + t, steps - t
-        xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, RAGGED, FULL)
-        deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, RAGGED, FULL)
-        Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, RAGGED, FULL)
+        xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, RAGGED)
+        deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, RAGGED)
+        Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, RAGGED)
         for i in tl.static_range(STEPS):
-            step, _ = softplus(deltas[i] + bias)
-            h = tl.exp2(step[None, :] * rate) * h + Bs[i][:, None] * (step * xs[i])[None, :]
+            x = xs[i].to(FULL)
+            step, _ = softplus(deltas[i].to(FULL) + bias)
+            h = tl.exp2(step[None, :] * rate) * h + Bs[i][:, None] * (step * x)[None, :]
             total += step
     tl.store(LOCAL + walk * D * N + at, h, both)
     tl.store(SUM + walk * D + d, total, real)
@@ -181,18 +183,20 @@ def forward_kernel(
         end = tl.minimum(T, i * interval + interval)
         for t in range(i * interval, end, STEPS):
             row, count = batch * T + t, end - t
-            xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, RAGGED, FULL)
-            deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, RAGGED, FULL)
-            Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, RAGGED, FULL)
-            Cs = rows(C + row * N, N, count, n, used, 0.0, STEPS, RAGGED, FULL)
+            xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, RAGGED)
+            deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, RAGGED)
+            Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, RAGGED)
+            Cs = rows(C + row * N, N, count, n, used, 0.0, STEPS, RAGGED)
             if GATE:
-                zs = rows(Z + batch * z_batch + t * Z_ROW, Z_ROW, count, d, real, 0.0, STEPS, RAGGED, FULL)
+                zs = rows(Z + batch * z_batch + t * Z_ROW, Z_ROW, count, d, real, 0.0, STEPS, RAGGED)
             for j in tl.static_range(STEPS):
-                step, _ = softplus(deltas[j] + bias)
-                h = tl.exp2(step[None, :] * rate) * h + Bs[j][:, None] * (step * xs[j])[None, :]
-                y = tl.sum(h * Cs[j][:, None], 0) + skip * xs[j]
+                x = xs[j].to(FULL)
+                step, _ = softplus(deltas[j].to(FULL) + bias)
+                h = tl.exp2(step[None, :] * rate) * h + Bs[j][:, None] * (step * x)[None, :]
+                y = tl.sum(h * Cs[j][:, None], 0) + skip * x
                 if GATE:
-                    y *= zs[j] * sigmoid(zs[j])
+                    z = zs[j].to(FULL)
+                    y *= z * sigmoid(z)
                 tl.store(Y + (row + j) * D + d, y, among(j, count, real, RAGGED))
     if chunk == chunks - 1:
         tl.store(FINAL + batch * D * N + at, h, both)
@@ -216,16 +220,17 @@ def backward_local_kernel(
     for i in range(groups):
         t = (groups - 1 - i) * STEPS
         row, count = batch * T + chunk * steps + t, length - t
-        deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, RAGGED, FULL)
-        dys = rows(DY + row * D, D, count, d, real, 0.0, STEPS, RAGGED, FULL)
-        Cs = rows(C + row * N, N, count, n, used, 0.0, STEPS, RAGGED, FULL)
+        deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, RAGGED)
+        dys = rows(DY + row * D, D, count, d, real, 0.0, STEPS, RAGGED)
+        Cs = rows(C + row * N, N, count, n, used, 0.0, STEPS, RAGGED)
         if GATE:
-            zs = rows(Z + batch * z_batch + (chunk * steps + t) * Z_ROW, Z_ROW, count, d, real, 0.0, STEPS, RAGGED, FULL)
+            zs = rows(Z + batch * z_batch + (chunk * steps + t) * Z_ROW, Z_ROW, count, d, real, 0.0, STEPS, RAGGED)
         for j in tl.static_range(STEPS - 1, -1, -1):
-            step, _ = softplus(deltas[j] + bias)
-            dy = dys[j]
+            step, _ = softplus(deltas[j].to(FULL) + bias)
+            dy = dys[j].to(FULL)
             if GATE:
-                dy *= zs[j] * sigmoid(zs[j])
+                z = zs[j].to(FULL)
+                dy *= z * sigmoid(z)
             g = tl.exp2(step[None, :] * rate) * (g + Cs[j][:, None] * dy[None, :])
             total += step
     tl.store(LOCAL + walk * D * N + at, g, both)
@@ -261,12 +266,13 @@ def backward_kernel(
             for i in range(groups):
                 row, count = batch * T + here * interval + i * STEPS, length - i * STEPS
                 tl.store(scratch + i * BLOCK_D * BLOCK_N + slot, h)
-                xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, RAGGED, FULL)
-                deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, RAGGED, FULL)
-                Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, RAGGED, FULL)
+                xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, RAGGED)
+                deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, RAGGED)
+                Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, RAGGED)
                 for j in tl.static_range(STEPS):
-                    step, _ = softplus(deltas[j] + bias)
-                    h = tl.exp2(step[None, :] * rate) * h + Bs[j][:, None] * (step * xs[j])[None, :]
+                    x = xs[j].to(FULL)
+                    step, _ = softplus(deltas[j].to(FULL) + bias)
+                    h = tl.exp2(step[None, :] * rate) * h + Bs[j][:, None] * (step * x)[None, :]
             tl.debug_barrier()  # lanes read below what others have stored
 
             # Backwards: a group's states from the one before it, then its gradients.
@@ -277,46 +283,49 @@ def backward_kernel(
                 t = (groups - 1 - i) * STEPS
                 row, count = batch * T + here * interval + t, length - t
                 h = tl.load(scratch + (groups - 1 - i) * BLOCK_D * BLOCK_N + slot)
-                xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, RAGGED, FULL)
-                deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, RAGGED, FULL)
-                Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, RAGGED, FULL)
+                xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, RAGGED)
+                deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, RAGGED)
+                Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, RAGGED)
                 hs = ()  # the states before each step
                 for j in tl.static_range(STEPS):
                     hs += (h,)
-                    step, _ = softplus(deltas[j] + bias)
-                    h = tl.exp2(step[None, :] * rate) * h + Bs[j][:, None] * (step * xs[j])[None, :]
+                    x = xs[j].to(FULL)
+                    step, _ = softplus(deltas[j].to(FULL) + bias)
+                    h = tl.exp2(step[None, :] * rate) * h + Bs[j][:, None] * (step * x)[None, :]
                 tl.debug_barrier()  # has all but these states computed anew below: kept, it would not fit into registers
-                xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, RAGGED, FULL)
-                deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, RAGGED, FULL)
-                dys = rows(DY + row * D, D, count, d, real, 0.0, STEPS, RAGGED, FULL)
-                Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, RAGGED, FULL)
-                Cs = rows(C + row * N, N, count, n, used, 0.0, STEPS, RAGGED, FULL)
+                xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, RAGGED)
+                deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, RAGGED)
+                dys = rows(DY + row * D, D, count, d, real, 0.0, STEPS, RAGGED)
+                Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, RAGGED)
+                Cs = rows(C + row * N, N, count, n, used, 0.0, STEPS, RAGGED)
                 if GATE:
                     zs = Z + batch * z_batch + (here * interval + t) * Z_ROW
-                    zs = rows(zs, Z_ROW, count, d, real, 0.0, STEPS, RAGGED, FULL)
+                    zs = rows(zs, Z_ROW, count, d, real, 0.0, STEPS, RAGGED)
                 for j in tl.static_range(STEPS - 1, -1, -1):
                     to, use = (row + j) * D + d, among(j, count, real, RAGGED)
-                    step, slope = softplus(deltas[j] + bias)
+                    x = xs[j].to(FULL)
+                    step, slope = softplus(deltas[j].to(FULL) + bias)
                     decay = tl.exp2(step[None, :] * rate)
                     kept = decay * hs[j]
-                    h = kept + Bs[j][:, None] * (step * xs[j])[None, :]
-                    dy = dys[j]
+                    h = kept + Bs[j][:, None] * (step * x)[None, :]
+                    dy = dys[j].to(FULL)
                     if GATE:
-                        s = sigmoid(zs[j])
-                        gate = zs[j] * s
-                        y = tl.sum(h * Cs[j][:, None], 0) + skip * xs[j]
+                        z = zs[j].to(FULL)
+                        s = sigmoid(z)
+                        gate = z * s
+                        y = tl.sum(h * Cs[j][:, None], 0) + skip * x
                         tl.store(DZ + to, dy * y * (s + gate * (1 - s)), use)
                         dy *= gate
                     g += Cs[j][:, None] * dy[None, :]
                     dC = tl.sum(h * dy[None, :], 1)
-                    dB = tl.sum(g * (step * xs[j])[None, :], 1)
+                    dB = tl.sum(g * (step * x)[None, :], 1)
                     into = tl.sum(g * Bs[j][:, None], 0)
                     through = g * kept
-                    ddelta = slope * (xs[j] * into + tl.sum(through * rate, 0) / LOG2_E)
+                    ddelta = slope * (x * into + tl.sum(through * rate, 0) / LOG2_E)
                     tl.store(DX + to, skip * dy + step * into, use)
                     tl.store(DDELTA + to, ddelta, use)
                     dA += through * step[None, :]
-                    dskip += dy * xs[j]
+                    dskip += dy * x
                     dbias += ddelta
                     g *= decay
                     # this team's sums over its channels so far: none before its first block
