@@ -298,6 +298,10 @@ def backward_kernel(
                 dys = rows(DY + row * D, D, count, d, real, 0.0, STEPS, RAGGED)
                 Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, RAGGED)
                 Cs = rows(C + row * N, N, count, n, used, 0.0, STEPS, RAGGED)
+                # this team's sums over its channels so far: none before its first block
+                earlier, sums = among(team * share, block, used, True), (team * tokens + row) * N
+                DBs = rows(DB + sums, N, count, n, earlier, 0.0, STEPS, RAGGED)
+                DCs = rows(DC + sums, N, count, n, earlier, 0.0, STEPS, RAGGED)
                 if GATE:
                     zs = Z + batch * z_batch + (here * interval + t) * Z_ROW
                     zs = rows(zs, Z_ROW, count, d, real, 0.0, STEPS, RAGGED)
@@ -328,11 +332,9 @@ def backward_kernel(
                     dskip += dy * x
                     dbias += ddelta
                     g *= decay
-                    # this team's sums over its channels so far: none before its first block
                     told = among(j, count, used, RAGGED)
-                    earlier, sums = among(team * share, block, told, True), (team * tokens + row + j) * N + n
-                    tl.store(DB + sums, dB + tl.load(DB + sums, earlier, 0.0), told)
-                    tl.store(DC + sums, dC + tl.load(DC + sums, earlier, 0.0), told)
+                    tl.store(DB + sums + j * N + n, dB + DBs[j], told)
+                    tl.store(DC + sums + j * N + n, dC + DCs[j], told)
             tl.store(DA + (batch * intervals + here) * size + at, dA, both)
             tl.store(DSKIP + (batch * intervals + here) * D + d, dskip, real)
             tl.store(DBIAS + (batch * intervals + here) * D + d, dbias, real)
