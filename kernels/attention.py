@@ -54,8 +54,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from .common import GPU, LOG2_E, TIMED, Case, Peer, command, compare, full, move, on, processors, report, run, tuned
 
-FEW = 16  # a few queries, one block of them: more are training, or programs enough
-KEYS_EACH = 256  # at least that many keys are dealt out to a program
+FEW = 16  # queries, one block of them, whose keys are dealt out; where there are more, there are programs enough
+KEYS_EACH = 256  # keys, at least, that a program is dealt
 KEY = ["size", "span", "window", "WIDTH"]  # by which blocks are tuned
 
 
@@ -127,7 +127,7 @@ def keys_of(start, T, S, window, KEYS, BLOCK_T: tl.constexpr, BLOCK_S: tl.conste
 
 @triton.jit
 def dealt(bounds, BLOCK_S: tl.constexpr):
-    """Of these bounds those that this of several programs has: each gets as many blocks, but for the last ones."""
+    """What this program gets of the bounds, dealt out among several: each as many blocks, the last ones fewer or none."""
     low, whole, edge, end = bounds
     length = tl.cdiv(tl.cdiv(end - low, BLOCK_S), tl.num_programs(1)) * BLOCK_S
     low += tl.program_id(1) * length
@@ -419,8 +419,8 @@ def attention_forward(
 
 
 def parts_of(q: Tensor, met: int) -> int:
-    """Among how many programs, a power of two, the keys are dealt out that a few queries have `met`: as many as fill the
-    machine, but each with KEYS_EACH."""
+    """Among how many programs, a power of two, the keys are dealt out that the queries of a head meet: as many as fill the
+    machine, each with KEYS_EACH or more. 1 for more than a FEW queries."""
     (B, H, T), fill = q.shape[:3], 2 * processors(q)
     return 1 if T > FEW else 2 ** max(0, min(fill // (B * H), met // KEYS_EACH).bit_length() - 1)
 
