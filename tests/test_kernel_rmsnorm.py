@@ -1,5 +1,9 @@
 """RMSNorm's kernel against its reference: interpreted in fp32 and fp64 without a GPU, in fp32 and bf16 on one."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -21,3 +25,11 @@ def test_rmsnorm(shape, add):
         lambda x, weight, update: rmsnorm_reference(x, weight, 1e-5, update, "reference"),
         (x, weight, update if add else None),
     )
+
+
+def test_it_compiles_for_a_gpu():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "minimodels.kernels.compile", "rmsnorm"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count(" registers, ") == 4  # forward and backward, with and without an update
