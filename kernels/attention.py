@@ -34,10 +34,11 @@ minimodels.kernels.compile does.
     k, v        (B, G, S, d)    G key heads, each shared by H/G heads; the last T slots are those of the queries
     queries     (B, T)          where the queries stand, and
     keys        (B, S)          the keys; -1: nothing there. None: keys at 0 to S - 1
-    s, dp       (block, block)  of queries and keys; without the factor 1/√d
-    high, lse   (B, H, T)       times log2 e; lse is infinite where a query sees nothing; fp32 (or fp64, as delta)
+    lse, delta  (B, H, T)       lse to base 2, infinite where a query sees nothing; both in full precision
+    s, dp       (queries, keys)     of two blocks; s without its factor 1/√d, which `high`, to base 2 like lse, has
     size, span  ()              T, and for a few queries S, rounded up to powers of two: what tuning goes by
-    region                      of a block's keys, or queries: those some of which a window hides, all seen, some still to come
+    region      0, 1, 2         of the keys that a block of queries meets: some hidden by the window, all seen, some yet to
+                                come; of the queries that meet a block of keys the same, from behind
 """
 
 from __future__ import annotations
@@ -344,7 +345,7 @@ def towards_keys(
     """Add the queries from low to end of each head to Σ_i ds q and Σ_i p dy; scores are transposed, (keys, queries)."""
     if low < end:
         head, start = tl.cast(0, tl.int64), low
-        for _ in range(0, members * tl.cdiv(end - low, BLOCK_T)):  # one loop, for a nested one holds more registers
+        for _ in range(members * tl.cdiv(end - low, BLOCK_T)):  # one loop, for a nested one holds more registers
             q = tile(Q + head * q_strides[1], start, q_strides[2], T, d, BLOCK_T, WIDTH, True)
             dy = tile(DY + head * dy_strides[1], start, dy_strides[2], T, d, BLOCK_T, WIDTH, True)
             i = start + tl.arange(0, BLOCK_T)
