@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from importlib.metadata import version
 
 import torch
+from torch.torch_version import TorchVersion
 
 from minimodels.config import InputError
 
@@ -29,4 +31,7 @@ def require(operation: str, device: torch.device) -> None:
         raise InputError("impl", "triton", f"{accepted}, for {operation} has no kernel")
     if device.type != "cuda" and not INTERPRETED:
         reason = f"Triton compiles only for a GPU and the device is {device.type}; TRITON_INTERPRET=1 interprets it, slowly"
+        raise InputError("impl", "triton", f"{accepted}, for {reason}")
+    if INTERPRETED and TorchVersion(version("triton")) < (3, 7) and TorchVersion(version("numpy")) >= (2, 4):
+        reason = f"Triton {version('triton')} interprets only with NumPy before 2.4, and {version('numpy')} is installed"
         raise InputError("impl", "triton", f"{accepted}, for {reason}")

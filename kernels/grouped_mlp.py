@@ -113,8 +113,8 @@ def hidden_kernel(
         for start in range(0, D, DEPTH):
             x = tl.load(x_at + start, d[None, :] < D - start, 0.0)
             inside = (d[:, None] < D - start) & (i < I)[None, :]
-            g = tl.dot(x, tl.load(GATE + weight_at + start, inside, 0.0), g, input_precision="ieee")
-            u = tl.dot(x, tl.load(UP + weight_at + start, inside, 0.0), u, input_precision="ieee")
+            g = tl.dot(x, tl.load(GATE + weight_at + start, inside, 0.0), g, input_precision="ieee", out_dtype=FULL)
+            u = tl.dot(x, tl.load(UP + weight_at + start, inside, 0.0), u, input_precision="ieee", out_dtype=FULL)
         at, inside = slot.to(tl.int64)[:, None] * I + i[None, :], real[:, None] & (i < I)[None, :]
         if KEEP:
             tl.store(G + at, g, inside)
@@ -145,7 +145,7 @@ def parts_kernel(
             inside = (i[:, None] < I - start) & (d < D)[None, :]
             p = tl.load(tl.where(later, Q, P) + at + start, i[None, :] < I - start, 0.0)
             weight = tl.load(tl.where(later, WQ, WP) + weight_at + start * stride_i, inside, 0.0)
-            y = tl.dot(p, weight, y, input_precision="ieee")
+            y = tl.dot(p, weight, y, input_precision="ieee", out_dtype=FULL)
         if not TWO:
             y *= tl.load(GATES + tl.load(CELL + slot, real, 0), real, 0.0).to(FULL)[:, None]
         tl.store(Y + slot.to(tl.int64)[:, None] * D + d[None, :], y, real[:, None] & (d < D)[None, :])
@@ -194,7 +194,7 @@ def hidden_backward_kernel(
         for start in range(0, D, DEPTH):
             dy = tl.load(dy_at + start, d[None, :] < D - start, 0.0)
             out = tl.load(out_at + start * I, (d[:, None] < D - start) & (i < I)[None, :], 0.0)
-            r = tl.dot(dy, out, r, input_precision="ieee")
+            r = tl.dot(dy, out, r, input_precision="ieee", out_dtype=FULL)
         r = r.to(DY.dtype.element_ty)  # as a tensor between two products would be: half the registers
         gates, dgates = tl.load(GATES + cell, real, 0.0).to(FULL)[:, None], tl.zeros((ROWS,), FULL)
         for part in tl.static_range(4):  # few columns at a time, for the registers too
@@ -230,7 +230,7 @@ def weights_backward_kernel(
         token = (tl.load(CELL + slot, slot < last, 0) // E).to(tl.int64)
         p = tl.load(P + slot.to(tl.int64)[None, :] * I + i[:, None], (slot < last)[None, :] & (i < I)[:, None], 0.0)
         x = tl.load(X + token[:, None] * D + d[None, :], (slot < last)[:, None] & (d < D)[None, :], 0.0)
-        w = tl.dot(p, x, w, input_precision="ieee")
+        w = tl.dot(p, x, w, input_precision="ieee", out_dtype=FULL)
     at = expert.to(tl.int64) * I * D + i[:, None] * stride_i + d[None, :] * stride_d
     tl.store(DW + at, w, (i < I)[:, None] & (d < D)[None, :])
 

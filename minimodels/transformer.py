@@ -100,7 +100,7 @@ class Attention(nn.Module):
             positions, order = state.positions.sort(dim=1, stable=True)  # empty slots first: what is dropped is dropped there
             index, empty = order[:, None, :, None].expand_as(state.keys), (positions < 0)[:, None, :, None]
             keys, values = (part.gather(2, index).masked_fill(empty, 0) for part in (state.keys, state.values))
-            state = state._replace(keys=keys, values=values, positions=positions)
+            state = AttentionState(keys, values, positions, state.seen)
             if not first:
                 keep = min(keep, int((positions >= 0).sum(1).amax()))
         if keep == slots:
@@ -132,7 +132,7 @@ def behind(before: AttentionState, now: AttentionState) -> AttentionState:
     """The slots of `now` behind those of `before`."""
     keys, values = (torch.cat(parts, dim=2) for parts in zip(before[:2], now[:2], strict=True))
     if now.positions is None:
-        return now._replace(keys=keys, values=values)
+        return AttentionState(keys, values, None, now.seen)
     positions = before.positions
     if positions is None:
         slots = torch.arange(before.seen - before.keys.shape[2], before.seen, device=keys.device)

@@ -5,8 +5,23 @@ One thread, for the tensors are small.
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests of kernels where these can be neither compiled nor interpreted, and say why."""
+    from minimodels.kernels import require
+
+    from minimodels.config import InputError
+
+    try:
+        require("rmsnorm", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except InputError as error:
+        for item in items:
+            if item.path.name.startswith("test_kernel_"):
+                item.add_marker(pytest.mark.skip(reason=str(error)))
