@@ -6,7 +6,8 @@
     python train.py --resume runs/transformer               go on where a run stopped
 
 A run ends at the first of its bounds: steps, tokens, FLOPs or minutes. It leaves a folder with its options, a checkpoint and
-log.jsonl. Ctrl-C saves and stops; going on from there gives the same bits as not having stopped, on a CPU.
+log.jsonl. Ctrl-C saves and stops; on a CPU, going on from there gives the same bits as not having stopped, unless --minutes
+is among the bounds: then the schedule follows the clock.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Options:
     model: str = "transformer"
     """preset that the layers and widths start from: transformer, mamba, moe, mod or hybrid"""
     size: str = "tiny"
-    """tiny, for a CPU; small, the shape of the 124M class, for a GPU"""
+    """tiny, for a CPU; small, for a GPU: the shape of GPT-2's 124M, of which 85M are left with bytes for a vocabulary"""
     data: str = "stdlib"
     """stdlib (Python's own source), a file, a folder, or a task: copying, induction, mqar (mqar:pairs=8,vocab=256)"""
 
@@ -101,9 +102,10 @@ class Options:
     log_every: int = 10
     """steps between lines of log.jsonl"""
     out: Path | None = None
-    """folder of the run, new or empty; by default runs/MODEL, or the next free name"""
+    """folder of the run, new or empty; by default runs/MODEL (runs/custom with other layers), or the next free name"""
     resume: Path | None = None
-    """folder of a run to go on with; its options hold, and only bounds, device and reporting may be changed"""
+    """folder of a run to go on with; its options hold, bounds too (--steps None lifts one), and only bounds, device and
+    reporting may be changed"""
 
 
 TRAINING = {  # size -> the options that differ from the defaults
@@ -143,9 +145,9 @@ def main(options: Options) -> None:
         run, done = options.resume, checkpoint.load(options.resume, model, optimizer)
     else:
         run, done = new_folder(options), {"step": 0, "seconds": 0.0}
-        checkpoint.write_json(run / "options.json", {**asdict(replace(options, config=config)), "out": None})
+    checkpoint.write_json(run / "options.json", {**asdict(replace(options, config=config)), "out": None, "resume": None})
     step = done["step"]
-    print(f"model    {options.model}: {config.layers}")
+    print(f"model    {label(options)}: {config.layers}")
     print(f"ledger   {cost}")
     paths = ", ".join(f"{name}: {path}" for name, path in impl.items())
     print(f"runs on  {device.type}, {'bfloat16 autocast' if bfloat16 else 'float32'}; {paths}")
@@ -221,7 +223,7 @@ def main(options: Options) -> None:
 
 @torch.no_grad()
 def evaluate(model: LM, data: Text | Task, options: Options, autocast: torch.autocast) -> dict[str, float]:
-    """Loss and metric over the held-out batches, in the mode that generates: every routing decision causal."""
+    """Loss and metric over the held-out batches, in evaluation mode: mixture-of-depths decides causally there."""
     model.eval()
     loss, right, count = 0.0, 0, 0
     for tokens, targets in data.validation(options.batch_size, options.eval_batches):
@@ -292,7 +294,7 @@ def parse() -> Options:
 
 
 def read_options(run: Path) -> Options:
-    """The options that a run was started with."""
+    """The options that a run was started with, or last resumed with."""
     try:
         saved = json.loads((run / "options.json").read_text())
         options = Options(**{**saved, "config": Config(**saved["config"]), "out": None, "resume": run})
@@ -338,10 +340,15 @@ def count_steps(options: Options, tokens_per_step: int, flops_per_token: float) 
     return int(min(bounds))
 
 
+def label(options: Options) -> str:
+    """What a run is called: its preset, or "custom" if it has other layers."""
+    return options.model if options.config.layers == preset(options.model, options.size).layers else "custom"
+
+
 def new_folder(options: Options) -> Path:
     """The folder of a new run: the one named, if it is empty, or the first free name."""
     if options.out is None:
-        names = (Path("runs") / f"{options.model}{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 10_000))))
+        names = (Path("runs") / f"{label(options)}{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 10_000))))
         run = next(name for name in names if not name.exists())
     else:
         run = options.out

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import tyro
 
+from benchmarks.crossover import overtaking
 from minimodels import InputError
 from minimodels.command import run_command
-from minimodels.measure import overtaking
 
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4b5563")
 STYLES = ("-", "--", ":", "-.")  # one per result file

@@ -29,12 +29,13 @@ import tyro
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.crossover import overtaking
 from minimodels import LM, Config, InputError, preset
 from minimodels.command import keep_freed_memory, pick_device, run_command
 from minimodels.config import BLOCKS
 from minimodels.layers import choose
 from minimodels.ledger import Ledger, ledger
-from minimodels.measure import ceilings, interleave, overtaking, peak_bytes, write
+from minimodels.measure import ceilings, interleave, peak_bytes, write
 from minimodels.mod import MixtureOfDepths
 from minimodels.optim import adamw
 

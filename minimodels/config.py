@@ -91,11 +91,11 @@ class Config:
     routed_scale: float = 1.0
     """factor on the routed experts' weights (DeepSeek-V3: 2.5)"""
     balance_loss: float = 0.01
-    """weight of the load balance loss; with sigmoid_bias DeepSeek-V3 has 0.0001 and no z-loss"""
+    """weight of the load balance loss, which is K at an even load (DeepSeek-V3: 0.0001, of one that is 1 there)"""
     balance: str = "layer"
     """layer (each layer's loads are balanced) or pooled (their mean over the layers is, as in transformers)"""
     z_loss: float = 0.001
-    """weight of the router z-loss"""
+    """weight of the router z-loss (DeepSeek-V3 has none)"""
     bias_step: float = 0.001
     """step of sigmoid_bias's selection bias after each optimizer step"""
 

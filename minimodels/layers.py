@@ -41,17 +41,21 @@ class RMSNorm(nn.Module):
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float, update: Tensor | None = None, impl: str = "auto") -> tuple[Tensor, Tensor]:
     """RMSNorm of x + update, and x + update itself: x, update (..., D), weight (D,) -> two (..., D)."""
-    if choose(impl, "rmsnorm", x.device) == "triton":
+    path = choose(impl, "rmsnorm", x.device)
+    if path == "triton":
         from .kernels.rmsnorm import rmsnorm as kernel
 
         return kernel(x, weight, eps, update)
     x = x if update is None else x + update
+    if path == "reference":
+        full = full_precision(x)
+        return (full * torch.rsqrt(full.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight, x
     return F.rms_norm(x, weight.shape, weight, eps), x
 
 
 class Residual(nn.Module):
     """x + layer(norm(x)): every layer of a model but the wrappers stands in one of these. The sum is left to the next norm,
-    which reads both: what goes in and comes out is x and the `update` that is still to be added to it."""
+    so that one kernel reads both: what goes in and comes out is x and the `update` that is still to be added to it."""
 
     operations = ("rmsnorm",)
 

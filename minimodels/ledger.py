@@ -3,8 +3,9 @@
     python -m minimodels.ledger                                          every preset
     python -m minimodels.ledger --layers "mamba mlp window mlp" --context 8192
 
-FLOPs are those of matrix products, convolutions and scans, a multiply-add counted as two. Attention counts QKᵀ and PV as full
-T × T products, as PyTorch's counter and the usual model-FLOPs utilisation do, though a causal kernel may skip half.
+FLOPs are those of matrix products, convolutions and scans, a multiply-add counted as two, a scan's as `Mamba.flops` says.
+Attention counts QKᵀ and PV as full T × T products, as PyTorch's counter and the usual model-FLOPs utilisation do, though a
+causal kernel may skip half.
 """
 
 from __future__ import annotations
@@ -81,12 +82,12 @@ def main(options: Options) -> None:
     else:
         configs = {model: preset(model, options.size) for model in BLOCKS}
     width = max(map(len, configs))
-    print(f"{'':{width}}  parameters   active  MFLOPs/token  state KiB  saved by routing")
+    print(f"{'':{width}}  parameters   active  MFLOPs/trained token  state KiB  unrouted/routed")
     for name, config in configs.items():
         cost = ledger(config, options.context)
         print(
-            f"{name:{width}}  {cost.parameters / 1e6:9.2f}M {cost.active / 1e6:7.2f}M  {cost.training_flops / 1e6:12.1f}  "
-            f"{cost.state_bytes / 1024:9.0f}  {cost.speedup:15.2f}x"
+            f"{name:{width}}  {cost.parameters / 1e6:9.2f}M {cost.active / 1e6:7.2f}M  {cost.training_flops / 1e6:20.1f}  "
+            f"{cost.state_bytes / 1024:9.0f}  {cost.speedup:14.2f}x"
         )
 
 

@@ -11,9 +11,6 @@ A new architecture joins with one line in LAYERS (or WRAPPERS, if it holds other
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import NamedTuple
-
 from torch import Tensor, nn
 
 from .config import Config, InputError, Layers, parse_layers
@@ -44,15 +41,9 @@ def build(config: Config, layers: Layers) -> Stack:
         elif not isinstance(layer, str) and name in WRAPPERS:
             blocks.append(WRAPPERS[name](config, build(config, layer[1])))
         else:
-            raise InputError("layers", name, ", ".join([*LAYERS, *(f"{wrapper}(...)" for wrapper in WRAPPERS)]))
+            given = name if isinstance(layer, str) else f"{name}(...)"
+            raise InputError("layers", given, ", ".join([*LAYERS, *(f"{wrapper}(...)" for wrapper in WRAPPERS)]))
     return Stack(blocks)
-
-
-class Published(NamedTuple):
-    """The folder and the config.json of a published model, which it keeps for being saved again."""
-
-    folder: Path
-    entries: dict
 
 
 class LM(nn.Module):
@@ -63,7 +54,7 @@ class LM(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.published: Published | None = None  # where it was read from, if minimodels.pretrained read it
+        self.published = None  # what minimodels.pretrained knows of a model that it read
         self.embedding = nn.Embedding(config.vocab or 256, config.width)
         nn.init.normal_(self.embedding.weight, std=config.init_std)
         self.layers = build(config, parse_layers(config.layers))

@@ -27,7 +27,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, impl: str =
     """mean_t (logsumexp(W x_t) - (W x_t)_target) over the targets that are not IGNORE, in nats: a scalar in full precision.
 
     x (n, D); weight (V, D); targets (n,). Not a number where every target is IGNORE. Raises ValueError on shapes that
-    disagree.
+    disagree, and on fp16 where gradients are wanted: all paths but the reference make them before a loss scale reaches them.
     """
     if x.ndim != 2 or weight.shape[1:] != x.shape[1:] or targets.shape != x.shape[:1]:
         shapes = f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)}"
@@ -38,11 +38,13 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, impl: str =
     if torch.is_autocast_enabled(x.device.type):  # which does not reach into the operation
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
+    learn = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if learn and x.dtype == torch.float16:
+        raise ValueError('linear_cross_entropy: gradients in float16; accepted: bfloat16, full precision, or impl="reference"')
     if path == "triton":
         from .kernels.linear_cross_entropy import linear_cross_entropy as kernel
 
         return kernel(x, weight, targets)
-    learn = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     return chunked_loss(x, weight, targets, learn)[0]
 
 
@@ -57,7 +59,7 @@ def chunked_loss(x: Tensor, weight: Tensor, targets: Tensor, learn: bool) -> tup
     dweight = torch.zeros_like(weight, dtype=share.dtype) if learn else x.new_empty(0)
     for start in range(0, len(x), rows):
         at = slice(start, start + rows)
-        target = targets[at].clamp(min=0).unsqueeze(1)  # (rows, 1)
+        target = targets[at].masked_fill(~present[at], 0).unsqueeze(1)  # (rows, 1)
         logp = full_precision(x[at] @ weight.t()).log_softmax(-1)  # (rows, V)
         loss -= share[at] @ logp.gather(1, target).squeeze(1)
         if learn:

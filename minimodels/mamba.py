@@ -67,9 +67,9 @@ class Mamba(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, depth: int):
-        """The step sizes start log-uniform in [0.001, 0.1], which spreads the memory over 10 to 1000 tokens (§3.6)."""
+        """The step sizes start log-uniform in [0.001, 0.1] (§3.6): state n remembers 10/n to 1000/n tokens."""
         nn.init.uniform_(self.dt_proj.weight, -(self.R**-0.5), self.R**-0.5)
-        dt = torch.exp(torch.empty_like(self.dt_proj.bias).uniform_(math.log(0.001), math.log(0.1))).clamp(min=1e-4)
+        dt = torch.exp(torch.empty_like(self.dt_proj.bias).uniform_(math.log(0.001), math.log(0.1)))
         self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
         self.out_proj.weight.div_(math.sqrt(depth))
 
@@ -88,7 +88,8 @@ class Mamba(nn.Module):
         return self.out_proj(y), MambaState(window, h)
 
     def flops(self, context: int) -> float:
-        """Forward FLOPs per token, the same at every context: projections, convolution, and 9 per state element."""
+        """Forward FLOPs per token, the same at every context: projections, convolution, and for the scan 9 per state element,
+        as is usual to count (step by step there are 7: ΔA, its exponential, Δx B, decay and sum, product and sum with C)."""
         maps = (self.in_proj, self.conv1d, self.x_proj, self.dt_proj, self.out_proj)
         return 2 * sum(part.weight.numel() for part in maps) + 9 * self.A_log.numel()
 

@@ -41,10 +41,10 @@ class DepthState(NamedTuple):
 class MixtureOfDepths(nn.Module):
     """A router around any group of layers.
 
-    In training mode the tokens are the top k of the sequence, which is not causal. In evaluation mode the decision is
-    causal: sigmoid(r) > ½ with mod_route = "router", whose auxiliary loss moves the model a little; or a small MLP on the
-    stop-gradient input with "predictor", which leaves the model untouched. `route` set to "topk" keeps top k in
-    evaluation, to measure what the causal decision costs.
+    In training mode the tokens are the top k of the sequence, padding counted in its length, which is not causal. In
+    evaluation mode the decision is causal: sigmoid(r) > ½ with mod_route = "router", whose auxiliary loss moves the model a
+    little; or a small MLP on the stop-gradient input with "predictor", whose gradient reaches nothing else. `route` set to
+    "topk" keeps top k in evaluation, to measure what the causal decision costs.
     """
 
     def __init__(self, config: Config, group: Stack):
@@ -68,8 +68,9 @@ class MixtureOfDepths(nn.Module):
             start = x.new_zeros(B, 1, dtype=torch.int64) if state is None else state.seen[:, None]
             positions = start + torch.arange(T, device=x.device)
         with torch.autocast(x.device.type, enabled=False):  # routing is decided in full precision
-            decision = self.score(x) if self.predictor is None else self.predictor(x.detach()).squeeze(-1)  # (B, T)
-            index, real = self.select(x.detach(), decision, positions)
+            scores = score(self.router, x)  # (B, T)
+            decision = scores if self.predictor is None else score(self.predictor, x.detach())
+        index, real = self.select(scores.detach(), decision, positions)
         seen, remembered = positions.amax(1) + 1, None
         if state is not None:
             seen, remembered = torch.maximum(seen, state.seen), state.group
@@ -78,26 +79,21 @@ class MixtureOfDepths(nn.Module):
 
         tokens, chosen = x.flatten(0, 1), (index + T * torch.arange(B, device=x.device).unsqueeze(1)).flatten()  # (B · T, D)
         gathered = tokens[chosen].view(B, -1, x.shape[-1])
-        with torch.autocast(x.device.type, enabled=False):
-            weights = self.score(gathered).masked_fill(~real, 0.0).unsqueeze(-1)  # (B, k, 1)
+        weights = scores.gather(1, index).masked_fill(~real, 0.0).unsqueeze(-1)  # (B, k, 1)
         original = positions.gather(1, index).masked_fill(~real, -1)
         output, remembered = self.group(gathered, remembered, original)
-        update = (weights * (output - gathered)).to(x.dtype)
+        update = (weights * (output - gathered)).to(x.dtype)  # equation 1
         return tokens.index_add(0, chosen, update.flatten(0, 1)).view_as(x), DepthState(seen, remembered)
 
-    def score(self, x: Tensor) -> Tensor:
-        """r = wᵀx in full precision: (B, T, D) -> (B, T)."""
-        return F.linear(full_precision(x), full_precision(self.router.weight)).squeeze(-1)
-
-    def select(self, x: Tensor, decision: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def select(self, scores: Tensor, decision: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens that take the group, (B, k) ascending, and which of these are not filling.
 
         To select needs no gradient: it is the weights of the selected that teach the router.
         """
         present = positions >= 0
         if self.training or self.route == "topk":
-            scores = decision.detach() if self.predictor is None else self.score(x).detach()  # (B, T)
-            index = scores.masked_fill(~present, float("-inf")).topk(self.routed(x.shape[1])).indices.sort(1).values
+            k = self.routed(scores.shape[1])
+            index = scores.masked_fill(~present, float("-inf")).topk(k).indices.sort(1).values
             taken = torch.zeros_like(present).scatter(1, index, True)
             self.account(decision, taken, present)
             return index, present.gather(1, index)
@@ -108,23 +104,27 @@ class MixtureOfDepths(nn.Module):
         return index, taken.gather(1, index)
 
     def account(self, decision: Tensor, taken: Tensor, present: Tensor):
-        """Teach the causal decision to tell the top k, and record how often it does (1 - C: by never routing)."""
+        """Teach the causal decision to tell the top k, and record for how many tokens it does: never to route is right for
+        1 - C of them."""
         target, weight = taken.to(decision.dtype), present.to(decision.dtype) / present.sum().clamp(min=1)
         loss = F.binary_cross_entropy_with_logits(decision, target, weight, reduction="sum")
         self.auxiliary_losses = {"mod": self.mod_loss * loss}
         routed = (decision > 0).detach()
         self.observed = {"routed": (routed * weight).sum(), "accuracy": ((routed == taken) * weight).sum()}
 
+    def after_step(self):
+        """Let go of the last forward's graph, with which the model could not be copied."""
+        self.auxiliary_losses = {}
+
     def flops(self, context: int) -> float:
         """Forward FLOPs per token: the routers see all tokens, the group C of them and only C · context of each other."""
         k = self.routed(context)
         predictor = flops(self.predictor, context) if self.predictor else 0
-        chosen = k / context * (flops(self.router, k) + flops(self.group, k))
-        return flops(self.router, context) + predictor + chosen
+        return flops(self.router, context) + predictor + k / context * flops(self.group, k)
 
     def routed(self, T: int) -> int:
         """How many of T tokens take the group in training: k = C · T, rounded up."""
-        return math.ceil(round(self.capacity * T, 6))
+        return math.ceil(round(self.capacity * T, 6))  # 0.07 · 100 is 7.000000000000001
 
     def idle_parameters(self) -> float:
         """Parameters that a token does not meet, on average."""
@@ -134,3 +134,9 @@ class MixtureOfDepths(nn.Module):
     def state_bytes(self, context: int, itemsize: int) -> float:
         """Bytes remembered per sequence when a fraction C of the tokens is routed."""
         return state_bytes(self.group, self.routed(context), itemsize)
+
+
+def score(router: nn.Module, x: Tensor) -> Tensor:
+    """What a router gives each token, in full precision though its parameters or x be in less: (B, T, D) -> (B, T)."""
+    weights = {name: full_precision(weight) for name, weight in router.named_parameters()}
+    return torch.func.functional_call(router, weights, full_precision(x)).squeeze(-1)

@@ -1,7 +1,7 @@
 """Mixture of experts: E small MLPs, of which each token visits K.
 
 Shazeer et al., arXiv:1701.06538; Switch, arXiv:2101.03961; Mixtral, arXiv:2401.04088; OLMoE, arXiv:2409.02060;
-DeepSeek-V3, arXiv:2412.19437; expert choice, arXiv:2202.09368.
+DeepSeek-V3, arXiv:2412.19437; expert choice, arXiv:2202.09368; z-loss: ST-MoE, arXiv:2202.08906.
 
 A router scores the experts for each token and the token visits the K best, their outputs weighted by the scores.
 So the parameters grow with E while the computation stays that of K experts.
@@ -12,7 +12,7 @@ Left alone a router favours few experts; a balance loss, or a bias that only sel
     logits      Wx      (B, T, E)      the router's scores
     gates       g       (B, T, E)      what an expert's output for a token is multiplied by, where the token visits it
     visits              (B, T, E)      bool: which tokens visit which experts
-    token               (A,)           the token of each visit, ordered by expert; A = n · K of them
+    token               (A,)           the token of each visit, ordered by expert; A = n · K, a few more where experts choose
     counts      n · f   (E,)           visits per expert
 """
 
@@ -27,6 +27,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .config import Config
 from .layers import choose, full_precision, linear
+from .layers import flops as flops_of
 from .transformer import SwiGLU, mlp_width
 
 
@@ -75,19 +76,19 @@ class MoE(nn.Module):
             y = y + self.shared(x)[0]
         return y, None
 
-    def use(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the last forward: f (E,), the visits per token, which carries no gradient; P (E,), the mean probability; and each
-        token's part in a mean (B, T, 1), none for padding."""
+    def shares(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the last forward: f (E,), the visits per token, which carries no gradient; P (E,), the mean probability; and the
+        weight of each token in a mean (B, T, 1): 1 / their number, 0 for padding."""
         logits, visits, probabilities, positions = self.routing
         real = logits.new_ones(logits.shape[:2]) if positions is None else (positions >= 0).to(logits.dtype)  # (B, T)
-        part = (real / real.sum().clamp(min=1)).unsqueeze(-1)
-        return (visits * part).sum((0, 1)), (probabilities * part).sum((0, 1)), part
+        weight = (real / real.sum().clamp(min=1)).unsqueeze(-1)
+        return (visits * weight).sum((0, 1)), (probabilities * weight).sum((0, 1)), weight
 
     @property
     def auxiliary_losses(self) -> dict[str, Tensor]:
         """Of the last forward, made when asked for: z-loss, mean(logsumexp(logits)²), and balance loss."""
-        fraction, mean_probability, part = self.use()
-        losses = {"z": self.z_loss * (self.routing.logits.logsumexp(-1, keepdim=True).square() * part).sum()}
+        fraction, mean_probability, weight = self.shares()
+        losses = {"z": self.z_loss * (self.routing.logits.logsumexp(-1, keepdim=True).square() * weight).sum()}
         if self.balance == "layer":
             losses["balance"] = self.balance_loss * imbalance(fraction, mean_probability)
         return losses
@@ -95,22 +96,24 @@ class MoE(nn.Module):
     @property
     def observed(self) -> dict[str, Tensor]:
         """What the log records of the last forward: each expert's share of the visits, and E times the largest of them."""
-        fraction = self.use()[0]
+        fraction = self.shares()[0]
         load = fraction / fraction.sum().clamp(min=1e-9)
         return {"load": load, "overload": load.amax() * load.numel()}
 
     @torch.no_grad()
     def after_step(self):
-        """Once per optimizer step: move the selection bias against the load (DeepSeek-V3 §2.1.2), and count anew."""
+        """Once per optimizer step: move the selection bias against the load (DeepSeek-V3 §2.1.2), count anew, and let go of
+        the last forward's graph, with which the model could not be copied."""
         if self.route is sigmoid_bias:
             self.bias += self.bias_step * torch.sign(self.visited.mean() - self.visited)
         self.visited.zero_()
+        self.routing = Routing(*(part if part is None else part.detach() for part in self.routing))
 
     def flops(self, context: int) -> float:
         """Forward FLOPs per token: the router, K experts, the shared experts."""
         one_expert = 3 * self.out[0].numel()
-        shared = 0 if self.shared is None else sum(p.numel() for p in self.shared.parameters())
-        return 2 * (self.router.weight.numel() + self.K * one_expert + shared)
+        shared = 0 if self.shared is None else flops_of(self.shared, context)
+        return 2 * (self.router.weight.numel() + self.K * one_expert) + shared
 
     def idle_parameters(self) -> float:
         """Parameters that a token does not meet."""
@@ -118,7 +121,8 @@ class MoE(nn.Module):
 
 
 def imbalance(fraction: Tensor, mean_probability: Tensor) -> Tensor:
-    """E Σ f_i P_i of visits f (E,), which sum to K, and mean probabilities P (E,): K where all experts share alike."""
+    """E Σ f_i P_i of visits f (E,), which sum to K, and mean probabilities P (E,): K where all experts share alike. With K = 1
+    equation 4 of Switch."""
     return fraction.numel() * (fraction * mean_probability).sum()
 
 
@@ -127,8 +131,8 @@ def pooled_imbalance(model: nn.Module) -> Tensor:
 
     This is what transformers trains with. One layer's load can make up for another's, which the layers' own losses forbid.
     """
-    use = [module.use()[:2] for module in model.modules() if isinstance(module, MoE)]
-    return imbalance(*(torch.stack(part).mean(0) for part in zip(*use, strict=True))) if use else torch.zeros(())
+    shares = [module.shares()[:2] for module in model.modules() if isinstance(module, MoE)]
+    return imbalance(*(torch.stack(share).mean(0) for share in zip(*shares, strict=True))) if shares else torch.zeros(())
 
 
 def expert_width(config: Config) -> int:
@@ -152,7 +156,8 @@ def softmax(logits: Tensor, K: int, bias: Tensor | None):
 
 
 def sigmoid_bias(logits: Tensor, K: int, bias: Tensor):
-    """DeepSeek-V3: the bias, which carries no gradient, helps to select and is not in the gates."""
+    """DeepSeek-V3: the bias, which carries no gradient, helps to select and is not in the gates. Left out: V3 selects within
+    the best groups of experts only, and takes its balance loss per sequence."""
     scores = logits.sigmoid()
     visits = top(scores + bias, K)
     gates = scores / ((scores * visits).sum(-1, keepdim=True) + 1e-20)
@@ -187,8 +192,9 @@ def grouped_mlp(
 ) -> Tensor:
     """y_t = Σ_e visits_te · gates_te · out_e (silu(gate_e x_t) ⊙ up_e x_t).
 
-    x (n, D); gates (n, E); visits (n, E) bool; gate, up (E, I, D); out (E, D, I); most, an upper bound of the experts that a
-    token visits, None for E: where the memory for the visits is not to wait for their number. Returns (n, D).
+    x (n, D); gates (n, E); visits (n, E) bool; gate, up (E, I, D); out (E, D, I); most: how many experts a token visits at
+    most, None for E. The kernel takes memory for n · most visits, so that nobody waits for the GPU to count them.
+    Returns (n, D).
     Raises ValueError on shapes that disagree.
     """
     (n, D), (E, I, _) = x.shape, gate.shape

@@ -32,7 +32,7 @@ from .command import run_command
 from .config import InputError, parse_layers
 from .config_json import family_of, read_config, read_json, write_config
 from .families import FAMILIES, Family
-from .lm import LM, Published
+from .lm import LM
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
@@ -102,6 +102,13 @@ def save_pretrained(model: LM, path: str | Path, shard_bytes: int = 5_000_000_00
             if (model.published.folder / file).is_file():
                 shutil.copyfile(model.published.folder / file, folder / file)
         os.replace(folder, path)
+
+
+class Published(NamedTuple):
+    """Where a model was read from and what its config.json says, kept for being saved again."""
+
+    folder: Path
+    entries: dict
 
 
 # Tensors.

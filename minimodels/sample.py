@@ -81,10 +81,10 @@ def continue_prompts(model: LM, prompts: list[Tensor], count: int, sampling: Sam
     if len({len(prompt) for prompt in prompts}) == 1:
         positions = None  # nothing is padding, and no layer needs to be told
     generators = [torch.Generator(device).manual_seed(seed) for _ in prompts]
-    state, last = None, lengths - 1  # where in the chunk each row's text ends
+    state, last, rows = None, lengths - 1, torch.arange(len(prompts))  # `last`: where in the chunk each row's text ends
     for _ in range(count):
-        logits, state = model(tokens, state, positions)
-        token = pick(logits[torch.arange(len(prompts)), last], sampling, generators)  # (B,)
+        x, state = model.features(tokens, state, positions)
+        token = pick(model.head(x[rows, last]), sampling, generators)  # (B,)
         yield token
         tokens, positions, last = token[:, None], None, torch.zeros_like(last)
 

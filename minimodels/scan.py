@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-WORK = 2**19  # states in a chunk: enough to amortise a call, few enough for the chunk's tensors to stay in cache
+WORK = 2**19  # numbers in a chunk's states: enough to amortise a call, few enough for its tensors to stay in cache
 
 
 def scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,7 +106,7 @@ def recur(decays: Iterable[Tensor], h: Tensor, inputs: Iterable[Tensor]) -> None
 
 
 def chunk_length(state: Tensor) -> int:
-    """Steps in a chunk. At least 16: the boundary states saved are then no more than 1/16 of all."""
+    """Steps in a chunk. At least 16: what is saved is then 1/16 of the states, and the two ends."""
     return max(16, WORK // state.numel())
 
 

@@ -92,7 +92,7 @@ class Attention(nn.Module):
     def remember(self, state: AttentionState, first: bool) -> AttentionState:
         """Drop what no later token can see: all but window - 1 tokens, and slots that are empty in every row.
 
-        Of a `first` chunk the empty slots stay, for to count them a GPU would have to be waited for, in training too.
+        The empty slots of the `first` chunk stay: to count them, every training step would have to wait for the GPU.
         """
         slots = state.keys.shape[2]
         keep = slots if self.window is None else min(slots, self.window - 1)
@@ -154,7 +154,7 @@ def attention(
     window: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """softmax(QKᵀ/√d) V over the keys that each query sees, each of the G key heads shared by H/G query heads.
+    """softmax(QKᵀ/√d) V (equation 1) over the keys that each query sees, each of the G key heads shared by H/G query heads.
 
     q (B, H, T, d); k, v (B, G, S, d); the last T keys are those of the queries. Positions (B, T) and (B, S), ascending along a
     row, -1 where there is nothing; or None, where the keys are S tokens in a row. A query sees the keys up to its own position,

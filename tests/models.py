@@ -30,7 +30,7 @@ CASES = {
     "moe": {"layers": "moe"},
     "moe, Switch": {"layers": "moe", "router": "softmax", "experts_per_token": 1},
     "moe, pooled balance": {"layers": "moe moe", "balance": "pooled"},
-    "moe, DeepSeek": {"layers": "moe", "router": "sigmoid_bias", "shared_experts": 1},
+    "moe, DeepSeek, shared biases": {"layers": "moe", "router": "sigmoid_bias", "shared_experts": 1, "mlp_bias": True},
     "mod, auxiliary loss": {"layers": "mod(attention mlp)", "mod_route": "router"},
     "mod, predictor": {"layers": "mod(attention mlp)", "mod_route": "predictor"},
     "mod around mamba and moe": {"layers": "mod(mamba moe)"},

@@ -13,9 +13,10 @@ from minimodels.kernels import common
 
 from benchmarks import all as everything
 from benchmarks import claims, curves, kernels, parts, peers, plot, routing, table, throughput
+from benchmarks.crossover import crossover, overtaking
 from minimodels import LM, Config, InputError, preset
 from minimodels.ledger import ledger
-from minimodels.measure import crossover, interleave, overtaking, ratio
+from minimodels.measure import interleave, ratio
 from minimodels.tokenizer import Bytes
 
 

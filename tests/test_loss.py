@@ -67,6 +67,23 @@ def test_large_logits_stay_finite_and_nothing_to_predict_is_nan():
     assert linear_cross_entropy(x, weight, torch.full_like(targets, IGNORE)).isnan()
 
 
+def test_a_target_outside_the_vocabulary_is_refused():
+    for wrong in (-7, 11):
+        x, weight, targets = arguments(7, 5, 11)
+        targets[0] = wrong
+        for impl in ("reference", "torch"):
+            with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+                linear_cross_entropy(x, weight, targets, impl)
+
+
+def test_gradients_in_fp16_are_refused():
+    x, weight, targets = arguments(7, 5, 11, torch.float16)
+    with pytest.raises(ValueError, match="gradients in float16; accepted: bfloat16"):
+        linear_cross_entropy(x, weight, targets, "torch")
+    with torch.no_grad():
+        assert linear_cross_entropy(x, weight, targets, "torch").isfinite()
+
+
 def test_shapes_that_disagree_are_refused():
     x, weight, targets = arguments(7, 5, 11)
     for wrong in ((x[:, :4], weight, targets), (x, weight, targets[:3]), (x[None], weight, targets)):

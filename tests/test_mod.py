@@ -39,7 +39,7 @@ def test_training_takes_exactly_the_top_k():
     expected = torch.zeros(B, T, dtype=torch.bool).scatter(1, scores.topk(6).indices, True)
     assert torch.equal(taken(mod, x), expected)
     mod.router.weight.data.zero_()  # all equal: still k, not none
-    index, real = mod.select(x, torch.zeros(B, T), torch.arange(T).expand(B, T))
+    index, real = mod.select(torch.zeros(B, T), torch.zeros(B, T), torch.arange(T).expand(B, T))
     assert index.shape == (B, 6)
     assert real.all()
 
@@ -97,6 +97,24 @@ def test_the_causal_decision_learns_the_top_k(route):
         optimizer.step()
     assert mod.observed["accuracy"] > 0.8  # routing nobody is right for 0.7
     assert mod.observed["routed"] == pytest.approx(0.3, abs=0.2)
+
+
+@pytest.mark.parametrize("parameters", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("route", ["router", "predictor"])
+def test_the_decision_is_made_in_full_precision(route, parameters):
+    """Whatever the text comes in, and under autocast."""
+    mod, x = wrapped(mod_route=route).to(parameters), text().bfloat16()
+    made = []
+    mod.select = lambda scores, decision, positions: made.append((scores, decision)) or (positions[:, :0], None)
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            mod(x)
+    mod.double()(x.double())
+    *low, exact = made
+    for found in low:
+        for score, expected in zip(found, exact, strict=True):
+            assert score.dtype == torch.float32
+            same(score.double(), expected, 1e-4)
 
 
 def test_a_row_that_routes_nobody_leaves_everything():

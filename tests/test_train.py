@@ -119,6 +119,20 @@ def test_a_constant_run_is_extended(tmp_path, monkeypatch):
     assert contents(tmp_path / "whole") == contents(tmp_path / "parts")
 
 
+def test_a_run_resumed_with_other_bounds_keeps_them(tmp_path, monkeypatch, capsys):
+    """What it prints when it is interrupted, --resume alone, goes on to the new bound."""
+    run("--data", "text", "--steps", 2, "--out", "parts", *SMALL, monkeypatch=monkeypatch)
+    for bounds in (["--steps", 6], []):
+        run("--resume", "parts", *bounds, monkeypatch=monkeypatch)
+        assert "to 6 steps" in capsys.readouterr().out
+
+
+def test_a_run_with_other_layers_than_its_preset_is_called_custom(tmp_path, monkeypatch, capsys):
+    run("--layers", "mamba", "--data", "text", "--steps", 1, *SMALL, monkeypatch=monkeypatch)
+    assert "model    custom: mamba" in capsys.readouterr().out
+    assert log(tmp_path / "runs/custom")
+
+
 def test_a_task_is_learnt_and_scored(tmp_path, monkeypatch, capsys):
     run("--data", "mqar:pairs=2,vocab=8", "--steps", 5, *SMALL, monkeypatch=monkeypatch)
     assert "right" in capsys.readouterr().out
@@ -132,7 +146,7 @@ def test_a_task_is_learnt_and_scored(tmp_path, monkeypatch, capsys):
 )
 def test_the_first_bound_ends_the_run(bounds, steps, tmp_path, monkeypatch):
     run("--layers", "attention mlp", "--data", "text", *bounds, *SMALL, monkeypatch=monkeypatch)
-    last = [record for record in log(tmp_path / "runs/transformer") if "flops" in record][-1]
+    last = [record for record in log(tmp_path / "runs/custom") if "flops" in record][-1]
     if steps is None:  # as many as the FLOPs allow
         assert last["flops"] <= 2e7 < last["flops"] * (last["step"] + 1) / last["step"]
     else:
@@ -141,7 +155,7 @@ def test_the_first_bound_ends_the_run(bounds, steps, tmp_path, monkeypatch):
 
 def test_minutes_end_a_run_and_shape_its_schedule(tmp_path, monkeypatch):
     run("--layers", "mlp", "--data", "text", "--minutes", 0.03, *SMALL, "--warmup", 0, monkeypatch=monkeypatch)
-    records = [record for record in log(tmp_path / "runs/transformer") if "lr" in record]
+    records = [record for record in log(tmp_path / "runs/custom") if "lr" in record]
     assert 1.5 < records[-1]["seconds"] < 5
     assert records[-1]["lr"] < 0.2 * records[0]["lr"]
 
