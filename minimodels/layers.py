@@ -10,10 +10,15 @@ its row's text, and -1 marks padding, which stands only behind a row's last toke
 on where the state ended. Mixture-of-depths needs both: it hands its group a few tokens at their original positions, and in a
 batch a different number of them per row.
 
-A layer may have two dictionaries of tensors that tell of its last forward: `auxiliary_losses`, already weighted, which the
-model adds to its loss; `observed`, detached, which the training log records. A layer that costs anything but its
-`nn.Linear` parts tells so in methods `flops(context)`, `state_bytes(context, itemsize)` and, where tokens meet only part of
-it, `idle_parameters()`.
+What else a layer may have, and the model then asks for by name:
+
+- two dictionaries of tensors that tell of its last forward: `auxiliary_losses`, already weighted, which are added to the loss;
+  `observed`, detached, which the training log records
+- `causal`, whether no token depends on a later one in the present mode, if that is not always so
+- `after_step()`, called once after each optimizer step
+- `operations`, the names of those for which `impl` chooses a path
+- `flops(context)`, `state_bytes(context, itemsize)` and, where tokens meet only part of it, `idle_parameters()`, if it costs
+  anything but its `nn.Linear` parts
 """
 
 from __future__ import annotations
