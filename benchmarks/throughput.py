@@ -243,12 +243,14 @@ def timed(given: dict[str, Provider], mode: str, context: int, batch: int, optio
     calls, peaks = {}, {}
     for name, provider in given.items():
         torch.manual_seed(0)
-        calls[name] = partial(run, provider.impl, MODES[mode](LM(provider.config).to(device), context, batch, provider))
+        with device:
+            model = LM(provider.config)
+        calls[name] = partial(run, provider.impl, MODES[mode](model, context, batch, provider))
         calls[name]()
         peaks[name] = peak_bytes(calls[name], device)
     first = next(iter(given))
     calls[f"{first} again"], peaks[f"{first} again"] = calls[first], peaks[first]
-    return {name: (seconds, peaks[name]) for name, seconds in interleave(calls, options.rounds, seconds=0.1).items()}
+    return {name: (seconds, peaks[name]) for name, seconds in interleave(calls, options.rounds, 0.1, warm=False).items()}
 
 
 def run(impl: str, call: Callable[[], object]) -> None:

@@ -19,19 +19,22 @@ from minimodels.config import InputError
 
 OPERATIONS = ("rmsnorm", "selective_scan", "causal_conv1d", "attention", "grouped_mlp", "linear_cross_entropy")
 FASTER: frozenset[str] = frozenset()  # operations whose kernel was measured to be faster than the torch path: what "auto" takes
+INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+REFUSED = ""  # why Triton's interpreter cannot be used, if so
+if INSTALLED and INTERPRETED and TorchVersion(version("triton")) < (3, 7) and TorchVersion(version("numpy")) >= (2, 4):
+    REFUSED = f"Triton {version('triton')} interprets only with NumPy before 2.4, and {version('numpy')} is installed"
 
 
 def require(operation: str, device: torch.device) -> None:
     """Raise InputError unless `operation` has a kernel that runs on `device`."""
     accepted = "auto, reference or torch"
-    if importlib.util.find_spec("triton") is None:
+    if not INSTALLED:
         raise InputError("impl", "triton", f"{accepted}, for the package triton is not installed")
     if operation not in OPERATIONS:
         raise InputError("impl", "triton", f"{accepted}, for {operation} has no kernel")
     if device.type != "cuda" and not INTERPRETED:
         reason = f"Triton compiles only for a GPU and the device is {device.type}; TRITON_INTERPRET=1 interprets it, slowly"
         raise InputError("impl", "triton", f"{accepted}, for {reason}")
-    if INTERPRETED and TorchVersion(version("triton")) < (3, 7) and TorchVersion(version("numpy")) >= (2, 4):
-        reason = f"Triton {version('triton')} interprets only with NumPy before 2.4, and {version('numpy')} is installed"
-        raise InputError("impl", "triton", f"{accepted}, for {reason}")
+    if REFUSED:
+        raise InputError("impl", "triton", f"{accepted}, for {REFUSED}")

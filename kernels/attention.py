@@ -57,7 +57,8 @@ from .common import GPU, LOG2_E, TIMED, Case, Peer, command, compare, full, move
 
 FEW = 16  # queries, one block of them, whose keys are dealt out; where there are more, there are programs enough
 KEYS_EACH = 256  # keys, at least, that a program is dealt
-KEY = ["size", "span", "window", "WIDTH"]  # by which blocks are tuned
+KEY = ["size", "span", "window", "WIDTH"]  # by which blocks are tuned; Triton adds the arguments' dtypes
+COUNTS = ["B", "H", "G", "size", "span"]  # for whose values, such as 1, nothing is compiled anew
 
 
 @triton.jit
@@ -216,7 +217,7 @@ def blocks(*sizes: tuple[int, int, int, int], **also) -> list[triton.Config]:
     KEY,
     fitting,
 )
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
     Q, K, V, QUERIES, KEYS, Y, LSE, q_strides, k_strides, v_strides, y_strides, B, H, G, T, S, size, span, window,
     d: tl.constexpr, SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, DEAL: tl.constexpr,
@@ -299,7 +300,7 @@ def towards_queries(
 
 
 @tuned(blocks((16, 16, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)), KEY, fitting)
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def backward_queries_kernel(
     Q, K, V, QUERIES, KEYS, Y, DY, LSE, DELTA, DQ, q_strides, k_strides, v_strides, y_strides, dy_strides, dq_strides,
     B, H, G, T, S, size, span, window,
@@ -365,7 +366,7 @@ def towards_keys(
 
 
 @tuned(blocks((16, 16, 4, 2), (64, 64, 4, 2), (32, 64, 8, 2), (32, 128, 8, 3), (64, 128, 8, 2), (64, 128, 8, 3)), KEY, fitting)
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def backward_keys_kernel(
     Q, K, V, QUERIES, KEYS, DY, LSE, DELTA, DK, DV, q_strides, k_strides, v_strides, dy_strides, dk_strides,
     B, H, G, T, S, size, span, window,
@@ -465,9 +466,9 @@ def heads_like(x: Tensor) -> Tensor:
 
 
 def sizes(q: Tensor, k: Tensor) -> tuple[int, ...]:
-    """B, H, G, T, S, size and span."""
+    """B, H, G, T, S, size and span: T and S roughly, as far as they matter for the tuning."""
     (B, H, T), (G, S) = q.shape[:3], k.shape[1:3]
-    return B, H, G, T, S, triton.next_power_of_2(T), triton.next_power_of_2(S) if T <= FEW else 0
+    return B, H, G, T, S, min(triton.next_power_of_2(T), 4096), triton.next_power_of_2(S) if T <= FEW else 0
 
 
 def constants(q: Tensor) -> dict[str, object]:
@@ -565,7 +566,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @lru_cache
 def compiled_flex():
     """Compiled once, for it is slow otherwise."""
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention, dynamic=False)
 
 
 @lru_cache
@@ -575,9 +576,11 @@ def causal_blocks(T: int, S: int, device: torch.device):
 
 
 def fla(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The Triton attention of flash-linear-attention, which wants (B, T, H, d)."""
+    """The Triton attention of flash-linear-attention, which wants (B, T, H, d), and a query for every key."""
     from fla.ops.attn import parallel_attn
 
+    if q.shape[2] != k.shape[2]:
+        raise ValueError("it takes as many queries as keys")
     return parallel_attn(*(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2)
 
 
@@ -633,6 +636,6 @@ EXAMPLES = [
 
 if __name__ == "__main__":
     lengths = (1024, 4096, 16384) if GPU else (256, 1024, 4096)
-    cases = [decoding(32768, 16, 128) if GPU else decoding(4096, 4, 64)]
+    cases = [decoding(2**17, 16, 128) if GPU else decoding(4096, 4, 64)]
     cases += [case(16384, T, 16, d) for d in (64, 128) for T in lengths] if GPU else [case(T, T, 4, 64) for T in lengths]
     command(report("attention", attention, reference, cases, PEERS, check), __doc__)

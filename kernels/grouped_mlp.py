@@ -33,6 +33,7 @@ A kernel of its own sums what visits add to a token, expert after expert: no ato
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
 import torch.nn.functional as F
@@ -390,6 +391,9 @@ def dense(x, gates, visits, gate, up, out, most):
     return gates[:, :1].to(x.dtype) * F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), out)
 
 
+LIGER_TUNES = "LIGER_FUSED_MOE_AUTOTUNE"
+
+
 @functools.lru_cache(maxsize=1)
 def for_liger(gate: Tensor, up: Tensor, visits: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """What liger-kernel's caller has at hand, made before the clock starts: the two weights as one, each token's experts."""
@@ -397,7 +401,9 @@ def for_liger(gate: Tensor, up: Tensor, visits: Tensor, most: int) -> tuple[Tens
 
 
 def liger(x, gates, visits, gate, up, out, most):
-    """The fused experts of liger-kernel."""
+    """The fused experts of liger-kernel, whose tuning over 240 configurations takes minutes: LIGER_FUSED_MOE_AUTOTUNE=1 asks
+    for it."""
+    os.environ.setdefault(LIGER_TUNES, "0")
     from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
 
     weights, experts = for_liger(gate, up, visits, most)
@@ -416,7 +422,7 @@ def grouped_mm(x, gates, visits, gate, up, out, most):
 PEERS = {
     "dense, as many FLOPs": Peer("torch", dense, gpu=False, same=False),
     "grouped_mm": Peer("torch", grouped_mm, gpu=False),
-    "liger": Peer("liger-kernel", liger),
+    f"liger{', untuned' * (os.environ.get(LIGER_TUNES, '0') == '0')}": Peer("liger-kernel", liger),
 }
 
 

@@ -19,21 +19,22 @@ of a round, which is 4 steps; backward has two inner loops.)
     h, g           (N, channels)    in a program: the state, and the gradient of all that comes later with respect to it
     starts, ends   (B, intervals, D, N)   h before each interval of 64 steps; g behind it
 
-A program is one warp that holds the states of 32 channels and walks time, all of them in lock-step. Forward, at N = 16 or less,
-a lane has all states of its channel, so that no step needs a shuffle or a barrier; backward, which sums over channels too, a
-lane has 4 states of 4 channels. Where that leaves the machine idle, time is split in chunks of whole intervals: local kernels
-walk each from zero, which costs the exponentials once more; a chunk as a whole multiplies a state by exp(A ΣΔ), so a small
-kernel carries the states over the chunks, and the main kernels start from the truth. Backward is the same the other way:
+A program is one warp that holds the states of 32 channels (16 beyond N = 32) and walks time, all of them in lock-step.
+Forward, at N = 16 or less, a lane has all states of its channel, so that no step needs a shuffle or a barrier; backward, which
+sums over channels too, a lane has 4 states of 4 channels. Where that leaves the machine idle, time is split in chunks of whole
+intervals: local kernels walk each from zero, which costs the exponentials once more; a chunk as a whole multiplies a state by
+exp(A ΣΔ), so a small kernel carries the states over the chunks, and the main kernels start from the truth. Backward is the
+same the other way:
 
     g_t = C_t dy'_t + a_{t+1} g_{t+1}        a_t = exp(Δ_t A), dy' = dy ⊙ silu(z)
     dB_t = Σ_channels g_t Δ_t x_t            dC_t = Σ_channels dy'_t h_t           dx_t = skip dy'_t + Δ_t <g_t, B_t>
     dΔ_t = <g_t, a_t h_{t-1} A + B_t x_t>    dA = Σ_t g_t a_t h_{t-1} Δ_t
 
-It needs h in reverse. Kept are the inputs and `starts`. In each interval a first walk leaves the state of every fourth step in
-a scratch that each program reuses; groups of four are recomputed from there into registers. So it takes nearly 3 N
-exponentials, or 4 N where time is split. dB and dC are summed over the channels of a program, which takes one block of channels
-after the other, then over programs; dA, dskip and ddelta_bias over intervals: each partial sum has its place, and nothing
-depends on the order in which programs run.
+It needs h in reverse. Kept are the inputs and `starts`. In each interval a first walk leaves the state of every fourth step
+(every second beyond N = 16) in a scratch that each program reuses; groups of so many are recomputed from there into registers.
+So it takes nearly 3 N exponentials, or 4 N where time is split. dB and dC are summed over the channels of a program, which
+takes one block of channels after the other, then over programs; dA, dskip and ddelta_bias over intervals: each partial sum has
+its place, and nothing depends on the order in which programs run.
 
 The memory it takes at N = 16 (for more states in proportion, and in groups of two steps): `starts` one byte per token and
 channel, and while backward runs 2 more for `ends` and partial dA, 4 / share for partial dB and dC (`share` blocks a program),
@@ -595,7 +596,8 @@ def case(tokens: int, T: int, D: int, N: int = N_TIMED) -> Case:
     """Gated: x, delta, z and y forward; backward reads x, delta, z and dy, and writes dx, ddelta and dz."""
 
     def inputs() -> tuple:
-        x, delta, A, B, C, skip, z, bias, _ = (tensor.to(TIMED["device"]) for tensor in arguments(tokens // T, T, D, N))
+        with torch.device(TIMED["device"]):
+            x, delta, A, B, C, skip, z, bias, _ = arguments(tokens // T, T, D, N)
         x, delta, B, C, z = (tensor.to(TIMED["dtype"]) for tensor in (x, delta, B, C, z))
         return tuple(tensor.requires_grad_() for tensor in (x, delta, A, B, C, skip, z, bias))
 

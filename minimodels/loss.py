@@ -61,7 +61,7 @@ def chunked_loss(x: Tensor, weight: Tensor, targets: Tensor, learn: bool) -> tup
         at = slice(start, start + rows)
         target = targets[at].masked_fill(~present[at], 0).unsqueeze(1)  # (rows, 1)
         logp = full_precision(x[at] @ weight.t()).log_softmax(-1)  # (rows, V)
-        loss -= share[at] @ logp.gather(1, target).squeeze(1)
+        loss -= (share[at] * logp.gather(1, target).squeeze(1)).sum()  # autocast would round a product of vectors
         if learn:
             gradient = logp.exp_().scatter_add_(1, target, -torch.ones_like(logp[:, :1]))
             gradient = gradient.mul_(share[at].unsqueeze(1)).to(x.dtype)

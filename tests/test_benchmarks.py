@@ -82,12 +82,12 @@ def test_an_operation_reports_rows_that_table_reads(tmp_path, capsys, monkeypatc
     peers = {"same": common.Peer("torch", square, gpu=False), "absent": common.Peer("no-such-package", square)}
     monkeypatch.setattr(common, "interleave", lambda calls, **_: interleave(calls, rounds=2, seconds=0))
     monkeypatch.setattr(common, "ceilings", lambda device: {"GB/s": 10.0, "TFLOP/s": 1.0})
-    monkeypatch.setattr(torch, "compile", lambda call: call)
+    monkeypatch.setattr(torch, "compile", lambda call, **_: call)
     out = tmp_path / "new" / "kernels.jsonl"
     for _ in range(2):  # the second time in the place of the first
         common.report("square", square, square, cases, peers, lambda: None)(common.Options(out=out, rounds=2))
     rows = rows_of(out)
-    assert len(rows) == 2 * 2 * 4 and all(row["rate"] > 0 and len(row["seconds"]) == 2 for row in rows)
+    assert len(rows) == 2 * (3 + 4) and all(row["rate"] > 0 and len(row["seconds"]) == 2 for row in rows)
     assert {row["provider"] for row in rows} >= {"torch", "torch.compile", "same"}
     assert "absent: skipped, for no-such-package is not installed" in capsys.readouterr().out
     table.main(table.Options(results=(out,)))
@@ -330,6 +330,18 @@ def test_nothing_is_measured_where_the_results_are_wrong(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="nothing was measured"):
         everything.main(everything.Options(out=tmp_path / "machine", minutes=1))
     assert "x" not in json.loads((tmp_path / "machine/done.json").read_text())
+
+
+def test_a_wrong_kernel_is_left_out_on_a_gpu(tmp_path, monkeypatch):
+    def steps(out, gpu, impl):
+        told = f"open({str(tmp_path / 'impl')!r}, 'w').write({impl!r})"
+        return {"correctness": ["-c", "raise SystemExit(1)"], "x": ["-c", told]}
+
+    assert "triton" not in str(everything.steps(tmp_path, True, "torch"))
+    monkeypatch.setattr(everything, "steps", steps)
+    monkeypatch.setattr(everything, "pick_device", lambda name: torch.device("cuda"))
+    everything.main(everything.Options(out=tmp_path / "machine", minutes=1))
+    assert (tmp_path / "impl").read_text() == "torch"
 
 
 @pytest.mark.parametrize(

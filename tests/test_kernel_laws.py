@@ -62,3 +62,14 @@ def test_a_whole_model_trains_and_generates_on_kernels(layers):
         results[impl] = [loss, *gradients, text]
     for reference, kernel in zip(results["reference"], results["triton"], strict=True):
         same(kernel, reference, 1e-8)
+
+
+@pytest.mark.parametrize("layers", ["attention mlp", "mamba", "attention moe", "mod(attention mlp)"])
+def test_a_whole_model_on_kernels_compiles_to_one_graph(layers):
+    tokens = torch.randint(32, (2, 5), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    lm = LM(Config(**{**SHAPE, **FEW, "layers": layers, "vocab": 32, "impl": "triton"})).double()
+    expected, _ = lm.loss(tokens[:, :-1], tokens[:, 1:])
+    torch.compiler.reset()
+    loss, _ = torch.compile(lm.loss, fullgraph=True, backend="aot_eager")(tokens[:, :-1], tokens[:, 1:])
+    same(loss, expected)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from models import same
 
 pytest.importorskip("triton", reason="the kernels need the package triton")
 
@@ -25,6 +26,19 @@ def test_rmsnorm(shape, add):
         lambda x, weight, update: rmsnorm_reference(x, weight, 1e-5, update, "reference"),
         (x, weight, update if add else None),
     )
+
+
+@pytest.mark.parametrize("used", [0, 1], ids=["the norm", "the sum"])
+def test_one_of_the_outputs_is_enough(used):
+    torch.manual_seed(0)
+    arguments = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 5), (5,), (3, 5))]
+    gradients = []
+    for operation in (rmsnorm, rmsnorm_reference):
+        x, weight, update = arguments
+        output = operation(x, weight, 1e-5, update)[used]
+        gradients.append(torch.autograd.grad(output, arguments, torch.ones_like(output), allow_unused=True))
+    for kernel, reference in zip(*gradients, strict=True):
+        same(kernel, reference)
 
 
 def test_it_compiles_for_a_gpu():
