@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from minimodels import checkpoint
 from minimodels.command import keep_freed_memory, pick_device, run_command
-from minimodels.config import Config, InputError, preset
+from minimodels.config import Config, InputError, check_types, preset
 from minimodels.data import Text, open_data
 from minimodels.layers import choose
 from minimodels.ledger import ledger
@@ -143,9 +143,12 @@ def main(options: Options) -> None:
     last_step = count_steps(options, tokens_per_step, cost.training_flops)
     if options.resume:
         run, done = options.resume, checkpoint.load(options.resume, model, optimizer)
+        if done.get("data", data.fingerprint) != data.fingerprint:
+            raise InputError("data", f"{options.data}: {data.fingerprint}", f"what {run} was started with: {done['data']}")
+        forget_after(run, done["step"])
     else:
         run, done = new_folder(options), {"step": 0, "seconds": 0.0}
-    checkpoint.write_json(run / "options.json", {**asdict(replace(options, config=config)), "out": None, "resume": None})
+    keep_options(run, replace(options, config=config))
     step = done["step"]
     print(f"model    {label(options)}: {config.layers}")
     print(f"ledger   {cost}")
@@ -194,14 +197,13 @@ def main(options: Options) -> None:
             spent = {"tokens": step * tokens_per_step, "flops": step * tokens_per_step * cost.training_flops}
             measured = {"loss": mean, "grad_norm": norm.item(), "lr": rate, "tokens_per_second": speed}
             layers = {name: value.item() for name, value in parts.items() if name != "cross_entropy"} | model.observations()
-            refuse_nan(loss, step, run)
+            refuse_nan("loss", loss, step, run)
             write_log(run, {"step": step, "seconds": lap - start, **spent, **measured, **layers})
             bar.set_postfix_str(f"step {step}, loss {mean:.3f}, {speed:,.0f} tokens/s", refresh=False)
             bar.update(min(progress, 1.0) - bar.n)
         if options.eval_every and step % options.eval_every == 0 and step < last_step:
-            refuse_nan(loss, step, run)
             report(run, evaluate(model, data, options, autocast), step, time.perf_counter() - start, bar.write)
-            checkpoint.save(run, model, optimizer, {"step": step, "seconds": time.perf_counter() - start})
+            save(run, model, optimizer, step, time.perf_counter() - start, data)
             lap, lap_step = time.perf_counter(), step
         if options.sample_every and step % options.sample_every == 0 and step < last_step:
             bar.write(sample(model, data, options.prompt))
@@ -210,9 +212,7 @@ def main(options: Options) -> None:
     bar.close()
     signal.signal(signal.SIGINT, at_interrupt)
     seconds = time.perf_counter() - start
-    if step > done["step"]:
-        refuse_nan(loss, step, run)
-    checkpoint.save(run, model, optimizer, {"step": step, "seconds": seconds})
+    save(run, model, optimizer, step, seconds, data)
     if interrupted.is_set():
         print(f"\ninterrupted at step {step} and saved; to go on: python train.py --resume {run}")
         sys.exit(130)
@@ -262,16 +262,38 @@ def sample(model: LM, data: Text | Task, prompt: str) -> str:
     return text
 
 
-def refuse_nan(loss: Tensor, step: int, run: Path) -> None:
+def refuse_nan(name: str, value: Tensor, step: int, run: Path) -> None:
     """Stop before a broken model is saved over a whole one."""
-    if not math.isfinite(loss.item()):
+    if not math.isfinite(value.item()):
         kept = f"the last checkpoint is whole: --resume {run}" if (run / checkpoint.FILE).exists() else "nothing was saved"
-        sys.exit(f"the loss is {loss.item()} at step {step}; a lower lr may help; {kept}")
+        sys.exit(f"the {name} is {value.item()} at step {step}; a lower lr may help; {kept}")
+
+
+def save(run: Path, model: LM, optimizer: torch.optim.Optimizer, step: int, seconds: float, data: Text | Task) -> None:
+    """A checkpoint, from which the run goes on at `step`, on the same data only."""
+    refuse_nan("sum of all weights", sum(parameter.detach().sum() for parameter in model.parameters()), step, run)
+    checkpoint.save(run, model, optimizer, {"step": step, "seconds": seconds, "data": data.fingerprint})
 
 
 def write_log(run: Path, record: dict) -> None:
     with (run / "log.jsonl").open("a") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def forget_after(run: Path, step: int) -> None:
+    """Drop from the log what was measured after the checkpoint, for it will be measured again."""
+    log = run / "log.jsonl"
+    if log.exists():
+        kept = [line for line in log.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+        log.write_text("".join(f"{line}\n" for line in kept))
+
+
+def keep_options(run: Path, options: Options) -> None:
+    """Write down what the run is doing, for --resume to go on with it."""
+    try:
+        checkpoint.write_json(run / "options.json", {**asdict(options), "out": None, "resume": None})
+    except OSError as error:
+        raise InputError("out", str(run), f"a folder that can be written ({error.strerror})") from None
 
 
 def parse() -> Options:
@@ -281,7 +303,8 @@ def parse() -> Options:
         first.add_argument(name)
     named, _ = first.parse_known_args()
     if named.resume is None:
-        model, size = named.model or "transformer", named.size or "tiny"
+        model = "transformer" if named.model is None else named.model
+        size = "tiny" if named.size is None else named.size
         return tyro.cli(Options, default=Options(preset(model, size), model, size, **TRAINING[size]), description=__doc__)
 
     saved = read_options(Path(named.resume))
@@ -300,12 +323,13 @@ def read_options(run: Path) -> Options:
         options = Options(**{**saved, "config": Config(**saved["config"]), "out": None, "resume": run})
         check(options)
         return options
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError("resume", str(run), f"the folder of a training run ({error})") from None
 
 
 def check(options: Options) -> None:
     """Refuse what cannot be meant before anything is read or written."""
+    check_types(options)
     for name in (*BOUNDS, "context", "batch_size", "accumulate", "lr", "eval_batches", "log_every"):
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
@@ -352,9 +376,9 @@ def new_folder(options: Options) -> Path:
         run = next(name for name in names if not name.exists())
     else:
         run = options.out
+    try:
         if os.path.lexists(run) and (not run.is_dir() or any(run.iterdir())):
             raise InputError("out", str(run), f"a new or empty folder; to go on with the run in it: --resume {run}")
-    try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError("out", str(run), f"a folder that can be made ({error.strerror})") from None

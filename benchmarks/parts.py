@@ -128,7 +128,7 @@ def measure_moe(device: torch.device) -> list[dict]:
 
 
 def measure_mod(device: torch.device) -> Iterator[dict]:
-    width, tokens = (256, 2048) if device == CPU else (768, 32768)
+    width, tokens = (256, 8192) if device == CPU else (768, 32768)
     print(f"mixture-of-depths, training step, 6 layers, d {width}, {tokens} tokens, capacity 0.125")
     for T in (256, 1024):
         configs = {

@@ -8,9 +8,9 @@ What it must cost, per token and channel in bf16: forward reads x and delta and 
 reads x, delta and dy and writes dx and ddelta, 10 bytes, and reads z and writes dz, 4 more (6 for a kernel that reads y again
 and does not recompute it). Forward also takes N exponentials, of which a Hopper processor does 16 a clock: at N = 16 one clock,
 in which the memory delivers 14 bytes (H100) to 21 (H200). So arithmetic bounds the scan. At N = 16 a step of 32 channels, whose
-exponentials alone take a processor 32 clocks, compiles to 140 instructions forward, of which it issues 4 a clock: 35 clocks; 19
-of them are special functions, 2 clocks each: 38. Backward it is 640 instructions, 160 clocks. (`kernels.compile` prints those
-of a round, which is 4 steps; backward has two inner loops.)
+exponentials alone take a processor 32 clocks, compiles to 130 (Triton 3.6) or 140 (3.9) instructions forward, of which it
+issues 4 a clock: 33 or 35 clocks; 19 of them are special functions, 2 clocks each: 38. Backward it is 640 instructions, 160
+clocks. (`kernels.compile` prints those of a round, which is 4 steps; backward has two inner loops.)
 
     name           shape
     x, delta, z    (B, T, D)    signal, step size before softplus and bias, gate

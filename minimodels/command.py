@@ -17,10 +17,13 @@ Options = TypeVar("Options")
 
 def run_command(main: Callable[[Options], None], options: Callable[[], Options]) -> None:
     """Parse the options and run: bad input ends in one line on stderr and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal may lack characters that a model writes
     try:
         main(options())
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", str(error).replace("\n", " "), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("interrupted")

@@ -107,13 +107,13 @@ class Config:
     """weight of the loss that trains the causal decision"""
 
     def __post_init__(self):
-        for field in fields(self):
-            value, kind = getattr(self, field.name), field.type
-            if type(value).__name__ not in ((kind, "int") if kind == "float" else (kind,)):
-                raise InputError(field.name, value, {"int": "a whole number", "float": "a number"}.get(kind, kind))
+        check_types(self)
         for name, minimum in MINIMUM.items():
-            if not minimum <= getattr(self, name) < float("inf"):
-                raise InputError(name, getattr(self, name), f"{minimum} or more")
+            value = getattr(self, name)
+            if not minimum <= value < float("inf"):
+                raise InputError(name, value, f"{minimum} or more")
+            if type(value) is int and value > LARGEST:
+                raise InputError(name, value, f"{minimum} to {LARGEST}")
         for name, accepted in CHOICES.items():
             if getattr(self, name) not in accepted:
                 raise InputError(name, getattr(self, name), ", ".join(accepted))
@@ -161,6 +161,7 @@ MINIMUM = {
     "expert_width": 0, "shared_experts": 0, "routed_scale": 0, "balance_loss": 0, "z_loss": 0, "bias_step": 0, "mod_loss": 0,
 }  # fmt: skip
 MOST_LAYERS = 10_000
+LARGEST = 2**31 - 1
 CHOICES = {
     "impl": ("auto", "reference", "torch", "triton"),
     "qk_norm": ("none", "head", "full"),
@@ -169,6 +170,18 @@ CHOICES = {
     "router": ("softmax_topk", "softmax", "sigmoid_bias", "expert_choice"),
     "mod_route": ("router", "predictor"),
 }
+KINDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
+
+
+def check_types(given: object) -> None:
+    """Raise InputError unless the plain fields of a dataclass hold what they are declared to."""
+    for field in fields(given):
+        value, (kind, *others) = getattr(given, field.name), field.type.split(" | ")
+        accepted = (kind, *["int"] * (kind == "float"), *["NoneType"] * ("None" in others))
+        if kind in KINDS and type(value).__name__ not in accepted:
+            raise InputError(field.name, value, KINDS[kind])
+
+
 SCALINGS = {"": (), "linear": ("factor",), "llama3": ("factor", "low", "high", "context")}
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 
-from .config import Config, InputError, parse_layers
+from .config import Config, InputError, layer_names, parse_layers
 from .families import FAMILIES, IDLE, MEANINGS, ONLY, REQUIRED, Family
 from .layouts import Entries, read_rope, write_rope
 from .mamba import dt_rank
@@ -64,8 +64,11 @@ def meaning(entries: dict, family: Family, ignore: Iterable[str] = ()) -> dict[s
         value = entries.get(name, absent)
         if value is REQUIRED or (name in entries and type(value) is int and value < 1):  # 0 means something else in Config
             raise InputError(f"config.json {name}", entries.get(name), "1 or more" if name in entries else "a value")
+        meanings = MEANINGS.get(name, {})
+        if name in entries and True in meanings and type(value) is not bool:
+            raise InputError(f"config.json {name}", value, "true or false")
         if isinstance(value, (str, int)):
-            value = MEANINGS.get(name, {}).get(value, value)
+            value = meanings.get(value, value)
         values |= dict.fromkeys(targets.split(), value)
     if family.rope_base:
         values |= read_rope(entries, family.rope_base)
@@ -101,15 +104,16 @@ def express(config: Config, name: str, origin: dict) -> dict:
         origin = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # for the classes have defaults
     entries = {family.aliases.get(entry, entry): value for entry, value in origin.items()}
     entries |= {"model_type": name, "architectures": [family.architecture]}
-    experts = any("experts" in targets.split() for targets, _ in family.entries.values())
     for entry, (targets, _) in family.entries.items():
         value = getattr(config, targets.split()[0])
         meanings = {ours: theirs for theirs, ours in MEANINGS.get(entry, {}).items()}
+        if True in meanings.values() and value not in meanings:
+            raise InputError(targets, value, ", ".join(meanings))
         entries[entry] = meanings.get(value, value)
     if family.rope_base:
         entries = {entry: value for entry, value in entries.items() if entry not in ("rope_theta", "rope_scaling")}
         entries |= write_rope(config.rope_base, config.rope_scaling)
-    if experts and config.balance_loss and config.balance == "pooled":
+    if "moe" in layer_names(parse_layers(config.layers)) and config.balance_loss and config.balance == "pooled":
         entries |= {"output_router_logits": True, "router_aux_loss_coef": config.balance_loss}
     entries |= family.outline(parse_layers(config.layers), config.window)
 

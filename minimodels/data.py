@@ -10,18 +10,25 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import hashlib
 import itertools
+import os
 import sysconfig
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .config import InputError
+from .config import LARGEST, InputError
 
 HELD_OUT = 20  # one byte (or file) in this many is kept for validation
+FEW = 200  # files, of which a twentieth chosen by chance may be none, or none of those that matter
+RUN = "checkpoint.safetensors"  # what a folder holds that a training run has made
 
 
 class Text:
@@ -29,9 +36,9 @@ class Text:
 
     vocab = 256
 
-    def __init__(self, training: Span, validation: Span, context: int):
+    def __init__(self, training: Span, validation: Span, context: int, fingerprint: str = ""):
         self.spans = {"training": training, "validation": validation}
-        self.context = context
+        self.context, self.fingerprint = context, fingerprint  # by which a resumed run knows its text again
         for name, span in self.spans.items():
             if len(span) < context + 1:
                 raise InputError("data", f"{len(span)} bytes of {name} text", f"at least context + 1 = {context + 1} bytes")
@@ -54,26 +61,34 @@ class Text:
         return rows[:, :-1], rows[:, 1:]
 
 
-class Span:
-    """Stretches of memory-mapped files, seen as one uint8 tensor that can be sliced and is never copied whole."""
+class Piece(NamedTuple):
+    """Bytes `start` to `stop` of a file."""
 
-    def __init__(self, parts: list[Tensor]):
-        self.parts = [part for part in parts if len(part)]
-        self.ends = list(itertools.accumulate(len(part) for part in self.parts))
+    path: Path
+    start: int
+    stop: int
+
+
+class Span:
+    """Stretches of files, seen as one uint8 tensor that can be sliced and is never copied whole."""
+
+    def __init__(self, pieces: list[Piece]):
+        self.pieces = [piece for piece in pieces if piece.start < piece.stop]
+        self.ends = list(itertools.accumulate(piece.stop - piece.start for piece in self.pieces))
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 
     def __getitem__(self, where: slice) -> Tensor:
-        pieces, start = [], where.start
+        found, start = [], where.start
         first = bisect.bisect_right(self.ends, start)
-        for part, end in zip(self.parts[first:], self.ends[first:], strict=True):
-            begin = end - len(part)
-            pieces.append(part[start - begin : where.stop - begin])
+        for piece, end in zip(self.pieces[first:], self.ends[first:], strict=True):
+            skipped = piece.stop - end  # from a place in the span to that in the file
+            found.append(map_file(piece.path)[start + skipped : min(where.stop, end) + skipped])
             start = end
             if start >= where.stop:
                 break
-        return torch.cat(pieces)
+        return torch.cat(found)
 
 
 def generator(*key: object) -> torch.Generator:
@@ -85,8 +100,9 @@ def generator(*key: object) -> torch.Generator:
 def open_data(name: str, context: int):
     """The Text or Task that `--data` names: "stdlib", a task (with options, "mqar:pairs=8,vocab=256"), a file, a folder.
 
-    One file is split by position, its last twentieth held out; a folder and stdlib by file, one in twenty held out by a
-    hash of its relative path. Raises InputError where there is nothing to read or too little.
+    Split by position, the last twentieth held out, are one file and a folder of fewer than 200, joined in the order of their
+    paths; larger ones and stdlib by file, one in twenty held out by a hash of its relative path. What training runs left in a
+    folder is no text. Raises InputError where there is nothing to read or too little.
     """
     from .tasks import TASKS  # which builds on this file
 
@@ -109,17 +125,45 @@ def open_text(name: str, context: int) -> Text:
         files = [f for f in root.rglob("*.py") if skip.isdisjoint(f.relative_to(root).parts)]
     else:
         root = Path(name)
-        files = [root] if root.is_file() else [f for f in root.rglob("*") if f.is_file()]
+        found = [root] if root.is_file() else walk(root) if root.is_dir() else []
+        files = [f for f in found if f == root or not (f.parent / RUN).exists()]
     if not files or not name:
         raise InputError("data", name, f"stdlib, a file, a folder with files, or a task: {', '.join(TASKS)}")
-    if files == [root]:
-        content = map_file(root)
-        cut = len(content) - len(content) // HELD_OUT
-        return Text(Span([content[:cut]]), Span([content[cut:]]), context)
-    paths = sorted((f.relative_to(root).as_posix(), f) for f in files)
-    held_out = [f for path, f in paths if zlib.crc32(path.encode()) % HELD_OUT == 0]
-    training = [f for path, f in paths if zlib.crc32(path.encode()) % HELD_OUT]
-    return Text(Span([map_file(f) for f in training]), Span([map_file(f) for f in held_out]), context)
+    whole = {os.fsencode(f.relative_to(root).as_posix()): Piece(f, 0, size_of(f)) for f in files}
+    paths = sorted(whole)
+    if len(files) < FEW and name != "stdlib":
+        spans = cut([whole[path] for path in paths])
+    else:
+        held_out = [path for path in paths if zlib.crc32(path) % HELD_OUT == 0]
+        training = [path for path in paths if zlib.crc32(path) % HELD_OUT]
+        spans = [Span([whole[path] for path in part]) for part in (training, held_out)]
+    sizes = [(path.hex(), whole[path].stop) for path in paths]
+    return Text(*spans, context, fingerprint=f"{len(files)} files, {zlib.crc32(repr(sizes).encode()):08x}")
+
+
+def walk(root: Path) -> Iterator[Path]:
+    """The files in a folder and the folders within. Raises OSError where one of these cannot be listed."""
+
+    def refuse(error: OSError):
+        raise error
+
+    for folder, _, names in os.walk(root, onerror=refuse):
+        yield from (path for name in names if (path := Path(folder, name)).is_file())
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file. Raises OSError where it cannot be read."""
+    with path.open("rb") as file:
+        return os.fstat(file.fileno()).st_size
+
+
+def cut(pieces: list[Piece]) -> list[Span]:
+    """All but the last twentieth of the pieces' bytes, and these."""
+    ends = list(itertools.accumulate(piece.stop for piece in pieces))
+    place = ends[-1] - ends[-1] // HELD_OUT
+    before = [min(piece.stop, max(0, place - (end - piece.stop))) for piece, end in zip(pieces, ends, strict=True)]
+    parts = list(zip(pieces, before, strict=True))
+    return [Span([Piece(p.path, 0, stop) for p, stop in parts]), Span([Piece(p.path, stop, p.stop) for p, stop in parts])]
 
 
 def parse_options(text: str, task: type) -> dict[str, int]:
@@ -128,13 +172,13 @@ def parse_options(text: str, task: type) -> dict[str, int]:
     options = {}
     for option in filter(None, text.split(",")):
         key, _, value = option.partition("=")
-        if key not in known or not value.isdecimal() or not int(value):
+        if key not in known or not value.isdecimal() or not 0 < int(value) <= LARGEST:
             raise InputError("data", option, f"name=number with a name of {', '.join(known)}")
         options[key] = int(value)
     return options
 
 
+@functools.lru_cache(4096)  # a system has but so many maps for a process
 def map_file(path: Path) -> Tensor:
     """The bytes of a file as a uint8 tensor over a private memory map: read when touched, never loaded whole."""
-    size = path.stat().st_size
-    return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8) if size else torch.empty(0)
+    return torch.from_numpy(np.memmap(path, np.uint8, "c"))

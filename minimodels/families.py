@@ -19,6 +19,7 @@ from .layouts import (
     Entries,
     blocks,
     jamba_layers,
+    mamba_blocks,
     outline_blocks,
     outline_jamba,
     outline_qwen3,
@@ -98,11 +99,11 @@ MAMBA_ENTRIES = {
     "tie_word_embeddings": ("tie_embeddings", True),
 }
 MAMBA_IDLE = (
-    "intermediate_size", "rescale_prenorm_residual", "residual_in_fp32", "time_step_floor", "time_step_init_scheme",
+    "rescale_prenorm_residual", "residual_in_fp32", "time_step_floor", "time_step_init_scheme",
     "time_step_max", "time_step_min", "time_step_scale", "use_associative_scan", "use_mambapy", "use_falcon_mambapy", "d_inner",
     "d_model", "n_layer", "fused_add_norm", "pad_vocab_size_multiple", "ssm_cfg",
 )  # fmt: skip
-MEANINGS = {  # entry -> its value -> our value, where they differ
+MEANINGS = {  # entry -> its value -> our value, where they differ; of an entry with True and False there are no others
     "norm_topk_prob": {True: "softmax_topk", False: "softmax"},
     "time_step_rank": {"auto": 0},
     "mamba_dt_rank": {"auto": 0},
@@ -165,7 +166,7 @@ FAMILIES = {
         architecture="MistralForCausalLM",
         entries={**BASE, **ATTENTION_ENTRIES, **DENSE_ENTRIES, "num_key_value_heads": ("kv_heads", REQUIRED)},
         fixed={"qk_norm": "none", **NO_BIAS},
-        layers=windowed_blocks("mlp"),
+        layers=windowed_blocks("mlp", absent=4096),
         outline=outline_windowed,
         parts={"attention": ATTENTION, "window": ATTENTION, "mlp": MLP},
         **DECODER,
@@ -184,7 +185,7 @@ FAMILIES = {
         architecture="MambaForCausalLM",
         entries={**BASE, **MAMBA_ENTRIES},
         fixed={"mamba_norm": "none"},
-        layers=blocks("mamba"),
+        layers=mamba_blocks,
         outline=outline_blocks(1),
         parts={"mamba": MAMBA},
         only={"rms_norm": True},
@@ -196,7 +197,7 @@ FAMILIES = {
         architecture="FalconMambaForCausalLM",
         entries={**BASE, **MAMBA_ENTRIES, "mixer_rms_eps": ("mamba_norm_eps", 1e-6)},
         fixed={"mamba_norm": "plain"},
-        layers=blocks("mamba"),
+        layers=mamba_blocks,
         outline=outline_blocks(1),
         parts={"mamba": MAMBA},
         only={"rms_norm": True},

@@ -16,6 +16,7 @@ What else a layer may have, and the model then asks for by name:
   `observed`, detached, which the training log records
 - `causal`, whether no token depends on a later one in the present mode, if that is not always so
 - `after_step()`, called once after each optimizer step
+- `no_weight_decay`, the names of its matrices that are not to decay
 - `operations`, the names of those for which `impl` chooses a path
 - `flops(context)`, `state_bytes(context, itemsize)` and, where tokens meet only part of it, `idle_parameters()`, if it costs
   anything but its `nn.Linear` parts

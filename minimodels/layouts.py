@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .config import MOST_LAYERS, InputError, Layers, parse_scaling
+from .config import LARGEST, MOST_LAYERS, InputError, Layers, parse_scaling
 
 
 class Entries(dict):
@@ -17,6 +17,7 @@ class Entries(dict):
 
     def __init__(self, entries: dict):
         super().__init__({name: value for name, value in entries.items() if value is not None})
+        self.told = set(entries)  # null included
         self.asked: set[str] = set()
 
     def get(self, name: str, absent: object = None) -> object:
@@ -43,17 +44,27 @@ def outline_blocks(per_block: int) -> Callable[[Layers, int], dict]:
     return lambda layers, window: {"num_hidden_layers": len(layers) // per_block}
 
 
-def window_of(entries: Entries) -> dict[str, object]:
-    """The field `window`, where there is one and it is used."""
-    used, window = entries.get("use_sliding_window", True), entries.get("sliding_window")
-    return {"window": number(entries, "sliding_window", most=2**40)} if used and window is not None else {}
+def mamba_blocks(entries: Entries) -> dict[str, object]:
+    """Every block the same; intermediate_size, where it is told, goes before expand."""
+    width, inner = number(entries, "hidden_size", most=LARGEST), number(entries, "intermediate_size", 0, 0, LARGEST)
+    if inner % width or (inner == 0 and "intermediate_size" in entries):
+        raise InputError("config.json intermediate_size", inner, f"a multiple of hidden_size {width}")
+    return {**({"expand": inner // width} if inner else {}), **blocks("mamba")(entries)}
 
 
-def windowed_blocks(mlp: str) -> Callable[[Entries], dict[str, object]]:
-    """Every block the same, with a window or without."""
+def window_of(entries: Entries, used: bool = True, absent: int | None = None) -> dict[str, object]:
+    """The field `window`, if there is one. `used` and `absent` are what the family takes use_sliding_window and sliding_window
+    for where it is not told; null is no window."""
+    used = entries.get("use_sliding_window", used)
+    window = entries.get("sliding_window", None if "sliding_window" in entries.told else absent)
+    return {"window": number(entries, "sliding_window", absent, most=LARGEST)} if used and window is not None else {}
+
+
+def windowed_blocks(mlp: str, absent: int | None = None) -> Callable[[Entries], dict[str, object]]:
+    """Every block the same, with a window or without; `absent` is the window where none is told."""
 
     def layers(entries: Entries) -> dict[str, object]:
-        window = window_of(entries)
+        window = window_of(entries, absent=absent)
         return {**window, **blocks("window" if window else "attention", mlp)(entries)}
 
     return layers
@@ -66,7 +77,7 @@ def outline_windowed(layers: Layers, window: int) -> dict:
 
 def qwen3_layers(entries: Entries) -> dict[str, object]:
     """Each block's kind is listed; if not, those from max_window_layers on have the window."""
-    count, window = number(entries, "num_hidden_layers"), window_of(entries)
+    count, window = number(entries, "num_hidden_layers"), window_of(entries, used=False, absent=4096)
     kinds, first = entries.get("layer_types"), number(entries, "max_window_layers", 28, least=0)
     if kinds is None:
         first = first if window else count
@@ -97,7 +108,7 @@ def qwen3_moe_layers(entries: Entries) -> dict[str, object]:
     step, dense = number(entries, "decoder_sparse_step", 1), entries.get("mlp_only_layers") or []
     if type(dense) is not list or not all(type(i) is int for i in dense):
         raise InputError("config.json mlp_only_layers", dense, "a list of whole numbers")
-    window = window_of(entries)
+    window = window_of(entries, used=False, absent=4096)
     mixer = "window" if window else "attention"
     mlps = ["moe" if (i + 1) % step == 0 and i not in dense else "mlp" for i in range(number(entries, "num_hidden_layers"))]
     return {**window, "layers": " ".join(f"{mixer} {mlp}" for mlp in mlps)}
@@ -166,7 +177,7 @@ def read_rope(entries: Entries, base: float) -> dict[str, object]:
     rope = {"rope_theta": entries.get("rope_theta", base), **older, **newer}
     kind, theta = rope.pop("type", "default"), rope.pop("rope_theta")
     kind = rope.pop("rope_type", kind)
-    if kind not in ROPE:
+    if not isinstance(kind, str) or kind not in ROPE:
         raise InputError("config.json rope_type", kind, ", ".join(ROPE))
     if type(theta) not in (int, float) or not 0 < theta < float("inf"):
         raise InputError("config.json rope_theta", theta, "a positive number")

@@ -44,6 +44,7 @@ class Mamba(nn.Module):
     """The Mamba block of the paper's Figure 3: projection, convolution, selective scan, gate, projection."""
 
     operations = ("causal_conv1d", "selective_scan")
+    no_weight_decay = ("A_log",)
 
     def __init__(self, config: Config):
         super().__init__()
@@ -62,7 +63,6 @@ class Mamba(nn.Module):
         if config.mamba_norm != "none":
             eps, learned = config.mamba_norm_eps or config.norm_eps, config.mamba_norm == "learned"
             self.dt_norm, self.B_norm, self.C_norm = (RMSNorm(width, eps, learned) for width in (R, N, N))
-        self.A_log.no_weight_decay = True
         self.reset_parameters(config.depth)
 
     @torch.no_grad()

@@ -124,7 +124,7 @@ class MixtureOfDepths(nn.Module):
 
     def routed(self, T: int) -> int:
         """How many of T tokens take the group in training: k = C · T, rounded up."""
-        return math.ceil(round(self.capacity * T, 6))  # 0.07 · 100 is 7.000000000000001
+        return max(1, math.ceil(round(self.capacity * T, 6)))  # 0.07 · 100 is 7.000000000000001
 
     def idle_parameters(self) -> float:
         """Parameters that a token does not meet, on average."""

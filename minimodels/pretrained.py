@@ -85,23 +85,27 @@ def save_pretrained(model: LM, path: str | Path, shard_bytes: int = 5_000_000_00
     The family is the one that the model was read from, or else the first that can express it. What was read with it and is
     not part of Config (ids of special tokens, the tokenizer) is written again. Files hold up to `shard_bytes` bytes each.
 
-    Raises InputError for a model that no family expresses, with each family's reason, and for a path that is taken.
+    Raises InputError for a model that no family expresses, with each family's reason, and for a path that is taken or cannot be
+    written.
     """
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError("path", str(path), "a folder that is new or empty")
     name, entries = write_config(model.config, model.published.entries if model.published else {})
     entries["dtype"] = str(model.embedding.weight.dtype).removeprefix("torch.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.") as partial:
-        folder = Path(partial) / "model"
-        folder.mkdir()
-        write_tensors(published_tensors(model, FAMILIES[name]), folder, shard_bytes)
-        write_json(folder / CONFIG, entries)
-        for file in BESIDE if model.published else ():
-            if (model.published.folder / file).is_file():
-                shutil.copyfile(model.published.folder / file, folder / file)
-        os.replace(folder, path)
+    try:
+        path = Path(path).resolve()
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise InputError("path", str(path), "a folder that is new or empty")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.") as partial:
+            folder = Path(partial) / "model"
+            folder.mkdir()
+            write_tensors(published_tensors(model, FAMILIES[name]), folder, shard_bytes)
+            write_json(folder / CONFIG, entries)
+            for file in BESIDE if model.published else ():
+                if (model.published.folder / file).is_file():
+                    shutil.copyfile(model.published.folder / file, folder / file)
+            os.replace(folder, path)
+    except (OSError, SafetensorError) as error:
+        raise InputError("path", str(path), f"a folder that can be written ({error})") from None
 
 
 class Published(NamedTuple):

@@ -91,7 +91,7 @@ def continue_prompts(model: LM, prompts: list[Tensor], count: int, sampling: Sam
 
 def pick(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
     """Draw one token per row: (B, V) -> (B,)."""
-    if sampling.temperature == 0:
+    if sampling.temperature < torch.finfo(torch.float32).tiny:  # 0, as fp32 divides
         return logits.argmax(-1)
     relative = logits.float() - logits.amax(-1, keepdim=True)  # so that no temperature makes infinities of all
     probabilities = keep(relative / sampling.temperature, sampling).softmax(-1)
@@ -107,6 +107,7 @@ def keep(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p < 1:
         ordered, index = logits.softmax(-1).sort(-1, descending=True)
         beyond = ordered.cumsum(-1) - ordered >= sampling.top_p  # what stands before it suffices
+        beyond[:, 0] = False
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, index, beyond), float("-inf"))
     if sampling.min_p:
         probabilities = logits.softmax(-1)

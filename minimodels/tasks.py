@@ -31,6 +31,11 @@ class Task:
         for step in range(batches):
             yield self.make(generator("validation", step), size)
 
+    @property
+    def fingerprint(self) -> str:
+        """By which a resumed run knows its task again."""
+        return str(self)
+
     def require(self, minimum: int):
         if self.context < minimum:
             raise InputError("context", self.context, f"{minimum} or more, for {self}")

@@ -59,16 +59,25 @@ class TokenizerFile:
         for name in ("config.json", "generation_config.json"):
             if (folder / name).is_file():
                 end = read_json(folder / name).get("eos_token_id", end)
-        return frozenset(end if isinstance(end, list) else [] if end is None else [end])
+        ends = end if isinstance(end, list) else [] if end is None else [end]
+        if not all(type(token) is int for token in ends):
+            raise InputError("config.json eos_token_id", end, "a token id, or a list of them")
+        return frozenset(ends)
 
     def encode(self, text: str) -> Tensor:
         """The tokens of a text, with those that the tokenizer puts before or behind it: (T,) int64."""
-        return torch.tensor(self.tokenizer.encode(text).ids, dtype=torch.int64)
+        readable = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # whatever a command line has given
+        return torch.tensor(self.tokenizer.encode(readable).ids, dtype=torch.int64)
 
     def stream(self, prompt: Tensor, tokens: Iterable[int]) -> Iterator[str]:
-        """The text of the prompt, then of the tokens as they come; special tokens are left out."""
+        """The text of the prompt, then of the tokens as they come; special tokens are left out, and bytes that are no text
+        become the character for that."""
         from tokenizers.decoders import DecodeStream
 
         stream = DecodeStream(skip_special_tokens=True)
         for token in itertools.chain(prompt.tolist(), tokens):
-            yield stream.step(self.tokenizer, token) or ""
+            try:
+                yield stream.step(self.tokenizer, token) or ""
+            except Exception:  # the library raises nothing narrower; what comes is a new beginning
+                stream = DecodeStream(skip_special_tokens=True)
+                yield "\ufffd"

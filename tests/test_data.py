@@ -1,10 +1,14 @@
 """Text and tasks: the right tokens, the same for everyone on one seed."""
 
+import functools
+import os
+
 import pytest
 import torch
 
+import minimodels.data
 from minimodels.config import InputError
-from minimodels.data import Span, open_data
+from minimodels.data import Piece, Span, open_data
 from minimodels.loss import IGNORE
 
 
@@ -15,9 +19,12 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_span_reads_across_files_without_joining_them():
-    parts = [torch.arange(5), torch.empty(0), torch.arange(5, 6), torch.arange(6, 20)]
-    span = Span([part.to(torch.uint8) for part in parts])
+def test_span_reads_across_files_without_joining_them(tmp_path):
+    pieces = []
+    for i, (start, stop) in enumerate([(0, 5), (5, 5), (5, 6), (6, 20)]):
+        (tmp_path / str(i)).write_bytes(bytes([99, *range(start, stop), 99]))
+        pieces.append(Piece(tmp_path / str(i), 1, 1 + stop - start))
+    span = Span(pieces)
     assert len(span) == 20
     for start in range(19):
         for stop in range(start + 1, 21):
@@ -40,13 +47,43 @@ def test_a_batch_is_a_function_of_seed_and_step(folder):
         assert torch.equal(one[0], other[0])
 
 
-def test_held_out_files_are_never_trained_on(folder):
+def test_of_many_files_some_are_held_out_and_never_trained_on(folder):
+    for number in range(60, 250):
+        (folder / f"{number}.txt").write_bytes(bytes([number]) * 40)
     data = open_data(str(folder), 30)
-    held_out = {int(part[0]) for part in data.spans["validation"].parts}
-    training = {int(part[0]) for part in data.spans["training"].parts}
+    held_out, training = ({piece.path.name for piece in data.spans[part].pieces} for part in ("validation", "training"))
     assert held_out
     assert not held_out & training
-    assert len(held_out | training) == 60
+    assert len(held_out | training) == 250
+    start = data.spans["training"][0:200].tolist()
+    assert start == sorted(start)
+
+
+def test_few_files_are_joined_and_split_by_position(folder):
+    """Whatever their names are, so that none has to be held out whole."""
+    joined = b"".join(file.read_bytes() for file in sorted(folder.iterdir()))
+    (folder / os.fsdecode(b"\xff")).write_bytes(b"last")  # a name that is no text
+    (folder / "run").mkdir()
+    for name in ("checkpoint.safetensors", "log.jsonl"):  # what a training run has left is no text
+        (folder / "run" / name).write_bytes(b"not this")
+    data = open_data(str(folder), 30)
+    spans = [bytes(span[0 : len(span)].tolist()) for span in data.spans.values()]
+    assert b"".join(spans) == joined + b"last"
+    assert len(spans[1]) == len(joined + b"last") // 20
+
+
+def test_the_fingerprint_tells_whether_files_have_changed(folder):
+    before = open_data(str(folder), 30).fingerprint
+    assert open_data(str(folder), 16).fingerprint == before
+    (folder / "00.txt").write_bytes(b"another length")
+    assert open_data(str(folder), 30).fingerprint != before
+
+
+def test_more_files_than_a_process_may_map(folder, monkeypatch):
+    monkeypatch.setattr(minimodels.data, "map_file", functools.lru_cache(2)(minimodels.data.map_file.__wrapped__))
+    span = open_data(str(folder), 30).spans["training"]
+    assert span[0 : len(span)].tolist() == sorted(span[0 : len(span)].tolist())
+    assert minimodels.data.map_file.cache_info().currsize == 2
 
 
 def test_one_file_is_split_by_position(tmp_path):
