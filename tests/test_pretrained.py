@@ -1,6 +1,7 @@
 """Published models: every family against transformers, which no one here wrote, from its files to ours and back."""
 
 import contextlib
+import copy
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from minimodels import LM, Config, InputError, from_pretrained, preset, save_pre
 from minimodels.config_json import explicit
 from minimodels.families import FAMILIES
 from minimodels.loss import IGNORE
+from minimodels.optim import adamw
 from minimodels.sample import Sampling, generate
 
 transformers = pytest.importorskip(
@@ -57,6 +59,7 @@ CASES = {  # model_type -> options of its configuration class
     "falcon_mamba": [
         SIZE,
         {**SIZE, "tie_word_embeddings": False, "use_bias": True, "mixer_rms_eps": 1e-2, "state_size": 5},
+        {**SIZE, "expand": 16, "intermediate_size": 64},  # as the published 7B has it: the second is meant
     ],
     "mixtral": [
         {**HEADS, "num_local_experts": 3, **AUXILIARY},
@@ -318,6 +321,56 @@ def test_no_field_is_lost(field, layers, tmp_path):
         assert distance(lm(tokens)[0], transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")(tokens).logits) < 1e-4
 
 
+@pytest.mark.parametrize("router", ["sigmoid_bias", "expert_choice"])
+@pytest.mark.parametrize("qk_norm", ["full", "head"])
+def test_a_router_that_no_family_has_is_refused(router, qk_norm, tmp_path):
+    lm = LM(Config(width=16, layers="attention moe", qk_norm=qk_norm, router=router))
+    with pytest.raises(InputError, match=f"{'olmoe' if qk_norm == 'full' else 'qwen3_moe'} differs in router"):
+        save_pretrained(lm, tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("name", "entries"),
+    [
+        ("qwen3", {"sliding_window": 4, "max_window_layers": 0}),
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": 0}),
+        ("qwen3_moe", {"sliding_window": 4}),
+        ("qwen3_moe", {"use_sliding_window": True}),
+        ("mistral", {}),
+        ("mistral", {"sliding_window": None}),
+        ("mixtral", {}),
+    ],
+)
+def test_a_window_that_is_not_told_is_what_the_class_has(name, entries, tmp_path):
+    folder = saved(theirs(name), tmp_path / "a")
+    config = json.loads((folder / "config.json").read_text())
+    for entry in ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"):
+        config.pop(entry, None)
+    (folder / "config.json").write_text(json.dumps({**config, **entries}))
+    class_has = transformers.AutoConfig.from_pretrained(folder)
+    windowed = class_has.sliding_window if getattr(class_has, "use_sliding_window", True) else None
+    ours = from_pretrained(folder).config
+    assert ("window" in ours.layers) == (windowed is not None)
+    assert windowed is None or ours.window == windowed
+
+
+def test_a_loaded_model_trains_like_one_made_here(tmp_path):
+    """What does not decay is known of the layer, not of the tensor, which loading and copying replace."""
+    lm = from_pretrained(saved(theirs("mamba"), tmp_path / "a"))
+    for model in (lm, copy.deepcopy(lm)):
+        decayed = {id(parameter) for parameter in adamw(model, 1e-3, 0.1).param_groups[0]["params"]}
+        names = {name.rpartition(".")[2] for name, parameter in model.named_parameters() if id(parameter) in decayed}
+        assert names == {"weight"}
+
+
+@pytest.mark.parametrize("path", ["file/model", "link"])
+def test_a_folder_that_cannot_be_written_is_refused(path, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    with pytest.raises(InputError, match="path: "):
+        save_pretrained(LM(Config(width=16, layers="attention mlp")), tmp_path / path)
+
+
 def test_what_no_family_expresses_says_why(tmp_path):
     for model in ("mod", "hybrid"):
         with pytest.raises(InputError, match="llama differs in layers.*jamba differs in"):
@@ -360,6 +413,11 @@ def test_what_no_family_expresses_says_why(tmp_path):
         ("qwen3_moe", {"mlp_only_layers": [0.5]}, "mlp_only_layers"),
         ("jamba", {"attn_layer_offset": 7}, "attn_layer_offset: 7"),
         ("mamba", {"hidden_act": "relu"}, "hidden_act"),
+        ("mamba", {"intermediate_size": 65}, "intermediate_size: 65 .* multiple of hidden_size 32"),
+        ("mamba", {"intermediate_size": 0}, "intermediate_size: 0"),
+        ("olmoe", {"norm_topk_prob": "sigmoid_bias"}, "norm_topk_prob: 'sigmoid_bias' .* true or false"),
+        ("llama", {"rope_parameters": {"rope_type": ["default"]}}, "rope_type"),
+        ("llama", {"vocab_size": 10**30}, "vocab_size"),
     ],
 )  # fmt: skip
 def test_config_that_is_not_implemented_is_refused_by_name(name, entries, message, tmp_path):

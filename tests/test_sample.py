@@ -60,6 +60,7 @@ def test_filters_keep_what_they_say():
     assert kept(p, top_k=9) == [True] * 4
     assert kept(p, top_p=0.5) == [True, True, False, False]
     assert kept(p, top_p=0.05) == [True, False, False, False]
+    assert kept(p, top_p=1e-300) == [True, False, False, False]
     assert kept(p[::-1], top_p=0.75) == [False, True, True, True]
     assert kept(p, min_p=0.6) == [True, True, False, False]
     assert kept(p, min_p=1.0) == [True, False, False, False]
@@ -81,7 +82,8 @@ def test_temperature_shapes_the_frequencies():
 
 def test_no_temperature_is_too_low():
     logits = torch.tensor([[2.0, 1.0, 0.0]])
-    assert pick(logits, Sampling(temperature=1e-40), [torch.Generator()]).tolist() == [0]
+    for temperature in (1e-40, 1e-300):
+        assert pick(logits, Sampling(temperature=temperature), [torch.Generator()]).tolist() == [0]
 
 
 @pytest.mark.parametrize(

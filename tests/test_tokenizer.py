@@ -46,6 +46,22 @@ def test_a_tokenizer_file_gives_the_text_back(folder):
         assert "".join(tokenizer.stream(tokens[:cut], tokens[cut:].tolist())) == TEXT
 
 
+def test_what_a_command_line_could_not_decode_is_encoded(folder):
+    assert len(TokenizerFile(folder).encode("a\udcff"))
+
+
+def test_bytes_that_are_no_text_do_not_end_it(folder, tmp_path):
+    """A tokenizer that falls back on bytes, and a model that has not learnt to spell with them."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {"<unk>": 0, "<0x41>": 1, "<0x80>": 2, "\u2581he": 3}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
+    decoders = tokenizers.decoders
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = "".join(TokenizerFile(tmp_path).stream(torch.tensor([3]), [1, 2, 3, 3]))
+    assert text.count("he") >= 2
+
+
 def test_the_end_of_a_text_is_what_the_files_say(folder, tmp_path):
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
@@ -55,6 +71,9 @@ def test_the_end_of_a_text_is_what_the_files_say(folder, tmp_path):
     assert TokenizerFile(tmp_path).end == {1}
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 7]}))
     assert TokenizerFile(tmp_path).end == {1, 7}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ["x"]}))
+    with pytest.raises(InputError, match="eos_token_id: .'x'."):
+        TokenizerFile(tmp_path)
 
 
 def test_a_published_model_is_continued_and_stops_where_it_ends(folder, capsys):

@@ -262,9 +262,12 @@ def test_refuses_to_resume_what_is_damaged_or_another_run(tmp_path, monkeypatch,
     shutil.copy(other / "checkpoint.safetensors", tmp_path / "wider.safetensors")
     flipped = bytearray(whole)
     flipped[-100] ^= 1
+    elsewhere = whole.replace(b'\\"step\\": 2', b'\\"step\\": 1')
+    assert elsewhere != whole
     damaged = {
         "a whole safetensors file": whole[: len(whole) // 2],
         "checksum": bytes(flipped),
+        "checksum is": elsewhere,
         "differing": (tmp_path / "wider.safetensors").read_bytes(),
         "safetensors": b"",
     }
@@ -283,6 +286,44 @@ def test_refuses_to_resume_what_is_damaged_or_another_run(tmp_path, monkeypatch,
         with pytest.raises(SystemExit):
             run("--resume", "run", *change, monkeypatch=monkeypatch)
         assert f"error: {change[0][2:]}: " in capsys.readouterr().err
+
+
+def test_refuses_to_go_on_with_other_data(tmp_path, monkeypatch, capsys):
+    (tmp_path / "texts").mkdir()
+    for name in "ab":
+        (tmp_path / "texts" / name).write_bytes(b"some text " * 50)
+    run("--data", "texts", "--steps", 2, "--out", "texts/run", *SMALL, monkeypatch=monkeypatch)
+    run("--resume", "texts/run", "--steps", 4, monkeypatch=monkeypatch)  # what the run has left there is no text
+    (tmp_path / "texts" / "c").write_bytes(b"more")
+    with pytest.raises(SystemExit):
+        run("--resume", "texts/run", "--steps", 6, monkeypatch=monkeypatch)
+    error = capsys.readouterr().err
+    assert "error: data: 'texts: 3 files," in error and "was started with: 2 files," in error
+
+
+def test_a_log_that_ran_ahead_of_its_checkpoint_is_cut_back(tmp_path, monkeypatch):
+    run("--data", "text", "--steps", 4, "--out", "run", *SMALL, monkeypatch=monkeypatch)
+    with (tmp_path / "run/log.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')  # as a run that was killed leaves it
+    run("--resume", "run", "--steps", 6, monkeypatch=monkeypatch)
+    assert [record["step"] for record in log(tmp_path / "run") if "loss" in record] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("change", [{"batch_size": 2.5}, {"data": 5}, {"steps": 1.5}, {"compile": 1}, {"model": None}])
+def test_refuses_options_of_another_kind(change, tmp_path, monkeypatch, capsys):
+    run("--data", "text", "--steps", 1, "--out", "run", *SMALL, monkeypatch=monkeypatch)
+    options = json.loads((tmp_path / "run/options.json").read_text())
+    (tmp_path / "run/options.json").write_text(json.dumps({**options, **change}))
+    with pytest.raises(SystemExit) as exit:
+        run("--resume", "run", monkeypatch=monkeypatch)
+    assert exit.value.code == 2
+    assert f"error: {next(iter(change))}: " in capsys.readouterr().err
+
+
+def test_refuses_weights_that_are_not_finite(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="sum of all weights is .* nothing was saved"):
+        run("--data", "text", "--steps", 1, "--lr", 1e38, "--warmup", 0, "--out", "run", *SMALL, monkeypatch=monkeypatch)
+    assert not (tmp_path / "run/checkpoint.safetensors").exists()
 
 
 def test_refuses_a_prompt_outside_the_vocabulary(tmp_path, monkeypatch, capsys):
