@@ -1,6 +1,6 @@
 """Is each part as fast as it should be without a kernel of its own?
 
-    python -m benchmarks.parts                  all four questions, about three minutes on two CPU cores
+    python -m benchmarks.parts                  all four questions, about five minutes on two CPU cores
     python -m benchmarks.parts --only scan      one of them: scan, moe, mod, trainer
 
 - scan: the selective scan, forward and backward, against a loop over the tokens and against mambapy's parallel scan
@@ -136,7 +136,8 @@ def measure_mod(device: torch.device) -> Iterator[dict]:
             "mod": Config(width=width, layers="(attention mlp mod(attention mlp))*3"),
         }
         promised = ledger(configs["dense"], T).forward_flops / ledger(configs["mod"], T).forward_flops
-        timings = interleave({name: train_step(config, tokens // T, T, device) for name, config in configs.items()})
+        steps = {name: train_step(config, tokens // T, T, device) for name, config in configs.items()}
+        timings = interleave(steps, rounds=15)
         median, low, high = ratio(timings, "mod", "dense")
         print(
             f"  T {T:5}: {median:.2f}x the dense model ({low:.2f}-{high:.2f}); "
