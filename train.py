@@ -27,7 +27,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import tyro
-from torch import Tensor
 from tqdm import tqdm
 
 from minimodels import checkpoint
@@ -145,10 +144,10 @@ def main(options: Options) -> None:
         run, done = options.resume, checkpoint.load(options.resume, model, optimizer)
         if done.get("data", data.fingerprint) != data.fingerprint:
             raise InputError("data", f"{options.data}: {data.fingerprint}", f"what {run} was started with: {done['data']}")
-        forget_after(run, done["step"])
+        checkpoint.forget_after(run, done["step"])
     else:
         run, done = new_folder(options), {"step": 0, "seconds": 0.0}
-    keep_options(run, replace(options, config=config))
+    checkpoint.save_options(run, asdict(replace(options, config=config, out=None, resume=None)))
     step = done["step"]
     print(f"model    {label(options)}: {config.layers}")
     print(f"ledger   {cost}")
@@ -197,13 +196,15 @@ def main(options: Options) -> None:
             spent = {"tokens": step * tokens_per_step, "flops": step * tokens_per_step * cost.training_flops}
             measured = {"loss": mean, "grad_norm": norm.item(), "lr": rate, "tokens_per_second": speed}
             layers = {name: value.item() for name, value in parts.items() if name != "cross_entropy"} | model.observations()
-            refuse_nan("loss", loss, step, run)
+            refuse_nan(model, step, run)
             write_log(run, {"step": step, "seconds": lap - start, **spent, **measured, **layers})
             bar.set_postfix_str(f"step {step}, loss {mean:.3f}, {speed:,.0f} tokens/s", refresh=False)
             bar.update(min(progress, 1.0) - bar.n)
         if options.eval_every and step % options.eval_every == 0 and step < last_step:
+            refuse_nan(model, step, run)
             report(run, evaluate(model, data, options, autocast), step, time.perf_counter() - start, bar.write)
-            save(run, model, optimizer, step, time.perf_counter() - start, data)
+            now = {"step": step, "seconds": time.perf_counter() - start, "data": data.fingerprint}
+            checkpoint.save(run, model, optimizer, now)
             lap, lap_step = time.perf_counter(), step
         if options.sample_every and step % options.sample_every == 0 and step < last_step:
             bar.write(sample(model, data, options.prompt))
@@ -212,7 +213,8 @@ def main(options: Options) -> None:
     bar.close()
     signal.signal(signal.SIGINT, at_interrupt)
     seconds = time.perf_counter() - start
-    save(run, model, optimizer, step, seconds, data)
+    refuse_nan(model, step, run)
+    checkpoint.save(run, model, optimizer, {"step": step, "seconds": seconds, "data": data.fingerprint})
     if interrupted.is_set():
         print(f"\ninterrupted at step {step} and saved; to go on: python train.py --resume {run}")
         sys.exit(130)
@@ -262,38 +264,16 @@ def sample(model: LM, data: Text | Task, prompt: str) -> str:
     return text
 
 
-def refuse_nan(name: str, value: Tensor, step: int, run: Path) -> None:
+def refuse_nan(model: LM, step: int, run: Path) -> None:
     """Stop before a broken model is saved over a whole one."""
-    if not math.isfinite(value.item()):
+    if not sum(parameter.detach().sum() for parameter in model.parameters()).isfinite():
         kept = f"the last checkpoint is whole: --resume {run}" if (run / checkpoint.FILE).exists() else "nothing was saved"
-        sys.exit(f"the {name} is {value.item()} at step {step}; a lower lr may help; {kept}")
-
-
-def save(run: Path, model: LM, optimizer: torch.optim.Optimizer, step: int, seconds: float, data: Text | Task) -> None:
-    """A checkpoint, from which the run goes on at `step`, on the same data only."""
-    refuse_nan("sum of all weights", sum(parameter.detach().sum() for parameter in model.parameters()), step, run)
-    checkpoint.save(run, model, optimizer, {"step": step, "seconds": seconds, "data": data.fingerprint})
+        sys.exit(f"the weights are not finite at step {step}; a lower lr may help; {kept}")
 
 
 def write_log(run: Path, record: dict) -> None:
     with (run / "log.jsonl").open("a") as file:
         file.write(json.dumps(record) + "\n")
-
-
-def forget_after(run: Path, step: int) -> None:
-    """Drop from the log what was measured after the checkpoint, for it will be measured again."""
-    log = run / "log.jsonl"
-    if log.exists():
-        kept = [line for line in log.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-        log.write_text("".join(f"{line}\n" for line in kept))
-
-
-def keep_options(run: Path, options: Options) -> None:
-    """Write down what the run is doing, for --resume to go on with it."""
-    try:
-        checkpoint.write_json(run / "options.json", {**asdict(options), "out": None, "resume": None})
-    except OSError as error:
-        raise InputError("out", str(run), f"a folder that can be written ({error.strerror})") from None
 
 
 def parse() -> Options:

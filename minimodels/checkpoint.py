@@ -1,6 +1,6 @@
 """A run on disk: one safetensors file that is whole or is not there, beside JSON that a person can read.
 
-    RUN/options.json             how the run was started
+    RUN/options.json             how the run was started, or last resumed
     RUN/checkpoint.safetensors   weights (model.*), optimizer state (optimizer.*), random state; progress as JSON in the header
     RUN/log.jsonl                what was measured
 
@@ -89,6 +89,22 @@ def load(run: Path, model: LM, optimizer: torch.optim.Optimizer | None = None) -
         if "random.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["random.cuda"])
     return progress
+
+
+def save_options(run: Path, options: dict) -> None:
+    """Write down what a run is doing, to go on with it. Raises InputError where the folder cannot be written."""
+    try:
+        write_json(run / "options.json", options)
+    except OSError as error:
+        raise InputError("out", str(run), f"a folder that can be written ({error.strerror})") from None
+
+
+def forget_after(run: Path, step: int) -> None:
+    """Drop from the log what was measured after the checkpoint, for it will be measured again."""
+    log = run / "log.jsonl"
+    if log.exists():
+        kept = [line for line in log.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+        log.write_text("".join(f"{line}\n" for line in kept))
 
 
 def load_model(run: Path) -> LM:

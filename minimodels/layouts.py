@@ -44,6 +44,14 @@ def outline_blocks(per_block: int) -> Callable[[Layers, int], dict]:
     return lambda layers, window: {"num_hidden_layers": len(layers) // per_block}
 
 
+def llama_blocks(entries: Entries) -> dict[str, object]:
+    """Every block the same; the class wants heads that divide the width, even where head_dim is told."""
+    width, heads = number(entries, "hidden_size", most=LARGEST), number(entries, "num_attention_heads", most=LARGEST)
+    if width % heads:
+        raise InputError("config.json num_attention_heads", heads, f"a divisor of hidden_size {width}")
+    return blocks("attention", "mlp")(entries)
+
+
 def mamba_blocks(entries: Entries) -> dict[str, object]:
     """Every block the same; intermediate_size, where it is told, goes before expand."""
     width, inner = number(entries, "hidden_size", most=LARGEST), number(entries, "intermediate_size", 0, 0, LARGEST)

@@ -273,6 +273,9 @@ def test_what_was_read_is_written_again(tmp_path):
     [
         ({"layers": "(attention mlp)*2"}, "llama"),
         ({"layers": "(window mlp)*2"}, "mistral"),
+        ({"layers": "(attention mlp)*2", "heads": 3, "head_dim": 8}, "mistral"),  # for Llama's class wants a divisor of 32
+        ({"layers": "(mamba mlp attention mlp)*2", "mamba_norm": "learned", "rope_base": 0.0, "router": "softmax",
+          "mlp_width": 48, "expert_width": 48, "balance": "pooled"}, "jamba"),
         ({"layers": "attention mlp window mlp", "qk_norm": "head"}, "qwen3"),
         ({"layers": "(mamba)*3"}, "mamba"),
         ({"layers": "(mamba)*3", "mamba_norm": "plain"}, "falcon_mamba"),
