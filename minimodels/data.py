@@ -1,9 +1,9 @@
 """Text as bytes, read where it lies.
 
 A corpus is any file, any folder, or `stdlib`: the source of Python's own standard library, which every reader has on disk.
-Files are memory-mapped when first touched and joined by position only, so a batch costs its own bytes and nothing else. Which tokens a batch
-holds is a function of (seed, step): two architectures trained with one seed see the same text in the same order, and a run
-that is resumed needs no position but its step.
+Files are memory-mapped when first touched and joined by position only, so a batch costs its own bytes and nothing else. Which
+tokens a batch holds is a function of (seed, step): two architectures trained with one seed see the same text in the same order,
+and a run that is resumed needs no position but its step.
 """
 
 from __future__ import annotations
