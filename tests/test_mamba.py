@@ -115,7 +115,6 @@ def test_initialisation_is_the_papers():
     assert layer.dt_proj.weight.abs().max() <= 4**-0.5
     assert layer.dt_proj.weight.abs().max() > 0.9 * 4**-0.5
     assert layer.out_proj.weight.abs().max() == pytest.approx(128**-0.5 / 4**0.5, rel=0.02)
-    assert layer.A_log.no_weight_decay
 
 
 def test_refuses_shapes_that_do_not_fit():
