@@ -103,10 +103,10 @@ def main(options: Options) -> None:
         return
     end = time.monotonic() + 60 * options.minutes
     done = read_done(done_file)
-    impl, gpu = options.impl, device.type == "cuda"
-    plan = steps(options.out, gpu, impl)
-    for name in plan:
-        arguments, left = steps(options.out, gpu, impl)[name], end - time.monotonic()
+    gpu = device.type == "cuda"
+    plan = steps(options.out, gpu, options.impl)
+    for name in list(plan):
+        arguments, left = plan[name], end - time.monotonic()
         if done.get(name, {}).get("status") == "done" or left < 10:
             continue
         print(f"--- {name}: {left / 60:.1f} minutes left", flush=True)
@@ -122,7 +122,7 @@ def main(options: Options) -> None:
             if not gpu:
                 raise InputError("correctness", status, "laws that hold on this device; nothing was measured")
             print("models are timed on the torch path alone, and of the kernels those that pass their check", flush=True)
-            impl = "torch"
+            plan = steps(options.out, gpu, "torch")
     for name in ("throughput", "crossover"):
         if (options.out / f"{name}.jsonl").exists():
             command = ["-m", "benchmarks.plot", str(options.out / f"{name}.jsonl"), "--out", str(options.out / name)]

@@ -39,8 +39,7 @@ def save(run: Path, model: LM, optimizer: torch.optim.Optimizer, progress: dict)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     checksums = {part: checksum(tensors, part) for part in PARTS}
     header = {"progress": json.dumps(progress), "config": json.dumps(asdict(model.config))}
-    checksums["header"] = zlib.crc32(repr(sorted(header.items())).encode())
-    header["checksums"] = json.dumps(checksums)
+    header["checksums"] = json.dumps({**checksums, "header": header_checksum(header)})
     partial = run / (FILE + ".partial")
     save_file(tensors, partial, header)
     os.replace(partial, run / FILE)
@@ -63,9 +62,8 @@ def load(run: Path, model: LM, optimizer: torch.optim.Optimizer | None = None) -
             tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, InputError) as error:
         raise InputError("checkpoint", str(path), f"a whole safetensors file of a training run ({error})") from None
-    told = zlib.crc32(repr(sorted((key, header[key]) for key in ("progress", "config"))).encode())
-    whole = checksums.get("header", told) == told  # which older files lack
-    if not whole or any(checksums.get(part) != checksum(tensors, part) for part in parts):
+    found = {"header": header_checksum(header), **{part: checksum(tensors, part) for part in parts}}
+    if any(checksums.get(part, value if part == "header" else None) != value for part, value in found.items()):  # older: none
         raise InputError("checkpoint", str(path), "a file whose checksum is that of its contents; this one is damaged")
 
     expected = asdict(model.config)
@@ -104,7 +102,7 @@ def forget_after(run: Path, step: int) -> None:
     log = run / "log.jsonl"
     if log.exists():
         kept = [line for line in log.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-        log.write_text("".join(f"{line}\n" for line in kept))
+        write_whole(log, "".join(f"{line}\n" for line in kept))
 
 
 def load_model(run: Path) -> LM:
@@ -153,8 +151,18 @@ def checksum(tensors: dict[str, Tensor], part: str) -> int:
     return value
 
 
+def header_checksum(header: dict[str, str]) -> int:
+    """CRC-32 of what the header says of progress and configuration."""
+    return zlib.crc32((header["progress"] + header["config"]).encode())
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write JSON so that the file is whole or is not there."""
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is whole, or as it was before."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.write_text(text)
     os.replace(partial, path)

@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checkpoint import FILE as CHECKPOINT
 from .config import LARGEST, InputError
 
 HELD_OUT = 20  # one byte (or file) in this many is kept for validation
 FEW = 200  # files, of which a twentieth chosen by chance may be none, or none of those that matter
-RUN = "checkpoint.safetensors"  # what a folder holds that a training run has made
 
 
 class Text:
@@ -126,7 +126,7 @@ def open_text(name: str, context: int) -> Text:
     else:
         root = Path(name)
         found = [root] if root.is_file() else walk(root) if root.is_dir() else []
-        files = [f for f in found if f == root or not (f.parent / RUN).exists()]
+        files = [f for f in found if f == root or not (f.parent / CHECKPOINT).exists()]
     if not files or not name:
         raise InputError("data", name, f"stdlib, a file, a folder with files, or a task: {', '.join(TASKS)}")
     whole = {os.fsencode(f.relative_to(root).as_posix()): Piece(f, 0, size_of(f)) for f in files}
