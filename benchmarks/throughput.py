@@ -44,6 +44,7 @@ AXES: dict[str, Callable[[Ledger], float]] = {
     "active": lambda cost: cost.active,
     "flops": lambda cost: cost.forward_flops,
 }
+DECODED = 32  # tokens in a call of decode
 FIRST = 256  # the context at which the models are matched, and the shortest unless another is asked for
 PIECE = 2**16  # tokens that are read at once to make a state for decoding
 CUDNN = "cudnn"  # the torch path with cuDNN's attention, which PyTorch does not always choose by itself
@@ -62,7 +63,7 @@ class Options:
     match: str = "active"
     """axis on which the models are made equal: parameters, active, flops, or none"""
     modes: tuple[str, ...] = ("train", "prefill", "decode")
-    """train (a whole step), prefill (the state of a prompt), decode (one more token, batch 1 and `decode_batch`)"""
+    """train (a whole step), prefill (the state of a prompt), decode (more tokens one by one, batch 1 and `decode_batch`)"""
     shortest: int = FIRST
     """first context"""
     longest: int = 0
@@ -233,7 +234,7 @@ def describe_point(mode: str, name: str, provider: Provider, context: int, batch
         "benchmark": "throughput", "mode": mode, "model": name, "base": provider.base, "impl": provider.impl,
         "compiled": provider.compiled, "layers": config.layers, "width": config.width, "match": options.match,
         "context": context, "batch": batch, "parameters": cost.parameters, "active": cost.active,
-        "state_bytes": cost.state_bytes, "tokens": batch * (1 if mode == "decode" else context),
+        "state_bytes": cost.state_bytes, "tokens": batch * (DECODED if mode == "decode" else context),
         "flops": cost.training_flops if mode == "train" else cost.forward_flops, "seconds": None, "peak_bytes": None,
     }  # fmt: skip
 
@@ -300,17 +301,20 @@ def prefill(model: LM, context: int, batch: int, provider: Provider) -> Callable
     return call
 
 
-def decode(model: LM, context: int, batch: int, provider: Provider) -> Callable[[], tuple]:
-    """One token more, after `context` of them, which are read in pieces that need little memory."""
+def decode(model: LM, context: int, batch: int, provider: Provider) -> Callable[[], None]:
+    """Some tokens more, one by one, after `context` of them, which are read in pieces that need little memory. The first copies
+    what is remembered, for each call starts anew."""
     model = at_capacity(in_half(model.eval()))
-    token, state = torch.zeros(batch, 1, dtype=torch.int64, device=model.embedding.weight.device), None
+    token, start = torch.zeros(batch, 1, dtype=torch.int64, device=model.embedding.weight.device), None
     with torch.inference_mode():
         for length in torch.arange(context).split(max(1, PIECE // batch)):
-            _, state = model.features(token.expand(batch, len(length)), state)
+            _, start = model.features(token.expand(batch, len(length)), start)
 
     @torch.inference_mode()
-    def call() -> tuple:
-        return model(token, state)
+    def call() -> None:
+        state = start
+        for _ in range(DECODED):
+            _, state = model(token, state)
 
     return call
 
@@ -355,7 +359,7 @@ def describe(row: dict) -> str:
     slowest, fastest = (row["tokens"] / extreme(row["seconds"]) for extreme in (max, min))
     text = f"{place} {rate:12,.0f} tokens/s ({slowest:,.0f}-{fastest:,.0f})"
     if row["mode"] == "decode":
-        text += f", {median * 1e3:.3f} ms a token"
+        text += f", {median * 1e3 / DECODED:.3f} ms a token"
     else:
         text += f", {rate * row['flops'] / row['limit']:.0%} of the matrix products"
     memory = f", peak {row['peak_bytes'] / 2**20:,.0f} MiB" if row["peak_bytes"] is not None else ""

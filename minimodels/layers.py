@@ -5,10 +5,11 @@ The layer contract. Every sequence layer is an `nn.Module` with
     forward(x: (B, T, D), state=None, positions=None) -> (y: (B, T, D), state)
 
 `state` is all that the layer remembers of the tokens before x (None: there were none). Training passes None, prefill is one
-long chunk, decoding is T = 1: there is no second path for inference. `positions` (B, T) int64 says where each token stands in
-its row's text, and -1 marks padding, which stands only behind a row's last token and touches no state. None means that x goes
-on where the state ended. Mixture-of-depths needs both: it hands its group a few tokens at their original positions, and in a
-batch a different number of them per row.
+long chunk, decoding is T = 1: there is no second path for inference. A state stays good while anyone holds it: states may
+share memory, yet one can go on from any of them twice. `positions` (B, T) int64 says where each token stands in its row's
+text, and -1 marks padding, which stands only behind a row's last token and touches no state. None means that x goes on where
+the state ended. Mixture-of-depths needs both: it hands its group a few tokens at their original positions, and in a batch a
+different number of them per row.
 
 What else a layer may have, and the model then asks for by name:
 

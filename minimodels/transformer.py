@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from .config import Config
 from .layers import RMSNorm, choose, linear, rotary, rotate
 
+SPARE = 64  # free slots, or an eighth of those in use: then to move into the next room costs next to nothing
+
 
 class AttentionState(NamedTuple):
     """What attention remembers.
@@ -38,8 +40,9 @@ class AttentionState(NamedTuple):
 
     keys: Tensor  # (B, G, S, d), rotated
     values: Tensor  # (B, G, S, d)
-    positions: Tensor | None  # (B, S) int64, ascending
+    positions: Tensor | None  # (B, S) int64, ascending but for the empty slots
     seen: Tensor | int  # the position of the next token
+    room: Room | None = None  # the memory that the slots lie in, where there is more of it behind them
 
 
 class Attention(nn.Module):
@@ -84,30 +87,9 @@ class Attention(nn.Module):
             q, k = rotate(q, *angles), rotate(k, *angles)
 
         now = AttentionState(k, v, None, seen + T) if gapless else with_positions(k, v, positions, seen)
-        if state is not None:
-            now = behind(state, now)  # S = remembered + T
+        now, after = carry(state, now, self.window)  # S = remembered + T
         y = attention(q, *now[:2], None if gapless else positions, now.positions, self.window, self.impl)  # (B, H, T, d)
-        return self.out(y.transpose(1, 2).flatten(2)), self.remember(now, first=state is None)
-
-    def remember(self, state: AttentionState, first: bool) -> AttentionState:
-        """Drop what no later token can see: all but window - 1 tokens, and slots that are empty in every row.
-
-        The empty slots of the `first` chunk stay: to count them, every training step would have to wait for the GPU.
-        """
-        slots = state.keys.shape[2]
-        keep = slots if self.window is None else min(slots, self.window - 1)
-        if state.positions is not None:
-            positions, order = state.positions.sort(dim=1, stable=True)  # empty slots first: what is dropped is dropped there
-            index, empty = order[:, None, :, None].expand_as(state.keys), (positions < 0)[:, None, :, None]
-            keys, values = (part.gather(2, index).masked_fill(empty, 0) for part in (state.keys, state.values))
-            state = AttentionState(keys, values, positions, state.seen)
-            if not first:
-                keep = min(keep, int((positions >= 0).sum(1).amax()))
-        if keep == slots:
-            return state
-        last = slice(slots - keep, None)  # cloned, for a view would keep what is dropped in memory
-        keys, values = (part[:, :, last].clone() for part in state[:2])
-        return AttentionState(keys, values, None if state.positions is None else state.positions[:, last].clone(), state.seen)
+        return self.out(y.transpose(1, 2).flatten(2)), after
 
     def flops(self, context: int) -> float:
         """Forward FLOPs per token: projections, and QKᵀ and PV with every key computed, those masked included."""
@@ -128,16 +110,77 @@ def with_positions(keys: Tensor, values: Tensor, positions: Tensor, seen: Tensor
     return AttentionState(keys, values, positions, (positions.amax(1) + 1).clamp(min=seen))
 
 
-def behind(before: AttentionState, now: AttentionState) -> AttentionState:
-    """The slots of `now` behind those of `before`."""
-    keys, values = (torch.cat(parts, dim=2) for parts in zip(before[:2], now[:2], strict=True))
-    if now.positions is None:
-        return AttentionState(keys, values, None, now.seen)
-    positions = before.positions
-    if positions is None:
-        slots = torch.arange(before.seen - before.keys.shape[2], before.seen, device=keys.device)
-        positions = slots.expand(keys.shape[0], -1)
-    return AttentionState(keys, values, torch.cat((positions, now.positions), dim=1), now.seen)
+def carry(before: AttentionState | None, now: AttentionState, window: int | None) -> tuple[AttentionState, AttentionState]:
+    """The slots that a chunk attends to, its own behind those remembered before, and what is remembered after it."""
+    if before is None:  # empty slots stay: to count them, every training step would have to wait for the GPU
+        return now, compact(now, window, count=False)
+    if now.positions is not None and before.positions is None:
+        slots = torch.arange(before.seen - before.keys.shape[2], before.seen, device=now.keys.device)
+        before = AttentionState(before.keys, before.values, slots.expand(now.keys.shape[0], -1), before.seen)
+    if torch.is_grad_enabled():
+        keys, values = (torch.cat(parts, dim=2) for parts in zip(before[:2], now[:2], strict=True))
+        positions = None if now.positions is None else torch.cat((before.positions, now.positions), dim=1)
+        joined = AttentionState(keys, values, positions, now.seen)
+        return joined, compact(joined, window)
+    room = before.room
+    if room is None or not room.takes(before, now):
+        before = compact(before, window)
+        room = Room(before, now)
+    return room.append(before, now, window)
+
+
+def compact(state: AttentionState, window: int | None, count: bool = True) -> AttentionState:
+    """Drop what no later token can see: all but window - 1 tokens and, if they may be counted, slots empty in every row."""
+    keys, values, positions, seen, _ = state
+    slots = keys.shape[2]
+    keep = slots if window is None else min(slots, window - 1)
+    if positions is not None:
+        positions, order = positions.sort(dim=1, stable=True)  # empty slots first: what is dropped is dropped there
+        index, empty = order[:, None, :, None].expand_as(keys), (positions < 0)[:, None, :, None]
+        keys, values = (part.gather(2, index).masked_fill(empty, 0) for part in (keys, values))
+        if count:
+            keep = min(keep, int((positions >= 0).sum(1).amax()))
+    if keep < slots:  # cloned, for a view would keep what is dropped in memory
+        keys, values = (part[:, :, slots - keep :].clone() for part in (keys, values))
+        positions = None if positions is None else positions[:, slots - keep :].clone()
+    return AttentionState(keys, values, positions, seen)
+
+
+class Room:
+    """Memory with free slots behind those in use, so that one more token is not a copy of all before it.
+
+    It serves where nothing is differentiated. What is in use is never overwritten, and only the newest state is written
+    behind: an earlier one, or one of some of its rows, begins a room of its own. So every state stays good.
+    """
+
+    def __init__(self, state: AttentionState, now: AttentionState):
+        self.used = state.keys.shape[2]
+        free = now.keys.shape[2] + max(SPARE, self.used // 8)
+        self.keys, self.values = (F.pad(part, (0, 0, 0, free)) for part in state[:2])
+        self.positions = None if state.positions is None else F.pad(state.positions, (0, free))
+        self.newest = state.keys
+
+    def takes(self, before: AttentionState, now: AttentionState) -> bool:
+        """Whether `before` is the newest state, the slots of `now` fit behind it, and may be written."""
+        writable = torch.is_inference_mode_enabled() or not self.keys.is_inference()
+        return before.keys is self.newest and self.used + now.keys.shape[2] <= self.keys.shape[2] and writable
+
+    def append(self, before: AttentionState, now: AttentionState, window: int | None) -> tuple[AttentionState, AttentionState]:
+        """As carry. Slots that are empty or outside the window stay among those with positions until the room is full."""
+        first, start, self.used = self.used - before.keys.shape[2], self.used, self.used + now.keys.shape[2]
+        self.keys[:, :, start : self.used], self.values[:, :, start : self.used] = now.keys, now.values
+        if self.positions is not None:
+            self.positions[:, start : self.used] = now.positions
+
+        def state(first: int) -> AttentionState:
+            keys, values = (part[:, :, first : self.used] for part in (self.keys, self.values))
+            positions = None if self.positions is None else self.positions[:, first : self.used]
+            return AttentionState(keys, values, positions, now.seen, self)
+
+        bounded = window is not None and self.positions is None
+        after = state(max(first, self.used - window + 1) if bounded else first)
+        self.newest = after.keys
+        return state(first), after
 
 
 def normalised(x: Tensor, norm: RMSNorm) -> Tensor:

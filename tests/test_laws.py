@@ -110,6 +110,31 @@ def test_batch_independence(case):
 
 
 @law
+@pytest.mark.parametrize("ragged", [False, True], ids=["whole", "ragged"])
+def test_states_stay_good(case, ragged, monkeypatch):
+    """In generation, where states may share memory, tokens one by one give what the whole gives, and one can go on from any
+    state a second time, in another way."""
+    monkeypatch.setattr("minimodels.transformer.SPARE", 3)  # so that memory is outgrown
+    stack, x, other = make(CASES[case]), text(), text(2)
+    positions = None
+    if ragged:
+        positions = torch.arange(5).expand(B, 5)
+        positions = positions.masked_fill(positions >= torch.tensor([5, 1, 3])[:, None], -1)
+    with torch.inference_mode():
+        _, start = stack(x[:, :5], None, positions)
+        expected, _ = stack(x[:, 5:], start)
+        state, states = start, []
+        for t in range(5, T):
+            y, after = stack(x[:, t : t + 1], state)
+            same(y, expected[:, t - 5 : t - 4])
+            states.append(state)
+            state = after
+        for t, earlier in reversed(list(enumerate(states))):
+            text_of_its_own = torch.cat((x[:, 5 : 5 + t], other[:, :2]), dim=1)
+            same(stack(other[:, :2], earlier)[0], stack(text_of_its_own, start)[0][:, t:])
+
+
+@law
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 def test_reference_equals_torch(case, training):
     """Every path of an operation gives the same outputs, states and gradients."""

@@ -1,5 +1,7 @@
 """Attention, checked against what defines it."""
 
+import itertools
+
 import pytest
 import torch
 from models import SHAPE, make, same
@@ -70,6 +72,45 @@ def test_window_state_stays_bounded():
         _, state = stack(text(), state)
         assert state[0].keys.shape[2] == 4
         assert state[0].keys.untyped_storage().nbytes() == state[0].keys.nbytes
+
+
+@pytest.mark.parametrize("layer", ["attention", "window"])
+def test_generation_does_not_copy_what_is_remembered(layer, monkeypatch):
+    """A token more goes into free memory behind the others, of which there is a bounded amount."""
+    monkeypatch.setattr("minimodels.transformer.SPARE", 8)
+    stack, places = make({"layers": layer}), []
+    with torch.inference_mode():
+        _, state = stack(text())
+        for token in torch.cat((text(), text()), dim=1)[:, :36].split(1, dim=1):
+            _, state = stack(token, state)
+            keys = state[0].keys
+            places.append(keys.data_ptr() - keys.storage_offset() * keys.element_size())
+            assert keys.untyped_storage().nbytes() <= (keys.shape[2] + 9) * keys[:, :, :1].nbytes
+    assert keys.shape[2] == (T + 36 if layer == "attention" else 4)
+    assert sum(place != after for place, after in itertools.pairwise(places)) == 3  # after 9 tokens each
+
+
+@pytest.mark.parametrize(("window", "most"), [(None, 34 + 9), (5, 4 + 9)])
+def test_slots_without_a_token_are_given_up(window, most, monkeypatch):
+    """Where each row has a token but every third time, a room is made for those that there are."""
+    monkeypatch.setattr("minimodels.transformer.SPARE", 8)
+    layer, state = Attention(Config(**SHAPE), window), None
+    with torch.inference_mode():
+        for t in range(100):
+            positions = torch.where(torch.arange(3) == t % 3, t, -1)[:, None]
+            _, state = layer(torch.randn(3, 1, D), state, positions)
+    assert state.keys.shape[2] <= most
+    assert state.seen.tolist() == [100, 98, 99]
+
+
+def test_a_state_outlives_inference_mode():
+    stack = make({"layers": "attention"})
+    with torch.inference_mode():
+        _, state = stack(text())
+        _, state = stack(text(), state)
+    with torch.no_grad():
+        y, _ = stack(text(), state)
+    same(y, stack(text(), state)[0])
 
 
 def test_refuses_shapes_that_do_not_fit():
