@@ -12,113 +12,36 @@ is among the bounds: then the schedule follows the clock.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import tyro
 from tqdm import tqdm
 
 from minimodels import checkpoint
 from minimodels.command import keep_freed_memory, pick_device, run_command
-from minimodels.config import Config, InputError, check_types, preset
+from minimodels.config import InputError
 from minimodels.data import Text, open_data
 from minimodels.layers import choose
 from minimodels.ledger import ledger
 from minimodels.lm import LM
 from minimodels.loss import IGNORE
-from minimodels.optim import SCHEDULES, adamw, learning_rate
+from minimodels.optim import adamw, learning_rate
+from minimodels.options import Options, count_steps, label, new_folder, parse
 from minimodels.sample import Sampling, generate
 from minimodels.tasks import Task
 from minimodels.tokenizer import Bytes
 
 
-@dataclass(frozen=True)
-class Options:
-    """What to train, on what, for how long. Any field of the model's configuration is an option too."""
-
-    config: tyro.conf.OmitArgPrefixes[Config]
-    model: str = "transformer"
-    """preset that the layers and widths start from: transformer, mamba, moe, mod or hybrid"""
-    size: str = "tiny"
-    """tiny, for a CPU; small, for a GPU: the shape of GPT-2's 124M, of which 85M are left with bytes for a vocabulary"""
-    data: str = "stdlib"
-    """stdlib (Python's own source), a file, a folder, or a task: copying, induction, mqar (mqar:pairs=8,vocab=256)"""
-
-    steps: int | None = None
-    """bound: optimizer steps; 600 for tiny and 20,000 for small where no bound is given"""
-    tokens: float | None = None
-    """bound: training tokens"""
-    flops: float | None = None
-    """bound: training FLOPs, as the ledger counts them"""
-    minutes: float | None = None
-    """bound: wall-clock minutes of training, evaluation included"""
-
-    context: int = 256
-    """tokens per sequence"""
-    batch_size: int = 8
-    """sequences per forward pass"""
-    accumulate: int = 1
-    """forward passes per optimizer step"""
-    lr: float = 2e-3
-    """peak learning rate of AdamW"""
-    schedule: str = "cosine"
-    """cosine (to a tenth), wsd (stable, then to zero over the last fifth) or constant"""
-    warmup: int = 50
-    """steps over which the learning rate rises"""
-    weight_decay: float = 0.1
-    """of matrices; norms, biases, A_log and D never decay"""
-    clip: float = 1.0
-    """largest norm of the gradient; 0: any"""
-    seed: int = 0
-    """of the weights and of the order of the data"""
-
-    device: str = "auto"
-    """auto, cpu or cuda"""
-    dtype: str = "auto"
-    """auto (bfloat16 autocast on GPUs that have it), float32 or bfloat16"""
-    compile: bool = False
-    """torch.compile the training step"""
-
-    eval_every: int = 100
-    """steps between validations, each followed by a checkpoint; 0: only at the end"""
-    eval_batches: int = 8
-    """batches of a validation"""
-    sample_every: int = 0
-    """steps between samples; 0: only at the end"""
-    prompt: str = "import "
-    """what the samples continue"""
-    log_every: int = 10
-    """steps between lines of log.jsonl"""
-    out: Path | None = None
-    """folder of the run, new or empty; by default runs/MODEL (runs/custom with other layers), or the next free name"""
-    resume: Path | None = None
-    """folder of a run to go on with; its options hold, bounds too (--steps None lifts one), and only bounds, device and
-    reporting may be changed"""
-
-
-TRAINING = {  # size -> the options that differ from the defaults
-    "tiny": {},
-    "small": {"context": 1024, "batch_size": 32, "lr": 6e-4, "warmup": 500, "eval_every": 1000},
-}
-DEFAULT_STEPS = {"tiny": 600, "small": 20_000}  # where no bound is given
-BOUNDS = ("steps", "tokens", "flops", "minutes")
-CHANGEABLE = {*BOUNDS, "impl", "device", "dtype", "compile", "eval_every", "eval_batches", "sample_every", "prompt",
-              "log_every", "resume"}  # fmt: skip
-
-
 def main(options: Options) -> None:
-    check(options)
     keep_freed_memory()
     device = pick_device(options.device)
     data = open_data(options.data, options.context)
@@ -276,94 +199,10 @@ def write_log(run: Path, record: dict) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def parse() -> Options:
-    """The command line, over the defaults of the preset that it names or the options of the run that it resumes."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--model", "--size", "--resume"):
-        first.add_argument(name)
-    named, _ = first.parse_known_args()
-    if named.resume is None:
-        model = "transformer" if named.model is None else named.model
-        size = "tiny" if named.size is None else named.size
-        return tyro.cli(Options, default=Options(preset(model, size), model, size, **TRAINING[size]), description=__doc__)
-
-    saved = read_options(Path(named.resume))
-    options = tyro.cli(Options, default=saved, description=__doc__)
-    before, after = ({**asdict(each), **asdict(each.config)} for each in (saved, options))
-    for name in before.keys() - CHANGEABLE - {"config"}:
-        if before[name] != after[name]:
-            raise InputError(name, after[name], f"{before[name]!r}, with which {saved.resume} was started")
-    return options
-
-
-def read_options(run: Path) -> Options:
-    """The options that a run was started with, or last resumed with."""
-    try:
-        saved = json.loads((run / "options.json").read_text())
-        options = Options(**{**saved, "config": Config(**saved["config"]), "out": None, "resume": run})
-        check(options)
-        return options
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError("resume", str(run), f"the folder of a training run ({error})") from None
-
-
-def check(options: Options) -> None:
-    """Refuse what cannot be meant before anything is read or written."""
-    check_types(options)
-    for name in (*BOUNDS, "context", "batch_size", "accumulate", "lr", "eval_batches", "log_every"):
-        value = getattr(options, name)
-        if value is not None and not 0 < value < math.inf:
-            raise InputError(name, value, "a number above 0")
-    for name in ("warmup", "weight_decay", "clip", "eval_every", "sample_every", "seed"):
-        if not 0 <= getattr(options, name) < 2**63:
-            raise InputError(name, getattr(options, name), "0 or more, below 2^63")
-    if options.schedule not in SCHEDULES:
-        raise InputError("schedule", options.schedule, ", ".join(SCHEDULES))
-    if options.dtype not in ("auto", "float32", "bfloat16"):
-        raise InputError("dtype", options.dtype, "auto, float32 or bfloat16")
-    if not options.prompt:
-        raise InputError("prompt", options.prompt, "at least one character")
-
-
 def use_bfloat16(dtype: str, device: torch.device) -> bool:
     capable = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return capable if dtype == "auto" else dtype == "bfloat16"
 
 
-def count_steps(options: Options, tokens_per_step: int, flops_per_token: float) -> float:
-    """The step that the first of the bounds on steps, tokens and FLOPs allows; infinite where only minutes bound."""
-    bounds = [
-        math.inf if options.steps is None else options.steps,
-        math.inf if options.tokens is None else options.tokens // tokens_per_step,
-        math.inf if options.flops is None else options.flops // (tokens_per_step * flops_per_token),
-    ]
-    if min(bounds) < 1:
-        raise InputError("tokens, flops", (options.tokens, options.flops), f"enough for one step of {tokens_per_step} tokens")
-    if min(bounds) == math.inf:
-        return DEFAULT_STEPS[options.size] if options.minutes is None else math.inf
-    return int(min(bounds))
-
-
-def label(options: Options) -> str:
-    """What a run is called: its preset, or "custom" if it has other layers."""
-    return options.model if options.config.layers == preset(options.model, options.size).layers else "custom"
-
-
-def new_folder(options: Options) -> Path:
-    """The folder of a new run: the one named, if it is empty, or the first free name."""
-    if options.out is None:
-        names = (Path("runs") / f"{label(options)}{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 10_000))))
-        run = next(name for name in names if not name.exists())
-    else:
-        run = options.out
-    try:
-        if os.path.lexists(run) and (not run.is_dir() or any(run.iterdir())):
-            raise InputError("out", str(run), f"a new or empty folder; to go on with the run in it: --resume {run}")
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError("out", str(run), f"a folder that can be made ({error.strerror})") from None
-    return run
-
-
 if __name__ == "__main__":
-    run_command(main, parse)
+    run_command(main, lambda: parse(__doc__))

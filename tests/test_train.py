@@ -28,7 +28,7 @@ def here(tmp_path, monkeypatch):
 
 def run(*arguments, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-    run_command(train.main, train.parse)
+    run_command(train.main, lambda: train.parse(train.__doc__))
 
 
 def contents(folder) -> dict[str, bytes]:
