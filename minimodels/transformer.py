@@ -117,13 +117,14 @@ def carry(before: AttentionState | None, now: AttentionState, window: int | None
     if now.positions is not None and before.positions is None:
         slots = torch.arange(before.seen - before.keys.shape[2], before.seen, device=now.keys.device)
         before = AttentionState(before.keys, before.values, slots.expand(now.keys.shape[0], -1), before.seen)
-    if torch.is_grad_enabled():
+    replaced = window is not None and now.keys.shape[2] >= window  # nothing of what was remembered is kept
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or replaced:
         keys, values = (torch.cat(parts, dim=2) for parts in zip(before[:2], now[:2], strict=True))
         positions = None if now.positions is None else torch.cat((before.positions, now.positions), dim=1)
         joined = AttentionState(keys, values, positions, now.seen)
         return joined, compact(joined, window)
     room = before.room
-    if room is None or not room.takes(before, now):
+    if room is None or not room.claim(before, now):
         before = compact(before, window)
         room = Room(before, now)
     return room.append(before, now, window)
@@ -150,20 +151,31 @@ class Room:
     """Memory with free slots behind those in use, so that one more token is not a copy of all before it.
 
     It serves where nothing is differentiated. What is in use is never overwritten, and only the newest state is written
-    behind: an earlier one, or one of some of its rows, begins a room of its own. So every state stays good.
+    behind, once: an earlier one, a copy or one of some of its rows begins a room of its own. So every state stays good, after
+    an error and among threads too.
     """
+
+    newest: tuple | None = None  # the tensors of the newest state; None: claimed, or never given out
 
     def __init__(self, state: AttentionState, now: AttentionState):
         self.used = state.keys.shape[2]
         free = now.keys.shape[2] + max(SPARE, self.used // 8)
-        self.keys, self.values = (F.pad(part, (0, 0, 0, free)) for part in state[:2])
+        dtype = torch.promote_types(state.keys.dtype, now.keys.dtype)  # as if they were joined
+        self.keys, self.values = (F.pad(part.to(dtype), (0, 0, 0, free)) for part in state[:2])
         self.positions = None if state.positions is None else F.pad(state.positions, (0, free))
-        self.newest = state.keys
 
-    def takes(self, before: AttentionState, now: AttentionState) -> bool:
-        """Whether `before` is the newest state, the slots of `now` fit behind it, and may be written."""
+    def __reduce__(self):
+        return type(None), ()  # a copy of a state, in another process too, has no room
+
+    def claim(self, before: AttentionState, now: AttentionState) -> bool:
+        """Whether the slots of `now` may be written behind `before`, which nobody may from then on."""
+        newest = self.newest
+        if newest is None or any(mine is not given for mine, given in zip(newest, before[:3], strict=True)):
+            return False
         writable = torch.is_inference_mode_enabled() or not self.keys.is_inference()
-        return before.keys is self.newest and self.used + now.keys.shape[2] <= self.keys.shape[2] and writable
+        exact = torch.promote_types(self.keys.dtype, now.keys.dtype) == self.keys.dtype
+        fits = self.used + now.keys.shape[2] <= self.keys.shape[2]
+        return writable and exact and fits and self.__dict__.pop("newest", None) is newest  # one thread alone gets it
 
     def append(self, before: AttentionState, now: AttentionState, window: int | None) -> tuple[AttentionState, AttentionState]:
         """As carry. Slots that are empty or outside the window stay among those with positions until the room is full."""
@@ -179,8 +191,8 @@ class Room:
 
         bounded = window is not None and self.positions is None
         after = state(max(first, self.used - window + 1) if bounded else first)
-        self.newest = after.keys
-        return state(first), after
+        now, self.newest = state(first), after[:3]
+        return now, after
 
 
 def normalised(x: Tensor, norm: RMSNorm) -> Tensor:

@@ -1,9 +1,14 @@
 """Attention, checked against what defines it."""
 
+import copy
 import itertools
+import pickle
+import threading
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
+import torch.multiprocessing  # which teaches the pickler to share tensors
 from models import SHAPE, make, same
 
 from minimodels import Config
@@ -103,14 +108,104 @@ def test_slots_without_a_token_are_given_up(window, most, monkeypatch):
     assert state.seen.tolist() == [100, 98, 99]
 
 
+def generated(layer: str = "attention", dtype: torch.dtype = torch.float64):
+    """A stack, and a state with free memory behind it."""
+    stack = make({"layers": layer}, dtype=dtype)
+    _, state = stack(text().to(dtype))
+    return stack, stack(text()[:, :1].to(dtype), state)[1]
+
+
+def joined(stack, x, state):
+    """What follows where memory is not shared."""
+    with torch.enable_grad():
+        return stack(x, state)[0].detach()
+
+
 def test_a_state_outlives_inference_mode():
     stack = make({"layers": "attention"})
     with torch.inference_mode():
         _, state = stack(text())
-        _, state = stack(text(), state)
+        _, state = stack(text()[:, :1], state)
     with torch.no_grad():
         y, _ = stack(text(), state)
-    same(y, stack(text(), state)[0])
+    same(y, joined(stack, text(), state))
+
+
+@torch.no_grad()
+def test_a_state_survives_an_error():
+    stack, state = generated()
+    expected = joined(stack, text()[:, :1], state)
+    with pytest.raises(RuntimeError):
+        stack(torch.randn(5, 1, D, dtype=torch.float64), state)  # another batch size
+    same(stack(text()[:, :1], state)[0], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda state: pickle.loads(ForkingPickler.dumps(state))])
+def test_a_copy_of_a_state_shares_no_free_memory(copied):
+    """Nor one that another process is sent, where the tensors are shared."""
+    stack, state = generated()
+    other = copied(state)
+    _, after = stack(text()[:, :1], state)
+    keys = after[0].keys.clone()
+    stack(-text()[:, :1], other)
+    same(after[0].keys, keys)
+
+
+@torch.no_grad()
+def test_a_changed_state_is_what_it_was_changed_to():
+    stack, (state,) = generated()
+    for changed in (state._replace(values=2 * state.values), state._replace(keys=2 * state.keys)):
+        same(stack(text()[:, :1], [changed])[0], joined(stack, text()[:, :1], [changed]))
+
+
+@torch.no_grad()
+def test_one_thread_alone_writes_behind_a_state():
+    """Claimed by all at once, as where a prefix is shared, the memory goes to one; the others begin their own."""
+    _, (state,) = generated()
+    barrier, claims = threading.Barrier(8), []
+
+    def claim():
+        barrier.wait()
+        claims.append(state.room.claim(state, state._replace(keys=state.keys[:, :, :1])))
+
+    threads = [threading.Thread(target=claim) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(claims) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", ["attention", "window"])
+def test_a_state_in_less_precision_is_gone_on_from_in_more(layer):
+    stack = make({"layers": layer}, dtype=torch.float32)
+    x = text()[:, :3].float()
+    for steps in (1, 2):  # with and without memory behind it
+        state = None
+        with torch.autocast("cpu", torch.bfloat16):
+            for _ in range(steps):
+                _, state = stack(x, state)
+        y, after = stack(x[:, :1], state)
+        assert after[0].keys.dtype == torch.float32
+        same(y, joined(stack, x[:, :1], state), 1e-5)
+
+
+@torch.no_grad()
+def test_a_window_does_not_hold_a_long_chunk():
+    stack, state = generated("window")
+    for _ in range(2):
+        _, state = stack(text().repeat(1, 20, 1), state)
+        assert state[0].keys.untyped_storage().nbytes() == state[0].keys.nbytes
+
+
+@torch.no_grad()
+def test_decoding_compiles_to_one_graph():
+    torch.compiler.reset()
+    stack, state = generated()
+    expected = joined(stack, text()[:, :1], state)
+    same(torch.compile(stack, fullgraph=True, backend="eager")(text()[:, :1], state)[0], expected)
 
 
 def test_refuses_shapes_that_do_not_fit():
