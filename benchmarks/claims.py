@@ -144,8 +144,10 @@ def depth(small: bool) -> Claim:
     dense = preset("transformer", size)
     routed = {"mod, predictor": "predictor", "mod, auxiliary loss": "router", "mod, random": "predictor"}
     runs = [Run("dense", dense, "stdlib", context, steps, batch)]
-    for name, route in routed.items():
-        config = preset("mod", size, mod_route=route)
+    configs = {name: preset("mod", size, mod_route=route) for name, route in routed.items()}
+    every_second = f"(attention mlp)*{dense.depth // 4}"  # the model of "mod" with the groups that it routes to left out
+    configs["dense, half as deep"] = replace(dense, layers=every_second)
+    for name, config in configs.items():
         more = ledger(dense, context).training_flops / ledger(config, context).training_flops  # steps for the same FLOPs
         change = route_at_random if name == "mod, random" else Run.change
         runs.append(Run(name, config, "stdlib", context, round(more * steps), batch, change=change))
