@@ -39,30 +39,32 @@ def steps(out: Path, gpu: bool, impl: str) -> Steps:
     def throughput(name: str, *arguments: str) -> list[str]:
         return to(name, "throughput", *(["--size", "small"] if gpu else []), *arguments)
 
-    paths = ["--impl", *(("torch", "triton") if gpu and impl == "auto" else (impl,)), *["--patience", "1"] * gpu]
+    paths = ["--impl", *((impl,) if impl != "auto" or not gpu else ("torch", "triton"))]
+    fastest, quick = [*paths, *["cudnn"] * gpu], ["--patience", "1", "--sweeps", "1", "--rounds", "5"] * gpu
     at_1024 = ["--match", "none", "--modes", "train", "--shortest", "1024", "--longest", "1024"]
     at_1024 += ["--tokens", "32768" if gpu else "2048"]
     long = ["--models", "transformer", "mamba", "--modes", "train", "prefill", "--longest", str(2**18 if gpu else 2**13)]
     kernels = {f"kernels {name}": to("kernels.jsonl", "kernels", "--only", name) for name in OPERATIONS}
-    training = {"training": throughput("training.jsonl", *paths, *at_1024)}
+    training = {"training": throughput("training.jsonl", *paths, *quick, *at_1024)}
     whole = {
-        "crossover": throughput("crossover.jsonl", *paths, *long),
-        "throughput": throughput("throughput.jsonl", *paths, "--longest", str(2**16 if gpu else 2**12)),
+        "crossover": throughput("crossover.jsonl", *fastest, *quick, *long),
+        "throughput": throughput("throughput.jsonl", *paths, *quick, "--longest", str(2**16 if gpu else 2**12)),
     }
     ceilings = {"ceilings": to("", "all", "--only-ceilings")}
     if not gpu:
         parts, peers = {"parts": to("parts.jsonl", "parts")}, {"peers": to("peers.jsonl", "peers")}
         laws = ["-m", "pytest", "-q", "-x", "tests/test_laws.py"]
         return {"correctness": laws, **ceilings, **parts, **training, **whole, **peers, **kernels}
-    compiled = ["--models", "transformer", "--impl", "torch", "cudnn", *["triton"] * (impl != "torch"), "--compile"]
+    compiled, models = [*fastest, "--compile"], ["--models", "transformer", "mamba"]
     return {
         "correctness": ["-m", "benchmarks.kernels", "--check-only"],
         **ceilings,
         **kernels,
         **training,
         "mixture-of-depths": to("parts.jsonl", "parts", "--only", "mod", "--device", "cuda"),
-        "compiled": throughput("compiled.jsonl", *at_1024, *compiled),
         **whole,
+        "compiled": throughput("compiled.jsonl", *at_1024, *quick, *compiled, *models),
+        "graphs": throughput("graphs.jsonl", *compiled, *quick, *models, "--modes", "decode", "--longest", str(2**16)),
         "tests": ["-m", "pytest", "-q", *(f"tests/test_kernel_{name}.py" for name in OPERATIONS)],
     }
 

@@ -23,7 +23,7 @@ from types import MethodType
 
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from minimodels import LM, Config, InputError, preset
@@ -32,11 +32,11 @@ from minimodels.config import BLOCKS
 from minimodels.data import open_data
 from minimodels.layers import choose
 from minimodels.ledger import ledger
-from minimodels.mamba import Mamba
 from minimodels.measure import write
 from minimodels.mod import MixtureOfDepths
 
 from . import table
+from .s4d import forget_selection
 from .training import Run, evaluate, train
 
 
@@ -186,24 +186,6 @@ CLAIMS = {claim.__name__: claim for claim in (copying, induction, recall, expert
 
 
 # What is done to models.
-
-
-class Constant(nn.Module):
-    """A learned vector in the place of a projection of x: what it gave no longer depends on the token."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.value = nn.Parameter(torch.randn(size) / 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.value.to(x.dtype).expand(*x.shape[:-1], -1)
-
-
-def forget_selection(model: LM) -> None:
-    """Make step size, B and C of each Mamba layer the same for every token: a time-invariant state space model (S4)."""
-    for module in model.modules():
-        if isinstance(module, Mamba):
-            module.x_proj = Constant(module.R + 2 * module.N)
 
 
 def route_at_random(model: LM) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -72,14 +73,16 @@ class Options:
     """tokens of a training step or prefill; 0: 4096 on a CPU, 65,536 on a GPU"""
     decode_batch: int = 8
     """sequences decoded at once, besides one alone"""
-    rounds: int = 5
-    """timings of each point"""
+    rounds: int = 2
+    """timings of each point in a sweep"""
+    sweeps: int = 3
+    """times to go through all of it, for a shared machine may be slower for some minutes"""
     patience: float = 20.0
     """seconds: what takes longer is not tried at longer contexts"""
     impl: tuple[str, ...] = ("auto",)
     """paths to compare: auto, reference, torch, triton, and cudnn, which is torch with cuDNN's attention"""
     compile: bool = False
-    """time the training step under torch.compile too"""
+    """time the training step under torch.compile too, and decoding on a GPU as a CUDA graph, which leaves out the launches"""
     device: str = "auto"
     """auto, cpu or cuda"""
     out: Path = Path("runs/benchmarks/throughput.jsonl")
@@ -105,25 +108,29 @@ def main(options: Options) -> None:
     limits = ceilings(device)
     print(f"matrix products {limits['TFLOP/s']:.3g} TFLOP/s, copying {limits['GB/s']:.0f} GB/s")
     configs = matched(options)
-    rows: list[dict] = []
-    for mode in options.modes:
-        for batch in sorted({1, options.decode_batch}) if mode == "decode" else (0,):
+    rows: dict[tuple, dict] = {}  # mode, batch, context, model -> its row
+    timings: dict[tuple, list[float]] = defaultdict(list)  # of all sweeps
+    for sweep in range(options.sweeps):
+        for mode, batch in measurements(options):
             alive = providers(configs, options, mode)  # what does not fit, or takes too long, is not tried at twice the context
             for context in contexts(options.shortest, longest):
-                sequences = batch or max(1, tokens // context)
-                measured = measure_point(mode, alive, context, sequences, options, device)
-                for row in measured:
+                given = alive
+                if sweep:  # the same points again
+                    given = {name: alive[name] for name in alive if timings.get((mode, batch, context, name))}
+                if not given:
+                    break
+                for row in measure_point(mode, given, context, batch or max(1, tokens // context), options, device):
                     row |= {"limit": limits["TFLOP/s"] * 1e12}
                     print(describe(row), flush=True)
-                    if row["seconds"] is None or statistics.median(row["seconds"]) > options.patience:
+                    key, seconds = (mode, batch, context, row["model"]), row["seconds"]
+                    if not sweep and (seconds is None or statistics.median(seconds) > options.patience):
                         alive.pop(row["model"].removesuffix(" again"), None)
-                rows += measured
-                write(options.out, rows, device)
-                if not alive:
-                    break
-            places = [row for row in rows if row["mode"] == mode and (row["batch"] == batch or not batch)]
-            if place := overtaking(places):
-                print(f"{mode}{f', batch {batch}' if batch else ''}: {place}")
+                    timings[key] += seconds or []
+                    rows[key] = row | {"seconds": timings[key] if seconds else None}
+                write(options.out, list(rows.values()), device)
+    for mode, batch in measurements(options):
+        if place := overtaking([row for key, row in rows.items() if key[:2] == (mode, batch)]):
+            print(f"{mode}{f', batch {batch}' if batch else ''}: {place}")
     print(f"written to {options.out}")
 
 
@@ -139,7 +146,7 @@ def check(options: Options) -> torch.device:
             raise InputError(name, getattr(options, name), "0 or more")
     if options.shortest > (options.longest or longest_on(pick_device(options.device))):
         raise InputError("longest", options.longest or "auto", f"{options.shortest} or more")
-    for name in ("rounds", "decode_batch", "shortest"):
+    for name in ("rounds", "sweeps", "decode_batch", "shortest"):
         if getattr(options, name) < 1:
             raise InputError(name, getattr(options, name), "1 or more")
     if not options.models and not options.layers:
@@ -160,6 +167,12 @@ def longest_on(device: torch.device) -> int:
     return 2**20 if device.type == "cuda" else 4096
 
 
+def measurements(options: Options) -> list[tuple[str, int]]:
+    """The modes with the sequences of each, 0 where it is their tokens that are given."""
+    batches = {"decode": sorted({1, options.decode_batch})}
+    return [(mode, batch) for mode in options.modes for batch in batches.get(mode, [0])]
+
+
 def contexts(shortest: int, longest: int) -> list[int]:
     """Doubling."""
     return [shortest * 2**i for i in range(int(math.log2(longest / shortest)) + 1)]
@@ -168,12 +181,13 @@ def contexts(shortest: int, longest: int) -> list[int]:
 def providers(configs: dict[str, Config], options: Options, mode: str) -> dict[str, Provider]:
     """Every model with every path; where there is more than one way, its name says which."""
     found = {}
-    for compiled in (False, True) if options.compile and mode == "train" else (False,):
+    wholes = {"train": " compiled", **({"decode": " as a graph"} if pick_device(options.device).type == "cuda" else {})}
+    for compiled in (False, True) if options.compile and mode in wholes else (False,):
         for impl in options.impl:
             for base, config in configs.items():
                 if impl == CUDNN and not any(layer in config.layers for layer in ("attention", "window")):
                     continue
-                way = f", {impl}" * (len(options.impl) > 1) + " compiled" * compiled
+                way = f", {impl}" * (len(options.impl) > 1) + wholes.get(mode, "") * compiled
                 config = replace(config, impl="torch" if impl == CUDNN else impl)
                 found[base + way] = Provider(base, config, impl, compiled)
     return found
@@ -193,10 +207,13 @@ def matched(options: Options) -> dict[str, Config]:
 
 
 def match(config: Config, base: Config, axis: Callable[[Ledger], float]) -> Config:
-    """The width, a multiple of two per head and of 16, at which the model comes closest to the base on the axis."""
-    step = math.lcm(2 * config.heads, 16)
-    target = axis(ledger(base, FIRST))
-    candidates = [replace(config, width=width) for width in range(step, 4 * base.width + 1, step)]
+    """The width, a multiple of 8, at which the model comes closest to the base on the axis.
+
+    Its heads keep their size, and the rank of Mamba's step size is a multiple of 8 too, as tensor cores want it.
+    """
+    head_dim, target = config.head_dim or config.width // config.heads, axis(ledger(base, FIRST))
+    widths = range(8, 4 * base.width + 1, 8)
+    candidates = [replace(config, width=width, head_dim=head_dim, dt_rank=8 * -(-width // 128)) for width in widths]
     low, high = 0, len(candidates) - 1
     while low < high:  # costs grow with the width
         middle = (low + high) // 2
@@ -316,7 +333,17 @@ def decode(model: LM, context: int, batch: int, provider: Provider) -> Callable[
         for _ in range(DECODED):
             _, state = model(token, state)
 
-    return call
+    return replay(call) if provider.compiled else call
+
+
+def replay(call: Callable[[], None]) -> Callable[[], None]:
+    """The call as a CUDA graph. Raises RuntimeError where it waits for the GPU, as mixture-of-depths does."""
+    call()  # tunes and allocates
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 class AtCapacity(nn.Module):

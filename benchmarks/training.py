@@ -20,6 +20,8 @@ from minimodels.loss import IGNORE
 from minimodels.optim import adamw, cosine, learning_rate
 from minimodels.tasks import Task
 
+PROBED, SCORED = 4, 64  # batches by which a model is judged while it trains, and at the end
+
 
 @dataclass
 class Run:
@@ -67,7 +69,7 @@ def train(run: Run, seed: int, probes: int, device: torch.device, bar: tqdm) -> 
         if (step + 1) % max(1, run.steps // probes) == 0 or step + 1 == run.steps:
             seen = (step + 1) * run.batch * run.context
             record = {"step": step + 1, "tokens": seen, "flops": flops * seen, "seconds": seconds}
-            record |= evaluate(model, data, device, run.batch, 4)
+            record |= evaluate(model, data, device, run.batch, SCORED if step + 1 == run.steps else PROBED)
             record |= {"overload": statistics.mean(overload)} if overload else {}
             records.append(record)
     return model, records
@@ -75,7 +77,7 @@ def train(run: Run, seed: int, probes: int, device: torch.device, bar: tqdm) -> 
 
 @torch.no_grad()
 def evaluate(model: LM, data: Text | Task, device: torch.device, batch: int, batches: int) -> dict[str, float]:
-    """Bits per target and the fraction that is right, in evaluation mode, on batches that are always the same."""
+    """Bits per target, the fraction that is right and the number of targets, in evaluation mode, on the same batches always."""
     model.eval()
     loss, right, count = 0.0, 0, 0
     for tokens, targets in data.validation(batch, batches):
@@ -85,4 +87,4 @@ def evaluate(model: LM, data: Text | Task, device: torch.device, batch: int, bat
         right += (logits.argmax(-1) == targets).sum().item()
         count += (targets != IGNORE).sum().item()
     model.train()
-    return {"bits": loss / count / math.log(2), "accuracy": right / count}
+    return {"bits": loss / count / math.log(2), "accuracy": right / count, "targets": count}

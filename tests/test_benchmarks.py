@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import tyro
 from minimodels.kernels import common
 
 from benchmarks import all as everything
-from benchmarks import claims, curves, kernels, parts, peers, plot, routing, table, throughput
+from benchmarks import claims, curves, kernels, parts, peers, plot, routing, s4d, table, throughput
 from benchmarks.crossover import crossover, overtaking
 from minimodels import LM, Config, InputError, preset
 from minimodels.ledger import ledger
+from minimodels.mamba import causal_conv1d
 from minimodels.measure import interleave, ratio
 from minimodels.tokenizer import Bytes
 
@@ -128,17 +130,17 @@ def test_rows_of_an_operation_take_the_place_of_earlier_ones(tmp_path):
 def test_models_are_matched_on_the_axis(axis, model):
     base, of = preset("transformer"), throughput.AXES[axis]
     matched = throughput.match(preset(model), base, of)
-    assert of(ledger(matched, 256)) == pytest.approx(of(ledger(base, 256)), rel=0.25)
-    step = math.lcm(2 * matched.heads, 16)
-    for width in (matched.width - step, matched.width + step):
-        other = of(ledger(preset(model, width=width), 256))
+    assert of(ledger(matched, 256)) == pytest.approx(of(ledger(base, 256)), rel=0.11)
+    assert matched.head_dim == base.width // base.heads and matched.dt_rank % 8 == 0
+    for width in (matched.width - 8, matched.width + 8):
+        other = of(ledger(throughput.replace(matched, width=width), 256))
         assert abs(other - of(ledger(base, 256))) >= abs(of(ledger(matched, 256)) - of(ledger(base, 256)))
 
 
 def test_throughput_writes_rows_that_plot_draws(tmp_path, capsys):
     out = tmp_path / "throughput.jsonl"
     throughput.main(
-        throughput.Options(models=("transformer", "mamba"), layers=("window mlp",), longest=512, tokens=256, rounds=2,
+        throughput.Options(models=("transformer", "mamba"), layers=("window mlp",), longest=512, tokens=256, rounds=1, sweeps=2,
                            decode_batch=2, device="cpu", out=out)
     )  # fmt: skip
     rows = rows_of(out)
@@ -159,7 +161,7 @@ def test_throughput_compares_paths(tmp_path):
     out = tmp_path / "throughput.jsonl"
     options = throughput.Options(
         models=("transformer",), layers=("mlp",), modes=("train", "decode"), impl=("torch", "reference"), compile=True,
-        longest=256, tokens=256, rounds=1, decode_batch=1, device="cpu", out=out,
+        longest=256, tokens=256, rounds=1, sweeps=1, decode_batch=1, device="cpu", out=out,
     )  # fmt: skip
     configs = throughput.matched(options)
     named = throughput.providers(configs, options, "train")
@@ -173,6 +175,26 @@ def test_throughput_compares_paths(tmp_path):
     assert {(row["base"], row["impl"]) for row in rows_of(out)} == {
         ("transformer", "torch"), ("transformer", "reference"), ("mlp", "torch"), ("mlp", "reference")
     }  # fmt: skip
+
+
+def test_every_sweep_measures_the_points_of_the_first(monkeypatch, tmp_path):
+    clock = iter(range(1, 100))
+
+    def measure(mode, given, context, batch, options, device):
+        sweep = next(clock)  # each call takes longer, so that patience ends at another context in each sweep
+        rows = {name: throughput.describe_point(mode, name, provider, context, batch, options)
+                for name, provider in given.items()}  # fmt: skip
+        return [{**row, "seconds": [context / 256 * sweep]} for row in rows.values()]
+
+    monkeypatch.setattr(throughput, "measure_point", measure)
+    out = tmp_path / "throughput.jsonl"
+    throughput.main(throughput.Options(models=("transformer", "mamba"), modes=("prefill",), longest=2048, patience=7, sweeps=3,
+                                       device="cpu", out=out))  # fmt: skip
+    assert {(row["model"], row["context"]): row["seconds"] for row in rows_of(out)} == {
+        (model, context): seconds
+        for model in ("transformer", "mamba")
+        for context, seconds in ((256, [1, 4, 7]), (512, [4, 10, 16]), (1024, [12, 24, 36]))
+    }
 
 
 def test_what_does_not_fit_is_a_row(monkeypatch, tmp_path):
@@ -253,15 +275,28 @@ def test_a_claim_leaves_rows_that_plot_draws(claim, tmp_path, monkeypatch, capsy
     assert len(list(tmp_path.glob("*.png"))) == len(described.panels)
 
 
-def test_without_selection_mamba_treats_every_token_alike():
+def test_without_selection_mamba_is_a_time_invariant_recurrence():
     torch.manual_seed(0)
-    lm = LM(Config(layers="mamba", width=16)).double()
-    claims.forget_selection(lm)
-    (layer,) = (module for module in lm.modules() if isinstance(module, claims.Mamba))
-    x, y = torch.randn(2, 1, 9, 32, dtype=torch.float64)
-    assert torch.equal(layer.x_proj(x), layer.x_proj(y))
+    lm = LM(Config(layers="mamba", width=16, state_size=6)).double()
+    s4d.forget_selection(lm)
+    (layer,) = (module for module in lm.double().modules() if isinstance(module, s4d.S4D))
+    x, A = torch.randn(9, 32, dtype=torch.float64), torch.complex(-layer.log_decay.exp(), layer.frequency)
+    decay, C = torch.exp(layer.log_step.exp()[:, None] * A), torch.view_as_complex(layer.C)
+    h, expected = torch.zeros_like(A), []
+    for x_t in x:
+        h = decay * h + (decay - 1) / A * x_t[:, None]
+        expected.append(2 * (C * h).sum(1).real)
+    convolved = [sum(layer.filter(9)[:, t - s] * x[s] for s in range(t + 1)) for t in range(9)]
+    torch.testing.assert_close(torch.stack(convolved), torch.stack(expected))
+
     lm.loss(torch.zeros(1, 5, dtype=torch.int64), torch.zeros(1, 5, dtype=torch.int64))[0].backward()
-    assert layer.x_proj.value.grad.abs().sum() > 0
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+    layer.in_proj = layer.out_proj = torch.nn.Identity()  # then x is both signal and gate, where it is handed in twice
+    u = x.repeat(1, 2)[None]
+    signal, _ = causal_conv1d(x[None], layer.conv1d.weight.squeeze(1), layer.conv1d.bias, None, activation=True)
+    convolved = torch.stack([sum(layer.filter(9)[:, t - s] * signal[0, s] for s in range(t + 1)) for t in range(9)])
+    torch.testing.assert_close(layer(u)[0][0], (convolved + layer.D * signal[0]) * F.silu(x))
 
 
 def test_routing_shows_what_the_routers_chose():
@@ -352,6 +387,7 @@ def test_a_wrong_kernel_is_left_out_on_a_gpu(tmp_path, monkeypatch):
         (throughput.main, throughput.Options(match="weight"), "match: 'weight'"),
         (throughput.main, throughput.Options(longest=100), "longest: 100 .* 256 or more"),
         (throughput.main, throughput.Options(rounds=0), "rounds: 0"),
+        (throughput.main, throughput.Options(sweeps=0), "sweeps: 0"),
         (throughput.main, throughput.Options(shortest=0), "shortest: 0"),
         (throughput.main, throughput.Options(impl=()), "impl: .* auto"),
         (throughput.main, throughput.Options(impl=("cudnn",), device="cpu"), "impl: 'cudnn' .* device is cpu"),
