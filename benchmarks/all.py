@@ -3,8 +3,9 @@
     python -m benchmarks.all --minutes 9 --out benchmarks/results/h100
     python -m benchmarks.all --minutes 9 --out benchmarks/results/h100 --resume     what did not fit in the time
 
-Correctness on the device, ceilings, kernels, training speed, throughput against context, tests, pictures. Each step writes its
-file in DIR while it runs, so being cut off loses nothing; done.json says which steps have ended, and how.
+Correctness first, then what the machine reaches at best, the kernels (on a CPU, last), training, throughput against context,
+pictures. Each step writes its file in the folder while it runs, so being cut off loses nothing; done.json says which steps have
+ended, and how.
 """
 
 from __future__ import annotations
@@ -39,33 +40,49 @@ def steps(out: Path, gpu: bool, impl: str) -> Steps:
     def throughput(name: str, *arguments: str) -> list[str]:
         return to(name, "throughput", *(["--size", "small"] if gpu else []), *arguments)
 
-    paths = ["--impl", *((impl,) if impl != "auto" or not gpu else ("torch", "triton"))]
-    fastest, quick = [*paths, *["cudnn"] * gpu], ["--patience", "1", "--sweeps", "1", "--rounds", "5"] * gpu
-    at_1024 = ["--match", "none", "--modes", "train", "--shortest", "1024", "--longest", "1024"]
-    at_1024 += ["--tokens", "32768" if gpu else "2048"]
-    long = ["--models", "transformer", "mamba", "--modes", "train", "prefill", "--longest", str(2**18 if gpu else 2**13)]
     kernels = {f"kernels {name}": to("kernels.jsonl", "kernels", "--only", name) for name in OPERATIONS}
-    training = {"training": throughput("training.jsonl", *paths, *quick, *at_1024)}
-    whole = {
-        "crossover": throughput("crossover.jsonl", *fastest, *quick, *long),
-        "throughput": throughput("throughput.jsonl", *paths, *quick, "--longest", str(2**16 if gpu else 2**12)),
-    }
     ceilings = {"ceilings": to("", "all", "--only-ceilings")}
+    at_1024 = ["--match", "none", "--modes", "train", "--shortest", "1024", "--longest", "1024"]
+    models = ["--models", "transformer", "mamba"]
     if not gpu:
-        parts, peers = {"parts": to("parts.jsonl", "parts")}, {"peers": to("peers.jsonl", "peers")}
-        laws = ["-m", "pytest", "-q", "-x", "tests/test_laws.py"]
-        return {"correctness": laws, **ceilings, **parts, **training, **whole, **peers, **kernels}
-    compiled, models = [*fastest, "--compile"], ["--models", "transformer", "mamba"]
+        paths = ["--impl", impl]
+        return {
+            "correctness": ["-m", "pytest", "-q", "-x", "tests/test_laws.py"],
+            **ceilings,
+            "parts": to("parts.jsonl", "parts"),
+            "training": throughput("training.jsonl", *paths, *at_1024, "--tokens", "2048"),
+            "crossover": throughput("crossover.jsonl", *paths, *models, "--modes", "train", "prefill", "--longest", str(2**13)),
+            "throughput": throughput("throughput.jsonl", *paths),
+            "peers": to("peers.jsonl", "peers"),
+            **kernels,
+        }
+    once = ["--patience", "1", "--sweeps", "1", "--rounds", "5"]
+    use = impl != "torch"  # the kernels
+    training = ["--impl", "torch", *["triton"] * use, *once, *at_1024, "--tokens", "32768"]
+    fastest = ["--impl", "flash", "cudnn", "triton" if use else "torch", *once]
+    quick = ["--impl", "flash", "triton" if use else "torch", *once]
+
+    def crossover(mode: str, longest: int, *more: str) -> list[str]:
+        name, ways = f"crossover-{mode}.jsonl", quick if mode == "decode" else fastest
+        return throughput(name, *ways, *more, *models, "--modes", mode, "--longest", str(longest))
+
+    def every_model(mode: str, longest: int) -> list[str]:
+        return throughput(f"throughput-{mode}.jsonl", *quick, "--modes", mode, "--longest", str(longest))
+
     return {
-        "correctness": ["-m", "benchmarks.kernels", "--check-only"],
+        **({"correctness": ["-m", "benchmarks.kernels", "--check-only"]} if use else {}),
         **ceilings,
         **kernels,
-        **training,
+        "training": throughput("training.jsonl", *training),
+        "crossover, train": crossover("train", 2**16),
+        "crossover, prefill": crossover("prefill", 2**17),
+        "crossover, decode": crossover("decode", 2**14, "--compile"),
         "mixture-of-depths": to("parts.jsonl", "parts", "--only", "mod", "--device", "cuda"),
-        **whole,
-        "compiled": throughput("compiled.jsonl", *at_1024, *quick, *compiled, *models),
-        "graphs": throughput("graphs.jsonl", *compiled, *quick, *models, "--modes", "decode", "--longest", str(2**16)),
-        "tests": ["-m", "pytest", "-q", *(f"tests/test_kernel_{name}.py" for name in OPERATIONS)],
+        "throughput, train": every_model("train", 2**15),
+        "throughput, prefill": every_model("prefill", 2**16),
+        "throughput, decode": every_model("decode", 2**14),
+        "compiled": throughput("compiled.jsonl", *fastest, *at_1024, "--tokens", "32768", "--compile", *models),
+        "tests": ["-m", "pytest", "-q", "tests/test_kernel_laws.py", *(f"tests/test_kernel_{name}.py" for name in OPERATIONS)],
     }
 
 
@@ -80,7 +97,7 @@ class Options:
     resume: bool = False
     """leave out the steps that done.json says have ended well"""
     impl: str = "auto"
-    """auto (on a GPU torch and triton, side by side), torch or triton"""
+    """auto (on a GPU the kernels, beside what PyTorch has), torch (models without the kernels) or triton"""
     device: str = "auto"
     """auto, cpu or cuda"""
     only_ceilings: bool = False
@@ -121,14 +138,12 @@ def main(options: Options) -> None:
         write_json(done_file, done)
         print(f"--- {name}: {status}", flush=True)
         if name == "correctness" and status.startswith("failed"):
-            if not gpu:
-                raise InputError("correctness", status, "laws that hold on this device; nothing was measured")
-            print("models are timed on the torch path alone, and of the kernels those that pass their check", flush=True)
-            plan = steps(options.out, gpu, "torch")
+            torch_only = "; --impl torch times models without kernels, and those kernels that are right" * gpu
+            raise InputError("correctness", status, f"results that are right; nothing was measured{torch_only}")
     for name in ("throughput", "crossover"):
-        if (options.out / f"{name}.jsonl").exists():
-            command = ["-m", "benchmarks.plot", str(options.out / f"{name}.jsonl"), "--out", str(options.out / name)]
-            subprocess.run([sys.executable, *command])
+        found = [str(path) for path in sorted(options.out.glob(f"{name}*.jsonl")) if not path.stem.endswith(".cut")]
+        if found:
+            subprocess.run([sys.executable, "-m", "benchmarks.plot", *found, "--out", str(options.out / name)])
     missing = [name for name in plan if done.get(name, {}).get("status") != "done"]
     print("everything is done" if not missing else f"not done: {', '.join(missing)}; --resume does these, each from its start")
 

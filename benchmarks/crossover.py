@@ -32,11 +32,11 @@ class Crossover:
 def crossover(contexts: list[int], ratios: list[list[float]]) -> Crossover:
     """Where the ratio (the other's seconds over its own) last rises through 1, between contexts straight in their logarithms.
 
-    contexts ascending; ratios: one list of rounds for each of them. A round without such a place counts as none; the median is
-    over the rounds that have one, if they are most.
+    contexts ascending; ratios: one list of rounds for each of them, of which as many count as all have. A round without such a
+    place counts as none; the median is over the rounds that have one, if they are most.
     """
     places = []
-    rounds = list(zip(*ratios, strict=True))
+    rounds = list(zip(*ratios, strict=False))
     for values in rounds:
         logs = [math.log(value) for value in values]
         for i in reversed(range(len(logs) - 1)):
@@ -60,5 +60,5 @@ def overtaking(rows: list[dict]) -> Crossover | None:
             if base not in models or statistics.median(row["seconds"]) < statistics.median(models[base]):
                 models[base] = row["seconds"]
     both = {context: models for context, models in sorted(fastest.items()) if {"mamba", "transformer"} <= models.keys()}
-    ratios = [[t / m for t, m in zip(models["transformer"], models["mamba"], strict=True)] for models in both.values()]
+    ratios = [[t / m for t, m in zip(models["transformer"], models["mamba"], strict=False)] for models in both.values()]
     return crossover(list(both), ratios) if len(both) > 1 else None

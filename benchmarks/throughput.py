@@ -3,7 +3,7 @@
     python -m benchmarks.throughput                                       every preset, training step, prefill and decode
     python -m benchmarks.throughput --models transformer mamba --modes train --longest 16384
     python -m benchmarks.throughput --layers "mamba mlp window mlp" --impl reference torch
-    python -m benchmarks.throughput --models transformer --modes train --impl torch cudnn triton --compile
+    python -m benchmarks.throughput --models transformer --modes train --impl flash cudnn triton --compile
 
 Models are matched on one axis (`--match`): each is made as wide as gives it the transformer's parameters, active parameters or
 FLOPs per token. Contexts double from 256; the tokens of a step are held constant, so a longer context means fewer sequences,
@@ -16,12 +16,13 @@ Given several paths, each model is timed with each, and the crossover is that of
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ from minimodels.command import keep_freed_memory, pick_device, run_command
 from minimodels.config import BLOCKS
 from minimodels.layers import choose
 from minimodels.ledger import Ledger, ledger
-from minimodels.measure import ceilings, interleave, peak_bytes, write
+from minimodels.measure import ceilings, interleave, peak_bytes, synchronise, write
 from minimodels.mod import MixtureOfDepths
 from minimodels.optim import adamw
 
@@ -48,7 +49,7 @@ AXES: dict[str, Callable[[Ledger], float]] = {
 DECODED = 32  # tokens in a call of decode
 FIRST = 256  # the context at which the models are matched, and the shortest unless another is asked for
 PIECE = 2**16  # tokens that are read at once to make a state for decoding
-CUDNN = "cudnn"  # the torch path with cuDNN's attention, which PyTorch does not always choose by itself
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}  # PyTorch's choice differs by version
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,9 @@ class Options:
     patience: float = 20.0
     """seconds: what takes longer is not tried at longer contexts"""
     impl: tuple[str, ...] = ("auto",)
-    """paths to compare: auto, reference, torch, triton, and cudnn, which is torch with cuDNN's attention"""
+    """paths to compare: auto, reference, torch, triton, and on a GPU flash and cudnn, which are torch with that attention"""
     compile: bool = False
-    """time the training step under torch.compile too, and decoding on a GPU as a CUDA graph, which leaves out the launches"""
+    """time the training step under torch.compile too, and on a GPU decoding as a CUDA graph, which leaves out the launches"""
     device: str = "auto"
     """auto, cpu or cuda"""
     out: Path = Path("runs/benchmarks/throughput.jsonl")
@@ -126,7 +127,7 @@ def main(options: Options) -> None:
                     if not sweep and (seconds is None or statistics.median(seconds) > options.patience):
                         alive.pop(row["model"].removesuffix(" again"), None)
                     timings[key] += seconds or []
-                    rows[key] = row | {"seconds": timings[key] if seconds else None}
+                    rows[key] = row | {"seconds": timings[key] or None}
                 write(options.out, list(rows.values()), device)
     for mode, batch in measurements(options):
         if place := overtaking([row for key, row in rows.items() if key[:2] == (mode, batch)]):
@@ -153,12 +154,12 @@ def check(options: Options) -> torch.device:
         raise InputError("models", (), ", ".join(BLOCKS))
     device = pick_device(options.device)
     for impl in options.impl:
-        if impl != CUDNN:
+        if impl not in BACKENDS:
             choose(impl, "rmsnorm", device)
         elif device.type != "cuda":
-            raise InputError("impl", CUDNN, f"auto, reference or torch, for the device is {device.type}")
+            raise InputError("impl", impl, f"auto, reference or torch, for the device is {device.type}")
     if not options.impl:
-        raise InputError("impl", (), "auto, reference, torch, triton, cudnn")
+        raise InputError("impl", (), ", ".join(["auto, reference, torch, triton", *BACKENDS]))
     return device
 
 
@@ -185,10 +186,13 @@ def providers(configs: dict[str, Config], options: Options, mode: str) -> dict[s
     for compiled in (False, True) if options.compile and mode in wholes else (False,):
         for impl in options.impl:
             for base, config in configs.items():
-                if impl == CUDNN and not any(layer in config.layers for layer in ("attention", "window")):
+                names = re.findall(r"\w+", config.layers)
+                if impl in BACKENDS and not {"attention", "window"} & set(names):
+                    continue
+                if compiled and mode == "decode" and {"moe", "mod"} & set(names):  # which wait for the GPU to count
                     continue
                 way = f", {impl}" * (len(options.impl) > 1) + wholes.get(mode, "") * compiled
-                config = replace(config, impl="torch" if impl == CUDNN else impl)
+                config = replace(config, impl="torch" if impl in BACKENDS else impl)
                 found[base + way] = Provider(base, config, impl, compiled)
     return found
 
@@ -225,10 +229,11 @@ def measure_point(mode: str, given: dict[str, Provider], context: int, batch: in
     """Rows of all providers at one context: timed in turn, or each alone where they do not fit into memory together. `seconds`
     is None where one does not fit, or cannot run, and `error` says why."""
     rows = {name: describe_point(mode, name, provider, context, batch, options) for name, provider in given.items()}
-    if error := fill(rows, given, mode, context, batch, options, device):
+    again = next(iter(given))
+    if error := fill(rows, given, again, mode, context, batch, options, device):
         for name, provider in given.items():
             if len(given) > 1:
-                error = fill(rows, {name: provider}, mode, context, batch, options, device)
+                error = fill(rows, {name: provider}, again, mode, context, batch, options, device)
             rows[name] |= {"alone": len(given) > 1, "error": error}
     return list(rows.values())
 
@@ -237,7 +242,8 @@ def fill(rows: dict[str, dict], given: dict[str, Provider], *point) -> str:
     """Put into the rows what is measured; what went wrong, if anything: too little memory, mostly."""
     try:
         measured = timed(given, *point)
-    except (RuntimeError, MemoryError) as error:  # the first also where an attention backend cannot run
+    except Exception as error:  # Triton's have no base in common
+        synchronise()  # raises where the GPU is lost to this process
         return (str(error).splitlines() or ["out of memory"])[0]
     for name, (seconds, peak) in measured.items():
         rows[name] = {**rows[name.removesuffix(" again")], "model": name, "seconds": seconds, "peak_bytes": peak}
@@ -246,7 +252,7 @@ def fill(rows: dict[str, dict], given: dict[str, Provider], *point) -> str:
 
 def describe_point(mode: str, name: str, provider: Provider, context: int, batch: int, options: Options) -> dict:
     """What is known of a point before it is measured."""
-    config, cost = provider.config, ledger(provider.config, context)
+    config, cost = provider.config, cost_of(replace(provider.config, impl="auto"), context)
     return {
         "benchmark": "throughput", "mode": mode, "model": name, "base": provider.base, "impl": provider.impl,
         "compiled": provider.compiled, "layers": config.layers, "width": config.width, "match": options.match,
@@ -256,8 +262,13 @@ def describe_point(mode: str, name: str, provider: Provider, context: int, batch
     }  # fmt: skip
 
 
-def timed(given: dict[str, Provider], mode: str, context: int, batch: int, options: Options, device: torch.device) -> dict:
-    """Seconds of each round, and the peak of memory in bytes, of each provider and once more of the first."""
+cost_of = cache(ledger)
+
+
+def timed(
+    given: dict[str, Provider], again: str, mode: str, context: int, batch: int, options: Options, device: torch.device
+) -> dict:
+    """Seconds of each round, and the peak of memory in bytes, of each provider, and once more of the one named `again`."""
     calls, peaks = {}, {}
     for name, provider in given.items():
         torch.manual_seed(0)
@@ -265,15 +276,16 @@ def timed(given: dict[str, Provider], mode: str, context: int, batch: int, optio
             model = LM(provider.config)
         calls[name] = partial(run, provider.impl, MODES[mode](model, context, batch, provider))
         calls[name]()
-        peaks[name] = peak_bytes(calls[name], device)
-    first = next(iter(given))
-    calls[f"{first} again"], peaks[f"{first} again"] = calls[first], peaks[first]
+        graph = provider.compiled and mode == "decode"  # which took its memory before
+        peaks[name] = None if graph else peak_bytes(calls[name], device)
+    if again in given:
+        calls[f"{again} again"], peaks[f"{again} again"] = calls[again], peaks[again]
     return {name: (seconds, peaks[name]) for name, seconds in interleave(calls, options.rounds, 0.1, warm=False).items()}
 
 
 def run(impl: str, call: Callable[[], object]) -> None:
     """The call, with the attention that the path asks for."""
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if impl == CUDNN else nullcontext():
+    with sdpa_kernel(BACKENDS[impl]) if impl in BACKENDS else nullcontext():
         call()
 
 
@@ -301,7 +313,7 @@ def compiled(model: LM, provider: Provider) -> Callable:
     """The loss as one graph for this very size. Attention's backend is chosen while compiling, and no cache knows of it."""
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
     torch._dynamo.config.recompile_limit = 1000  # every model, path and size is one
-    options = {"force_disable_caches": True} if provider.impl == CUDNN else None
+    options = {"force_disable_caches": True} if provider.impl in BACKENDS else None
     return torch.compile(model.loss, fullgraph=True, dynamic=False, options=options)
 
 
@@ -333,17 +345,24 @@ def decode(model: LM, context: int, batch: int, provider: Provider) -> Callable[
         for _ in range(DECODED):
             _, state = model(token, state)
 
-    return replay(call) if provider.compiled else call
+    return captured(provider.impl, call) if provider.compiled else call
 
 
-def replay(call: Callable[[], None]) -> Callable[[], None]:
-    """The call as a CUDA graph. Raises RuntimeError where it waits for the GPU, as mixture-of-depths does."""
-    call()  # tunes and allocates
+def captured(impl: str, call: Callable[[], None]) -> Callable[[], None]:
+    """The call as a CUDA graph, with the attention that the path asks for. The first two calls tune and allocate: the second
+    finds the memory behind the prompt's state taken, as all later ones do."""
+    run(impl, call)
+    run(impl, call)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+        run(impl, call)
+    return partial(replay, graph, call)
+
+
+def replay(graph: torch.cuda.CUDAGraph, call: Callable[[], None]) -> None:
+    """Run the graph. It reads the model and the state by their address, and `call` keeps them."""
+    graph.replay()
 
 
 class AtCapacity(nn.Module):
