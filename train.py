@@ -142,8 +142,9 @@ def main(options: Options) -> None:
         print(f"\ninterrupted at step {step} and saved; to go on: python train.py --resume {run}")
         sys.exit(130)
     report(run, evaluate(model, data, options, autocast), step, seconds, print)
-    print(sample(model, data, options.prompt))
-    print(f"\nsaved in {run}; more of it: python -m minimodels.sample {run} --prompt {options.prompt!r}")
+    print(text := sample(model, data, options.prompt))
+    more = f"; more of it: python -m minimodels.sample {run} --prompt {options.prompt!r}"
+    print(f"\nsaved in {run}" + more * (not text.startswith("no sample")))
 
 
 @torch.no_grad()

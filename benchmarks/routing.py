@@ -3,8 +3,8 @@
     python -m benchmarks.routing runs/mod "def f(x):"             coloured in the terminal
     python -m benchmarks.routing runs/hybrid "import os" --html routing.html
 
-A group's line shows the tokens that took the group in reverse; an expert layer's line colours each token by the expert whose
-output weighed most.
+A group's line colours the tokens that took the group; an expert layer's line colours each token by the expert whose output
+weighed most.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Markdown tables from measured rows, as the README shows them.
 
-python -m benchmarks.table benchmarks/results/cpu/throughput.jsonl
-python -m benchmarks.table benchmarks/results/cpu/peers.jsonl benchmarks/results/cpu/claim-depth.jsonl
+    python -m benchmarks.table benchmarks/results/cpu/throughput.jsonl
+    python -m benchmarks.table benchmarks/results/cpu/peers.jsonl benchmarks/results/cpu/claim-depth.jsonl
+
+Each kind of row that a file holds has its own.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ def throughput(rows: Rows) -> str:
         if row.get("benchmark") == "throughput" and not row["model"].endswith(" again"):
             mode = f"decode, batch {row['batch']}" if row["mode"] == "decode" else row["mode"]
             speed = row["tokens"] / statistics.median(row["seconds"]) if row["seconds"] else None
-            tables[mode][row["model"], row["context"]] = f"{speed:,.0f}" if speed else "out of memory"
+            failed = "out of memory" if "memory" in (row.get("error") or "memory") else "cannot run"
+            tables[mode][row["model"], row["context"]] = f"{speed:,.0f}" if speed else failed
     texts = []
     for mode, cells in tables.items():
         models, contexts = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))

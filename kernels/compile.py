@@ -21,9 +21,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import triton
+import tyro
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
@@ -121,18 +123,26 @@ def loops(compiled) -> str:
     return "loops: " + "; ".join(texts) if texts else "no loop"
 
 
-def main(names: list[str]) -> None:
-    """Compile the kernels of the named operations, of all by default."""
+@dataclass(frozen=True)
+class Options:
+    """Compile kernels for Hopper, without a GPU."""
+
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """operations; all by default"""
+
+
+def main(options: Options) -> None:
+    """Compile the kernels, and exit with 1 where the assembler expects losses."""
     if INTERPRETED:
         raise InputError("TRITON_INTERPRET", 1, "unset, for what is interpreted is not compiled")
-    for name in names:
+    for name in options.names:
         if name not in OPERATIONS:
             raise InputError("operation", name, ", ".join(OPERATIONS))
     driver.set_active(Hopper())
     common.TIMED.update(device="cpu", dtype=torch.bfloat16)
     common.PRETENDED = 132  # an H100's
     lossy = []
-    for name in names or OPERATIONS:
+    for name in options.names or OPERATIONS:
         module = importlib.import_module(f"minimodels.kernels.{name}")
         print(name)
         seen = set()
@@ -148,4 +158,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, lambda: sys.argv[1:])
+    run_command(main, lambda: tyro.cli(Options, description=__doc__))

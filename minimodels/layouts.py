@@ -1,8 +1,8 @@
 """Which layers a config.json describes, and its rotary positions: read and written.
 
-A function that ends in `_layers` reads: entries of config.json -> fields of Config, `layers` among them. The one that starts
-with `outline` writes: layers and window -> entries. What it writes is checked by reading it, so it need not foresee layers
-that its family cannot express.
+Functions that end in `_layers` or `blocks` read: entries of config.json -> fields of Config, `layers` among them. Those that
+start with `outline` write: layers and window -> entries. What they write is checked by reading it, so they need not foresee
+layers that their family cannot express.
 """
 
 from __future__ import annotations

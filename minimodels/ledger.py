@@ -5,7 +5,7 @@
 
 FLOPs are those of matrix products, convolutions and scans, a multiply-add counted as two, a scan's as `Mamba.flops` says.
 Attention counts QKᵀ and PV as full T × T products, as PyTorch's counter and the usual model-FLOPs utilisation do, though a
-causal kernel may skip half.
+causal kernel may skip half; over a window, from two of its widths on, as products of blocks.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ stands in.
     index               (B, k)         the tokens that take the group, ascending; k = C · T in training
     real                (B, k)         bool: False where a row routes fewer than k tokens
     gathered    X̃       (B, k, D)      their values
-    update      f(X̃)    (B, k, D)      the group's output less its input: the group adds no residual of its own
+    output      f(X̃)+X̃  (B, k, D)      what the group makes of them, its residual sums included
+    update      r f(X̃)  (B, k, D)      its change to them, times the weights
 """
 
 from __future__ import annotations

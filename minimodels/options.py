@@ -78,8 +78,8 @@ class Options:
     out: Path | None = None
     """folder of the run, new or empty; by default runs/MODEL (runs/custom with other layers), or the next free name"""
     resume: Path | None = None
-    """folder of a run to go on with; its options hold, bounds too (--steps None lifts one), and only bounds, device and
-    reporting may be changed"""
+    """folder of a run to go on with; its options hold, given bounds too (--steps None lifts one), and only bounds, reporting
+    and how it is computed (device, dtype, compile, impl) may be changed"""
 
     def __post_init__(self):
         """Refuse what cannot be meant before anything is read or written."""

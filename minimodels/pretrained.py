@@ -3,7 +3,8 @@
     model = from_pretrained("folder-or-hub/id")        an LM with the published weights
     save_pretrained(model, "folder")                   what transformers.AutoModelForCausalLM loads
 
-    python -m minimodels.pretrained RUN FOLDER         the same of a training run
+    python -m minimodels.pretrained RUN FOLDER         the same of a training run, if a family has its layers: those of the
+                                                       presets transformer, mamba and moe, not mod or hybrid
 
 Which models, and how they are put together, stands in minimodels/families.py. Only JSON and safetensors are read, so nothing
 in a file can run.
