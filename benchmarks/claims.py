@@ -75,10 +75,11 @@ def copying(small: bool) -> Claim:
     shape = {"width": 64, "heads": 4}
     mamba, attention = Config(layers="(mamba)*2", **shape), Config(layers="(attention mlp)*2", **shape)
     runs = [
-        Run("mamba", mamba, task, context, steps, lr=1e-2),
+        # each at the rate that suits it: at 1e-2 some seeds of Mamba fail, at 4e-3 attention does
+        Run("mamba", mamba, task, context, steps, lr=4e-3),
         Run("time-invariant", mamba, task, context, steps, lr=1e-2, change=forget_selection),
         Run("time-invariant, longer", mamba, task, context, 3 * steps, lr=1e-2, change=forget_selection),
-        Run("attention", attention, task, context, steps, lr=1e-3),  # at Mamba's rate it stops at 0.6
+        Run("attention", attention, task, context, steps, lr=1e-3),
     ]
     panel = Panel("accuracy", "step", "accuracy", "training steps", "answers right")
     return Claim("What is selectivity worth? Copying tokens that are strewn among noise", runs, [panel])
