@@ -20,36 +20,29 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import tyro
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.crossover import overtaking
 from minimodels import LM, Config, InputError, preset
 from minimodels.command import keep_freed_memory, pick_device, run_command
 from minimodels.config import BLOCKS
 from minimodels.layers import choose
 from minimodels.ledger import Ledger, ledger
 from minimodels.measure import ceilings, interleave, peak_bytes, synchronise, write
-from minimodels.mod import MixtureOfDepths
-from minimodels.optim import adamw
+
+from .crossover import overtaking
+from .modes import BACKENDS, DECODED, MODES, Provider, run
 
 AXES: dict[str, Callable[[Ledger], float]] = {
     "parameters": lambda cost: cost.parameters,
     "active": lambda cost: cost.active,
     "flops": lambda cost: cost.forward_flops,
 }
-DECODED = 32  # tokens in a call of decode
 FIRST = 256  # the context at which the models are matched, and the shortest unless another is asked for
-PIECE = 2**16  # tokens that are read at once to make a state for decoding
-BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}  # PyTorch's choice differs by version
 
 
 @dataclass(frozen=True)
@@ -88,16 +81,6 @@ class Options:
     """auto, cpu or cuda"""
     out: Path = Path("runs/benchmarks/throughput.jsonl")
     """file for the JSON rows, written anew after each point"""
-
-
-class Provider(NamedTuple):
-    """A model and the way it is run."""
-
-    base: str
-    """name of the model"""
-    config: Config
-    impl: str
-    compiled: bool = False
 
 
 def main(options: Options) -> None:
@@ -281,118 +264,6 @@ def timed(
     if again in given:
         calls[f"{again} again"], peaks[f"{again} again"] = calls[again], peaks[again]
     return {name: (seconds, peaks[name]) for name, seconds in interleave(calls, options.rounds, 0.1, warm=False).items()}
-
-
-def run(impl: str, call: Callable[[], object]) -> None:
-    """The call, with the attention that the path asks for."""
-    with sdpa_kernel(BACKENDS[impl]) if impl in BACKENDS else nullcontext():
-        call()
-
-
-def train(model: LM, context: int, batch: int, provider: Provider) -> Callable[[], None]:
-    """Forward, backward, clipping, AdamW."""
-    device = model.embedding.weight.device
-    optimizer = adamw(model, 1e-4, 0.1)
-    tokens = torch.randint(model.embedding.num_embeddings, (batch, context + 1), device=device)
-    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    loss_function = compiled(model, provider) if provider.compiled else model.loss
-
-    def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            loss, _ = loss_function(tokens[:, :-1], tokens[:, 1:])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        model.after_step()
-
-    return step
-
-
-def compiled(model: LM, provider: Provider) -> Callable:
-    """The loss as one graph for this very size. Attention's backend is chosen while compiling, and no cache knows of it."""
-    torch._dynamo.config.capture_dynamic_output_shape_ops = True
-    torch._dynamo.config.recompile_limit = 1000  # every model, path and size is one
-    options = {"force_disable_caches": True} if provider.impl in BACKENDS else None
-    return torch.compile(model.loss, fullgraph=True, dynamic=False, options=options)
-
-
-def prefill(model: LM, context: int, batch: int, provider: Provider) -> Callable[[], tuple]:
-    """The state of a prompt and the logits of its next token."""
-    model = at_capacity(in_half(model.eval()))
-    tokens = torch.randint(model.embedding.num_embeddings, (batch, context), device=model.embedding.weight.device)
-
-    @torch.inference_mode()
-    def call() -> tuple:
-        x, state = model.features(tokens)
-        return model.head(x[:, -1]), state
-
-    return call
-
-
-def decode(model: LM, context: int, batch: int, provider: Provider) -> Callable[[], None]:
-    """Some tokens more, one by one, after `context` of them, which are read in pieces that need little memory. The first copies
-    what is remembered, for each call starts anew."""
-    model = at_capacity(in_half(model.eval()))
-    token, start = torch.zeros(batch, 1, dtype=torch.int64, device=model.embedding.weight.device), None
-    with torch.inference_mode():
-        for length in torch.arange(context).split(max(1, PIECE // batch)):
-            _, start = model.features(token.expand(batch, len(length)), start)
-
-    @torch.inference_mode()
-    def call() -> None:
-        state = start
-        for _ in range(DECODED):
-            _, state = model(token, state)
-
-    return captured(provider.impl, call) if provider.compiled else call
-
-
-def captured(impl: str, call: Callable[[], None]) -> Callable[[], None]:
-    """The call as a CUDA graph, with the attention that the path asks for. The first two calls tune and allocate: the second
-    finds the memory behind the prompt's state taken, as all later ones do."""
-    run(impl, call)
-    run(impl, call)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run(impl, call)
-    return partial(replay, graph, call)
-
-
-def replay(graph: torch.cuda.CUDAGraph, call: Callable[[], None]) -> None:
-    """Run the graph. It reads the model and the state by their address, and `call` keeps them."""
-    graph.replay()
-
-
-class AtCapacity(nn.Module):
-    """In the place of a mixture-of-depths' causal decision, which an untrained model makes at random for all tokens alike: it
-    costs the same, and takes the share of tokens that a trained one aims at."""
-
-    def __init__(self, decide: nn.Module, capacity: float):
-        super().__init__()
-        self.decide, self.capacity = decide, capacity
-
-    def forward(self, x: Tensor) -> Tensor:
-        decision = self.decide(x)
-        return self.capacity - torch.rand_like(decision) + 0 * decision
-
-
-def at_capacity(model: LM) -> LM:
-    """Make every mixture-of-depths take its share of the tokens."""
-    for module in model.modules():
-        if isinstance(module, MixtureOfDepths):
-            module.predictor = AtCapacity(module.predictor or module.router, module.capacity)
-    return model
-
-
-def in_half(model: LM) -> LM:
-    """In bf16 on a GPU that has it."""
-    gpu = model.embedding.weight.is_cuda and torch.cuda.is_bf16_supported()
-    return model.bfloat16() if gpu else model
-
-
-MODES = {"train": train, "prefill": prefill, "decode": decode}
 
 
 def describe(row: dict) -> str:

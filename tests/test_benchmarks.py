@@ -17,7 +17,7 @@ import tyro
 from minimodels.kernels import common
 
 from benchmarks import all as everything
-from benchmarks import claims, curves, kernels, parts, peers, plot, routing, s4d, table, throughput
+from benchmarks import claims, curves, kernels, modes, parts, peers, plot, routing, s4d, table, throughput
 from benchmarks.crossover import crossover, overtaking
 from minimodels import LM, Config, InputError, preset
 from minimodels.ledger import ledger
@@ -195,7 +195,7 @@ def test_decoding_is_captured_where_nothing_waits_for_the_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
     model = LM(Config(width=16, heads=2, layers="attention mamba"))
     gone = weakref.ref(model.embedding.weight)
-    call = throughput.decode(model, 8, 2, throughput.Provider("x", model.config, "torch", True))
+    call = modes.decode(model, 8, 2, modes.Provider("x", model.config, "torch", True))
     del model
     gc.collect()
     call()
@@ -226,8 +226,8 @@ def test_what_does_not_fit_is_a_row(monkeypatch, tmp_path):
     def refuse(model, context, batch, provider):
         raise torch.OutOfMemoryError("out of memory, tried to allocate")
 
-    monkeypatch.setitem(throughput.MODES, "train", refuse)
-    given = {"mlp": throughput.Provider("mlp", Config(layers="mlp"), "torch")}
+    monkeypatch.setitem(modes.MODES, "train", refuse)
+    given = {"mlp": modes.Provider("mlp", Config(layers="mlp"), "torch")}
     (row,) = throughput.measure_point("train", given, 256, 1, throughput.Options(), torch.device("cpu"))
     assert row["seconds"] is None and "out of memory" in throughput.describe(row)
     out = tmp_path / "throughput.jsonl"
@@ -248,7 +248,7 @@ def test_what_does_not_fit_beside_others_is_timed_alone(monkeypatch):
         return real(given, *point)
 
     monkeypatch.setattr(throughput, "timed", crowded)
-    given = {name: throughput.Provider(name, preset(name), "torch") for name in ("transformer", "mamba", "mod")}
+    given = {name: modes.Provider(name, preset(name), "torch") for name in ("transformer", "mamba", "mod")}
     options = throughput.Options(rounds=1)
     rows = {row["model"]: row for row in throughput.measure_point("prefill", given, 32, 1, options, torch.device("cpu"))}
     assert together == [["transformer", "mamba", "mod"], ["transformer"], ["mamba"], ["mod"]]
@@ -258,7 +258,7 @@ def test_what_does_not_fit_beside_others_is_timed_alone(monkeypatch):
 
 def test_mixture_of_depths_is_timed_at_its_capacity():
     torch.manual_seed(0)
-    model = throughput.at_capacity(LM(preset("mod", capacity=0.25)).eval())
+    model = modes.at_capacity(LM(preset("mod", capacity=0.25)).eval())
     model(torch.zeros(8, 256, dtype=torch.int64))
     assert all(abs(share - 0.25) < 0.05 for share in model.observations()["routed"])
 
