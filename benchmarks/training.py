@@ -20,7 +20,7 @@ from minimodels.loss import IGNORE
 from minimodels.optim import adamw, cosine, learning_rate
 from minimodels.tasks import Task
 
-PROBED, SCORED = 4, 64  # batches by which a model is judged while it trains, and at the end
+PROBED, SCORED = 4, 64  # batches by which a model is judged: while it trains, where a few do, and at the end
 
 
 @dataclass
