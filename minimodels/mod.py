@@ -79,7 +79,7 @@ class MixtureOfDepths(nn.Module):
             return x, DepthState(seen, remembered)
 
         tokens, chosen = x.flatten(0, 1), (index + T * torch.arange(B, device=x.device).unsqueeze(1)).flatten()  # (B · T, D)
-        gathered = tokens[chosen].view(B, -1, x.shape[-1])
+        gathered = tokens.index_select(0, chosen).view(B, -1, x.shape[-1])  # tokens[chosen] has a slower derivative
         weights = scores.gather(1, index).masked_fill(~real, 0.0).unsqueeze(-1)  # (B, k, 1)
         original = positions.gather(1, index).masked_fill(~real, -1)
         output, remembered = self.group(gathered, remembered, original)
