@@ -496,7 +496,9 @@ def test_damaged_and_missing_files(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "./nothing", "", "a b", "../x"])
-def test_neither_folder_nor_id(name):
+def test_neither_folder_nor_id(name, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(InputError, match="path_or_id"):
         from_pretrained(name)
 
