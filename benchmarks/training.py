@@ -60,13 +60,14 @@ def train(run: Run, seed: int, probes: int, device: torch.device, bar: tqdm) -> 
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        overload = model.observations().get("overload") if (step + 1) % max(1, run.steps // probes) == 0 else None
+        probe = (step + 1) * probes // run.steps > step * probes // run.steps  # as many, alike apart, the last at the end
+        overload = model.observations().get("overload") if probe else None
         model.after_step()
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds += time.perf_counter() - start
         bar.update(run.batch * run.context)
-        if (step + 1) % max(1, run.steps // probes) == 0 or step + 1 == run.steps:
+        if probe:
             seen = (step + 1) * run.batch * run.context
             record = {"step": step + 1, "tokens": seen, "flops": flops * seen, "seconds": seconds}
             record |= evaluate(model, data, device, run.batch, SCORED if step + 1 == run.steps else PROBED)
