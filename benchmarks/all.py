@@ -57,10 +57,10 @@ def steps(out: Path, gpu: bool, impl: str) -> Steps:
             **kernels,
         }
     once = ["--patience", "1", "--sweeps", "1", "--rounds", "5"]
-    use = impl != "torch"  # the kernels
-    training = ["--impl", "torch", *["triton"] * use, *once, *at_1024, "--tokens", "32768"]
-    fastest = ["--impl", "flash", "cudnn", "triton" if use else "torch", *once]
-    quick = ["--impl", "flash", "triton" if use else "torch", *once]
+    kernels_used = impl != "torch"
+    training = ["--impl", "torch", *["triton"] * kernels_used, *once, *at_1024, "--tokens", "32768"]
+    fastest = ["--impl", "flash", "cudnn", "triton" if kernels_used else "torch", *once]
+    quick = ["--impl", "flash", "triton" if kernels_used else "torch", *once]
 
     def crossover(mode: str, longest: int, *more: str) -> list[str]:
         name, ways = f"crossover-{mode}.jsonl", quick if mode == "decode" else fastest
@@ -70,7 +70,7 @@ def steps(out: Path, gpu: bool, impl: str) -> Steps:
         return throughput(f"throughput-{mode}.jsonl", *quick, "--modes", mode, "--longest", str(longest))
 
     return {
-        **({"correctness": ["-m", "benchmarks.kernels", "--check-only"]} if use else {}),
+        **({"correctness": ["-m", "benchmarks.kernels", "--check-only"]} if kernels_used else {}),
         **ceilings,
         **kernels,
         "training": throughput("training.jsonl", *training),
@@ -97,7 +97,7 @@ class Options:
     resume: bool = False
     """leave out the steps that done.json says have ended well"""
     impl: str = "auto"
-    """auto (on a GPU the kernels, beside what PyTorch has), torch (models without the kernels) or triton"""
+    """auto (on a GPU the kernels, beside what PyTorch has) or torch (models without the kernels)"""
     device: str = "auto"
     """auto, cpu or cuda"""
     only_ceilings: bool = False
@@ -108,8 +108,8 @@ def main(options: Options) -> None:
     """One step after the other, each in its own process, until the time is over."""
     if not options.minutes > 0:
         raise InputError("minutes", options.minutes, "more than 0")
-    if options.impl not in ("auto", "torch", "triton"):
-        raise InputError("impl", options.impl, "auto, torch, triton")
+    if options.impl not in ("auto", "torch"):
+        raise InputError("impl", options.impl, "auto, torch")
     device = pick_device(options.device)
     done_file = options.out / "done.json"
     if done_file.exists() and not options.resume and not options.only_ceilings:

@@ -108,15 +108,11 @@ def recall(small: bool) -> Claim:
     task, context, steps = ("mqar:pairs=4,vocab=16", 24, 800) if small else ("mqar:pairs=64,vocab=8192", 512, 20_000)
     width, windows, state_sizes = (64, (4, 8, 16), (1, 16)) if small else (128, (16, 64, 256), (1, 4, 16, 64))
     shape = {"width": width, "heads": 2}
-    attention = [Config(layers="(attention mlp)*2", **shape)]
-    windows = [Config(layers="(window mlp)*2", window=window, **shape) for window in windows]
-    mamba = [Config(layers="(mamba)*2", state_size=size, **shape) for size in state_sizes]
-    models = {"attention": (attention, steps), "window": (windows, steps), "mamba": (mamba, 5 * steps // 2)}  # it takes longer
-    runs = [
-        Run(name, config, task, context, length, batch=64, lr=4e-3)
-        for name, (configs, length) in models.items()
-        for config in configs
-    ]
+    models = [("attention", steps, Config(layers="(attention mlp)*2", **shape))]
+    models += [("window", steps, Config(layers="(window mlp)*2", window=window, **shape)) for window in windows]
+    longer = 5 * steps // 2  # Mamba takes more steps to find out how
+    models += [("mamba", longer, Config(layers="(mamba)*2", state_size=size, **shape)) for size in state_sizes]
+    runs = [Run(name, config, task, context, steps, batch=64, lr=4e-3) for name, steps, config in models]
 
     def state(model: LM, run: Run, device: torch.device) -> Iterator[dict[str, float]]:
         data = open_data(task, context)

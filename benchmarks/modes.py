@@ -30,7 +30,9 @@ class Provider(NamedTuple):
     """name of the model"""
     config: Config
     impl: str
+    """a path, or one of BACKENDS"""
     compiled: bool = False
+    """a training step by torch.compile, decoding as a CUDA graph"""
 
 
 def train(model: LM, context: int, batch: int, provider: Provider) -> Callable[[], None]:

@@ -165,8 +165,8 @@ def contexts(shortest: int, longest: int) -> list[int]:
 def providers(configs: dict[str, Config], options: Options, mode: str) -> dict[str, Provider]:
     """Every model with every path; where there is more than one way, its name says which."""
     found = {}
-    wholes = {"train": " compiled", **({"decode": " as a graph"} if pick_device(options.device).type == "cuda" else {})}
-    for compiled in (False, True) if options.compile and mode in wholes else (False,):
+    suffixes = {"train": " compiled", **({"decode": " as a graph"} if pick_device(options.device).type == "cuda" else {})}
+    for compiled in (False, True) if options.compile and mode in suffixes else (False,):
         for impl in options.impl:
             for base, config in configs.items():
                 names = re.findall(r"\w+", config.layers)
@@ -174,7 +174,7 @@ def providers(configs: dict[str, Config], options: Options, mode: str) -> dict[s
                     continue
                 if compiled and mode == "decode" and {"moe", "mod"} & set(names):  # which wait for the GPU to count
                     continue
-                way = f", {impl}" * (len(options.impl) > 1) + wholes.get(mode, "") * compiled
+                way = f", {impl}" * (len(options.impl) > 1) + suffixes.get(mode, "") * compiled
                 config = replace(config, impl="torch" if impl in BACKENDS else impl)
                 found[base + way] = Provider(base, config, impl, compiled)
     return found

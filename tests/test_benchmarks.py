@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 import tyro
 from minimodels.kernels import common
+from tqdm import tqdm
 
 from benchmarks import all as everything
-from benchmarks import claims, curves, kernels, modes, parts, peers, plot, routing, s4d, table, throughput
+from benchmarks import claims, curves, kernels, modes, parts, peers, plot, routing, s4d, table, throughput, training
 from benchmarks.crossover import crossover, overtaking
 from minimodels import LM, Config, InputError, preset
 from minimodels.ledger import ledger
@@ -322,6 +323,18 @@ def test_without_selection_mamba_is_a_time_invariant_recurrence():
     signal, _ = causal_conv1d(x[None], layer.conv1d.weight.squeeze(1), layer.conv1d.bias, None, activation=True)
     convolved = torch.stack([sum(layer.filter(9)[:, t - s] * signal[0, s] for s in range(t + 1)) for t in range(9)])
     torch.testing.assert_close(layer(u)[0][0], (convolved + layer.D * signal[0]) * F.silu(x))
+
+
+def test_a_run_is_probed_alike_apart_and_scored_on_more_at_its_end():
+    run = training.Run("mlp", Config(layers="mlp", width=16), "induction", 8, steps=5, batch=2)
+    _, records = training.train(run, 0, 2, torch.device("cpu"), tqdm(disable=True))
+    assert [(record["step"], record["targets"]) for record in records] == [(3, 8), (5, 128)]
+
+
+def test_what_cannot_run_is_told_from_what_does_not_fit():
+    row = {"benchmark": "throughput", "mode": "train", "batch": 1, "context": 256, "tokens": 256, "seconds": None}
+    rows = [{**row, "model": "a", "error": "CUDA out of memory. Tried"}, {**row, "model": "b", "error": "no kernel"}]
+    assert [line.split(" | ")[1] for line in table.throughput(rows).splitlines()[2:]] == ["out of memory |", "cannot run |"]
 
 
 def test_routing_shows_what_the_routers_chose():
