@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import CHOICES, InputError, parse_scaling
+from .kernels import FASTER, require
 
 
 class RMSNorm(nn.Module):
@@ -108,10 +109,10 @@ def rotary(positions: Tensor, head_dim: int, base: float, scaling: str = "") -> 
     RoPE, arXiv:2104.09864, with the pairs (x_j, x_{j+d/2}): the first of a pair is turned with -sin, the second with sin.
     `scaling` slows the angles, in the terms of Config.rope_scaling.
     """
-    speeds = 1 / base ** (torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angles = positions.float().unsqueeze(-1) * scale(speeds, scaling)  # (..., d/2)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    speeds = scale((base**exponents).reciprocal(), scaling)  # (d/2,)
+    angles = positions.unsqueeze(-1) * torch.cat((-speeds, speeds))  # (..., d): the cosine takes no notice of the sign
+    return angles.cos(), angles.sin()
 
 
 def scale(speeds: Tensor, scaling: str) -> Tensor:
@@ -120,9 +121,9 @@ def scale(speeds: Tensor, scaling: str) -> Tensor:
     linear (arXiv:2306.15595): all of them by `factor`. llama3 (arXiv:2407.21783): by `factor` those that turn fewer than `low`
     times within the `context` of training, not at all those that turn more than `high` times, and in proportion between.
     """
-    kind, options = parse_scaling(scaling)
-    if not kind:
+    if not scaling:
         return speeds
+    kind, options = parse_scaling(scaling)
     slowed = speeds / options["factor"]
     if kind == "linear":
         return slowed
@@ -138,21 +139,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def full_precision(x: Tensor) -> Tensor:
     """x in fp32, or in fp64 as it is: what routing decisions and recurrent states are computed in."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def choose(impl: str, operation: str, device: torch.device) -> str:
     """Which path an operation takes: "reference", "torch" or "triton". Raises InputError if `impl` cannot be honoured."""
+    if impl == "auto":
+        return "triton" if device.type == "cuda" and operation in FASTER else "torch"
     if impl not in CHOICES["impl"]:
         raise InputError("impl", impl, ", ".join(CHOICES["impl"]))
     if impl == "triton":
-        from .kernels import require
-
         require(operation, device)
-    if impl == "auto":
-        from .kernels import FASTER
-
-        return "triton" if device.type == "cuda" and operation in FASTER else "torch"
     return impl
 
 

@@ -189,9 +189,11 @@ class Room:
             positions = None if self.positions is None else self.positions[:, first : self.used]
             return AttentionState(keys, values, positions, now.seen, self)
 
-        bounded = window is not None and self.positions is None
-        after = state(max(first, self.used - window + 1) if bounded else first)
-        now, self.newest = state(first), after[:3]
+        now = after = state(first)
+        oldest = first if window is None or self.positions is not None else self.used - window + 1
+        if oldest > first:
+            after = state(oldest)
+        self.newest = after[:3]
         return now, after
 
 
@@ -220,21 +222,22 @@ def attention(
     if (k.shape, v.shape) != ((B, G, S, d), (B, G, S, d)) or H % G or T > S:
         raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
     path, gapless = choose(impl, "attention", q.device), query_positions is None and key_positions is None
+    if not gapless and (query_positions.shape, key_positions.shape) != ((B, T), (B, S)):
+        raise ValueError(f"attention: positions {tuple(query_positions.shape)}, {tuple(key_positions.shape)} do not fit")
     if path == "triton":
         from .kernels.attention import attention as kernel
 
         return kernel(q, k, v, query_positions, key_positions, window)
-    if gapless:
-        key_positions = torch.arange(S, device=q.device)
-        query_positions = key_positions[S - T :]
-    elif (query_positions.shape, key_positions.shape) != ((B, T), (B, S)):
-        raise ValueError(f"attention: positions {tuple(query_positions.shape)}, {tuple(key_positions.shape)} do not fit")
     if path == "torch":
         fast = partial(F.scaled_dot_product_attention, enable_gqa=H != G)
         if window is None and S == T:
             return fast(q, k, v, is_causal=True)  # padding stands behind every query that could see it
         if gapless and T == 1 and (window is None or S <= window):
             return fast(q, k, v)
+    if gapless:
+        key_positions = torch.arange(S, device=q.device)
+        query_positions = key_positions[S - T :]
+    if path == "torch":
         if window is not None and S == T > 2 * window:
             return banded(fast, q, k, v, key_positions.expand(B, S), window)
         return fast(q, k, v, attn_mask=sees(query_positions, key_positions, window))
