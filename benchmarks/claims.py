@@ -201,19 +201,18 @@ def routes(model: LM, run: Run, device: torch.device) -> Iterator[dict[str, floa
     data = open_data(run.data, run.context)
     if not groups or run.model == "mod, random":
         return
-    for route in (run.config.mod_route, "topk"):
+
+    def score(route: str) -> dict[str, float]:
         for group in groups:
             group.route = route
+        seen: list[dict[str, list]] = []  # one entry per batch
         start = time.perf_counter()
-        found = evaluate(model, data, device, run.batch, SCORED)
-        seconds = time.perf_counter() - start
-        seen = model.observations()
-        told = {name: statistics.mean(seen[name]) for name in ("routed", "accuracy") if name in seen}
-        yield {"route": route, "route_bits": found["bits"],
-               "route_tokens_per_second": SCORED * run.batch * run.context / seconds,
-               **{f"route_{name}": value for name, value in told.items()}}  # fmt: skip
-    for group in groups:
-        group.route = run.config.mod_route
+        found = evaluate(model, data, device, run.batch, SCORED, watch=lambda: seen.append(model.observations()))
+        speed = SCORED * run.batch * run.context / (time.perf_counter() - start)
+        told = {f"route_{name}": statistics.mean(statistics.mean(batch[name]) for batch in seen) for name in seen[0]}
+        return {"route": route, "route_bits": found["bits"], "route_tokens_per_second": speed, **told}
+
+    yield from [score(route) for route in ("topk", run.config.mod_route)]
 
 
 @dataclass(frozen=True)

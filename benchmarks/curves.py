@@ -40,7 +40,7 @@ def main(options: Options) -> None:
     if not options.runs:
         raise InputError("runs", (), "folders of training runs")
     figure, axes = canvas(f"Which run learns fastest, counted in {AXES[options.axis]}?", "", [])
-    axes.set(xlabel=AXES[options.axis], ylabel="bits per byte (points: validation)")
+    axes.set(xlabel=AXES[options.axis], ylabel="bits per predicted token (points: validation)")
     for path, colour in zip(options.runs, cycle(COLOURS), strict=False):
         rows = read(path / "log.jsonl" if path.is_dir() else path)
         training, validation = points(rows, options.axis)

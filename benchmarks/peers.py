@@ -10,6 +10,7 @@ forward and backward pass at each length, and greedy generation with a carried s
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import statistics
 import tempfile
@@ -213,6 +214,7 @@ def measure(name: str, question: str, argument: int, found: dict[str, Contender]
         times = ", ".join(f"{provider} {statistics.median(samples) * 1e3:.0f} ms" for provider, samples in timings.items())
         print(f"{name:8} {question:28} {median:6.2f}x ({low:.2f}-{high:.2f})   {times}", flush=True)
         shared = {"benchmark": "peers", "model": name, "question": question, "tokens": argument, "peer": package}
+        shared["peer_version"] = importlib.metadata.version(package)
         rows += [{**shared, "provider": provider, "seconds": seconds} for provider, seconds in timings.items()]
     return rows
 

@@ -77,12 +77,16 @@ def train(run: Run, seed: int, probes: int, device: torch.device, bar: tqdm) -> 
 
 
 @torch.no_grad()
-def evaluate(model: LM, data: Text | Task, device: torch.device, batch: int, batches: int) -> dict[str, float]:
-    """Bits per target, the fraction that is right and the number of targets, in evaluation mode, on the same batches always."""
+def evaluate(
+    model: LM, data: Text | Task, device: torch.device, batch: int, batches: int, watch: Callable[[], None] = lambda: None
+) -> dict[str, float]:
+    """Bits per target, the fraction that is right and the number of targets, in evaluation mode, on the same batches always;
+    `watch` is called after each."""
     model.eval()
     loss, right, count = 0.0, 0, 0
     for tokens, targets in data.validation(batch, batches):
         logits, _ = model(tokens.to(device))
+        watch()
         targets = targets.to(device)
         loss += F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum").item()
         right += (logits.argmax(-1) == targets).sum().item()
