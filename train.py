@@ -23,17 +23,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from minimodels import checkpoint
-from minimodels.command import keep_freed_memory, pick_device, run_command
+from minimodels.command import has_bfloat16, keep_freed_memory, pick_device, run_command
 from minimodels.config import InputError
 from minimodels.data import Text, open_data
 from minimodels.layers import choose
 from minimodels.ledger import ledger
 from minimodels.lm import LM
-from minimodels.loss import IGNORE
+from minimodels.loss import tally
 from minimodels.optim import adamw, learning_rate
 from minimodels.options import Options, count_steps, label, new_folder, parse
 from minimodels.sample import Sampling, generate
@@ -151,18 +150,17 @@ def main(options: Options) -> None:
 def evaluate(model: LM, data: Text | Task, options: Options, autocast: torch.autocast) -> dict[str, float]:
     """Loss and metric over the held-out batches, in evaluation mode: mixture-of-depths decides causally there."""
     model.eval()
-    loss, right, count = 0.0, 0, 0
+    total = 0.0
     for tokens, targets in data.validation(options.batch_size, options.eval_batches):
         device = model.embedding.weight.device
         tokens, targets = tokens.to(device), targets.to(device)
         with autocast:
             logits, _ = model(tokens)
-        loss += F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
-        right += (logits.argmax(-1) == targets).sum()
-        count += (targets != IGNORE).sum()
+        total += tally(logits, targets)
     model.train()
-    nats = float(loss / count)
-    scores = {"validation_loss": nats, "accuracy": float(right / count)}
+    loss, right, count = total.tolist()
+    nats = loss / count
+    scores = {"validation_loss": nats, "accuracy": right / count}
     return scores | {"bits_per_byte": nats / math.log(2)} if isinstance(data, Text) else scores
 
 
@@ -201,8 +199,7 @@ def write_log(run: Path, record: dict) -> None:
 
 
 def use_bfloat16(dtype: str, device: torch.device) -> bool:
-    capable = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return capable if dtype == "auto" else dtype == "bfloat16"
+    return has_bfloat16(device) if dtype == "auto" else dtype == "bfloat16"
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from minimodels import LM, Config, InputError, preset
 from minimodels.command import keep_freed_memory, pick_device, run_command
-from minimodels.config import BLOCKS
+from minimodels.config import PRESETS
 from minimodels.data import open_data
 from minimodels.layers import choose
 from minimodels.ledger import ledger
@@ -134,15 +134,17 @@ def depth(small: bool) -> Claim:
     """Mixture-of-depths (arXiv:2404.02258): equal loss at equal training FLOPs with faster steps; random routing far worse."""
     size, context, steps, batch = ("tiny", 128, 300, 8) if small else ("small", 1024, 5000, 32)
     dense = preset("transformer", size)
-    routed = {"mod, predictor": "predictor", "mod, auxiliary loss": "router", "mod, random": "predictor"}
-    runs = [Run("dense", dense, "stdlib", context, steps, batch)]
-    configs = {name: preset("mod", size, mod_route=route) for name, route in routed.items()}
-    every_second = f"(attention mlp)*{dense.depth // 4}"  # the model of "mod" with the groups that it routes to left out
-    configs["dense, half as deep"] = replace(dense, layers=every_second)
-    for name, config in configs.items():
-        more = ledger(dense, context).training_flops / ledger(config, context).training_flops  # steps for the same FLOPs
-        change = route_at_random if name == "mod, random" else Run.change
-        runs.append(Run(name, config, "stdlib", context, round(more * steps), batch, change=change))
+    mod = preset("mod", size)
+    halved = replace(dense, layers=f"(attention mlp)*{dense.depth // 4}")  # mod with the groups that it routes to left out
+    runs = [
+        Run("dense", dense, "stdlib", context, steps, batch),
+        Run("mod, predictor", mod, "stdlib", context, steps, batch),
+        Run("mod, auxiliary loss", replace(mod, mod_route="router"), "stdlib", context, steps, batch),
+        Run("mod, random", mod, "stdlib", context, steps, batch, change=route_at_random),
+        Run("dense, half as deep", halved, "stdlib", context, steps, batch),
+    ]
+    for run in runs:  # steps for the same FLOPs
+        run.steps = round(steps * ledger(dense, context).training_flops / ledger(run.config, context).training_flops)
     return Claim("Does mixture-of-depths pay at equal training FLOPs?", runs, [TEXT["flops"], TEXT["seconds"]], at_end=routes)
 
 
@@ -164,7 +166,7 @@ def balance(small: bool) -> Claim:
 def presets(small: bool) -> Claim:
     """The presets of this project, on one text."""
     size, context, steps, batch = ("tiny", 128, 250, 8) if small else ("small", 1024, 5000, 32)
-    runs = [Run(name, preset(name, size), "stdlib", context, steps, batch) for name in BLOCKS]
+    runs = [Run(name, preset(name, size), "stdlib", context, steps, batch) for name in PRESETS]
     return Claim("Which architecture learns fastest?", runs, [TEXT["tokens"], TEXT["flops"], TEXT["seconds"]])
 
 
@@ -183,10 +185,10 @@ CLAIMS = {claim.__name__: claim for claim in (copying, induction, recall, expert
 def route_at_random(model: LM) -> None:
     """Let chance choose the tokens of each mixture-of-depths group, in training and after."""
 
-    def select(self: MixtureOfDepths, x: Tensor, decision: Tensor, positions: Tensor):
+    def select(self: MixtureOfDepths, scores: Tensor, decision: Tensor, positions: Tensor):
         present = positions >= 0
-        chance = torch.rand(present.shape, device=x.device).masked_fill(~present, -1)
-        index = chance.topk(self.routed(x.shape[1])).indices.sort(1).values
+        chance = torch.rand(present.shape, device=present.device).masked_fill(~present, -1)
+        index = chance.topk(self.routed(present.shape[1])).indices.sort(1).values
         self.auxiliary_losses, self.observed = {}, {}
         return index, present.gather(1, index)
 
@@ -199,7 +201,7 @@ def routes(model: LM, run: Run, device: torch.device) -> Iterator[dict[str, floa
     """The same trained mixture-of-depths with its causal decision and with the top-k oracle: loss, decisions, speed."""
     groups = [module for module in model.modules() if isinstance(module, MixtureOfDepths)]
     data = open_data(run.data, run.context)
-    if not groups or run.model == "mod, random":
+    if not groups or run.change is route_at_random:
         return
 
     def score(route: str) -> dict[str, float]:
@@ -212,7 +214,7 @@ def routes(model: LM, run: Run, device: torch.device) -> Iterator[dict[str, floa
         told = {f"route_{name}": statistics.mean(statistics.mean(batch[name]) for batch in seen) for name in seen[0]}
         return {"route": route, "route_bits": found["bits"], "route_tokens_per_second": speed, **told}
 
-    yield from [score(route) for route in ("topk", run.config.mod_route)]
+    yield from [score(route) for route in ("topk", run.config.mod_route)]  # its own last: so the model stays
 
 
 @dataclass(frozen=True)
@@ -274,14 +276,12 @@ def rows_of(records: list[dict], panels: list[Panel], shared: dict) -> list[dict
     """A row for each point of each panel, and one for each record that is in no picture."""
     rows = []
     for record in records:
-        drawn = [panel for panel in panels if panel.x in record and panel.y in record]
-        for panel in drawn:
-            rows.append(
-                {**shared, **record, "panel": panel.name, "x": record[panel.x], "y": record[panel.y], "x_label": panel.x_label,
-                 "y_label": panel.y_label, "x_log": panel.x_log}
-            )  # fmt: skip
-        if not drawn:
-            rows.append({**shared, **record, "x": None})
+        points = [
+            {"panel": panel.name, "x": record[panel.x], "y": record[panel.y],
+             "x_label": panel.x_label, "y_label": panel.y_label, "x_log": panel.x_log}
+            for panel in panels if panel.x in record and panel.y in record
+        ]  # fmt: skip
+        rows += [{**shared, **record, **point} for point in points or [{"x": None}]]
     return rows
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minimodels import LM, Config
+from minimodels.command import has_bfloat16
 from minimodels.mod import MixtureOfDepths
 from minimodels.optim import adamw
 
@@ -40,11 +41,10 @@ def train(model: LM, context: int, batch: int, provider: Provider) -> Callable[[
     device = model.embedding.weight.device
     optimizer = adamw(model, 1e-4, 0.1)
     tokens = torch.randint(model.embedding.num_embeddings, (batch, context + 1), device=device)
-    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
     loss_function = compiled(model, provider) if provider.compiled else model.loss
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
             loss, _ = loss_function(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -57,7 +57,7 @@ def train(model: LM, context: int, batch: int, provider: Provider) -> Callable[[
 
 def prefill(model: LM, context: int, batch: int, provider: Provider) -> Callable[[], tuple]:
     """The state of a prompt and the logits of its next token."""
-    model = at_capacity(in_half(model.eval()))
+    model = at_capacity(in_bfloat16(model.eval()))
     tokens = torch.randint(model.embedding.num_embeddings, (batch, context), device=model.embedding.weight.device)
 
     @torch.inference_mode()
@@ -69,9 +69,9 @@ def prefill(model: LM, context: int, batch: int, provider: Provider) -> Callable
 
 
 def decode(model: LM, context: int, batch: int, provider: Provider) -> Callable[[], None]:
-    """Some tokens more, one by one, after `context` of them, which are read in pieces that need little memory. The first copies
-    what is remembered, for each call starts anew."""
-    model = at_capacity(in_half(model.eval()))
+    """Some tokens more, one by one, after `context` of them, which are read in pieces that need little memory. The first of
+    them copies what is remembered, for every call goes on from the same state."""
+    model = at_capacity(in_bfloat16(model.eval()))
     token, start = torch.zeros(batch, 1, dtype=torch.int64, device=model.embedding.weight.device), None
     with torch.inference_mode():
         for length in torch.arange(context).split(max(1, PIECE // batch)):
@@ -138,10 +138,9 @@ def at_capacity(model: LM) -> LM:
     return model
 
 
-def in_half(model: LM) -> LM:
+def in_bfloat16(model: LM) -> LM:
     """In bf16 on a GPU that has it."""
-    gpu = model.embedding.weight.is_cuda and torch.cuda.is_bf16_supported()
-    return model.bfloat16() if gpu else model
+    return model.bfloat16() if has_bfloat16(model.embedding.weight.device) else model
 
 
 MODES = {"train": train, "prefill": prefill, "decode": decode}

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,8 +29,8 @@ import torch
 import tyro
 
 from minimodels import LM, Config, InputError, preset
-from minimodels.command import keep_freed_memory, pick_device, run_command
-from minimodels.config import BLOCKS
+from minimodels.command import has_bfloat16, keep_freed_memory, pick_device, run_command
+from minimodels.config import PRESETS
 from minimodels.layers import choose
 from minimodels.ledger import Ledger, ledger
 from minimodels.measure import ceilings, interleave, peak_bytes, synchronise, write
@@ -49,7 +50,7 @@ FIRST = 256  # the context at which the models are matched, and the shortest unl
 class Options:
     """Time whole models against the length of their context."""
 
-    models: tuple[str, ...] = tuple(BLOCKS)
+    models: tuple[str, ...] = tuple(PRESETS)
     """presets"""
     layers: tuple[str, ...] = ()
     """further models, each in the grammar of layers"""
@@ -134,7 +135,7 @@ def check(options: Options) -> torch.device:
         if getattr(options, name) < 1:
             raise InputError(name, getattr(options, name), "1 or more")
     if not options.models and not options.layers:
-        raise InputError("models", (), ", ".join(BLOCKS))
+        raise InputError("models", (), ", ".join(PRESETS))
     device = pick_device(options.device)
     for impl in options.impl:
         if impl not in BACKENDS:
@@ -201,11 +202,9 @@ def match(config: Config, base: Config, axis: Callable[[Ledger], float]) -> Conf
     head_dim, target = config.head_dim or config.width // config.heads, axis(ledger(base, FIRST))
     widths = range(8, 4 * base.width + 1, 8)
     candidates = [replace(config, width=width, head_dim=head_dim, dt_rank=8 * -(-width // 128)) for width in widths]
-    low, high = 0, len(candidates) - 1
-    while low < high:  # costs grow with the width
-        middle = (low + high) // 2
-        low, high = (middle + 1, high) if axis(ledger(candidates[middle], FIRST)) < target else (low, middle)
-    return min(candidates[max(0, low - 1) : low + 1], key=lambda c: abs(axis(ledger(c, FIRST)) - target))
+    # costs grow with the width
+    first = bisect_left(candidates, target, hi=len(candidates) - 1, key=lambda c: axis(ledger(c, FIRST)))
+    return min(candidates[max(0, first - 1) : first + 1], key=lambda c: abs(axis(ledger(c, FIRST)) - target))
 
 
 def measure_point(mode: str, given: dict[str, Provider], context: int, batch: int, options: Options, device: torch.device):
@@ -235,7 +234,9 @@ def fill(rows: dict[str, dict], given: dict[str, Provider], *point) -> str:
 
 def describe_point(mode: str, name: str, provider: Provider, context: int, batch: int, options: Options) -> dict:
     """What is known of a point before it is measured."""
-    config, cost = provider.config, cost_of(replace(provider.config, impl="auto"), context)
+    itemsize = 2 if has_bfloat16(pick_device(options.device)) else 4
+    config = provider.config
+    cost = cost_of(replace(config, impl="auto"), context, itemsize)  # counted once for all paths
     return {
         "benchmark": "throughput", "mode": mode, "model": name, "base": provider.base, "impl": provider.impl,
         "compiled": provider.compiled, "layers": config.layers, "width": config.width, "match": options.match,
@@ -270,7 +271,7 @@ def describe(row: dict) -> str:
     """One line about a point."""
     place = f"{row['mode']:8} context {row['context']:8,} x {row['batch']:<4} {row['model']:18}"
     if row["seconds"] is None:
-        return f"{place} {row.get('error') or 'out of memory'}"
+        return f"{place} {row['error']}"
     median = statistics.median(row["seconds"])
     rate = row["tokens"] / median
     slowest, fastest = (row["tokens"] / extreme(row["seconds"]) for extreme in (max, min))

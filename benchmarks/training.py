@@ -9,15 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
 from minimodels import LM, Config
+from minimodels.command import has_bfloat16
 from minimodels.data import Text, open_data
 from minimodels.ledger import ledger
-from minimodels.loss import IGNORE
-from minimodels.optim import adamw, cosine, learning_rate
+from minimodels.loss import tally
+from minimodels.optim import adamw, learning_rate
 from minimodels.tasks import Task
 
 PROBED, SCORED = 4, 64  # batches by which a model is judged: while it trains, where a few do, and at the end
@@ -46,15 +46,14 @@ def train(run: Run, seed: int, probes: int, device: torch.device, bar: tqdm) -> 
     run.change(model)
     model.to(device)
     optimizer = adamw(model, run.lr, 0.1)
-    flops = 3 * ledger(run.config, run.context).forward_flops
-    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    flops = ledger(model.config, run.context).training_flops
     records, seconds = [], 0.0
     for step in range(run.steps):
         start = time.perf_counter()
         tokens, targets = (part.to(device) for part in data.batch(seed, step, run.batch))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(run.lr, cosine.__name__, step, run.steps // 20, step / run.steps)
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            group["lr"] = learning_rate(run.lr, "cosine", step, run.steps // 20, step / run.steps)
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
             loss, _ = model.loss(tokens, targets)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -83,13 +82,11 @@ def evaluate(
     """Bits per target, the fraction that is right and the number of targets, in evaluation mode, on the same batches always;
     `watch` is called after each."""
     model.eval()
-    loss, right, count = 0.0, 0, 0
+    total = 0.0
     for tokens, targets in data.validation(batch, batches):
         logits, _ = model(tokens.to(device))
         watch()
-        targets = targets.to(device)
-        loss += F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum").item()
-        right += (logits.argmax(-1) == targets).sum().item()
-        count += (targets != IGNORE).sum().item()
+        total += tally(logits, targets.to(device))
     model.train()
-    return {"bits": loss / count / math.log(2), "accuracy": right / count, "targets": count}
+    loss, right, count = total.tolist()
+    return {"bits": loss / count / math.log(2), "accuracy": right / count, "targets": int(count)}

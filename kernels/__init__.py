@@ -18,7 +18,7 @@ from torch.torch_version import TorchVersion
 from minimodels.config import InputError
 
 OPERATIONS = ("rmsnorm", "selective_scan", "causal_conv1d", "attention", "grouped_mlp", "linear_cross_entropy")
-FASTER: frozenset[str] = frozenset()  # operations whose kernel was measured to be faster than the torch path: what "auto" takes
+FASTER: frozenset[str] = frozenset()  # whose kernel "auto" takes on a GPU, for it was measured to be faster: none so far
 INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 REFUSED = ""  # why Triton's interpreter cannot be used, if so

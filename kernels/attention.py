@@ -38,7 +38,8 @@ minimodels.kernels.compile does.
     s, dp       (queries, keys)     of two blocks; s without its factor 1/√d, which `high`, to base 2 like lse, has
     size, span  ()              T, and for a few queries S, rounded up to powers of two: what tuning goes by
     region      0, 1, 2         of the keys that a block of queries meets: some hidden by the window, all seen, some yet to
-                                come; of the queries that meet a block of keys the same, from behind
+                                come; of the queries that meet a block of keys: keys yet to come for some, all seen, hidden
+                                from some. Where positions are given all are masked: keys in region 2, queries in region 0
 """
 
 from __future__ import annotations
@@ -53,7 +54,27 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from .common import GPU, LOG2_E, TIMED, Case, Peer, command, compare, full, move, on, processors, report, run, tuned
+from minimodels.transformer import attention as operation
+from minimodels.transformer import check_shapes
+
+from .common import (
+    GPU,
+    LOG2_E,
+    TIMED,
+    Case,
+    Peer,
+    command,
+    compare,
+    dense,
+    full,
+    innermost,
+    move,
+    on,
+    processors,
+    report,
+    run,
+    tuned,
+)  # fmt: skip
 
 FEW = 16  # queries, one block of them, whose keys are dealt out; where there are more, there are programs enough
 KEYS_EACH = 256  # keys, at least, that a program is dealt
@@ -406,7 +427,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """y and lse."""
     (B, H, T, d), S = q.shape, k.shape[2]
-    q, k, v, queries, keys = rows(q), rows(k), rows(v), *packed(queries, keys)
+    q, k, v, queries, keys = *map(innermost, (q, k, v)), *dense(queries, keys)
     y, lse = heads_like(q), q.new_empty(B, H, T, dtype=torch.promote_types(q.dtype, torch.float32))
     parts = parts_of(q, S if window is None or keys is not None else min(S, T + window))
     y_parts, lse_parts = (y[None], lse) if parts == 1 else (lse.new_empty(parts, *q.shape), lse.new_empty(parts, *lse.shape))
@@ -434,7 +455,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk and dv."""
     (B, H, T), (G, S) = q.shape[:3], k.shape[1:3]
-    dy, q, k, v, queries, keys = rows(dy), rows(q), rows(k), rows(v), *packed(queries, keys)
+    dy, q, k, v, queries, keys = *map(innermost, (dy, q, k, v)), *dense(queries, keys)
     dq, dk, dv, delta = heads_like(q), heads_like(k), heads_like(v), torch.empty_like(lse)
     known = (*sizes(q, k), window)
     with on(q):
@@ -447,16 +468,6 @@ def attention_backward(
             q.stride(), k.stride(), v.stride(), dy.stride(), dk.stride(), *known, **constants(q),
         )  # fmt: skip
     return dq, dk, dv
-
-
-def rows(x: Tensor) -> Tensor:
-    """x, copied unless its last dimension is contiguous."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def packed(*positions: Tensor | None) -> list[Tensor | None]:
-    """Positions as kernels read them."""
-    return [None if x is None else x.contiguous() for x in positions]
 
 
 def heads_like(x: Tensor) -> Tensor:
@@ -514,16 +525,10 @@ def attention(
 
     Raises ValueError on shapes or dtypes that disagree.
     """
-    (B, H, T, d), (G, S) = q.shape, k.shape[1:3]
-    if (k.shape, v.shape) != ((B, G, S, d), (B, G, S, d)) or H % G or T > S or not q.dtype == k.dtype == v.dtype:
-        described = ", ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in (("q", q), ("k", k), ("v", v)))
-        raise ValueError(f"attention: {described} do not fit")
-    gapless = query_positions is None and key_positions is None
-    if not gapless:
-        shapes = [None if x is None else tuple(x.shape) for x in (query_positions, key_positions)]
-        if shapes != [(B, T), (B, S)]:
-            raise ValueError(f"attention: positions {shapes[0]}, {shapes[1]} do not fit q {tuple(q.shape)}, k {tuple(k.shape)}")
-    elif window is not None and window >= S:
+    check_shapes(q, k, v, query_positions, key_positions)
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attention: q {q.dtype}, k {k.dtype}, v {v.dtype} do not fit")
+    if query_positions is None and window is not None and window >= k.shape[2]:
         window = None  # a kernel without its tests
     return attention_forward(q, k, v, query_positions, key_positions, window)[0]
 
@@ -545,11 +550,7 @@ def check() -> None:
                 raise AssertionError(f"float16: off by {(result - true).abs().max():.2e}, allowed {allowed:.2e}")
 
 
-def reference(*arguments, impl: str = "reference") -> Tensor:
-    """minimodels.transformer.attention."""
-    from minimodels.transformer import attention as operation
-
-    return operation(*arguments, impl=impl)
+reference = partial(operation, impl="reference")
 
 
 def backend(chosen: SDPBackend, *arguments) -> Tensor:

@@ -24,12 +24,16 @@ loaded twice, and p is recomputed, not kept. A few tokens are loaded ahead of th
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import GPU, TIMED, Case, Peer, command, compare, full, on, report, sigmoid, tuned
+from minimodels.mamba import causal_conv1d as operation
+
+from .common import GPU, TIMED, Case, Peer, command, compare, dense, full, innermost, on, report, sigmoid, tuned
 
 CHUNK = 128  # tokens a program walks along: at W = 4 the borders and the partial sums add 7 % to the bytes of backward
 CONFIGS = [  # a thread holds 2 to 8 channels, so that a warp reads 128 to 512 bytes at once
@@ -178,7 +182,7 @@ def backward_kernel(
 @torch.library.custom_op("minimodels::causal_conv1d_forward", mutates_args=())
 def causal_conv1d_forward(x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None, activation: bool) -> Tensor:
     """y (B, T, D)."""
-    x, (_, T, D), W = channels_innermost(x), x.shape, weight.shape[1]
+    x, (_, T, D), W = innermost(x), x.shape, weight.shape[1]
     y = x.new_empty(x.shape)
     with on(x):
         forward_kernel[lambda meta: grid(x, meta)](
@@ -193,7 +197,7 @@ def causal_conv1d_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None, activation: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias and dwindow (empty without a window)."""
-    dy, x, (batch, T, D), W = dy.contiguous(), channels_innermost(x), x.shape, weight.shape[1]
+    dy, x, (batch, T, D), W = dy.contiguous(), innermost(x), x.shape, weight.shape[1]
     dx, dwindow = x.new_empty(x.shape), x.new_empty(0) if window is None else window.new_empty(window.shape)
     partial = x.new_empty(batch * triton.cdiv(T, CHUNK), W + 1, D, dtype=torch.promote_types(x.dtype, torch.float32))
     with on(x):
@@ -203,16 +207,6 @@ def causal_conv1d_backward(
         )  # fmt: skip
     total = partial.sum(0)  # (W+1, D)
     return dx, total[:W].t().to(weight.dtype).contiguous(), total[W].to(weight.dtype if bias is None else bias.dtype), dwindow
-
-
-def channels_innermost(x: Tensor) -> Tensor:
-    """x itself where its channels are neighbours in memory, whatever its other strides are; else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def dense(*parts: Tensor | None) -> list[Tensor | None]:
-    """What there is, each tensor contiguous."""
-    return [part if part is None else part.contiguous() for part in parts]
 
 
 def grid(x: Tensor, meta: dict) -> tuple[int, int, int]:
@@ -293,11 +287,7 @@ def check() -> None:
             compare(causal_conv1d, reference, (*arguments, activation))
 
 
-def reference(*arguments, impl: str = "reference") -> tuple[Tensor, Tensor]:
-    """minimodels.mamba.causal_conv1d."""
-    from minimodels.mamba import causal_conv1d as operation
-
-    return operation(*arguments, impl=impl)
+reference = partial(operation, impl="reference")
 
 
 def cuda(x: Tensor, weight: Tensor, bias: Tensor, *_) -> Tensor:

@@ -19,7 +19,7 @@ import tyro
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
-from minimodels.command import keep_freed_memory
+from minimodels.command import keep_freed_memory, run_command
 from minimodels.config import InputError
 from minimodels.measure import ceilings, environment, interleave, peak_bytes
 
@@ -42,6 +42,16 @@ def sigmoid(v):
 def on(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Launch where the tensor is, whichever GPU is the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def innermost(x: Tensor) -> Tensor:
+    """x itself where its last dimension is contiguous, whatever its other strides are; else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def dense(*parts: Tensor | None) -> list[Tensor | None]:
+    """What there is, each tensor contiguous."""
+    return [part if part is None else part.contiguous() for part in parts]
 
 
 def full(tensor: Tensor) -> tl.dtype:
@@ -67,8 +77,8 @@ FLOORS = {torch.float64: 1e-12, torch.float32: 1e-4 if GPU else 1e-5, torch.bflo
 
 
 def compare(kernel: Callable, reference: Callable, arguments: tuple) -> None:
-    """Assert that outputs and gradients are the reference's in fp64, up to twice the error of the reference at the precision
-    tested, or to a floor where that is chance: fp32 and, interpreted, fp64; on a GPU fp32 and bf16."""
+    """Assert that outputs and gradients are within twice the reference's own error, at each precision, of the reference in
+    fp64; or within a floor, where that error is small by chance. The precisions are fp32 and fp64, on a GPU fp32 and bf16."""
     device = TIMED["device"]
     exact = run(reference, [move(part, device, torch.float64) for part in arguments])
     for dtype in (torch.float32, torch.bfloat16) if GPU else (torch.float32, torch.float64):
@@ -286,6 +296,4 @@ def prepare(provider: Callable, arguments: tuple, direction: str) -> Callable[[]
 
 def command(main: Callable, description: str) -> None:
     """Run a kernel file's report from the command line."""
-    from minimodels.command import run_command
-
     run_command(main, lambda: tyro.cli(Options, description=description))

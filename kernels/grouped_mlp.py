@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import functools
 import os
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton import Config, cdiv, next_power_of_2
+
+from minimodels.moe import grouped_mlp as operation
 
 from .common import GPU, TIMED, Case, Peer, command, compare, full, on, processors, report, sigmoid, tuned
 
@@ -377,11 +380,7 @@ def check() -> None:
         compare(grouped_mlp, reference, (torch.randn(n, D), torch.rand(n, E), torch.rand(n, E).argsort(1) < K, *weights, K))
 
 
-def reference(*arguments, impl: str = "reference"):
-    """minimodels.moe.grouped_mlp."""
-    from minimodels.moe import grouped_mlp as operation
-
-    return operation(*arguments, impl=impl)
+reference = partial(operation, impl="reference")
 
 
 def dense(x, gates, visits, gate, up, out, most):

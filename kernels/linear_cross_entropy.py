@@ -34,6 +34,8 @@ logits' chunk alone, 2·n·D bytes.) Given the memory, row chunks take up to a q
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -42,6 +44,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from minimodels.loss import IGNORE
+from minimodels.loss import linear_cross_entropy as operation
 
 from .common import GPU, LOG2_E, TIMED, Case, Peer, command, compare, full, on, report
 
@@ -204,11 +207,7 @@ def check() -> None:
         compare(linear_cross_entropy, reference, arguments)
 
 
-def reference(*arguments, impl: str = "reference") -> Tensor:
-    """minimodels.loss.linear_cross_entropy."""
-    from minimodels.loss import linear_cross_entropy as operation
-
-    return operation(*arguments, impl)
+reference = partial(operation, impl="reference")
 
 
 def plain(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

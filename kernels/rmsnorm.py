@@ -20,6 +20,7 @@ r = 1/sqrt(mean(total²) + eps), and g = weight · dy:
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -27,17 +28,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import GPU, TIMED, Case, Peer, command, compare, full, on, processors, report
+from minimodels.layers import rmsnorm as operation
+
+from .common import GPU, TIMED, Case, Peer, command, compare, dense, full, on, processors, report
 
 
 @triton.jit
-def forward_kernel(X, UPDATE, WEIGHT, Y, TOTAL, RSTD, D, eps, ADD: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr):
+def forward_kernel(X, UPDATE, WEIGHT, Y, TOTAL, RSTD, D, eps, FULL: tl.constexpr, BLOCK: tl.constexpr):
     """One program, one row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < D
     x = tl.load(X + row * D + column, inside, 0.0).to(FULL)
-    if ADD:
+    if UPDATE is not None:
         x += tl.load(UPDATE + row * D + column, inside, 0.0).to(FULL)
         tl.store(TOTAL + row * D + column, x, inside)
         x = x.to(TOTAL.dtype.element_ty).to(FULL)  # what backward will read
@@ -48,7 +51,7 @@ def forward_kernel(X, UPDATE, WEIGHT, Y, TOTAL, RSTD, D, eps, ADD: tl.constexpr,
 
 @triton.jit
 def backward_kernel(
-    DY, DTOTAL, TOTAL, WEIGHT, RSTD, DX, DWEIGHT, rows, D, ADD: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr
+    DY, DTOTAL, TOTAL, WEIGHT, RSTD, DX, DWEIGHT, rows, D, FULL: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Of P programs the p-th takes rows p, p + P, ...; each leaves its share of dweight, so that no two write to one place."""
     program = tl.program_id(0)
@@ -64,7 +67,7 @@ def backward_kernel(
         n = tl.load(TOTAL + at, inside, 0.0).to(FULL) * rstd
         g = weight * dy
         dx = rstd * (g - n * (tl.sum(g * n) / D))
-        if ADD:
+        if DTOTAL is not None:
             dx += tl.load(DTOTAL + at, inside, 0.0).to(FULL)
         tl.store(DX + at, dx, inside)
         dweight += dy * n
@@ -78,11 +81,10 @@ def rmsnorm_forward(x: Tensor, update: Tensor | None, weight: Tensor, eps: float
     rows = x.numel() // D
     y, rstd = torch.empty_like(x), x.new_empty(rows, dtype=torch.promote_types(x.dtype, torch.float32))
     total = x.new_empty(0) if update is None else torch.empty_like(x)
-    added = x if update is None else update.contiguous()
     BLOCK = triton.next_power_of_2(D)
     with on(x):
         forward_kernel[(rows,)](
-            x, added, weight, y, total, rstd, D, eps, update is not None, full(x), BLOCK, num_warps=warps(BLOCK)
+            x, *dense(update), weight, y, total, rstd, D, eps, full(x), BLOCK, num_warps=warps(BLOCK)
         )  # fmt: skip
     return y, total, rstd
 
@@ -93,11 +95,10 @@ def rmsnorm_backward(dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: T
     dy, D = dy.contiguous(), total.shape[-1]
     rows, count = total.numel() // D, 4 * processors(total)
     dx, dweight = torch.empty_like(total), rstd.new_empty(count, D)
-    later = dy if dtotal is None else dtotal.contiguous()
     BLOCK = triton.next_power_of_2(D)
     with on(dy):
         backward_kernel[(count,)](
-            dy, later, total, weight, rstd, dx, dweight, rows, D, dtotal is not None, full(total), BLOCK, num_warps=warps(BLOCK)
+            dy, *dense(dtotal), total, weight, rstd, dx, dweight, rows, D, full(total), BLOCK, num_warps=warps(BLOCK)
         )  # fmt: skip
     return dx, dweight.sum(0).to(weight.dtype)
 
@@ -153,18 +154,10 @@ def check() -> None:
     for shape in ((3, 5, 33), (4, 768)):
         for add in (False, True):
             x, update, weight = torch.randn(shape), torch.randn(shape), torch.randn(shape[-1])
-            compare(
-                lambda x, weight, update: rmsnorm(x, weight, 1e-5, update),
-                lambda x, weight, update: reference(x, weight, 1e-5, update),
-                (x, weight, update if add else None),
-            )
+            compare(rmsnorm, reference, (x, weight, 1e-5, update if add else None))
 
 
-def reference(*arguments, impl: str = "reference") -> tuple[Tensor, Tensor]:
-    """minimodels.layers.rmsnorm."""
-    from minimodels.layers import rmsnorm as operation
-
-    return operation(*arguments, impl=impl)
+reference = partial(operation, impl="reference")
 
 
 def liger(x: Tensor, weight: Tensor, eps: float, update: Tensor) -> tuple[Tensor, Tensor]:

@@ -45,6 +45,7 @@ not.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -56,6 +57,7 @@ from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor
 
 from minimodels.mamba import check_shapes
+from minimodels.mamba import selective_scan as operation
 
 from .common import GPU, LOG2_E, TIMED, Case, Peer, command, compare, full, on, processors, report, sigmoid
 
@@ -169,7 +171,7 @@ def carry_kernel(
 @triton.jit
 def forward_kernel(
     X, DELTA, A, B, C, SKIP, Z, BIAS, Y, STARTS, FINAL, T, z_batch, interval, intervals, span, blocks, chunks,
-    GATE: tl.constexpr, Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     STEPS: tl.constexpr, RAGGED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Walk each chunk from its true start: the outputs, and the state at the start of each interval."""
@@ -188,14 +190,14 @@ def forward_kernel(
             deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, RAGGED)
             Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, RAGGED)
             Cs = rows(C + row * N, N, count, n, used, 0.0, STEPS, RAGGED)
-            if GATE:
+            if Z is not None:
                 zs = rows(Z + batch * z_batch + t * Z_ROW, Z_ROW, count, d, real, 0.0, STEPS, RAGGED)
             for j in tl.static_range(STEPS):
                 x = xs[j].to(FULL)
                 step, _ = softplus(deltas[j].to(FULL) + bias)
                 h = tl.exp2(step[None, :] * rate) * h + Bs[j][:, None] * (step * x)[None, :]
                 y = tl.sum(h * Cs[j][:, None], 0) + skip * x
-                if GATE:
+                if Z is not None:
                     z = zs[j].to(FULL)
                     y *= z * sigmoid(z)
                 tl.store(Y + (row + j) * D + d, y, among(j, count, real, RAGGED))
@@ -206,7 +208,7 @@ def forward_kernel(
 @triton.jit
 def backward_local_kernel(
     DELTA, A, C, Z, BIAS, DY, LOCAL, SUM, T, z_batch, steps, blocks, chunks,
-    GATE: tl.constexpr, Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     STEPS: tl.constexpr, RAGGED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Walk each chunk but the first backwards: the gradient that its outputs alone give the state before it."""
@@ -224,12 +226,12 @@ def backward_local_kernel(
         deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, RAGGED)
         dys = rows(DY + row * D, D, count, d, real, 0.0, STEPS, RAGGED)
         Cs = rows(C + row * N, N, count, n, used, 0.0, STEPS, RAGGED)
-        if GATE:
+        if Z is not None:
             zs = rows(Z + batch * z_batch + (chunk * steps + t) * Z_ROW, Z_ROW, count, d, real, 0.0, STEPS, RAGGED)
         for j in tl.static_range(STEPS - 1, -1, -1):
             step, _ = softplus(deltas[j].to(FULL) + bias)
             dy = dys[j].to(FULL)
-            if GATE:
+            if Z is not None:
                 z = zs[j].to(FULL)
                 dy *= z * sigmoid(z)
             g = tl.exp2(step[None, :] * rate) * (g + Cs[j][:, None] * dy[None, :])
@@ -242,7 +244,7 @@ def backward_local_kernel(
 def backward_kernel(
     X, DELTA, A, B, C, SKIP, Z, BIAS, DY, STARTS, ENDS, SCRATCH, DX, DDELTA, DA, DB, DC, DSKIP, DZ, DBIAS, DSTATE,
     T, tokens, z_batch, interval, intervals, span, blocks, chunks, share,
-    GATE: tl.constexpr, Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     STEPS: tl.constexpr, RAGGED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Walk each chunk backwards, interval by interval, in each interval one block of channels after the other."""
@@ -303,7 +305,7 @@ def backward_kernel(
                 earlier, sums = among(team * share, block, used, True), (team * tokens + row) * N
                 DBs = rows(DB + sums, N, count, n, earlier, 0.0, STEPS, RAGGED)
                 DCs = rows(DC + sums, N, count, n, earlier, 0.0, STEPS, RAGGED)
-                if GATE:
+                if Z is not None:
                     zs = Z + batch * z_batch + (here * interval + t) * Z_ROW
                     zs = rows(zs, Z_ROW, count, d, real, 0.0, STEPS, RAGGED)
                 for j in tl.static_range(STEPS - 1, -1, -1):
@@ -314,7 +316,7 @@ def backward_kernel(
                     kept = decay * hs[j]
                     h = kept + Bs[j][:, None] * (step * x)[None, :]
                     dy = dys[j].to(FULL)
-                    if GATE:
+                    if Z is not None:
                         z = zs[j].to(FULL)
                         s = sigmoid(z)
                         gate = z * s
@@ -324,18 +326,18 @@ def backward_kernel(
                     g += Cs[j][:, None] * dy[None, :]
                     dC = tl.sum(h * dy[None, :], 1)
                     dB = tl.sum(g * (step * x)[None, :], 1)
-                    into = tl.sum(g * Bs[j][:, None], 0)
-                    through = g * kept
-                    ddelta = slope * (x * into + tl.sum(through * rate, 0) / LOG2_E)
-                    tl.store(DX + to, skip * dy + step * into, use)
+                    dinput = tl.sum(g * Bs[j][:, None], 0)  # of Δ_t x_t
+                    dexponent = g * kept  # of Δ_t A
+                    ddelta = slope * (x * dinput + tl.sum(dexponent * rate, 0) / LOG2_E)
+                    tl.store(DX + to, skip * dy + step * dinput, use)
                     tl.store(DDELTA + to, ddelta, use)
-                    dA += through * step[None, :]
+                    dA += dexponent * step[None, :]
                     dskip += dy * x
                     dbias += ddelta
                     g *= decay
-                    told = among(j, count, used, RAGGED)
-                    tl.store(DB + sums + j * N + n, dB + DBs[j], told)
-                    tl.store(DC + sums + j * N + n, dC + DCs[j], told)
+                    use_n = among(j, count, used, RAGGED)
+                    tl.store(DB + sums + j * N + n, dB + DBs[j], use_n)
+                    tl.store(DC + sums + j * N + n, dC + DCs[j], use_n)
             tl.store(DA + (batch * intervals + here) * size + at, dA, both)
             tl.store(DSKIP + (batch * intervals + here) * D + d, dskip, real)
             tl.store(DBIAS + (batch * intervals + here) * D + d, dbias, real)
@@ -356,6 +358,7 @@ def selective_scan_forward(
     intervals, blocks, span, chunks, _ = plan(x, N, interval)
     y, starts, final = torch.empty_like(x), precise.new_empty(batch, intervals, D, N), precise.new_empty(batch, D, N)
     starts[:, 0] = 0 if state is None else state
+    z_batch, z_row = (0, 0) if z is None else z.stride()[:2]
     sizes = sizes_of(x, N, interval)
     with on(x):
         if chunks > 1:
@@ -365,9 +368,8 @@ def selective_scan_forward(
             )  # fmt: skip
             carry(local, total, A, starts, span, reverse=False)
         forward_kernel[(blocks * batch * chunks,)](
-            x, delta, A, B, C, skip, x if z is None else z, bias, y, starts, final, T, 0 if z is None else z.stride(0),
-            interval, intervals, span, blocks, chunks,
-            GATE=z is not None, Z_ROW=0 if z is None else z.stride(1), **sizes,
+            x, delta, A, B, C, skip, z, bias, y, starts, final, T, z_batch, interval, intervals, span, blocks, chunks,
+            Z_ROW=z_row, **sizes,
         )  # fmt: skip
     return y, final, starts
 
@@ -388,8 +390,7 @@ def selective_scan_backward(
     dA, dskip, dbias = torch.empty_like(starts), precise.new_empty(batch, intervals, D), precise.new_empty(batch, intervals, D)
     dB, dC = precise.new_empty(teams, batch, T, N), precise.new_empty(teams, batch, T, N)
     sizes = sizes_of(x, N, interval)
-    gate = {"GATE": z is not None, "Z_ROW": 0 if z is None else z.stride(1)}
-    z_batch = 0 if z is None else z.stride(0)
+    z_batch, z_row = (0, 0) if z is None else z.stride()[:2]
     scratch = precise.new_empty(
         teams * batch * chunks * triton.cdiv(interval, sizes["STEPS"]), sizes["BLOCK_D"], sizes["BLOCK_N"]
     )
@@ -397,14 +398,14 @@ def selective_scan_backward(
         if chunks > 1:
             local, total = precise.new_empty(batch, chunks - 1, D, N), precise.new_empty(batch, chunks - 1, D)
             backward_local_kernel[(blocks * batch * (chunks - 1),)](
-                delta, A, C, x if z is None else z, bias, dy, local, total, T, z_batch, span * interval, blocks, chunks,
-                **gate, **sizes,
+                delta, A, C, z, bias, dy, local, total, T, z_batch, span * interval, blocks, chunks,
+                Z_ROW=z_row, **sizes,
             )  # fmt: skip
             carry(local, total, A, ends, span, reverse=True)
         backward_kernel[(teams * batch * chunks,)](
-            x, delta, A, B, C, skip, x if z is None else z, bias, dy, starts, ends, scratch,
+            x, delta, A, B, C, skip, z, bias, dy, starts, ends, scratch,
             dx, ddelta, dA, dB, dC, dskip, dz, dbias, dstate,
-            T, batch * T, z_batch, interval, intervals, span, blocks, chunks, share, **gate, **sizes,
+            T, batch * T, z_batch, interval, intervals, span, blocks, chunks, share, Z_ROW=z_row, **sizes,
         )  # fmt: skip
     sums = dA.sum((0, 1)), dB.sum(0), dC.sum(0), dskip.sum((0, 1)), dbias.sum((0, 1))
     dA, dB, dC, dskip, dbias = (s if g is None else s.to(g.dtype) for s, g in zip(sums, given, strict=True))
@@ -534,11 +535,7 @@ def check() -> None:
             compare(selective_scan, reference, arguments(batch, T, D, N, plain))
 
 
-def reference(*arguments, impl: str = "reference"):
-    """minimodels.mamba.selective_scan."""
-    from minimodels.mamba import selective_scan as operation
-
-    return operation(*arguments, impl=impl)
+reference = partial(operation, impl="reference")
 
 
 def arguments(batch: int, T: int, D: int, N: int, plain: bool = False) -> tuple:

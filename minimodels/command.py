@@ -46,6 +46,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device is a GPU that computes in bfloat16, not emulating it."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def keep_freed_memory() -> None:
     """Have the C library keep what is freed for the next step, not return it to the kernel, which clears each page anew.
 

@@ -38,7 +38,7 @@ class Config:
     tie_embeddings: bool = True
     """use the embedding matrix as the output head too"""
     impl: str = "auto"
-    """auto, reference (the equations), torch (fast everywhere) or triton (kernels for a GPU)"""
+    """auto (torch, or a kernel measured to be faster), reference (the equations), torch (fast everywhere), triton (kernels)"""
 
     heads: int = 4
     """H, query heads of attention"""
@@ -262,7 +262,7 @@ def layer_names(layers: Layers) -> set[str]:
     return set().union(*({layer} if isinstance(layer, str) else layer_names(layer[1]) for layer in layers))
 
 
-BLOCKS = {  # preset -> layers at n transformer blocks
+PRESETS = {  # preset -> layers at n transformer blocks
     "transformer": lambda n: f"(attention mlp)*{n}",
     "mamba": lambda n: f"(mamba)*{2 * n}",
     "moe": lambda n: f"(attention moe)*{n}",
@@ -276,13 +276,13 @@ SIZES = {  # size -> blocks, and the fields of Config that differ from its defau
 
 
 def preset(model: str, size: str = "tiny", **overrides) -> Config:
-    """The named preset as a Config: model one of BLOCKS, size one of SIZES, any field overridden."""
-    if model not in BLOCKS:
-        raise InputError("model", model, ", ".join(BLOCKS))
+    """The named preset as a Config: model one of PRESETS, size one of SIZES, any field overridden."""
+    if model not in PRESETS:
+        raise InputError("model", model, ", ".join(PRESETS))
     if size not in SIZES:
         raise InputError("size", size, ", ".join(SIZES))
     unknown = set(overrides) - {field.name for field in fields(Config)}
     if unknown:
         raise InputError("config", sorted(unknown), ", ".join(field.name for field in fields(Config)))
     blocks, shape = SIZES[size]
-    return Config(**{"layers": BLOCKS[model](blocks), **shape, **overrides})
+    return Config(**{"layers": PRESETS[model](blocks), **shape, **overrides})

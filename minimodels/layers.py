@@ -104,32 +104,32 @@ def linear(inputs: int, outputs: int, std: float, bias: bool = False) -> nn.Line
 
 
 def rotary(positions: Tensor, head_dim: int, base: float, scaling: str = "") -> tuple[Tensor, Tensor]:
-    """cos θ and ±sin θ of the angles θ_j = p · base^(-2j/d), for both halves of a head: two (..., d) in fp32.
+    """cos and ±sin of the angles p · θ_j, the frequencies θ_j = base^(-2j/d), for both halves of a head: (..., d) fp32 each.
 
     RoPE, arXiv:2104.09864, with the pairs (x_j, x_{j+d/2}): the first of a pair is turned with -sin, the second with sin.
-    `scaling` slows the angles, in the terms of Config.rope_scaling.
+    `scaling` lowers the frequencies, in the terms of Config.rope_scaling.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    speeds = scale((base**exponents).reciprocal(), scaling)  # (d/2,)
-    angles = positions.unsqueeze(-1) * torch.cat((-speeds, speeds))  # (..., d): the cosine takes no notice of the sign
+    frequencies = scale((base**exponents).reciprocal(), scaling)  # (d/2,)
+    angles = positions.unsqueeze(-1) * torch.cat((-frequencies, frequencies))  # (..., d); cos is even, and sin takes the sign
     return angles.cos(), angles.sin()
 
 
-def scale(speeds: Tensor, scaling: str) -> Tensor:
-    """Rotary angles per position, slowed so that texts longer than those of training turn them no further.
+def scale(frequencies: Tensor, scaling: str) -> Tensor:
+    """Rotary frequencies, lowered so that texts longer than those of training turn them no further.
 
     linear (arXiv:2306.15595): all of them by `factor`. llama3 (arXiv:2407.21783): by `factor` those that turn fewer than `low`
     times within the `context` of training, not at all those that turn more than `high` times, and in proportion between.
     """
     if not scaling:
-        return speeds
+        return frequencies
     kind, options = parse_scaling(scaling)
-    slowed = speeds / options["factor"]
+    slowed = frequencies / options["factor"]
     if kind == "linear":
         return slowed
-    turns = options["context"] / (2 * math.pi / speeds)
+    turns = options["context"] / (2 * math.pi / frequencies)
     kept = ((turns - options["low"]) / (options["high"] - options["low"])).clamp(0, 1)
-    return (1 - kept) * slowed + kept * speeds
+    return (1 - kept) * slowed + kept * frequencies
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

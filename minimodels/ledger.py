@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from .command import run_command
-from .config import BLOCKS, Config, InputError, preset
+from .config import PRESETS, Config, InputError, preset
 from .layers import flops, idle_parameters, state_bytes
 from .lm import LM
 from .moe import expert_width
@@ -46,7 +46,8 @@ class Ledger:
 
 
 def ledger(config: Config, context: int, itemsize: int = 4) -> Ledger:
-    """Count the model that `config` describes. `itemsize`: bytes per element of what attention caches."""
+    """Count the model that `config` describes. `itemsize`: bytes per element of keys, values
+    and convolution windows; the state of an SSM is fp32."""
     everywhere = replace(config, capacity=1.0, experts_per_token=config.experts, expert_width=expert_width(config))
     with torch.device("meta"):
         model, unrouted = LM(config), LM(everywhere)
@@ -80,7 +81,7 @@ def main(options: Options) -> None:
     if options.layers:
         configs = {options.layers: preset("transformer", options.size, layers=options.layers)}
     else:
-        configs = {model: preset(model, options.size) for model in BLOCKS}
+        configs = {model: preset(model, options.size) for model in PRESETS}
     width = max(map(len, configs))
     print(f"{'':{width}}  parameters   active  MFLOPs/trained token  state KiB  unrouted/routed")
     for name, config in configs.items():

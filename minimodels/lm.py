@@ -35,14 +35,14 @@ def build(config: Config, layers: Layers) -> Stack:
     """The stack of layers that the data describes. Raises InputError on a name that no layer has."""
     blocks = []
     for layer in layers:
-        name = layer if isinstance(layer, str) else layer[0]
-        if isinstance(layer, str) and name in LAYERS:
-            blocks.append(Residual(config.width, LAYERS[name](config), config.norm_eps, config.impl))
-        elif not isinstance(layer, str) and name in WRAPPERS:
-            blocks.append(WRAPPERS[name](config, build(config, layer[1])))
-        else:
-            given = name if isinstance(layer, str) else f"{name}(...)"
-            raise InputError("layers", given, ", ".join([*LAYERS, *(f"{wrapper}(...)" for wrapper in WRAPPERS)]))
+        match layer:
+            case str() if layer in LAYERS:
+                blocks.append(Residual(config.width, LAYERS[layer](config), config.norm_eps, config.impl))
+            case (name, group) if name in WRAPPERS:
+                blocks.append(WRAPPERS[name](config, build(config, group)))
+            case _:
+                given = layer if isinstance(layer, str) else f"{layer[0]}(...)"
+                raise InputError("layers", given, ", ".join([*LAYERS, *(f"{wrapper}(...)" for wrapper in WRAPPERS)]))
     return Stack(blocks)
 
 

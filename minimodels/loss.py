@@ -48,6 +48,15 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, impl: str =
     return chunked_loss(x, weight, targets, learn)[0]
 
 
+def tally(logits: Tensor, targets: Tensor) -> Tensor:
+    """Of a batch, to add up over several: the sum of the losses in nats, how many are right, and of how many: (3,) in fp32.
+
+    logits (B, T, V); targets (B, T), those that are IGNORE left out.
+    """
+    nats = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    return torch.stack((nats, (logits.argmax(-1) == targets).sum().float(), (targets != IGNORE).sum().float()))
+
+
 @torch.library.custom_op("minimodels::chunked_loss", mutates_args=())
 def chunked_loss(x: Tensor, weight: Tensor, targets: Tensor, learn: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and, if it is to `learn`, its gradients with respect to x and weight; else two empty tensors."""

@@ -67,7 +67,8 @@ class Mamba(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, depth: int):
-        """The step sizes start log-uniform in [0.001, 0.1] (§3.6): state n remembers 10/n to 1000/n tokens."""
+        """The step sizes start in [0.001, 0.1] (§3.6), log-uniform as in the paper's code: state n, which decays at the rate
+        n + 1, remembers 10/(n + 1) to 1000/(n + 1) tokens."""
         nn.init.uniform_(self.dt_proj.weight, -(self.R**-0.5), self.R**-0.5)
         dt = torch.exp(torch.empty_like(self.dt_proj.bias).uniform_(math.log(0.001), math.log(0.1)))
         self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
@@ -119,7 +120,7 @@ def causal_conv1d(
     x (B, T, D); weight (D, W); bias (D,), None for zero; window (B, W-1, D), the inputs before x, None for zeros; lengths
     (B,), how many tokens of x come before the padding, None for all. Returns y (B, T, D) and the window after x.
     """
-    batch, time, D = x.shape
+    batch, T, D = x.shape
     W = weight.shape[1]
     if weight.shape != (D, W) or (window is not None and window.shape != (batch, W - 1, D)):
         raise ValueError(f"causal_conv1d: x {tuple(x.shape)}, weight {tuple(weight.shape)} and the window do not fit")
@@ -132,16 +133,16 @@ def causal_conv1d(
         window = x.new_zeros(batch, W - 1, D)
     padded = torch.cat((window, x), dim=1)  # (B, W-1+T, D)
     if path == "reference":
-        y = sum(weight[:, w] * padded[:, w : w + time] for w in range(W))
+        y = sum(weight[:, w] * padded[:, w : w + T] for w in range(W))
         y = y if bias is None else y + bias
-    elif time == 1:  # one product, which costs less than to set a convolution up
+    elif T == 1:  # one product, which costs less than to set a convolution up
         y = (weight.mT * padded).sum(1, keepdim=True)
         y = y if bias is None else y + bias
     else:
         y = Convolution.apply(padded, weight, bias)
     y = F.silu(y) if activation else y
     if lengths is None:
-        return y, padded[:, time:].clone()
+        return y, padded[:, T:].clone()
     last = lengths[:, None, None] + torch.arange(W - 1, device=x.device)[:, None]  # (B, W-1, 1)
     return y, padded.gather(1, last.expand(-1, -1, D))
 
@@ -165,10 +166,10 @@ class Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         padded, weight = ctx.saved_tensors
-        W, time = weight.shape[1], dy.shape[1]
+        W, T = weight.shape[1], dy.shape[1]
         around = F.pad(dy, (0, 0, W - 1, W - 1))
         dpadded = convolve(around, weight.flip(1).to(dy.dtype), None)  # each input meets the outputs that it had a part in
-        dweight = torch.stack([(dy * padded[:, w : w + time]).sum((0, 1)) for w in range(W)], dim=1)
+        dweight = torch.stack([(dy * padded[:, w : w + T]).sum((0, 1)) for w in range(W)], dim=1)
         return dpadded, dweight, dy.sum((0, 1)) if ctx.biased else None
 
 
@@ -200,13 +201,13 @@ def selective_scan(
     Raises ValueError on shapes that disagree.
     """
     check_shapes(x, delta, A, B, C, skip, z, delta_bias, state)
-    (batch, time, D), N = x.shape, A.shape[1]
+    (batch, T, D), N = x.shape, A.shape[1]
     path = choose(impl, "selective_scan", x.device)
     if path == "triton":
         from .kernels.selective_scan import selective_scan as kernel
 
         return kernel(x, delta, A, B, C, skip, z, delta_bias, state)
-    fast = path == "torch" and time > 1
+    fast = path == "torch" and T > 1
     dtype = x.dtype
     with torch.autocast(x.device.type, enabled=False):  # a state that sums over the whole text needs its digits
         x, delta, A, B, C = (full_precision(part) for part in (x, delta, A, B, C))
@@ -224,10 +225,10 @@ def check_shapes(
     state: Tensor | None,
 ) -> None:  # fmt: skip
     """Raise ValueError unless the arguments have the shapes that selective_scan names, here and in its kernel."""
-    (batch, time, D), N = x.shape, A.shape[1]
+    (batch, T, D), N = x.shape, A.shape[1]
     expected = {
-        "delta": (delta, (batch, time, D)), "A": (A, (D, N)), "B": (B, (batch, time, N)), "C": (C, (batch, time, N)),
-        "skip": (skip, (D,)), "z": (z, (batch, time, D)), "delta_bias": (delta_bias, (D,)), "state": (state, (batch, D, N)),
+        "delta": (delta, (batch, T, D)), "A": (A, (D, N)), "B": (B, (batch, T, N)), "C": (C, (batch, T, N)),
+        "skip": (skip, (D,)), "z": (z, (batch, T, D)), "delta_bias": (delta_bias, (D,)), "state": (state, (batch, D, N)),
     }  # fmt: skip
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tensor.shape != shape:

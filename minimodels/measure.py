@@ -22,6 +22,8 @@ from pathlib import Path
 
 import torch
 
+from .command import has_bfloat16
+
 Timings = dict[str, list[float]]  # provider -> seconds of one call, one per round
 
 
@@ -90,7 +92,7 @@ def environment(device: torch.device) -> dict[str, object]:
     return {
         "commit": git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no")),
         "device": names.get(device.type, lambda: device.type)(),
-        "dtype": "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32",
+        "dtype": "bfloat16" if has_bfloat16(device) else "float32",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,

@@ -12,7 +12,7 @@ stands in.
     x           X       (B, T, D)      all tokens
     scores      r       (B, T)         what the router gives each token, raw
     weights     r       (B, k, 1)      the same, of the chosen tokens
-    index               (B, k)         the tokens that take the group, ascending; k = C · T in training
+    index               (B, k)         the tokens that take the group, ascending, then filling; k = C · T in training
     real                (B, k)         bool: False where a row routes fewer than k tokens
     gathered    X̃       (B, k, D)      their values
     output      f(X̃)+X̃  (B, k, D)      what the group makes of them, its residual sums included
@@ -65,16 +65,14 @@ class MixtureOfDepths(nn.Module):
 
     def forward(self, x: Tensor, state: DepthState | None = None, positions: Tensor | None = None):
         B, T, _ = x.shape
+        seen, remembered = state or (x.new_zeros(B, dtype=torch.int64), None)
         if positions is None:
-            start = x.new_zeros(B, 1, dtype=torch.int64) if state is None else state.seen[:, None]
-            positions = start + torch.arange(T, device=x.device)
+            positions = seen[:, None] + torch.arange(T, device=x.device)
         with torch.autocast(x.device.type, enabled=False):  # routing is decided in full precision
             scores = score(self.router, x)  # (B, T)
             decision = scores if self.predictor is None else score(self.predictor, x.detach())
         index, real = self.select(scores.detach(), decision, positions)
-        seen, remembered = positions.amax(1) + 1, None
-        if state is not None:
-            seen, remembered = torch.maximum(seen, state.seen), state.group
+        seen = torch.maximum(seen, positions.amax(1) + 1)
         if index.shape[1] == 0:  # nobody takes the group
             return x, DepthState(seen, remembered)
 

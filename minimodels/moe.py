@@ -14,6 +14,7 @@ Left alone a router favours few experts; a balance loss, or a bias that only sel
     visits              (B, T, E)      bool: which tokens visit which experts
     token               (A,)           the token of each visit, ordered by expert; A = n · K, a few more where experts choose
     counts      n · f   (E,)           visits per expert
+    gate, up            (E, I, D)      the experts' matrices, I the hidden width of one; out (E, D, I)
 """
 
 from __future__ import annotations
@@ -26,8 +27,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from .config import Config
-from .layers import choose, full_precision, linear
-from .layers import flops as flops_of
+from .layers import choose, flops, full_precision, linear
 from .transformer import SwiGLU, mlp_width
 
 
@@ -112,7 +112,7 @@ class MoE(nn.Module):
     def flops(self, context: int) -> float:
         """Forward FLOPs per token: the router, K experts, the shared experts."""
         one_expert = 3 * self.out[0].numel()
-        shared = 0 if self.shared is None else flops_of(self.shared, context)
+        shared = 0 if self.shared is None else flops(self.shared, context)
         return 2 * (self.router.weight.numel() + self.K * one_expert) + shared
 
     def idle_parameters(self) -> float:
@@ -168,8 +168,9 @@ def expert_choice(logits: Tensor, K: int, bias: Tensor | None):
     """Each expert takes the T·K/E tokens of a sequence that want it most: perfect balance, and not causal, for a later
     token can push an earlier one out. Padding competes too."""
     probabilities = logits.softmax(-1)
-    capacity = min(logits.shape[1], -(-logits.shape[1] * K // logits.shape[2]))
-    return probabilities, top(probabilities.transpose(1, 2), capacity).transpose(1, 2), probabilities
+    _, T, E = logits.shape
+    C = -(-T * K // E)  # capacity, at most T for K is at most E
+    return probabilities, top(probabilities.mT, C).mT, probabilities
 
 
 ROUTERS = {router.__name__: router for router in (softmax_topk, softmax, sigmoid_bias, expert_choice)}

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from minimodels.config import BLOCKS, Config, parse_layers
+from minimodels.config import PRESETS, Config, parse_layers
 from minimodels.lm import build
 
 SHAPE = {"width": 16, "heads": 4, "window": 5, "state_size": 4, "experts": 4, "capacity": 0.3}
@@ -37,7 +37,7 @@ CASES = {
     "mod around a window": {"layers": "mod(window mlp)", "capacity": 0.75},
     "mod around a wide window": {"layers": "mod(window)", "window": 8},  # which holds the tokens but not their positions
     "mod around mod": {"layers": "mod(attention mod(mamba mlp))", "capacity": 0.5},
-    **{model: {"layers": layers(4)} for model, layers in BLOCKS.items()},
+    **{model: {"layers": layers(4)} for model, layers in PRESETS.items()},
 }
 NOT_CAUSAL = {  # name -> fields, training mode
     "mixture-of-depths in training": ({"layers": "mod(attention mlp)"}, True),

@@ -3,7 +3,7 @@
 import pytest
 
 from minimodels import LM, Config, InputError, preset
-from minimodels.config import BLOCKS, SIZES, parse_layers
+from minimodels.config import PRESETS, SIZES, parse_layers
 from minimodels.ledger import ledger
 
 
@@ -66,7 +66,7 @@ def test_unknown_preset_names_the_known():
         preset("mamba", depth=3)
 
 
-@pytest.mark.parametrize("model", BLOCKS)
+@pytest.mark.parametrize("model", PRESETS)
 @pytest.mark.parametrize("size", SIZES)
 def test_presets_stand_on_comparable_axes(model, size):
     """At one size every preset but the routed-depth one costs about what the transformer does per token."""

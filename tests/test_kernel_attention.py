@@ -4,6 +4,8 @@ Without a GPU blocks are of 16 queries and 16 keys, but where a test names other
 several.
 """
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -179,7 +181,8 @@ def test_wrong_positions_and_dtypes_are_refused():
     q, k, v = (torch.zeros(1, 2, 5, 16) for _ in range(3))
     places = torch.arange(5)[None]
     for queries, keys in ((None, places), (places, None), (places[:, 1:], places), (places, places[0])):
-        with pytest.raises(ValueError, match="attention: positions .* do not fit"):
-            attention(q, k, v, queries, keys)
+        for path in (attention, partial(reference, impl="torch"), partial(reference, impl="reference")):
+            with pytest.raises(ValueError, match="attention: positions .* do not fit"):
+                path(q, k, v, queries, keys)
     with pytest.raises(ValueError, match="attention: q .*float32.* do not fit"):
         attention(q, k.half(), v.half())

@@ -114,7 +114,7 @@ def test_batch_independence(case):
 def test_states_stay_good(case, ragged, monkeypatch):
     """In generation, where states may share memory, tokens one by one give what the whole gives, and one can go on from any
     state a second time, in another way."""
-    monkeypatch.setattr("minimodels.transformer.SPARE", 3)  # so that memory is outgrown
+    monkeypatch.setattr("minimodels.cache.SPARE", 3)  # so that memory is outgrown
     stack, x, other = make(CASES[case]), text(), text(2)
     positions = None
     if ragged:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from models import same
 
 import minimodels.loss
-from minimodels.loss import IGNORE, linear_cross_entropy
+from minimodels.loss import IGNORE, linear_cross_entropy, tally
 
 SHAPES = [(7, 5, 11), (1, 3, 2), (33, 16, 50)]  # n, D, V
 
@@ -90,3 +90,13 @@ def test_shapes_that_disagree_are_refused():
     for wrong in ((x[:, :4], weight, targets), (x, weight, targets[:3]), (x[None], weight, targets)):
         with pytest.raises(ValueError, match="linear_cross_entropy: x"):
             linear_cross_entropy(*wrong)
+
+
+def test_a_tally_adds_up_over_batches():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(4, 7, 11), torch.randint(11, (4, 7)).masked_fill(torch.rand(4, 7) < 0.3, IGNORE)
+    total = tally(logits[:1], targets[:1]) + tally(logits[1:], targets[1:])
+    loss, right, count = total.tolist()
+    kept = targets != IGNORE
+    assert count == kept.sum() and right == (logits[kept].argmax(-1) == targets[kept]).sum()
+    assert loss / count == pytest.approx(F.cross_entropy(logits[kept], targets[kept]).item(), rel=1e-6)

@@ -5,7 +5,7 @@ import torch
 from models import SHAPE, same
 
 from minimodels import LM, InputError, preset
-from minimodels.config import BLOCKS
+from minimodels.config import PRESETS
 from minimodels.sample import Sampling, generate, keep, pick
 
 GREEDY = Sampling(temperature=0)
@@ -23,7 +23,7 @@ def continued(lm, prompts, count, **options) -> torch.Tensor:
     return torch.stack(list(generate(lm, prompts, count, **options)), dim=1)
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_state_carried_equals_everything_recomputed(name):
     lm, tokens = model(name), torch.arange(5)
     expected = tokens
@@ -33,7 +33,7 @@ def test_state_carried_equals_everything_recomputed(name):
     assert continued(lm, [tokens], 12, sampling=GREEDY)[0].tolist() == expected[5:].tolist()
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, top_k=8)], ids=["greedy", "random"])
 def test_a_prompt_in_a_batch_is_continued_as_alone(name, sampling):
     lm, prompts = model(name), [torch.arange(5), torch.tensor([9]), torch.arange(20, 31)]

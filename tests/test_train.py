@@ -13,7 +13,7 @@ from safetensors import safe_open
 import minimodels.sample
 import train
 from minimodels.command import run_command
-from minimodels.config import BLOCKS
+from minimodels.config import PRESETS
 
 SMALL = (
     "--width 32 --heads 2 --experts 4 --context 32 --batch-size 2 --warmup 5 --eval-batches 1 --eval-every 0 --log-every 1"
@@ -40,7 +40,7 @@ def log(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("model", BLOCKS)
+@pytest.mark.parametrize("model", PRESETS)
 def test_main_path(model, tmp_path, monkeypatch, capsys):
     """Every preset trains, validates, samples and leaves its folder; sampling from it repeats on a seed."""
     run("--model", model, "--data", "text", "--steps", 40, "--lr", 0.01, "--prompt", "abc", *SMALL, monkeypatch=monkeypatch)

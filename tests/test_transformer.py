@@ -82,7 +82,7 @@ def test_window_state_stays_bounded():
 @pytest.mark.parametrize("layer", ["attention", "window"])
 def test_generation_does_not_copy_what_is_remembered(layer, monkeypatch):
     """A token more goes into free memory behind the others, of which there is a bounded amount."""
-    monkeypatch.setattr("minimodels.transformer.SPARE", 8)
+    monkeypatch.setattr("minimodels.cache.SPARE", 8)
     stack, places = make({"layers": layer}), []
     with torch.inference_mode():
         _, state = stack(text())
@@ -98,7 +98,7 @@ def test_generation_does_not_copy_what_is_remembered(layer, monkeypatch):
 @pytest.mark.parametrize(("window", "most"), [(None, 34 + 9), (5, 4 + 9)])
 def test_slots_without_a_token_are_given_up(window, most, monkeypatch):
     """Where each row has a token but every third time, a room is made for those that there are."""
-    monkeypatch.setattr("minimodels.transformer.SPARE", 8)
+    monkeypatch.setattr("minimodels.cache.SPARE", 8)
     layer, state = Attention(Config(**SHAPE), window), None
     with torch.inference_mode():
         for t in range(100):
