@@ -133,10 +133,10 @@ def main(options: Options) -> None:
             lap, lap_step = time.perf_counter(), step
 
     bar.close()
-    signal.signal(signal.SIGINT, at_interrupt)
     seconds = time.perf_counter() - start
     refuse_nan(model, step, run)
     checkpoint.save(run, model, optimizer, {"step": step, "seconds": seconds, "data": data.fingerprint})
+    signal.signal(signal.SIGINT, at_interrupt)
     if interrupted.is_set():
         print(f"\ninterrupted at step {step} and saved; to go on: python train.py --resume {run}")
         sys.exit(130)

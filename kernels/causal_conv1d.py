@@ -206,7 +206,8 @@ def causal_conv1d_backward(
             x.stride(0), x.stride(1), activation, W, CHUNK, full(x),
         )  # fmt: skip
     total = partial.sum(0)  # (W+1, D)
-    return dx, total[:W].t().to(weight.dtype).contiguous(), total[W].to(weight.dtype if bias is None else bias.dtype), dwindow
+    dbias = total[W].to(weight.dtype if bias is None else bias.dtype, copy=True)  # for where W = 1, dweight is a view
+    return dx, total[:W].t().to(weight.dtype).contiguous(), dbias, dwindow
 
 
 def grid(x: Tensor, meta: dict) -> tuple[int, int, int]:

@@ -85,6 +85,8 @@ def compare(kernel: Callable, reference: Callable, arguments: tuple) -> None:
         inputs = [move(part, device, dtype) for part in arguments]
         results, plain = run(kernel, inputs), run(reference, inputs)
         for i, (result, low, true) in enumerate(zip(results, plain, exact, strict=True)):
+            if not true.numel():
+                continue
             error, allowed = (result - true).abs().max(), 2 * (low - true).abs().max()
             floor = FLOORS[dtype] * (1 + true.abs().max())
             if not error <= max(allowed, floor):

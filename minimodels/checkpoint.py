@@ -10,6 +10,7 @@ A checkpoint is written under another name and then moved over the last one. Not
 from __future__ import annotations
 
 import json
+import math
 import os
 import zlib
 from dataclasses import asdict
@@ -57,13 +58,15 @@ def load(run: Path, model: LM, optimizer: torch.optim.Optimizer | None = None) -
             header = file.metadata() or {}
             progress, config, checksums = (json.loads(header[key]) for key in ("progress", "config", "checksums"))
             config = asdict(Config(**config))  # a field that is younger than the file has its default
+            known = {"header": header_checksum(header), **checksums}  # older files have none of the header
+            float(progress["step"])
             parts = PARTS if optimizer is not None else PARTS[:1]
             names = [name for name in file.keys() if name.startswith(parts)]  # noqa: SIM118
             tensors = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, InputError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError, InputError) as error:
         raise InputError("checkpoint", str(path), f"a whole safetensors file of a training run ({error})") from None
     found = {"header": header_checksum(header), **{part: checksum(tensors, part) for part in parts}}
-    if any(checksums.get(part, value if part == "header" else None) != value for part, value in found.items()):  # older: none
+    if any(known.get(part) != value for part, value in found.items()):
         raise InputError("checkpoint", str(path), "a file whose checksum is that of its contents; this one is damaged")
 
     expected = asdict(model.config)
@@ -101,8 +104,16 @@ def forget_after(run: Path, step: int) -> None:
     """Drop from the log what was measured after the checkpoint, for it will be measured again."""
     log = run / "log.jsonl"
     if log.exists():
-        kept = [line for line in log.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+        kept = [line for line in log.read_text(errors="replace").splitlines() if step_of(line) <= step]
         write_whole(log, "".join(f"{line}\n" for line in kept))
+
+
+def step_of(line: str) -> float:
+    """The step that a line of the log tells of; one that is broken is of none."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
 
 
 def load_model(run: Path) -> LM:
@@ -118,12 +129,17 @@ def load_model(run: Path) -> LM:
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Give each parameter the moments that were saved under its name."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    names = {parameter: name for name, parameter in parameters.items()}
     ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for index, name in enumerate(ordered):
         prefix = f"optimizer.{name}."
         state[index] = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        for key, value in state[index].items():
+            if value.ndim and value.shape != parameters[name].shape:
+                given, accepted = f"{prefix}{key} {shape(value)}", f"the shape of its parameter, {shape(parameters[name])}"
+                raise InputError("checkpoint", given, accepted)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -140,7 +156,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 def shape(tensor: Tensor | None) -> str:
     """What an error says of a tensor."""
-    return "missing" if tensor is None else str(list(tensor.shape))
+    return "missing" if tensor is None else f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def checksum(tensors: dict[str, Tensor], part: str) -> int:

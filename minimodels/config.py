@@ -11,6 +11,7 @@ The names are those of `minimodels.lm.LAYERS` and `minimodels.lm.WRAPPERS`.
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass, fields
 
@@ -160,7 +161,7 @@ MINIMUM = {
     "experts_per_token": 1,
     "expert_width": 0, "shared_experts": 0, "routed_scale": 0, "balance_loss": 0, "z_loss": 0, "bias_step": 0, "mod_loss": 0,
 }  # fmt: skip
-MOST_LAYERS = 10_000
+MOST_LAYERS, DEEPEST = 10_000, 50  # groups within groups, each of which is a call within a call
 LARGEST = 2**31 - 1
 CHOICES = {
     "impl": ("auto", "reference", "torch", "triton"),
@@ -188,12 +189,13 @@ SCALINGS = {"": (), "linear": ("factor",), "llama3": ("factor", "low", "high", "
 def parse_scaling(text: str) -> tuple[str, dict[str, float]]:
     """ "linear:factor=4" -> ("linear", {"factor": 4.0}). Raises InputError on what Config.rope_scaling does not offer."""
     kind, _, options = text.partition(":")
+    given = [option.partition("=")[::2] for option in options.split(",")] if text else []  # (name, number) each
     try:
-        values = {key: float(value) for key, _, value in (option.partition("=") for option in filter(None, options.split(",")))}
+        values = {name: float(number) for name, number in given}
     except ValueError:
         values = {}
     positive = all(0 < value < float("inf") for value in values.values())
-    if kind not in SCALINGS or sorted(values) != sorted(SCALINGS[kind]) or not positive:
+    if kind not in SCALINGS or sorted(name for name, _ in given) != sorted(SCALINGS[kind]) or not positive:
         forms = [kind + ":" + ",".join(f"{name}=NUMBER" for name in names) for kind, names in SCALINGS.items() if names]
         raise InputError("rope_scaling", text, " or ".join(forms))
     if kind == "llama3" and not values["low"] < values["high"]:
@@ -246,10 +248,9 @@ def parse_layers(text: str) -> Layers:
             found *= int(count)
         return found
 
-    try:
-        return items("")
-    except RecursionError:
-        raise InputError("layers", f"{text[:20]}...", "groups nested less deeply") from None
+    if max(itertools.accumulate((token == "(") - (token == ")") for token in tokens), default=0) > DEEPEST:
+        raise InputError("layers", f"{text[:20]}...", f"groups nested at most {DEEPEST} deep")
+    return items("")
 
 
 def count_layers(layers: Layers) -> int:

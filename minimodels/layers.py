@@ -4,12 +4,12 @@ The layer contract. Every sequence layer is an `nn.Module` with
 
     forward(x: (B, T, D), state=None, positions=None) -> (y: (B, T, D), state)
 
-`state` is all that the layer remembers of the tokens before x (None: there were none). Training passes None, prefill is one
-long chunk, decoding is T = 1: there is no second path for inference. A state stays good while anyone holds it: states may
-share memory, yet one can go on from any of them twice. `positions` (B, T) int64 says where each token stands in its row's
-text, and -1 marks padding, which stands only behind a row's last token and touches no state. None means that x goes on where
-the state ended. Mixture-of-depths needs both: it hands its group a few tokens at their original positions, and in a batch a
-different number of them per row.
+T is 1 or more. `state` is all that the layer remembers of the tokens before x (None: there were none). Training passes None,
+prefill is one long chunk, decoding is T = 1: there is no second path for inference. A state stays good while anyone holds it:
+states may share memory, yet one can go on from any of them twice. `positions` (B, T) int64 says where each token stands in
+its row's text, and -1 marks padding, which stands only behind a row's last token and touches no state. None means that x goes
+on where the state ended. Mixture-of-depths needs both: it hands its group a few tokens at their original positions, and in a
+batch a different number of them per row.
 
 What else a layer may have, and the model then asks for by name:
 
@@ -17,6 +17,7 @@ What else a layer may have, and the model then asks for by name:
   `observed`, detached, which the training log records
 - `causal`, whether no token depends on a later one in the present mode, if that is not always so
 - `after_step()`, called once after each optimizer step
+- `forget()`, called where a forward pass goes by without it: what it tells of its last one is then nothing
 - `no_weight_decay`, the names of its matrices that are not to decay
 - `operations`, the names of those for which `impl` chooses a path
 - `flops(context)`, `state_bytes(context, itemsize)` and, where tokens meet only part of it, `idle_parameters()`, if it costs

@@ -76,8 +76,8 @@ class LM(nn.Module):
 
     def features(self, tokens: Tensor, state: list | None = None, positions: Tensor | None = None):
         """What the head sees (B, T, D), and the state. Arguments and errors as in forward."""
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens are {tuple(tokens.shape)}; accepted: (B, T)")
+        if tokens.ndim != 2 or not tokens.shape[1]:
+            raise ValueError(f"tokens are {tuple(tokens.shape)}; accepted: (B, T), T 1 or more")
         if state is not None and not self.causal:
             raise InputError("state", "carried", "None, for a layer routes over the whole sequence: eval(), or another router")
         x, state = self.layers(self.embedding(tokens), state, positions)

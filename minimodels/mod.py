@@ -52,6 +52,7 @@ class MixtureOfDepths(nn.Module):
         super().__init__()
         self.capacity, self.route, self.mod_loss = config.capacity, config.mod_route, config.mod_loss
         self.group = group
+        self.forgetful = [layer for layer in group.modules() if hasattr(layer, "forget")]
         self.router = linear(config.width, 1, config.init_std)
         self.predictor = None
         if config.mod_route == "predictor":
@@ -74,6 +75,8 @@ class MixtureOfDepths(nn.Module):
         index, real = self.select(scores.detach(), decision, positions)
         seen = torch.maximum(seen, positions.amax(1) + 1)
         if index.shape[1] == 0:  # nobody takes the group
+            for layer in self.forgetful:
+                layer.forget()
             return x, DepthState(seen, remembered)
 
         tokens, chosen = x.flatten(0, 1), (index + T * torch.arange(B, device=x.device).unsqueeze(1)).flatten()  # (B · T, D)
@@ -114,6 +117,10 @@ class MixtureOfDepths(nn.Module):
     def after_step(self):
         """Let go of the last forward's graph, with which the model could not be copied."""
         self.auxiliary_losses = {}
+
+    def forget(self):
+        """As if there had been no last forward."""
+        self.auxiliary_losses, self.observed = {}, {}
 
     def flops(self, context: int) -> float:
         """Forward FLOPs per token: the routers see all tokens, the group C of them and only C · context of each other."""

@@ -61,6 +61,11 @@ class MoE(nn.Module):
         self.shared = SwiGLU(config, config.shared_experts * I) if config.shared_experts else None
         self.register_buffer("bias", torch.zeros(E) if self.route is sigmoid_bias else None)
         self.register_buffer("visited", torch.zeros(E), persistent=False)  # visits since the last optimizer step
+        self.forget()
+
+    def forget(self):
+        """As if there had been no last forward."""
+        self.routing: Routing | None = None
 
     def forward(self, x: Tensor, state=None, positions: Tensor | None = None):
         with torch.autocast(x.device.type, enabled=False):  # routing is decided in full precision
@@ -87,6 +92,8 @@ class MoE(nn.Module):
     @property
     def auxiliary_losses(self) -> dict[str, Tensor]:
         """Of the last forward, made when asked for: z-loss, mean(logsumexp(logits)²), and balance loss."""
+        if self.routing is None:
+            return {}
         fraction, mean_probability, weight = self.shares()
         losses = {"z": self.z_loss * (self.routing.logits.logsumexp(-1, keepdim=True).square() * weight).sum()}
         if self.balance == "layer":
@@ -96,6 +103,8 @@ class MoE(nn.Module):
     @property
     def observed(self) -> dict[str, Tensor]:
         """What the log records of the last forward: each expert's share of the visits, and E times the largest of them."""
+        if self.routing is None:
+            return {}
         fraction = self.shares()[0]
         load = fraction / fraction.sum().clamp(min=1e-9)
         return {"load": load, "overload": load.amax() * load.numel()}
@@ -107,7 +116,8 @@ class MoE(nn.Module):
         if self.route is sigmoid_bias:
             self.bias += self.bias_step * torch.sign(self.visited.mean() - self.visited)
         self.visited.zero_()
-        self.routing = Routing(*(part if part is None else part.detach() for part in self.routing))
+        if self.routing is not None:
+            self.routing = Routing(*(part if part is None else part.detach() for part in self.routing))
 
     def flops(self, context: int) -> float:
         """Forward FLOPs per token: the router, K experts, the shared experts."""
@@ -127,11 +137,11 @@ def imbalance(fraction: Tensor, mean_probability: Tensor) -> Tensor:
 
 
 def pooled_imbalance(model: nn.Module) -> Tensor:
-    """The imbalance of f and P averaged over the MoE layers of a model, in its last forward pass. 0 if it has none.
+    """The imbalance of f and P averaged over the MoE layers that took part in the last forward pass. 0 if none did.
 
     This is what transformers trains with. One layer's load can make up for another's, which the layers' own losses forbid.
     """
-    shares = [module.shares()[:2] for module in model.modules() if isinstance(module, MoE)]
+    shares = [module.shares()[:2] for module in model.modules() if isinstance(module, MoE) and module.routing is not None]
     return imbalance(*(torch.stack(share).mean(0) for share in zip(*shares, strict=True))) if shares else torch.zeros(())
 
 

@@ -102,8 +102,8 @@ def pick(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) 
 def keep(logits: Tensor, sampling: Sampling) -> Tensor:
     """The logits (B, V) with those that the filters remove at -inf; the likeliest always stays."""
     if sampling.top_k:
-        least = logits.topk(min(sampling.top_k, logits.shape[-1])).values[..., -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
+        likeliest = logits.topk(min(sampling.top_k, logits.shape[-1])).indices
+        logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).scatter(-1, likeliest, False), float("-inf"))
     if sampling.top_p < 1:
         ordered, index = logits.softmax(-1).sort(-1, descending=True)
         beyond = ordered.cumsum(-1) - ordered >= sampling.top_p  # what stands before it suffices

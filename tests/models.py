@@ -25,6 +25,7 @@ CASES = {
     "mlp": {"layers": "mlp"},
     "mlp with biases": {"layers": "mlp", "mlp_bias": True},
     "mamba": {"layers": "mamba"},
+    "mamba, one tap": {"layers": "mamba", "conv_width": 1},
     "mamba, Falcon": {"layers": "mamba", "mamba_norm": "plain", "mamba_norm_eps": 1e-6},
     "mamba, Jamba": {"layers": "mamba", "mamba_norm": "learned", "mamba_bias": True, "conv_bias": False},
     "moe": {"layers": "moe"},

@@ -34,7 +34,9 @@ def short_chunks(monkeypatch):
 
 @pytest.mark.parametrize("activation", [False, True], ids=["linear", "silu"])
 @pytest.mark.parametrize(
-    "shape", [(2, 1, 5, 4), (1, 2, 3, 4), (2, 7, 33, 2), (1, 8, 4, 3), (2, 19, 130, 4), (1, 26, 3, 8)], ids=str
+    "shape",
+    [(2, 1, 5, 4), (1, 2, 3, 4), (2, 7, 33, 2), (1, 8, 4, 3), (2, 19, 130, 4), (1, 26, 3, 8), (2, 9, 5, 1), (2, 9, 1, 4)],
+    ids=str,
 )
 def test_causal_conv1d(shape, activation):
     compare(causal_conv1d, reference, (*arguments(*shape), None, activation))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from models import make, same
 
+from minimodels import LM, Config
 from minimodels.layers import Stack
 
 B, T, D = 2, 20, 16
@@ -134,10 +135,27 @@ def test_a_row_that_routes_nobody_leaves_everything():
 def test_a_batch_skips_what_no_row_routes():
     """At one token a batch whose rows all pass by does not touch the group: the speed of sampling."""
     mod = wrapped(mod_route="router")
-    mod.group = None  # calling it would fail
+    mod.group.forward = None  # calling it would fail
     mod.router.weight.data.zero_()
     x = text()[:, :1]
     assert torch.equal(mod(x)[0], x)
+
+
+@pytest.mark.parametrize("balance", ["layer", "pooled"])
+def test_a_group_that_is_passed_by_tells_of_nothing(balance):
+    """Neither the losses of an earlier pass nor an error where there was none."""
+    torch.manual_seed(0)
+    model = LM(Config(vocab=7, width=16, heads=2, layers="mod(moe)", mod_route="router", experts=4, balance=balance))
+    model.after_step()  # before any forward pass
+    tokens = torch.randint(7, (2, 6))
+    losses = model.loss(tokens, tokens)[1]
+    assert {"mod", "balance", "z"} <= losses.keys()
+    model.layers[0].router.weight.data.zero_()
+    model.eval()
+    total, parts = model.loss(tokens, tokens)
+    assert all(parts.get(name, 0) == 0 for name in ("mod", "balance", "z"))
+    assert "load" not in model.observations()
+    total.backward()  # through no graph of the pass before
 
 
 def test_capacity_is_rounded_up_to_a_token():

@@ -58,6 +58,7 @@ def test_filters_keep_what_they_say():
     assert kept(p) == [True] * 4
     assert kept(p, top_k=2) == [True, True, False, False]
     assert kept(p, top_k=9) == [True] * 4
+    assert sum(kept([0.25] * 4, top_k=1)) == 1
     assert kept(p, top_p=0.5) == [True, True, False, False]
     assert kept(p, top_p=0.05) == [True, False, False, False]
     assert kept(p, top_p=1e-300) == [True, False, False, False]

@@ -111,6 +111,21 @@ def test_resuming_is_exact(arguments, tmp_path, monkeypatch, capsys):
     assert losses[0] == losses[1]
 
 
+def test_an_interrupt_at_the_end_waits_for_the_last_checkpoint(tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return save(*arguments)
+
+    save = train.checkpoint.save
+    with monkeypatch.context() as patch:
+        patch.setattr(train.checkpoint, "save", interrupted)
+        with pytest.raises(SystemExit) as stopped:
+            run("--data", "text", "--steps", 2, "--out", "run", *SMALL, monkeypatch=monkeypatch)
+    assert stopped.value.code == 130
+    assert "interrupted at step 2 and saved" in capsys.readouterr().out
+    run("--resume", "run", "--steps", 3, monkeypatch=monkeypatch)
+
+
 def test_a_constant_run_is_extended(tmp_path, monkeypatch):
     common = ["--data", "text", "--schedule", "constant", *SMALL]
     run(*common, "--steps", 6, "--out", "whole", monkeypatch=monkeypatch)
@@ -208,7 +223,10 @@ REFUSED = [
     (["--tokens", "inf"], "tokens: inf", "above 0"),
     (["--out", "text/run"], "out: 'text/run'", "a folder that can be made"),
     (["--layers", "mlp*99999999"], "layers: 'mlp*99999999'", "at most 10000 layers"),
-    (["--layers", "(" * 3000], "layers: '((((", "nested less deeply"),
+    (["--layers", "(" * 3000], "layers: '((((", "nested at most 50 deep"),
+    (["--layers", "mod(" * 51 + "mlp" + ")" * 51], "layers: 'mod(", "nested at most 50 deep"),
+    (["--rope-scaling", ":"], "rope_scaling: ':'", "linear:factor=NUMBER"),
+    (["--rope-scaling", "linear:factor=4,factor=5"], "rope_scaling: 'linear", "linear:factor=NUMBER"),
     (["--seed", str(10**30)], "seed: 1", "below 2^63"),
     (["--model", "moe", "--experts-per-token", "1"], "router: 'softmax_topk'", "softmax"),
     (["--data", "x" * 5000], "data: 'xxx", "files that can be read"),
@@ -265,10 +283,16 @@ def test_refuses_to_resume_what_is_damaged_or_another_run(tmp_path, monkeypatch,
     flipped[-100] ^= 1
     elsewhere = whole.replace(b'\\"step\\": 2', b'\\"step\\": 1')
     assert elsewhere != whole
+    relabelled = whole.replace(b'"dtype":"F32","shape":[256,32]', b'"dtype":"I32","shape":[256,32]', 1)
+    start = whole.index(b'"checksums":"') + len('"checksums":"')
+    stop = whole.index(b'}"', start) + 1
+    unchecked = whole[:start] + b"5".ljust(stop - start) + whole[stop:]
     damaged = {
         "a whole safetensors file": whole[: len(whole) // 2],
         "checksum": bytes(flipped),
         "checksum is": elsewhere,
+        "differing: embedding.weight [256, 32] int32 for [256, 32] float32": relabelled,
+        "not a mapping": unchecked,
         "differing": (tmp_path / "wider.safetensors").read_bytes(),
         "safetensors": b"",
     }
@@ -305,7 +329,7 @@ def test_refuses_to_go_on_with_other_data(tmp_path, monkeypatch, capsys):
 def test_a_log_that_ran_ahead_of_its_checkpoint_is_cut_back(tmp_path, monkeypatch):
     run("--data", "text", "--steps", 4, "--out", "run", *SMALL, monkeypatch=monkeypatch)
     with (tmp_path / "run/log.jsonl").open("a") as file:
-        file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')  # as a run that was killed leaves it
+        file.write('{"step": 5, "loss": 1.0}\n{}\nnothing}\n{"step": null}\n{"step": 6, "lo')  # and a killed run leaves a part
     run("--resume", "run", "--steps", 6, monkeypatch=monkeypatch)
     assert [record["step"] for record in log(tmp_path / "run") if "loss" in record] == [1, 2, 3, 4, 5, 6]
 
