@@ -193,7 +193,7 @@ def parse_scaling(text: str) -> tuple[str, dict[str, float]]:
     try:
         values = {name: float(number) for name, number in given}
     except ValueError:
-        values = {}
+        values = {"": 0.0}  # which is no more positive than what is no number
     positive = all(0 < value < float("inf") for value in values.values())
     if kind not in SCALINGS or sorted(name for name, _ in given) != sorted(SCALINGS[kind]) or not positive:
         forms = [kind + ":" + ",".join(f"{name}=NUMBER" for name in names) for kind, names in SCALINGS.items() if names]

@@ -226,6 +226,7 @@ REFUSED = [
     (["--layers", "(" * 3000], "layers: '((((", "nested at most 50 deep"),
     (["--layers", "mod(" * 51 + "mlp" + ")" * 51], "layers: 'mod(", "nested at most 50 deep"),
     (["--rope-scaling", ":"], "rope_scaling: ':'", "linear:factor=NUMBER"),
+    (["--rope-scaling", "linear:factor=four"], "rope_scaling: 'linear", "linear:factor=NUMBER"),
     (["--rope-scaling", "linear:factor=4,factor=5"], "rope_scaling: 'linear", "linear:factor=NUMBER"),
     (["--seed", str(10**30)], "seed: 1", "below 2^63"),
     (["--model", "moe", "--experts-per-token", "1"], "router: 'softmax_topk'", "softmax"),
