@@ -214,7 +214,7 @@ def routes(model: LM, run: Run, device: torch.device) -> Iterator[dict[str, floa
         told = {f"route_{name}": statistics.mean(statistics.mean(batch[name]) for batch in seen) for name in seen[0]}
         return {"route": route, "route_bits": found["bits"], "route_tokens_per_second": speed, **told}
 
-    yield from [score(route) for route in ("topk", run.config.mod_route)]  # its own last: so the model stays
+    yield from [score(route) for route in ("topk", run.config.mod_route)]  # its own last, which leaves the model as it was
 
 
 @dataclass(frozen=True)

@@ -301,6 +301,16 @@ def test_a_claim_leaves_rows_that_plot_draws(claim, tmp_path, monkeypatch, capsy
     assert len(list(tmp_path.glob("*.png"))) == len(described.panels)
 
 
+def test_routing_decisions_are_those_of_all_batches_scored(monkeypatch):
+    told = iter([[0.1], [0.3], [0.2], [0.6]])  # of two batches with either route
+    monkeypatch.setattr(claims, "SCORED", 2)
+    monkeypatch.setattr(LM, "observations", lambda model: {"routed": next(told)})
+    run = claims.Run("mod, predictor", preset("mod", "tiny", width=16, heads=2, vocab=256), "stdlib", 16, 1, 2)
+    oracle, causal = claims.routes(LM(run.config), run, torch.device("cpu"))
+    assert oracle["route_routed"] == pytest.approx(0.2)
+    assert causal["route_routed"] == pytest.approx(0.4)
+
+
 def test_without_selection_mamba_is_a_time_invariant_recurrence():
     torch.manual_seed(0)
     lm = LM(Config(layers="mamba", width=16, state_size=6)).double()

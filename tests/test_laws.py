@@ -214,3 +214,8 @@ def test_overfits_one_batch(model):
     assert parts["cross_entropy"] < 0.2
     copied = copy.deepcopy(lm)  # which a graph kept from the last forward would forbid
     same(copied.eval()(tokens)[0], lm.eval()(tokens)[0])
+
+
+def test_a_model_refuses_no_tokens():
+    with pytest.raises(ValueError, match=r"tokens are \(2, 0\); accepted: \(B, T\), T 1 or more"):
+        LM(Config(vocab=7, width=8, heads=2, layers="mamba"))(torch.zeros(2, 0, dtype=torch.int64))

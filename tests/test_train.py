@@ -12,8 +12,10 @@ from safetensors import safe_open
 
 import minimodels.sample
 import train
+from minimodels import LM, Config, InputError
 from minimodels.command import run_command
 from minimodels.config import PRESETS
+from minimodels.optim import adamw
 
 SMALL = (
     "--width 32 --heads 2 --experts 4 --context 32 --batch-size 2 --warmup 5 --eval-batches 1 --eval-every 0 --log-every 1"
@@ -312,6 +314,19 @@ def test_refuses_to_resume_what_is_damaged_or_another_run(tmp_path, monkeypatch,
         with pytest.raises(SystemExit):
             run("--resume", "run", *change, monkeypatch=monkeypatch)
         assert f"error: {change[0][2:]}: " in capsys.readouterr().err
+
+
+def test_refuses_moments_of_another_shape(tmp_path):
+    torch.manual_seed(0)
+    model = LM(Config(vocab=7, width=8, heads=2, layers="mlp"))
+    optimizer = adamw(model, 1e-3, 0.1)
+    model.loss(torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3, dtype=torch.int64))[0].backward()
+    optimizer.step()
+    moments = optimizer.state[model.embedding.weight]
+    moments["exp_avg"] = moments["exp_avg"].t()
+    train.checkpoint.save(tmp_path, model, optimizer, {"step": 1})
+    with pytest.raises(InputError, match=r"embedding.weight.exp_avg \[8, 7\] float32.* \[7, 8\] float32"):
+        train.checkpoint.load(tmp_path, model, optimizer)
 
 
 def test_refuses_to_go_on_with_other_data(tmp_path, monkeypatch, capsys):
