@@ -11,7 +11,8 @@ runs too, but each step is a launch.
     delta       Δ       (B, T, D)      step size, after softplus
     A           A       (D, N)         negative; inside, transposed to (N, D)
     B, C        B, C    (B, T, N)      input and output matrix
-    state       h       (B, D, N)      inside, (B, chunk, N, D): inner loops then run over channels, of which there are many
+    state       h       (B, D, N)      inside, (chunk, B, N, D): a chunk of time is one piece of memory, and inner loops run
+                                       over channels, of which there are many
 """
 
 from __future__ import annotations
@@ -35,12 +36,14 @@ def scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tenso
 @torch.library.custom_op("minimodels::scan_forward", mutates_args=())
 def scan_forward(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state, and the states at the chunk boundaries, first and last included: (chunks + 1, B, N, D)."""
-    y, final_state, boundaries = empty_outputs(x, delta, A, B, C, state)
+    _, final_state, boundaries = empty_outputs(x, delta, A, B, C, state)
     boundaries[0] = state.mT
-    for chunk, (now, _, _, _, h) in enumerate(walk(x, delta, A.mT.contiguous(), B, boundaries)):
-        y[:, now] = (C[:, now].unsqueeze(2) @ h).squeeze(2)
-        boundaries[chunk + 1] = h[:, -1]
-    return y, final_state.copy_(boundaries[-1].mT), boundaries
+    x, delta, B, C = swapped(x, delta, B, C)  # time first
+    y = x.new_empty(x.shape)
+    for chunk, (now, _, _, _, h) in enumerate(walk(delta, delta * x, A.mT.contiguous(), B, boundaries)):
+        torch.matmul(C[now].unsqueeze(2), h, out=y[now].unsqueeze(2))
+        boundaries[chunk + 1] = h[-1]
+    return y.transpose(0, 1).contiguous(), final_state.copy_(boundaries[-1].mT), boundaries
 
 
 @torch.library.custom_op("minimodels::scan_backward", mutates_args=())
@@ -53,50 +56,60 @@ def scan_backward(
     d(Δ_t x_t) = B_t · g_t,  dB_t = g_t · Δ_t x_t,  dC_t = h_t · dy_t,  d(Δ_t A) = g_t exp(Δ_t A) h_{t-1}.
     """
     A, dstate = A.mT.contiguous(), dstate.mT  # (N, D), (B, N, D)
-    dx, ddelta, dB, dC = (torch.empty_like(tensor) for tensor in (x, delta, B, C))
-    gradient = x.new_empty(x.shape[0], min(chunk_length(dstate), x.shape[1]), *A.shape)  # (B, chunk, N, D)
-    gradient_steps = gradient.unbind(1)
+    dy, x, delta, B, C = swapped(dy, x, delta, B, C)  # time first
+    dx, ddelta, dB, dC = (tensor.new_empty(tensor.shape) for tensor in (x, delta, B, C))
+    inputs = delta * x  # but for B
+    gradient = x.new_empty(min(chunk_length(dstate), len(x)), *dstate.shape)  # (chunk, B, N, D)
+    gradient_steps = gradient.unbind()
     dA = torch.zeros_like(gradient)  # summed over batch and chunk at the end: adding is cheaper than reducing
-    for now, start, decay, decay_steps, h in walk(x, delta, A, B, boundaries, backwards=True):
-        steps = h.shape[1]
-        g = torch.mul(dy[:, now].unsqueeze(2), C[:, now].unsqueeze(3), out=gradient[:, :steps])
+    for now, start, decay, decay_steps, h in walk(delta, inputs, A, B, boundaries, backwards=True):
+        steps = len(h)
+        g = torch.mul(dy[now].unsqueeze(2), C[now].unsqueeze(3), out=gradient[:steps])
         last = gradient_steps[steps - 1].add_(dstate)
         recur(reversed(decay_steps[1:]), last, reversed(gradient_steps[: steps - 1]))
 
-        dinput = (B[:, now].unsqueeze(2) @ g).squeeze(2)  # of Δx, (B, chunk, D)
-        dB[:, now] = ((delta[:, now] * x[:, now]).unsqueeze(2) @ g.mT).squeeze(2)
-        dC[:, now] = (dy[:, now].unsqueeze(2) @ h.mT).squeeze(2)
+        torch.matmul(B[now].unsqueeze(2), g, out=dx[now].unsqueeze(2))  # of Δx, until the loop is done
+        torch.matmul(inputs[now].unsqueeze(2), g.mT, out=dB[now].unsqueeze(2))
+        torch.matmul(dy[now].unsqueeze(2), h.mT, out=dC[now].unsqueeze(2))
 
         g *= decay
-        dstate = g[:, 0].clone()
-        g[:, 0] *= start
-        g[:, 1:] *= h[:, :-1]  # from here on the gradient of ΔA
-        dA[:, :steps].addcmul_(g, delta[:, now].unsqueeze(2))
+        dstate = g[0].clone()
+        g[0] *= start
+        g[1:] *= h[:-1]  # from here on the gradient of ΔA
+        dA[:steps].addcmul_(g, delta[now].unsqueeze(2))
         g *= A
-        ddelta[:, now] = g.sum(2).addcmul_(dinput, x[:, now])
-        dx[:, now] = dinput * delta[:, now]
+        torch.sum(g, 2, out=ddelta[now])
+    ddelta.addcmul_(dx, x)
+    dx *= delta
+    dx, ddelta, dB, dC = (part.contiguous() for part in swapped(dx, ddelta, dB, dC))
     return dx, ddelta, dA.sum((0, 1)).mT.contiguous(), dB, dC, dstate.mT.contiguous()
 
 
+def swapped(*tensors: Tensor) -> Iterator[Tensor]:
+    """(B, T, ...) -> (T, B, ...), or back."""
+    return (tensor.transpose(0, 1) for tensor in tensors)
+
+
 def walk(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, boundaries: Tensor, backwards: bool = False
+    delta: Tensor, inputs: Tensor, A: Tensor, B: Tensor, boundaries: Tensor, backwards: bool = False
 ) -> Iterator[tuple[slice, Tensor, Tensor, tuple[Tensor, ...], Tensor]]:
-    """Compute one chunk's states after another's, each from its boundary state, all in the same memory.
+    """Compute one chunk's states after another's, each from its boundary state, all in the same memory. Time comes first,
+    and inputs are Δx.
 
     Yields the chunk's slice of time, its boundary state, its decays (whole, and as one view per step) and its states.
     """
-    T, length = x.shape[1], chunk_length(boundaries[0])
-    decay, h = x.new_empty(2, x.shape[0], min(length, T), *A.shape)  # (B, chunk, N, D) each
-    decay_steps, h_steps = decay.unbind(1), h.unbind(1)  # made once: a view costs half as much as its step
+    T, length = len(delta), chunk_length(boundaries[0])
+    decay, h = delta.new_empty(2, min(length, T), *boundaries[0].shape)  # (chunk, B, N, D) each
+    decay_steps, h_steps = decay.unbind(), h.unbind()  # made once: a view costs half as much as its step
     exponent = A * math.log2(math.e)  # exp(ΔA) as a power of two, which is cheaper
     chunks = list(zip(range(0, T, length), boundaries.unbind(), strict=False))
     for first, start in reversed(chunks) if backwards else chunks:
         steps = min(length, T - first)
         now = slice(first, first + steps)
-        torch.mul(delta[:, now].unsqueeze(2), exponent, out=decay[:, :steps]).exp2_()
-        torch.mul((delta[:, now] * x[:, now]).unsqueeze(2), B[:, now].unsqueeze(3), out=h[:, :steps])
+        torch.mul(delta[now].unsqueeze(2), exponent, out=decay[:steps]).exp2_()
+        torch.mul(inputs[now].unsqueeze(2), B[now].unsqueeze(3), out=h[:steps])
         recur(decay_steps, start, h_steps[:steps])
-        yield now, start, decay[:, :steps], decay_steps[:steps], h[:, :steps]
+        yield now, start, decay[:steps], decay_steps[:steps], h[:steps]
 
 
 def recur(decays: Iterable[Tensor], h: Tensor, inputs: Iterable[Tensor]) -> None:
