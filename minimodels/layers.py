@@ -2,14 +2,15 @@
 
 The layer contract. Every sequence layer is an `nn.Module` with
 
-    forward(x: (B, T, D), state=None, positions=None) -> (y: (B, T, D), state)
+    forward(x: (B, T, D), state=None, positions=None, shared=None) -> (y: (B, T, D), state)
 
 T is 1 or more. `state` is all that the layer remembers of the tokens before x (None: there were none). Training passes None,
 prefill is one long chunk, decoding is T = 1: there is no second path for inference. A state stays good while anyone holds it:
 states may share memory, yet one can go on from any of them twice. `positions` (B, T) int64 says where each token stands in
 its row's text, and -1 marks padding, which stands only behind a row's last token and touches no state. None means that x goes
 on where the state ended. Mixture-of-depths needs both: it hands its group a few tokens at their original positions, and in a
-batch a different number of them per row.
+batch a different number of them per row. `shared` is a dictionary that the layers of a stack are handed in turn and that lives
+for one forward pass: what follows from the positions alone, such as rotary angles, is computed by the first that needs it.
 
 What else a layer may have, and the model then asks for by name:
 
@@ -74,9 +75,9 @@ class Residual(nn.Module):
         self.layer = layer
         self.impl = impl
 
-    def forward(self, x: Tensor, update: Tensor | None, state=None, positions=None):
+    def forward(self, x: Tensor, update: Tensor | None, state=None, positions=None, shared=None):
         normed, x = rmsnorm(x, self.norm.weight, self.norm.eps, update, self.impl)
-        update, state = self.layer(normed, state, positions)
+        update, state = self.layer(normed, state, positions, shared)
         return x, update, state
 
 
@@ -84,10 +85,10 @@ class Stack(nn.ModuleList):
     """Layers one after the other; the state is the list of theirs. Itself a layer, so that a wrapper can hold one."""
 
     def forward(self, x: Tensor, state=None, positions=None):
-        after, update = [], None
+        after, update, shared = [], None, {}
         for layer, before in zip(self, state or [None] * len(self), strict=True):
             if isinstance(layer, Residual):
-                x, update, now = layer(x, update, before, positions)
+                x, update, now = layer(x, update, before, positions, shared)
             else:
                 x, now = layer(x if update is None else x + update, before, positions)
                 update = None

@@ -74,7 +74,7 @@ class Mamba(nn.Module):
         self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
         self.out_proj.weight.div_(math.sqrt(depth))
 
-    def forward(self, u: Tensor, state: MambaState | None = None, positions: Tensor | None = None):
+    def forward(self, u: Tensor, state: MambaState | None = None, positions: Tensor | None = None, shared=None):
         x, z = self.in_proj(u).chunk(2, dim=-1)  # (B, T, D) each
         lengths = None if positions is None else (positions >= 0).sum(1)  # tokens before the padding
         taps, before = self.conv1d.weight.squeeze(1), None if state is None else state.window

@@ -67,7 +67,7 @@ class MoE(nn.Module):
         """As if there had been no last forward."""
         self.routing: Routing | None = None
 
-    def forward(self, x: Tensor, state=None, positions: Tensor | None = None):
+    def forward(self, x: Tensor, state=None, positions: Tensor | None = None, shared=None):
         with torch.autocast(x.device.type, enabled=False):  # routing is decided in full precision
             logits = F.linear(full_precision(x), full_precision(self.router.weight))  # (B, T, E)
             gates, visits, probabilities = self.route(logits, self.K, self.bias)

@@ -51,7 +51,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(q_width if full else self.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(kv_width if full else self.head_dim, config.norm_eps)
 
-    def forward(self, x: Tensor, state: AttentionState | None = None, positions: Tensor | None = None):
+    def forward(self, x: Tensor, state: AttentionState | None = None, positions: Tensor | None = None, shared=None):
         B, T, _ = x.shape
         seen = 0 if state is None else state.seen
         if positions is None and isinstance(seen, int):  # without gaps or padding
@@ -67,12 +67,19 @@ class Attention(nn.Module):
         q = q.view(B, T, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, d)
         k, v = (part.view(B, T, self.kv_heads, self.head_dim).transpose(1, 2) for part in (k, v))  # (B, G, T, d)
         if self.rope_base:
-            angles = rotary(places, self.head_dim, self.rope_base, self.rope_scaling)
+            angles = self.angles(places, {} if shared is None else shared)
             q, k = rotate(q, *angles), rotate(k, *angles)
 
         joined, after = carry(state, AttentionState(k, v, positions, seen), self.window)  # S = remembered + T
         y = attention(q, joined.keys, joined.values, positions, joined.positions, self.window, self.impl)  # (B, H, T, d)
         return self.out(y.transpose(1, 2).flatten(2)), after
+
+    def angles(self, places: Tensor, shared: dict) -> tuple[Tensor, Tensor]:
+        """As rotary, once for all layers that turn alike."""
+        key = ("rotary", self.head_dim, self.rope_base, self.rope_scaling)
+        if key not in shared:
+            shared[key] = rotary(places, *key[1:])
+        return shared[key]
 
     def flops(self, context: int) -> float:
         """Forward FLOPs per token: projections, and QKᵀ and PV with every key computed, those masked included."""
@@ -184,7 +191,7 @@ class SwiGLU(nn.Module):
         self.up = linear(config.width, hidden, config.init_std, bias)
         self.out = linear(hidden, config.width, config.init_std / config.depth**0.5, bias)
 
-    def forward(self, x: Tensor, state=None, positions=None):
+    def forward(self, x: Tensor, state=None, positions=None, shared=None):
         return self.out(F.silu(self.gate(x)) * self.up(x)), None
 
 

@@ -34,6 +34,16 @@ def test_rotation_depends_on_distance_alone_and_keeps_length():
     same(rotate(q[None], *rotary(torch.tensor([11]), 8, 10_000.0)).norm(), q.norm(), 1e-6)
 
 
+def test_layers_that_turn_alike_share_their_angles(monkeypatch):
+    calls = []
+    monkeypatch.setattr("minimodels.transformer.rotary", lambda *args: calls.append(args[0]) or rotary(*args))
+    stack = make({"layers": "attention window mod(attention window)", "capacity": 0.5})
+    stack.train()(torch.randn(2, 9, SHAPE["width"], dtype=torch.float64))
+    everyone, routed = calls  # the group in mixture-of-depths has positions of its own
+    assert everyone.tolist() == list(range(9))
+    assert routed.shape == (2, 1, 5)
+
+
 def test_rmsnorm_is_its_equation():
     norm, x = RMSNorm(D), torch.randn(3, D)
     norm.weight.data.normal_()
