@@ -7,7 +7,7 @@
 - moe: routed experts against a dense MLP of equal active FLOPs, and against the loop over experts
 - mod: a training step of mixture-of-depths against the dense model, beside the speed-up that its FLOPs promise; and how much of
   a wrapped block is routing, gathering and scattering, which is all that a kernel for it could save
-- trainer: tokens per second of a small transformer's whole training step, where overhead counts
+- trainer: tokens per second of a small transformer's whole training step, where overhead counts, compiled too
 """
 
 from __future__ import annotations
@@ -175,29 +175,31 @@ def wrapped_block(width: int, batch: int, T: int, device: torch.device) -> dict:
 def measure_trainer(device: torch.device) -> list[dict]:
     config = Config(width=128, heads=4, layers="(attention mlp)*4", vocab=65)
     square = torch.randn(2048, 2048, device=device, dtype=None if device == CPU else torch.bfloat16)
-    providers = {"transformer": train_step(config, 12, 64, device), "matrix product": lambda: square @ square}
-    timings = interleave(providers, rounds=15)
-    speeds = [12 * 64 / seconds for seconds in timings["transformer"]]
+    providers = {name: train_step(config, 12, 64, device, name == "compiled") for name in ("eager", "compiled")}
+    timings = interleave({**providers, "matrix product": lambda: square @ square}, rounds=15)
     ceiling = statistics.median(2 * 2048**3 / seconds for seconds in timings["matrix product"])
-    share = statistics.median(speeds) * ledger(config, 64).training_flops / ceiling
     print(f"trainer, whole step, 4 layers, d 128, 4 heads, context 64, batch 12, {'fp32' if device == CPU else 'bf16'}")
-    print(
-        f"  {statistics.median(speeds):,.0f} tokens/s ({min(speeds):,.0f}-{max(speeds):,.0f}), {share:.0%} of the rate of "
-        f"this machine's matrix product, {ceiling / 1e9:.0f} GFLOP/s"
-    )
+    for name in providers:
+        speeds = [12 * 64 / seconds for seconds in timings[name]]
+        share = statistics.median(speeds) * ledger(config, 64).training_flops / ceiling
+        print(
+            f"  {name:8} {statistics.median(speeds):,.0f} tokens/s ({min(speeds):,.0f}-{max(speeds):,.0f}), {share:.0%} of the "
+            f"rate of this machine's matrix product, {ceiling / 1e9:.0f} GFLOP/s"
+        )
     return [{"part": "trainer", "provider": name, "seconds": seconds} for name, seconds in timings.items()]
 
 
-def train_step(config: Config, batch: int, T: int, device: torch.device):
-    """A closure that makes one training step of the model on random tokens, on a GPU in bf16."""
+def train_step(config: Config, batch: int, T: int, device: torch.device, compiled: bool = False):
+    """A closure that makes one training step of the model on random tokens, as train.py does, on a GPU in bf16."""
     torch.manual_seed(0)
     model = LM(config).to(device)
     optimizer = adamw(model, 1e-4, 0.1)
+    loss_function = torch.compile(model.loss, fullgraph=True) if compiled else model.loss
     tokens = torch.randint(model.embedding.num_embeddings, (batch, T + 1), device=device)
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=device != CPU):
-            loss, _ = model.loss(tokens[:, :-1], tokens[:, 1:])
+            loss, _ = loss_function(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -105,16 +105,24 @@ def linear(inputs: int, outputs: int, std: float, bias: bool = False) -> nn.Line
     return layer
 
 
+@torch.library.custom_op("minimodels::rotary", mutates_args=())
 def rotary(positions: Tensor, head_dim: int, base: float, scaling: str = "") -> tuple[Tensor, Tensor]:
     """cos and ±sin of the angles p · θ_j, the frequencies θ_j = base^(-2j/d), for both halves of a head: (..., d) fp32 each.
 
     RoPE, arXiv:2104.09864, with the pairs (x_j, x_{j+d/2}): the first of a pair is turned with -sin, the second with sin.
-    `scaling` lowers the frequencies, in the terms of Config.rope_scaling.
+    `scaling` lowers the frequencies, in the terms of Config.rope_scaling. This is an operation of its own because a compiler
+    would not keep what is so cheap: it would compute it anew in each rotation, for every head of every row.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     frequencies = scale((base**exponents).reciprocal(), scaling)  # (d/2,)
     angles = positions.unsqueeze(-1) * torch.cat((-frequencies, frequencies))  # (..., d); cos is even, and sin takes the sign
     return angles.cos(), angles.sin()
+
+
+@rotary.register_fake
+def _(positions, head_dim, base, scaling=""):
+    shape = (*positions.shape, head_dim)
+    return tuple(positions.new_empty(shape, dtype=torch.float32) for _ in range(2))
 
 
 def scale(frequencies: Tensor, scaling: str) -> Tensor:
