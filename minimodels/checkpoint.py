@@ -29,7 +29,7 @@ PARTS = ("model.", "optimizer.", "random.")
 
 
 def save(run: Path, model: LM, optimizer: torch.optim.Optimizer, progress: dict) -> None:
-    """Write the whole state of a training run; `progress` is any JSON object."""
+    """Write the whole state of a training run; `progress` is any JSON object. Raises InputError where it cannot be written."""
     tensors = {f"model.{name}": tensor for name, tensor in weights(model).items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -42,8 +42,12 @@ def save(run: Path, model: LM, optimizer: torch.optim.Optimizer, progress: dict)
     header = {"progress": json.dumps(progress), "config": json.dumps(asdict(model.config))}
     header["checksums"] = json.dumps({**checksums, "header": header_checksum(header)})
     partial = run / (FILE + ".partial")
-    save_file(tensors, partial, header)
-    os.replace(partial, run / FILE)
+    try:
+        save_file(tensors, partial, header)
+        os.replace(partial, run / FILE)
+    except (SafetensorError, OSError) as error:
+        partial.unlink(missing_ok=True)
+        raise InputError("out", str(run), f"a folder with room for a checkpoint; the last one is as it was ({error})") from None
 
 
 def load(run: Path, model: LM, optimizer: torch.optim.Optimizer | None = None) -> dict:

@@ -25,11 +25,21 @@ def run_command(main: Callable[[Options], None], options: Callable[[], Options])
     except InputError as error:
         print("error:", str(error).replace("\n", " "), file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).rpartition("Allocator: ")[2].partition("\n")[0]
+        sys.exit(f"out of memory: a smaller model, batch or context takes less ({reason})")
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory is what was lacking: on a CPU PyTorch has no class for it."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def pick_device(name: str) -> torch.device:

@@ -28,7 +28,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, impl: str =
 
     x (n, D); weight (V, D); targets (n,). Not a number where every target is IGNORE. Raises ValueError on shapes that
     disagree, and on fp16 where gradients are wanted: all paths but the reference make them before a loss scale reaches them.
-    Nor do these know the second derivative, which is 0 there.
+    Nor do these know the second derivative: to ask for it raises RuntimeError.
     """
     if x.ndim != 2 or weight.shape[1:] != x.shape[1:] or targets.shape != x.shape[:1]:
         shapes = f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)}"
@@ -99,6 +99,8 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dloss, *_):
+    if torch.is_grad_enabled():
+        raise RuntimeError('linear_cross_entropy: the second derivative is known to impl="reference" alone')
     dx, dweight = ctx.saved_tensors
     return (dloss * dx).to(dx.dtype), (dloss * dweight).to(dweight.dtype), None, None
 

@@ -84,10 +84,13 @@ class Options:
     def __post_init__(self):
         """Refuse what cannot be meant before anything is read or written."""
         check_types(self)
-        for name in (*BOUNDS, "context", "batch_size", "accumulate", "lr", "eval_batches", "log_every"):
+        for name in (*BOUNDS, "lr"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(name, value, "a number above 0")
+        for name in ("context", "batch_size", "accumulate", "eval_batches", "log_every"):
+            if not 0 < getattr(self, name) < 2**31:
+                raise InputError(name, getattr(self, name), "1 or more, below 2^31")
         for name in ("warmup", "weight_decay", "clip", "eval_every", "sample_every", "seed"):
             if not 0 <= getattr(self, name) < 2**63:
                 raise InputError(name, getattr(self, name), "0 or more, below 2^63")

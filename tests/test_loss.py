@@ -85,6 +85,14 @@ def test_gradients_in_fp16_are_refused():
         assert linear_cross_entropy(x, weight, targets, "torch").isfinite()
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_second_derivative_is_refused(impl):
+    x, weight, targets = arguments(7, 5, 11, torch.float32)
+    with pytest.raises(RuntimeError):
+        (dx,) = torch.autograd.grad(linear_cross_entropy(x, weight, targets, impl), x, create_graph=True)
+        torch.autograd.grad(dx.square().sum(), x)
+
+
 def test_shapes_that_disagree_are_refused():
     x, weight, targets = arguments(7, 5, 11)
     for wrong in ((x[:, :4], weight, targets), (x, weight, targets[:3]), (x[None], weight, targets)):

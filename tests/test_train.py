@@ -237,6 +237,7 @@ REFUSED = [
     (["--tokens", "10"], "tokens", "enough for one step of 2048 tokens"),
     (["--lr", "nan"], "lr: nan", "above 0"),
     (["--prompt", ""], "prompt: ''", "at least one character"),
+    (["--eval-batches", str(10**30)], "eval_batches: 1000", "1 or more, below 2^31"),
     (["--data", "mqar:pears=3"], "data: 'pears=3'", "pairs, vocab"),
 ]
 
@@ -314,6 +315,29 @@ def test_refuses_to_resume_what_is_damaged_or_another_run(tmp_path, monkeypatch,
         with pytest.raises(SystemExit):
             run("--resume", "run", *change, monkeypatch=monkeypatch)
         assert f"error: {change[0][2:]}: " in capsys.readouterr().err
+
+
+def test_says_that_memory_is_lacking(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=r"^out of memory: .*tried to allocate"):
+        run("--data", "text", "--width", 2**30, "--heads", 2, monkeypatch=monkeypatch)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
+    run("--data", "text", "--steps", 2, "--out", "run", *SMALL, monkeypatch=monkeypatch)
+    before = (tmp_path / "run/checkpoint.safetensors").read_bytes()
+    resource = pytest.importorskip("resource")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limit[1]))
+    try:
+        with pytest.raises(SystemExit) as exit:
+            run("--resume", "run", "--steps", 4, monkeypatch=monkeypatch)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert exit.value.code == 2
+    assert "error: out: 'run' is not accepted; accepted: a folder with room for a checkpoint" in capsys.readouterr().err
+    assert (tmp_path / "run/checkpoint.safetensors").read_bytes() == before
+    assert not (tmp_path / "run/checkpoint.safetensors.partial").exists()
 
 
 def test_refuses_moments_of_another_shape(tmp_path):
