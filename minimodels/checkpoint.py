@@ -9,10 +9,12 @@ A checkpoint is written under another name and then moved over the last one. Not
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import zlib
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -41,13 +43,11 @@ def save(run: Path, model: LM, optimizer: torch.optim.Optimizer, progress: dict)
     checksums = {part: checksum(tensors, part) for part in PARTS}
     header = {"progress": json.dumps(progress), "config": json.dumps(asdict(model.config))}
     header["checksums"] = json.dumps({**checksums, "header": header_checksum(header)})
-    partial = run / (FILE + ".partial")
     try:
-        save_file(tensors, partial, header)
-        os.replace(partial, run / FILE)
+        with whole(run / FILE) as path:
+            save_file(tensors, path, header)
     except (SafetensorError, OSError) as error:
-        partial.unlink(missing_ok=True)
-        raise InputError("out", str(run), f"a folder with room for a checkpoint; the last one is as it was ({error})") from None
+        raise InputError("out", str(run), f"a folder with room for a checkpoint ({error})") from None
 
 
 def load(run: Path, model: LM, optimizer: torch.optim.Optimizer | None = None) -> dict:
@@ -109,7 +109,8 @@ def forget_after(run: Path, step: int) -> None:
     log = run / "log.jsonl"
     if log.exists():
         kept = [line for line in log.read_text(errors="replace").splitlines() if step_of(line) <= step]
-        write_whole(log, "".join(f"{line}\n" for line in kept))
+        with whole(log) as partial:
+            partial.write_text("".join(f"{line}\n" for line in kept))
 
 
 def step_of(line: str) -> float:
@@ -177,12 +178,19 @@ def header_checksum(header: dict[str, str]) -> int:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write JSON so that the file is whole or is not there."""
-    write_whole(path, json.dumps(content, indent=2) + "\n")
+    """Write JSON so that the file is whole, or as it was before."""
+    with whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is whole, or as it was before."""
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Another name to write a file under: it then takes the file's place, or after an error goes away."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
+from tqdm import tqdm
 
 from .config import InputError
 
@@ -23,18 +25,27 @@ def run_command(main: Callable[[Options], None], options: Callable[[], Options])
     try:
         main(options())
     except InputError as error:
-        print("error:", str(error).replace("\n", " "), file=sys.stderr)
-        sys.exit(2)
+        fail(f"error: {error}", 2)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = str(error).rpartition("Allocator: ")[2].partition("\n")[0]
-        sys.exit(f"out of memory: a smaller model, batch or context takes less ({reason})")
+        reason = str(error).rpartition("Allocator: ")[2].partition("\n")[0] or "MemoryError"
+        fail(f"out of memory: a smaller model, batch or context takes less ({reason})", 1)
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        fail(f"error: {error}", 1)
+
+
+def fail(message: str, status: int) -> NoReturn:
+    """Say why in one line, not in that of a progress bar, and exit."""
+    tqdm.write(message.replace("\n", " "), file=sys.stderr)
+    sys.exit(status)
 
 
 def is_out_of_memory(error: Exception) -> bool:

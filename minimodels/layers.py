@@ -9,8 +9,9 @@ prefill is one long chunk, decoding is T = 1: there is no second path for infere
 states may share memory, yet one can go on from any of them twice. `positions` (B, T) int64 says where each token stands in
 its row's text, and -1 marks padding, which stands only behind a row's last token and touches no state. None means that x goes
 on where the state ended. Mixture-of-depths needs both: it hands its group a few tokens at their original positions, and in a
-batch a different number of them per row. `shared` is a dictionary that the layers of a stack are handed in turn and that lives
-for one forward pass: what follows from the positions alone, such as rotary angles, is computed by the first that needs it.
+batch a different number of them per row. `shared` is a dictionary that a stack makes for one forward pass and hands to its
+layers in turn (not to wrappers, for the stack within has positions of its own): what follows from the positions alone, such as
+rotary angles, is computed by the first layer that needs it. None: the layer stands alone.
 
 What else a layer may have, and the model then asks for by name:
 
@@ -115,7 +116,8 @@ def rotary(positions: Tensor, head_dim: int, base: float, scaling: str = "") -> 
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     frequencies = scale((base**exponents).reciprocal(), scaling)  # (d/2,)
-    angles = positions.unsqueeze(-1) * torch.cat((-frequencies, frequencies))  # (..., d); cos is even, and sin takes the sign
+    signed = torch.cat((-frequencies, frequencies))  # (d,); cos is even, and sin takes the sign
+    angles = positions.contiguous().unsqueeze(-1) * signed  # (..., d)
     return angles.cos(), angles.sin()
 
 

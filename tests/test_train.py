@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -317,10 +318,24 @@ def test_refuses_to_resume_what_is_damaged_or_another_run(tmp_path, monkeypatch,
         assert f"error: {change[0][2:]}: " in capsys.readouterr().err
 
 
-def test_says_that_memory_is_lacking(tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match=r"^out of memory: .*tried to allocate"):
+def test_says_that_memory_is_lacking(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as exit:
         run("--data", "text", "--width", 2**30, "--heads", 2, monkeypatch=monkeypatch)
+    assert exit.value.code == 1
+    assert re.fullmatch(r"out of memory: a smaller .* \(.*tried to allocate.*\)\n", capsys.readouterr().err)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk_is_one_line(capsys):
+    def main(_):
+        with open("/dev/full", "w") as file:
+            file.write("x")
+
+    with pytest.raises(SystemExit) as exit:
+        run_command(main, lambda: None)
+    assert exit.value.code == 1
+    assert re.fullmatch(r"error: .*No space left on device.*\n", capsys.readouterr().err)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):

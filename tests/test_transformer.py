@@ -34,6 +34,11 @@ def test_rotation_depends_on_distance_alone_and_keeps_length():
     same(rotate(q[None], *rotary(torch.tensor([11]), 8, 10_000.0)).norm(), q.norm(), 1e-6)
 
 
+@pytest.mark.parametrize("positions", [torch.arange(9), torch.arange(18).view(3, 6).T, torch.arange(6).expand(3, 1, 6)])
+def test_rotary_angles_are_an_operation_that_a_compiler_may_trust(positions):
+    torch.library.opcheck(rotary, (positions, 8, 1e4, "linear:factor=2"))
+
+
 def test_layers_that_turn_alike_share_their_angles(monkeypatch):
     calls = []
     monkeypatch.setattr("minimodels.transformer.rotary", lambda *args: calls.append(args[0]) or rotary(*args))
