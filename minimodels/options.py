@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tyro
 
-from .config import Config, InputError, check_types, preset
+from .config import LARGEST, Config, InputError, check_types, preset
 from .optim import SCHEDULES
 
 
@@ -89,8 +89,8 @@ class Options:
             if value is not None and not 0 < value < math.inf:
                 raise InputError(name, value, "a number above 0")
         for name in ("context", "batch_size", "accumulate", "eval_batches", "log_every"):
-            if not 0 < getattr(self, name) < 2**31:
-                raise InputError(name, getattr(self, name), "1 or more, below 2^31")
+            if not 1 <= getattr(self, name) <= LARGEST:
+                raise InputError(name, getattr(self, name), f"1 to {LARGEST}")
         for name in ("warmup", "weight_decay", "clip", "eval_every", "sample_every", "seed"):
             if not 0 <= getattr(self, name) < 2**63:
                 raise InputError(name, getattr(self, name), "0 or more, below 2^63")

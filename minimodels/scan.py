@@ -36,10 +36,10 @@ def scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tenso
 @torch.library.custom_op("minimodels::scan_forward", mutates_args=())
 def scan_forward(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state, and the states at the chunk boundaries, first and last included: (chunks + 1, B, N, D)."""
-    _, final_state, boundaries = empty_outputs(x, delta, A, B, C, state)
+    y, final_state, boundaries = empty_outputs(x, delta, A, B, C, state)
     boundaries[0] = state.mT
     x, delta, B, C = swapped(x, delta, B, C)  # time first
-    y = x.new_empty(x.shape)
+    y = y.view(x.shape)
     for chunk, (now, _, _, _, h) in enumerate(walk(delta, delta * x, A.mT.contiguous(), B, boundaries)):
         torch.matmul(C[now].unsqueeze(2), h, out=y[now].unsqueeze(2))
         boundaries[chunk + 1] = h[-1]
@@ -58,7 +58,7 @@ def scan_backward(
     A, dstate = A.mT.contiguous(), dstate.mT  # (N, D), (B, N, D)
     dy, x, delta, B, C = swapped(dy, x, delta, B, C)  # time first
     dx, ddelta, dB, dC = (tensor.new_empty(tensor.shape) for tensor in (x, delta, B, C))
-    inputs = delta * x  # but for B
+    inputs = delta * x
     gradient = x.new_empty(min(chunk_length(dstate), len(x)), *dstate.shape)  # (chunk, B, N, D)
     gradient_steps = gradient.unbind()
     dA = torch.zeros_like(gradient)  # summed over batch and chunk at the end: adding is cheaper than reducing
@@ -93,10 +93,9 @@ def swapped(*tensors: Tensor) -> Iterator[Tensor]:
 def walk(
     delta: Tensor, inputs: Tensor, A: Tensor, B: Tensor, boundaries: Tensor, backwards: bool = False
 ) -> Iterator[tuple[slice, Tensor, Tensor, tuple[Tensor, ...], Tensor]]:
-    """Compute one chunk's states after another's, each from its boundary state, all in the same memory. Time comes first,
-    and inputs are Δx.
+    """Compute one chunk's states after another's, each from its boundary state, all in the same memory.
 
-    Yields the chunk's slice of time, its boundary state, its decays (whole, and as one view per step) and its states.
+    Time comes first: delta, inputs (T, B, D), which are Δx and enter the state through B (T, B, N); A (N, D). Yields the chunk's slice of time, its boundary state, its decays (whole, and as one view per step) and its states.
     """
     T, length = len(delta), chunk_length(boundaries[0])
     decay, h = delta.new_empty(2, min(length, T), *boundaries[0].shape)  # (chunk, B, N, D) each

@@ -238,7 +238,7 @@ REFUSED = [
     (["--tokens", "10"], "tokens", "enough for one step of 2048 tokens"),
     (["--lr", "nan"], "lr: nan", "above 0"),
     (["--prompt", ""], "prompt: ''", "at least one character"),
-    (["--eval-batches", str(10**30)], "eval_batches: 1000", "1 or more, below 2^31"),
+    (["--eval-batches", str(10**30)], "eval_batches: 1000", "1 to 2147483647"),
     (["--data", "mqar:pears=3"], "data: 'pears=3'", "pairs, vocab"),
 ]
 
