@@ -95,7 +95,8 @@ def walk(
 ) -> Iterator[tuple[slice, Tensor, Tensor, tuple[Tensor, ...], Tensor]]:
     """Compute one chunk's states after another's, each from its boundary state, all in the same memory.
 
-    Time comes first: delta, inputs (T, B, D), which are Δx and enter the state through B (T, B, N); A (N, D). Yields the chunk's slice of time, its boundary state, its decays (whole, and as one view per step) and its states.
+    Time comes first: delta and inputs (T, B, D), which are Δx; B (T, B, N). A is (N, D). Yields the chunk's slice of time, its
+    boundary state, its decays (whole, and as one view per step) and its states.
     """
     T, length = len(delta), chunk_length(boundaries[0])
     decay, h = delta.new_empty(2, min(length, T), *boundaries[0].shape)  # (chunk, B, N, D) each
