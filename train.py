@@ -50,8 +50,8 @@ def main(options: Options) -> None:
 
     torch.manual_seed(options.seed)
     model = LM(config).to(device)
-    impl = {name: choose(config.impl, name, device) for m in model.modules() for name in getattr(m, "operations", ())}
-    bfloat16 = use_bfloat16(options.dtype, device)
+    paths = {name: choose(config.impl, name, device) for m in model.modules() for name in getattr(m, "operations", ())}
+    bfloat16 = has_bfloat16(device) if options.dtype == "auto" else options.dtype == "bfloat16"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
     optimizer = adamw(model, options.lr, options.weight_decay)
     loss_function = model.loss
@@ -73,10 +73,11 @@ def main(options: Options) -> None:
     step = done["step"]
     print(f"model    {label(options)}: {config.layers}")
     print(f"ledger   {cost}")
-    paths = ", ".join(f"{name}: {path}" for name, path in impl.items())
-    print(f"runs on  {device.type}, {'bfloat16 autocast' if bfloat16 else 'float32'}; {paths}")
+    chosen = ", ".join(f"{name}: {path}" for name, path in paths.items())
+    print(f"runs on  {device.type}, {'bfloat16 autocast' if bfloat16 else 'float32'}; {chosen}")
     print(f"data     {options.data}, {tokens_per_step} tokens a step")
-    bounds = [f"{last_step} steps"] * (last_step < math.inf) + [f"{options.minutes} minutes"] * bool(options.minutes)
+    bounds = [f"{last_step} steps"] if last_step < math.inf else []
+    bounds += [f"{options.minutes} minutes"] if options.minutes else []
     print(f"run      {run}, from step {step}, to {' or '.join(bounds)}", flush=True)
 
     interrupted, at_interrupt = threading.Event(), signal.getsignal(signal.SIGINT)
@@ -98,8 +99,8 @@ def main(options: Options) -> None:
         rate = learning_rate(options.lr, options.schedule, step, options.warmup, progress)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        for part in range(options.accumulate):
-            tokens, targets = data.batch(options.seed, step * options.accumulate + part, options.batch_size)
+        for micro in range(options.accumulate):
+            tokens, targets = data.batch(options.seed, step * options.accumulate + micro, options.batch_size)
             with autocast:
                 loss, parts = loss_function(tokens.to(device), targets.to(device))
             (loss / options.accumulate).backward()
@@ -150,9 +151,8 @@ def main(options: Options) -> None:
 def evaluate(model: LM, data: Text | Task, options: Options, autocast: torch.autocast) -> dict[str, float]:
     """Loss and metric over the held-out batches, in evaluation mode: mixture-of-depths decides causally there."""
     model.eval()
-    total = 0.0
+    total, device = 0.0, model.embedding.weight.device
     for tokens, targets in data.validation(options.batch_size, options.eval_batches):
-        device = model.embedding.weight.device
         tokens, targets = tokens.to(device), targets.to(device)
         with autocast:
             logits, _ = model(tokens)
@@ -196,10 +196,6 @@ def refuse_nan(model: LM, step: int, run: Path) -> None:
 def write_log(run: Path, record: dict) -> None:
     with (run / "log.jsonl").open("a") as file:
         file.write(json.dumps(record) + "\n")
-
-
-def use_bfloat16(dtype: str, device: torch.device) -> bool:
-    return has_bfloat16(device) if dtype == "auto" else dtype == "bfloat16"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 - moe: routed experts against a dense MLP of equal active FLOPs, and against the loop over experts
 - mod: a training step of mixture-of-depths against the dense model, beside the speed-up that its FLOPs promise; and how much of
   a wrapped block is routing, gathering and scattering, which is all that a kernel for it could save
-- trainer: tokens per second of a small transformer's whole training step, where overhead counts, compiled too
+- trainer: tokens per second of a small transformer's whole training step, where overhead counts, compiled too; and of GPT-2's
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from minimodels.moe import MoE
 from minimodels.optim import adamw
 from minimodels.scan import scan
 from minimodels.transformer import SwiGLU
+
+from .gpt import GPT
 
 CPU = torch.device("cpu")
 
@@ -131,22 +133,22 @@ def measure_mod(device: torch.device) -> Iterator[dict]:
     width, tokens = (256, 8192) if device == CPU else (768, 32768)
     print(f"mixture-of-depths, training step, 6 layers, d {width}, {tokens} tokens, capacity 0.125")
     for T in (256, 1024):
+        torch.manual_seed(0)
         configs = {
             "dense": Config(width=width, layers="(attention mlp)*6"),
             "mod": Config(width=width, layers="(attention mlp mod(attention mlp))*3"),
         }
-        promised = ledger(configs["dense"], T).forward_flops / ledger(configs["mod"], T).forward_flops
-        steps = {name: train_step(config, tokens // T, T, device) for name, config in configs.items()}
+        # of T keys a causal query sees half, and the kernel of attention computes few others: at T/2 the ledger counts those
+        every, seen = (ledger(configs["dense"], t).forward_flops / ledger(configs["mod"], t).forward_flops for t in (T, T // 2))
+        steps = {name: train_step(LM(config), tokens // T, T, device) for name, config in configs.items()}
         timings = interleave(steps, rounds=15)
         median, low, high = ratio(timings, "mod", "dense")
         print(
-            f"  T {T:5}: {median:.2f}x the dense model ({low:.2f}-{high:.2f}); "
-            f"its FLOPs promise {promised:.2f}x: {median / promised:.0%}"
+            f"  T {T:5}: {median:.2f}x the dense model ({low:.2f}-{high:.2f}); its FLOPs promise {every:.2f}x with all keys, "
+            f"{seen:.2f}x with those that are seen: {median / every:.0%} and {median / seen:.0%}"
         )
-        yield from [
-            {"part": "mod", "T": T, "provider": name, "seconds": seconds, "promised": promised}
-            for name, seconds in timings.items()
-        ]
+        promised = {"promised": every, "promised_causal": seen}
+        yield from [{"part": "mod", "T": T, "provider": name, "seconds": s, **promised} for name, s in timings.items()]
         timings = interleave(wrapped_block(width, tokens // T, T, device))
         bare, low, high = ratio(timings, "block", "group alone")
         print(f"  T {T:5}: routing, gathering and scattering are {1 - bare:.0%} of a block ({1 - high:.0%} to {1 - low:.0%})")
@@ -173,26 +175,26 @@ def wrapped_block(width: int, batch: int, T: int, device: torch.device) -> dict:
 
 
 def measure_trainer(device: torch.device) -> list[dict]:
+    torch.manual_seed(0)
     config = Config(width=128, heads=4, layers="(attention mlp)*4", vocab=65)
     square = torch.randn(2048, 2048, device=device, dtype=None if device == CPU else torch.bfloat16)
-    providers = {name: train_step(config, 12, 64, device, name == "compiled") for name in ("eager", "compiled")}
+    models = {"ours": LM(config), "GPT-2": GPT(config, context=64)}
+    providers = {name: train_step(model, 12, 64, device) for name, model in models.items()}
+    providers |= {f"{name}, compiled": train_step(model, 12, 64, device, True) for name, model in models.items()}
     timings = interleave({**providers, "matrix product": lambda: square @ square}, rounds=15)
     ceiling = statistics.median(2 * 2048**3 / seconds for seconds in timings["matrix product"])
     print(f"trainer, whole step, 4 layers, d 128, 4 heads, context 64, batch 12, {'fp32' if device == CPU else 'bf16'}")
     for name in providers:
         speeds = [12 * 64 / seconds for seconds in timings[name]]
-        share = statistics.median(speeds) * ledger(config, 64).training_flops / ceiling
-        print(
-            f"  {name:8} {statistics.median(speeds):,.0f} tokens/s ({min(speeds):,.0f}-{max(speeds):,.0f}), {share:.0%} of the "
-            f"rate of this machine's matrix product, {ceiling / 1e9:.0f} GFLOP/s"
-        )
+        print(f"  {name:15} {statistics.median(speeds):,.0f} tokens/s ({min(speeds):,.0f}-{max(speeds):,.0f})")
+    share = ledger(config, 64).training_flops * 12 * 64 / statistics.median(timings["ours, compiled"]) / ceiling
+    print(f"  ours, compiled: {share:.0%} of the rate of this machine's matrix product, {ceiling / 1e9:.0f} GFLOP/s")
     return [{"part": "trainer", "provider": name, "seconds": seconds} for name, seconds in timings.items()]
 
 
-def train_step(config: Config, batch: int, T: int, device: torch.device, compiled: bool = False):
+def train_step(model: LM | GPT, batch: int, T: int, device: torch.device, compiled: bool = False):
     """A closure that makes one training step of the model on random tokens, as train.py does, on a GPU in bf16."""
-    torch.manual_seed(0)
-    model = LM(config).to(device)
+    model.to(device)
     optimizer = adamw(model, 1e-4, 0.1)
     loss_function = torch.compile(model.loss, fullgraph=True) if compiled else model.loss
     tokens = torch.randint(model.embedding.num_embeddings, (batch, T + 1), device=device)
@@ -204,6 +206,7 @@ def train_step(config: Config, batch: int, T: int, device: torch.device, compile
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        model.after_step()
 
     return step
 

@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minimodels.mamba import causal_conv1d as operation
+from minimodels.mamba import check_convolution
 
 from .common import GPU, TIMED, Case, Peer, command, compare, dense, full, innermost, on, report, sigmoid, tuned
 
@@ -199,13 +200,13 @@ def causal_conv1d_backward(
     """dx, dweight, dbias and dwindow (empty without a window)."""
     dy, x, (batch, T, D), W = dy.contiguous(), innermost(x), x.shape, weight.shape[1]
     dx, dwindow = x.new_empty(x.shape), x.new_empty(0) if window is None else window.new_empty(window.shape)
-    partial = x.new_empty(batch * triton.cdiv(T, CHUNK), W + 1, D, dtype=torch.promote_types(x.dtype, torch.float32))
+    sums = x.new_empty(batch * triton.cdiv(T, CHUNK), W + 1, D, dtype=torch.promote_types(x.dtype, torch.float32))
     with on(x):
         backward_kernel[lambda meta: grid(x, meta)](
-            dy, x, *dense(weight, bias, window), dx, dwindow, partial, T, D,
+            dy, x, *dense(weight, bias, window), dx, dwindow, sums, T, D,
             x.stride(0), x.stride(1), activation, W, CHUNK, full(x),
         )  # fmt: skip
-    total = partial.sum(0)  # (W+1, D)
+    total = sums.sum(0)  # (W+1, D)
     dbias = total[W].to(weight.dtype if bias is None else bias.dtype, copy=True)  # for where W = 1, dweight is a view
     return dx, total[:W].t().to(weight.dtype).contiguous(), dbias, dwindow
 
@@ -258,16 +259,8 @@ def causal_conv1d(
     x (B, T, D); weight (D, W); bias (D,), None for zero; window (B, W-1, D), the inputs before x, None for zeros; lengths
     (B,), how many tokens of x come before the padding, None for all. Raises ValueError on shapes that disagree.
     """
-    parts = {"x": x, "weight": weight, "bias": bias, "window": window, "lengths": lengths}
-    fits = x.ndim == 3 and x.shape[1] > 0 and weight.ndim == 2 and weight.shape[0] == x.shape[2]
-    if fits:
-        batch, T, D = x.shape
-        W = weight.shape[1]
-        wanted = {"bias": (D,), "window": (batch, W - 1, D), "lengths": (batch,)}
-        fits = all(parts[name] is None or parts[name].shape == shape for name, shape in wanted.items())
-    if not fits:
-        shapes = ", ".join(f"{name} {tuple(part.shape)}" for name, part in parts.items() if part is not None)
-        raise ValueError(f"causal_conv1d: {shapes} do not fit")
+    check_convolution(x, weight, bias, window, lengths)
+    (batch, T, D), W = x.shape, weight.shape[1]
     y = causal_conv1d_forward(x, weight, bias, window, activation)
     if window is None:
         window = x.new_zeros(batch, W - 1, D)
@@ -325,4 +318,4 @@ EXAMPLES = [case(2, 300, 1536).inputs, lambda: (*case(2, 300, 1536).inputs()[:4]
 
 if __name__ == "__main__":
     cases = [case(32, 8192, 1536), case(4, 65536, 1536)] if GPU else [case(1, T, 512) for T in (256, 1024, 4096)]
-    command(report("causal_conv1d", causal_conv1d, reference, cases, PEERS, check), __doc__)
+    command(report("causal_conv1d", causal_conv1d, operation, cases, PEERS, check), __doc__)

@@ -27,9 +27,8 @@ from . import INTERPRETED
 
 GPU = torch.cuda.is_available()
 TIMED = {"device": "cuda", "dtype": torch.bfloat16} if GPU else {"device": "cpu", "dtype": torch.float32}  # what is timed in
-PRETENDED = 3  # processors where there is no GPU
-
-
+PRETENDED = 3  # multiprocessors (SMs) where there is no GPU
+CHECKED = (torch.float32, torch.bfloat16) if GPU else (torch.float32, torch.float64)  # precisions that results are compared in
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -67,21 +66,21 @@ def tuned(configs: list[triton.Config], key: list[str], prune: Callable | None =
     return triton.autotune(configs, key, prune_configs_by=prune and {"early_config_prune": prune}, cache_results=True)
 
 
-def processors(tensor: Tensor) -> int:
+def multiprocessors(tensor: Tensor) -> int:
     """Of the tensor's GPU; as many as PRETENDED where there is none."""
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else PRETENDED
 
 
 # a GPU's exponential is off by up to 2⁻²², each time to the same side perhaps, which a long product of decays adds up
-FLOORS = {torch.float64: 1e-12, torch.float32: 1e-4 if GPU else 1e-5, torch.bfloat16: 2e-2}
+FLOORS = {torch.float64: 1e-12, torch.float32: 1e-4 if GPU else 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
-def compare(kernel: Callable, reference: Callable, arguments: tuple) -> None:
+def compare(kernel: Callable, reference: Callable, arguments: tuple, dtypes: tuple[torch.dtype, ...] = CHECKED) -> None:
     """Assert that outputs and gradients are within twice the reference's own error, at each precision, of the reference in
-    fp64; or within a floor, where that error is small by chance. The precisions are fp32 and fp64, on a GPU fp32 and bf16."""
+    fp64; or within a floor, where that error is small by chance."""
     device = TIMED["device"]
     exact = run(reference, [move(part, device, torch.float64) for part in arguments])
-    for dtype in (torch.float32, torch.bfloat16) if GPU else (torch.float32, torch.float64):
+    for dtype in dtypes:
         inputs = [move(part, device, dtype) for part in arguments]
         results, plain = run(kernel, inputs), run(reference, inputs)
         for i, (result, low, true) in enumerate(zip(results, plain, exact, strict=True)):
@@ -174,55 +173,55 @@ class Options:
 
 
 def report(
-    operation: str, kernel: Callable, path: Callable, cases: list[Case], peers: dict[str, Peer], check: Callable
+    name: str, kernel: Callable, operation: Callable, cases: list[Case], peers: dict[str, Peer], check: Callable
 ) -> Callable:
     """The command of a kernel file: `check` first, then forward and backward of every case, providers in turn, and the memory
-    that they take. `path` is the operation with an argument `impl`; compiled it is timed in the last case. Without a GPU the
-    kernel is checked if TRITON_INTERPRET=1, and the reference is timed in its place."""
+    that they take. `operation` is that of the architecture, with an argument `impl`; compiled it is timed in the last case.
+    Without a GPU the kernel is checked if TRITON_INTERPRET=1, and the reference is timed in its place."""
 
     def main(options: Options) -> None:
         if not GPU and not INTERPRETED and options.check_only:
             raise InputError("check-only", True, "a machine with a GPU, or TRITON_INTERPRET=1")
         if GPU or INTERPRETED:
             check()
-            print(f"{operation}: outputs and gradients are those of the reference")
+            print(f"{name}: outputs and gradients are those of the reference")
         else:
-            print(f"{operation}: the kernel is neither checked nor timed, for there is no GPU (TRITON_INTERPRET=1 checks it)")
+            print(f"{name}: the kernel is neither checked nor timed, for there is no GPU (TRITON_INTERPRET=1 checks it)")
         if options.check_only:
             return
         if options.rounds < 1:
             raise InputError("rounds", options.rounds, "1 or more")
         if options.out:
-            forget(options.out, operation)
+            forget(options.out, name)
         keep_freed_memory()  # as train.py does
         device = torch.device(TIMED["device"])
-        shared = environment(device)
-        torch_path, installed = partial(path, impl="torch"), available(peers)
+        common = environment(device)
+        torch_path, installed = partial(operation, impl="torch"), available(peers)
         for case in cases:
             limits = ceilings(device)  # anew, for a shared machine drifts
-            print(f"{shared['device']}: copy {limits['GB/s']:.3g} GB/s, matrix products {limits['TFLOP/s']:.3g} TFLOP/s")
+            print(f"{common['device']}: copy {limits['GB/s']:.3g} GB/s, matrix products {limits['TFLOP/s']:.3g} TFLOP/s")
             torch._dynamo.reset()  # which would compile for any size after a second one
-            first = {"triton": kernel} if GPU else {"reference": partial(path, impl="reference")}
+            first = {"triton": kernel} if GPU else {"reference": partial(operation, impl="reference")}
             compiled = {"torch.compile": torch.compile(torch_path, dynamic=False)} if case is cases[-1] else {}
             providers = {**first, "torch": torch_path, **compiled, **installed}
             for direction, work in (("forward", case.forward), ("backward", case.backward)):
                 if not work:
                     continue
-                others = {name for name, peer in peers.items() if not peer.same}
+                others = {peer for peer, what in peers.items() if not what.same}
                 timings, memory = time_providers(providers, others, case.inputs, direction, options.rounds)
-                for name, seconds in timings.items():
+                for provider, seconds in timings.items():
                     median = statistics.median(seconds)
                     rate = work * (TIMED["dtype"].itemsize / 1e9 if case.unit == "GB/s" else 1e-12) / median
                     print(
-                        f"  {case.label:40} {direction:8} {name:14} {median * 1e3:9.3f} ms {rate:8.3g} {case.unit} "
-                        f"{rate / limits[case.unit]:5.0%} of the machine's {(memory[name] or 0) / 1e6:8,.0f} MB"
+                        f"  {case.label:40} {direction:8} {provider:14} {median * 1e3:9.3f} ms {rate:8.3g} {case.unit} "
+                        f"{rate / limits[case.unit]:5.0%} of the machine's {(memory[provider] or 0) / 1e6:8,.0f} MB"
                     )
-                    row = {"benchmark": "kernels", "operation": operation, "case": case.label, "direction": direction}
-                    row |= {"provider": name, "seconds": seconds, "bytes": memory[name]}
+                    row = {"benchmark": "kernels", "operation": name, "case": case.label, "direction": direction}
+                    row |= {"provider": provider, "seconds": seconds, "bytes": memory[provider]}
                     row |= {"rate": rate, "unit": case.unit, "ceiling": limits[case.unit]}
                     if options.out:
                         with options.out.open("a") as file:
-                            file.write(json.dumps({**shared, **row}) + "\n")
+                            file.write(json.dumps({**common, **row}) + "\n")
 
     return main
 

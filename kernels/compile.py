@@ -79,7 +79,8 @@ def launches(operation: Callable, arguments: tuple) -> list[tuple]:
 
 def resources(compiled) -> str:
     """What the assembler says: registers per thread, spilled bytes, expected losses; and shared memory."""
-    assembler = get_ptxas(*[90][: len(inspect.signature(get_ptxas).parameters)]).path  # Triton 3.5 has but one
+    takes_architecture = inspect.signature(get_ptxas).parameters  # not in Triton 3.5, which has but one assembler
+    assembler = (get_ptxas(90) if takes_architecture else get_ptxas()).path
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(compiled.asm["ptx"])
         file.flush()

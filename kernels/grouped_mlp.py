@@ -1,4 +1,5 @@
-"""The experts of a mixture: each token through the SwiGLU MLPs that it visits, none dropped and no row padded.
+"""The experts of a mixture: each token through the SwiGLU MLPs that it visits, none dropped and no row padded, as in MegaBlocks
+(arXiv:2211.15841).
 
     y_t = Σ_e visits_te · gates_te · out_e (silu(g_te) ⊙ u_te)        g_te = gate_e x_t,  u_te = up_e x_t
 
@@ -41,23 +42,23 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import Config, cdiv, next_power_of_2
 
+from minimodels.moe import check_shapes
 from minimodels.moe import grouped_mlp as operation
 
-from .common import GPU, TIMED, Case, Peer, command, compare, full, on, processors, report, sigmoid, tuned
+from .common import GPU, TIMED, Case, Peer, command, compare, full, multiprocessors, on, report, sigmoid, tuned
 
 GROUP = tl.constexpr(8)  # blocks of slots: their rows and the weights they meet next come from the L2 cache
 KEY = ["D", "I", "E"]  # by which tiles are tuned
 WIDTH = 128  # columns of every tile of r, however tuned: dgates is a sum of parts, one for each so many columns
 
 
-def tiles(*sizes: tuple[int, int, int, int, int]) -> list[Config]:
+def tiles(*sizes: tuple[int, int, int, int, int]) -> list[triton.Config]:
     """Of each, from small to large: rows and columns of a tile, depth of the product done at a time, warps and stages."""
-    return [Config({"ROWS": r, "COLUMNS": c, "DEPTH": d}, num_warps=w, num_stages=s) for r, c, d, w, s in sizes]
+    return [triton.Config({"ROWS": r, "COLUMNS": c, "DEPTH": d}, num_warps=w, num_stages=s) for r, c, d, w, s in sizes]
 
 
-def fitting(configs: list[Config], arguments: dict, **_) -> list[Config]:
+def fitting(configs: list[triton.Config], arguments: dict, **_) -> list[triton.Config]:
     """The first two for fp32, which keeps clear of the tensor cores: the larger compile for minutes, only to spill."""
     return configs if next(iter(arguments.values())).element_size() <= 2 else configs[:2]
 
@@ -240,8 +241,8 @@ def weights_backward_kernel(
 
 
 def persistent(tensor: Tensor, accumulators: int) -> tuple[int]:
-    """As many programs as run at once where their accumulators may take half of a processor's registers."""
-    return (processors(tensor) * max(1, min(8, 2**15 // accumulators)),)
+    """As many programs as run at once where their accumulators may take half of an SM's registers."""
+    return (multiprocessors(tensor) * max(1, min(8, 2**15 // accumulators)),)
 
 
 @torch.library.custom_op("minimodels::grouped_mlp_order", mutates_args=())
@@ -254,7 +255,9 @@ def grouped_mlp_order(visits: Tensor, slots: int) -> tuple[Tensor, Tensor, Tenso
     by_expert, by_token = (mask.flatten().cumsum(0, dtype=torch.int32) for mask in (visits.t(), visits))
     cell, order = starts.new_full((slots,), n * E), starts.new_empty(slots)
     with on(visits):
-        place_kernel[(cdiv(n, 16),)](visits, by_expert, by_token, cell, order, n, E, slots, 16, next_power_of_2(E))
+        place_kernel[(triton.cdiv(n, 16),)](
+            visits, by_expert, by_token, cell, order, n, E, slots, 16, triton.next_power_of_2(E)
+        )
     return cell, offsets, order, starts
 
 
@@ -267,7 +270,7 @@ def grouped_mlp_forward(
     x, gates, gate, up, out = (part.contiguous() for part in (x, gates, gate, up, out))
     (E, I, D), h = gate.shape, x.new_empty(len(cell), gate.shape[1])
     g, u = (torch.empty_like(h) if keep else h.new_empty(0) for _ in range(2))
-    parts, BLOCK_E = x.new_empty(len(cell), D), next_power_of_2(E)
+    parts, BLOCK_E = x.new_empty(len(cell), D), triton.next_power_of_2(E)
     with on(x):
         hidden_kernel[lambda meta: persistent(x, 2 * meta["ROWS"] * meta["COLUMNS"])](
             x, gate, up, cell, offsets, g, u, h, D, I, E, keep, full(x), BLOCK_E
@@ -285,32 +288,32 @@ def grouped_mlp_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dgates, dgate, dup, dout."""
     dy, x, gates, gate, up, out = (part.contiguous() for part in (dy, x, gates, gate, up, out))
-    (E, I, D), slots, BLOCK_E = gate.shape, len(cell), next_power_of_2(gate.shape[0])
+    (E, I, D), slots, BLOCK_E = gate.shape, len(cell), triton.next_power_of_2(gate.shape[0])
     dg, du, gh = (torch.empty_like(g) for _ in range(3))
-    partial = x.new_empty(cdiv(I, WIDTH), slots, dtype=torch.promote_types(x.dtype, torch.float32))
+    dgates_parts = x.new_empty(triton.cdiv(I, WIDTH), slots, dtype=torch.promote_types(x.dtype, torch.float32))
     parts, weights = x.new_empty(slots, D), tuple(torch.empty_like(weight) for weight in (gate, up, out))
     with on(x):
         hidden_backward_kernel[lambda meta: persistent(x, meta["ROWS"] * WIDTH)](
-            dy, out, gates, cell, offsets, g, u, dg, du, gh, partial, D, I, E, slots, full(x), BLOCK_E
+            dy, out, gates, cell, offsets, g, u, dg, du, gh, dgates_parts, D, I, E, slots, full(x), BLOCK_E
         )  # fmt: skip
         parts_kernel[lambda meta: persistent(x, meta["ROWS"] * meta["COLUMNS"])](
             dg, gate, du, up, gates, cell, offsets, parts, D, I, E, D, 1, True, full(x), BLOCK_E
         )  # fmt: skip
         for p, row, weight, strides in zip((dg, du, gh), (x, x, dy), weights, ((D, 1), (D, 1), (1, I)), strict=True):
-            weights_backward_kernel[lambda meta: (E * cdiv(I, meta["ROWS"]) * cdiv(D, meta["COLUMNS"]),)](
+            weights_backward_kernel[lambda meta: (E * triton.cdiv(I, meta["ROWS"]) * triton.cdiv(D, meta["COLUMNS"]),)](
                 p, row, cell, offsets, weight, D, I, E, *strides, full(x)
             )  # fmt: skip
     dgates = gates.new_zeros(gates.numel() + 1)  # the last is where unused slots go
-    dgates.scatter_(0, cell.long(), partial.sum(0).to(gates.dtype))
+    dgates.scatter_(0, cell.long(), dgates_parts.sum(0).to(gates.dtype))
     return sum_parts(parts, order, starts), dgates[:-1].view_as(gates), *weights
 
 
 def sum_parts(parts: Tensor, order: Tensor, starts: Tensor) -> Tensor:
     """For each token the sum of its visits' parts: (slots, D) -> (n, D)."""
     n, D = len(starts) - 1, parts.shape[1]
-    y, BLOCK = parts.new_empty(n, D), min(1024, next_power_of_2(D))
+    y, BLOCK = parts.new_empty(n, D), min(1024, triton.next_power_of_2(D))
     with on(parts):
-        sum_kernel[(n, cdiv(D, BLOCK))](parts, order, starts, y, D, full(parts), BLOCK)
+        sum_kernel[(n, triton.cdiv(D, BLOCK))](parts, order, starts, y, D, full(parts), BLOCK)
     return y
 
 
@@ -356,12 +359,8 @@ def grouped_mlp(
     If there are more than n · most the program stops, on a GPU by a device-side assertion.
     Raises ValueError on shapes or dtypes that disagree.
     """
-    (n, D), (E, I, _) = x.shape, gate.shape
-    if (gates.shape, visits.shape, gate.shape, up.shape, out.shape) != ((n, E), (n, E), (E, I, D), (E, I, D), (E, D, I)):
-        raise ValueError(
-            f"grouped_mlp: x {tuple(x.shape)}, gates {tuple(gates.shape)}, visits {tuple(visits.shape)}, "
-            f"gate {tuple(gate.shape)}, up {tuple(up.shape)} and out {tuple(out.shape)} do not fit"
-        )
+    check_shapes(x, gates, visits, gate, up, out)
+    n, E = visits.shape
     if visits.dtype != torch.bool or n * E >= 2**31:
         raise ValueError(f"grouped_mlp: visits is {visits.dtype} of {n * E} numbers and must be bool, of less than 2^31")
     if most is not None and most < 1:
@@ -383,7 +382,7 @@ def check() -> None:
 reference = partial(operation, impl="reference")
 
 
-def dense(x, gates, visits, gate, up, out, most):
+def dense_mlp(x, gates, visits, gate, up, out, most):
     """One MLP as wide as `most` experts, for every token: as many products, and no routing. That it multiplies by a gate, and
     gives the experts it leaves out gradients of zero, makes its inputs and outputs the same."""
     gate, up, out = gate[:most].flatten(0, 1), up[:most].flatten(0, 1), out[:most].reshape(x.shape[1], -1)
@@ -419,7 +418,7 @@ def grouped_mm(x, gates, visits, gate, up, out, most):
 
 
 PEERS = {
-    "dense, as many FLOPs": Peer("torch", dense, gpu=False, same=False),
+    "dense, as many FLOPs": Peer("torch", dense_mlp, gpu=False, same=False),
     "grouped_mm": Peer("torch", grouped_mm, gpu=False),
     f"liger{', untuned' * (os.environ.get(LIGER_TUNES, '0') == '0')}": Peer("liger-kernel", liger),
 }
@@ -446,4 +445,4 @@ if __name__ == "__main__":
     cases = [case(32768, 128, 8, 2048, 768), case(8192, 8, 2, 2048, 5632)] if GPU else [
         case(n, 8, 2, 512, 688) for n in (256, 1024, 4096)
     ]  # fmt: skip
-    command(report("grouped_mlp", grouped_mlp, reference, cases, PEERS, check), __doc__)
+    command(report("grouped_mlp", grouped_mlp, operation, cases, PEERS, check), __doc__)

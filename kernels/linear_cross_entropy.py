@@ -43,7 +43,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from minimodels.loss import IGNORE
+from minimodels.loss import IGNORE, check_shapes
 from minimodels.loss import linear_cross_entropy as operation
 
 from .common import GPU, LOG2_E, TIMED, Case, Peer, command, compare, full, on, report
@@ -189,9 +189,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
     x (n, D); weight (V, D); targets (n,). Raises ValueError on shapes that disagree.
     """
-    if x.ndim != 2 or weight.shape[1:] != x.shape[1:] or targets.shape != x.shape[:1]:
-        shapes = f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)}"
-        raise ValueError(f"linear_cross_entropy: {shapes} do not fit")
+    check_shapes(x, weight, targets)
     if torch.is_autocast_enabled(x.device.type):  # which does not reach into the operation
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
@@ -218,13 +216,13 @@ def plain(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def liger(accumulate: torch.dtype | None):
     """Liger's fused operation, dweight added up in the dtype given, None for the weight's own."""
 
-    def operation(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def fused(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Function
 
-        last = {"label smoothing": 0.0, "reduction": "mean", "softcap": None, "z loss": False, "accumulate": accumulate}
-        return Function.apply(x, weight, targets, None, None, IGNORE, 0.0, *last.values())[0]
+        # IGNORE, weight of the z-loss, label smoothing, reduction, softcap, whether the z-loss is returned, dtype of the sum
+        return Function.apply(x, weight, targets, None, None, IGNORE, 0.0, 0.0, "mean", None, False, accumulate)[0]
 
-    return operation
+    return fused
 
 
 def whole(operation):
@@ -261,4 +259,4 @@ EXAMPLES = [case(64, 256, 50304).inputs]  # what minimodels.kernels.compile laun
 
 if __name__ == "__main__":
     cases = [case(8192, 2048, 50304), case(16384, 4096, 131072)] if GPU else [case(n, 256, 8192) for n in (256, 1024, 4096)]
-    command(report("linear_cross_entropy", whole(linear_cross_entropy), whole(reference), cases, PEERS, check), __doc__)
+    command(report("linear_cross_entropy", whole(linear_cross_entropy), whole(operation), cases, PEERS, check), __doc__)

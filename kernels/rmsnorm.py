@@ -1,4 +1,4 @@
-"""RMSNorm of a residual stream, the addition before it included.
+"""RMSNorm (arXiv:1910.07467) of a residual stream, the addition before it included.
 
     total = x + update                                 the stream after the last layer, where there was one
     y     = weight · total / sqrt(mean(total²) + eps)
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from minimodels.layers import rmsnorm as operation
 
-from .common import GPU, TIMED, Case, Peer, command, compare, dense, full, on, processors, report
+from .common import GPU, TIMED, Case, Peer, command, compare, dense, full, multiprocessors, on, report
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def rmsnorm_forward(x: Tensor, update: Tensor | None, weight: Tensor, eps: float
 def rmsnorm_backward(dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """dx, which is dupdate too, and dweight."""
     dy, D = dy.contiguous(), total.shape[-1]
-    rows, count = total.numel() // D, 4 * processors(total)
+    rows, count = total.numel() // D, 4 * multiprocessors(total)
     dx, dweight = torch.empty_like(total), rstd.new_empty(count, D)
     BLOCK = triton.next_power_of_2(D)
     with on(dy):
@@ -195,4 +195,4 @@ EXAMPLES = [case(64, 1024).inputs, lambda: (*case(64, 1024).inputs()[:3], None)]
 
 if __name__ == "__main__":
     cases = [case(2**18, 768), case(2**16, 4096)] if GPU else [case(rows, 256) for rows in (512, 2048, 8192)]
-    command(report("rmsnorm", rmsnorm, reference, cases, PEERS, check), __doc__)
+    command(report("rmsnorm", rmsnorm, operation, cases, PEERS, check), __doc__)

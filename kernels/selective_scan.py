@@ -1,4 +1,4 @@
-"""The selective scan, what surrounds it included.
+"""The selective scan of Mamba (arXiv:2312.00752, §3.3.2), what surrounds it included.
 
     Δ_t = softplus(delta_t + delta_bias)
     h_t = exp(Δ_t A) ⊙ h_{t-1} + Δ_t B_t x_t
@@ -6,9 +6,9 @@
 
 What it must cost, per token and channel in bf16: forward reads x and delta and writes y, 6 bytes, and reads z, 2 more; backward
 reads x, delta and dy and writes dx and ddelta, 10 bytes, and reads z and writes dz, 4 more (6 for a kernel that reads y again
-and does not recompute it). Forward also takes N exponentials, of which a Hopper processor does 16 a clock: at N = 16 one clock,
+and does not recompute it). Forward also takes N exponentials, of which a Hopper SM does 16 a clock: at N = 16 one clock,
 in which the memory delivers 14 bytes (H100) to 21 (H200). So arithmetic bounds the scan. At N = 16 a step of 32 channels, whose
-exponentials alone take a processor 32 clocks, compiles to 130 (Triton 3.6) or 140 (3.9) instructions forward, of which it
+exponentials alone take an SM 32 clocks, compiles to 130 (Triton 3.6) or 140 (3.9) instructions forward, of which it
 issues 4 a clock: 33 or 35 clocks; 19 of them are special functions, 2 clocks each: 38. Backward it is 640 instructions, 160
 clocks. (`kernels.compile` prints those of a round, which is 4 steps; backward has two inner loops.)
 
@@ -59,7 +59,7 @@ from torch import Tensor
 from minimodels.mamba import check_shapes
 from minimodels.mamba import selective_scan as operation
 
-from .common import GPU, LOG2_E, TIMED, Case, Peer, command, compare, full, on, processors, report, sigmoid
+from .common import GPU, LOG2_E, TIMED, Case, Peer, command, compare, full, multiprocessors, on, report, sigmoid
 
 INTERVAL = 64  # steps between the states that are kept for backward
 STEPS = 4  # of a group, at most: their loads are in flight together, and backward recomputes their states into registers
@@ -453,19 +453,19 @@ def plan(x: Tensor, N: int, interval: int) -> tuple[int, int, int, int, int]:
     """Intervals, blocks of channels, intervals to a chunk, chunks, and blocks to a program of the backward pass."""
     batch, T, D = x.shape
     intervals, blocks = triton.cdiv(T, interval), triton.cdiv(D, block(N))
-    span, share = divide(batch * blocks, intervals, processors(x))
+    span, share = divide(batch * blocks, intervals, multiprocessors(x))
     return intervals, blocks, span, triton.cdiv(intervals, span), min(share, blocks)
 
 
-def divide(walks: int, intervals: int, processors: int) -> tuple[int, int]:
+def divide(walks: int, intervals: int, multiprocessors: int) -> tuple[int, int]:
     """Intervals to a chunk and blocks to a program of the backward pass, given the walks: blocks of channels times batch.
 
-    A walk is one warp's work. Two for each of a processor's four schedulers are enough to leave time whole, for a split costs
-    the forward pass its exponentials twice; where there are fewer, chunks make it about 32 warps a processor. A processor
+    A walk is one warp's work. Two for each of an SM's four schedulers are enough to leave time whole, for a split costs
+    the forward pass its exponentials twice; where there are fewer, chunks make it about 32 warps an SM. An SM
     holds 8 programs of the backward pass: what exceeds that is better spent on sums over more channels.
     """
-    span = intervals if walks >= 8 * processors else max(1, intervals * walks // (32 * processors))
-    return span, triton.cdiv(walks * triton.cdiv(intervals, span), 8 * processors)
+    span = intervals if walks >= 8 * multiprocessors else max(1, intervals * walks // (32 * multiprocessors))
+    return span, triton.cdiv(walks * triton.cdiv(intervals, span), 8 * multiprocessors)
 
 
 # What PyTorch must know: shapes, derivative.
@@ -607,4 +607,4 @@ EXAMPLES = [case(8192, 4096, 1536).inputs, lambda: case(300, 300, 1500, 50).inpu
 
 if __name__ == "__main__":
     cases = [case(65536, T, 1536) for T in (1024, 4096, 16384, 65536)] if GPU else [case(T, T, 512) for T in (256, 1024, 4096)]
-    command(report("selective_scan", selective_scan, reference, cases, PEERS, check), __doc__)
+    command(report("selective_scan", selective_scan, operation, cases, PEERS, check), __doc__)

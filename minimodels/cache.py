@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SPARE = 64  # free slots of a room, at least; or an eighth of those in use, so that moving costs a token little however many
+SPARE = 64  # free slots of a new room, or an eighth of those in use if that is more: moving then costs each token little
 
 
 class AttentionState(NamedTuple):
@@ -69,7 +69,7 @@ def compact(state: AttentionState, window: int | None, count: bool = True) -> At
 class Room:
     """Memory with free slots behind those in use, so that one more token is not a copy of all before it.
 
-    It serves where nothing is differentiated. What is in use is never overwritten, and only the newest state is written
+    Used only where nothing is differentiated. What is in use is never overwritten, and only the newest state is written
     behind, once: an earlier one, a copy or one of some of its rows begins a room of its own. So every state stays good, after
     an error and among threads too.
     """
@@ -98,8 +98,10 @@ class Room:
 
     def append(self, before: AttentionState, now: AttentionState, window: int | None) -> tuple[AttentionState, AttentionState]:
         """As carry. Slots that are empty or outside the window stay among those with positions until the room is full."""
-        first, start, self.used = self.used - before.keys.shape[2], self.used, self.used + now.keys.shape[2]
-        self.keys[:, :, start : self.used], self.values[:, :, start : self.used] = now.keys, now.values
+        first, start = self.used - before.keys.shape[2], self.used
+        self.used += now.keys.shape[2]
+        self.keys[:, :, start : self.used] = now.keys
+        self.values[:, :, start : self.used] = now.values
         if self.positions is not None:
             self.positions[:, start : self.used] = now.positions
 
@@ -108,9 +110,9 @@ class Room:
             positions = None if self.positions is None else self.positions[:, first : self.used]
             return AttentionState(keys, values, positions, now.seen, self)
 
-        now = after = state(first)
+        joined = after = state(first)
         oldest = first if window is None or self.positions is not None else self.used - window + 1
         if oldest > first:
             after = state(oldest)
         self.newest = after[:3]
-        return now, after
+        return joined, after

@@ -193,9 +193,9 @@ def parse_scaling(text: str) -> tuple[str, dict[str, float]]:
     try:
         values = {name: float(number) for name, number in given}
     except ValueError:
-        values = {"": 0.0}  # which is no more positive than what is no number
-    positive = all(0 < value < float("inf") for value in values.values())
-    if kind not in SCALINGS or sorted(name for name, _ in given) != sorted(SCALINGS[kind]) or not positive:
+        values = {}
+    named = kind in SCALINGS and sorted(name for name, _ in given) == sorted(SCALINGS[kind])
+    if not named or len(values) < len(given) or not all(0 < value < float("inf") for value in values.values()):
         forms = [kind + ":" + ",".join(f"{name}=NUMBER" for name in names) for kind, names in SCALINGS.items() if names]
         raise InputError("rope_scaling", text, " or ".join(forms))
     if kind == "llama3" and not values["low"] < values["high"]:

@@ -100,9 +100,9 @@ def generator(*key: object) -> torch.Generator:
 def open_data(name: str, context: int):
     """The Text or Task that `--data` names: "stdlib", a task (with options, "mqar:pairs=8,vocab=256"), a file, a folder.
 
-    Split by position, the last twentieth held out, are one file and a folder of fewer than 200, joined in the order of their
-    paths; larger ones and stdlib by file, one in twenty held out by a hash of its relative path. What training runs left in a
-    folder is no text. Raises InputError where there is nothing to read or too little.
+    One file, or a folder of fewer than 200 joined in the order of their paths, is split by position: the last twentieth is
+    held out. A larger folder and stdlib are split by file: one in twenty is held out, by a hash of its relative path. What
+    training runs left in a folder is no text. Raises InputError where there is nothing to read or too little.
     """
     from .tasks import TASKS  # which builds on this file
 
@@ -158,7 +158,7 @@ def size_of(path: Path) -> int:
 
 
 def cut(pieces: list[Piece]) -> list[Span]:
-    """All but the last twentieth of the pieces' bytes, and these."""
+    """Two spans: the pieces without the last twentieth of their bytes, and that twentieth."""
     ends = list(itertools.accumulate(piece.stop for piece in pieces))
     place = ends[-1] - ends[-1] // HELD_OUT
     before = [min(piece.stop, max(0, place - (end - piece.stop))) for piece, end in zip(pieces, ends, strict=True)]
@@ -178,7 +178,7 @@ def parse_options(text: str, task: type) -> dict[str, int]:
     return options
 
 
-@functools.lru_cache(4096)  # a system has but so many maps for a process
+@functools.lru_cache(4096)  # a process may hold only so many maps
 def map_file(path: Path) -> Tensor:
     """The bytes of a file as a uint8 tensor over a private memory map: read when touched, never loaded whole."""
     return torch.from_numpy(np.memmap(path, np.uint8, "c"))

@@ -2,16 +2,19 @@
 
 The layer contract. Every sequence layer is an `nn.Module` with
 
-    forward(x: (B, T, D), state=None, positions=None, shared=None) -> (y: (B, T, D), state)
+    forward(x: (B, T, D), state=None, positions=None, memo=None) -> (y: (B, T, D), state)
 
 T is 1 or more. `state` is all that the layer remembers of the tokens before x (None: there were none). Training passes None,
-prefill is one long chunk, decoding is T = 1: there is no second path for inference. A state stays good while anyone holds it:
-states may share memory, yet one can go on from any of them twice. `positions` (B, T) int64 says where each token stands in
-its row's text, and -1 marks padding, which stands only behind a row's last token and touches no state. None means that x goes
-on where the state ended. Mixture-of-depths needs both: it hands its group a few tokens at their original positions, and in a
-batch a different number of them per row. `shared` is a dictionary that a stack makes for one forward pass and hands to its
-layers in turn (not to wrappers, for the stack within has positions of its own): what follows from the positions alone, such as
-rotary angles, is computed by the first layer that needs it. None: the layer stands alone.
+prefill is one long chunk, decoding is T = 1: there is no second path for inference. A state that was handed out never
+changes: states may use the same memory, yet one can go on from any of them, more than once.
+
+`positions` (B, T) int64 says where each token stands in its row's text, and -1 marks padding, which stands only behind a row's
+last token and touches no state. None means that x goes on where the state ended. Mixture-of-depths needs both: it hands its
+group a few tokens at their original positions, and in a batch a different number of them per row.
+
+`memo` is a dictionary that a stack makes for one forward pass and hands to its layers in turn: what follows from the positions
+alone, such as rotary angles, is computed by the first layer that needs it. None: the layer stands alone. Wrappers are not given
+it, for the stack within has positions of its own.
 
 What else a layer may have, and the model then asks for by name:
 
@@ -19,7 +22,7 @@ What else a layer may have, and the model then asks for by name:
   `observed`, detached, which the training log records
 - `causal`, whether no token depends on a later one in the present mode, if that is not always so
 - `after_step()`, called once after each optimizer step
-- `forget()`, called where a forward pass goes by without it: what it tells of its last one is then nothing
+- `forget()`, called where a forward pass leaves it out: it then tells of nothing, and not of an older pass
 - `no_weight_decay`, the names of its matrices that are not to decay
 - `operations`, the names of those for which `impl` chooses a path
 - `flops(context)`, `state_bytes(context, itemsize)` and, where tokens meet only part of it, `idle_parameters()`, if it costs
@@ -76,9 +79,9 @@ class Residual(nn.Module):
         self.layer = layer
         self.impl = impl
 
-    def forward(self, x: Tensor, update: Tensor | None, state=None, positions=None, shared=None):
+    def forward(self, x: Tensor, update: Tensor | None, state=None, positions=None, memo=None):
         normed, x = rmsnorm(x, self.norm.weight, self.norm.eps, update, self.impl)
-        update, state = self.layer(normed, state, positions, shared)
+        update, state = self.layer(normed, state, positions, memo)
         return x, update, state
 
 
@@ -86,10 +89,10 @@ class Stack(nn.ModuleList):
     """Layers one after the other; the state is the list of theirs. Itself a layer, so that a wrapper can hold one."""
 
     def forward(self, x: Tensor, state=None, positions=None):
-        after, update, shared = [], None, {}
+        after, update, memo = [], None, {}
         for layer, before in zip(self, state or [None] * len(self), strict=True):
             if isinstance(layer, Residual):
-                x, update, now = layer(x, update, before, positions, shared)
+                x, update, now = layer(x, update, before, positions, memo)
             else:
                 x, now = layer(x if update is None else x + update, before, positions)
                 update = None
@@ -108,14 +111,14 @@ def linear(inputs: int, outputs: int, std: float, bias: bool = False) -> nn.Line
 
 @torch.library.custom_op("minimodels::rotary", mutates_args=())
 def rotary(positions: Tensor, head_dim: int, base: float, scaling: str = "") -> tuple[Tensor, Tensor]:
-    """cos and ±sin of the angles p · θ_j, the frequencies θ_j = base^(-2j/d), for both halves of a head: (..., d) fp32 each.
+    """cos and ±sin of the angles p · θ_j of positions p (...), for both halves of a head: (..., d) fp32 each.
 
-    RoPE, arXiv:2104.09864, with the pairs (x_j, x_{j+d/2}): the first of a pair is turned with -sin, the second with sin.
-    `scaling` lowers the frequencies, in the terms of Config.rope_scaling. This is an operation of its own because a compiler
-    would not keep what is so cheap: it would compute it anew in each rotation, for every head of every row.
+    RoPE, arXiv:2104.09864, with the frequencies θ_j = base^(-2j/d), which `scaling` lowers in the terms of Config.rope_scaling,
+    and the pairs (x_j, x_{j+d/2}): the first of a pair is turned with -sin, the second with sin. This is an operation of its
+    own because a compiler would not keep what is so cheap: it would compute it anew in each rotation, for every head and row.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    frequencies = scale((base**exponents).reciprocal(), scaling)  # (d/2,)
+    frequencies = slow((base**exponents).reciprocal(), scaling)  # (d/2,)
     signed = torch.cat((-frequencies, frequencies))  # (d,); cos is even, and sin takes the sign
     angles = positions.contiguous().unsqueeze(-1) * signed  # (..., d)
     return angles.cos(), angles.sin()
@@ -127,7 +130,7 @@ def _(positions, head_dim, base, scaling=""):
     return tuple(positions.new_empty(shape, dtype=torch.float32) for _ in range(2))
 
 
-def scale(frequencies: Tensor, scaling: str) -> Tensor:
+def slow(frequencies: Tensor, scaling: str) -> Tensor:
     """Rotary frequencies, lowered so that texts longer than those of training turn them no further.
 
     linear (arXiv:2306.15595): all of them by `factor`. llama3 (arXiv:2407.21783): by `factor` those that turn fewer than `low`
@@ -139,7 +142,7 @@ def scale(frequencies: Tensor, scaling: str) -> Tensor:
     slowed = frequencies / options["factor"]
     if kind == "linear":
         return slowed
-    turns = options["context"] / (2 * math.pi / frequencies)
+    turns = options["context"] * frequencies / (2 * math.pi)  # within the context of training
     kept = ((turns - options["low"]) / (options["high"] - options["low"])).clamp(0, 1)
     return (1 - kept) * slowed + kept * frequencies
 

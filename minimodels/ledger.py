@@ -46,8 +46,8 @@ class Ledger:
 
 
 def ledger(config: Config, context: int, itemsize: int = 4) -> Ledger:
-    """Count the model that `config` describes. `itemsize`: bytes per element of keys, values
-    and convolution windows; the state of an SSM is fp32."""
+    """Count the model that `config` describes. `itemsize`: bytes per element of keys, values and convolution windows; the
+    state of an SSM is fp32."""
     everywhere = replace(config, capacity=1.0, experts_per_token=config.experts, expert_width=expert_width(config))
     with torch.device("meta"):
         model, unrouted = LM(config), LM(everywhere)

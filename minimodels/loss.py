@@ -28,11 +28,9 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, impl: str =
 
     x (n, D); weight (V, D); targets (n,). Not a number where every target is IGNORE. Raises ValueError on shapes that
     disagree, and on fp16 where gradients are wanted: all paths but the reference make them before a loss scale reaches them.
-    Nor do these know the second derivative: to ask for it raises RuntimeError.
+    These paths have no second derivative: asking for it raises RuntimeError.
     """
-    if x.ndim != 2 or weight.shape[1:] != x.shape[1:] or targets.shape != x.shape[:1]:
-        shapes = f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)}"
-        raise ValueError(f"linear_cross_entropy: {shapes} do not fit")
+    check_shapes(x, weight, targets)
     path = choose(impl, "linear_cross_entropy", x.device)
     if path == "reference":
         return F.cross_entropy(full_precision(F.linear(x, weight)), targets, ignore_index=IGNORE)
@@ -49,8 +47,15 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, impl: str =
     return chunked_loss(x, weight, targets, learn)[0]
 
 
+def check_shapes(x: Tensor, weight: Tensor, targets: Tensor) -> None:
+    """Raise ValueError unless the arguments have the shapes that linear_cross_entropy names, here and in its kernel."""
+    if x.ndim != 2 or weight.shape[1:] != x.shape[1:] or targets.shape != x.shape[:1]:
+        shapes = f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)}"
+        raise ValueError(f"linear_cross_entropy: {shapes} do not fit")
+
+
 def tally(logits: Tensor, targets: Tensor) -> Tensor:
-    """Of a batch, to add up over several: the sum of the losses in nats, how many are right, and of how many: (3,) in fp32.
+    """Sums of a batch, to be added over batches: the losses in nats, the right answers, the targets: (3,) in fp32.
 
     logits (B, T, V); targets (B, T), those that are IGNORE left out.
     """
@@ -71,7 +76,7 @@ def chunked_loss(x: Tensor, weight: Tensor, targets: Tensor, learn: bool) -> tup
         at = slice(start, start + rows)
         target = targets[at].masked_fill(~present[at], 0).unsqueeze(1)  # (rows, 1)
         logp = full_precision(x[at] @ weight.t()).log_softmax(-1)  # (rows, V)
-        loss -= (share[at] * logp.gather(1, target).squeeze(1)).sum()  # autocast would round a product of vectors
+        loss -= (share[at] * logp.gather(1, target).squeeze(1)).sum()  # as share[at] @ ... autocast would round it
         if learn:
             gradient = logp.exp_().scatter_add_(1, target, -torch.ones_like(logp[:, :1]))
             gradient = gradient.mul_(share[at].unsqueeze(1)).to(x.dtype)
@@ -89,7 +94,7 @@ def _(x, weight, targets, learn):
     return (
         x.new_empty((), dtype=full),
         torch.empty_like(x) if learn else x.new_empty(0),
-        (torch.empty_like(weight) if learn else weight.new_empty(0)),
+        torch.empty_like(weight) if learn else weight.new_empty(0),
     )
 
 

@@ -9,7 +9,8 @@ and what to let pass. So it costs the same per token however long the text, and 
     name        paper   shape
     u                   (B, T, width)  input of the layer
     x, z                (B, T, D)      its two halves after in_proj, D = expand · width: the signal and its gate
-    delta       Δ       (B, T, D)      step size, before softplus and bias
+    dt                  (B, T, R)      what the step size is made from, R = dt_rank
+    delta               (B, T, D)      the step size before bias and softplus: Δ = softplus(delta + bias)
     A           A       (D, N)         decay rates, negative; A = -exp(A_log)
     B, C        B, C    (B, T, N)      input and output matrix, one per token
     skip        D       (D,)           weight of x added to the output
@@ -74,10 +75,11 @@ class Mamba(nn.Module):
         self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
         self.out_proj.weight.div_(math.sqrt(depth))
 
-    def forward(self, u: Tensor, state: MambaState | None = None, positions: Tensor | None = None, shared=None):
+    def forward(self, u: Tensor, state: MambaState | None = None, positions: Tensor | None = None, memo=None):
         x, z = self.in_proj(u).chunk(2, dim=-1)  # (B, T, D) each
         lengths = None if positions is None else (positions >= 0).sum(1)  # tokens before the padding
-        taps, before = self.conv1d.weight.squeeze(1), None if state is None else state.window
+        before = None if state is None else state.window
+        taps = self.conv1d.weight.squeeze(1)  # (D, W)
         x, window = causal_conv1d(x, taps, self.conv1d.bias, before, lengths, activation=True, impl=self.impl)
         dt, B, C = self.x_proj(x).split((self.R, self.N, self.N), dim=-1)  # (B, T, R), (B, T, N) twice
         dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
@@ -119,11 +121,10 @@ def causal_conv1d(
 
     x (B, T, D); weight (D, W); bias (D,), None for zero; window (B, W-1, D), the inputs before x, None for zeros; lengths
     (B,), how many tokens of x come before the padding, None for all. Returns y (B, T, D) and the window after x.
+    Raises ValueError on shapes that disagree.
     """
-    batch, T, D = x.shape
-    W = weight.shape[1]
-    if weight.shape != (D, W) or (window is not None and window.shape != (batch, W - 1, D)):
-        raise ValueError(f"causal_conv1d: x {tuple(x.shape)}, weight {tuple(weight.shape)} and the window do not fit")
+    check_convolution(x, weight, bias, window, lengths)
+    (batch, T, D), W = x.shape, weight.shape[1]
     path = choose(impl, "causal_conv1d", x.device)
     if path == "triton":
         from .kernels.causal_conv1d import causal_conv1d as kernel
@@ -147,6 +148,21 @@ def causal_conv1d(
     return y, padded.gather(1, last.expand(-1, -1, D))
 
 
+def check_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None, lengths: Tensor | None
+) -> None:  # fmt: skip
+    """Raise ValueError unless the arguments have the shapes that causal_conv1d names, here and in its kernel."""
+    fits = x.ndim == 3 and x.shape[1] > 0 and weight.ndim == 2 and weight.shape[0] == x.shape[2]
+    if fits:
+        (batch, _, D), W = x.shape, weight.shape[1]
+        wanted = ((bias, (D,)), (window, (batch, W - 1, D)), (lengths, (batch,)))
+        fits = all(part is None or part.shape == shape for part, shape in wanted)
+    if not fits:
+        parts = {"x": x, "weight": weight, "bias": bias, "window": window, "lengths": lengths}
+        shapes = ", ".join(f"{name} {tuple(part.shape)}" for name, part in parts.items() if part is not None)
+        raise ValueError(f"causal_conv1d: {shapes} do not fit")
+
+
 class Convolution(torch.autograd.Function):
     """What causal_conv1d computes of tokens with their window before them: padded (B, W-1+T, D) -> (B, T, D).
 
@@ -167,14 +183,14 @@ class Convolution(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         padded, weight = ctx.saved_tensors
         W, T = weight.shape[1], dy.shape[1]
-        around = F.pad(dy, (0, 0, W - 1, W - 1))
+        around = F.pad(dy, (0, 0, W - 1, W - 1))  # (B, T+2(W-1), D)
         dpadded = convolve(around, weight.flip(1).to(dy.dtype), None)  # each input meets the outputs that it had a part in
         dweight = torch.stack([(dy * padded[:, w : w + T]).sum((0, 1)) for w in range(W)], dim=1)
         return dpadded, dweight, dy.sum((0, 1)) if ctx.biased else None
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """As an image of height one, for which PyTorch has a fast path with the channels innermost: (B, W-1+T, D) -> (B, T, D)."""
+    """As an image of height one, for which PyTorch has a fast path with the channels innermost: (B, L, D) -> (B, L-W+1, D)."""
     return F.conv2d(x.mT.unsqueeze(2), weight[:, None, None], bias, groups=weight.shape[0]).squeeze(2).mT
 
 
@@ -207,13 +223,12 @@ def selective_scan(
         from .kernels.selective_scan import selective_scan as kernel
 
         return kernel(x, delta, A, B, C, skip, z, delta_bias, state)
-    fast = path == "torch" and T > 1
     dtype = x.dtype
     with torch.autocast(x.device.type, enabled=False):  # a state that sums over the whole text needs its digits
         x, delta, A, B, C = (full_precision(part) for part in (x, delta, A, B, C))
         delta = F.softplus(delta if delta_bias is None else delta + delta_bias)
         state = x.new_zeros(batch, D, N) if state is None else full_precision(state)
-        y, state = (scan if fast else recurrence)(x, delta, A, B, C, state)
+        y, state = (scan if path == "torch" and T > 1 else recurrence)(x, delta, A, B, C, state)
         y = y + skip * x
         if z is not None:
             y = y * F.silu(full_precision(z))

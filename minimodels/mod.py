@@ -12,6 +12,7 @@ stands in.
     x           X       (B, T, D)      all tokens
     scores      r       (B, T)         what the router gives each token, raw
     weights     r       (B, k, 1)      the same, of the chosen tokens
+    capacity            ()             C: the fraction of tokens that take the group; the paper's C is their number k
     index               (B, k)         the tokens that take the group, ascending, then filling; k = C · T in training
     real                (B, k)         bool: False where a row routes fewer than k tokens
     gathered    X̃       (B, k, D)      their values
@@ -43,8 +44,9 @@ class MixtureOfDepths(nn.Module):
     """A router around any group of layers.
 
     In training mode the tokens are the top k of the sequence, padding counted in its length, which is not causal. In
-    evaluation mode the decision is causal: sigmoid(r) > ½ with mod_route = "router", whose auxiliary loss moves the model a
-    little; or a small MLP on the stop-gradient input with "predictor", whose gradient reaches nothing else. `route` set to
+    evaluation mode the decision is causal. With mod_route = "router" it is sigmoid(r) > ½, learned by an auxiliary loss that
+    moves the rest of the model a little too; with "predictor" it is a small MLP's on the stop-gradient input, whose loss
+    trains nothing else. `route` set to
     "topk" keeps top k in evaluation, to measure what the causal decision costs.
     """
 
@@ -79,10 +81,11 @@ class MixtureOfDepths(nn.Module):
                 layer.forget()
             return x, DepthState(seen, remembered)
 
-        tokens, chosen = x.flatten(0, 1), (index + T * torch.arange(B, device=x.device).unsqueeze(1)).flatten()  # (B · T, D)
-        gathered = tokens.index_select(0, chosen).view(B, -1, x.shape[-1])  # tokens[chosen] has a slower derivative
+        tokens = x.flatten(0, 1)  # (B · T, D)
+        chosen = (index + T * torch.arange(B, device=x.device).unsqueeze(1)).flatten()  # (B · k,), rows of `tokens`
+        gathered = tokens.index_select(0, chosen).view(B, -1, x.shape[-1])  # (B, k, D); tokens[chosen] has a slower derivative
         weights = scores.gather(1, index).masked_fill(~real, 0.0).unsqueeze(-1)  # (B, k, 1)
-        original = positions.gather(1, index).masked_fill(~real, -1)
+        original = positions.gather(1, index).masked_fill(~real, -1)  # (B, k)
         output, remembered = self.group(gathered, remembered, original)
         update = (weights * (output - gathered)).to(x.dtype)  # equation 1
         return tokens.index_add(0, chosen, update.flatten(0, 1)).view_as(x), DepthState(seen, remembered)
@@ -111,7 +114,7 @@ class MixtureOfDepths(nn.Module):
         target, weight = taken.to(decision.dtype), present.to(decision.dtype) / present.sum().clamp(min=1)
         loss = F.binary_cross_entropy_with_logits(decision, target, weight, reduction="sum")
         self.auxiliary_losses = {"mod": self.mod_loss * loss}
-        routed = (decision > 0).detach()
+        routed = decision > 0
         self.observed = {"routed": (routed * weight).sum(), "accuracy": ((routed == taken) * weight).sum()}
 
     def after_step(self):

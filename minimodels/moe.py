@@ -12,7 +12,7 @@ Left alone a router favours few experts; a balance loss, or a bias that only sel
     logits      Wx      (B, T, E)      the router's scores
     gates       g       (B, T, E)      what an expert's output for a token is multiplied by, where the token visits it
     visits              (B, T, E)      bool: which tokens visit which experts
-    token               (A,)           the token of each visit, ordered by expert; A = n · K, a few more where experts choose
+    token               (A,)           the token of each visit, ordered by expert; A = n · K, a few more under expert choice
     counts      n · f   (E,)           visits per expert
     gate, up            (E, I, D)      the experts' matrices, I the hidden width of one; out (E, D, I)
 """
@@ -32,7 +32,7 @@ from .transformer import SwiGLU, mlp_width
 
 
 class Routing(NamedTuple):
-    """What a router decided, kept until the next forward for who wants to know how the experts are used."""
+    """The router's decisions of the last forward pass, kept for the losses and the log."""
 
     logits: Tensor  # (B, T, E)
     visits: Tensor  # (B, T, E)
@@ -41,8 +41,8 @@ class Routing(NamedTuple):
 
 
 class MoE(nn.Module):
-    """Routed experts, each a SwiGLU, beside `shared_experts` that every token visits. No token is dropped, but where experts
-    choose; no state."""
+    """Routed experts, each a SwiGLU, beside `shared_experts` that every token visits. No token is dropped, except under expert
+    choice; no state."""
 
     operations = ("grouped_mlp",)
 
@@ -67,7 +67,7 @@ class MoE(nn.Module):
         """As if there had been no last forward."""
         self.routing: Routing | None = None
 
-    def forward(self, x: Tensor, state=None, positions: Tensor | None = None, shared=None):
+    def forward(self, x: Tensor, state=None, positions: Tensor | None = None, memo=None):
         with torch.autocast(x.device.type, enabled=False):  # routing is decided in full precision
             logits = F.linear(full_precision(x), full_precision(self.router.weight))  # (B, T, E)
             gates, visits, probabilities = self.route(logits, self.K, self.bias)
@@ -75,8 +75,9 @@ class MoE(nn.Module):
         if self.training:
             real = visits if positions is None else visits & (positions >= 0).unsqueeze(-1)
             self.visited.add_(real.sum((0, 1)))
-        gates, visits, most = (self.scale * gates).flatten(0, 1), visits.flatten(0, 1), self.K if self.causal else None
-        y = grouped_mlp(x.flatten(0, 1), gates, visits, self.gate, self.up, self.out, most, self.impl).view_as(x)
+        most = self.K if self.causal else None  # where experts choose, any number may visit a token
+        flat = (part.flatten(0, 1) for part in (x, self.scale * gates, visits))  # (n, D), (n, E), (n, E)
+        y = grouped_mlp(*flat, self.gate, self.up, self.out, most, self.impl).view_as(x)  # (B, T, D)
         if self.shared is not None:
             y = y + self.shared(x)[0]
         return y, None
@@ -111,8 +112,8 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def after_step(self):
-        """Once per optimizer step: move the selection bias against the load (DeepSeek-V3 §2.1.2), count anew, and let go of
-        the last forward's graph, with which the model could not be copied."""
+        """Once per optimizer step: move the selection bias against the load (DeepSeek-V3 §2.1.2), reset the visits, and let go
+        of the last forward's graph, with which the model could not be copied."""
         if self.route is sigmoid_bias:
             self.bias += self.bias_step * torch.sign(self.visited.mean() - self.visited)
         self.visited.zero_()
@@ -166,7 +167,7 @@ def softmax(logits: Tensor, K: int, bias: Tensor | None):
 
 
 def sigmoid_bias(logits: Tensor, K: int, bias: Tensor):
-    """DeepSeek-V3: the bias, which carries no gradient, helps to select and is not in the gates. Left out: V3 selects within
+    """DeepSeek-V3: the bias, which carries no gradient, helps to select and is not in the gates. Not here: V3 selects within
     the best groups of experts only, and takes its balance loss per sequence."""
     scores = logits.sigmoid()
     visits = top(scores + bias, K)
@@ -179,8 +180,8 @@ def expert_choice(logits: Tensor, K: int, bias: Tensor | None):
     token can push an earlier one out. Padding competes too."""
     probabilities = logits.softmax(-1)
     _, T, E = logits.shape
-    C = -(-T * K // E)  # capacity, at most T for K is at most E
-    return probabilities, top(probabilities.mT, C).mT, probabilities
+    capacity = -(-T * K // E)  # tokens of an expert: at most T, for K is at most E
+    return probabilities, top(probabilities.mT, capacity).mT, probabilities
 
 
 ROUTERS = {router.__name__: router for router in (softmax_topk, softmax, sigmoid_bias, expert_choice)}
@@ -208,16 +209,11 @@ def grouped_mlp(
     Returns (n, D).
     Raises ValueError on shapes that disagree.
     """
-    (n, D), (E, I, _) = x.shape, gate.shape
-    if (gates.shape, visits.shape, gate.shape, up.shape, out.shape) != ((n, E), (n, E), (E, I, D), (E, I, D), (E, D, I)):
-        raise ValueError(
-            f"grouped_mlp: x {tuple(x.shape)}, gates {tuple(gates.shape)}, visits {tuple(visits.shape)}, "
-            f"gate {tuple(gate.shape)}, up {tuple(up.shape)} and out {tuple(out.shape)} do not fit"
-        )
+    check_shapes(x, gates, visits, gate, up, out)
     path = choose(impl, "grouped_mlp", x.device)
     if path == "reference":
         y = torch.zeros_like(x)
-        for e in range(E):
+        for e in range(len(gate)):
             (token,) = visits[:, e].nonzero(as_tuple=True)
             rows = x[token]  # (A_e, D)
             expert = F.linear(F.silu(F.linear(rows, gate[e])) * F.linear(rows, up[e]), out[e])
@@ -235,6 +231,16 @@ def grouped_mlp(
     hidden = F.silu(grouped_linear(rows, gate, counts)) * grouped_linear(rows, up, counts)  # (A, I)
     y = grouped_linear(hidden, out, counts) * gates[token, expert, None].to(hidden.dtype)  # (A, D)
     return torch.zeros_like(x, dtype=dtype).index_add(0, token, y.to(dtype))
+
+
+def check_shapes(x: Tensor, gates: Tensor, visits: Tensor, gate: Tensor, up: Tensor, out: Tensor) -> None:
+    """Raise ValueError unless the arguments have the shapes that grouped_mlp names, here and in its kernel."""
+    (n, D), (E, I, _) = x.shape, gate.shape
+    if (gates.shape, visits.shape, gate.shape, up.shape, out.shape) != ((n, E), (n, E), (E, I, D), (E, I, D), (E, D, I)):
+        raise ValueError(
+            f"grouped_mlp: x {tuple(x.shape)}, gates {tuple(gates.shape)}, visits {tuple(visits.shape)}, "
+            f"gate {tuple(gate.shape)}, up {tuple(up.shape)} and out {tuple(out.shape)} do not fit"
+        )
 
 
 @torch.library.custom_op("minimodels::grouped_linear", mutates_args=())

@@ -72,7 +72,7 @@ def generate(model: LM, prompts: list[Tensor], count: int, sampling: Sampling = 
 
 @torch.inference_mode()
 def continue_prompts(model: LM, prompts: list[Tensor], count: int, sampling: Sampling, seed: int) -> Iterator[Tensor]:
-    """What generate checks and returns."""
+    """The iterator that generate returns once it has checked its arguments."""
     device = model.embedding.weight.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(device)  # (B, T)
@@ -91,7 +91,7 @@ def continue_prompts(model: LM, prompts: list[Tensor], count: int, sampling: Sam
 
 def pick(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
     """Draw one token per row: (B, V) -> (B,)."""
-    if sampling.temperature < torch.finfo(torch.float32).tiny:  # 0, as fp32 divides
+    if sampling.temperature < torch.finfo(torch.float32).tiny:  # 0, or so small that fp32 divides by it as by 0
         return logits.argmax(-1)
     relative = logits.float() - logits.amax(-1, keepdim=True)  # so that no temperature makes infinities of all
     probabilities = keep(relative / sampling.temperature, sampling).softmax(-1)

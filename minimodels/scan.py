@@ -38,10 +38,10 @@ def scan_forward(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, stat
     """y, the final state, and the states at the chunk boundaries, first and last included: (chunks + 1, B, N, D)."""
     y, final_state, boundaries = empty_outputs(x, delta, A, B, C, state)
     boundaries[0] = state.mT
-    x, delta, B, C = swapped(x, delta, B, C)  # time first
+    x, delta, B, C = swapped(x, delta, B, C)  # time first: (T, B, D) and (T, B, N)
     y = y.view(x.shape)
     for chunk, (now, _, _, _, h) in enumerate(walk(delta, delta * x, A.mT.contiguous(), B, boundaries)):
-        torch.matmul(C[now].unsqueeze(2), h, out=y[now].unsqueeze(2))
+        torch.matmul(C[now].unsqueeze(2), h, out=y[now].unsqueeze(2))  # (chunk, B, 1, N) @ (chunk, B, N, D)
         boundaries[chunk + 1] = h[-1]
     return y.transpose(0, 1).contiguous(), final_state.copy_(boundaries[-1].mT), boundaries
 
@@ -64,7 +64,7 @@ def scan_backward(
     dA = torch.zeros_like(gradient)  # summed over batch and chunk at the end: adding is cheaper than reducing
     for now, start, decay, decay_steps, h in walk(delta, inputs, A, B, boundaries, backwards=True):
         steps = len(h)
-        g = torch.mul(dy[now].unsqueeze(2), C[now].unsqueeze(3), out=gradient[:steps])
+        g = torch.mul(dy[now].unsqueeze(2), C[now].unsqueeze(3), out=gradient[:steps])  # (chunk, B, N, D)
         last = gradient_steps[steps - 1].add_(dstate)
         recur(reversed(decay_steps[1:]), last, reversed(gradient_steps[: steps - 1]))
 
@@ -93,7 +93,7 @@ def swapped(*tensors: Tensor) -> Iterator[Tensor]:
 def walk(
     delta: Tensor, inputs: Tensor, A: Tensor, B: Tensor, boundaries: Tensor, backwards: bool = False
 ) -> Iterator[tuple[slice, Tensor, Tensor, tuple[Tensor, ...], Tensor]]:
-    """Compute one chunk's states after another's, each from its boundary state, all in the same memory.
+    """Compute the states chunk by chunk, each chunk from its boundary state, all in the same memory.
 
     Time comes first: delta and inputs (T, B, D), which are Δx; B (T, B, N). A is (N, D). Yields the chunk's slice of time, its
     boundary state, its decays (whole, and as one view per step) and its states.

@@ -51,15 +51,17 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(q_width if full else self.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(kv_width if full else self.head_dim, config.norm_eps)
 
-    def forward(self, x: Tensor, state: AttentionState | None = None, positions: Tensor | None = None, shared=None):
+    def forward(self, x: Tensor, state: AttentionState | None = None, positions: Tensor | None = None, memo=None):
         B, T, _ = x.shape
         seen = 0 if state is None else state.seen
-        if positions is None and isinstance(seen, int):  # without gaps or padding
-            places, seen = torch.arange(seen, seen + T, device=x.device), seen + T  # (T,)
+        if positions is None and isinstance(seen, int):  # no gaps, no padding: the same in every row
+            turned = torch.arange(seen, seen + T, device=x.device)  # (T,)
+            seen = seen + T
         else:
             if positions is None:
                 positions = seen[:, None] + torch.arange(T, device=x.device)  # (B, T)
-            places, seen = positions.unsqueeze(1), (positions.amax(1) + 1).clamp(min=seen)  # (B, 1, T), for all heads
+            turned = positions.unsqueeze(1)  # (B, 1, T), the same for every head
+            seen = (positions.amax(1) + 1).clamp(min=seen)  # (B,)
 
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.q_norm is not None:  # a norm may leave autocast's precision
@@ -67,19 +69,19 @@ class Attention(nn.Module):
         q = q.view(B, T, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, d)
         k, v = (part.view(B, T, self.kv_heads, self.head_dim).transpose(1, 2) for part in (k, v))  # (B, G, T, d)
         if self.rope_base:
-            angles = self.angles(places, {} if shared is None else shared)
+            angles = self.angles(turned, {} if memo is None else memo)
             q, k = rotate(q, *angles), rotate(k, *angles)
 
         joined, after = carry(state, AttentionState(k, v, positions, seen), self.window)  # S = remembered + T
         y = attention(q, joined.keys, joined.values, positions, joined.positions, self.window, self.impl)  # (B, H, T, d)
         return self.out(y.transpose(1, 2).flatten(2)), after
 
-    def angles(self, places: Tensor, shared: dict) -> tuple[Tensor, Tensor]:
+    def angles(self, positions: Tensor, memo: dict) -> tuple[Tensor, Tensor]:
         """As rotary, once for all layers that turn alike."""
         key = ("rotary", self.head_dim, self.rope_base, self.rope_scaling)
-        if key not in shared:
-            shared[key] = rotary(places, *key[1:])
-        return shared[key]
+        if key not in memo:
+            memo[key] = rotary(positions, *key[1:])
+        return memo[key]
 
     def flops(self, context: int) -> float:
         """Forward FLOPs per token: projections, and QKᵀ and PV with every key computed, those masked included."""
@@ -96,7 +98,7 @@ class Attention(nn.Module):
 
 
 def normalised(x: Tensor, norm: RMSNorm) -> Tensor:
-    """x (B, T, heads · d) with each run of as many numbers as the norm is wide, a head or all of them, normalised."""
+    """RMSNorm of x (B, T, heads · d), over each head's d numbers or over all of them, as wide as the norm is."""
     return norm(x.unflatten(-1, (-1, norm.width))).flatten(-2)
 
 
@@ -123,20 +125,20 @@ def attention(
         from .kernels.attention import attention as kernel
 
         return kernel(q, k, v, query_positions, key_positions, window)
-    fast = partial(F.scaled_dot_product_attention, enable_gqa=H != G)
+    sdpa = partial(F.scaled_dot_product_attention, enable_gqa=H != G)
     if path == "torch" and window is None and S == T:
-        return fast(q, k, v, is_causal=True)  # padding stands behind every query that could see it
+        return sdpa(q, k, v, is_causal=True)  # padding comes after every token, so the causal mask hides it
     if path == "torch" and gapless and T == 1 and (window is None or S <= window):
-        return fast(q, k, v)
+        return sdpa(q, k, v)
     if gapless:
         key_positions = torch.arange(S, device=q.device)
         query_positions = key_positions[S - T :]
     if path == "torch" and window is not None and S == T > 2 * window:
-        return banded(fast, q, k, v, key_positions.expand(B, S), window)
+        return banded(sdpa, q, k, v, key_positions.expand(B, S), window)
     visible = sees(query_positions, key_positions, window)
     if path == "torch":
-        return fast(q, k, v, attn_mask=visible)
-    k, v = (repeat(part, "B G S d -> B (G shared) S d", shared=H // G) for part in (k, v))
+        return sdpa(q, k, v, attn_mask=visible)
+    k, v = (repeat(part, "B G S d -> B (G group) S d", group=H // G) for part in (k, v))  # (B, H, S, d)
     scores = ((q @ k.transpose(-1, -2)) * d**-0.5).masked_fill(~visible, float("-inf"))  # (B, H, T, S)
     return scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype) @ v
 
@@ -144,7 +146,7 @@ def attention(
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None, key_positions: Tensor | None) -> None:
     """Raise ValueError unless the arguments have the shapes that attention names, here and in its kernel."""
     (B, H, T, d), (G, S) = q.shape, k.shape[1:3]
-    if (k.shape, v.shape) != ((B, G, S, d), (B, G, S, d)) or H % G or T > S:
+    if k.shape != (B, G, S, d) or v.shape != k.shape or H % G or T > S:
         raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
     shapes = [None if x is None else tuple(x.shape) for x in (query_positions, key_positions)]
     if shapes not in ([None, None], [(B, T), (B, S)]):
@@ -161,10 +163,10 @@ def sees(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     return visible.unsqueeze(-3)
 
 
-def banded(fast: Callable, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int) -> Tensor:
+def banded(sdpa: Callable, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int) -> Tensor:
     """Attention within a window at a cost linear in T: each block of `window` tokens sees itself and the block before.
 
-    Positions may have gaps: tokens less than `window` positions apart are less than `window` places apart.
+    Positions may have gaps: slots lie no further apart than their positions, so what a query sees is in these two blocks.
     """
     B, _, T, _ = q.shape
     empty = -T % window
@@ -177,7 +179,7 @@ def banded(fast: Callable, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, w
 
     at = blocks(positions[:, None, :, None], -1)  # (B, blocks, 1, window, 1)
     visible = sees(at.flatten(0, 1)[:, 0, :, 0], with_previous(at, -1)[:, 0, :, 0], window)
-    y = fast(blocks(q).flatten(0, 1), with_previous(blocks(k)), with_previous(blocks(v)), attn_mask=visible)
+    y = sdpa(blocks(q).flatten(0, 1), with_previous(blocks(k)), with_previous(blocks(v)), attn_mask=visible)
     return rearrange(y, "(B n) H w d -> B H (n w) d", B=B)[:, :, :T]
 
 
@@ -191,10 +193,10 @@ class SwiGLU(nn.Module):
         self.up = linear(config.width, hidden, config.init_std, bias)
         self.out = linear(hidden, config.width, config.init_std / config.depth**0.5, bias)
 
-    def forward(self, x: Tensor, state=None, positions=None, shared=None):
+    def forward(self, x: Tensor, state=None, positions=None, memo=None):
         return self.out(F.silu(self.gate(x)) * self.up(x)), None
 
 
 def mlp_width(config: Config) -> int:
-    """Hidden width of the dense MLP: 8/3 D, so that its three matrices hold 8 D² as two of width 4 D would; in 32s."""
+    """Hidden width of the dense MLP: 8/3 D, so that its three matrices hold 8 D² as two of width 4 D would; in steps of 32."""
     return config.mlp_width or -(-8 * config.width // 96) * 32

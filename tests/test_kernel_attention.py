@@ -63,7 +63,7 @@ def test_blocks_of_other_shapes(monkeypatch, T, S, window, ahead):
 @pytest.mark.parametrize("T, window, positions", [(1, None, False), (16, 40, False), (5, None, True), (3, 40, True)])
 def test_keys_dealt_out(monkeypatch, T, window, positions, ahead):
     monkeypatch.setattr(kernels, "KEYS_EACH", 16)
-    monkeypatch.setattr(kernels, "processors", lambda q: 8)
+    monkeypatch.setattr(kernels, "multiprocessors", lambda q: 8)
     monkeypatch.setattr(forward_kernel, "configs", blocks((16, 16, 4, 2), AHEAD=ahead))
     chosen, choose = [], kernels.parts_of
     monkeypatch.setattr(kernels, "parts_of", lambda q, met: chosen.append(choose(q, met)) or chosen[-1])

@@ -32,7 +32,7 @@ def divided(monkeypatch):
 
     def divide(interval: int, span: int, share: int = 1) -> None:
         monkeypatch.setattr(module, "INTERVAL", interval)
-        monkeypatch.setattr(module, "divide", lambda walks, intervals, processors: (min(span, intervals), share))
+        monkeypatch.setattr(module, "divide", lambda walks, intervals, multiprocessors: (min(span, intervals), share))
 
     return divide
 
@@ -127,9 +127,9 @@ def test_sizes_it_does_not_take():
 
 def test_division():
     """Enough walks leave time whole; few are split, up to every interval; the backward pass never runs many small programs."""
-    assert module.divide(walks=64 * 48, intervals=4, processors=132) == (4, 3)
-    assert module.divide(walks=48, intervals=256, processors=132) == (2, 6)
-    assert module.divide(walks=1, intervals=1, processors=132) == (1, 1)
+    assert module.divide(walks=64 * 48, intervals=4, multiprocessors=132) == (4, 3)
+    assert module.divide(walks=48, intervals=256, multiprocessors=132) == (2, 6)
+    assert module.divide(walks=1, intervals=1, multiprocessors=132) == (1, 1)
     for walks in (1, 48, 192, 768, 1056, 5000):
         for intervals in (1, 7, 256):
             span, share = module.divide(walks, intervals, 132)
