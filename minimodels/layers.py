@@ -142,7 +142,7 @@ def slow(frequencies: Tensor, scaling: str) -> Tensor:
     slowed = frequencies / options["factor"]
     if kind == "linear":
         return slowed
-    turns = options["context"] * frequencies / (2 * math.pi)  # within the context of training
+    turns = options["context"] / (2 * math.pi / frequencies)  # rounded as transformers does
     kept = ((turns - options["low"]) / (options["high"] - options["low"])).clamp(0, 1)
     return (1 - kept) * slowed + kept * frequencies
 
