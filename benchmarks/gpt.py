@@ -2,7 +2,7 @@
 
 Radford et al., "Language Models are Unsupervised Multitask Learners", 2019; without biases and dropout, as
 [nanoGPT](https://github.com/karpathy/nanoGPT) trains it. LayerNorm, one product for q, k and v, GELU in an MLP of four times
-the width, a learned vector for each position. Block for block it has as many parameters as ours.
+the width, a learned vector for each position. At width 128, with 64 positions, it has 1 % fewer parameters than ours.
 """
 
 from __future__ import annotations

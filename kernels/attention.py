@@ -76,7 +76,7 @@ from .common import (
     on,
     report,
     tuned,
-)  # fmt: skip
+)
 
 FEW = 16  # queries, one block of them, whose keys are dealt out; where there are more, there are programs enough
 KEYS_EACH = 256  # keys, at least, that a program is dealt

@@ -148,9 +148,7 @@ def causal_conv1d(
     return y, padded.gather(1, last.expand(-1, -1, D))
 
 
-def check_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None, lengths: Tensor | None
-) -> None:  # fmt: skip
+def check_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None, lengths: Tensor | None) -> None:
     """Raise ValueError unless the arguments have the shapes that causal_conv1d names, here and in its kernel."""
     fits = x.ndim == 3 and x.shape[1] > 0 and weight.ndim == 2 and weight.shape[0] == x.shape[2]
     if fits:

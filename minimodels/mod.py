@@ -46,8 +46,7 @@ class MixtureOfDepths(nn.Module):
     In training mode the tokens are the top k of the sequence, padding counted in its length, which is not causal. In
     evaluation mode the decision is causal. With mod_route = "router" it is sigmoid(r) > ½, learned by an auxiliary loss that
     moves the rest of the model a little too; with "predictor" it is a small MLP's on the stop-gradient input, whose loss
-    trains nothing else. `route` set to
-    "topk" keeps top k in evaluation, to measure what the causal decision costs.
+    trains nothing else. `route` set to "topk" keeps top k in evaluation, to measure what the causal decision costs.
     """
 
     def __init__(self, config: Config, group: Stack):

@@ -18,7 +18,7 @@ from minimodels.kernels import common
 from tqdm import tqdm
 
 from benchmarks import all as everything
-from benchmarks import claims, curves, kernels, modes, parts, peers, plot, routing, s4d, table, throughput, training
+from benchmarks import claims, curves, gpt, kernels, modes, parts, peers, plot, routing, s4d, table, throughput, training
 from benchmarks.crossover import crossover, overtaking
 from minimodels import LM, Config, InputError, preset
 from minimodels.ledger import ledger
@@ -309,6 +309,20 @@ def test_routing_decisions_are_those_of_all_batches_scored(monkeypatch):
     oracle, causal = claims.routes(LM(run.config), run, torch.device("cpu"))
     assert oracle["route_routed"] == pytest.approx(0.2)
     assert causal["route_routed"] == pytest.approx(0.4)
+
+
+def test_gpt_is_causal_and_of_the_size_that_is_told():
+    config = Config(width=128, heads=4, layers="(attention mlp)*4", vocab=65)
+    model, tokens = gpt.GPT(config, context=64), torch.randint(65, (2, 64))
+    sizes = [sum(parameter.numel() for parameter in m.parameters()) for m in (model, LM(config))]
+    assert sizes[0] / sizes[1] == pytest.approx(0.99, abs=0.001)
+    targets = torch.full((2, 64), -100)
+    targets[:, 9] = tokens[:, 10]
+    later = tokens.clone()
+    later[:, 10:] = 0
+    losses = [model.loss(given, targets)[0] for given in (tokens, later, later.flip(1))]
+    torch.testing.assert_close(losses[0], losses[1])
+    assert losses[0] != losses[2]
 
 
 def test_without_selection_mamba_is_a_time_invariant_recurrence():

@@ -121,5 +121,12 @@ def test_refuses_shapes_that_do_not_fit():
     x, delta, A, B, C, _ = arguments()
     with pytest.raises(ValueError, match="selective_scan: C is"):
         selective_scan(x, delta, A, B, C[:, :-1], torch.ones(3))
-    with pytest.raises(ValueError, match="causal_conv1d"):
-        causal_conv1d(x, torch.ones(2, 4), torch.ones(2), None)
+    taps = torch.ones(3, 4)
+    for given in (
+        (torch.ones(2, 4), None, None, None),
+        (taps, torch.ones(1), None, None),  # which would broadcast
+        (taps, None, x[:, :2], None),
+        (taps, None, None, torch.ones(1, dtype=torch.int64)),
+    ):
+        with pytest.raises(ValueError, match="causal_conv1d: .* do not fit"):
+            causal_conv1d(x, *given)
