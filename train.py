@@ -18,7 +18,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -91,6 +90,9 @@ def main(options: Options) -> None:
     start = time.perf_counter() - done["seconds"]
     lap, lap_step, losses = time.perf_counter(), step, []
 
+    def spent() -> dict[str, float]:
+        return {"tokens": step * tokens_per_step, "flops": step * tokens_per_step * cost.training_flops}
+
     while not interrupted.is_set():
         seconds = time.perf_counter() - start
         progress = max(step / last_step, seconds / 60 / options.minutes if options.minutes else 0)
@@ -116,18 +118,18 @@ def main(options: Options) -> None:
             mean = torch.stack(losses).mean().item()
             speed = (step - lap_step) * tokens_per_step / (time.perf_counter() - lap)
             lap, lap_step, losses = time.perf_counter(), step, []
-            spent = {"tokens": step * tokens_per_step, "flops": step * tokens_per_step * cost.training_flops}
             measured = {"loss": mean, "grad_norm": norm.item(), "lr": rate, "tokens_per_second": speed}
             layers = {name: value.item() for name, value in parts.items() if name != "cross_entropy"} | model.observations()
             refuse_nan(model, step, run)
-            write_log(run, {"step": step, "seconds": lap - start, **spent, **measured, **layers})
+            write_log(run, {"step": step, "seconds": lap - start, **spent(), **measured, **layers})
             bar.set_postfix_str(f"step {step}, loss {mean:.3f}, {speed:,.0f} tokens/s", refresh=False)
             bar.update(min(progress, 1.0) - bar.n)
         if options.eval_every and step % options.eval_every == 0 and step < last_step:
             refuse_nan(model, step, run)
-            report(run, evaluate(model, data, options, autocast), step, time.perf_counter() - start, bar.write)
-            now = {"step": step, "seconds": time.perf_counter() - start, "data": data.fingerprint}
-            checkpoint.save(run, model, optimizer, now)
+            now = {"step": step, "seconds": time.perf_counter() - start}
+            said = report(run, evaluate(model, data, options, autocast), {**now, **spent()})
+            checkpoint.save(run, model, optimizer, {**now, "data": data.fingerprint})
+            bar.write(said)
             lap, lap_step = time.perf_counter(), step
         if options.sample_every and step % options.sample_every == 0 and step < last_step:
             bar.write(sample(model, data, options.prompt))
@@ -141,7 +143,7 @@ def main(options: Options) -> None:
     if interrupted.is_set():
         print(f"\ninterrupted at step {step} and saved; to go on: python train.py --resume {run}")
         sys.exit(130)
-    report(run, evaluate(model, data, options, autocast), step, seconds, print)
+    print(report(run, evaluate(model, data, options, autocast), {"step": step, "seconds": seconds, **spent()}))
     print(text := sample(model, data, options.prompt))
     more = f"; more of it: python -m minimodels.sample {run} --prompt {options.prompt!r}"
     print(f"\nsaved in {run}" + more * (not text.startswith("no sample")))
@@ -164,11 +166,11 @@ def evaluate(model: LM, data: Text | Task, options: Options, autocast: torch.aut
     return scores | {"bits_per_byte": nats / math.log(2)} if isinstance(data, Text) else scores
 
 
-def report(run: Path, scores: dict[str, float], step: int, seconds: float, write: Callable[[str], object]) -> None:
-    """Put the scores of a validation into the log and before the reader."""
-    write_log(run, {"step": step, "seconds": seconds, **scores})
+def report(run: Path, scores: dict[str, float], spent: dict[str, float]) -> str:
+    """Put the scores of a validation, and what was `spent` on them, into the log, and into a line for the reader."""
+    write_log(run, {**spent, **scores})
     bits = f"{scores['bits_per_byte']:.3f} bits per byte, " if "bits_per_byte" in scores else ""
-    write(f"step {step}: validation {bits}{scores['accuracy']:.1%} right")
+    return f"step {spent['step']}: validation {bits}{scores['accuracy']:.1%} right"
 
 
 def sample(model: LM, data: Text | Task, prompt: str) -> str:

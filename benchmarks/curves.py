@@ -53,7 +53,8 @@ def main(options: Options) -> None:
 
 
 def points(rows: list[dict], axis: str) -> tuple[tuple[list, list], tuple[list, list]]:
-    """(x, y) of training and of validation. A validation has the tokens and FLOPs of the training row before it."""
+    """(x, y) of training and of validation. In older logs a validation has the tokens and FLOPs of the training row before
+    it."""
     bit = 0.6931471805599453
     training, validation, spent = ([], []), ([], []), {}
     for row in rows:

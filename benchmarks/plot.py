@@ -200,7 +200,7 @@ def save(figure, path: Path) -> list[Path]:
     """As PNG and as SVG."""
     from matplotlib import pyplot
 
-    paths = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
+    paths = [path.with_name(path.name + suffix) for suffix in (".png", ".svg")]  # a dot in the name is no suffix
     for target in paths:  # the same rows give the same file
         figure.savefig(target, dpi=160, metadata={"Date": None} if target.suffix == ".svg" else None)
     pyplot.close(figure)

@@ -13,6 +13,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -185,12 +186,14 @@ def write_json(path: Path, content: dict) -> None:
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Another name to write a file under: it then takes the file's place, or after an error goes away."""
-    partial = path.with_name(path.name + ".partial")
+    """Another path to write a file at: it then takes the file's place, or after an error goes away. It lies in a folder of its
+    own, so that whatever a killed process left there, under any name, goes away the next time."""
+    folder = path.with_name(path.name + ".partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     try:
-        yield partial
-        os.replace(partial, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
+        yield folder / path.name
+        os.chmod(folder / path.name, folder.stat().st_mode & 0o666)  # as the umask has it: safetensors keeps files private
+        os.replace(folder / path.name, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

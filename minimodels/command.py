@@ -37,7 +37,7 @@ def run_command(main: Callable[[Options], None], options: Callable[[], Options])
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno != errno.ENOSPC and error.filename is None:
             raise
         fail(f"error: {error}", 1)
 

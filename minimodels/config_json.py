@@ -10,13 +10,14 @@ from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 
-from .config import Config, InputError, layer_names, parse_layers
+from .config import Config, InputError, layer_names, parse_layers, parse_scaling
 from .families import FAMILIES, IDLE, MEANINGS, ONLY, REQUIRED, Family
 from .layouts import Entries, read_rope, write_rope
 from .mamba import dt_rank
 from .moe import expert_width
 from .transformer import mlp_width
 
+SPELLINGS = {"layers": parse_layers, "rope_scaling": parse_scaling}  # fields whose text can say the same in several ways
 OBJECTIVE = {"balance", "balance_loss", "z_loss"}  # fields that concern training and not the model
 
 
@@ -121,7 +122,7 @@ def express(config: Config, name: str, origin: dict) -> dict:
     again = explicit(Config(**spoken))
     for field in spoken.keys() - OBJECTIVE:
         told, meant = getattr(again, field), getattr(config, field)
-        if told != meant and (field != "layers" or parse_layers(told) != parse_layers(meant)):
+        if told != meant and (field not in SPELLINGS or SPELLINGS[field](told) != SPELLINGS[field](meant)):
             raise InputError(field, meant, str(told))
     return entries
 

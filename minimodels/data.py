@@ -101,8 +101,8 @@ def open_data(name: str, context: int):
     """The Text or Task that `--data` names: "stdlib", a task (with options, "mqar:pairs=8,vocab=256"), a file, a folder.
 
     One file, or a folder of fewer than 200 joined in the order of their paths, is split by position: the last twentieth is
-    held out. A larger folder and stdlib are split by file: one in twenty is held out, by a hash of its relative path. What
-    training runs left in a folder is no text. Raises InputError where there is nothing to read or too little.
+    held out. A larger folder and stdlib are split by file: one in twenty is held out, by a hash of its relative path. Folders
+    that hold a checkpoint are passed over. Raises InputError where there is nothing to read or too little.
     """
     from .tasks import TASKS  # which builds on this file
 

@@ -60,10 +60,9 @@ def mamba_blocks(entries: Entries) -> dict[str, object]:
     return {**({"expand": inner // width} if inner else {}), **blocks("mamba")(entries)}
 
 
-def window_of(entries: Entries, used: bool = True, absent: int | None = None) -> dict[str, object]:
-    """The field `window`, if there is one. `used` and `absent` are what the family takes use_sliding_window and sliding_window
-    for where it is not told; null is no window."""
-    used = entries.get("use_sliding_window", used)
+def window_of(entries: Entries, absent: int | None, used: bool = True) -> dict[str, object]:
+    """The field `window`, if there is one and it is `used`. `absent` is what the family takes sliding_window for where it is
+    not told; null is no window."""
     window = entries.get("sliding_window", None if "sliding_window" in entries.told else absent)
     return {"window": number(entries, "sliding_window", absent, most=LARGEST)} if used and window is not None else {}
 
@@ -72,7 +71,7 @@ def windowed_blocks(mlp: str, absent: int | None = None) -> Callable[[Entries], 
     """Every block the same, with a window or without; `absent` is the window where none is told."""
 
     def layers(entries: Entries) -> dict[str, object]:
-        window = window_of(entries, absent=absent)
+        window = window_of(entries, absent)
         return {**window, **blocks("window" if window else "attention", mlp)(entries)}
 
     return layers
@@ -85,7 +84,7 @@ def outline_windowed(layers: Layers, window: int) -> dict:
 
 def qwen3_layers(entries: Entries) -> dict[str, object]:
     """Each block's kind is listed; if not, those from max_window_layers on have the window."""
-    count, window = number(entries, "num_hidden_layers"), window_of(entries, used=False, absent=4096)
+    count, window = number(entries, "num_hidden_layers"), window_of(entries, 4096, entries.get("use_sliding_window", False))
     kinds, first = entries.get("layer_types"), number(entries, "max_window_layers", 28, least=0)
     if kinds is None:
         first = first if window else count
@@ -116,7 +115,7 @@ def qwen3_moe_layers(entries: Entries) -> dict[str, object]:
     step, dense = number(entries, "decoder_sparse_step", 1), entries.get("mlp_only_layers") or []
     if type(dense) is not list or not all(type(i) is int for i in dense):
         raise InputError("config.json mlp_only_layers", dense, "a list of whole numbers")
-    window = window_of(entries, used=False, absent=4096)
+    window = window_of(entries, 4096, entries.get("use_sliding_window", False))
     mixer = "window" if window else "attention"
     mlps = ["moe" if (i + 1) % step == 0 and i not in dense else "mlp" for i in range(number(entries, "num_hidden_layers"))]
     return {**window, "layers": " ".join(f"{mixer} {mlp}" for mlp in mlps)}
@@ -182,6 +181,8 @@ def read_rope(entries: Entries, base: float) -> dict[str, object]:
     newer, older = entries.get("rope_parameters", {}), entries.get("rope_scaling", {})
     if not isinstance(newer, dict) or not isinstance(older, dict):
         raise InputError("config.json rope_parameters", newer or older, "a JSON object")
+    if newer and older and newer != older:
+        raise InputError("config.json rope_scaling", older, "what rope_parameters says, or no such entry")
     rope = {"rope_theta": entries.get("rope_theta", base), **older, **newer}
     kind, theta = rope.pop("type", "default"), rope.pop("rope_theta")
     kind = rope.pop("rope_type", kind)

@@ -225,7 +225,7 @@ def selective_scan(
     with torch.autocast(x.device.type, enabled=False):  # a state that sums over the whole text needs its digits
         x, delta, A, B, C = (full_precision(part) for part in (x, delta, A, B, C))
         delta = F.softplus(delta if delta_bias is None else delta + delta_bias)
-        state = x.new_zeros(batch, D, N) if state is None else full_precision(state)
+        state = x.new_zeros(batch, D, N) if state is None else state.to(x.dtype)
         y, state = (scan if path == "torch" and T > 1 else recurrence)(x, delta, A, B, C, state)
         y = y + skip * x
         if z is not None:

@@ -117,8 +117,12 @@ class MixtureOfDepths(nn.Module):
         self.observed = {"routed": (routed * weight).sum(), "accuracy": ((routed == taken) * weight).sum()}
 
     def after_step(self):
-        """Let go of the last forward's graph, with which the model could not be copied."""
+        """Let go of the last forward's graph, and of what it holds in memory."""
         self.auxiliary_losses = {}
+
+    def __getstate__(self) -> dict:
+        """A copy has had no forward pass: a graph could not be copied."""
+        return {**self.__dict__, "auxiliary_losses": {}}
 
     def forget(self):
         """As if there had been no last forward."""
@@ -146,5 +150,11 @@ class MixtureOfDepths(nn.Module):
 
 def score(router: nn.Module, x: Tensor) -> Tensor:
     """What a router gives each token, in full precision though its parameters or x be in less: (B, T, D) -> (B, T)."""
-    weights = {name: full_precision(weight) for name, weight in router.named_parameters()}
-    return torch.func.functional_call(router, weights, full_precision(x)).squeeze(-1)
+    x = full_precision(x)
+    for part in router if isinstance(router, nn.Sequential) else (router,):
+        if isinstance(part, nn.Linear):
+            bias = None if part.bias is None else full_precision(part.bias)
+            x = F.linear(x, full_precision(part.weight), bias)
+        else:
+            x = part(x)
+    return x.squeeze(-1)

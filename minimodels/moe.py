@@ -113,12 +113,16 @@ class MoE(nn.Module):
     @torch.no_grad()
     def after_step(self):
         """Once per optimizer step: move the selection bias against the load (DeepSeek-V3 §2.1.2), reset the visits, and let go
-        of the last forward's graph, with which the model could not be copied."""
+        of the last forward's graph, and of what it holds in memory."""
         if self.route is sigmoid_bias:
             self.bias += self.bias_step * torch.sign(self.visited.mean() - self.visited)
         self.visited.zero_()
         if self.routing is not None:
             self.routing = Routing(*(part if part is None else part.detach() for part in self.routing))
+
+    def __getstate__(self) -> dict:
+        """A copy has had no forward pass: a graph could not be copied."""
+        return {**self.__dict__, "routing": None}
 
     def flops(self, context: int) -> float:
         """Forward FLOPs per token: the router, K experts, the shared experts."""
@@ -172,7 +176,7 @@ def sigmoid_bias(logits: Tensor, K: int, bias: Tensor):
     scores = logits.sigmoid()
     visits = top(scores + bias, K)
     gates = scores / ((scores * visits).sum(-1, keepdim=True) + 1e-20)
-    return gates, visits, scores / scores.sum(-1, keepdim=True)
+    return gates, visits, scores / (scores.sum(-1, keepdim=True) + 1e-20)
 
 
 def expert_choice(logits: Tensor, K: int, bias: Tensor | None):

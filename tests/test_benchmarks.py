@@ -379,8 +379,8 @@ def test_curves_are_drawn_from_logs(tmp_path):
            {"step": 1, "seconds": 1.5, "validation_loss": 1.0}]  # fmt: skip
     (tmp_path / "run").mkdir()
     (tmp_path / "run/log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-    curves.main(curves.Options(runs=(tmp_path / "run",), axis="flops", out=tmp_path / "curves"))
-    assert (tmp_path / "curves.svg").exists()
+    curves.main(curves.Options(runs=(tmp_path / "run",), axis="flops", out=tmp_path / "lr0.1"))
+    assert (tmp_path / "lr0.1.svg").exists()
     training, validation = curves.points([{**row, "file": "x"} for row in log], "flops")
     assert (training, validation) == (([5.0], [2 / math.log(2)]), ([5.0], [1 / math.log(2)]))
 

@@ -117,6 +117,12 @@ def test_initialisation_is_the_papers():
     assert layer.out_proj.weight.abs().max() == pytest.approx(128**-0.5 / 4**0.5, rel=0.02)
 
 
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_the_state_is_as_precise_as_x(impl):
+    x, delta, A, B, C, h = arguments()
+    assert selective_scan(x, delta, A, B, C, torch.ones(3).double(), state=h.float(), impl=impl)[1].dtype == torch.float64
+
+
 def test_refuses_shapes_that_do_not_fit():
     x, delta, A, B, C, _ = arguments()
     with pytest.raises(ValueError, match="selective_scan: C is"):

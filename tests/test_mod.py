@@ -168,3 +168,13 @@ def test_top_k_in_evaluation_is_an_oracle_to_compare_with():
     mod.route = "topk"
     same(mod(x)[0], mod.train()(x)[0])
     assert not mod.eval().causal
+
+
+def test_scoring_leaves_the_router_alone():
+    """In half precision too: another thread may be scoring."""
+    lm = LM(Config(width=8, heads=2, layers="mod(mlp)", mod_route="predictor")).bfloat16().eval()
+    (block,) = lm.layers
+    seen = []
+    block.predictor[1].register_forward_pre_hook(lambda *_: seen.append(block.predictor[0].weight.dtype))
+    lm(torch.zeros(1, 5, dtype=torch.int64))
+    assert seen == [torch.bfloat16]

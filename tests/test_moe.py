@@ -155,3 +155,10 @@ def test_expert_without_tokens_gets_no_gradient_and_does_no_harm():
         assert results[-1][2][[0, 2, 3]].abs().sum() == 0
     for name, reference, fast in zip(("y", "dx", "dgate", "dup", "dout"), *results, strict=True):
         assert torch.allclose(fast, reference, rtol=1e-4, atol=1e-3), name
+
+
+def test_a_token_that_no_expert_wants_breaks_no_loss():
+    logits = torch.full((1, 3, 4), -200.0, requires_grad=True)  # whose sigmoid is 0 in fp32
+    gates, _, probabilities = sigmoid_bias(logits, 2, torch.zeros(4))
+    (gates.sum() + probabilities.sum()).backward()
+    assert logits.grad.isfinite().all()

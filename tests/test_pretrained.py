@@ -357,6 +357,13 @@ def test_a_window_that_is_not_told_is_what_the_class_has(name, entries, tmp_path
     assert windowed is None or ours.window == windowed
 
 
+@pytest.mark.parametrize("scaling", ["linear:factor=4", "llama3:factor=8,high=4,low=1,context=8192"])
+def test_rope_scaling_however_it_is_written(scaling, tmp_path):
+    lm, tokens = LM(Config(width=16, heads=2, layers="attention mlp", rope_scaling=scaling)), text()
+    save_pretrained(lm, tmp_path / "a")
+    torch.testing.assert_close(from_pretrained(tmp_path / "a")(tokens)[0], lm(tokens)[0])
+
+
 def test_a_loaded_model_trains_like_one_made_here(tmp_path):
     """What does not decay is known of the layer, not of the tensor, which loading and copying replace."""
     lm = from_pretrained(saved(theirs("mamba"), tmp_path / "a"))
@@ -398,6 +405,7 @@ def test_what_no_family_expresses_says_why(tmp_path):
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": "2"}}, "rope_scaling"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": -2}}, "rope_scaling"),
         ("llama", {"rope_parameters": [1]}, "rope_parameters"),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling: .* what rope_parameters says"),
         ("llama", {"rope_parameters": None, "rope_theta": "many"}, "rope_theta: 'many'"),
         ("llama", {"sliding_window": 8}, "sliding_window"),
         ("llama", {"use_magic": True}, "use_magic"),
@@ -410,6 +418,8 @@ def test_what_no_family_expresses_says_why(tmp_path):
         ("qwen3", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_window"),
         ("mistral", {"sliding_window": "8"}, "sliding_window"),
+        ("mistral", {"use_sliding_window": False}, "use_sliding_window"),  # of which the class knows nothing
+        ("mixtral", {"use_sliding_window": False}, "use_sliding_window"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv: 8.0"),
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise"),
         ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok: 9"),

@@ -347,6 +347,30 @@ def test_a_file_that_fails_half_way_is_as_it_was(tmp_path):
     assert not partial.exists()
 
 
+def test_what_a_killed_save_left_goes_away(tmp_path, monkeypatch):
+    left = tmp_path / "run/checkpoint.safetensors.partial"
+    left.mkdir(parents=True)
+    (left / ".tmp123").write_text("half")  # as safetensors names it
+    train.checkpoint.save(
+        tmp_path / "run", model := LM(Config(layers="mlp", width=8, heads=1)), adamw(model, 1e-3, 0.1), {"step": 1}
+    )
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["checkpoint.safetensors"]
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "run/checkpoint.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_file_that_cannot_be_had_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run_command(lambda _: (tmp_path / "no/such").write_text(""), lambda: None)
+    assert exit.value.code == 1
+    assert re.fullmatch(r"error: .*No such file or directory: '.*no/such'\n", capsys.readouterr().err)
+
+
+def test_a_validation_counts_what_was_spent(tmp_path, monkeypatch):
+    run("--data", "text", "--out", "run", *SMALL, "--steps", 4, "--eval-every", 3, "--log-every", 4, monkeypatch=monkeypatch)
+    assert [(row["step"], row["tokens"]) for row in log(tmp_path / "run") if "validation_loss" in row] == [(3, 192), (4, 256)]
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
     run("--data", "text", "--steps", 2, "--out", "run", *SMALL, monkeypatch=monkeypatch)
     before = (tmp_path / "run/checkpoint.safetensors").read_bytes()
