@@ -1,6 +1,6 @@
 """Is each part as fast as it should be without a kernel of its own?
 
-    python -m benchmarks.parts                  all four questions, about five minutes on two CPU cores
+    python -m benchmarks.parts                  all four questions, about four minutes on two CPU cores
     python -m benchmarks.parts --only scan      one of them: scan, moe, mod, trainer
 
 - scan: the selective scan, forward and backward, against a loop over the tokens and against mambapy's parallel scan
