@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import signal
 import sys
 import threading
@@ -88,10 +89,16 @@ def main(options: Options) -> None:
     signal.signal(signal.SIGINT, stop)
     bar = tqdm(total=1.0, bar_format="{percentage:3.0f}% |{bar:20}| {elapsed}<{remaining} {postfix}", mininterval=0.5)
     start = time.perf_counter() - done["seconds"]
-    lap, lap_step, losses = time.perf_counter(), step, []
+    lap, lap_step = time.perf_counter(), step
+    losses = [torch.tensor(loss, device=device) for loss in done.get("losses", [])]  # of steps that the log has not told of
 
     def spent() -> dict[str, float]:
-        return {"tokens": step * tokens_per_step, "flops": step * tokens_per_step * cost.training_flops}
+        tokens = step * tokens_per_step
+        return {"step": step, "seconds": time.perf_counter() - start, "tokens": tokens, "flops": tokens * cost.training_flops}
+
+    def save() -> None:
+        pending = {"losses": [loss.item() for loss in losses], "data": data.fingerprint}
+        checkpoint.save(run, model, optimizer, {"step": step, "seconds": time.perf_counter() - start, **pending})
 
     while not interrupted.is_set():
         seconds = time.perf_counter() - start
@@ -121,14 +128,13 @@ def main(options: Options) -> None:
             measured = {"loss": mean, "grad_norm": norm.item(), "lr": rate, "tokens_per_second": speed}
             layers = {name: value.item() for name, value in parts.items() if name != "cross_entropy"} | model.observations()
             refuse_nan(model, step, run)
-            write_log(run, {"step": step, "seconds": lap - start, **spent(), **measured, **layers})
+            write_log(run, {**spent(), **measured, **layers})
             bar.set_postfix_str(f"step {step}, loss {mean:.3f}, {speed:,.0f} tokens/s", refresh=False)
             bar.update(min(progress, 1.0) - bar.n)
         if options.eval_every and step % options.eval_every == 0 and step < last_step:
             refuse_nan(model, step, run)
-            now = {"step": step, "seconds": time.perf_counter() - start}
-            said = report(run, evaluate(model, data, options, autocast), {**now, **spent()})
-            checkpoint.save(run, model, optimizer, {**now, "data": data.fingerprint})
+            said = report(run, spent(), evaluate(model, data, options, autocast))
+            save()
             bar.write(said)
             lap, lap_step = time.perf_counter(), step
         if options.sample_every and step % options.sample_every == 0 and step < last_step:
@@ -136,16 +142,16 @@ def main(options: Options) -> None:
             lap, lap_step = time.perf_counter(), step
 
     bar.close()
-    seconds = time.perf_counter() - start
+    now = spent()
     refuse_nan(model, step, run)
-    checkpoint.save(run, model, optimizer, {"step": step, "seconds": seconds, "data": data.fingerprint})
+    save()
     signal.signal(signal.SIGINT, at_interrupt)
     if interrupted.is_set():
-        print(f"\ninterrupted at step {step} and saved; to go on: python train.py --resume {run}")
+        print(f"\ninterrupted at step {step} and saved; to go on: python train.py --resume {shlex.quote(str(run))}")
         sys.exit(130)
-    print(report(run, evaluate(model, data, options, autocast), {"step": step, "seconds": seconds, **spent()}))
+    print(report(run, now, evaluate(model, data, options, autocast)))
     print(text := sample(model, data, options.prompt))
-    more = f"; more of it: python -m minimodels.sample {run} --prompt {options.prompt!r}"
+    more = f"; more of it: python -m minimodels.sample {shlex.quote(str(run))} --prompt {shlex.quote(options.prompt)}"
     print(f"\nsaved in {run}" + more * (not text.startswith("no sample")))
 
 
@@ -166,7 +172,7 @@ def evaluate(model: LM, data: Text | Task, options: Options, autocast: torch.aut
     return scores | {"bits_per_byte": nats / math.log(2)} if isinstance(data, Text) else scores
 
 
-def report(run: Path, scores: dict[str, float], spent: dict[str, float]) -> str:
+def report(run: Path, spent: dict[str, float], scores: dict[str, float]) -> str:
     """Put the scores of a validation, and what was `spent` on them, into the log, and into a line for the reader."""
     write_log(run, {**spent, **scores})
     bits = f"{scores['bits_per_byte']:.3f} bits per byte, " if "bits_per_byte" in scores else ""
@@ -191,7 +197,8 @@ def sample(model: LM, data: Text | Task, prompt: str) -> str:
 def refuse_nan(model: LM, step: int, run: Path) -> None:
     """Stop before a broken model is saved over a whole one."""
     if not sum(parameter.detach().sum() for parameter in model.parameters()).isfinite():
-        kept = f"the last checkpoint is whole: --resume {run}" if (run / checkpoint.FILE).exists() else "nothing was saved"
+        saved = (run / checkpoint.FILE).exists()
+        kept = f"the last checkpoint is whole: --resume {shlex.quote(str(run))}" if saved else "nothing was saved"
         sys.exit(f"the weights are not finite at step {step}; a lower lr may help; {kept}")
 
 

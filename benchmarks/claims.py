@@ -14,6 +14,7 @@ GPU `--impl triton` trains with the kernels.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ from minimodels.config import PRESETS
 from minimodels.data import open_data
 from minimodels.layers import choose
 from minimodels.ledger import ledger
-from minimodels.measure import write
+from minimodels.measure import check_writable, write
 from minimodels.mod import MixtureOfDepths
 
 from . import table
@@ -243,7 +244,7 @@ def main(options: Options) -> None:
         raise InputError("claim", options.claim, ", ".join(CLAIMS))
     if options.size not in ("auto", "cpu", "gpu"):
         raise InputError("size", options.size, "auto, cpu, gpu")
-    if options.seeds < 0 or not options.scale > 0:
+    if options.seeds < 0 or not 0 < options.scale < math.inf:
         raise InputError("seeds, scale", (options.seeds, options.scale), "0 or more, and a positive number")
     device = pick_device(options.device)
     keep_freed_memory()
@@ -254,7 +255,8 @@ def main(options: Options) -> None:
         run.config = replace(run.config, impl=options.impl)
         run.steps = max(1, round(options.scale * run.steps))
     seeds = range(options.seeds or claim.seeds)
-    rows: list[dict] = []
+    rows, out = [], options.out / f"claim-{options.claim}.jsonl"
+    check_writable(out)
     total = sum(run.steps * run.batch * run.context for run in claim.runs) * len(seeds)
     with tqdm(total=total, unit="token", unit_scale=True, mininterval=1) as bar:
         for seed in seeds:
@@ -267,9 +269,9 @@ def main(options: Options) -> None:
                     "size": "cpu" if small else "gpu", "layers": run.config.layers, "data": run.data,
                 }  # fmt: skip
                 rows += rows_of(records, claim.panels, shared)
-                write(options.out / f"claim-{options.claim}.jsonl", rows, device)
+                write(out, rows, device)
     summarise(rows)
-    print(f"written to {options.out / f'claim-{options.claim}.jsonl'}")
+    print(f"written to {out}")
 
 
 def rows_of(records: list[dict], panels: list[Panel], shared: dict) -> list[dict]:

@@ -63,7 +63,7 @@ def prefill(model: LM, context: int, batch: int, provider: Provider) -> Callable
     @torch.inference_mode()
     def call() -> tuple:
         x, state = model.features(tokens)
-        return model.head(x[:, -1]), state
+        return model.logits(x[:, -1]), state
 
     return call
 

@@ -27,7 +27,7 @@ from minimodels import LM, Config, InputError
 from minimodels.command import keep_freed_memory, pick_device, run_command
 from minimodels.ledger import ledger
 from minimodels.mamba import recurrence
-from minimodels.measure import interleave, peak_memory, ratio, write
+from minimodels.measure import check_writable, interleave, peak_memory, ratio, write
 from minimodels.moe import MoE
 from minimodels.optim import adamw
 from minimodels.scan import scan
@@ -230,6 +230,7 @@ def main(options: Options) -> None:
     if options.only and options.only not in QUESTIONS:
         raise InputError("only", options.only, ", ".join(QUESTIONS))
     rows, device = [], pick_device(options.device)
+    check_writable(options.out)
     for name, measure in QUESTIONS.items():
         if options.only in ("", name):
             if name != "scan":  # which asks both ways

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from minimodels import InputError, from_pretrained
 from minimodels.command import keep_freed_memory, run_command
 from minimodels.loss import IGNORE
-from minimodels.measure import interleave, ratio, write
+from minimodels.measure import check_writable, interleave, ratio, write
 from minimodels.sample import Sampling, generate
 
 D, DEPTH, H, V, WIDE = 256, 4, 4, 256, 704
@@ -242,6 +242,7 @@ def main(options: Options) -> None:
             raise InputError(field, values, "2 or more")
     if importlib.util.find_spec("transformers") is None:
         raise InputError("transformers", "not installed", "pip install transformers")
+    check_writable(options.out)
     from transformers import logging
 
     logging.set_verbosity_error()

@@ -48,6 +48,8 @@ def main(options: Options) -> None:
     model, tokens = load_model(options.run).eval(), Bytes().encode(options.text)
     if not len(tokens):
         raise InputError("text", options.text, "at least one character")
+    if model.config.vocab <= int(tokens.max()):
+        raise InputError("run", str(options.run), "one that was trained on text")
     layers = trace(model, tokens, options.route)
     if not layers:
         raise InputError("run", str(options.run), "a model with moe layers or mod(...) groups")

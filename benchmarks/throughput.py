@@ -33,7 +33,7 @@ from minimodels.command import has_bfloat16, keep_freed_memory, pick_device, run
 from minimodels.config import PRESETS
 from minimodels.layers import choose
 from minimodels.ledger import Ledger, ledger
-from minimodels.measure import ceilings, interleave, peak_bytes, synchronise, write
+from minimodels.measure import ceilings, check_writable, interleave, peak_bytes, synchronise, write
 
 from .crossover import overtaking
 from .modes import BACKENDS, DECODED, MODES, Provider, run
@@ -134,8 +134,9 @@ def check(options: Options) -> torch.device:
     for name in ("rounds", "sweeps", "decode_batch", "shortest"):
         if getattr(options, name) < 1:
             raise InputError(name, getattr(options, name), "1 or more")
-    if not options.models and not options.layers:
-        raise InputError("models", (), ", ".join(PRESETS))
+    for name, given, accepted in (("models", options.models + options.layers, PRESETS), ("modes", options.modes, MODES)):
+        if not given:
+            raise InputError(name, given, ", ".join(accepted))
     device = pick_device(options.device)
     for impl in options.impl:
         if impl not in BACKENDS:
@@ -144,6 +145,7 @@ def check(options: Options) -> torch.device:
             raise InputError("impl", impl, f"auto, reference or torch, for the device is {device.type}")
     if not options.impl:
         raise InputError("impl", (), ", ".join(["auto, reference, torch, triton", *BACKENDS]))
+    check_writable(options.out)
     return device
 
 

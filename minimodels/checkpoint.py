@@ -33,7 +33,7 @@ PARTS = ("model.", "optimizer.", "random.")
 
 def save(run: Path, model: LM, optimizer: torch.optim.Optimizer, progress: dict) -> None:
     """Write the whole state of a training run; `progress` is any JSON object. Raises InputError where it cannot be written."""
-    tensors = {f"model.{name}": tensor for name, tensor in weights(model).items()}
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value
@@ -57,7 +57,7 @@ def load(run: Path, model: LM, optimizer: torch.optim.Optimizer | None = None) -
     Returns the `progress` that was saved. Raises InputError on a file that is missing, damaged, or of another model.
     """
     path = run / FILE
-    wanted = weights(model)
+    wanted = model.state_dict()
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
@@ -147,17 +147,6 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
                 given, accepted = f"{prefix}{key} {shape(value)}", f"the shape of its parameter, {shape(parameters[name])}"
                 raise InputError("checkpoint", given, accepted)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, a tied one once."""
-    seen: set[int] = set()
-    unique = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen or not tensor.numel():
-            unique[name] = tensor
-        seen.add(tensor.data_ptr())
-    return unique
 
 
 def shape(tensor: Tensor | None) -> str:

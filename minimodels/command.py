@@ -50,7 +50,9 @@ def fail(message: str, status: int) -> NoReturn:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether memory is what was lacking: on a CPU PyTorch has no class for it."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        reason in str(error) for reason in ("can't allocate memory", "Storage size calculation overflowed")
+    )
 
 
 def pick_device(name: str) -> torch.device:

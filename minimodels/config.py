@@ -139,9 +139,8 @@ class Config:
         if self.experts_per_token > self.experts:
             raise InputError("experts_per_token", self.experts_per_token, f"1 to experts {self.experts}")
         if self.experts_per_token == 1 and self.router in ("softmax_topk", "sigmoid_bias"):
-            raise InputError(
-                "router", self.router, "softmax, for one gate that is made to sum to one teaches the router nothing"
-            )
+            accepted = "2 or more, or router softmax: a single gate that is made to be one teaches the router nothing"
+            raise InputError("experts_per_token", self.experts_per_token, accepted)
 
     @property
     def depth(self) -> int:
@@ -240,7 +239,7 @@ def parse_layers(text: str) -> Layers:
             found = (name,)
         if tokens[:1] == ["*"]:
             count = tokens[1] if len(tokens) > 1 else ""
-            if not count.isdecimal() or not int(count):
+            if not re.fullmatch(r"0*[1-9]\d{,8}", count):
                 raise InputError("layers", text, accepted)
             del tokens[:2]
             if len(found) * int(count) > MOST_LAYERS:

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import itertools
 import os
+import re
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -172,7 +173,7 @@ def parse_options(text: str, task: type) -> dict[str, int]:
     options = {}
     for option in filter(None, text.split(",")):
         key, _, value = option.partition("=")
-        if key not in known or not value.isdecimal() or not 0 < int(value) <= LARGEST:
+        if key not in known or not re.fullmatch(r"\d{1,10}", value) or not 0 < int(value) <= LARGEST:
             raise InputError("data", option, f"name=number with a name of {', '.join(known)}")
         options[key] = int(value)
     return options

@@ -11,10 +11,11 @@ A new architecture joins with one line in LAYERS (or WRAPPERS, if it holds other
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Config, InputError, Layers, parse_layers
-from .layers import Residual, RMSNorm, Stack
+from .layers import Residual, RMSNorm, Stack, flops, linear
 from .loss import linear_cross_entropy
 from .mamba import Mamba
 from .mod import MixtureOfDepths
@@ -60,11 +61,7 @@ class LM(nn.Module):
         self.layers = build(config, parse_layers(config.layers))
         self.routers = [module for module in self.layers.modules() if hasattr(module, "causal")]  # which may not be causal
         self.norm = RMSNorm(config.width, config.norm_eps)
-        self.head = nn.Linear(config.width, self.embedding.num_embeddings, bias=False)
-        if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
-        else:
-            nn.init.normal_(self.head.weight, std=config.init_std)
+        self.head = None if config.tie_embeddings else linear(config.width, config.vocab or 256, config.init_std)
 
     def forward(self, tokens: Tensor, state: list | None = None, positions: Tensor | None = None):
         """tokens (B, T), state and positions as in the layer contract -> logits (B, T, V), state.
@@ -72,16 +69,25 @@ class LM(nn.Module):
         Raises InputError where a state is carried into layers that are not causal, ValueError on another shape.
         """
         x, state = self.features(tokens, state, positions)
-        return self.head(x), state
+        return self.logits(x), state
 
     def features(self, tokens: Tensor, state: list | None = None, positions: Tensor | None = None):
         """What the head sees (B, T, D), and the state. Arguments and errors as in forward."""
-        if tokens.ndim != 2 or not tokens.shape[1]:
-            raise ValueError(f"tokens are {tuple(tokens.shape)}; accepted: (B, T), T 1 or more")
+        if tokens.ndim != 2 or not tokens.numel():
+            raise ValueError(f"tokens are {tuple(tokens.shape)}; accepted: (B, T), both 1 or more")
         if state is not None and not self.causal:
             raise InputError("state", "carried", "None, for a layer routes over the whole sequence: eval(), or another router")
         x, state = self.layers(self.embedding(tokens), state, positions)
         return self.norm(x), state
+
+    def logits(self, x: Tensor) -> Tensor:
+        """What the head makes of `features`: (..., D) -> (..., V)."""
+        return F.linear(x, self.head_weight)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's matrix (V, D): its own, or the embedding's where they are tied."""
+        return (self.head or self.embedding).weight
 
     def loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to minimise, and its parts, detached: "cross_entropy" in nats per predicted token, the layers' own.
@@ -91,7 +97,7 @@ class LM(nn.Module):
         if targets.shape != tokens.shape:
             raise ValueError(f"targets are {tuple(targets.shape)}; accepted: the shape of tokens, {tuple(tokens.shape)}")
         x, _ = self.features(tokens)
-        cross_entropy = linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), self.config.impl)
+        cross_entropy = linear_cross_entropy(x.flatten(0, 1), self.head_weight, targets.flatten(), self.config.impl)
         auxiliary = [item for module in self.layers.modules() for item in getattr(module, "auxiliary_losses", {}).items()]
         if self.config.balance == "pooled":
             auxiliary.append(("balance", self.config.balance_loss * pooled_imbalance(self.layers)))
@@ -111,6 +117,10 @@ class LM(nn.Module):
         for module in self.layers.modules():
             if hasattr(module, "after_step"):
                 module.after_step()
+
+    def flops(self, context: int) -> float:
+        """Forward FLOPs per token: those of the layers and of the head's product."""
+        return flops(self.layers, context) + 2 * self.head_weight.numel()
 
     def observations(self) -> dict[str, list]:
         """What the layers recorded in their last forward pass, one entry per layer that recorded it."""

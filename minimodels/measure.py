@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from .command import has_bfloat16
+from .config import InputError
 
 Timings = dict[str, list[float]]  # provider -> seconds of one call, one per round
 
@@ -115,9 +116,17 @@ def processor() -> str:
     return names[0].split(": ")[1] if names else platform.machine()
 
 
+def check_writable(path: Path) -> None:
+    """Raise InputError where rows could not be written to a file, before they are measured. It is made, with its folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise InputError("out", str(path), f"a file that can be written ({error.strerror})") from None
+
+
 def write(path: Path, rows: list[dict], device: torch.device) -> None:
     """Write rows as JSON lines, each with the environment it was measured in."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     shared = environment(device)
     path.write_text("".join(json.dumps({**shared, **row}) + "\n" for row in rows))
 

@@ -6,14 +6,17 @@ The defaults are those of a preset and a size, or the options of the run that is
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import math
-import os
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
 
+from .checkpoint import FILE as CHECKPOINT
 from .config import LARGEST, Config, InputError, check_types, preset
 from .optim import SCHEDULES
 
@@ -117,7 +120,7 @@ def parse(description: str) -> Options:
     heads its help."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--model", "--size", "--resume"):
-        first.add_argument(name)
+        first.add_argument(name, nargs="?")
     named, _ = first.parse_known_args()
     if named.resume is None:
         model = "transformer" if named.model is None else named.model
@@ -162,16 +165,25 @@ def label(options: Options) -> str:
 
 
 def new_folder(options: Options) -> Path:
-    """The folder of a new run: the one named, if it is empty, or the first free name."""
-    if options.out is None:
-        names = (Path("runs") / f"{label(options)}{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 10_000))))
-        run = next(name for name in names if not name.exists())
-    else:
-        run = options.out
+    """The folder of a new run, made: the one named, if it is new or empty, or the first free name."""
+    named = options.out or Path("runs") / label(options)
     try:
-        if os.path.lexists(run) and (not run.is_dir() or any(run.iterdir())):
-            raise InputError("out", str(run), f"a new or empty folder; to go on with the run in it: --resume {run}")
-        run.mkdir(parents=True, exist_ok=True)
+        named.parent.mkdir(parents=True, exist_ok=True)
+        if options.out is None:
+            return make_first(named)
+        named.mkdir(exist_ok=True)
+        if any(named.iterdir()):
+            more = f"; to go on with the run in it: --resume {shlex.quote(str(named))}" * (named / CHECKPOINT).exists()
+            raise InputError("out", str(named), f"a new or empty folder{more}")
     except OSError as error:
-        raise InputError("out", str(run), f"a folder that can be made ({error.strerror})") from None
-    return run
+        raise InputError("out", str(named), f"a folder that can be made ({error.strerror})") from None
+    return named
+
+
+def make_first(named: Path) -> Path:
+    """Make a folder of this name, or with -2, -3 and so on: runs that start at once each make their own."""
+    for number in itertools.count(1):
+        folder = named if number == 1 else named.with_name(f"{named.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder

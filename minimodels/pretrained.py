@@ -70,8 +70,6 @@ def from_pretrained(
         if dtype is None:
             dtype = DTYPES[files[family.whole["embedding"] + ".weight"].dtype]
         model = model.to(dtype).to_empty(device=device)
-        if config.tie_embeddings:  # which a change of dtype has undone
-            model.head.weight = model.embedding.weight
         for buffer in model.buffers():
             buffer.zero_()
         for name, tensor in published_tensors(model, family).items():

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .checkpoint import load_model
 from .command import pick_device, run_command
-from .config import InputError
+from .config import InputError, check_types
 from .lm import LM
 from .pretrained import from_pretrained
 from .tokenizer import Bytes, TokenizerFile
@@ -39,6 +39,7 @@ class Sampling:
     """keep tokens at least this fraction as likely as the likeliest (arXiv:2407.01082)"""
 
     def __post_init__(self):
+        check_types(self)
         if not self.temperature >= 0:
             raise InputError("temperature", self.temperature, "0 or more")
         if self.top_k < 0:
@@ -62,9 +63,11 @@ def generate(model: LM, prompts: list[Tensor], count: int, sampling: Sampling = 
     if count < 0:
         raise InputError("tokens", count, "0 or more")
     vocab = model.embedding.num_embeddings
-    if not prompts or not all(len(prompt) for prompt in prompts):
-        raise InputError("prompt", "", "at least one token")
+    if not prompts:
+        raise InputError("prompts", prompts, "at least one")
     for prompt in prompts:
+        if prompt.dtype != torch.int64 or prompt.ndim != 1 or not len(prompt):
+            raise InputError("prompt", f"{list(prompt.shape)} {prompt.dtype}", "int64 ids of one or more tokens, (T,)")
         if not 0 <= int(prompt.min()) <= int(prompt.max()) < vocab:
             raise InputError("prompt", prompt.tolist(), f"token ids 0 to {vocab - 1}")
     return continue_prompts(model, prompts, count, sampling, seed)
@@ -84,7 +87,7 @@ def continue_prompts(model: LM, prompts: list[Tensor], count: int, sampling: Sam
     state, last, rows = None, lengths - 1, torch.arange(len(prompts))  # `last`: where in the chunk each row's text ends
     for _ in range(count):
         x, state = model.features(tokens, state, positions)
-        token = pick(model.head(x[rows, last]), sampling, generators)  # (B,)
+        token = pick(model.logits(x[rows, last]), sampling, generators)  # (B,)
         yield token
         tokens, positions, last = token[:, None], None, torch.zeros_like(last)
 

@@ -439,6 +439,7 @@ def test_without_kernels_none_is_asked_for(tmp_path):
     ("main", "options", "message"),
     [
         (throughput.main, throughput.Options(modes=("guess",)), "modes: 'guess' .* train, prefill, decode"),
+        (throughput.main, throughput.Options(modes=()), "modes: .* train, prefill, decode"),
         (throughput.main, throughput.Options(models=("gpt",)), "model: 'gpt' .* transformer"),
         (throughput.main, throughput.Options(match="weight"), "match: 'weight'"),
         (throughput.main, throughput.Options(longest=100), "longest: 100 .* 256 or more"),
@@ -451,6 +452,10 @@ def test_without_kernels_none_is_asked_for(tmp_path):
         (peers.main, peers.Options(lengths=(1,)), "lengths: .* 2 or more"),
         (claims.main, claims.Options(claim="luck"), "claim: 'luck' .* copying"),
         (claims.main, claims.Options(claim="copying", size="big"), "size: 'big'"),
+        (claims.main, claims.Options(claim="copying", scale=math.inf), "scale"),
+        (claims.main, claims.Options(claim="copying", out=Path(__file__)), "out: .* a file that can be written"),
+        (throughput.main, throughput.Options(out=Path(__file__).parent), "out: .* a file that can be written"),
+        (parts.main, parts.Options(out=Path(__file__).parent), "out: .* a file that can be written"),
         (kernels.main, kernels.Options(only="fft"), "only: 'fft' .* rmsnorm"),
         (kernels.main, kernels.Options(rounds=0), "rounds: 0"),
         (throughput.main, throughput.Options(shortest=512, longest=256, device="cpu"), "longest: 256 .* 512"),

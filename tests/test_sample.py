@@ -88,7 +88,8 @@ def test_no_temperature_is_too_low():
 
 
 @pytest.mark.parametrize(
-    "options", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"min_p": 1.1}]
+    "options",
+    [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_k": 2.5}, {"top_p": 0.0}, {"min_p": 1.1}],
 )
 def test_refuses_sampling(options):
     (name,) = options
@@ -98,9 +99,11 @@ def test_refuses_sampling(options):
 
 def test_refuses_prompts():
     lm = model("transformer")
-    for prompt in ([], [32], [-1]):
+    for prompt in (torch.arange(0), torch.tensor([32]), torch.tensor([-1]), torch.ones(3), torch.arange(4).view(1, 4)):
         with pytest.raises(InputError, match="prompt"):
-            next(generate(lm, [torch.tensor(prompt, dtype=torch.int64)], 1))
+            generate(lm, [prompt], 1)
+    with pytest.raises(InputError, match="prompts"):
+        generate(lm, [], 1)
     with pytest.raises(InputError, match="not causal"):
         next(generate(model("mod").train(), [torch.arange(3)], 1))
     lm = LM(preset("moe", router="expert_choice", vocab=32)).eval()

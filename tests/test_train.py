@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from minimodels import LM, Config, InputError
 from minimodels.command import run_command
 from minimodels.config import PRESETS
 from minimodels.optim import adamw
+from minimodels.options import make_first
 
 SMALL = (
     "--width 32 --heads 2 --experts 4 --context 32 --batch-size 2 --warmup 5 --eval-batches 1 --eval-every 0 --log-every 1"
@@ -86,10 +88,11 @@ def test_main_path(model, tmp_path, monkeypatch, capsys):
     ids=lambda arguments: arguments[1],
 )
 def test_resuming_is_exact(arguments, tmp_path, monkeypatch, capsys):
-    """Stopped after 4 of 8 steps and resumed, a run ends with the same bits as one that was not stopped."""
+    """Stopped after 4 of 8 steps and resumed, a run ends with the same bits as one that was not stopped, and logs the same."""
     if "--data" not in arguments:
         arguments = [*arguments, "--data", "text"]
-    run(*arguments, "--steps", 8, "--out", "whole", *SMALL, monkeypatch=monkeypatch)
+    arguments = [*arguments, "--steps", 8, *SMALL, "--log-every", 3]  # so that the log has not told of the fourth
+    run(*arguments, "--out", "whole", monkeypatch=monkeypatch)
 
     rate = train.learning_rate
 
@@ -101,17 +104,18 @@ def test_resuming_is_exact(arguments, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(train, "learning_rate", interrupt)
         with pytest.raises(SystemExit) as stopped:
-            run(*arguments, "--steps", 8, "--out", "parts", *SMALL, monkeypatch=monkeypatch)
+            run(*arguments, "--out", "its parts", monkeypatch=monkeypatch)
     assert stopped.value.code == 130
-    assert "--resume parts" in capsys.readouterr().out
+    assert "--resume 'its parts'" in capsys.readouterr().out
     torch.manual_seed(99)
-    run("--resume", "parts", monkeypatch=monkeypatch)
+    run("--resume", "its parts", monkeypatch=monkeypatch)
 
-    whole, parts = contents(tmp_path / "whole"), contents(tmp_path / "parts")
+    whole, parts = contents(tmp_path / "whole"), contents(tmp_path / "its parts")
     assert whole.keys() == parts.keys()
     assert [name for name in whole if whole[name] != parts[name]] == []
-    losses = [{r["step"]: r["loss"] for r in log(tmp_path / name) if "loss" in r} for name in ("whole", "parts")]
+    losses = [{r["step"]: r["loss"] for r in log(tmp_path / name) if "loss" in r} for name in ("whole", "its parts")]
     assert losses[0] == losses[1]
+    assert losses[0].keys() == {3, 6, 8}
 
 
 def test_an_interrupt_at_the_end_waits_for_the_last_checkpoint(tmp_path, monkeypatch, capsys):
@@ -190,6 +194,12 @@ def test_a_new_run_takes_a_new_name(tmp_path, monkeypatch):
     assert sorted(folder.name for folder in (tmp_path / "runs").iterdir()) == ["transformer", "transformer-2"]
 
 
+def test_runs_that_start_at_once_take_a_name_each(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(make_first, [tmp_path / "run"] * 8))
+    assert {folder.name for folder in folders} == {"run", *(f"run-{n}" for n in range(2, 9))}
+
+
 def test_decay_touches_matrices_only():
     from minimodels import LM, preset
     from minimodels.optim import adamw
@@ -215,7 +225,7 @@ REFUSED = [
     (["--data", "missing"], "data: 'missing'", "stdlib, a file, a folder"),
     (["--data", "empty"], "data: '0 bytes of training text'", "context + 1"),
     (["--data", "short"], "data: ", "context + 1"),
-    (["--out", "taken"], "out: 'taken'", "a new or empty folder"),
+    (["--out", "taken"], "out: 'taken'", "a new or empty folder\n"),  # there is nothing to resume
     (["--resume", "nowhere"], "resume: 'nowhere'", "the folder of a training run"),
     (["--device", "warp"], "device: 'warp'", "auto, cpu"),
     (["--impl", "triton", "--device", "cpu"], "impl: 'triton'", "auto, reference or torch"),
@@ -226,13 +236,14 @@ REFUSED = [
     (["--tokens", "inf"], "tokens: inf", "above 0"),
     (["--out", "text/run"], "out: 'text/run'", "a folder that can be made"),
     (["--layers", "mlp*99999999"], "layers: 'mlp*99999999'", "at most 10000 layers"),
+    (["--layers", "mlp*" + "9" * 5000], "layers: 'mlp*9999", "groups and repeats"),
     (["--layers", "(" * 3000], "layers: '((((", "nested at most 50 deep"),
     (["--layers", "mod(" * 51 + "mlp" + ")" * 51], "layers: 'mod(", "nested at most 50 deep"),
     (["--rope-scaling", ":"], "rope_scaling: ':'", "linear:factor=NUMBER"),
     (["--rope-scaling", "linear:factor=four"], "rope_scaling: 'linear", "linear:factor=NUMBER"),
     (["--rope-scaling", "linear:factor=4,factor=5"], "rope_scaling: 'linear", "linear:factor=NUMBER"),
     (["--seed", str(10**30)], "seed: 1", "below 2^63"),
-    (["--model", "moe", "--experts-per-token", "1"], "router: 'softmax_topk'", "softmax"),
+    (["--model", "moe", "--experts-per-token", "1"], "experts_per_token: 1", "2 or more, or router softmax"),
     (["--data", "x" * 5000], "data: 'xxx", "files that can be read"),
     (["--minutes", "-1"], "minutes: -1.0", "above 0"),
     (["--tokens", "10"], "tokens", "enough for one step of 2048 tokens"),
@@ -240,10 +251,11 @@ REFUSED = [
     (["--prompt", ""], "prompt: ''", "at least one character"),
     (["--eval-batches", str(10**30)], "eval_batches: 1000", "1 to 2147483647"),
     (["--data", "mqar:pears=3"], "data: 'pears=3'", "pairs, vocab"),
+    (["--data", "mqar:pairs=" + "9" * 5000], "data: 'pairs=9", "pairs, vocab"),
 ]
 
 
-@pytest.mark.parametrize("arguments, field, accepted", REFUSED, ids=[" ".join(row[0]) for row in REFUSED])
+@pytest.mark.parametrize("arguments, field, accepted", REFUSED, ids=[" ".join(row[0])[:60] for row in REFUSED])
 def test_bad_input_is_one_line(arguments, field, accepted, tmp_path, monkeypatch, capsys):
     """Each names the field, the value and what is accepted, exits with status 2, and leaves nothing behind."""
     (tmp_path / "empty").touch()

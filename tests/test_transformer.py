@@ -11,7 +11,7 @@ import torch
 import torch.multiprocessing  # which teaches the pickler to share tensors
 from models import SHAPE, make, same
 
-from minimodels import Config
+from minimodels import LM, Config
 from minimodels.layers import RMSNorm, rotary, rotate
 from minimodels.transformer import Attention, attention
 
@@ -249,3 +249,13 @@ def test_state_of_attention_counts_what_it_has_seen():
     _, state = layer(torch.randn(2, 2, D), state, torch.tensor([[4, 6], [5, -1]]))  # from here on with gaps
     assert state.seen.tolist() == [7, 6]
     assert state.positions.tolist() == [[0, 1, 2, 3, 4, 6], [-1, 0, 1, 2, 3, 5]]
+
+
+def test_tied_embeddings_stay_one_matrix():
+    """However a model is moved or loaded: the head has no other."""
+    lm = LM(Config(layers="mlp", vocab=5, width=8, heads=1))
+    logits = lm(tokens := torch.arange(5)[None])[0]
+    other = LM(lm.config).to("meta").to_empty(device="cpu")
+    other.load_state_dict(lm.state_dict(), assign=True)
+    torch.testing.assert_close(other(tokens)[0], logits)
+    assert not any("head" in name for name in other.state_dict())
