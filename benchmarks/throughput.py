@@ -21,6 +21,7 @@ import statistics
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -199,11 +200,14 @@ def matched(options: Options) -> dict[str, Config]:
 def match(config: Config, base: Config, axis: Callable[[Ledger], float]) -> Config:
     """The width, a multiple of 8, at which the model comes closest to the base on the axis.
 
-    Its heads keep their size, and the rank of Mamba's step size is a multiple of 8 too, as tensor cores want it.
+    Its heads keep their size, and the rank of Mamba's step size is a multiple of 8 too, as tensor cores want it. Widths that a
+    layer of it refuses are left out.
     """
     head_dim, target = config.head_dim or config.width // config.heads, axis(ledger(base, FIRST))
-    widths = range(8, 4 * base.width + 1, 8)
-    candidates = [replace(config, width=width, head_dim=head_dim, dt_rank=8 * -(-width // 128)) for width in widths]
+    candidates = []
+    for width in range(8, 4 * base.width + 1, 8):
+        with suppress(InputError):
+            candidates.append(replace(config, width=width, head_dim=head_dim, dt_rank=8 * -(-width // 128)))
     # costs grow with the width
     first = bisect_left(candidates, target, hi=len(candidates) - 1, key=lambda c: axis(ledger(c, FIRST)))
     return min(candidates[max(0, first - 1) : first + 1], key=lambda c: abs(axis(ledger(c, FIRST)) - target))

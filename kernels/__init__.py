@@ -29,10 +29,10 @@ if INSTALLED and INTERPRETED and TorchVersion(version("triton")) < (3, 7) and To
 def require(operation: str, device: torch.device) -> None:
     """Raise InputError unless `operation` has a kernel that runs on `device`."""
     accepted = "auto, reference or torch"
-    if not INSTALLED:
-        raise InputError("impl", "triton", f"{accepted}, for the package triton is not installed")
     if operation not in OPERATIONS:
         raise InputError("impl", "triton", f"{accepted}, for {operation} has no kernel")
+    if not INSTALLED:
+        raise InputError("impl", "triton", f"{accepted}, for the package triton is not installed")
     if device.type != "cuda" and not INTERPRETED:
         reason = f"Triton compiles only for a GPU and the device is {device.type}; TRITON_INTERPRET=1 interprets it, slowly"
         raise InputError("impl", "triton", f"{accepted}, for {reason}")

@@ -1,32 +1,37 @@
 """The few parts that every architecture shares: normalisation, linear maps, rotary positions, the residual stack.
 
-The layer contract. Every sequence layer is an `nn.Module` with
+The layer contract. Every sequence layer is an `nn.Module`, made as `Layer(config)`, with
 
     forward(x: (B, T, D), state=None, positions=None, memo=None) -> (y: (B, T, D), state)
 
-T is 1 or more. `state` is all that the layer remembers of the tokens before x (None: there were none). Training passes None,
-prefill is one long chunk, decoding is T = 1: there is no second path for inference. A state that was handed out never
-changes: states may use the same memory, yet one can go on from any of them, more than once.
+x is the normed residual stream, y what a `Residual` adds to it. T is 1 or more. `state` is all that the layer remembers of the
+tokens before x (None: there were none). Training passes None, prefill is one long chunk, decoding is T = 1: there is no second
+path for inference. A state that was handed out never changes: states may use the same memory, yet one can go on from any of
+them, more than once.
 
 `positions` (B, T) int64 says where each token stands in its row's text, and -1 marks padding, which stands only behind a row's
-last token and touches no state. None means that x goes on where the state ended. Mixture-of-depths needs both: it hands its
-group a few tokens at their original positions, and in a batch a different number of them per row.
+last token and touches no state; a row may hold nothing else. What y is there does not matter, but it is finite. None means that
+x goes on where the state ended. Mixture-of-depths needs both: it hands its group a few tokens at their original positions, and
+in a batch a different number of them per row.
 
 `memo` is a dictionary that a stack makes for one forward pass and hands to its layers in turn: what follows from the positions
-alone, such as rotary angles, is computed by the first layer that needs it. None: the layer stands alone. Wrappers are not given
-it, for the stack within has positions of its own.
+alone, such as rotary angles, is computed by the first layer that needs it. None: the layer stands alone.
+
+A wrapper, made as `Wrapper(config, group)` around a `Stack`, stands in the residual stream itself: its y is what becomes of x.
+It is not given the memo, for the stack within has positions of its own.
 
 What else a layer may have, and the model then asks for by name:
 
 - two dictionaries of tensors that tell of its last forward: `auxiliary_losses`, already weighted, which are added to the loss;
-  `observed`, detached, which the training log records
+  `observed`, detached, which the training log records. (A wrapper that runs its group more than once adds them up.)
 - `causal`, whether no token depends on a later one in the present mode, if that is not always so
-- `after_step()`, called once after each optimizer step
+- `after_step()`, called once after each optimizer step; no graph is kept beyond it, so that a model can be copied
 - `forget()`, called where a forward pass leaves it out: it then tells of nothing, and not of an older pass
 - `no_weight_decay`, the names of its matrices that are not to decay
 - `operations`, the names of those for which `impl` chooses a path
-- `flops(context)`, `state_bytes(context, itemsize)` and, where tokens meet only part of it, `idle_parameters()`, if it costs
-  anything but its `nn.Linear` parts
+- `flops(context)`, as PyTorch's counter finds them on the torch path, `state_bytes(context, itemsize)` and, where tokens meet
+  only part of it, `idle_parameters()`, if it costs anything but its `nn.Linear` parts. To count, models are made on the meta
+  device, where tensors have no values.
 """
 
 from __future__ import annotations
@@ -50,7 +55,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width)) if learned else None  # None: w = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (self.width,), self.weight, self.eps)
+        weight = None if self.weight is None else self.weight.to(x.dtype)  # another type than that of x takes a slow path
+        return F.rms_norm(x, (self.width,), weight, self.eps)
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float, update: Tensor | None = None, impl: str = "auto") -> tuple[Tensor, Tensor]:
@@ -116,6 +122,7 @@ def rotary(positions: Tensor, head_dim: int, base: float, scaling: str = "") -> 
     RoPE, arXiv:2104.09864, with the frequencies θ_j = base^(-2j/d), which `scaling` lowers in the terms of Config.rope_scaling,
     and the pairs (x_j, x_{j+d/2}): the first of a pair is turned with -sin, the second with sin. This is an operation of its
     own because a compiler would not keep what is so cheap: it would compute it anew in each rotation, for every head and row.
+    Angles are in fp32, as published models have them: those of position 100,000 may be off by 0.004.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     frequencies = slow((base**exponents).reciprocal(), scaling)  # (d/2,)

@@ -188,8 +188,8 @@ def read_rope(entries: Entries, base: float) -> dict[str, object]:
     kind = rope.pop("rope_type", kind)
     if not isinstance(kind, str) or kind not in ROPE:
         raise InputError("config.json rope_type", kind, ", ".join(ROPE))
-    if type(theta) not in (int, float) or not 0 < theta < float("inf"):
-        raise InputError("config.json rope_theta", theta, "a positive number")
+    if type(theta) not in (int, float) or not 0 < theta <= 1e300:
+        raise InputError("config.json rope_theta", theta, "a positive number up to 1e300")
     if kind == "llama3":
         rope.setdefault("original_max_position_embeddings", entries.get("max_position_embeddings"))
     if sorted(rope) != sorted(ROPE[kind]):

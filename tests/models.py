@@ -1,11 +1,12 @@
-"""The layers and models that every law is tested on. A new layer joins with one line in CASES."""
+"""The layers and models that every law is tested on. A new layer joins with one line in CASES; what its fields must be at a
+width of 16, or to have several chunks or windows in 23 tokens, stands in SHAPE."""
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from minimodels.config import PRESETS, Config, parse_layers
-from minimodels.lm import build
+from minimodels.lm import LAYERS, build
 
 SHAPE = {"width": 16, "heads": 4, "window": 5, "state_size": 4, "experts": 4, "capacity": 0.3}
 
@@ -34,12 +35,13 @@ CASES = {
     "moe, DeepSeek, shared biases": {"layers": "moe", "router": "sigmoid_bias", "shared_experts": 1, "mlp_bias": True},
     "mod, auxiliary loss": {"layers": "mod(attention mlp)", "mod_route": "router"},
     "mod, predictor": {"layers": "mod(attention mlp)", "mod_route": "predictor"},
+    **{f"mod around {name}": {"layers": f"mod({name})", "capacity": 0.75} for name in LAYERS},
     "mod around mamba and moe": {"layers": "mod(mamba moe)"},
-    "mod around a window": {"layers": "mod(window mlp)", "capacity": 0.75},
     "mod around a wide window": {"layers": "mod(window)", "window": 8},  # which holds the tokens but not their positions
     "mod around mod": {"layers": "mod(attention mod(mamba mlp))", "capacity": 0.5},
-    **{model: {"layers": layers(4)} for model, layers in PRESETS.items()},
+    **{f"{model} preset": {"layers": layers(4)} for model, layers in PRESETS.items()},
 }
+TOKENWISE = {"mlp", "moe"}  # layers that see a token alone
 NOT_CAUSAL = {  # name -> fields, training mode
     "mixture-of-depths in training": ({"layers": "mod(attention mlp)"}, True),
     "expert choice": ({"layers": "moe", "router": "expert_choice"}, False),

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from models import CASES, NOT_CAUSAL, SHAPE, make, same, tensors
+from models import CASES, NOT_CAUSAL, SHAPE, TOKENWISE, make, same, tensors
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from minimodels import LM, Config, InputError
@@ -152,19 +152,22 @@ def test_reference_equals_torch(case, training):
 
 
 @law
-def test_runs_in_bfloat16(case):
-    """A model cast to bfloat16 trains and carries its state, near what it computes in full precision."""
+@pytest.mark.parametrize("autocast", [False, True], ids=["cast", "autocast"])
+def test_runs_in_bfloat16(case, autocast):
+    """A model in bfloat16, or autocast to it, trains and carries its state, near what it computes in full precision."""
     stack, x = make(CASES[case]).train(), 0.5 * text()
     exact, _ = stack(x)
-    half = make(CASES[case]).bfloat16().train()
-    y, _ = half(x.bfloat16())
+    dtype = torch.float32 if autocast else torch.bfloat16
+    half, x = make(CASES[case]).to(dtype).train(), x.to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y, _ = half(x)
     y.float().square().mean().backward()
-    assert y.dtype == torch.bfloat16
+    assert y.dtype == dtype
     assert all(parameter.grad.isfinite().all() for parameter in half.parameters() if parameter.grad is not None)
     assert (y - exact).abs().median() < 0.1 * exact.abs().median()
-    with torch.no_grad():
-        _, state = half.eval()(x.bfloat16())
-        y, _ = half(x[:, :1].bfloat16(), state)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        _, state = half.eval()(x)
+        y, _ = half(x[:, :1], state)
     assert y.isfinite().all()
 
 
@@ -180,9 +183,9 @@ def test_compiles_to_one_graph(case):
 
 
 @law
-def test_ledger_equals_measurement(case):
+@pytest.mark.parametrize("context", [20, 160])  # at which C · T is whole, and which are longer than the windows
+def test_ledger_equals_measurement(case, context):
     """Parameters, FLOPs and bytes of state are those of a real model in a real forward pass."""
-    context = 20  # at which C · T is whole, and which is longer than the windows
     stack = make(CASES[case], dtype=torch.float32).train()
     config = Config(**{**SHAPE, **CASES[case]})
     x = torch.randn(2, context, D)
@@ -195,15 +198,15 @@ def test_ledger_equals_measurement(case):
     assert cost.active == cost.parameters - idle_parameters(stack)
 
 
-@pytest.mark.parametrize("model", [case for case in CASES if " " not in case])
-def test_overfits_one_batch(model):
+@pytest.mark.parametrize("case", [case for case in CASES if " " not in case or case.endswith("preset")])
+def test_overfits_one_batch(case):
     """Training reaches every part: a small model learns one batch by heart."""
     torch.manual_seed(0)
-    if "mod" in CASES[model]["layers"] or model in ("mlp", "moe"):
+    if case in TOKENWISE or "mod(" in CASES[case]["layers"]:
         tokens = torch.randperm(16).expand(2, 16)  # each token alone tells what follows
     else:
         tokens = torch.randint(16, (2, 16))  # what came before is needed
-    lm = LM(Config(**{**SHAPE, **CASES[model], "width": 32, "vocab": 16})).train()
+    lm = LM(Config(**{**SHAPE, **CASES[case], "width": 32, "vocab": 16})).train()
     optimizer = torch.optim.Adam(lm.parameters(), lr=3e-3)
     for _ in range(300):
         loss, parts = lm.loss(tokens[:, :-1], tokens[:, 1:])
@@ -218,5 +221,5 @@ def test_overfits_one_batch(model):
 
 
 def test_a_model_refuses_no_tokens():
-    with pytest.raises(ValueError, match=r"tokens are \(2, 0\); accepted: \(B, T\), T 1 or more"):
+    with pytest.raises(ValueError, match=r"tokens are \(2, 0\); accepted: \(B, T\), both 1 or more"):
         LM(Config(vocab=7, width=8, heads=2, layers="mamba"))(torch.zeros(2, 0, dtype=torch.int64))
