@@ -149,10 +149,11 @@ def main(options: Options) -> None:
     if interrupted.is_set():
         print(f"\ninterrupted at step {step} and saved; to go on: python train.py --resume {shlex.quote(str(run))}")
         sys.exit(130)
+    print(f"saved in {run}", flush=True)
     print(report(run, now, evaluate(model, data, options, autocast)))
     print(text := sample(model, data, options.prompt))
-    more = f"; more of it: python -m minimodels.sample {shlex.quote(str(run))} --prompt {shlex.quote(options.prompt)}"
-    print(f"\nsaved in {run}" + more * (not text.startswith("no sample")))
+    if not text.startswith("no sample"):
+        print(f"\nmore of it: python -m minimodels.sample {shlex.quote(str(run))} --prompt {shlex.quote(options.prompt)}")
 
 
 @torch.no_grad()

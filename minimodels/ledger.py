@@ -2,6 +2,7 @@
 
     python -m minimodels.ledger                                          every preset
     python -m minimodels.ledger --layers "mamba mlp window mlp" --context 8192
+    ledger(preset("moe", experts=64), context=8192)                      in Python, with any field
 
 FLOPs are those of matrix products, convolutions and scans, a multiply-add counted as two, a scan's as `Mamba.flops` says.
 Attention counts QKᵀ and PV as full T × T products, as PyTorch's counter and the usual model-FLOPs utilisation do, though a

@@ -54,6 +54,7 @@ def test_rmsnorm_is_its_equation():
     norm.weight.data.normal_()
     same(norm(x), norm.weight * x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt(), 1e-5)
     half = x.bfloat16()
+    assert norm(half).dtype == torch.bfloat16  # as under autocast
     assert torch.allclose(norm.bfloat16()(half).float(), norm.float()(half.float()), rtol=2**-7)  # the mean is not in bfloat16
 
 
