@@ -7,6 +7,7 @@ import json
 import math
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,8 +21,9 @@ from tqdm import tqdm
 from benchmarks import all as everything
 from benchmarks import claims, curves, gpt, kernels, modes, parts, peers, plot, routing, s4d, table, throughput, training
 from benchmarks.crossover import crossover, overtaking
-from minimodels import LM, Config, InputError, preset
+from minimodels import LM, Config, InputError, measure, preset
 from minimodels.ledger import ledger
+from minimodels.loss import IGNORE
 from minimodels.mamba import causal_conv1d
 from minimodels.measure import interleave, ratio
 from minimodels.tokenizer import Bytes
@@ -518,3 +520,162 @@ def test_results_that_cannot_be_drawn_are_refused(content, tmp_path):
         plot.main(plot.Options(results=(tmp_path / "rows.jsonl",)))
     with pytest.raises(InputError, match="results"):
         plot.main(plot.Options(results=(tmp_path / "missing.jsonl",)))
+
+
+def test_a_crossover_is_the_last_one_of_most_rounds():
+    assert crossover([256, 512, 1024, 2048], [[0.5], [2.0], [0.5], [2.0]]).median == pytest.approx(1024 * math.sqrt(2))
+    assert crossover([256, 512], [[0.5, 0.5, 2.0], [2.0] * 3]).median == pytest.approx(256 * math.sqrt(2))
+    assert crossover([256, 512], [[0.5, 2.0, 2.0], [2.0] * 3]).median is None
+    assert crossover([256, 512], [[0.5] * 3, [1.0, 2.0, 8.0]]).median == pytest.approx(256 * math.sqrt(2))
+    assert not crossover([256, 512], [[0.5] * 3, [0.9, 0.9, 1.1]]).faster
+    row = {"model": "t", "base": "transformer", "context": 512, "seconds": [4.0, 4.0, 4.0]}
+    rows = [row, {**row, "model": "t compiled", "seconds": [1.0, 8.0, 8.0]}, {**row, "base": "mamba", "seconds": [2.0] * 3}]
+    rows += [{**row, "context": 256}, {**row, "context": 256, "base": "mamba", "seconds": [8.0] * 3}]
+    assert overtaking(rows).median == pytest.approx(256 * math.sqrt(2))  # 512 before 256, the faster by its median
+
+
+def test_timings_are_of_one_call():
+    timings = interleave({"a": lambda: time.sleep(0.02)}, rounds=2, seconds=0.1)
+    assert timings["a"] == pytest.approx([0.02] * 2, abs=0.04)
+
+
+def test_the_ceilings_count_bytes_both_ways_and_a_multiply_add_as_two(monkeypatch):
+    monkeypatch.setattr(measure, "interleave", lambda *_, **__: {"copy": [2.0, 1.0], "product": [4.0, 2.0]})
+    expected = {"GB/s": 2 * 4 * 2**25 / 1e9, "TFLOP/s": 2 * 2048**3 / 2 / 1e12}
+    assert measure.ceilings(torch.device("cpu")) == pytest.approx(expected)
+
+
+def test_a_row_says_otherwise_than_its_environment(tmp_path):
+    measure.write(tmp_path / "rows", [{"dtype": "int8"}, {}], torch.device("cpu"))
+    assert [row["dtype"] for row in rows_of(tmp_path / "rows")] == ["int8", "float32"]
+
+
+def test_tables_keep_apart_what_differs():
+    row = {"benchmark": "throughput", "mode": "decode", "batch": 1, "context": 256, "tokens": 100, "model": "mamba"}
+    rows = [{**row, "seconds": [1.0]}, {**row, "batch": 8, "seconds": [0.5]}, {**row, "context": 512, "seconds": [4.0]}]
+    shown = table.throughput([*rows, {**row, "model": "mamba again", "seconds": [9.0]}])
+    for line in ("| decode, batch 1, tokens/s at context | 256 | 512 |", "| decode, batch 8, tokens/s at context | 256 |",
+                 "| `mamba` | 100 | 25 |", "| `mamba` | 200 |"):  # fmt: skip
+        assert line in shown
+    assert "again" not in shown
+    claim = {"benchmark": "claim", "claim": "copying", "model": "mamba", "y_label": "right"}
+    shown = table.claims([
+        {**claim, "panel": panel, "x_log": panel == "b", "seed": seed, "x": x, "y": x + seed}
+        for x in (1, 2) for seed in (0, 1) for panel in "ab"
+    ])  # fmt: skip
+    assert "| mamba | 2.500 (2.000-3.000) |" in shown  # the last probe
+    assert "| mamba | 1: 1.500 (1.000-2.000); 2: 2.500 (2.000-3.000) |" in shown
+    kernel = {"benchmark": "kernels", "operation": "scan", "direction": "forward", "case": "c", "unit": "GB/s"}
+    kernel |= {"rate": 5, "ceiling": 10, "bytes": None}
+    times = {"torch": [3.0, 2.0, 2.0], "triton": [1.0, 2.0, 1.0]}
+    shown = table.kernels([{**kernel, "provider": name, "seconds": seconds} for name, seconds in times.items()])
+    assert "| triton 1000.00 ms, 50% of GB/s | torch 2.00x |" in shown
+
+
+def test_a_picture_has_a_line_for_each_model_and_file(monkeypatch):
+    figures = []
+    monkeypatch.setattr(plot, "save", lambda figure, path: figures.append(figure) or [])
+    row = {"benchmark": "throughput", "mode": "prefill", "batch": 1, "tokens": 100}
+    plot.throughput([
+        {**row, "model": model, "file": file, "context": context, "seconds": [scale, 2 * scale, 4 * scale]}
+        for context in (512, 256) for file, scale in (("here", 1), ("there", 2))
+        for model in ("mamba", "transformer", "transformer again")
+    ], Path())  # fmt: skip
+    (axes,) = figures[0].axes
+    lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()]
+    assert lines == [([256, 512], [50, 50])] * 2 + [([256, 512], [25, 25])] * 2
+    assert [text.get_text() for text in axes.texts] == ["mamba", "transformer"]
+    bands = [band.get_paths()[0].vertices[:, 1] for band in axes.collections]
+    assert [(band.min(), band.max()) for band in bands] == [(25, 100)] * 2 + [(12.5, 50)] * 2
+
+
+def test_a_run_for_a_comparison_takes_the_steps_that_it_says():
+    changed = []
+    config = Config(layers="moe", width=16, router="sigmoid_bias", bias_step=0.1)
+    run = training.Run("moe", config, "mqar:pairs=2,vocab=8", 8, steps=40, batch=2, lr=1e-2, change=changed.append)
+    trained, records = training.train(run, 5, 4, torch.device("cpu"), tqdm(disable=True))
+    data = training.open_data(run.data, 8)
+    torch.manual_seed(5)
+    model = LM(replace(config, vocab=data.vocab))
+    optimizer = training.adamw(model, 1e-2, 0.1)
+    for step in range(40):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * min(1, (step + 1) / 3) * (0.55 + 0.45 * math.cos(math.pi * step / 40))
+        model.loss(*data.batch(5, step, 2))[0].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.after_step()
+    for ours, theirs in zip(trained.state_dict().values(), model.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert changed == [trained]
+    assert [record["tokens"] for record in records] == [160, 320, 480, 640]
+    flops = ledger(model.config, 8).training_flops
+    assert [record["flops"] for record in records] == [flops * record["tokens"] for record in records]
+    assert [record["seconds"] for record in records] == sorted(record["seconds"] for record in records)
+
+
+def test_a_comparison_is_scored_on_held_out_batches_as_in_use():
+    data = training.open_data("mqar:pairs=2,vocab=8", 32)
+    model = LM(Config(layers="mod(mlp)", width=16, vocab=8))
+    scores = training.evaluate(model, data, torch.device("cpu"), 2, 3)
+    assert model.training
+    model.eval()
+    losses, right = [], []
+    for tokens, targets in data.validation(2, 3):
+        logits, asked = model(tokens)[0], targets != IGNORE
+        losses.append(F.cross_entropy(logits[asked], targets[asked], reduction="none"))
+        right.append(logits[asked].argmax(-1) == targets[asked])
+    accuracy = torch.cat(right).float().mean().item()
+    expected = {"bits": torch.cat(losses).mean().item() / math.log(2), "accuracy": accuracy, "targets": 12}
+    assert scores == pytest.approx(expected)
+
+
+def test_a_mode_does_the_work_that_its_rows_count(monkeypatch):
+    seen, features, config = [], LM.features, Config(width=16, heads=2, layers="attention")
+
+    def watched(model, tokens, state=None, positions=None):
+        seen.append((tuple(tokens.shape), state))
+        return features(model, tokens, state, positions)
+
+    monkeypatch.setattr(LM, "features", watched)
+    monkeypatch.setattr(modes, "PIECE", 16)
+    provider = modes.Provider("x", config, "torch")
+
+    def shapes(mode):
+        seen.clear()
+        call = modes.MODES[mode](LM(config), 24, 2, provider)
+        call()
+        point = throughput.describe_point(mode, "x", provider, 24, 2, throughput.Options(device="cpu"))
+        told = point["tokens"]
+        cost = ledger(config, 24)
+        assert point["flops"] == (cost.training_flops if mode == "train" else cost.forward_flops)
+        read = seen[:3] if mode == "decode" else []
+        written = seen[len(read) :]
+        assert sum(shape[0] * shape[1] for shape, _ in written) == told
+        return [shape for shape, _ in read], [shape for shape, _ in written]
+
+    assert shapes("train") == ([], [(2, 24)])
+    assert shapes("prefill") == ([], [(2, 24)])
+    assert shapes("decode") == ([(2, 8)] * 3, [(2, 1)] * 32)
+    assert [state is None for _, state in seen] == [True] + [False] * 34
+    assert len({id(state) for _, state in seen}) == 35
+
+    model = LM(config)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    modes.train(model, 24, 2, provider)()
+    for parameter, old in zip(model.parameters(), before, strict=True):
+        assert not torch.equal(parameter, old) and parameter.grad is None
+
+
+def test_selection_is_taken_from_every_layer_and_nothing_of_it_decays():
+    model = LM(Config(layers="mamba mamba", width=16))
+    s4d.forget_selection(model)
+    decayed = {id(parameter) for parameter in training.adamw(model, 1e-3, 0.1).param_groups[0]["params"]}
+    found = [module for module in model.modules() if isinstance(module, s4d.S4D)]
+    assert len(found) == 2
+    for layer in found:
+        assert not decayed & {id(getattr(layer, name)) for name in ("log_step", "log_decay", "frequency", "C", "D")}
+        torch.testing.assert_close(layer.frequency[3, :3], torch.tensor([0, math.pi, 2 * math.pi]))
+        torch.testing.assert_close(layer.log_decay.exp().unique(), torch.tensor([0.5]))
+        assert 0.001 <= layer.log_step.exp().min() and layer.log_step.exp().max() <= 0.1

@@ -169,3 +169,48 @@ def test_refuses_a_file_too_short(tmp_path, size):
 def test_refuses_an_empty_folder(tmp_path):
     with pytest.raises(InputError, match="a folder with files"):
         open_data(str(tmp_path), 8)
+
+
+def test_every_window_can_be_drawn(tmp_path):
+    (tmp_path / "text").write_bytes(bytes(range(200)))
+    training, validation = (Span([Piece(tmp_path / "text", start, start + 12)]) for start in (0, 100))
+    tokens, targets = minimodels.data.Text(training, validation, 10).batch(0, 0, 50)
+    assert (set(tokens[:, 0].tolist()), set(targets[:, -1].tolist())) == ({0, 1}, {10, 11})
+
+
+def test_validation_windows_reach_over_all_that_is_held_out(tmp_path):
+    (tmp_path / "text").write_bytes(bytes(1900) + bytes(range(1, 101)))
+    batches = list(open_data(str(tmp_path / "text"), 9).validation(4, 3))
+    assert [len(tokens) for tokens, _ in batches] == [4, 4, 4]
+    starts = torch.cat([tokens[:, 0] for tokens, _ in batches])
+    assert starts.tolist() == [int(1 + i * 90 / 11) for i in range(12)]
+    assert batches[-1][1][-1, -1] == 100
+
+
+def test_what_is_held_out_does_not_depend_on_where_the_folder_lies(folder):
+    (folder / "a").mkdir()
+    for number in range(250):
+        (folder / f"a/{number}").write_bytes(bytes([number]) * 40)
+    before = open_data(str(folder / "a"), 16)
+    held_out = [piece.path.name for piece in before.spans["validation"].pieces]
+    (folder / "a").rename(folder / "b")
+    after = open_data(str(folder / "b"), 16)
+    assert [piece.path.name for piece in after.spans["validation"].pieces] == held_out
+    assert after.fingerprint == before.fingerprint
+
+
+def test_no_two_batches_of_a_task_are_alike():
+    for name in ("copying:tokens=4", "induction", "mqar:pairs=4,vocab=64"):
+        task = open_data(name, 32)
+        batches = [task.batch(seed, step, 3)[0] for seed in range(3) for step in range(3)]
+        batches += [tokens for tokens, _ in task.validation(3, 3)]
+        assert len({tuple(tokens.flatten().tolist()) for tokens in batches}) == 12
+
+
+def test_recall_asks_for_most_keys_early_and_for_some_at_the_end():
+    _, targets = open_data("mqar:pairs=2,vocab=8", 64).batch(0, 0, 2000)
+    asked = (targets != IGNORE).sum(0)
+    assert asked.nonzero().flatten().tolist() == list(range(4, 64, 2))
+    assert asked[4] > 5 * asked[40:].max()
+    values = set(targets[targets != IGNORE].tolist())
+    assert values == {4, 5, 6, 7}

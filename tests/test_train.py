@@ -1,23 +1,28 @@
 """The training script as a user meets it: it learns, it stops, it goes on, it refuses."""
 
 import json
+import math
 import os
 import re
 import shutil
 import signal
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 
 import minimodels.sample
 import train
-from minimodels import LM, Config, InputError
+from minimodels import LM, Config, InputError, preset
 from minimodels.command import run_command
 from minimodels.config import PRESETS
-from minimodels.optim import adamw
+from minimodels.loss import IGNORE
+from minimodels.optim import adamw, learning_rate
 from minimodels.options import make_first
 
 SMALL = (
@@ -201,9 +206,6 @@ def test_runs_that_start_at_once_take_a_name_each(tmp_path):
 
 
 def test_decay_touches_matrices_only():
-    from minimodels import LM, preset
-    from minimodels.optim import adamw
-
     model = LM(preset("hybrid", qk_norm="head"))
     names = {parameter: name for name, parameter in model.named_parameters()}
     decayed, kept = ({names[p] for p in group["params"]} for group in adamw(model, 1e-3, 0.1).param_groups)
@@ -457,3 +459,126 @@ def test_refuses_a_prompt_outside_the_vocabulary(tmp_path, monkeypatch, capsys):
         run_command(minimodels.sample.main, lambda: minimodels.sample.tyro.cli(minimodels.sample.Options))
     assert exit.value.code == 2
     assert "prompt: [97] is not accepted; accepted: token ids 0 to 15" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("clip", [0.3, 0])
+def test_a_run_takes_the_steps_that_it_says(clip, tmp_path, monkeypatch):
+    """Its data in order, accumulated, then clipped, at the scheduled rate; all written out here, to the same bits."""
+    arguments = "--layers|attention moe|--router|sigmoid_bias|--bias-step|0.1|--data|text|--steps|3|--accumulate|2|--seed|4"
+    arguments = [*arguments.split("|"), "--weight-decay", 0.5, "--clip", clip, "--out", "run"]
+    run(*arguments, *SMALL, monkeypatch=monkeypatch)
+    config, data = train.checkpoint.load_model(tmp_path / "run").config, train.open_data("text", 32)
+    torch.manual_seed(4)
+    model = LM(config)
+    optimizer = adamw(model, 1.0, 0.5)
+    for step, record in enumerate(log(tmp_path / "run")[:3]):
+        lr = 2e-3 * (step + 1) / 6 * (0.1 + 0.45 * (1 + math.cos(math.pi * step / 3)))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        said = []
+        for micro in range(2):
+            loss, parts = model.loss(*data.batch(4, 2 * step + micro, 2))
+            (loss / 2).backward()
+            said.append(parts["cross_entropy"].item())
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.after_step()
+        expected = {"loss": sum(said) / 2, "grad_norm": norm.item(), "lr": lr, "tokens": (step + 1) * 2 * 64}
+        assert {name: record[name] for name in expected} == pytest.approx(expected)
+    (tmp_path / "ours").mkdir()
+    train.checkpoint.save(tmp_path / "ours", model, optimizer, {"step": 3})
+    assert contents(tmp_path / "ours") == contents(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["text", "mqar:pairs=2,vocab=8"])
+def test_validation_scores_every_held_out_batch_as_in_use(name):
+    data = train.open_data(name, 32)
+    options = train.Options(Config(layers="mod(mlp)", width=16, heads=2, vocab=data.vocab), batch_size=2, eval_batches=3)
+    model = LM(options.config)
+    scores = train.evaluate(model, data, options, torch.autocast("cpu", enabled=False))
+    train.sample(model, data, "a")
+    assert model.training
+    model.eval()
+    losses, right = [], []
+    for tokens, targets in data.validation(2, 3):
+        logits, asked = model(tokens)[0], targets != IGNORE
+        losses.append(F.cross_entropy(logits[asked], targets[asked], reduction="none"))
+        right.append(logits[asked].argmax(-1) == targets[asked])
+    nats = torch.cat(losses).mean().item()
+    expected = {"validation_loss": nats, "accuracy": torch.cat(right).float().mean().item()}
+    assert scores == pytest.approx(expected | ({"bits_per_byte": nats / math.log(2)} if name == "text" else {}))
+
+
+def test_a_validation_on_the_way_is_checkpointed_and_not_timed(tmp_path, monkeypatch):
+    saved, save = [], train.checkpoint.save
+    scores = {"validation_loss": 1.0, "accuracy": 0.5}
+    monkeypatch.setattr(train, "evaluate", lambda *_: time.sleep(0.5) or scores)
+    monkeypatch.setattr(train.checkpoint, "save", lambda *given: saved.append(given[-1]["step"]) or save(*given))
+    arguments = ["--layers", "mlp", "--data", "text", "--steps", 8, "--eval-every", 4]
+    run(*arguments, *SMALL[:-4], "--log-every", 4, "--out", "run", monkeypatch=monkeypatch)
+    assert saved == [4, 8]
+    first, second = (record for record in log(tmp_path / "run") if "loss" in record)
+    assert second["tokens_per_second"] > 4 * 64 / 0.4
+    assert second["seconds"] > first["seconds"] + 0.5
+
+
+def test_a_resumed_run_counts_the_seconds_before(tmp_path, monkeypatch):
+    run("--data", "text", "--steps", 2, "--out", "run", *SMALL, monkeypatch=monkeypatch)
+    load = train.checkpoint.load
+    monkeypatch.setattr(train.checkpoint, "load", lambda *given: {**load(*given), "seconds": 100.0})
+    run("--resume", "run", "--steps", 3, monkeypatch=monkeypatch)
+    assert 100 < log(tmp_path / "run")[-1]["seconds"] < 200
+
+
+def test_the_type_asked_for_is_computed_in(monkeypatch, capsys):
+    run("--layers", "mlp", "--data", "text", "--steps", 1, "--dtype", "bfloat16", *SMALL, monkeypatch=monkeypatch)
+    assert "cpu, bfloat16 autocast" in capsys.readouterr().out
+
+
+def test_rates_over_a_run():
+    def rates(schedule, *steps):  # of 100, of which 9 warm up
+        return [learning_rate(2.0, schedule, step, 9, step / 100) for step in steps]
+
+    assert rates("constant", 0, 4, 9, 99) == pytest.approx([0.2, 1, 2, 2])
+    assert rates("cosine", 0, 50, 100, 150) == pytest.approx([0.2, 1.1, 0.2, 0.2])
+    assert rates("wsd", 0, 50, 80, 90, 100, 110) == pytest.approx([0.2, 2, 2, 1, 0, 0])
+
+
+def test_a_size_brings_its_shape_and_its_training(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "mamba", "--size", "small"])
+    options = train.parse("")
+    assert options.config == preset("mamba", "small")
+    assert (options.context, options.batch_size, options.lr, options.warmup) == (1024, 32, 6e-4, 500)
+    assert train.label(options) == "mamba"
+    assert train.count_steps(options, 64, 1.0) == 20_000
+    assert train.count_steps(replace(options, size="tiny"), 64, 1.0) == 600
+    assert train.count_steps(replace(options, minutes=1.0), 64, 1.0) == math.inf
+
+
+def test_what_may_change_on_resuming_is_taken(tmp_path, monkeypatch, capsys):
+    run("--data", "text", "--steps", 1, "--out", "run", *SMALL, monkeypatch=monkeypatch)
+    changes = "--steps 2 --impl reference --dtype float32 --eval-every 1 --sample-every 1 --prompt b --log-every 2".split()
+    run("--resume", "run", *changes, "--eval-batches", 2, monkeypatch=monkeypatch)
+    assert "rmsnorm: reference" in capsys.readouterr().out
+    for change in ("--batch-size 3", "--accumulate 2", "--schedule wsd", "--warmup 9", "--weight-decay 1", "--clip 3"):
+        with pytest.raises(SystemExit):
+            run("--resume", "run", *change.split(), monkeypatch=monkeypatch)
+        assert f"error: {change.split()[0][2:].replace('-', '_')}: " in capsys.readouterr().err
+
+
+def test_decay_is_what_is_asked_for():
+    decayed, kept = adamw(LM(Config(layers="mlp")), 1e-3, 0.3).param_groups
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0)
+
+
+def test_a_checkpoint_is_of_one_configuration(tmp_path, monkeypatch):
+    """Also where all shapes agree; and one from before a field was there has that field's default."""
+    model = LM(Config(layers="window", width=8, heads=1, window=4))
+    train.checkpoint.save(tmp_path, model, adamw(model, 1e-3, 0.1), {"step": 1})
+    with pytest.raises(InputError, match="differing: window 4 for 5"):
+        train.checkpoint.load(tmp_path, LM(replace(model.config, window=5)))
+    with monkeypatch.context() as patch:
+        patch.setattr(train.checkpoint, "asdict", lambda config: {k: v for k, v in vars(config).items() if k != "balance"})
+        train.checkpoint.save(tmp_path, model, adamw(model, 1e-3, 0.1), {"step": 1})
+    train.checkpoint.load(tmp_path, model)
