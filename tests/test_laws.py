@@ -223,3 +223,66 @@ def test_overfits_one_batch(case):
 def test_a_model_refuses_no_tokens():
     with pytest.raises(ValueError, match=r"tokens are \(2, 0\); accepted: \(B, T\), both 1 or more"):
         LM(Config(vocab=7, width=8, heads=2, layers="mamba"))(torch.zeros(2, 0, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("layers", ["mamba", "window", "attention"])
+def test_states_hold_no_memory_but_their_own(layers):
+    stack, positions = make({"layers": layers}), torch.arange(T).expand(B, T).clone()
+    positions[0, 10:] = -1
+    for given in (None, positions):
+        with torch.no_grad():
+            _, state = stack(text(), None, given)
+        for part in tensors(state):
+            assert part.untyped_storage().nbytes() == part.nbytes
+
+
+def test_a_stack_adds_up():
+    stack, x = make({"layers": "attention mlp mod(mlp) mamba mod(mlp) mlp", "capacity": 0.5}), text()
+    expected = x
+    for layer in stack:
+        expected = layer(expected)[0] if hasattr(layer, "group") else expected + layer.layer(layer.norm(expected))[0]
+    same(stack(x)[0], expected)
+
+
+def test_initial_weights():
+    """N(0, init_std²), in what is added to the stream less by the root of the depth; biases are zero."""
+    torch.manual_seed(0)
+    config = Config(layers="(attention mlp moe)*3", width=256, tie_embeddings=False, attention_bias=True, mlp_bias=True)
+    for name, parameter in LM(config).named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            assert (parameter == float("norm" in name)).all(), name
+        else:
+            std = config.init_std / (config.depth**0.5 if ".out" in name else 1)
+            assert parameter.detach().std() == pytest.approx(std, rel=0.1), name
+
+
+@pytest.mark.parametrize("balance", ["layer", "pooled"])
+def test_the_parts_of_the_loss_add_up(balance):
+    torch.manual_seed(0)
+    lm = LM(Config(**{**SHAPE, "vocab": 7, "layers": "moe moe mod(moe)", "balance": balance, "capacity": 0.5}))
+    total, parts = lm.loss(tokens := torch.randint(7, (2, 6)), tokens)
+    assert not any(part.requires_grad for part in parts.values())
+    same(sum(parts.values()), total.detach(), 1e-6)
+    assert parts["balance"] < 0.1  # it is weighted
+
+
+def test_a_step_reaches_every_layer():
+    torch.manual_seed(0)
+    lm = LM(Config(**{**SHAPE, "vocab": 7, "layers": "moe mod(moe)", "router": "sigmoid_bias", "capacity": 0.5})).train()
+    lm.loss(*torch.randint(7, (2, 2, 6)))
+    lm.after_step()
+    biases = [buffer for name, buffer in lm.named_buffers() if name.endswith("bias")]
+    assert len(biases) == 2
+    assert all(bias.abs().sum() > 0 for bias in biases)
+
+
+def test_a_model_counts_its_head():
+    lm = LM(Config(vocab=7, width=16, heads=2, layers="mlp"))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        lm(torch.zeros(1, 5, dtype=torch.int64))
+    assert lm.flops(5) * 5 == counter.get_total_flops()
+
+
+def test_a_model_refuses_targets_of_another_shape():
+    with pytest.raises(ValueError, match="targets are"):
+        LM(Config(vocab=7, width=8, heads=2, layers="mlp")).loss(*(torch.zeros(s, dtype=torch.int64) for s in ((2, 6), (6, 2))))

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import same
+from torch.utils.flop_counter import FlopCounterMode
 
 import minimodels.loss
 from minimodels.loss import IGNORE, linear_cross_entropy, tally
@@ -108,3 +109,40 @@ def test_a_tally_adds_up_over_batches():
     kept = targets != IGNORE
     assert count == kept.sum() and right == (logits[kept].argmax(-1) == targets[kept]).sum()
     assert loss / count == pytest.approx(F.cross_entropy(logits[kept], targets[kept]).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 100])
+def test_gradients_of_chunks_are_summed_in_full_precision(rows, monkeypatch):
+    monkeypatch.setitem(minimodels.loss.WORK, "cpu", rows * 50)
+    x, weight, targets = arguments(200, 16, 50, torch.bfloat16)
+    exact = both("reference", *(part.detach().double().requires_grad_() for part in (x, weight)), targets)
+    for low, plain, true in zip(both("torch", x, weight, targets), both("reference", x, weight, targets), exact, strict=True):
+        assert low.dtype == plain.dtype
+        assert (low - true).norm() <= 1.2 * (plain - true).norm() + 1e-4 * true.norm()
+
+
+def test_the_loss_is_an_operation_that_a_compiler_may_trust():
+    inputs = (*arguments(7, 5, 11, torch.bfloat16), True)
+    torch.library.opcheck(torch.ops.minimodels.chunked_loss.default, inputs, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_sums_of_a_batch_are_in_full_precision():
+    g = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(4, 300, 11, generator=g).bfloat16(), torch.randint(11, (4, 300), generator=g)
+    assert tally(logits, targets).dtype == torch.float32
+    same(tally(logits, targets), tally(logits.float(), targets), 1e-6)
+
+
+@pytest.mark.parametrize("learn, factor", [(True, 6), (False, 2)])
+def test_flops_are_those_of_three_products_or_of_one(learn, factor):
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(learn):
+        linear_cross_entropy(*arguments(7, 5, 11), "torch")
+    assert counter.get_total_flops() == factor * 7 * 5 * 11
+
+
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_the_gradient_of_one_alone(wanted):
+    given = arguments(7, 5, 11)
+    given[1 - wanted].requires_grad_(False)
+    found = [torch.autograd.grad(linear_cross_entropy(*given, impl), given[wanted])[0] for impl in ("reference", "torch")]
+    same(*found)

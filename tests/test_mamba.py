@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from models import same
+from models import make, same, tensors
 
 from minimodels import Config
-from minimodels.mamba import Mamba, causal_conv1d, recurrence, selective_scan
+from minimodels.layers import state_bytes
+from minimodels.mamba import Mamba, causal_conv1d, dt_rank, recurrence, selective_scan
 from minimodels.scan import scan
 
 
@@ -137,3 +138,13 @@ def test_refuses_shapes_that_do_not_fit():
     ):
         with pytest.raises(ValueError, match="causal_conv1d: .* do not fit"):
             causal_conv1d(x, *given)
+
+
+def test_the_rank_of_the_step_size_is_rounded_up():
+    assert [dt_rank(Config(width=width)) for width in (8, 16, 24, 768)] == [1, 1, 2, 48]
+
+
+def test_a_state_in_bfloat16_is_counted_as_it_is():
+    stack = make({"layers": "mamba"}, dtype=torch.bfloat16)
+    _, state = stack(torch.randn(1, 9, 16, dtype=torch.bfloat16))
+    assert state_bytes(stack, 9, 2) == sum(part.nbytes for part in tensors(state))

@@ -5,7 +5,7 @@ import torch
 from models import make, same
 
 from minimodels import LM, Config
-from minimodels.layers import Stack
+from minimodels.layers import Stack, idle_parameters
 
 B, T, D = 2, 20, 16
 GROUP = "mod(attention mlp)"
@@ -178,3 +178,51 @@ def test_scoring_leaves_the_router_alone():
     block.predictor[1].register_forward_pre_hook(lambda *_: seen.append(block.predictor[0].weight.dtype))
     lm(torch.zeros(1, 5, dtype=torch.int64))
     assert seen == [torch.bfloat16]
+
+
+def test_padding_is_not_routed_and_teaches_nothing():
+    mod, x = wrapped(mod_loss=1.0).train(), text()
+    positions = torch.arange(T).expand(B, T).clone()
+    positions[1, 4:] = -1  # fewer than k = 6 are there
+    seen = []
+    for fill in (0.0, 100.0):
+        x[1, 4:] = fill * mod.router.weight[0].detach()  # which then scores highest
+        y, _ = mod(x, None, positions)
+        seen.append((y[0], y[1, :4], mod.auxiliary_losses["mod"], *mod.observed.values()))
+    for one, other in zip(*seen, strict=True):
+        same(one, other)
+    mod(x, None, torch.full((B, T), -1))
+    assert mod.auxiliary_losses["mod"] == 0
+
+
+@pytest.mark.parametrize("route", ["router", "predictor"])
+def test_the_loss_of_the_decision_has_its_weight(route):
+    one, quarter = (wrapped(mod_loss=weight, mod_route=route).train() for weight in (1.0, 0.25))
+    for mod in (one, quarter):
+        mod(text())
+    same(quarter.auxiliary_losses["mod"], one.auxiliary_losses["mod"] / 4)
+    one.after_step()
+    assert not one.auxiliary_losses  # nor the graph that they would keep
+
+
+def test_the_number_of_routed_tokens_is_rounded_up():
+    assert wrapped(capacity=0.07).routed(100) == 7
+    assert wrapped(capacity=0.3).routed(21) == 7
+
+
+def test_idle_are_experts_that_are_routed_and_not_visited_too():
+    layers = make({"layers": "mod(moe)", "capacity": 0.25, "experts": 4, "experts_per_token": 1, "router": "softmax"})
+    group = layers[0].group
+    total, experts = sum(p.numel() for p in group.parameters()), 3 * group[0].layer.out.numel()
+    assert idle_parameters(layers) == total - 0.25 * (total - 0.75 * experts)
+
+
+def test_a_group_that_nobody_takes_tells_of_nothing():
+    stack = make({"layers": "mod(mod(mlp))", "mod_route": "router"}).train()
+    outer, inner = stack[0], stack[0].group[0]
+    stack(text())
+    assert inner.observed
+    outer.router.weight.data.zero_()
+    stack.eval()(text())
+    assert not inner.observed
+    assert not inner.auxiliary_losses

@@ -1,13 +1,15 @@
 """Routing and experts, checked against what defines them."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from models import SHAPE, same
 
 from minimodels import Config
-from minimodels.moe import ROUTERS, MoE, Routing, grouped_mlp, sigmoid_bias, softmax, softmax_topk
-from minimodels.transformer import SwiGLU
+from minimodels.moe import ROUTERS, MoE, Routing, expert_choice, expert_width, grouped_mlp, sigmoid_bias, softmax, softmax_topk
+from minimodels.transformer import SwiGLU, mlp_width
 
 E, D = SHAPE["experts"], SHAPE["width"]
 
@@ -162,3 +164,71 @@ def test_a_token_that_no_expert_wants_breaks_no_loss():
     gates, _, probabilities = sigmoid_bias(logits, 2, torch.zeros(4))
     (gates.sum() + probabilities.sum()).backward()
     assert logits.grad.isfinite().all()
+
+
+def test_evaluation_moves_no_bias():
+    moe = layer(router="sigmoid_bias").eval()
+    moe(text())
+    moe.after_step()
+    assert moe.visited.sum() == 0
+    assert moe.bias.abs().sum() == 0
+
+
+def test_the_scale_is_on_the_routed_experts_alone():
+    plain, scaled = (layer(shared_experts=1, routed_scale=scale) for scale in (1.0, 2.5))
+    shared = plain.shared(text())[0]
+    same(scaled(text())[0] - shared, 2.5 * (plain(text())[0] - shared))
+
+
+def test_losses_and_loads_are_their_equations():
+    """Of the tokens that are there."""
+    moe = layer(balance_loss=0.5, z_loss=0.25)
+    positions = torch.arange(9).expand(2, 9).clone()
+    positions[1, 4:] = -1
+    moe(text(), None, positions)
+    logits = F.linear(text(), moe.router.weight)[positions >= 0]  # (13, E)
+    load = softmax_topk(logits, 2, None)[1].double().mean(0)
+    same(moe.auxiliary_losses["z"], 0.25 * logits.logsumexp(-1).square().mean())
+    same(moe.auxiliary_losses["balance"], 0.5 * E * (load * logits.softmax(-1).mean(0)).sum())
+    same(moe.observed["load"], load / 2)
+    same(moe.observed["overload"], E * load.amax() / 2)
+    moe(text(), None, torch.full((2, 9), -1))  # none is there
+    assert all(value == 0 for value in moe.auxiliary_losses.values())
+    assert (moe.observed["load"] == 0).all()
+
+
+def test_sigmoid_gates_and_probabilities_sum_to_one():
+    logits = torch.randn(2, 5, E, dtype=torch.float64, requires_grad=True)
+    gates, visits, probabilities = sigmoid_bias(logits, 2, torch.zeros(E))
+    same(probabilities.sum(-1), torch.ones(2, 5, dtype=torch.float64))
+    (gradient,) = torch.autograd.grad((gates * visits).sum(), logits)
+    same(gradient, torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize("time", [1, 3, 8])
+def test_expert_choice_rounds_up(time):
+    _, visits, _ = expert_choice(torch.randn(2, time, E), 2, None)
+    assert (visits.sum(1) == math.ceil(time * 2 / E)).all()
+
+
+def test_no_graph_is_kept_beyond_a_step():
+    moe = layer().train()
+    moe(text())
+    moe.after_step()
+    assert not moe.routing.logits.requires_grad
+    assert not moe.routing.probabilities.requires_grad
+
+
+@pytest.mark.parametrize("dtype, autocast", [(torch.bfloat16, False), (torch.float32, True)])
+def test_routing_is_decided_in_full_precision(dtype, autocast):
+    moe, x = layer().to(dtype), text().bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        moe(x)
+    assert moe.routing.logits.dtype == torch.float32
+    same(moe.routing.logits.double(), F.linear(x.double(), moe.router.weight.double()), 1e-4)
+
+
+@pytest.mark.parametrize("shared", [0, 2])
+def test_the_experts_of_a_token_are_as_wide_as_the_dense_mlp(shared):
+    config = Config(width=96, layers="mlp moe", experts=4, experts_per_token=2, shared_experts=shared)
+    assert (2 + shared) * expert_width(config) == mlp_width(config)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from minimodels import LM, Config, InputError, from_pretrained, preset, save_pretrained
+from minimodels import LM, Config, InputError, checkpoint, from_pretrained, preset, pretrained, save_pretrained
 from minimodels.config_json import explicit
 from minimodels.families import FAMILIES
 from minimodels.loss import IGNORE
@@ -561,3 +561,41 @@ def test_loading_never_holds_two_copies(tmp_path):
     save_pretrained(LM(Config(width=512, layers="(attention mlp)*12", vocab=20_000)), tmp_path / "a")
     run = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path / "a")], capture_output=True, text=True, check=True)
     assert float(run.stdout) < 1.3
+
+
+def test_a_rotation_told_the_older_way(tmp_path):
+    """ "type" for "rope_type", and llama3's original length from max_position_embeddings, as transformers has it."""
+    folder, tokens = saved(theirs("llama", 3), tmp_path / "a"), text()
+    expected, _ = from_pretrained(folder)(tokens)
+    reconfigure(folder, rope_parameters=None, rope_theta=10000.0, rope_scaling={"type": "linear", "factor": 4.0})
+    assert torch.equal(from_pretrained(folder)(tokens)[0], expected)
+    folder = saved(theirs("llama", 2), tmp_path / "b")
+    expected, _ = from_pretrained(folder)(tokens)
+    told = {name: value for name, value in LLAMA3.items() if name != "original_max_position_embeddings"}
+    reconfigure(folder, rope_parameters={**told, "rope_theta": 500.0}, rope_theta=7.0, max_position_embeddings=24)
+    assert torch.equal(from_pretrained(folder)(tokens)[0], expected)
+
+
+def test_a_run_is_published_with_its_weights(tmp_path):
+    torch.manual_seed(0)
+    lm, tokens = LM(Config(width=16, heads=2, layers="attention mlp", vocab=V)), text()
+    (tmp_path / "run").mkdir()
+    checkpoint.save(tmp_path / "run", lm, adamw(lm, 1e-3, 0.1), {"step": 1})
+    checkpoint.save_options(tmp_path / "run", {"config": vars(lm.config)})
+    pretrained.main(pretrained.Options(tmp_path / "run", tmp_path / "a"))
+    read = from_pretrained(tmp_path / "a")
+    assert torch.equal(read(tokens)[0], lm(tokens)[0])
+    assert not read.training
+
+
+def test_the_index_tells_the_bytes(tmp_path):
+    save_pretrained(LM(Config(width=16, heads=2, layers="attention mlp")), tmp_path / "a", shard_bytes=8_000)
+    told = json.loads((tmp_path / "a/model.safetensors.index.json").read_text())["metadata"]["total_size"]
+    files = list((tmp_path / "a").glob("*.safetensors"))
+    assert told == sum(tensor.nbytes for file in files for tensor in load_file(file).values())
+
+
+def test_the_weight_of_the_balance_is_written(tmp_path):
+    save_pretrained(LM(Config(width=16, layers="attention moe", balance="pooled", balance_loss=0.3)), tmp_path / "a")
+    read = from_pretrained(tmp_path / "a").config
+    assert (read.balance, read.balance_loss) == ("pooled", 0.3)

@@ -109,3 +109,32 @@ def test_refuses_prompts():
     lm = LM(preset("moe", router="expert_choice", vocab=32)).eval()
     with pytest.raises(InputError, match="not causal"):
         next(generate(lm, [torch.arange(3)], 1))
+
+
+def test_no_temperature_is_too_small():
+    assert pick(torch.tensor([[200.0, 100.0, -50.0]]), Sampling(temperature=1e-37), [torch.Generator()]).tolist() == [0]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_low_precision_draws_what_full_precision_does(top_p):
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)).bfloat16().expand(2000, -1)
+    drawn = [
+        pick(given, Sampling(temperature=0.7, top_p=top_p), [torch.Generator().manual_seed(seed) for seed in range(2000)])
+        for given in (logits, logits.float())
+    ]
+    assert torch.equal(*drawn)
+
+
+def test_filters_come_after_the_temperature():
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(500, -1)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(500)]
+    assert pick(logits, Sampling(temperature=100.0, top_p=0.5), generators).unique().tolist() == [0, 1]
+
+
+def test_top_p_stops_where_it_is_reached():
+    assert kept([0.5, 0.25, 0.125, 0.125], top_p=0.75) == [True, True, False, False]
+
+
+def test_refuses_a_negative_count():
+    with pytest.raises(InputError, match="tokens: -1"):
+        generate(model("transformer"), [torch.arange(3)], -1)

@@ -108,3 +108,13 @@ def test_options_of_sampling_are_checked(folder):
     for field, value in {"dtype": "int8", "seed": -1, "device": "tpu"}.items():
         with pytest.raises(InputError, match=field):
             main(Options(**{"model": str(folder), field: value}))
+
+
+def test_generation_config_need_not_name_an_end(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 1}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": True}))
+    assert TokenizerFile.read_end(None, tmp_path) == {1}
+
+
+def test_a_character_that_is_cut_off_shows():
+    assert "".join(Bytes().stream(torch.tensor([97]), [0xE6, 0x97])) == "a\ufffd"

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import pickle
 import threading
 from multiprocessing.reduction import ForkingPickler
@@ -12,8 +13,8 @@ import torch.multiprocessing  # which teaches the pickler to share tensors
 from models import SHAPE, make, same
 
 from minimodels import LM, Config
-from minimodels.layers import RMSNorm, rotary, rotate
-from minimodels.transformer import Attention, attention
+from minimodels.layers import RMSNorm, rotary, rotate, slow
+from minimodels.transformer import Attention, attention, mlp_width
 
 T, D = 24, SHAPE["width"]
 
@@ -260,3 +261,26 @@ def test_tied_embeddings_stay_one_matrix():
     other.load_state_dict(lm.state_dict(), assign=True)
     torch.testing.assert_close(other(tokens)[0], logits)
     assert not any("head" in name for name in other.state_dict())
+
+
+def test_positions_may_be_given_after_chunks_without():
+    """The slots that a window has kept are the last ones."""
+    stack, x = make({"layers": "window"}), text()[:, :12]
+    whole, _ = stack(x)
+    for learn in (True, False):
+        with torch.set_grad_enabled(learn):
+            _, state = stack(x[:, :9])
+            y, _ = stack(x[:, 9:], state, torch.arange(9, 12).expand(2, 3))
+        same(y, whole[:, 9:])
+
+
+@pytest.mark.parametrize("width, hidden", [(128, 352), (96, 256), (768, 2048)])
+def test_the_hidden_width_is_rounded_up(width, hidden):
+    assert mlp_width(Config(width=width)) == hidden
+
+
+def test_llama3_frequencies_are_kept_lowered_or_between():
+    """They turn 64, 1.6 and 0.64 times in the context."""
+    between = (400 * 0.025 / (2 * math.pi) - 1) / 3
+    expected = torch.tensor([1.0, 0.025 * (between + (1 - between) / 8), 0.01 / 8])
+    same(slow(torch.tensor([1.0, 0.025, 0.01]), "llama3:factor=8,low=1,high=4,context=400"), expected, 1e-6)
