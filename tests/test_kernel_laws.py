@@ -22,6 +22,7 @@ KERNEL_CASES = {
     "moe": {"layers": "moe", **FEW},
     "mod": {"layers": "mod(mamba attention)", "capacity": 0.5},
 }
+EXPERT_CHOICE = {"layers": "moe", "experts": 4, "experts_per_token": 1, "router": "expert_choice", "expert_width": 8}
 LAWS = (laws.test_chunking, laws.test_causality, laws.test_batch_independence)
 
 
@@ -33,13 +34,13 @@ def test_law(law, case, monkeypatch):
     law("on kernels")
 
 
-@pytest.mark.parametrize("case", ["attention", "window", "mamba", "moe"])
+@pytest.mark.parametrize("case", ["attention", "window", "mamba", "moe", "expert choice"])
 def test_reference_equals_triton(case, monkeypatch):
     """Outputs, carried states and gradients."""
     monkeypatch.setattr(laws, "T", 9)
     results = {}
     for impl in ("reference", "triton"):
-        stack, x = make({**KERNEL_CASES[case], "impl": impl}), laws.text().requires_grad_()
+        stack, x = make({**KERNEL_CASES.get(case, EXPERT_CHOICE), "impl": impl}), laws.text().requires_grad_()
         with torch.no_grad():
             _, state = stack(x[:, :4])
         y, after = stack(x[:, 4:], state)

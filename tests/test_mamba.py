@@ -63,11 +63,13 @@ def test_scan_is_one_opaque_operation_that_compiles():
         same(one, other, 1e-6)
 
 
-def test_autocast_leaves_the_state_exact():
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_autocast_leaves_the_state_exact(impl):
     inputs = [part.detach().float() for part in arguments(2, 50, 8, 4)]
+    inputs[5:] = torch.ones(8), torch.randn(2, 50, 8), torch.randn(8), inputs[5]  # skip, z, the bias of Δ, the state
     with torch.autocast("cpu", torch.bfloat16):
-        cast = scan(*inputs)
-    for one, other in zip(cast, scan(*inputs), strict=True):
+        cast = selective_scan(*inputs, impl)
+    for one, other in zip(cast, selective_scan(*inputs, impl), strict=True):
         assert torch.equal(one, other)
 
 

@@ -284,3 +284,19 @@ def test_llama3_frequencies_are_kept_lowered_or_between():
     between = (400 * 0.025 / (2 * math.pi) - 1) / 3
     expected = torch.tensor([1.0, 0.025 * (between + (1 - between) / 8), 0.01 / 8])
     same(slow(torch.tensor([1.0, 0.025, 0.01]), "llama3:factor=8,low=1,high=4,context=400"), expected, 1e-6)
+
+
+@torch.no_grad()
+def test_padding_pushes_nothing_out_of_a_window():
+    stack, x = make({"layers": "window"}), text()[:, :13]
+    _, state = stack(x[:, :7])
+    _, state = stack(x[:, 7:8], state, torch.full((2, 1), 7))
+    _, state = stack(x[:, 8:12], state, torch.tensor([[8, 9, 10, 11], [8, -1, -1, -1]]))
+    y, _ = stack(x[:, 12:], state)
+    _, alone = stack(x[1:, :9])
+    same(y[1:], stack(x[1:, 12:], alone)[0])
+
+
+def test_one_query_sees_no_more_than_its_window():
+    q, k, v = (torch.randn(1, 2, length, 8, dtype=torch.float64) for length in (1, 6, 6))
+    same(*(attention(q, k, v, window=5, impl=impl) for impl in ("reference", "torch")))
