@@ -8,6 +8,7 @@ import math
 import time
 import weakref
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -679,3 +680,19 @@ def test_selection_is_taken_from_every_layer_and_nothing_of_it_decays():
         torch.testing.assert_close(layer.frequency[3, :3], torch.tensor([0, math.pi, 2 * math.pi]))
         torch.testing.assert_close(layer.log_decay.exp().unique(), torch.tensor([0.5]))
         assert 0.001 <= layer.log_step.exp().min() and layer.log_step.exp().max() <= 0.1
+
+
+def test_peak_memory_is_that_of_the_call():
+    for mebibytes in (512, 256):  # the second is not hidden by the first
+        call = partial(torch.ones, mebibytes * 2**18)
+        told = measure.peak_bytes(call, torch.device("cpu"))
+        assert told is None or told == pytest.approx(mebibytes * 2**20, rel=0.1)
+    assert measure.peak_memory(call) == pytest.approx(256 * 2**20, rel=0.1)
+
+
+def test_each_model_has_its_own_peak(monkeypatch):
+    peaks = iter((1, 2))
+    monkeypatch.setattr(throughput, "peak_bytes", lambda call, device: next(peaks))
+    given = {name: modes.Provider(name, Config(layers=name, width=16, heads=2), "torch") for name in ("mlp", "mamba")}
+    rows = throughput.measure_point("prefill", given, 8, 1, throughput.Options(rounds=1), torch.device("cpu"))
+    assert [(row["model"], row["peak_bytes"]) for row in rows] == [("mlp", 1), ("mamba", 2), ("mlp again", 1)]

@@ -3,10 +3,11 @@
 import re
 
 import pytest
+import torch
 
 from minimodels import LM, Config, InputError, preset
 from minimodels.config import PRESETS, SIZES, parse_layers
-from minimodels.ledger import ledger
+from minimodels.ledger import Options, ledger, main
 from minimodels.lm import LAYERS, WRAPPERS
 
 
@@ -88,3 +89,42 @@ def test_speedup_is_what_routing_saves():
     assert routed.speedup == pytest.approx(dense / routed.forward_flops, rel=0.01)
     assert ledger(preset("transformer"), 256).speedup == 1
     assert 2 < ledger(preset("moe"), 256).speedup < 4
+
+
+@pytest.mark.parametrize("layers, depth", [("attention mlp", 2), ("moe mod(attention mlp)", 3)])
+def test_weights_are_drawn_wider_in_narrow_models_and_narrower_in_deep_ones(layers, depth):
+    torch.manual_seed(0)
+    model, std = LM(Config(layers=layers, width=192)), 0.02 * 2  # for 192 is a quarter of 768
+    assert model.config.depth == depth
+    for name, parameter in model.named_parameters():
+        if name.removesuffix(".weight").endswith(".out"):
+            assert parameter.std().item() == pytest.approx(std / model.config.depth**0.5, rel=0.05), name
+    assert model.embedding.weight.std().item() == pytest.approx(std, rel=0.05)
+
+
+def test_presets_have_the_shape_of_their_size_unless_told_otherwise():
+    small = preset("transformer", "small")
+    assert (small.width, small.heads, small.window, small.depth) == (768, 12, 1024, 24)
+    assert preset("transformer", "small", heads=6, width=96).width == 96
+    assert preset("transformer", "small", heads=6, width=96).heads == 6
+
+
+def test_what_is_within_wrappers_is_refused_too():
+    for layers in ("moe", "mod(moe)"):
+        for router in ("softmax_topk", "sigmoid_bias"):
+            with pytest.raises(InputError, match="experts_per_token: 1"):
+                Config(layers=layers, experts_per_token=1, router=router)
+        Config(layers=layers, experts_per_token=1, router="softmax")
+    with pytest.raises(InputError, match="low less than high"):
+        Config(rope_scaling="llama3:factor=8,low=4,high=1,context=16")
+    LM(Config(layers="attention", width=10, heads=3, head_dim=5, rope_base=0.0))  # no pairs, no divisor
+
+
+def test_a_trained_token_costs_three_passes_and_the_table_says_so(capsys):
+    cost = ledger(preset("moe", "small"), 64)
+    assert cost.training_flops == 3 * cost.forward_flops
+    assert f"{3 * cost.forward_flops / 1e6:.1f} MFLOPs per trained token" in str(cost)
+    assert ledger(preset("transformer"), 64, itemsize=2).state_bytes == ledger(preset("transformer"), 64).state_bytes / 2
+    main(Options(size="small", context=64))
+    (row,) = (line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("moe"))
+    assert row[1:4] == [f"{cost.parameters / 1e6:.2f}M", f"{cost.active / 1e6:.2f}M", f"{cost.training_flops / 1e6:.1f}"]

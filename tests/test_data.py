@@ -199,14 +199,6 @@ def test_what_is_held_out_does_not_depend_on_where_the_folder_lies(folder):
     assert after.fingerprint == before.fingerprint
 
 
-def test_no_two_batches_of_a_task_are_alike():
-    for name in ("copying:tokens=4", "induction", "mqar:pairs=4,vocab=64"):
-        task = open_data(name, 32)
-        batches = [task.batch(seed, step, 3)[0] for seed in range(3) for step in range(3)]
-        batches += [tokens for tokens, _ in task.validation(3, 3)]
-        assert len({tuple(tokens.flatten().tolist()) for tokens in batches}) == 12
-
-
 def test_recall_asks_for_most_keys_early_and_for_some_at_the_end():
     _, targets = open_data("mqar:pairs=2,vocab=8", 64).batch(0, 0, 2000)
     asked = (targets != IGNORE).sum(0)
@@ -214,3 +206,24 @@ def test_recall_asks_for_most_keys_early_and_for_some_at_the_end():
     assert asked[4] > 5 * asked[40:].max()
     values = set(targets[targets != IGNORE].tolist())
     assert values == {4, 5, 6, 7}
+
+
+def test_no_two_batches_are_alike(folder):
+    for name in (str(folder), "copying:tokens=4", "induction", "mqar:pairs=4,vocab=64"):
+        task = open_data(name, 32)
+        batches = [task.batch(seed, step, 3)[0] for seed in range(3) for step in range(3)]
+        batches += [tokens for tokens, _ in task.validation(3, 3)]
+        assert len({tuple(tokens.flatten().tolist()) for tokens in batches}) == 12
+
+
+def test_tasks_use_their_whole_vocabulary():
+    tokens, targets = open_data("copying:tokens=4,vocab=8", 20).batch(0, 0, 200)
+    assert set(targets[:, 16:].flatten().tolist()) == set(tokens[:, :16].flatten().tolist()) - {0} == set(range(2, 8))
+    tokens, _ = open_data("mqar:pairs=2,vocab=8", 20).batch(0, 0, 200)
+    assert set(tokens[:, 5::2].flatten().tolist()) == set(range(8))
+
+
+def test_the_fingerprint_tells_whether_files_have_other_names(folder):
+    before = open_data(str(folder), 30).fingerprint
+    (folder / "00.txt").rename(folder / "00.text")
+    assert open_data(str(folder), 30).fingerprint != before
