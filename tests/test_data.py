@@ -173,7 +173,7 @@ def test_refuses_an_empty_folder(tmp_path):
 
 def test_every_window_can_be_drawn(tmp_path):
     (tmp_path / "text").write_bytes(bytes(range(200)))
-    training, validation = (Span([Piece(tmp_path / "text", start, start + 12)]) for start in (0, 100))
+    training, validation = (Span([Piece(tmp_path / "text", *span)]) for span in ((0, 12), (100, 130)))
     tokens, targets = minimodels.data.Text(training, validation, 10).batch(0, 0, 50)
     assert (set(tokens[:, 0].tolist()), set(targets[:, -1].tolist())) == ({0, 1}, {10, 11})
 

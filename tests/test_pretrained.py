@@ -258,9 +258,12 @@ def reconfigure(folder, **entries):
 def test_what_was_read_is_written_again(tmp_path):
     folder = saved(theirs("llama"), tmp_path / "a")
     reconfigure(folder, eos_token_id=5, max_position_embeddings=99)
-    (folder / "tokenizer.json").write_text("{}")
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+    for name in names:
+        (folder / name).write_text(json.dumps({"of": name}))
     save_pretrained(from_pretrained(folder), tmp_path / "new" / "b")
-    assert (tmp_path / "new" / "b" / "tokenizer.json").read_text() == "{}"
+    for name in names:
+        assert json.loads((tmp_path / "new" / "b" / name).read_text()) == {"of": name}
     config = json.loads((tmp_path / "new" / "b" / "config.json").read_text())
     assert (config["eos_token_id"], config["max_position_embeddings"]) == (5, 99)
     with pytest.raises(InputError, match="new or empty"):
@@ -282,6 +285,7 @@ def test_what_was_read_is_written_again(tmp_path):
         ({"layers": "(attention moe)*2"}, "mixtral"),
         ({"layers": "(attention moe)*2", "qk_norm": "full", "router": "softmax"}, "olmoe"),
         ({"layers": "attention mlp attention moe", "qk_norm": "head"}, "qwen3_moe"),
+        ({"layers": "(window moe)*2", "qk_norm": "head"}, "qwen3_moe"),
         ({"layers": "(mamba mlp mamba moe attention mlp)*2", "mamba_norm": "learned", "rope_base": 0.0, "router": "softmax",
           "mlp_width": 48, "expert_width": 48}, "jamba"),
     ],
@@ -589,10 +593,11 @@ def test_a_run_is_published_with_its_weights(tmp_path):
 
 
 def test_the_index_tells_the_bytes(tmp_path):
-    save_pretrained(LM(Config(width=16, heads=2, layers="attention mlp")), tmp_path / "a", shard_bytes=8_000)
+    save_pretrained(LM(Config(width=16, heads=2, layers="attention mlp")), tmp_path / "a", shard_bytes=20_000)
     told = json.loads((tmp_path / "a/model.safetensors.index.json").read_text())["metadata"]["total_size"]
     files = list((tmp_path / "a").glob("*.safetensors"))
-    assert told == sum(tensor.nbytes for file in files for tensor in load_file(file).values())
+    sizes = [sum(tensor.nbytes for tensor in load_file(file).values()) for file in files]
+    assert told == sum(sizes) and max(sizes) <= 20_000 and len(sizes) > 1
 
 
 def test_the_weight_of_the_balance_is_written(tmp_path):
