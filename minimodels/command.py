@@ -50,9 +50,8 @@ def fail(message: str, status: int) -> NoReturn:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether memory is what was lacking: on a CPU PyTorch has no class for it."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
-        reason in str(error) for reason in ("can't allocate memory", "Storage size calculation overflowed")
-    )
+    lacking = ("can't allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in lacking)
 
 
 def pick_device(name: str) -> torch.device:

@@ -61,6 +61,7 @@ class LM(nn.Module):
         self.layers = build(config, parse_layers(config.layers))
         self.routers = [module for module in self.layers.modules() if hasattr(module, "causal")]  # which may not be causal
         self.norm = RMSNorm(config.width, config.norm_eps)
+        # None: the embedding's matrix is the head's too
         self.head = None if config.tie_embeddings else linear(config.width, config.vocab or 256, config.init_std)
 
     def forward(self, tokens: Tensor, state: list | None = None, positions: Tensor | None = None):

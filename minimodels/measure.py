@@ -117,10 +117,13 @@ def processor() -> str:
 
 
 def check_writable(path: Path) -> None:
-    """Raise InputError where rows could not be written to a file, before they are measured. It is made, with its folder."""
+    """Raise InputError where rows could not be written to a file, before they are measured. Its folder is made, it is not."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
         path.open("a").close()
+        if new:
+            path.unlink()
     except OSError as error:
         raise InputError("out", str(path), f"a file that can be written ({error.strerror})") from None
 

@@ -53,10 +53,10 @@ class Sampling:
 def generate(model: LM, prompts: list[Tensor], count: int, sampling: Sampling = Sampling(), seed: int = 0) -> Iterator[Tensor]:
     """Continue each prompt by `count` tokens, one step at a time: an iterator over (B,) int64.
 
-    prompts: B tensors of token ids, of any lengths. The prompts are one chunk, each later token another: the state is all
-    that is kept. Each row draws from its own generator, of the same seed, so that a prompt is continued in a batch as it
-    would be alone. Raises InputError for no prompt or an empty one, an id outside the vocabulary, a negative count, or a
-    model that is not causal in its present mode.
+    prompts: B tensors of token ids, (T,) int64, of any lengths. They are one chunk, each later token another: the state is all
+    that is kept. Each row draws from its own generator, of the same seed, so that a prompt is continued in a batch as it would
+    be alone. Raises InputError for no prompt or an empty one, one of another shape or type, an id outside the vocabulary, a
+    negative count, or a model that is not causal in its present mode.
     """
     if not model.causal:
         raise InputError("model", "not causal", "layers that do not route over the whole sequence, in eval() mode")

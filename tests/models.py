@@ -2,11 +2,13 @@
 width of 16, or to have several chunks or windows in 23 tokens, stands in SHAPE."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from minimodels.config import PRESETS, Config, parse_layers
 from minimodels.lm import LAYERS, build
+from minimodels.loss import IGNORE
 
 SHAPE = {"width": 16, "heads": 4, "window": 5, "state_size": 4, "experts": 4, "capacity": 0.3}
 
@@ -60,6 +62,17 @@ def make(fields: dict, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.
             if name.endswith("bias"):
                 buffer.uniform_(-0.2, 0.2)
     return stack.eval()
+
+
+def scored(model: nn.Module, batches) -> tuple[float, float]:
+    """What an evaluation must find: mean loss in nats, and share of right answers, over the targets that are asked for."""
+    model.eval()
+    losses, right = [], []
+    for tokens, targets in batches:
+        logits, asked = model(tokens)[0], targets != IGNORE
+        losses.append(F.cross_entropy(logits[asked], targets[asked], reduction="none"))
+        right.append(logits[asked].argmax(-1) == targets[asked])
+    return torch.cat(losses).mean().item(), torch.cat(right).float().mean().item()
 
 
 def tensors(state) -> list[torch.Tensor]:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from minimodels.kernels import common
+from models import scored
 from tqdm import tqdm
 
 from benchmarks import all as everything
@@ -24,7 +25,6 @@ from benchmarks import claims, curves, gpt, kernels, modes, parts, peers, plot, 
 from benchmarks.crossover import crossover, overtaking
 from minimodels import LM, Config, InputError, measure, preset
 from minimodels.ledger import ledger
-from minimodels.loss import IGNORE
 from minimodels.mamba import causal_conv1d
 from minimodels.measure import interleave, ratio
 from minimodels.tokenizer import Bytes
@@ -547,6 +547,14 @@ def test_the_ceilings_count_bytes_both_ways_and_a_multiply_add_as_two(monkeypatc
     assert measure.ceilings(torch.device("cpu")) == pytest.approx(expected)
 
 
+def test_to_look_whether_a_file_can_be_written_leaves_it_as_it_was(tmp_path):
+    measure.check_writable(tmp_path / "new/rows")
+    assert not (tmp_path / "new/rows").exists()
+    (tmp_path / "rows").write_text("before")
+    measure.check_writable(tmp_path / "rows")
+    assert (tmp_path / "rows").read_text() == "before"
+
+
 def test_a_row_says_otherwise_than_its_environment(tmp_path):
     measure.write(tmp_path / "rows", [{"dtype": "int8"}, {}], torch.device("cpu"))
     assert [row["dtype"] for row in rows_of(tmp_path / "rows")] == ["int8", "float32"]
@@ -623,15 +631,8 @@ def test_a_comparison_is_scored_on_held_out_batches_as_in_use():
     model = LM(Config(layers="mod(mlp)", width=16, vocab=8, tie_embeddings=False))  # a tied head repeats its token
     scores = training.evaluate(model, data, torch.device("cpu"), 4, 8)
     assert model.training
-    model.eval()
-    losses, right = [], []
-    for tokens, targets in data.validation(4, 8):
-        logits, asked = model(tokens)[0], targets != IGNORE
-        losses.append(F.cross_entropy(logits[asked], targets[asked], reduction="none"))
-        right.append(logits[asked].argmax(-1) == targets[asked])
-    accuracy = torch.cat(right).float().mean().item()
-    expected = {"bits": torch.cat(losses).mean().item() / math.log(2), "accuracy": accuracy, "targets": 64}
-    assert scores == pytest.approx(expected)
+    nats, accuracy = scored(model, data.validation(4, 8))
+    assert scores == pytest.approx({"bits": nats / math.log(2), "accuracy": accuracy, "targets": 64})
 
 
 def test_a_mode_does_the_work_that_its_rows_count(monkeypatch):

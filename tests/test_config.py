@@ -3,7 +3,6 @@
 import re
 
 import pytest
-import torch
 
 from minimodels import LM, Config, InputError, preset
 from minimodels.config import PRESETS, SIZES, parse_layers
@@ -91,15 +90,10 @@ def test_speedup_is_what_routing_saves():
     assert 2 < ledger(preset("moe"), 256).speedup < 4
 
 
-@pytest.mark.parametrize("layers, depth", [("attention mlp", 2), ("moe mod(attention mlp)", 3)])
-def test_weights_are_drawn_wider_in_narrow_models_and_narrower_in_deep_ones(layers, depth):
-    torch.manual_seed(0)
-    model, std = LM(Config(layers=layers, width=192)), 0.02 * 2  # for 192 is a quarter of 768
-    assert model.config.depth == depth
-    for name, parameter in model.named_parameters():
-        if name.removesuffix(".weight").endswith(".out"):
-            assert parameter.std().item() == pytest.approx(std / model.config.depth**0.5, rel=0.05), name
-    assert model.embedding.weight.std().item() == pytest.approx(std, rel=0.05)
+def test_what_initial_weights_are_scaled_by():
+    config = Config(layers="moe mod(attention mlp)", width=192)
+    assert config.depth == 3
+    assert config.init_std == pytest.approx(0.04)  # for 192 is a quarter of 768
 
 
 def test_presets_have_the_shape_of_their_size_unless_told_otherwise():

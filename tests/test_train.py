@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
+from models import scored
 from safetensors import safe_open
 
 import minimodels.sample
@@ -21,12 +21,12 @@ import train
 from minimodels import LM, Config, InputError, preset
 from minimodels.command import run_command
 from minimodels.config import PRESETS
-from minimodels.loss import IGNORE
 from minimodels.optim import adamw, learning_rate
 from minimodels.options import make_first
 
 SMALL = (
-    "--width 32 --heads 2 --experts 4 --context 32 --batch-size 2 --warmup 5 --eval-batches 1 --eval-every 0 --log-every 1"
+    "--width 32 --heads 2 --experts 4 --context 32 --batch-size 2 --warmup 5 --eval-batches 1 --eval-every 0 --log-every 1 "
+    "--device cpu"
 ).split()
 
 
@@ -53,7 +53,8 @@ def log(folder) -> list[dict]:
 @pytest.mark.parametrize("model", PRESETS)
 def test_main_path(model, tmp_path, monkeypatch, capsys):
     """Every preset trains, validates, samples and leaves its folder; sampling from it repeats on a seed."""
-    run("--model", model, "--data", "text", "--steps", 40, "--lr", 0.01, "--prompt", "abc", *SMALL, monkeypatch=monkeypatch)
+    run("--model", model, "--data", "text", "--steps", 40, "--lr", 0.01, "--prompt", "abc", *SMALL, "--device", "auto",
+        monkeypatch=monkeypatch)  # fmt: skip
     printed = capsys.readouterr().out
     for word in ("ledger", "parameters", "validation", "bits per byte", "--- sample ---\nabc", f"runs/{model}"):
         assert word in printed
@@ -501,14 +502,8 @@ def test_validation_scores_every_held_out_batch_as_in_use(name):
     scores = train.evaluate(model, data, options, torch.autocast("cpu", enabled=False))
     train.sample(model, data, "a")
     assert model.training
-    model.eval()
-    losses, right = [], []
-    for tokens, targets in data.validation(4, 8):
-        logits, asked = model(tokens)[0], targets != IGNORE
-        losses.append(F.cross_entropy(logits[asked], targets[asked], reduction="none"))
-        right.append(logits[asked].argmax(-1) == targets[asked])
-    nats = torch.cat(losses).mean().item()
-    expected = {"validation_loss": nats, "accuracy": torch.cat(right).float().mean().item()}
+    nats, accuracy = scored(model, data.validation(4, 8))
+    expected = {"validation_loss": nats, "accuracy": accuracy}
     assert scores == pytest.approx(expected | ({"bits_per_byte": nats / math.log(2)} if name == "text" else {}))
 
 
