@@ -117,7 +117,8 @@ def processor() -> str:
 
 
 def check_writable(path: Path) -> None:
-    """Raise InputError where rows could not be written to a file, before they are measured. Its folder is made, it is not."""
+    """Raise InputError where rows could not be written to a file, before they are measured. The folder is made, the file is
+    left as it is."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         new = not path.exists()
