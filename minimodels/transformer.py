@@ -131,8 +131,8 @@ def attention(
     if path == "torch" and gapless and T == 1 and (window is None or S <= window):
         return sdpa(q, k, v)
     if gapless:
-        key_positions = torch.arange(S, device=q.device)
-        query_positions = key_positions[S - T :]
+        key_positions = torch.arange(S, device=q.device).unsqueeze(0)  # (1, S): a mask without its batch is not fused
+        query_positions = key_positions[:, S - T :]
     if path == "torch" and window is not None and S == T > 2 * window:
         return banded(sdpa, q, k, v, key_positions.expand(B, S), window)
     visible = sees(query_positions, key_positions, window)

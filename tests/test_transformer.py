@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.multiprocessing  # which teaches the pickler to share tensors
 from models import SHAPE, make, same
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minimodels import LM, Config
 from minimodels.layers import RMSNorm, rotary, rotate, slow
@@ -229,6 +230,25 @@ def test_refuses_shapes_that_do_not_fit():
     q, k = torch.randn(1, 3, 4, 8), torch.randn(1, 2, 4, 8)
     with pytest.raises(ValueError, match=r"attention: q \(1, 3, 4, 8\)"):
         attention(q, k, k, torch.arange(4)[None], torch.arange(4)[None])
+
+
+class Operations(TorchDispatchMode):
+    """The names of what is computed within."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names = [*getattr(self, "names", []), operation.name()]
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("window", [None, 6, 12, 30])
+@pytest.mark.parametrize("asked", [1, 5, 24])
+@pytest.mark.parametrize("placed", [False, True])
+def test_no_mask_leaves_the_fused_attention(window, asked, placed):
+    q, k, v = (torch.randn(2, heads, T, 8, requires_grad=True) for heads in (4, 2, 2))
+    positions = torch.arange(T).expand(2, T) if placed else None
+    with Operations() as seen:
+        attention(q[:, :, -asked:], k, v, positions if positions is None else positions[:, -asked:], positions, window, "torch")
+    assert any("scaled_dot_product_flash" in name for name in seen.names)  # else whole rows of scores are held
 
 
 @pytest.mark.parametrize("window", [None, 5])
