@@ -9,7 +9,7 @@ To continue a prompt with a trained or a published model, printing each token as
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,19 +50,25 @@ class Sampling:
             raise InputError("min_p", self.min_p, "a fraction in [0, 1]")
 
 
-def generate(model: LM, prompts: list[Tensor], count: int, sampling: Sampling = Sampling(), seed: int = 0) -> Iterator[Tensor]:
+def generate(
+    model: LM, prompts: Sequence[Tensor | Sequence[int]], count: int, sampling: Sampling = Sampling(), seed: int = 0
+) -> Iterator[Tensor]:
     """Continue each prompt by `count` tokens, one step at a time: an iterator over (B,) int64.
 
-    prompts: B tensors of token ids, (T,) int64, of any lengths. They are one chunk, each later token another: the state is all
-    that is kept. Each row draws from its own generator, of the same seed, so that a prompt is continued in a batch as it would
-    be alone. Raises InputError for no prompt or an empty one, one of another shape or type, an id outside the vocabulary, a
-    negative count, or a model that is not causal in its present mode.
+    prompts: B texts of token ids, (T,) int64 or lists, of any lengths. They are one chunk, each later token another: the state
+    is all that is kept. Each row draws from its own generator, of the same seed, so that a prompt is continued in a batch as it
+    would be alone. Raises InputError for no prompt or an empty one, one of another shape or type, an id outside the vocabulary,
+    a negative count, or a model that is not causal in its present mode.
     """
     if not model.causal:
         raise InputError("model", "not causal", "layers that do not route over the whole sequence, in eval() mode")
     if count < 0:
         raise InputError("tokens", count, "0 or more")
     vocab = model.embedding.num_embeddings
+    try:
+        prompts = [torch.as_tensor(prompt) for prompt in prompts]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError("prompts", prompts, f"a list of texts of token ids ({error})") from None
     if not prompts:
         raise InputError("prompts", prompts, "at least one")
     for prompt in prompts:

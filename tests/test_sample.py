@@ -43,7 +43,7 @@ def test_a_prompt_in_a_batch_is_continued_as_alone(name, sampling):
 
 
 def test_a_seed_draws_the_same_text():
-    lm, prompts, loose = model("transformer"), [torch.arange(3)], Sampling(temperature=2.0)
+    lm, prompts, loose = model("transformer"), [[0, 1, 2]], Sampling(temperature=2.0)
     first, again, other = (continued(lm, prompts, 20, sampling=loose, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -102,8 +102,12 @@ def test_refuses_prompts():
     for prompt in (torch.arange(0), torch.tensor([32]), torch.tensor([-1]), torch.ones(3), torch.arange(4).view(1, 4)):
         with pytest.raises(InputError, match="prompt"):
             generate(lm, [prompt], 1)
-    with pytest.raises(InputError, match="prompts"):
-        generate(lm, [], 1)
+    for prompts in ([], "def ", ["def "], [[1, "d"]], [None], [[10**30]]):
+        with pytest.raises(InputError, match="prompts"):
+            generate(lm, prompts, 1)
+    for prompts in ([1, 2], [[1.0]], [[]]):
+        with pytest.raises(InputError, match="prompt:"):
+            generate(lm, prompts, 1)
     with pytest.raises(InputError, match="not causal"):
         next(generate(model("mod").train(), [torch.arange(3)], 1))
     lm = LM(preset("moe", router="expert_choice", vocab=32)).eval()
