@@ -53,6 +53,14 @@ def test_ignored_targets(small):
     compare(linear_cross_entropy, reference, arguments(9, 5, 130, ignored=[0, 3, 4, 8]))
 
 
+def test_a_second_derivative_is_refused():
+    x, weight, targets = (part.to(DEVICE) for part in arguments(7, 5, 11))
+    x.requires_grad_()
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        (dx,) = torch.autograd.grad(linear_cross_entropy(x, weight, targets), x, create_graph=True)
+        torch.autograd.grad(dx.square().sum(), x)
+
+
 def test_every_target_ignored():
     loss, *others = gradients(linear_cross_entropy, *arguments(3, 4, 10, ignored=range(3)))
     assert loss.isnan() and not any(other.any() for other in others)

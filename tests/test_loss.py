@@ -86,11 +86,10 @@ def test_gradients_in_fp16_are_refused():
         assert linear_cross_entropy(x, weight, targets, "torch").isfinite()
 
 
-@pytest.mark.parametrize("impl, reason", [("torch", "second derivative"), ("triton", "no autograd formula")])
-def test_a_second_derivative_is_refused(impl, reason):
+def test_a_second_derivative_is_refused():
     x, weight, targets = arguments(7, 5, 11, torch.float32)
-    with pytest.raises(RuntimeError, match=reason):
-        (dx,) = torch.autograd.grad(linear_cross_entropy(x, weight, targets, impl), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        (dx,) = torch.autograd.grad(linear_cross_entropy(x, weight, targets, "torch"), x, create_graph=True)
         torch.autograd.grad(dx.square().sum(), x)
 
 
