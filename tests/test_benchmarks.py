@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import tyro
-from minimodels.kernels import common
 from models import scored
 from tqdm import tqdm
 
@@ -70,40 +69,6 @@ def test_timings_are_interleaved_and_compared_round_by_round():
     assert ratio({"a": [1.0, 2.0, 4.0], "b": [2.0, 2.0, 2.0]}, "a", "b") == (1.0, 0.5, 2.0)
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_a_provider_that_fails_or_is_wrong_is_left_out(direction, capsys):
-    providers = {
-        "first": lambda x: 2 * x, "same": lambda x: x + x, "wrong": lambda x: 3 * x, "failing": lambda x: x / None,
-        "something else": lambda x: 7 * x,
-    }  # fmt: skip
-    inputs = lambda: (torch.ones(3, requires_grad=True),)  # noqa: E731
-    timings, memory = common.time_providers(providers, {"something else"}, inputs, direction, rounds=2)
-    assert list(timings) == list(memory) == ["first", "same", "something else"]
-    said = capsys.readouterr().out
-    assert "wrong: left out, for it failed (AssertionError: result 0" in said and "failing: left out" in said
-
-
-def test_an_operation_reports_rows_that_table_reads(tmp_path, capsys, monkeypatch):
-    def square(x, impl="triton"):
-        return x * x
-
-    inputs = lambda: (torch.ones(4, 8, **common.TIMED, requires_grad=True),)  # noqa: E731
-    cases = [common.Case(label, inputs, forward=64, backward=96) for label in ("small", "large")]
-    peers = {"same": common.Peer("torch", square, gpu=False), "absent": common.Peer("no-such-package", square)}
-    monkeypatch.setattr(common, "interleave", lambda calls, **_: interleave(calls, rounds=2, seconds=0))
-    monkeypatch.setattr(common, "ceilings", lambda device: {"GB/s": 10.0, "TFLOP/s": 1.0})
-    monkeypatch.setattr(torch, "compile", lambda call, **_: call)
-    out = tmp_path / "new" / "kernels.jsonl"
-    for _ in range(2):  # the second time in the place of the first
-        common.report("square", square, square, cases, peers, lambda: None)(common.Options(out=out, rounds=2))
-    rows = rows_of(out)
-    assert len(rows) == 2 * (3 + 4) and all(row["rate"] > 0 and len(row["seconds"]) == 2 for row in rows)
-    assert {row["provider"] for row in rows} >= {"torch", "torch.compile", "same"}
-    assert "absent: skipped, for no-such-package is not installed" in capsys.readouterr().out
-    table.main(table.Options(results=(out,)))
-    assert "| `square` backward | large |" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("name", peers.MODELS)
 def test_peers_have_our_logits_and_generate_our_tokens(name, tmp_path, monkeypatch):
     """Which main asserts before it times."""
@@ -119,18 +84,6 @@ def test_a_wrapped_block_and_its_group_alone():
     for call in calls.values():
         call()
     assert list(calls) == ["block", "group alone"]
-
-
-def test_rows_of_an_operation_take_the_place_of_earlier_ones(tmp_path):
-    path = tmp_path / "new" / "kernels.jsonl"
-    common.forget(path, "attention")
-    path.write_text('{"operation": "attention"}\n\n{"operation": "rmsnorm"}\n')
-    common.forget(path, "attention")
-    assert rows_of(path) == [{"operation": "rmsnorm"}]
-    path.write_text("something else")
-    with pytest.raises(InputError, match="rows of kernels"):
-        common.forget(path, "attention")
-    assert path.read_text() == "something else"
 
 
 @pytest.mark.parametrize("axis", throughput.AXES)
