@@ -105,7 +105,7 @@ class LM(nn.Module):
         parts, total = {"cross_entropy": cross_entropy.detach()}, cross_entropy
         for name, value in auxiliary:
             total = total + value
-            parts[name] = parts.get(name, 0) + value.detach()
+            parts[name] = parts[name] + value.detach() if name in parts else value.detach()  # 0 + x would compile to x itself
         return total, parts
 
     @property

@@ -9,6 +9,7 @@ import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -80,6 +81,17 @@ def test_main_path(model, tmp_path, monkeypatch, capsys):
     assert texts[0] == texts[1]
     assert texts[0].startswith("abc")
     assert texts[0] != texts[2]
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_run_takes_the_same_steps(monkeypatch):
+    layers = "mamba moe mod(window mlp) attention"
+    for name, chosen in {"plain": [], "compiled": ["--compile"]}.items():
+        run("--layers", layers, "--data", "text", "--steps", 4, "--out", name, *SMALL, *chosen, monkeypatch=monkeypatch)
+    for plain, compiled in zip(log(Path("plain")), log(Path("compiled")), strict=True):
+        for record in (plain, compiled):
+            record.pop("seconds"), record.pop("tokens_per_second", None)
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
