@@ -198,6 +198,19 @@ def test_ledger_equals_measurement(case, context):
     assert cost.active == cost.parameters - idle_parameters(stack)
 
 
+@pytest.mark.parametrize("case", ["mlp", "moe", "mamba"])
+def test_a_backward_pass_costs_two_forward_passes(case):
+    """As the ledger counts a training step. Not the convolution, whose derivative PyTorch counts otherwise."""
+    stack, x = make(CASES[case], dtype=torch.float32).train(), torch.randn(2, 20, D, requires_grad=True)
+    totals = []
+    for call in (lambda: stack(x)[0].sum(), lambda: stack(x)[0].sum().backward()):
+        with FlopCounterMode(display=False) as counter:
+            call()
+        counts = counter.get_flop_counts()["Global"]
+        totals.append(sum(count for operation, count in counts.items() if operation != torch.ops.aten.convolution))
+    assert totals[1] == 3 * totals[0]
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if " " not in case or case.endswith("preset")])
 def test_overfits_one_batch(case):
     """Training reaches every part: a small model learns one batch by heart."""

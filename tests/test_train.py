@@ -83,6 +83,17 @@ def test_main_path(model, tmp_path, monkeypatch, capsys):
     assert texts[0] != texts[2]
 
 
+def test_samples_in_the_precision_that_is_asked_for(monkeypatch, capsys):
+    run("--layers", "mlp", "--data", "text", "--steps", 1, "--out", "run", *SMALL, monkeypatch=monkeypatch)
+    dtypes = []
+    monkeypatch.setattr(
+        minimodels.sample, "generate", lambda model, *_: dtypes.append(model.embedding.weight.dtype) or iter(())
+    )
+    for dtype in ("auto", "float32", "bfloat16"):
+        minimodels.sample.main(minimodels.sample.Options("run", dtype=dtype, device="cpu"))
+    assert dtypes == [torch.float32, torch.float32, torch.bfloat16]
+
+
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
 def test_a_compiled_run_takes_the_same_steps(monkeypatch):
     layers = "mamba moe mod(window mlp) attention"
