@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from minimodels import checkpoint
-from minimodels.command import has_bfloat16, keep_freed_memory, pick_device, run_command
+from minimodels.command import has_bfloat16, keep_freed_memory, pick_device, require_compiler, run_command
 from minimodels.config import InputError
 from minimodels.data import Text, open_data
 from minimodels.layers import choose
@@ -56,6 +56,7 @@ def main(options: Options) -> None:
     optimizer = adamw(model, options.lr, options.weight_decay)
     loss_function = model.loss
     if options.compile:
+        require_compiler(device)
         torch._dynamo.config.capture_dynamic_output_shape_ops = True  # routed tokens are counted inside the graph
         loss_function = torch.compile(model.loss, fullgraph=True)
 

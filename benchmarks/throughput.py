@@ -30,7 +30,7 @@ import torch
 import tyro
 
 from minimodels import LM, Config, InputError, preset
-from minimodels.command import has_bfloat16, keep_freed_memory, pick_device, run_command
+from minimodels.command import has_bfloat16, keep_freed_memory, pick_device, require_compiler, run_command
 from minimodels.config import PRESETS
 from minimodels.layers import choose
 from minimodels.ledger import Ledger, ledger
@@ -146,6 +146,8 @@ def check(options: Options) -> torch.device:
             raise InputError("impl", impl, f"auto, reference or torch, for the device is {device.type}")
     if not options.impl:
         raise InputError("impl", (), ", ".join(["auto, reference, torch, triton", *BACKENDS]))
+    if options.compile:
+        require_compiler(device)
     check_writable(options.out)
     return device
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
@@ -66,6 +67,15 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError):
         raise InputError("device", name, "auto, cpu" + ", cuda" * torch.cuda.is_available()) from None
     return device
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raise InputError where torch.compile lacks what it makes a CPU's code with."""
+    from torch._inductor import config  # which takes a second to import
+
+    names = [name for name in config.cpp.cxx if name]
+    if device.type == "cpu" and not any(map(shutil.which, names)):
+        raise InputError("compile", True, f"False, for PyTorch finds no C++ compiler: {', '.join(names)}")
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -427,6 +427,12 @@ def test_bad_input_is_refused(main, options, message):
         main(options)
 
 
+def test_nothing_is_compiled_without_a_compiler(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(InputError, match="compile: True .* no C"):
+        throughput.main(throughput.Options(compile=True, device="cpu"))
+
+
 def test_tables_hold_medians_and_means(tmp_path, capsys):
     timed = {"benchmark": "throughput", "mode": "train", "batch": 1, "context": 256, "tokens": 100}
     rows = [{**timed, "model": "mamba", "seconds": [1.0, 2.0, 4.0]}, {**timed, "model": "mlp", "seconds": None}]
