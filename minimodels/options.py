@@ -66,7 +66,7 @@ class Options:
     dtype: str = "auto"
     """auto (bfloat16 autocast on GPUs that have it), float32 or bfloat16"""
     compile: bool = False
-    """torch.compile the training step"""
+    """torch.compile the training step, for which a CPU needs a C++ compiler"""
 
     eval_every: int = 100
     """steps between validations, each followed by a checkpoint; 0: only at the end"""
