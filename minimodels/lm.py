@@ -105,7 +105,8 @@ class LM(nn.Module):
         parts, total = {"cross_entropy": cross_entropy.detach()}, cross_entropy
         for name, value in auxiliary:
             total = total + value
-            parts[name] = parts[name] + value.detach() if name in parts else value.detach()  # 0 + x would compile to x itself
+            # not 0 + value, which a compiler makes the value itself, taken then for one that has no gradient
+            parts[name] = parts[name] + value.detach() if name in parts else value.detach()
         return total, parts
 
     @property

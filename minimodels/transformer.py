@@ -131,7 +131,7 @@ def attention(
     if path == "torch" and gapless and T == 1 and (window is None or S <= window):
         return sdpa(q, k, v)
     if gapless:
-        key_positions = torch.arange(S, device=q.device).unsqueeze(0)  # (1, S): a mask without its batch is not fused
+        key_positions = torch.arange(S, device=q.device).unsqueeze(0)  # (1, S): PyTorch fuses no 3-D mask
         query_positions = key_positions[:, S - T :]
     if path == "torch" and window is not None and S == T > 2 * window:
         return banded(sdpa, q, k, v, key_positions.expand(B, S), window)

@@ -430,7 +430,7 @@ def test_bad_input_is_refused(main, options, message):
 def test_nothing_is_compiled_without_a_compiler(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(InputError, match="compile: True .* no C"):
-        throughput.main(throughput.Options(compile=True, device="cpu"))
+        throughput.check(throughput.Options(compile=True, device="cpu"))
 
 
 def test_tables_hold_medians_and_means(tmp_path, capsys):
