@@ -25,19 +25,25 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minimodels import checkpoint
-from minimodels.command import has_bfloat16, keep_freed_memory, pick_device, require_compiler, run_command
-from minimodels.config import InputError
-from minimodels.data import Text, open_data
+from minimodels.command import (
+    has_bfloat16,
+    keep_freed_memory,
+    pick_device,
+    require_compiler,
+    run_command,
+)
+from minimodels.data.tasks import Task
+from minimodels.data.text import Text, open_data
+from minimodels.data.tokenizer import Bytes
+from minimodels.errors import InputError
 from minimodels.layers import choose
 from minimodels.ledger import ledger
 from minimodels.lm import LM
-from minimodels.loss import tally
-from minimodels.optim import adamw, learning_rate
-from minimodels.options import Options, count_steps, label, new_folder, parse
+from minimodels.ops.linear_cross_entropy import tally
 from minimodels.sample import Sampling, generate
-from minimodels.tasks import Task
-from minimodels.tokenizer import Bytes
+from minimodels.training import checkpoint
+from minimodels.training.optim import adamw, learning_rate
+from minimodels.training.options import Options, count_steps, label, new_folder, parse
 
 
 def main(options: Options) -> None:
@@ -45,19 +51,29 @@ def main(options: Options) -> None:
     device = pick_device(options.device)
     data = open_data(options.data, options.context)
     if 0 < options.config.vocab < data.vocab:
-        raise InputError("vocab", options.config.vocab, f"{data.vocab} or more, for that many tokens are in the data")
+        raise InputError(
+            "vocab",
+            options.config.vocab,
+            f"{data.vocab} or more, for that many tokens are in the data",
+        )
     config = replace(options.config, vocab=options.config.vocab or data.vocab)
 
     torch.manual_seed(options.seed)
     model = LM(config).to(device)
-    paths = {name: choose(config.impl, name, device) for m in model.modules() for name in getattr(m, "operations", ())}
+    paths = {
+        name: choose(config.impl, name, device)
+        for m in model.modules()
+        for name in getattr(m, "operations", ())
+    }
     bfloat16 = has_bfloat16(device) if options.dtype == "auto" else options.dtype == "bfloat16"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
     optimizer = adamw(model, options.lr, options.weight_decay)
     loss_function = model.loss
     if options.compile:
         require_compiler(device)
-        torch._dynamo.config.capture_dynamic_output_shape_ops = True  # routed tokens are counted inside the graph
+        torch._dynamo.config.capture_dynamic_output_shape_ops = (
+            True  # routed tokens are counted inside the graph
+        )
         loss_function = torch.compile(model.loss, fullgraph=True)
 
     cost = ledger(config, options.context)
@@ -66,7 +82,11 @@ def main(options: Options) -> None:
     if options.resume:
         run, done = options.resume, checkpoint.load(options.resume, model, optimizer)
         if done.get("data", data.fingerprint) != data.fingerprint:
-            raise InputError("data", f"{options.data}: {data.fingerprint}", f"what {run} was started with: {done['data']}")
+            raise InputError(
+                "data",
+                f"{options.data}: {data.fingerprint}",
+                f"what {run} was started with: {done['data']}",
+            )
         checkpoint.forget_after(run, done["step"])
     else:
         run, done = new_folder(options), {"step": 0, "seconds": 0.0}
@@ -88,18 +108,31 @@ def main(options: Options) -> None:
         signal.signal(signal.SIGINT, at_interrupt)
 
     signal.signal(signal.SIGINT, stop)
-    bar = tqdm(total=1.0, bar_format="{percentage:3.0f}% |{bar:20}| {elapsed}<{remaining} {postfix}", mininterval=0.5)
+    bar = tqdm(
+        total=1.0,
+        bar_format="{percentage:3.0f}% |{bar:20}| {elapsed}<{remaining} {postfix}",
+        mininterval=0.5,
+    )
     start = time.perf_counter() - done["seconds"]
     lap, lap_step = time.perf_counter(), step
-    losses = [torch.tensor(loss, device=device) for loss in done.get("losses", [])]  # of steps that the log has not told of
+    losses = [
+        torch.tensor(loss, device=device) for loss in done.get("losses", [])
+    ]  # of steps that the log has not told of
 
     def spent() -> dict[str, float]:
         tokens = step * tokens_per_step
-        return {"step": step, "seconds": time.perf_counter() - start, "tokens": tokens, "flops": tokens * cost.training_flops}
+        return {
+            "step": step,
+            "seconds": time.perf_counter() - start,
+            "tokens": tokens,
+            "flops": tokens * cost.training_flops,
+        }
 
     def save() -> None:
         pending = {"losses": [loss.item() for loss in losses], "data": data.fingerprint}
-        checkpoint.save(run, model, optimizer, {"step": step, "seconds": time.perf_counter() - start, **pending})
+        checkpoint.save(
+            run, model, optimizer, {"step": step, "seconds": time.perf_counter() - start, **pending}
+        )
 
     while not interrupted.is_set():
         seconds = time.perf_counter() - start
@@ -110,7 +143,9 @@ def main(options: Options) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         for micro in range(options.accumulate):
-            tokens, targets = data.batch(options.seed, step * options.accumulate + micro, options.batch_size)
+            tokens, targets = data.batch(
+                options.seed, step * options.accumulate + micro, options.batch_size
+            )
             with autocast:
                 loss, parts = loss_function(tokens.to(device), targets.to(device))
             (loss / options.accumulate).backward()
@@ -126,11 +161,20 @@ def main(options: Options) -> None:
             mean = torch.stack(losses).mean().item()
             speed = (step - lap_step) * tokens_per_step / (time.perf_counter() - lap)
             lap, lap_step, losses = time.perf_counter(), step, []
-            measured = {"loss": mean, "grad_norm": norm.item(), "lr": rate, "tokens_per_second": speed}
-            layers = {name: value.item() for name, value in parts.items() if name != "cross_entropy"} | model.observations()
+            measured = {
+                "loss": mean,
+                "grad_norm": norm.item(),
+                "lr": rate,
+                "tokens_per_second": speed,
+            }
+            layers = {
+                name: value.item() for name, value in parts.items() if name != "cross_entropy"
+            } | model.observations()
             refuse_nan(model, step, run)
             write_log(run, {**spent(), **measured, **layers})
-            bar.set_postfix_str(f"step {step}, loss {mean:.3f}, {speed:,.0f} tokens/s", refresh=False)
+            bar.set_postfix_str(
+                f"step {step}, loss {mean:.3f}, {speed:,.0f} tokens/s", refresh=False
+            )
             bar.update(min(progress, 1.0) - bar.n)
         if options.eval_every and step % options.eval_every == 0 and step < last_step:
             refuse_nan(model, step, run)
@@ -148,17 +192,23 @@ def main(options: Options) -> None:
     save()
     signal.signal(signal.SIGINT, at_interrupt)
     if interrupted.is_set():
-        print(f"\ninterrupted at step {step} and saved; to go on: python train.py --resume {shlex.quote(str(run))}")
+        print(
+            f"\ninterrupted at step {step} and saved; to go on: python train.py --resume {shlex.quote(str(run))}"
+        )
         sys.exit(130)
     print(f"saved in {run}", flush=True)
     print(report(run, now, evaluate(model, data, options, autocast)))
     print(text := sample(model, data, options.prompt))
     if not text.startswith("no sample"):
-        print(f"\nmore of it: python -m minimodels.sample {shlex.quote(str(run))} --prompt {shlex.quote(options.prompt)}")
+        print(
+            f"\nmore of it: python -m minimodels.sample {shlex.quote(str(run))} --prompt {shlex.quote(options.prompt)}"
+        )
 
 
 @torch.no_grad()
-def evaluate(model: LM, data: Text | Task, options: Options, autocast: torch.autocast) -> dict[str, float]:
+def evaluate(
+    model: LM, data: Text | Task, options: Options, autocast: torch.autocast
+) -> dict[str, float]:
     """Loss and metric over the held-out batches, in evaluation mode: mixture-of-depths decides causally there."""
     model.eval()
     total, device = 0.0, model.embedding.weight.device
@@ -200,7 +250,11 @@ def refuse_nan(model: LM, step: int, run: Path) -> None:
     """Stop before a broken model is saved over a whole one."""
     if not sum(parameter.detach().sum() for parameter in model.parameters()).isfinite():
         saved = (run / checkpoint.FILE).exists()
-        kept = f"the last checkpoint is whole: --resume {shlex.quote(str(run))}" if saved else "nothing was saved"
+        kept = (
+            f"the last checkpoint is whole: --resume {shlex.quote(str(run))}"
+            if saved
+            else "nothing was saved"
+        )
         sys.exit(f"the weights are not finite at step {step}; a lower lr may help; {kept}")
 
 

@@ -24,8 +24,8 @@ import tyro
 from minimodels.kernels import OPERATIONS
 
 from minimodels import InputError
-from minimodels.checkpoint import write_json
 from minimodels.command import pick_device, run_command
+from minimodels.files import write_json
 from minimodels.measure import ceilings, environment
 
 Steps = dict[str, list[str]]  # name -> arguments of python
@@ -40,7 +40,9 @@ def steps(out: Path, gpu: bool, impl: str) -> Steps:
     def throughput(name: str, *arguments: str) -> list[str]:
         return to(name, "throughput", *(["--size", "small"] if gpu else []), *arguments)
 
-    kernels = {f"kernels {name}": to("kernels.jsonl", "kernels", "--only", name) for name in OPERATIONS}
+    kernels = {
+        f"kernels {name}": to("kernels.jsonl", "kernels", "--only", name) for name in OPERATIONS
+    }
     ceilings = {"ceilings": to("", "all", "--only-ceilings")}
     at_1024 = ["--match", "none", "--modes", "train", "--shortest", "1024", "--longest", "1024"]
     models = ["--models", "transformer", "mamba"]
@@ -51,7 +53,16 @@ def steps(out: Path, gpu: bool, impl: str) -> Steps:
             **ceilings,
             "parts": to("parts.jsonl", "parts"),
             "training": throughput("training.jsonl", *paths, *at_1024, "--tokens", "2048"),
-            "crossover": throughput("crossover.jsonl", *paths, *models, "--modes", "train", "prefill", "--longest", str(2**13)),
+            "crossover": throughput(
+                "crossover.jsonl",
+                *paths,
+                *models,
+                "--modes",
+                "train",
+                "prefill",
+                "--longest",
+                str(2**13),
+            ),
             "throughput": throughput("throughput.jsonl", *paths),
             "peers": to("peers.jsonl", "peers"),
             **kernels,
@@ -67,7 +78,9 @@ def steps(out: Path, gpu: bool, impl: str) -> Steps:
         return throughput(name, *ways, *more, *models, "--modes", mode, "--longest", str(longest))
 
     def every_model(mode: str, longest: int) -> list[str]:
-        return throughput(f"throughput-{mode}.jsonl", *quick, "--modes", mode, "--longest", str(longest))
+        return throughput(
+            f"throughput-{mode}.jsonl", *quick, "--modes", mode, "--longest", str(longest)
+        )
 
     return {
         **({"correctness": ["-m", "benchmarks.kernels", "--check-only"]} if kernels_used else {}),
@@ -81,8 +94,16 @@ def steps(out: Path, gpu: bool, impl: str) -> Steps:
         "throughput, train": every_model("train", 2**15),
         "throughput, prefill": every_model("prefill", 2**16),
         "throughput, decode": every_model("decode", 2**14),
-        "compiled": throughput("compiled.jsonl", *fastest, *at_1024, "--tokens", "32768", "--compile", *models),
-        "tests": ["-m", "pytest", "-q", "tests/test_kernel_laws.py", *(f"tests/test_kernel_{name}.py" for name in OPERATIONS)],
+        "compiled": throughput(
+            "compiled.jsonl", *fastest, *at_1024, "--tokens", "32768", "--compile", *models
+        ),
+        "tests": [
+            "-m",
+            "pytest",
+            "-q",
+            "tests/test_kernel_laws.py",
+            *(f"tests/test_kernel_{name}.py" for name in OPERATIONS),
+        ],
     }
 
 
@@ -113,7 +134,9 @@ def main(options: Options) -> None:
     device = pick_device(options.device)
     done_file = options.out / "done.json"
     if done_file.exists() and not options.resume and not options.only_ceilings:
-        raise InputError("out", str(options.out), "a folder without done.json, or --resume to go on in it")
+        raise InputError(
+            "out", str(options.out), "a folder without done.json, or --resume to go on in it"
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     if options.only_ceilings:
         limits = {**environment(device), **ceilings(device)}
@@ -130,7 +153,12 @@ def main(options: Options) -> None:
             continue
         print(f"--- {name}: {left / 60:.1f} minutes left", flush=True)
         rows = Path(arguments[-1])
-        if name in done and rows.suffix == ".jsonl" and rows.exists() and not name.startswith("kernels"):
+        if (
+            name in done
+            and rows.suffix == ".jsonl"
+            and rows.exists()
+            and not name.startswith("kernels")
+        ):
             rows.rename(rows.with_suffix(".cut.jsonl"))  # what it had measured when it was cut off
         start = time.monotonic()
         status = run(arguments, left, device)
@@ -138,20 +166,37 @@ def main(options: Options) -> None:
         write_json(done_file, done)
         print(f"--- {name}: {status}", flush=True)
         if name == "correctness" and status.startswith("failed"):
-            torch_only = "; --impl torch times models without kernels, and those kernels that are right" * gpu
-            raise InputError("correctness", status, f"results that are right; nothing was measured{torch_only}")
+            torch_only = (
+                "; --impl torch times models without kernels, and those kernels that are right"
+                * gpu
+            )
+            raise InputError(
+                "correctness", status, f"results that are right; nothing was measured{torch_only}"
+            )
     for name in ("throughput", "crossover"):
-        found = [str(path) for path in sorted(options.out.glob(f"{name}*.jsonl")) if not path.stem.endswith(".cut")]
+        found = [
+            str(path)
+            for path in sorted(options.out.glob(f"{name}*.jsonl"))
+            if not path.stem.endswith(".cut")
+        ]
         if found:
-            subprocess.run([sys.executable, "-m", "benchmarks.plot", *found, "--out", str(options.out / name)])
+            subprocess.run(
+                [sys.executable, "-m", "benchmarks.plot", *found, "--out", str(options.out / name)]
+            )
     missing = [name for name in plan if done.get(name, {}).get("status") != "done"]
-    print("everything is done" if not missing else f"not done: {', '.join(missing)}; --resume does these, each from its start")
+    print(
+        "everything is done"
+        if not missing
+        else f"not done: {', '.join(missing)}; --resume does these, each from its start"
+    )
 
 
 def run(arguments: list[str], seconds: float, device: torch.device) -> str:
     """How the step ended; at the end of its time it is stopped with all that it has started."""
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if device.type == "cpu" else {})}
-    with subprocess.Popen([sys.executable, *arguments], start_new_session=True, env=environment) as process:
+    with subprocess.Popen(
+        [sys.executable, *arguments], start_new_session=True, env=environment
+    ) as process:
         try:
             code = process.wait(seconds)
         except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:

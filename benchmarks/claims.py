@@ -28,13 +28,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minimodels import LM, Config, InputError, preset
+from minimodels.architectures.mod import MixtureOfDepths
 from minimodels.command import keep_freed_memory, pick_device, run_command
-from minimodels.config import PRESETS
-from minimodels.data import open_data
+from minimodels.data.text import open_data
 from minimodels.layers import choose
 from minimodels.ledger import ledger
 from minimodels.measure import check_writable, write
-from minimodels.mod import MixtureOfDepths
+from minimodels.presets import PRESETS
 
 from . import table
 from .s4d import forget_selection
@@ -72,14 +72,20 @@ class Claim:
 
 def copying(small: bool) -> Claim:
     """Mamba (arXiv:2312.00752) §4.1.1, table 1: S6 solves it, the time-invariant S4 does not."""
-    task, context, steps = ("copying:tokens=4,vocab=8", 128, 1500) if small else ("copying:tokens=16,vocab=16", 4096, 20_000)
+    task, context, steps = (
+        ("copying:tokens=4,vocab=8", 128, 1500)
+        if small
+        else ("copying:tokens=16,vocab=16", 4096, 20_000)
+    )
     mamba = Config(layers="(mamba)*2", width=64)
     runs = [  # each at the rate that suits it
         Run("mamba", mamba, task, context, steps, lr=4e-3),
         Run("time-invariant", mamba, task, context, steps, lr=1e-2, change=forget_selection),
     ]
     panel = Panel("accuracy", "step", "accuracy", "training steps", "answers right")
-    return Claim("What is selectivity worth? Copying tokens that are strewn among noise", runs, [panel])
+    return Claim(
+        "What is selectivity worth? Copying tokens that are strewn among noise", runs, [panel]
+    )
 
 
 def induction(small: bool) -> Claim:
@@ -89,7 +95,14 @@ def induction(small: bool) -> Claim:
     runs = [
         Run("mamba", Config(layers="(mamba)*2", **shape), "induction", context, steps, lr=4e-3),
         # at Mamba's rate it does not learn at all, and it takes longer
-        Run("attention", Config(layers="(attention mlp)*2", **shape), "induction", context, 2 * steps, lr=1e-3),
+        Run(
+            "attention",
+            Config(layers="(attention mlp)*2", **shape),
+            "induction",
+            context,
+            2 * steps,
+            lr=1e-3,
+        ),
     ]
 
     def lengths(model: LM, run: Run, device: torch.device) -> Iterator[dict[str, float]]:
@@ -100,33 +113,62 @@ def induction(small: bool) -> Claim:
             yield {"length": context * multiple, "right": found["accuracy"]}
             multiple *= 2
 
-    panel = Panel("length", "length", "right", "length of the text (trained at the first)", "answers right", x_log=True)
-    return Claim("Who keeps an induction head beyond the trained length?", runs, [panel], at_end=lengths)
+    panel = Panel(
+        "length",
+        "length",
+        "right",
+        "length of the text (trained at the first)",
+        "answers right",
+        x_log=True,
+    )
+    return Claim(
+        "Who keeps an induction head beyond the trained length?", runs, [panel], at_end=lengths
+    )
 
 
 def recall(small: bool) -> Claim:
     """Zoology (arXiv:2312.04927), Based (arXiv:2402.18668): recall is bought with state. Widths are alike, states are not."""
-    task, context, steps = ("mqar:pairs=4,vocab=16", 24, 800) if small else ("mqar:pairs=64,vocab=8192", 512, 20_000)
-    width, windows, state_sizes = (64, (4, 8, 16), (1, 16)) if small else (128, (16, 64, 256), (1, 4, 16, 64))
+    task, context, steps = (
+        ("mqar:pairs=4,vocab=16", 24, 800) if small else ("mqar:pairs=64,vocab=8192", 512, 20_000)
+    )
+    width, windows, state_sizes = (
+        (64, (4, 8, 16), (1, 16)) if small else (128, (16, 64, 256), (1, 4, 16, 64))
+    )
     shape = {"width": width, "heads": 2}
     models = [("attention", steps, Config(layers="(attention mlp)*2", **shape))]
-    models += [("window", steps, Config(layers="(window mlp)*2", window=window, **shape)) for window in windows]
+    models += [
+        ("window", steps, Config(layers="(window mlp)*2", window=window, **shape))
+        for window in windows
+    ]
     longer = 5 * steps // 2  # Mamba takes more steps to find out how
-    models += [("mamba", longer, Config(layers="(mamba)*2", state_size=size, **shape)) for size in state_sizes]
-    runs = [Run(name, config, task, context, steps, batch=64, lr=4e-3) for name, steps, config in models]
+    models += [
+        ("mamba", longer, Config(layers="(mamba)*2", state_size=size, **shape))
+        for size in state_sizes
+    ]
+    runs = [
+        Run(name, config, task, context, steps, batch=64, lr=4e-3) for name, steps, config in models
+    ]
 
     def state(model: LM, run: Run, device: torch.device) -> Iterator[dict[str, float]]:
         data = open_data(task, context)
-        yield {"state": ledger(run.config, context).state_bytes, "right": evaluate(model, data, device, 64, SCORED)["accuracy"]}
+        yield {
+            "state": ledger(run.config, context).state_bytes,
+            "right": evaluate(model, data, device, 64, SCORED)["accuracy"],
+        }
 
-    panel = Panel("state", "state", "right", "bytes of state a sequence", "answers right", x_log=True)
+    panel = Panel(
+        "state", "state", "right", "bytes of state a sequence", "answers right", x_log=True
+    )
     return Claim("How much state does associative recall take?", runs, [panel], at_end=state)
 
 
 def experts(small: bool) -> Claim:
     """Switch (arXiv:2101.03961), OLMoE (arXiv:2409.02060): at equal active FLOPs experts learn faster per token."""
     size, context, steps, batch = ("tiny", 128, 600, 8) if small else ("small", 1024, 5000, 32)
-    runs = [Run(name, preset(name, size), "stdlib", context, steps, batch) for name in ("transformer", "moe")]
+    runs = [
+        Run(name, preset(name, size), "stdlib", context, steps, batch)
+        for name in ("transformer", "moe")
+    ]
     panels = [TEXT["tokens"], TEXT["seconds"]]
     return Claim("Do routed experts beat a dense MLP of the same active FLOPs?", runs, panels)
 
@@ -136,17 +178,30 @@ def depth(small: bool) -> Claim:
     size, context, steps, batch = ("tiny", 128, 300, 8) if small else ("small", 1024, 5000, 32)
     dense = preset("transformer", size)
     mod = preset("mod", size)
-    halved = replace(dense, layers=f"(attention mlp)*{dense.depth // 4}")  # mod with the groups that it routes to left out
+    halved = replace(
+        dense, layers=f"(attention mlp)*{dense.depth // 4}"
+    )  # mod with the groups that it routes to left out
     runs = [
         Run("dense", dense, "stdlib", context, steps, batch),
         Run("mod, predictor", mod, "stdlib", context, steps, batch),
-        Run("mod, auxiliary loss", replace(mod, mod_route="router"), "stdlib", context, steps, batch),
+        Run(
+            "mod, auxiliary loss", replace(mod, mod_route="router"), "stdlib", context, steps, batch
+        ),
         Run("mod, random", mod, "stdlib", context, steps, batch, change=route_at_random),
         Run("dense, half as deep", halved, "stdlib", context, steps, batch),
     ]
     for run in runs:  # steps for the same FLOPs
-        run.steps = round(steps * ledger(dense, context).training_flops / ledger(run.config, context).training_flops)
-    return Claim("Does mixture-of-depths pay at equal training FLOPs?", runs, [TEXT["flops"], TEXT["seconds"]], at_end=routes)
+        run.steps = round(
+            steps
+            * ledger(dense, context).training_flops
+            / ledger(run.config, context).training_flops
+        )
+    return Claim(
+        "Does mixture-of-depths pay at equal training FLOPs?",
+        runs,
+        [TEXT["flops"], TEXT["seconds"]],
+        at_end=routes,
+    )
 
 
 def balance(small: bool) -> Claim:
@@ -156,19 +211,41 @@ def balance(small: bool) -> Claim:
         "none": {"balance_loss": 0.0, "z_loss": 0.0},
         "auxiliary loss": {"z_loss": 0.0},
         "auxiliary and z-loss": {},
-        "bias": {"router": "sigmoid_bias", "balance_loss": 0.0001, "z_loss": 0.0, "bias_step": 0.01 if small else 0.001},
-        "expert choice (not causal)": {"router": "expert_choice", "balance_loss": 0.0, "z_loss": 0.0},
+        "bias": {
+            "router": "sigmoid_bias",
+            "balance_loss": 0.0001,
+            "z_loss": 0.0,
+            "bias_step": 0.01 if small else 0.001,
+        },
+        "expert choice (not causal)": {
+            "router": "expert_choice",
+            "balance_loss": 0.0,
+            "z_loss": 0.0,
+        },
     }
-    runs = [Run(name, preset("moe", size, **fields), "stdlib", context, steps, batch) for name, fields in ways.items()]
-    overload = Panel("overload", "tokens", "overload", "training tokens", "load of the fullest expert, 1: all alike")
-    return Claim("What keeps the experts in use, and at what price?", runs, [overload, TEXT["tokens"]])
+    runs = [
+        Run(name, preset("moe", size, **fields), "stdlib", context, steps, batch)
+        for name, fields in ways.items()
+    ]
+    overload = Panel(
+        "overload",
+        "tokens",
+        "overload",
+        "training tokens",
+        "load of the fullest expert, 1: all alike",
+    )
+    return Claim(
+        "What keeps the experts in use, and at what price?", runs, [overload, TEXT["tokens"]]
+    )
 
 
 def presets(small: bool) -> Claim:
     """The presets of this project, on one text."""
     size, context, steps, batch = ("tiny", 128, 250, 8) if small else ("small", 1024, 5000, 32)
     runs = [Run(name, preset(name, size), "stdlib", context, steps, batch) for name in PRESETS]
-    return Claim("Which architecture learns fastest?", runs, [TEXT["tokens"], TEXT["flops"], TEXT["seconds"]])
+    return Claim(
+        "Which architecture learns fastest?", runs, [TEXT["tokens"], TEXT["flops"], TEXT["seconds"]]
+    )
 
 
 BITS = "validation, bits per byte"
@@ -177,7 +254,10 @@ TEXT = {
     "flops": Panel("flops", "flops", "bits", "training FLOPs", BITS),
     "seconds": Panel("seconds", "seconds", "bits", "seconds of training", BITS),
 }
-CLAIMS = {claim.__name__: claim for claim in (copying, induction, recall, experts, depth, balance, presets)}
+CLAIMS = {
+    claim.__name__: claim
+    for claim in (copying, induction, recall, experts, depth, balance, presets)
+}
 
 
 # What is done to models.
@@ -210,12 +290,24 @@ def routes(model: LM, run: Run, device: torch.device) -> Iterator[dict[str, floa
             group.route = route
         seen: list[dict[str, list]] = []  # one entry per batch
         start = time.perf_counter()
-        found = evaluate(model, data, device, run.batch, SCORED, watch=lambda: seen.append(model.observations()))
+        found = evaluate(
+            model, data, device, run.batch, SCORED, watch=lambda: seen.append(model.observations())
+        )
         speed = SCORED * run.batch * run.context / (time.perf_counter() - start)
-        told = {f"route_{name}": statistics.mean(statistics.mean(batch[name]) for batch in seen) for name in seen[0]}
-        return {"route": route, "route_bits": found["bits"], "route_tokens_per_second": speed, **told}
+        told = {
+            f"route_{name}": statistics.mean(statistics.mean(batch[name]) for batch in seen)
+            for name in seen[0]
+        }
+        return {
+            "route": route,
+            "route_bits": found["bits"],
+            "route_tokens_per_second": speed,
+            **told,
+        }
 
-    yield from [score(route) for route in ("topk", run.config.mod_route)]  # its own last, which leaves the model as it was
+    yield from [
+        score(route) for route in ("topk", run.config.mod_route)
+    ]  # its own last, which leaves the model as it was
 
 
 @dataclass(frozen=True)
@@ -245,7 +337,9 @@ def main(options: Options) -> None:
     if options.size not in ("auto", "cpu", "gpu"):
         raise InputError("size", options.size, "auto, cpu, gpu")
     if options.seeds < 0 or not 0 < options.scale < math.inf:
-        raise InputError("seeds, scale", (options.seeds, options.scale), "0 or more, and a positive number")
+        raise InputError(
+            "seeds, scale", (options.seeds, options.scale), "0 or more, and a positive number"
+        )
     device = pick_device(options.device)
     keep_freed_memory()
     small = options.size == "cpu" or (options.size == "auto" and device.type == "cpu")

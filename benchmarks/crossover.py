@@ -24,7 +24,11 @@ class Crossover:
     def __str__(self) -> str:
         first, last = self.contexts[0], self.contexts[-1]
         if self.median is None:
-            where = f"from {first:,} to {last:,}" if self.steady else f"at {last:,}, but not at every context from {first:,} on"
+            where = (
+                f"from {first:,} to {last:,}"
+                if self.steady
+                else f"at {last:,}, but not at every context from {first:,} on"
+            )
             return f"Mamba is {'faster' if self.faster else 'slower'} than the transformer {where}"
         return f"Mamba is faster than the transformer from {self.median:,.0f} tokens on ({self.low:,.0f}-{self.high:,.0f})"
 
@@ -42,7 +46,11 @@ def crossover(contexts: list[int], ratios: list[list[float]]) -> Crossover:
         for i in reversed(range(len(logs) - 1)):
             if logs[i] < 0 <= logs[i + 1]:
                 share = -logs[i] / (logs[i + 1] - logs[i])
-                places.append(math.exp((1 - share) * math.log(contexts[i]) + share * math.log(contexts[i + 1])))
+                places.append(
+                    math.exp(
+                        (1 - share) * math.log(contexts[i]) + share * math.log(contexts[i + 1])
+                    )
+                )
                 break
     wins = [statistics.median(values) >= 1 for values in ratios]
     if 2 * len(places) <= len(rounds) or not wins[-1]:
@@ -57,8 +65,17 @@ def overtaking(rows: list[dict]) -> Crossover | None:
     for row in rows:
         if row["seconds"] and not row["model"].endswith(" again"):
             models, base = fastest.setdefault(row["context"], {}), row.get("base", row["model"])
-            if base not in models or statistics.median(row["seconds"]) < statistics.median(models[base]):
+            if base not in models or statistics.median(row["seconds"]) < statistics.median(
+                models[base]
+            ):
                 models[base] = row["seconds"]
-    both = {context: models for context, models in sorted(fastest.items()) if {"mamba", "transformer"} <= models.keys()}
-    ratios = [[t / m for t, m in zip(models["transformer"], models["mamba"], strict=False)] for models in both.values()]
+    both = {
+        context: models
+        for context, models in sorted(fastest.items())
+        if {"mamba", "transformer"} <= models.keys()
+    }
+    ratios = [
+        [t / m for t, m in zip(models["transformer"], models["mamba"], strict=False)]
+        for models in both.values()
+    ]
     return crossover(list(both), ratios) if len(both) > 1 else None

@@ -18,7 +18,12 @@ from minimodels.command import run_command
 
 from .plot import COLOURS, canvas, label_lines, read, save
 
-AXES = {"tokens": "training tokens", "flops": "training FLOPs", "seconds": "seconds of training", "step": "optimizer steps"}
+AXES = {
+    "tokens": "training tokens",
+    "flops": "training FLOPs",
+    "seconds": "seconds of training",
+    "step": "optimizer steps",
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,12 @@ def main(options: Options) -> None:
         rows = read(path / "log.jsonl" if path.is_dir() else path)
         training, validation = points(rows, options.axis)
         axes.plot(*training, color=colour, linewidth=0.8, alpha=0.5)
-        axes.plot(*validation, color=colour, marker="o", label=path.name.removesuffix(".jsonl").replace("$", r"\$"))
+        axes.plot(
+            *validation,
+            color=colour,
+            marker="o",
+            label=path.name.removesuffix(".jsonl").replace("$", r"\$"),
+        )
     label_lines(axes)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for path in save(figure, options.out):

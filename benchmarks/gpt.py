@@ -19,11 +19,20 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm, self.mlp_norm = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
-        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+        self.qkv, self.out = (
+            nn.Linear(width, 3 * width, bias=False),
+            nn.Linear(width, width, bias=False),
+        )
+        self.up, self.down = (
+            nn.Linear(width, 4 * width, bias=False),
+            nn.Linear(4 * width, width, bias=False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.norm(x)).chunk(3, dim=-1))
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in self.qkv(self.norm(x)).chunk(3, dim=-1)
+        )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, d)
         x = x + self.out(y.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
@@ -34,8 +43,13 @@ class GPT(nn.Module):
 
     def __init__(self, config: Config, context: int):
         super().__init__()
-        self.embedding, self.positions = nn.Embedding(config.vocab, config.width), nn.Embedding(context, config.width)
-        self.blocks = nn.Sequential(*(Block(config.width, config.heads) for _ in range(config.depth // 2)))
+        self.embedding, self.positions = (
+            nn.Embedding(config.vocab, config.width),
+            nn.Embedding(context, config.width),
+        )
+        self.blocks = nn.Sequential(
+            *(Block(config.width, config.heads) for _ in range(config.depth // 2))
+        )
         self.norm = nn.LayerNorm(config.width, bias=False)
         for parameter in self.parameters():
             if parameter.ndim == 2:
@@ -43,7 +57,9 @@ class GPT(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The cross-entropy in nats per token, tokens and targets (B, T); no parts of it are told apart."""
-        x = self.embedding(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))  # (B, T, D)
+        x = self.embedding(tokens) + self.positions(
+            torch.arange(tokens.shape[1], device=tokens.device)
+        )  # (B, T, D)
         logits = F.linear(self.norm(self.blocks(x)), self.embedding.weight)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), {}
 

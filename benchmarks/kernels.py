@@ -53,13 +53,23 @@ def main(options: Options) -> None:
 
     def start(operation: str) -> int:
         command = [sys.executable, "-m", f"minimodels.kernels.{operation}"]
-        command += ["--rounds", str(options.rounds), "--out", str(options.out), *["--check-only"] * options.check_only]
+        command += [
+            "--rounds",
+            str(options.rounds),
+            "--out",
+            str(options.out),
+            *["--check-only"] * options.check_only,
+        ]
         return subprocess.run(command).returncode
 
-    with ThreadPoolExecutor(os.cpu_count() if options.check_only else 1) as pool:  # what is timed is alone
+    with ThreadPoolExecutor(
+        os.cpu_count() if options.check_only else 1
+    ) as pool:  # what is timed is alone
         codes = dict(zip(operations, pool.map(start, operations), strict=True))
     if failed := [operation for operation, code in codes.items() if code]:
-        raise InputError("kernels", failed, "kernels that pass their own check (what went wrong stands above)")
+        raise InputError(
+            "kernels", failed, "kernels that pass their own check (what went wrong stands above)"
+        )
 
 
 if __name__ == "__main__":

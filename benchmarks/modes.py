@@ -15,13 +15,16 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minimodels import LM, Config
+from minimodels.architectures.mod import MixtureOfDepths
 from minimodels.command import has_bfloat16
-from minimodels.mod import MixtureOfDepths
-from minimodels.optim import adamw
+from minimodels.training.optim import adamw
 
 DECODED = 32  # tokens in a call of decode
 PIECE = 2**16  # tokens that are read at once to make a state for decoding
-BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}  # PyTorch's choice differs by version
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}  # PyTorch's choice differs by version
 
 
 class Provider(NamedTuple):
@@ -58,7 +61,9 @@ def train(model: LM, context: int, batch: int, provider: Provider) -> Callable[[
 def prefill(model: LM, context: int, batch: int, provider: Provider) -> Callable[[], tuple]:
     """The state of a prompt and the logits of its next token."""
     model = at_capacity(in_bfloat16(model.eval()))
-    tokens = torch.randint(model.embedding.num_embeddings, (batch, context), device=model.embedding.weight.device)
+    tokens = torch.randint(
+        model.embedding.num_embeddings, (batch, context), device=model.embedding.weight.device
+    )
 
     @torch.inference_mode()
     def call() -> tuple:
@@ -72,7 +77,10 @@ def decode(model: LM, context: int, batch: int, provider: Provider) -> Callable[
     """Some tokens more, one by one, after `context` of them, which are read in pieces that need little memory. The first of
     them copies what is remembered, for every call goes on from the same state."""
     model = at_capacity(in_bfloat16(model.eval()))
-    token, start = torch.zeros(batch, 1, dtype=torch.int64, device=model.embedding.weight.device), None
+    token, start = (
+        torch.zeros(batch, 1, dtype=torch.int64, device=model.embedding.weight.device),
+        None,
+    )
     with torch.inference_mode():
         for length in torch.arange(context).split(max(1, PIECE // batch)):
             _, start = model.features(token.expand(batch, len(length)), start)

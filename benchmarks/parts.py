@@ -24,21 +24,23 @@ import torch.nn.functional as F
 import tyro
 
 from minimodels import LM, Config, InputError
+from minimodels.architectures.mamba import recurrence
+from minimodels.architectures.moe import MoE
+from minimodels.architectures.transformer import SwiGLU
 from minimodels.command import keep_freed_memory, pick_device, run_command
 from minimodels.ledger import ledger
-from minimodels.mamba import recurrence
 from minimodels.measure import check_writable, interleave, peak_memory, ratio, write
-from minimodels.moe import MoE
-from minimodels.optim import adamw
-from minimodels.scan import scan
-from minimodels.transformer import SwiGLU
+from minimodels.ops.scan import scan
+from minimodels.training.optim import adamw
 
 from .gpt import GPT
 
 CPU = torch.device("cpu")
 
 
-def scan_inputs(T: int, device: torch.device = CPU, D: int = 512, N: int = 16, batch: int = 1) -> list[torch.Tensor]:
+def scan_inputs(
+    T: int, device: torch.device = CPU, D: int = 512, N: int = 16, batch: int = 1
+) -> list[torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     x, delta = torch.randn(2, batch, T, D, generator=g)
     B, C = torch.randn(2, batch, T, N, generator=g)
@@ -97,16 +99,35 @@ def measure_scan(device: torch.device) -> Iterator[dict]:
             cells += [f"{m:.2f}x {name} ({low:.2f}-{high:.2f})"
                       for name in names[1:] for m, low, high in [ratio(timings, "scan", name)]]  # fmt: skip
             print(f"    T {T:5}: " + ", ".join(cells))
-            yield from [{"part": "scan", "kept": kept, "T": T, "provider": n, "seconds": timings[n]} for n in names]
+            yield from [
+                {"part": "scan", "kept": kept, "T": T, "provider": n, "seconds": timings[n]}
+                for n in names
+            ]
     lengths = (512, 1024, 2048, 4096, 8192)
-    timings = interleave({str(T): partial(both_ways, "scan", scan_inputs(T, device)) for T in lengths})
-    per_token = {T: min(timings[str(T)]) * 1e6 / T for T in lengths}  # the least, which the machine disturbs least
-    print("  microseconds per token: " + ", ".join(f"{value:.1f} at {T}" for T, value in per_token.items()))
-    yield from [{"part": "scan linearity", "T": T, "provider": "scan", "seconds": timings[str(T)]} for T in lengths]
+    timings = interleave(
+        {str(T): partial(both_ways, "scan", scan_inputs(T, device)) for T in lengths}
+    )
+    per_token = {
+        T: min(timings[str(T)]) * 1e6 / T for T in lengths
+    }  # the least, which the machine disturbs least
+    print(
+        "  microseconds per token: "
+        + ", ".join(f"{value:.1f} at {T}" for T, value in per_token.items())
+    )
+    yield from [
+        {"part": "scan linearity", "T": T, "provider": "scan", "seconds": timings[str(T)]}
+        for T in lengths
+    ]
     for T in (1024, 4096) if device == CPU else ():
         memory = {name: peak_memory(partial(scan_once, name, T)) for name in names}
-        print(f"  peak memory at T {T}: " + ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in memory.items()))
-        yield from [{"part": "scan memory", "T": T, "provider": name, "bytes": size} for name, size in memory.items()]
+        print(
+            f"  peak memory at T {T}: "
+            + ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in memory.items())
+        )
+        yield from [
+            {"part": "scan memory", "T": T, "provider": name, "bytes": size}
+            for name, size in memory.items()
+        ]
 
 
 def measure_moe(device: torch.device) -> list[dict]:
@@ -121,12 +142,16 @@ def measure_moe(device: torch.device) -> list[dict]:
     layers = {name: layer.to(device) for name, layer in layers.items()}
     layers["loop"].load_state_dict(layers["routed"].state_dict())
     torch.testing.assert_close(layers["routed"](x)[0], layers["loop"](x)[0], rtol=1e-3, atol=1e-4)
-    timings = interleave({name: lambda layer=layer: layer(x)[0].backward(gradient) for name, layer in layers.items()})
+    timings = interleave(
+        {name: lambda layer=layer: layer(x)[0].backward(gradient) for name, layer in layers.items()}
+    )
     print("experts, forward + backward, E 8, K 2, 4096 tokens, D 512, fp32")
     for name in ("routed", "loop"):
         median, low, high = ratio(timings, name, "dense")
         print(f"{name:>8}: {median:.2f}x a dense MLP of equal active FLOPs ({low:.2f}-{high:.2f})")
-    return [{"part": "moe", "provider": name, "seconds": seconds} for name, seconds in timings.items()]
+    return [
+        {"part": "moe", "provider": name, "seconds": seconds} for name, seconds in timings.items()
+    ]
 
 
 def measure_mod(device: torch.device) -> Iterator[dict]:
@@ -139,8 +164,13 @@ def measure_mod(device: torch.device) -> Iterator[dict]:
             "mod": Config(width=width, layers="(attention mlp mod(attention mlp))*3"),
         }
         # of T keys a causal query sees half, and the kernel of attention computes few others: at T/2 the ledger counts those
-        every, seen = (ledger(configs["dense"], t).forward_flops / ledger(configs["mod"], t).forward_flops for t in (T, T // 2))
-        steps = {name: train_step(LM(config), tokens // T, T, device) for name, config in configs.items()}
+        every, seen = (
+            ledger(configs["dense"], t).forward_flops / ledger(configs["mod"], t).forward_flops
+            for t in (T, T // 2)
+        )
+        steps = {
+            name: train_step(LM(config), tokens // T, T, device) for name, config in configs.items()
+        }
         timings = interleave(steps, rounds=15)
         median, low, high = ratio(timings, "mod", "dense")
         print(
@@ -148,11 +178,19 @@ def measure_mod(device: torch.device) -> Iterator[dict]:
             f"{seen:.2f}x with those that are seen: {median / every:.0%} and {median / seen:.0%}"
         )
         promised = {"promised": every, "promised_causal": seen}
-        yield from [{"part": "mod", "T": T, "provider": name, "seconds": s, **promised} for name, s in timings.items()]
+        yield from [
+            {"part": "mod", "T": T, "provider": name, "seconds": s, **promised}
+            for name, s in timings.items()
+        ]
         timings = interleave(wrapped_block(width, tokens // T, T, device))
         bare, low, high = ratio(timings, "block", "group alone")
-        print(f"  T {T:5}: routing, gathering and scattering are {1 - bare:.0%} of a block ({1 - high:.0%} to {1 - low:.0%})")
-        yield from [{"part": "mod block", "T": T, "provider": name, "seconds": seconds} for name, seconds in timings.items()]
+        print(
+            f"  T {T:5}: routing, gathering and scattering are {1 - bare:.0%} of a block ({1 - high:.0%} to {1 - low:.0%})"
+        )
+        yield from [
+            {"part": "mod block", "T": T, "provider": name, "seconds": seconds}
+            for name, seconds in timings.items()
+        ]
 
 
 def wrapped_block(width: int, batch: int, T: int, device: torch.device) -> dict:
@@ -160,7 +198,9 @@ def wrapped_block(width: int, batch: int, T: int, device: torch.device) -> dict:
     torch.manual_seed(0)
     (block,) = LM(Config(width=width, layers="mod(attention mlp)")).to(device).layers
     k = block.routed(T)
-    every, chosen = (torch.randn(batch, length, width, device=device, requires_grad=True) for length in (T, k))
+    every, chosen = (
+        torch.randn(batch, length, width, device=device, requires_grad=True) for length in (T, k)
+    )
     positions = torch.rand(batch, T, device=device).argsort(1)[:, :k].sort(1).values
 
     def both_passes(module, *arguments):
@@ -180,16 +220,34 @@ def measure_trainer(device: torch.device) -> list[dict]:
     square = torch.randn(2048, 2048, device=device, dtype=None if device == CPU else torch.bfloat16)
     models = {"ours": LM(config), "GPT-2": GPT(config, context=64)}
     providers = {name: train_step(model, 12, 64, device) for name, model in models.items()}
-    providers |= {f"{name}, compiled": train_step(model, 12, 64, device, True) for name, model in models.items()}
+    providers |= {
+        f"{name}, compiled": train_step(model, 12, 64, device, True)
+        for name, model in models.items()
+    }
     timings = interleave({**providers, "matrix product": lambda: square @ square}, rounds=15)
     ceiling = statistics.median(2 * 2048**3 / seconds for seconds in timings["matrix product"])
-    print(f"trainer, whole step, 4 layers, d 128, 4 heads, context 64, batch 12, {'fp32' if device == CPU else 'bf16'}")
+    print(
+        f"trainer, whole step, 4 layers, d 128, 4 heads, context 64, batch 12, {'fp32' if device == CPU else 'bf16'}"
+    )
     for name in providers:
         speeds = [12 * 64 / seconds for seconds in timings[name]]
-        print(f"  {name:15} {statistics.median(speeds):,.0f} tokens/s ({min(speeds):,.0f}-{max(speeds):,.0f})")
-    share = ledger(config, 64).training_flops * 12 * 64 / statistics.median(timings["ours, compiled"]) / ceiling
-    print(f"  ours, compiled: {share:.0%} of the rate of this machine's matrix product, {ceiling / 1e9:.0f} GFLOP/s")
-    return [{"part": "trainer", "provider": name, "seconds": seconds} for name, seconds in timings.items()]
+        print(
+            f"  {name:15} {statistics.median(speeds):,.0f} tokens/s ({min(speeds):,.0f}-{max(speeds):,.0f})"
+        )
+    share = (
+        ledger(config, 64).training_flops
+        * 12
+        * 64
+        / statistics.median(timings["ours, compiled"])
+        / ceiling
+    )
+    print(
+        f"  ours, compiled: {share:.0%} of the rate of this machine's matrix product, {ceiling / 1e9:.0f} GFLOP/s"
+    )
+    return [
+        {"part": "trainer", "provider": name, "seconds": seconds}
+        for name, seconds in timings.items()
+    ]
 
 
 def train_step(model: LM | GPT, batch: int, T: int, device: torch.device, compiled: bool = False):
@@ -211,7 +269,12 @@ def train_step(model: LM | GPT, batch: int, T: int, device: torch.device, compil
     return step
 
 
-QUESTIONS = {"scan": measure_scan, "moe": measure_moe, "mod": measure_mod, "trainer": measure_trainer}
+QUESTIONS = {
+    "scan": measure_scan,
+    "moe": measure_moe,
+    "mod": measure_mod,
+    "trainer": measure_trainer,
+}
 
 
 @dataclass(frozen=True)

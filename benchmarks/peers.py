@@ -26,14 +26,18 @@ from torch import Tensor, nn
 
 from minimodels import InputError, from_pretrained
 from minimodels.command import keep_freed_memory, run_command
-from minimodels.loss import IGNORE
 from minimodels.measure import check_writable, interleave, ratio, write
+from minimodels.ops.linear_cross_entropy import IGNORE
 from minimodels.sample import Sampling, generate
 
 D, DEPTH, H, V, WIDE = 256, 4, 4, 256, 704
 SHAPE = {"vocab_size": V, "hidden_size": D, "num_hidden_layers": DEPTH}
 NO_SPECIAL = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-HEADS = {"num_attention_heads": H, "num_key_value_heads": H, "rms_norm_eps": 1e-12}  # x-transformers has no eps
+HEADS = {
+    "num_attention_heads": H,
+    "num_key_value_heads": H,
+    "rms_norm_eps": 1e-12,
+}  # x-transformers has no eps
 MODELS = {
     "llama": {**HEADS, "intermediate_size": WIDE},
     "mixtral": {**HEADS, "num_local_experts": 8, "intermediate_size": WIDE // 2},
@@ -65,7 +69,9 @@ def transformers(name: str) -> Contender:
         model,
         lambda tokens: model(tokens).logits,
         lambda tokens: model(tokens, labels=tokens, use_cache=False).loss,
-        lambda prompt, count: model.generate(prompt[None], max_new_tokens=count, do_sample=False)[0, len(prompt) :],
+        lambda prompt, count: model.generate(prompt[None], max_new_tokens=count, do_sample=False)[
+            0, len(prompt) :
+        ],
     )
 
 
@@ -83,7 +89,9 @@ def minimodels(source: nn.Module) -> Contender:
         model,
         lambda tokens: model(tokens)[0],
         loss,
-        lambda prompt, count: torch.cat(list(generate(model, [prompt], count, Sampling(temperature=0)))),
+        lambda prompt, count: torch.cat(
+            list(generate(model, [prompt], count, Sampling(temperature=0)))
+        ),
     )
 
 
@@ -92,29 +100,63 @@ def x_transformers(source: nn.Module) -> Contender:
     from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 
     d = D // H
-    rotary, glu = {"rotary_pos_emb": True, "rotary_emb_dim": d}, {"ff_glu": True, "ff_swish": True, "ff_no_bias": True}
-    layers = Decoder(
-        dim=D, depth=DEPTH, heads=H, attn_dim_head=d, use_rmsnorm=True, attn_flash=True, ff_mult=WIDE / D, **rotary, **glu
+    rotary, glu = (
+        {"rotary_pos_emb": True, "rotary_emb_dim": d},
+        {"ff_glu": True, "ff_swish": True, "ff_no_bias": True},
     )
-    net = TransformerWrapper(num_tokens=V, max_seq_len=2**16, use_abs_pos_emb=False, attn_layers=layers)
-    weights = {"token_emb.emb": source.model.embed_tokens, "attn_layers.final_norm": source.model.norm}
+    layers = Decoder(
+        dim=D,
+        depth=DEPTH,
+        heads=H,
+        attn_dim_head=d,
+        use_rmsnorm=True,
+        attn_flash=True,
+        ff_mult=WIDE / D,
+        **rotary,
+        **glu,
+    )
+    net = TransformerWrapper(
+        num_tokens=V, max_seq_len=2**16, use_abs_pos_emb=False, attn_layers=layers
+    )
+    weights = {
+        "token_emb.emb": source.model.embed_tokens,
+        "attn_layers.final_norm": source.model.norm,
+    }
     weights["to_logits"] = source.lm_head
     for i, layer in enumerate(source.model.layers):
         attention, mlp = f"attn_layers.layers.{2 * i}", f"attn_layers.layers.{2 * i + 1}"
-        weights |= {f"{attention}.0.0": layer.input_layernorm, f"{mlp}.0.0": layer.post_attention_layernorm}
-        weights |= {f"{attention}.1.to_{part}": getattr(layer.self_attn, f"{part}_proj") for part in "qkv"}
-        weights |= {f"{attention}.1.to_out": layer.self_attn.o_proj, f"{mlp}.1.ff.2": layer.mlp.down_proj}
+        weights |= {
+            f"{attention}.0.0": layer.input_layernorm,
+            f"{mlp}.0.0": layer.post_attention_layernorm,
+        }
+        weights |= {
+            f"{attention}.1.to_{part}": getattr(layer.self_attn, f"{part}_proj") for part in "qkv"
+        }
+        weights |= {
+            f"{attention}.1.to_out": layer.self_attn.o_proj,
+            f"{mlp}.1.ff.2": layer.mlp.down_proj,
+        }
         net.get_submodule(f"{mlp}.1.ff.0.proj").load_state_dict(
-            {"weight": torch.cat((layer.mlp.up_proj.weight, layer.mlp.gate_proj.weight)), "bias": torch.zeros(2 * WIDE)}
+            {
+                "weight": torch.cat((layer.mlp.up_proj.weight, layer.mlp.gate_proj.weight)),
+                "bias": torch.zeros(2 * WIDE),
+            }
         )
     for target, module in weights.items():
         weight = module.weight
         if target.endswith(("to_q", "to_k")):
             weight = rearrange(weight, "(h two half) d -> (h half two) d", h=H, two=2)
-        net.get_submodule(target).load_state_dict({"g": weight - 1} if weight.ndim == 1 else {"weight": weight})
+        net.get_submodule(target).load_state_dict(
+            {"g": weight - 1} if weight.ndim == 1 else {"weight": weight}
+        )
     model = AutoregressiveWrapper(net)
     return Contender(
-        model, net, model, lambda prompt, count: model.generate(prompt[None], count, temperature=0.0, cache_kv=True)[0]
+        model,
+        net,
+        model,
+        lambda prompt, count: model.generate(prompt[None], count, temperature=0.0, cache_kv=True)[
+            0
+        ],
     )
 
 
@@ -149,11 +191,18 @@ def mambapy(source: nn.Module) -> Contender:
     model = MambaPy()
     weights = source.state_dict().items()
     moved = ("backbone.embeddings", "backbone.norm_f")  # out of the backbone
-    model.load_state_dict({key.removeprefix("backbone.") if key.startswith(moved) else key: tensor for key, tensor in weights})
+    model.load_state_dict(
+        {
+            key.removeprefix("backbone.") if key.startswith(moved) else key: tensor
+            for key, tensor in weights
+        }
+    )
     return Contender(
         model,
         model,
-        lambda tokens: F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()),
+        lambda tokens: F.cross_entropy(
+            model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+        ),
         model.generate,
     )
 
@@ -205,17 +254,34 @@ def measure(name: str, question: str, argument: int, found: dict[str, Contender]
         make = generation if question == "generation" else training
         calls = {"minimodels": make(ours, argument), package: make(found[package], argument)}
         if question == "generation":
-            first, second = (call()[:64] for call in calls.values())  # further on, rounding may tip a near tie
+            first, second = (
+                call()[:64] for call in calls.values()
+            )  # further on, rounding may tip a near tie
             if not torch.equal(first, second):
                 raise AssertionError(f"{name}: {package} does not generate the same tokens")
-        slow = (name, package) == ("mamba", "transformers") and question != "generation"  # a loop over the tokens
+        slow = (name, package) == (
+            "mamba",
+            "transformers",
+        ) and question != "generation"  # a loop over the tokens
         timings = interleave(calls, rounds=2 if slow else 7, warm=not slow)
         median, low, high = ratio(timings, "minimodels", package)
-        times = ", ".join(f"{provider} {statistics.median(samples) * 1e3:.0f} ms" for provider, samples in timings.items())
+        times = ", ".join(
+            f"{provider} {statistics.median(samples) * 1e3:.0f} ms"
+            for provider, samples in timings.items()
+        )
         print(f"{name:8} {question:28} {median:6.2f}x ({low:.2f}-{high:.2f})   {times}", flush=True)
-        shared = {"benchmark": "peers", "model": name, "question": question, "tokens": argument, "peer": package}
+        shared = {
+            "benchmark": "peers",
+            "model": name,
+            "question": question,
+            "tokens": argument,
+            "peer": package,
+        }
         shared["peer_version"] = importlib.metadata.version(package)
-        rows += [{**shared, "provider": provider, "seconds": seconds} for provider, seconds in timings.items()]
+        rows += [
+            {**shared, "provider": provider, "seconds": seconds}
+            for provider, seconds in timings.items()
+        ]
     return rows
 
 
@@ -249,11 +315,15 @@ def main(options: Options) -> None:
     logging.disable_progress_bar()
     keep_freed_memory()
     rows = []
-    print(f"width {D}, {DEPTH} layers, vocabulary {V}, batch 1, fp32; how many times faster ours is")
+    print(
+        f"width {D}, {DEPTH} layers, vocabulary {V}, batch 1, fp32; how many times faster ours is"
+    )
     for name in MODELS:
         if options.only in ("", name):
             found = contenders(name)
-            questions = {f"forward + backward, T {T}": T for T in options.lengths} | {"generation": options.generate}
+            questions = {f"forward + backward, T {T}": T for T in options.lengths} | {
+                "generation": options.generate
+            }
             for question, argument in questions.items():
                 rows += measure(name, question, argument, found)
                 write(options.out, rows, torch.device("cpu"))

@@ -48,7 +48,9 @@ def main(options: Options) -> None:
     drawn = [path for draw in PICTURES for path in draw(rows, folder)]
     if not drawn:
         raise InputError(
-            "results", [str(path) for path in options.results], "rows of benchmarks.throughput or benchmarks.claims"
+            "results",
+            [str(path) for path in options.results],
+            "rows of benchmarks.throughput or benchmarks.claims",
         )
     for path in drawn:
         print(path)
@@ -69,7 +71,11 @@ def throughput(rows: Rows, folder: Path) -> list[Path]:
     """Tokens a second against context, a picture for each mode and batch."""
     pictures = defaultdict(list)
     for row in rows:
-        if row.get("benchmark") == "throughput" and row["seconds"] and not row["model"].endswith(" again"):
+        if (
+            row.get("benchmark") == "throughput"
+            and row["seconds"]
+            and not row["model"].endswith(" again")
+        ):
             pictures[row["mode"], row["batch"] if row["mode"] == "decode" else 0].append(row)
     paths = []
     for (mode, batch), picture in pictures.items():
@@ -117,7 +123,9 @@ def curve(rows: Rows) -> list[tuple]:
     for row in rows:
         seeds[row["seed"]].append((row["x"], row["y"]))
     points = (tuple(zip(*group, strict=True)) for group in zip(*seeds.values(), strict=False))
-    return [(statistics.median(places), statistics.mean(values), values) for places, values in points]
+    return [
+        (statistics.median(places), statistics.mean(values), values) for places, values in points
+    ]
 
 
 def ends(rows: Rows) -> str:
@@ -148,7 +156,10 @@ def canvas(title: str, subtitle: str, rows: Rows):
 
     figure, axes = pyplot.subplots(figsize=(9, 5.4), layout="constrained")
     axes.set_title(title + (f"\n{subtitle}" if subtitle else ""), loc="left", fontsize=11)
-    sources = {row["file"]: f"{row.get('device')}, torch {row.get('torch')}, commit {row.get('commit')}" for row in rows}
+    sources = {
+        row["file"]: f"{row.get('device')}, torch {row.get('torch')}, commit {row.get('commit')}"
+        for row in rows
+    }
     caption = "\n".join(f"{STYLES[i % 4]}  {source}" for i, source in enumerate(sources.values()))
     figure.supxlabel(caption, fontsize=8, color="#666666", x=0.01, ha="left")
     axes.grid(True, which="major", color="#e5e7eb")
@@ -158,7 +169,9 @@ def canvas(title: str, subtitle: str, rows: Rows):
 
 def speeds(rows: Rows) -> list[tuple]:
     """Tokens a second against context: the median over the rounds, and each."""
-    rates = [(row["context"], [row["tokens"] / seconds for seconds in row["seconds"]]) for row in rows]
+    rates = [
+        (row["context"], [row["tokens"] / seconds for seconds in row["seconds"]]) for row in rows
+    ]
     return [(context, statistics.median(values), values) for context, values in rates]
 
 
@@ -179,13 +192,23 @@ def line(axes, name: str, points: list, colour: str, style: str) -> None:
     """The centres as a line, all samples within the band."""
     places, centres, samples = zip(*points, strict=True)
     axes.plot(places, centres, style, color=colour, marker="o", markersize=3, label=name or None)
-    axes.fill_between(places, [min(v) for v in samples], [max(v) for v in samples], color=colour, alpha=0.15, linewidth=0)
+    axes.fill_between(
+        places,
+        [min(v) for v in samples],
+        [max(v) for v in samples],
+        color=colour,
+        alpha=0.15,
+        linewidth=0,
+    )
 
 
 def label_lines(axes) -> None:
     """Names at the ends of the lines, moved apart where they would meet."""
     lines = [drawn for drawn in axes.get_lines() if not drawn.get_label().startswith("_")]
-    ends = [(axes.transData.transform((drawn.get_xdata()[-1], drawn.get_ydata()[-1])), drawn) for drawn in lines]
+    ends = [
+        (axes.transData.transform((drawn.get_xdata()[-1], drawn.get_ydata()[-1])), drawn)
+        for drawn in lines
+    ]
     ends.sort(key=lambda end: end[0][1])
     height = None
     for (_, place_y), drawn in ends:
@@ -200,9 +223,13 @@ def save(figure, path: Path) -> list[Path]:
     """As PNG and as SVG."""
     from matplotlib import pyplot
 
-    paths = [path.with_name(path.name + suffix) for suffix in (".png", ".svg")]  # a dot in the name is no suffix
+    paths = [
+        path.with_name(path.name + suffix) for suffix in (".png", ".svg")
+    ]  # a dot in the name is no suffix
     for target in paths:  # the same rows give the same file
-        figure.savefig(target, dpi=160, metadata={"Date": None} if target.suffix == ".svg" else None)
+        figure.savefig(
+            target, dpi=160, metadata={"Date": None} if target.suffix == ".svg" else None
+        )
     pyplot.close(figure)
     return paths
 

@@ -18,13 +18,24 @@ import torch
 import tyro
 
 from minimodels import LM, InputError
-from minimodels.checkpoint import load_model
+from minimodels.architectures.mod import MixtureOfDepths
+from minimodels.architectures.moe import MoE
 from minimodels.command import run_command
-from minimodels.mod import MixtureOfDepths
-from minimodels.moe import MoE
-from minimodels.tokenizer import Bytes
+from minimodels.data.tokenizer import Bytes
+from minimodels.training.checkpoint import load_model
 
-COLOURS = ("#fca5a5", "#fdba74", "#fde047", "#bef264", "#6ee7b7", "#67e8f9", "#93c5fd", "#c4b5fd", "#f9a8d4", "#d4d4d8")
+COLOURS = (
+    "#fca5a5",
+    "#fdba74",
+    "#fde047",
+    "#bef264",
+    "#6ee7b7",
+    "#67e8f9",
+    "#93c5fd",
+    "#c4b5fd",
+    "#f9a8d4",
+    "#d4d4d8",
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,10 @@ def main(options: Options) -> None:
     characters = [chr(token) if 32 <= token < 127 else "·" for token in tokens.tolist()]
     width = max(map(len, layers))
     for name, colours in layers.items():
-        print(f"{name:{width}} " + "".join(paint(c, colour) for c, colour in zip(characters, colours, strict=True)))
+        print(
+            f"{name:{width}} "
+            + "".join(paint(c, colour) for c, colour in zip(characters, colours, strict=True))
+        )
     if options.html:
         options.html.write_text(page(options.text, characters, layers), encoding="utf-8")
         print(f"written to {options.html}")
@@ -78,7 +92,12 @@ def trace(model: LM, tokens: torch.Tensor, route: str = "") -> dict[str, list[st
     finally:
         for undo in restore:
             undo()
-    return dict(sorted(found.items(), key=lambda item: [int(part) if part.isdigit() else 0 for part in item[0].split(".")]))
+    return dict(
+        sorted(
+            found.items(),
+            key=lambda item: [int(part) if part.isdigit() else 0 for part in item[0].split(".")],
+        )
+    )
 
 
 def watch_depth(module: MixtureOfDepths, name: str, T: int, found: dict, restore: list) -> None:
@@ -87,7 +106,13 @@ def watch_depth(module: MixtureOfDepths, name: str, T: int, found: dict, restore
 
     def recording(x, decision, positions):
         index, real = select(x, decision, positions)
-        taken = {place for place, is_real in zip(positions[0][index[0]].tolist(), real[0].tolist(), strict=True) if is_real}
+        taken = {
+            place
+            for place, is_real in zip(
+                positions[0][index[0]].tolist(), real[0].tolist(), strict=True
+            )
+            if is_real
+        }
         found[name] = [COLOURS[6] if place in taken else None for place in range(T)]
         return index, real
 
@@ -106,7 +131,9 @@ def watch_experts(module: MoE, name: str, T: int, found: dict, restore: list) ->
     def recording(logits, K, bias):
         gates, visits, probabilities = route(logits, K, bias)
         best = dict(zip(places, (gates * visits).argmax(-1)[0].tolist(), strict=True))
-        found[name] = [COLOURS[best[place] % len(COLOURS)] if place in best else None for place in range(T)]
+        found[name] = [
+            COLOURS[best[place] % len(COLOURS)] if place in best else None for place in range(T)
+        ]
         return gates, visits, probabilities
 
     hook = module.register_forward_pre_hook(arriving)
@@ -127,7 +154,9 @@ def page(text: str, characters: list[str], layers: dict[str, list[str | None]]) 
     rows = []
     for name, colours in layers.items():
         cells = "".join(
-            f'<span style="background:{colour}">{html.escape(c)}</span>' if colour else html.escape(c)
+            f'<span style="background:{colour}">{html.escape(c)}</span>'
+            if colour
+            else html.escape(c)
             for c, colour in zip(characters, colours, strict=True)
         )
         rows.append(f"<tr><th>{html.escape(name)}</th><td><pre>{cells}</pre></td></tr>")

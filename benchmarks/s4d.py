@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minimodels.architectures.mamba import Mamba
 from minimodels.layers import full_precision
-from minimodels.mamba import Mamba, causal_conv1d
+from minimodels.ops.convolution import causal_conv1d
 
 
 class S4D(nn.Module):
@@ -38,7 +39,12 @@ class S4D(nn.Module):
     def __init__(self, mamba: Mamba):
         super().__init__()
         D, N = mamba.A_log.shape
-        self.in_proj, self.conv1d, self.D, self.out_proj = mamba.in_proj, mamba.conv1d, mamba.D, mamba.out_proj
+        self.in_proj, self.conv1d, self.D, self.out_proj = (
+            mamba.in_proj,
+            mamba.conv1d,
+            mamba.D,
+            mamba.out_proj,
+        )
         self.log_step = nn.Parameter(torch.empty(D).uniform_(math.log(0.001), math.log(0.1)))
         self.log_decay = nn.Parameter(torch.full((D, N // 2), math.log(0.5)))
         self.frequency = nn.Parameter(math.pi * torch.arange(N // 2).float().repeat(D, 1))
@@ -54,11 +60,15 @@ class S4D(nn.Module):
 
     def forward(self, u: Tensor, state: None = None, positions: None = None, memo: None = None):
         x, z = self.in_proj(u).chunk(2, dim=-1)  # (B, T, D) each
-        x, _ = causal_conv1d(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, None, activation=True)
+        x, _ = causal_conv1d(
+            x, self.conv1d.weight.squeeze(1), self.conv1d.bias, None, activation=True
+        )
         T = x.shape[1]
         with torch.autocast(x.device.type, enabled=False):
             x = full_precision(x)
-            spectrum = torch.fft.rfft(self.filter(T), n=2 * T).mT * torch.fft.rfft(x, n=2 * T, dim=1)  # room for what runs over
+            spectrum = torch.fft.rfft(self.filter(T), n=2 * T).mT * torch.fft.rfft(
+                x, n=2 * T, dim=1
+            )  # room for what runs over
             y = torch.fft.irfft(spectrum, n=2 * T, dim=1)[:, :T] + self.D * x
         return self.out_proj(y.to(z.dtype) * F.silu(z)), None
 

@@ -38,7 +38,9 @@ def main(options: Options) -> None:
         rows = read(path)
         found = [make(rows) for make in (throughput, peers, kernels, claims)]
         if not any(found):
-            raise InputError("results", str(path), "rows of benchmarks.throughput, peers, kernels or claims")
+            raise InputError(
+                "results", str(path), "rows of benchmarks.throughput, peers, kernels or claims"
+            )
         for table in filter(None, found):
             print(table)
 
@@ -61,8 +63,15 @@ def throughput(rows: Rows) -> str:
     texts = []
     for mode, cells in tables.items():
         models, contexts = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
-        lines = [[f"`{model}`", *(cells.get((model, context), "") for context in contexts)] for model in models]
-        texts.append(markdown([f"{mode}, tokens/s at context", *(f"{context:,}" for context in contexts)], lines))
+        lines = [
+            [f"`{model}`", *(cells.get((model, context), "") for context in contexts)]
+            for model in models
+        ]
+        texts.append(
+            markdown(
+                [f"{mode}, tokens/s at context", *(f"{context:,}" for context in contexts)], lines
+            )
+        )
     return "\n".join(texts)
 
 
@@ -71,12 +80,16 @@ def peers(rows: Rows) -> str:
     timings = defaultdict(dict)
     for row in rows:
         if row.get("benchmark") == "peers":
-            timings[f"{row['model']}, {row['peer']}", row["question"]][row["provider"]] = row["seconds"]
+            timings[f"{row['model']}, {row['peer']}", row["question"]][row["provider"]] = row[
+                "seconds"
+            ]
     pairs, questions = (list(dict.fromkeys(key[i] for key in timings)) for i in (0, 1))
     cells = {}
     for (pair, question), samples in timings.items():
         (peer,) = set(samples) - {"minimodels"}
-        cells[pair, question] = "{:.2f}x ({:.2f}-{:.2f})".format(*ratio(samples, "minimodels", peer))
+        cells[pair, question] = "{:.2f}x ({:.2f}-{:.2f})".format(
+            *ratio(samples, "minimodels", peer)
+        )
     lines = [[pair, *(cells.get((pair, question), "") for question in questions)] for pair in pairs]
     return markdown(["model, against", *questions], lines) if lines else ""
 
@@ -87,7 +100,9 @@ def kernels(rows: Rows) -> str:
     cases = defaultdict(dict)
     for row in rows:
         if row.get("benchmark") == "kernels":
-            cases[row["operation"], row["direction"]].setdefault(row["case"], {})[row["provider"]] = row
+            cases[row["operation"], row["direction"]].setdefault(row["case"], {})[
+                row["provider"]
+            ] = row
     lines = []
     for (operation, direction), by_case in cases.items():
         case, providers = list(by_case.items())[-1]
@@ -95,11 +110,18 @@ def kernels(rows: Rows) -> str:
         if ours is None:
             continue
         row = providers[ours]
-        took = [f"{statistics.median(row['seconds']) * 1e3:.2f} ms", f"{row['rate'] / row['ceiling']:.0%} of {row['unit']}"]
+        took = [
+            f"{statistics.median(row['seconds']) * 1e3:.2f} ms",
+            f"{row['rate'] / row['ceiling']:.0%} of {row['unit']}",
+        ]
         took += [f"{row['bytes'] / 1e6:,.0f} MB"] if row["bytes"] is not None else []
         timings = {name: other["seconds"] for name, other in providers.items()}
-        others = [f"{name} {ratio(timings, ours, name)[0]:.2f}x" for name in providers if name != ours]
-        lines.append([f"`{operation}` {direction}", case, f"{ours} {', '.join(took)}", ", ".join(others)])
+        others = [
+            f"{name} {ratio(timings, ours, name)[0]:.2f}x" for name in providers if name != ours
+        ]
+        lines.append(
+            [f"`{operation}` {direction}", case, f"{ours} {', '.join(took)}", ", ".join(others)]
+        )
     return markdown(["operation", "case", "ours", "others take"], lines) if lines else ""
 
 
@@ -119,7 +141,8 @@ def claims(rows: Rows) -> str:
             for (_, x), y in ends.items():
                 by_x[x].append(y)
             spread = [
-                (f"{x:,.0f}: " if x else "") + f"{statistics.mean(y):.3f} ({min(y):.3f}-{max(y):.3f})"
+                (f"{x:,.0f}: " if x else "")
+                + f"{statistics.mean(y):.3f} ({min(y):.3f}-{max(y):.3f})"
                 for x, y in sorted(by_x.items())
             ]
             lines.append([model, "; ".join(spread)])

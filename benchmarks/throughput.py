@@ -30,11 +30,17 @@ import torch
 import tyro
 
 from minimodels import LM, Config, InputError, preset
-from minimodels.command import has_bfloat16, keep_freed_memory, pick_device, require_compiler, run_command
-from minimodels.config import PRESETS
+from minimodels.command import (
+    has_bfloat16,
+    keep_freed_memory,
+    pick_device,
+    require_compiler,
+    run_command,
+)
 from minimodels.layers import choose
 from minimodels.ledger import Ledger, ledger
 from minimodels.measure import ceilings, check_writable, interleave, peak_bytes, synchronise, write
+from minimodels.presets import PRESETS
 
 from .crossover import overtaking
 from .modes import BACKENDS, DECODED, MODES, Provider, run
@@ -44,7 +50,9 @@ AXES: dict[str, Callable[[Ledger], float]] = {
     "active": lambda cost: cost.active,
     "flops": lambda cost: cost.forward_flops,
 }
-FIRST = 256  # the context at which the models are matched, and the shortest unless another is asked for
+FIRST = (
+    256  # the context at which the models are matched, and the shortest unless another is asked for
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,10 @@ def main(options: Options) -> None:
     device = check(options)
     keep_freed_memory()
     gpu = device.type == "cuda"
-    longest, tokens = options.longest or longest_on(device), options.tokens or (65536 if gpu else 4096)
+    longest, tokens = (
+        options.longest or longest_on(device),
+        options.tokens or (65536 if gpu else 4096),
+    )
     limits = ceilings(device)
     print(f"matrix products {limits['TFLOP/s']:.3g} TFLOP/s, copying {limits['GB/s']:.0f} GB/s")
     configs = matched(options)
@@ -98,18 +109,28 @@ def main(options: Options) -> None:
     timings: dict[tuple, list[float]] = defaultdict(list)  # of all sweeps
     for sweep in range(options.sweeps):
         for mode, batch in measurements(options):
-            alive = providers(configs, options, mode)  # what does not fit, or takes too long, is not tried at twice the context
+            alive = providers(
+                configs, options, mode
+            )  # what does not fit, or takes too long, is not tried at twice the context
             for context in contexts(options.shortest, longest):
                 given = alive
                 if sweep:  # the same points again
-                    given = {name: alive[name] for name in alive if timings.get((mode, batch, context, name))}
+                    given = {
+                        name: alive[name]
+                        for name in alive
+                        if timings.get((mode, batch, context, name))
+                    }
                 if not given:
                     break
-                for row in measure_point(mode, given, context, batch or max(1, tokens // context), options, device):
+                for row in measure_point(
+                    mode, given, context, batch or max(1, tokens // context), options, device
+                ):
                     row |= {"limit": limits["TFLOP/s"] * 1e12}
                     print(describe(row), flush=True)
                     key, seconds = (mode, batch, context, row["model"]), row["seconds"]
-                    if not sweep and (seconds is None or statistics.median(seconds) > options.patience):
+                    if not sweep and (
+                        seconds is None or statistics.median(seconds) > options.patience
+                    ):
                         alive.pop(row["model"].removesuffix(" again"), None)
                     timings[key] += seconds or []
                     rows[key] = row | {"seconds": timings[key] or None}
@@ -135,7 +156,10 @@ def check(options: Options) -> torch.device:
     for name in ("rounds", "sweeps", "decode_batch", "shortest"):
         if getattr(options, name) < 1:
             raise InputError(name, getattr(options, name), "1 or more")
-    for name, given, accepted in (("models", options.models + options.layers, PRESETS), ("modes", options.modes, MODES)):
+    for name, given, accepted in (
+        ("models", options.models + options.layers, PRESETS),
+        ("modes", options.modes, MODES),
+    ):
         if not given:
             raise InputError(name, given, ", ".join(accepted))
     device = pick_device(options.device)
@@ -143,7 +167,9 @@ def check(options: Options) -> torch.device:
         if impl not in BACKENDS:
             choose(impl, "rmsnorm", device)
         elif device.type != "cuda":
-            raise InputError("impl", impl, f"auto, reference or torch, for the device is {device.type}")
+            raise InputError(
+                "impl", impl, f"auto, reference or torch, for the device is {device.type}"
+            )
     if not options.impl:
         raise InputError("impl", (), ", ".join(["auto, reference, torch, triton", *BACKENDS]))
     if options.compile:
@@ -171,14 +197,19 @@ def contexts(shortest: int, longest: int) -> list[int]:
 def providers(configs: dict[str, Config], options: Options, mode: str) -> dict[str, Provider]:
     """Every model with every path; where there is more than one way, its name says which."""
     found = {}
-    suffixes = {"train": " compiled", **({"decode": " as a graph"} if pick_device(options.device).type == "cuda" else {})}
+    suffixes = {
+        "train": " compiled",
+        **({"decode": " as a graph"} if pick_device(options.device).type == "cuda" else {}),
+    }
     for compiled in (False, True) if options.compile and mode in suffixes else (False,):
         for impl in options.impl:
             for base, config in configs.items():
                 names = re.findall(r"\w+", config.layers)
                 if impl in BACKENDS and not {"attention", "window"} & set(names):
                     continue
-                if compiled and mode == "decode" and {"moe", "mod"} & set(names):  # which wait for the GPU to count
+                if (
+                    compiled and mode == "decode" and {"moe", "mod"} & set(names)
+                ):  # which wait for the GPU to count
                     continue
                 way = f", {impl}" * (len(options.impl) > 1) + suffixes.get(mode, "") * compiled
                 config = replace(config, impl="torch" if impl in BACKENDS else impl)
@@ -192,7 +223,9 @@ def matched(options: Options) -> dict[str, Config]:
     configs = {name: preset(name, options.size) for name in options.models}
     configs |= {layers: replace(base, layers=layers) for layers in options.layers}
     if options.match != "none":
-        configs = {name: match(config, base, AXES[options.match]) for name, config in configs.items()}
+        configs = {
+            name: match(config, base, AXES[options.match]) for name, config in configs.items()
+        }
     print(f"matched on {options.match}" if options.match != "none" else "not matched")
     for name, config in configs.items():
         print(f"  {name:12} width {config.width}: {ledger(config, FIRST)}")
@@ -209,16 +242,33 @@ def match(config: Config, base: Config, axis: Callable[[Ledger], float]) -> Conf
     candidates = []
     for width in range(8, 4 * base.width + 1, 8):
         with suppress(InputError):
-            candidates.append(replace(config, width=width, head_dim=head_dim, dt_rank=8 * -(-width // 128)))
+            candidates.append(
+                replace(config, width=width, head_dim=head_dim, dt_rank=8 * -(-width // 128))
+            )
     # costs grow with the width
-    first = bisect_left(candidates, target, hi=len(candidates) - 1, key=lambda c: axis(ledger(c, FIRST)))
-    return min(candidates[max(0, first - 1) : first + 1], key=lambda c: abs(axis(ledger(c, FIRST)) - target))
+    first = bisect_left(
+        candidates, target, hi=len(candidates) - 1, key=lambda c: axis(ledger(c, FIRST))
+    )
+    return min(
+        candidates[max(0, first - 1) : first + 1],
+        key=lambda c: abs(axis(ledger(c, FIRST)) - target),
+    )
 
 
-def measure_point(mode: str, given: dict[str, Provider], context: int, batch: int, options: Options, device: torch.device):
+def measure_point(
+    mode: str,
+    given: dict[str, Provider],
+    context: int,
+    batch: int,
+    options: Options,
+    device: torch.device,
+):
     """Rows of all providers at one context: timed in turn, or each alone where they do not fit into memory together. `seconds`
     is None where one does not fit, or cannot run, and `error` says why."""
-    rows = {name: describe_point(mode, name, provider, context, batch, options) for name, provider in given.items()}
+    rows = {
+        name: describe_point(mode, name, provider, context, batch, options)
+        for name, provider in given.items()
+    }
     again = next(iter(given))
     if error := fill(rows, given, again, mode, context, batch, options, device):
         for name, provider in given.items():
@@ -236,11 +286,18 @@ def fill(rows: dict[str, dict], given: dict[str, Provider], *point) -> str:
         synchronise()  # raises where the GPU is lost to this process
         return (str(error).splitlines() or ["out of memory"])[0]
     for name, (seconds, peak) in measured.items():
-        rows[name] = {**rows[name.removesuffix(" again")], "model": name, "seconds": seconds, "peak_bytes": peak}
+        rows[name] = {
+            **rows[name.removesuffix(" again")],
+            "model": name,
+            "seconds": seconds,
+            "peak_bytes": peak,
+        }
     return ""
 
 
-def describe_point(mode: str, name: str, provider: Provider, context: int, batch: int, options: Options) -> dict:
+def describe_point(
+    mode: str, name: str, provider: Provider, context: int, batch: int, options: Options
+) -> dict:
     """What is known of a point before it is measured."""
     itemsize = 2 if has_bfloat16(pick_device(options.device)) else 4
     config = provider.config
@@ -258,7 +315,13 @@ cost_of = cache(ledger)
 
 
 def timed(
-    given: dict[str, Provider], again: str, mode: str, context: int, batch: int, options: Options, device: torch.device
+    given: dict[str, Provider],
+    again: str,
+    mode: str,
+    context: int,
+    batch: int,
+    options: Options,
+    device: torch.device,
 ) -> dict:
     """Seconds of each round, and the peak of memory in bytes, of each provider, and once more of the one named `again`."""
     calls, peaks = {}, {}
@@ -272,7 +335,10 @@ def timed(
         peaks[name] = None if graph else peak_bytes(calls[name], device)
     if again in given:
         calls[f"{again} again"], peaks[f"{again} again"] = calls[again], peaks[again]
-    return {name: (seconds, peaks[name]) for name, seconds in interleave(calls, options.rounds, 0.1, warm=False).items()}
+    return {
+        name: (seconds, peaks[name])
+        for name, seconds in interleave(calls, options.rounds, 0.1, warm=False).items()
+    }
 
 
 def describe(row: dict) -> str:

@@ -14,13 +14,16 @@ from tqdm import tqdm
 
 from minimodels import LM, Config
 from minimodels.command import has_bfloat16
-from minimodels.data import Text, open_data
+from minimodels.data.tasks import Task
+from minimodels.data.text import Text, open_data
 from minimodels.ledger import ledger
-from minimodels.loss import tally
-from minimodels.optim import adamw, learning_rate
-from minimodels.tasks import Task
+from minimodels.ops.linear_cross_entropy import tally
+from minimodels.training.optim import adamw, learning_rate
 
-PROBED, SCORED = 4, 64  # batches by which a model is judged: while it trains, where a few do, and at the end
+PROBED, SCORED = (
+    4,
+    64,
+)  # batches by which a model is judged: while it trains, where a few do, and at the end
 
 
 @dataclass
@@ -38,7 +41,9 @@ class Run:
     """what is done to the model before training"""
 
 
-def train(run: Run, seed: int, probes: int, device: torch.device, bar: tqdm) -> tuple[LM, list[dict[str, float]]]:
+def train(
+    run: Run, seed: int, probes: int, device: torch.device, bar: tqdm
+) -> tuple[LM, list[dict[str, float]]]:
     """The trained model and what was recorded along the way. Seconds count training alone."""
     data = open_data(run.data, run.context)
     torch.manual_seed(seed)
@@ -59,7 +64,9 @@ def train(run: Run, seed: int, probes: int, device: torch.device, bar: tqdm) -> 
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        probe = (step + 1) * probes // run.steps > step * probes // run.steps  # as many, alike apart, the last at the end
+        probe = (
+            (step + 1) * probes // run.steps > step * probes // run.steps
+        )  # as many, alike apart, the last at the end
         overload = model.observations().get("overload") if probe else None
         model.after_step()
         if device.type == "cuda":
@@ -69,7 +76,9 @@ def train(run: Run, seed: int, probes: int, device: torch.device, bar: tqdm) -> 
         if probe:
             seen = (step + 1) * run.batch * run.context
             record = {"step": step + 1, "tokens": seen, "flops": flops * seen, "seconds": seconds}
-            record |= evaluate(model, data, device, run.batch, SCORED if step + 1 == run.steps else PROBED)
+            record |= evaluate(
+                model, data, device, run.batch, SCORED if step + 1 == run.steps else PROBED
+            )
             record |= {"overload": statistics.mean(overload)} if overload else {}
             records.append(record)
     return model, records
@@ -77,7 +86,12 @@ def train(run: Run, seed: int, probes: int, device: torch.device, bar: tqdm) -> 
 
 @torch.no_grad()
 def evaluate(
-    model: LM, data: Text | Task, device: torch.device, batch: int, batches: int, watch: Callable[[], None] = lambda: None
+    model: LM,
+    data: Text | Task,
+    device: torch.device,
+    batch: int,
+    batches: int,
+    watch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Bits per target, the fraction that is right and the number of targets, in evaluation mode, on the same batches always;
     `watch` is called after each."""

@@ -15,14 +15,28 @@ from importlib.metadata import version
 import torch
 from torch.torch_version import TorchVersion
 
-from minimodels.config import InputError
+from minimodels.errors import InputError
 
-OPERATIONS = ("rmsnorm", "selective_scan", "causal_conv1d", "attention", "grouped_mlp", "linear_cross_entropy")
-FASTER: frozenset[str] = frozenset()  # whose kernel "auto" takes on a GPU, for it was measured to be faster: none so far
+OPERATIONS = (
+    "rmsnorm",
+    "selective_scan",
+    "causal_conv1d",
+    "attention",
+    "grouped_mlp",
+    "linear_cross_entropy",
+)
+FASTER: frozenset[str] = (
+    frozenset()
+)  # whose kernel "auto" takes on a GPU, for it was measured to be faster: none so far
 INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 REFUSED = ""  # why Triton's interpreter cannot be used, if so
-if INSTALLED and INTERPRETED and TorchVersion(version("triton")) < (3, 7) and TorchVersion(version("numpy")) >= (2, 4):
+if (
+    INSTALLED
+    and INTERPRETED
+    and TorchVersion(version("triton")) < (3, 7)
+    and TorchVersion(version("numpy")) >= (2, 4)
+):
     REFUSED = f"Triton {version('triton')} interprets only with NumPy before 2.4, and {version('numpy')} is installed"
 
 

@@ -53,14 +53,7 @@ from functools import lru_cache, partial
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-from minimodels.transformer import attention as operation
-from minimodels.transformer import check_shapes
-
-from .common import (
+from minimodels.kernels.common import (
     CHECKED,
     GPU,
     LOG2_E,
@@ -77,15 +70,35 @@ from .common import (
     report,
     tuned,
 )
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from minimodels.ops.attention import attention as operation
+from minimodels.ops.attention import check_shapes
 
 FEW = 16  # queries, one block of them, whose keys are dealt out; where there are more, there are programs enough
 KEYS_EACH = 256  # keys, at least, that a program is dealt
-KEY = ["size", "span", "window", "WIDTH"]  # by which blocks are tuned; Triton adds the arguments' dtypes
+KEY = [
+    "size",
+    "span",
+    "window",
+    "WIDTH",
+]  # by which blocks are tuned; Triton adds the arguments' dtypes
 COUNTS = ["B", "H", "G", "size", "span"]  # for whose values, such as 1, nothing is compiled anew
 
 
 @triton.jit
-def tile(P, start, stride, rows, d: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, EDGE: tl.constexpr):
+def tile(
+    P,
+    start,
+    stride,
+    rows,
+    d: tl.constexpr,
+    LENGTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    EDGE: tl.constexpr,
+):
     """Rows start to start + LENGTH of a (rows, d) matrix; at its EDGE and beyond column d zeros."""
     row, column = tl.arange(0, LENGTH)[:, None], tl.arange(0, WIDTH)[None, :]
     at = P + start * tl.cast(stride, tl.int64) + (row * stride + column)
@@ -145,7 +158,9 @@ def keys_of(start, T, S, window, KEYS, BLOCK_T: tl.constexpr, BLOCK_S: tl.conste
         edge = (first + 1) // BLOCK_S * BLOCK_S
         if window is not None:
             low = tl.maximum(first - window + 1, 0) // BLOCK_S * BLOCK_S
-            whole = tl.minimum(tl.cdiv(tl.maximum(first + BLOCK_T - window, 0), BLOCK_S) * BLOCK_S, end)
+            whole = tl.minimum(
+                tl.cdiv(tl.maximum(first + BLOCK_T - window, 0), BLOCK_S) * BLOCK_S, end
+            )
             edge = tl.maximum(edge, whole)
     return low, whole, edge, end
 
@@ -163,21 +178,36 @@ def dealt(bounds, BLOCK_S: tl.constexpr):
 @triton.jit
 def queries_of(start, T, S, window, KEYS, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
     """Of the queries that see a block of keys: the first, the two bounds of those that see all of them, the end."""
-    first = start - (S - T)  # the query at the slot of the first key; below 0 where that is remembered
+    first = start - (
+        S - T
+    )  # the query at the slot of the first key; below 0 where that is remembered
     low = tl.maximum(first, 0) // BLOCK_T * BLOCK_T
     whole, edge, end = T, T, T
     if KEYS is None:
         whole = tl.minimum(tl.cdiv(tl.maximum(first + BLOCK_S - 1, 0), BLOCK_T) * BLOCK_T, T)
         if window is not None:
-            end = tl.minimum(first + BLOCK_S - 1 + window, T)  # below low where no query sees the block
+            end = tl.minimum(
+                first + BLOCK_S - 1 + window, T
+            )  # below low where no query sees the block
             whole = tl.minimum(whole, end)
-            edge = tl.maximum(tl.minimum(tl.maximum(first + window, 0) // BLOCK_T * BLOCK_T, end), whole)
+            edge = tl.maximum(
+                tl.minimum(tl.maximum(first + window, 0) // BLOCK_T * BLOCK_T, end), whole
+            )
     return low, whole, edge, end
 
 
 @triton.jit
 def scores(
-    q, K, start, stride, S, d: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, LENGTH: tl.constexpr, EDGE: tl.constexpr
+    q,
+    K,
+    start,
+    stride,
+    S,
+    d: tl.constexpr,
+    FULL: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LENGTH: tl.constexpr,
+    EDGE: tl.constexpr,
 ):
     """q · k of a block of queries and a block of keys."""
     k = tile(K, start, stride, S, d, LENGTH, WIDTH, EDGE)
@@ -195,7 +225,10 @@ def attend(
     if low < end:
         for start in range(low, end, BLOCK_S):
             if AHEAD:
-                s, ahead = ahead, scores(q, K, start + BLOCK_S, k_stride, S, d, FULL, WIDTH, BLOCK_S, True)
+                s, ahead = (
+                    ahead,
+                    scores(q, K, start + BLOCK_S, k_stride, S, d, FULL, WIDTH, BLOCK_S, True),
+                )
             else:
                 s = scores(q, K, start, k_stride, S, d, FULL, WIDTH, BLOCK_S, EDGE)
             if EDGE:
@@ -205,7 +238,9 @@ def attend(
             shrink = tl.exp2(high - higher)
             weight = weight * shrink + tl.sum(p, 1)
             v = tile(V, start, v_stride, S, d, BLOCK_S, WIDTH, EDGE)
-            total = tl.dot(p.to(v.dtype), v, total * shrink[:, None], input_precision="ieee", out_dtype=FULL)
+            total = tl.dot(
+                p.to(v.dtype), v, total * shrink[:, None], input_precision="ieee", out_dtype=FULL
+            )
             high = higher
     return total, weight, high, ahead
 
@@ -221,12 +256,20 @@ def blocks(*sizes: tuple[int, int, int, int], **also) -> list[triton.Config]:
     """BLOCK_T, BLOCK_S, warps and stages of each, and what it has `also`. The first, of small blocks, is for the interpreter,
     for fp32 and for very wide heads."""
     return [
-        triton.Config({"BLOCK_T": t, "BLOCK_S": s, **also}, num_warps=warps, num_stages=stages) for t, s, warps, stages in sizes
+        triton.Config({"BLOCK_T": t, "BLOCK_S": s, **also}, num_warps=warps, num_stages=stages)
+        for t, s, warps, stages in sizes
     ]
 
 
 @tuned(
-    blocks((16, 16, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 3), AHEAD=True)
+    blocks(
+        (16, 16, 4, 2),
+        (64, 64, 4, 3),
+        (128, 64, 8, 2),
+        (128, 64, 8, 3),
+        (128, 128, 8, 3),
+        AHEAD=True,
+    )
     + blocks((16, 64, 4, 3), (16, 128, 4, 2), (64, 64, 4, 3), (128, 64, 4, 3), AHEAD=False)
     + blocks((128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3), AHEAD=False),
     KEY,
@@ -250,10 +293,21 @@ def forward_kernel(
         QUERIES += batch * T
         KEYS += batch * S
     query = query_places(QUERIES, start, T, S, BLOCK_T)
-    q = tile(Q + batch * q_strides[0] + head * q_strides[1], start, q_strides[2], T, d, BLOCK_T, WIDTH, True)
+    q = tile(
+        Q + batch * q_strides[0] + head * q_strides[1],
+        start,
+        q_strides[2],
+        T,
+        d,
+        BLOCK_T,
+        WIDTH,
+        True,
+    )
 
     total, weight = tl.zeros((BLOCK_T, WIDTH), FULL), tl.zeros((BLOCK_T,), FULL)
-    high = tl.full((BLOCK_T,), -1e38, FULL)  # finite, so that a row that has seen nothing subtracts no infinities
+    high = tl.full(
+        (BLOCK_T,), -1e38, FULL
+    )  # finite, so that a row that has seen nothing subtracts no infinities
     bounds = keys_of(start, T, S, window, KEYS, BLOCK_T, BLOCK_S)
     if DEAL:
         bounds = dealt(bounds, BLOCK_S)
@@ -277,7 +331,9 @@ def forward_kernel(
 
 
 @triton.jit
-def join_kernel(Y_PARTS, LSE_PARTS, Y, LSE, y_strides, B, H, T, d, PARTS: tl.constexpr, WIDTH: tl.constexpr):
+def join_kernel(
+    Y_PARTS, LSE_PARTS, Y, LSE, y_strides, B, H, T, d, PARTS: tl.constexpr, WIDTH: tl.constexpr
+):
     """One program, one query: y and lse from those of the parts of its keys, each weighted by its share of Σ_j exp(s_ij)."""
     row, part, column = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS), tl.arange(0, WIDTH)
     lse = tl.load(LSE_PARTS + part * (B * H * T) + row)
@@ -314,7 +370,18 @@ def towards_queries(
     return dq
 
 
-@tuned(blocks((16, 16, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)), KEY, fitting)
+@tuned(
+    blocks(
+        (16, 16, 4, 2),
+        (64, 64, 4, 3),
+        (64, 64, 8, 2),
+        (128, 64, 8, 2),
+        (128, 64, 8, 3),
+        (128, 128, 8, 2),
+    ),
+    KEY,
+    fitting,
+)
 @triton.jit(do_not_specialize=COUNTS)
 def backward_queries_kernel(
     Q, K, V, QUERIES, KEYS, Y, DY, LSE, DELTA, DQ, q_strides, k_strides, v_strides, y_strides, dy_strides, dq_strides,
@@ -332,14 +399,41 @@ def backward_queries_kernel(
         QUERIES += batch * T
         KEYS += batch * S
     query = query_places(QUERIES, start, T, S, BLOCK_T)
-    dy = tile(DY + batch * dy_strides[0] + head * dy_strides[1], start, dy_strides[2], T, d, BLOCK_T, WIDTH, True)
-    y = tile(Y + batch * y_strides[0] + head * y_strides[1], start, y_strides[2], T, d, BLOCK_T, WIDTH, True)
+    dy = tile(
+        DY + batch * dy_strides[0] + head * dy_strides[1],
+        start,
+        dy_strides[2],
+        T,
+        d,
+        BLOCK_T,
+        WIDTH,
+        True,
+    )
+    y = tile(
+        Y + batch * y_strides[0] + head * y_strides[1],
+        start,
+        y_strides[2],
+        T,
+        d,
+        BLOCK_T,
+        WIDTH,
+        True,
+    )
     delta = tl.sum(dy.to(FULL) * y.to(FULL), 1)
     i = start + tl.arange(0, BLOCK_T)
     at = (batch * H + head) * T + i
     tl.store(DELTA + at, delta, i < T)
     lse = tl.load(LSE + at, i < T, 0.0)
-    q = tile(Q + batch * q_strides[0] + head * q_strides[1], start, q_strides[2], T, d, BLOCK_T, WIDTH, True)
+    q = tile(
+        Q + batch * q_strides[0] + head * q_strides[1],
+        start,
+        q_strides[2],
+        T,
+        d,
+        BLOCK_T,
+        WIDTH,
+        True,
+    )
 
     dq = tl.zeros((BLOCK_T, WIDTH), FULL)
     bounds = keys_of(start, T, S, window, KEYS, BLOCK_T, BLOCK_S)
@@ -350,7 +444,16 @@ def backward_queries_kernel(
                 window, d, SCALE, FULL, WIDTH, BLOCK_S, region != 1,
             )  # fmt: skip
     dq *= SCALE
-    store(DQ + batch * dq_strides[0] + head * dq_strides[1], dq, start, dq_strides[2], T, d, BLOCK_T, WIDTH)
+    store(
+        DQ + batch * dq_strides[0] + head * dq_strides[1],
+        dq,
+        start,
+        dq_strides[2],
+        T,
+        d,
+        BLOCK_T,
+        WIDTH,
+    )
 
 
 @triton.jit
@@ -361,15 +464,21 @@ def towards_keys(
     """Add the queries from low to end of each head to Σ_i ds q and Σ_i p dy; scores are transposed, (keys, queries)."""
     if low < end:
         head, start = tl.cast(0, tl.int64), low
-        for _ in range(members * tl.cdiv(end - low, BLOCK_T)):  # one loop, for a nested one holds more registers
+        for _ in range(
+            members * tl.cdiv(end - low, BLOCK_T)
+        ):  # one loop, for a nested one holds more registers
             q = tile(Q + head * q_strides[1], start, q_strides[2], T, d, BLOCK_T, WIDTH, True)
             dy = tile(DY + head * dy_strides[1], start, dy_strides[2], T, d, BLOCK_T, WIDTH, True)
             i = start + tl.arange(0, BLOCK_T)
-            lse = tl.load(LSE + head * T + i, i < T, 0.0)  # behind the last query q and dy are 0, and so what they add
+            lse = tl.load(
+                LSE + head * T + i, i < T, 0.0
+            )  # behind the last query q and dy are 0, and so what they add
             delta = tl.load(DELTA + head * T + i, i < T, 0.0)
             s = tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=FULL)
             if EDGE:
-                s = hide(s, query_places(QUERIES, start, T, S, BLOCK_T)[None, :], key[:, None], window)
+                s = hide(
+                    s, query_places(QUERIES, start, T, S, BLOCK_T)[None, :], key[:, None], window
+                )
             dp = tl.dot(v, tl.trans(dy), input_precision="ieee", out_dtype=FULL)
             p = tl.exp2(s * (SCALE * LOG2_E) - lse[None, :])
             dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision="ieee", out_dtype=FULL)
@@ -380,7 +489,18 @@ def towards_keys(
     return dk, dv
 
 
-@tuned(blocks((16, 16, 4, 2), (64, 64, 4, 2), (32, 64, 8, 2), (32, 128, 8, 3), (64, 128, 8, 2), (64, 128, 8, 3)), KEY, fitting)
+@tuned(
+    blocks(
+        (16, 16, 4, 2),
+        (64, 64, 4, 2),
+        (32, 64, 8, 2),
+        (32, 128, 8, 3),
+        (64, 128, 8, 2),
+        (64, 128, 8, 3),
+    ),
+    KEY,
+    fitting,
+)
 @triton.jit(do_not_specialize=COUNTS)
 def backward_keys_kernel(
     Q, K, V, QUERIES, KEYS, DY, LSE, DELTA, DK, DV, q_strides, k_strides, v_strides, dy_strides, dk_strides,
@@ -390,8 +510,26 @@ def backward_keys_kernel(
     """dk and dv. One program, BLOCK_S keys of one key head; those with the most queries start first."""
     row, start = tl.program_id(0) % (B * G), tl.program_id(0) // (B * G) * BLOCK_S
     batch, key_head = (row // G).to(tl.int64), (row % G).to(tl.int64)
-    k = tile(K + batch * k_strides[0] + key_head * k_strides[1], start, k_strides[2], S, d, BLOCK_S, WIDTH, True)
-    v = tile(V + batch * v_strides[0] + key_head * v_strides[1], start, v_strides[2], S, d, BLOCK_S, WIDTH, True)
+    k = tile(
+        K + batch * k_strides[0] + key_head * k_strides[1],
+        start,
+        k_strides[2],
+        S,
+        d,
+        BLOCK_S,
+        WIDTH,
+        True,
+    )
+    v = tile(
+        V + batch * v_strides[0] + key_head * v_strides[1],
+        start,
+        v_strides[2],
+        S,
+        d,
+        BLOCK_S,
+        WIDTH,
+        True,
+    )
     if KEYS is not None:
         QUERIES += batch * T
         KEYS += batch * S
@@ -424,14 +562,20 @@ def attention_forward(
     q, k, v, queries, keys = *map(innermost, (q, k, v)), *dense(queries, keys)
     y, lse = heads_like(q), q.new_empty(B, H, T, dtype=torch.promote_types(q.dtype, torch.float32))
     parts = parts_of(q, S if window is None or keys is not None else min(S, T + window))
-    y_parts, lse_parts = (y[None], lse) if parts == 1 else (lse.new_empty(parts, *q.shape), lse.new_empty(parts, *lse.shape))
+    y_parts, lse_parts = (
+        (y[None], lse)
+        if parts == 1
+        else (lse.new_empty(parts, *q.shape), lse.new_empty(parts, *lse.shape))
+    )
     with on(q):
         forward_kernel[lambda meta: (B * H * triton.cdiv(T, meta["BLOCK_T"]), parts)](
             q, k, v, queries, keys, y_parts, lse_parts, q.stride(), k.stride(), v.stride(), y_parts.stride(),
             *sizes(q, k), window, **constants(q), DEAL=parts > 1,
         )  # fmt: skip
         if parts > 1:
-            join_kernel[(B * H * T,)](y_parts, lse_parts, y, lse, y.stride(), B, H, T, d, parts, triton.next_power_of_2(d))
+            join_kernel[(B * H * T,)](
+                y_parts, lse_parts, y, lse, y.stride(), B, H, T, d, parts, triton.next_power_of_2(d)
+            )
     return y, lse
 
 
@@ -473,7 +617,15 @@ def heads_like(x: Tensor) -> Tensor:
 def sizes(q: Tensor, k: Tensor) -> tuple[int, ...]:
     """B, H, G, T, S, size and span: T and S roughly, as far as they matter for the tuning."""
     (B, H, T), (G, S) = q.shape[:3], k.shape[1:3]
-    return B, H, G, T, S, min(triton.next_power_of_2(T), 4096), triton.next_power_of_2(S) if T <= FEW else 0
+    return (
+        B,
+        H,
+        G,
+        T,
+        S,
+        min(triton.next_power_of_2(T), 4096),
+        triton.next_power_of_2(S) if T <= FEW else 0,
+    )
 
 
 def constants(q: Tensor) -> dict[str, object]:
@@ -487,7 +639,9 @@ def constants(q: Tensor) -> dict[str, object]:
 
 @attention_forward.register_fake
 def _(q, k, v, queries, keys, window):
-    return heads_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    return heads_like(q), q.new_empty(
+        q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32)
+    )
 
 
 @attention_backward.register_fake
@@ -515,7 +669,7 @@ def attention(
     key_positions: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """As minimodels.transformer.attention: (B, H, T, d). q, k and v of one dtype; for a query at -1, 0.
+    """As minimodels.ops.attention.attention: (B, H, T, d). q, k and v of one dtype; for a query at -1, 0.
 
     Raises ValueError on shapes or dtypes that disagree.
     """
@@ -529,12 +683,22 @@ def attention(
 
 def check() -> None:
     """Outputs and gradients against the reference in fp64; on a GPU in bf16 and fp16 too."""
-    shapes = (1, 2, 1, 1, 1100, 64, None), (1, 2, 2, 1, 33, 64, None), (1, 2, 1, 37, 37, 24, None), (2, 4, 2, 20, 41, 16, 7)
+    shapes = (
+        (1, 2, 1, 1, 1100, 64, None),
+        (1, 2, 2, 1, 33, 64, None),
+        (1, 2, 1, 37, 37, 24, None),
+        (2, 4, 2, 20, 41, 16, 7),
+    )
     for B, H, G, T, S, d, window in shapes:
         arguments = (torch.randn(B, H, T, d), torch.randn(B, G, S, d), torch.randn(B, G, S, d))
         places = torch.arange(S).repeat(B, 1) * 2
         for positions in ((None, None), (places[:, S - T :], places)):
-            compare(attention, reference, (*arguments, *positions, window), (*CHECKED, *[torch.float16] * GPU))
+            compare(
+                attention,
+                reference,
+                (*arguments, *positions, window),
+                (*CHECKED, *[torch.float16] * GPU),
+            )
 
 
 reference = partial(operation, impl="reference")
@@ -560,7 +724,9 @@ def compiled_flex():
 @lru_cache
 def causal_blocks(T: int, S: int, device: torch.device):
     """Which blocks of (T, S) a causal mask leaves, as flex_attention wants to be told."""
-    return create_block_mask(lambda b, h, query, key: query + S - T >= key, None, None, T, S, device=device)
+    return create_block_mask(
+        lambda b, h, query, key: query + S - T >= key, None, None, T, S, device=device
+    )
 
 
 def fla(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -625,5 +791,9 @@ EXAMPLES = [
 if __name__ == "__main__":
     lengths = (1024, 4096, 16384) if GPU else (256, 1024, 4096)
     cases = [decoding(2**17, 16, 128) if GPU else decoding(4096, 4, 64)]
-    cases += [case(16384, T, 16, d) for d in (64, 128) for T in lengths] if GPU else [case(T, T, 4, 64) for T in lengths]
+    cases += (
+        [case(16384, T, 16, d) for d in (64, 128) for T in lengths]
+        if GPU
+        else [case(T, T, 4, 64) for T in lengths]
+    )
     command(report("attention", attention, operation, cases, PEERS, check), __doc__)

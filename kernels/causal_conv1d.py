@@ -29,12 +29,25 @@ from functools import partial
 import torch
 import triton
 import triton.language as tl
+from minimodels.kernels.common import (
+    GPU,
+    TIMED,
+    Case,
+    Peer,
+    command,
+    compare,
+    dense,
+    full,
+    innermost,
+    on,
+    report,
+    sigmoid,
+    tuned,
+)
 from torch import Tensor
 
-from minimodels.mamba import causal_conv1d as operation
-from minimodels.mamba import check_convolution
-
-from .common import GPU, TIMED, Case, Peer, command, compare, dense, full, innermost, on, report, sigmoid, tuned
+from minimodels.ops.convolution import causal_conv1d as operation
+from minimodels.ops.convolution import check_convolution
 
 CHUNK = 128  # tokens a program walks along: at W = 4 the borders and the partial sums add 7 % to the bytes of backward
 CONFIGS = [  # a thread holds 2 to 8 channels, so that a warp reads 128 to 512 bytes at once
@@ -63,7 +76,9 @@ def load_past(X, WINDOW, start, stride, D, channel, inside, W: tl.constexpr, FUL
         t = start + (w - W + 1)
         x = tl.load(X + t * stride + channel, tl.where(t >= 0, inside, False), 0.0).to(FULL)
         if WINDOW is not None:
-            x += tl.load(WINDOW + (t + W - 1) * D + channel, tl.where(t < 0, inside, False), 0.0).to(FULL)
+            x += tl.load(
+                WINDOW + (t + W - 1) * D + channel, tl.where(t < 0, inside, False), 0.0
+            ).to(FULL)
         past += (x,)
     return past
 
@@ -109,7 +124,9 @@ def forward_kernel(
     for t in range(start, tl.minimum(start + CHUNK, T), AHEAD):
         loaded = ()
         for i in tl.static_range(AHEAD):
-            loaded += (tl.load(X + (t + i) * stride + channel, tl.where(t + i < T, inside, False), 0.0),)
+            loaded += (
+                tl.load(X + (t + i) * stride + channel, tl.where(t + i < T, inside, False), 0.0),
+            )
         for i in tl.static_range(AHEAD):
             past += (loaded[i].to(FULL),)
             y = combine(taps, past, bias, W, False)
@@ -168,7 +185,11 @@ def backward_kernel(
         for i in tl.static_range(AHEAD):
             past += (loaded[i].to(FULL),)
             g += (gradient(incoming[i].to(FULL), combine(taps, past, bias, W, False), SILU),)
-            tl.store(DX + (s + i) * width + channel, combine(taps, g, nothing, W, True), tl.where(s + i < T, inside, False))
+            tl.store(
+                DX + (s + i) * width + channel,
+                combine(taps, g, nothing, W, True),
+                tl.where(s + i < T, inside, False),
+            )
             more = ()
             for w in tl.static_range(W):
                 more += (dtaps[w] + g[W - 1] * past[w],)
@@ -181,7 +202,9 @@ def backward_kernel(
 
 
 @torch.library.custom_op("minimodels::causal_conv1d_forward", mutates_args=())
-def causal_conv1d_forward(x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None, activation: bool) -> Tensor:
+def causal_conv1d_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None, activation: bool
+) -> Tensor:
     """y (B, T, D)."""
     x, (_, T, D), W = innermost(x), x.shape, weight.shape[1]
     y = x.new_empty(x.shape)
@@ -195,19 +218,31 @@ def causal_conv1d_forward(x: Tensor, weight: Tensor, bias: Tensor | None, window
 
 @torch.library.custom_op("minimodels::causal_conv1d_backward", mutates_args=())
 def causal_conv1d_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None, activation: bool
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    window: Tensor | None,
+    activation: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias and dwindow (empty without a window)."""
     dy, x, (batch, T, D), W = dy.contiguous(), innermost(x), x.shape, weight.shape[1]
-    dx, dwindow = x.new_empty(x.shape), x.new_empty(0) if window is None else window.new_empty(window.shape)
-    sums = x.new_empty(batch * triton.cdiv(T, CHUNK), W + 1, D, dtype=torch.promote_types(x.dtype, torch.float32))
+    dx, dwindow = (
+        x.new_empty(x.shape),
+        x.new_empty(0) if window is None else window.new_empty(window.shape),
+    )
+    sums = x.new_empty(
+        batch * triton.cdiv(T, CHUNK), W + 1, D, dtype=torch.promote_types(x.dtype, torch.float32)
+    )
     with on(x):
         backward_kernel[lambda meta: grid(x, meta)](
             dy, x, *dense(weight, bias, window), dx, dwindow, sums, T, D,
             x.stride(0), x.stride(1), activation, W, CHUNK, full(x),
         )  # fmt: skip
     total = sums.sum(0)  # (W+1, D)
-    dbias = total[W].to(weight.dtype if bias is None else bias.dtype, copy=True)  # for where W = 1, dweight is a view
+    dbias = total[W].to(
+        weight.dtype if bias is None else bias.dtype, copy=True
+    )  # for where W = 1, dweight is a view
     return dx, total[:W].t().to(weight.dtype).contiguous(), dbias, dwindow
 
 
@@ -239,7 +274,9 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, dy):
     x, weight, bias, window = ctx.saved_tensors
-    dx, dweight, dbias, dwindow = causal_conv1d_backward(dy, x, weight, bias, window, ctx.activation)
+    dx, dweight, dbias, dwindow = causal_conv1d_backward(
+        dy, x, weight, bias, window, ctx.activation
+    )
     return dx, dweight, None if bias is None else dbias, None if window is None else dwindow, None
 
 
@@ -254,7 +291,7 @@ def causal_conv1d(
     lengths: Tensor | None = None,
     activation: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """As minimodels.mamba.causal_conv1d: y (B, T, D) in x's dtype, through SiLU if `activation`, and the window after x.
+    """As its reference in minimodels.ops.convolution: y (B, T, D) in x's dtype and the window after x.
 
     x (B, T, D); weight (D, W); bias (D,), None for zero; window (B, W-1, D), the inputs before x, None for zeros; lengths
     (B,), how many tokens of x come before the padding, None for all. Raises ValueError on shapes that disagree.
@@ -267,7 +304,9 @@ def causal_conv1d(
     if lengths is None:
         late = torch.cat((window, x[:, max(0, T - W + 1) :]), dim=1)
         return y, late[:, late.shape[1] - W + 1 :]
-    last = lengths[:, None, None] + torch.arange(W - 1, device=x.device)[:, None]  # (B, W-1, 1): of the window, then x
+    last = (
+        lengths[:, None, None] + torch.arange(W - 1, device=x.device)[:, None]
+    )  # (B, W-1, 1): of the window, then x
     last = last.expand(-1, -1, D)
     old, new = window.gather(1, last.clamp(max=W - 2)), x.gather(1, (last - W + 1).clamp(min=0))
     return y, torch.where(last < W - 1, old, new)
@@ -277,7 +316,13 @@ def check() -> None:
     """Outputs and gradients against the reference in fp64; on a GPU in bf16 too."""
     for batch, T, D, W in ((2, 5, 33, 4), (1, CHUNK + 3, 130, 3)):
         for activation in (False, True):
-            arguments = torch.randn(batch, T, D), torch.randn(D, W), torch.randn(D), torch.randn(batch, W - 1, D), None
+            arguments = (
+                torch.randn(batch, T, D),
+                torch.randn(D, W),
+                torch.randn(D),
+                torch.randn(batch, W - 1, D),
+                None,
+            )
             compare(causal_conv1d, reference, (*arguments, activation))
 
 
@@ -305,17 +350,34 @@ def case(batch: int, T: int, D: int, W: int = 4) -> Case:
     """With SiLU: two numbers an element forward, three backward."""
 
     def inputs() -> tuple:
-        x, (weight, bias) = torch.randn(batch, T, D, **TIMED), torch.randn(D, W + 1, **TIMED).split((W, 1), dim=1)
-        return x.requires_grad_(), weight.contiguous().requires_grad_(), bias.flatten().requires_grad_(), None, None, True
+        x, (weight, bias) = (
+            torch.randn(batch, T, D, **TIMED),
+            torch.randn(D, W + 1, **TIMED).split((W, 1), dim=1),
+        )
+        return (
+            x.requires_grad_(),
+            weight.contiguous().requires_grad_(),
+            bias.flatten().requires_grad_(),
+            None,
+            None,
+            True,
+        )
 
     size = batch * T * D
     return Case(f"B {batch}, T {T}, D {D}, W {W}", inputs, 2 * size, 3 * size)
 
 
 # what minimodels.kernels.compile launches: also without SiLU, padded
-EXAMPLES = [case(2, 300, 1536).inputs, lambda: (*case(2, 300, 1536).inputs()[:4], torch.tensor([300, 7]), False)]
+EXAMPLES = [
+    case(2, 300, 1536).inputs,
+    lambda: (*case(2, 300, 1536).inputs()[:4], torch.tensor([300, 7]), False),
+]
 
 
 if __name__ == "__main__":
-    cases = [case(32, 8192, 1536), case(4, 65536, 1536)] if GPU else [case(1, T, 512) for T in (256, 1024, 4096)]
+    cases = (
+        [case(32, 8192, 1536), case(4, 65536, 1536)]
+        if GPU
+        else [case(1, T, 512) for T in (256, 1024, 4096)]
+    )
     command(report("causal_conv1d", causal_conv1d, operation, cases, PEERS, check), __doc__)

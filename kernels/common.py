@@ -16,19 +16,24 @@ import torch
 import triton
 import triton.language as tl
 import tyro
+from minimodels.kernels import INTERPRETED
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from minimodels.command import keep_freed_memory, run_command
-from minimodels.config import InputError
+from minimodels.errors import InputError
 from minimodels.measure import ceilings, environment, interleave, peak_bytes
 
-from . import INTERPRETED
-
 GPU = torch.cuda.is_available()
-TIMED = {"device": "cuda", "dtype": torch.bfloat16} if GPU else {"device": "cpu", "dtype": torch.float32}  # what is timed in
+TIMED = (
+    {"device": "cuda", "dtype": torch.bfloat16}
+    if GPU
+    else {"device": "cpu", "dtype": torch.float32}
+)  # what is timed in
 PRETENDED = 3  # multiprocessors (SMs) where there is no GPU
-CHECKED = (torch.float32, torch.bfloat16) if GPU else (torch.float32, torch.float64)  # precisions that results are compared in
+CHECKED = (
+    (torch.float32, torch.bfloat16) if GPU else (torch.float32, torch.float64)
+)  # precisions that results are compared in
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -63,19 +68,35 @@ def tuned(configs: list[triton.Config], key: list[str], prune: Callable | None =
     the fastest, in Triton's cache on the disk too; the interpreter takes the first."""
     if INTERPRETED:
         return triton.autotune(configs[:1], key)
-    return triton.autotune(configs, key, prune_configs_by=prune and {"early_config_prune": prune}, cache_results=True)
+    return triton.autotune(
+        configs, key, prune_configs_by=prune and {"early_config_prune": prune}, cache_results=True
+    )
 
 
 def multiprocessors(tensor: Tensor) -> int:
     """Of the tensor's GPU; as many as PRETENDED where there is none."""
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else PRETENDED
+    return (
+        torch.cuda.get_device_properties(tensor.device).multi_processor_count
+        if tensor.is_cuda
+        else PRETENDED
+    )
 
 
 # a GPU's exponential is off by up to 2⁻²², each time to the same side perhaps, which a long product of decays adds up
-FLOORS = {torch.float64: 1e-12, torch.float32: 1e-4 if GPU else 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+FLOORS = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-4 if GPU else 1e-5,
+    torch.bfloat16: 2e-2,
+    torch.float16: 4e-3,
+}
 
 
-def compare(kernel: Callable, reference: Callable, arguments: tuple, dtypes: tuple[torch.dtype, ...] = CHECKED) -> None:
+def compare(
+    kernel: Callable,
+    reference: Callable,
+    arguments: tuple,
+    dtypes: tuple[torch.dtype, ...] = CHECKED,
+) -> None:
     """Assert that outputs and gradients are within twice the reference's own error, at each precision, of the reference in
     fp64; or within a floor, where that error is small by chance."""
     device = TIMED["device"]
@@ -107,10 +128,15 @@ def run(operation: Callable, arguments: list) -> list[Tensor]:
     """The floating-point outputs, and the gradients of a loss that weighs each of their numbers differently."""
     outputs = operation(*arguments)
     outputs = [
-        o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if isinstance(o, Tensor) and o.is_floating_point()
+        o
+        for o in (outputs if isinstance(outputs, tuple) else (outputs,))
+        if isinstance(o, Tensor) and o.is_floating_point()
     ]
     weights = [
-        torch.linspace(-1, 1, o.numel(), device=o.device, dtype=torch.float64).view(o.shape).to(o.dtype) for o in outputs
+        torch.linspace(-1, 1, o.numel(), device=o.device, dtype=torch.float64)
+        .view(o.shape)
+        .to(o.dtype)
+        for o in outputs
     ]
     wanted = [part for part in arguments if isinstance(part, Tensor) and part.requires_grad]
     return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, wanted, weights)]
@@ -173,7 +199,12 @@ class Options:
 
 
 def report(
-    name: str, kernel: Callable, operation: Callable, cases: list[Case], peers: dict[str, Peer], check: Callable
+    name: str,
+    kernel: Callable,
+    operation: Callable,
+    cases: list[Case],
+    peers: dict[str, Peer],
+    check: Callable,
 ) -> Callable:
     """The command of a kernel file: `check` first, then forward and backward of every case, providers in turn, and the memory
     that they take. `operation` is that of the architecture, with an argument `impl`; compiled it is timed in the last case.
@@ -186,7 +217,9 @@ def report(
             check()
             print(f"{name}: outputs and gradients are those of the reference")
         else:
-            print(f"{name}: the kernel is neither checked nor timed, for there is no GPU (TRITON_INTERPRET=1 checks it)")
+            print(
+                f"{name}: the kernel is neither checked nor timed, for there is no GPU (TRITON_INTERPRET=1 checks it)"
+            )
         if options.check_only:
             return
         if options.rounds < 1:
@@ -199,24 +232,43 @@ def report(
         torch_path, installed = partial(operation, impl="torch"), available(peers)
         for case in cases:
             limits = ceilings(device)  # anew, for a shared machine drifts
-            print(f"{common['device']}: copy {limits['GB/s']:.3g} GB/s, matrix products {limits['TFLOP/s']:.3g} TFLOP/s")
+            print(
+                f"{common['device']}: copy {limits['GB/s']:.3g} GB/s, matrix products {limits['TFLOP/s']:.3g} TFLOP/s"
+            )
             torch._dynamo.reset()  # which would compile for any size after a second one
-            first = {"triton": kernel} if GPU else {"reference": partial(operation, impl="reference")}
-            compiled = {"torch.compile": torch.compile(torch_path, dynamic=False)} if case is cases[-1] else {}
+            first = (
+                {"triton": kernel} if GPU else {"reference": partial(operation, impl="reference")}
+            )
+            compiled = (
+                {"torch.compile": torch.compile(torch_path, dynamic=False)}
+                if case is cases[-1]
+                else {}
+            )
             providers = {**first, "torch": torch_path, **compiled, **installed}
             for direction, work in (("forward", case.forward), ("backward", case.backward)):
                 if not work:
                     continue
                 others = {peer for peer, what in peers.items() if not what.same}
-                timings, memory = time_providers(providers, others, case.inputs, direction, options.rounds)
+                timings, memory = time_providers(
+                    providers, others, case.inputs, direction, options.rounds
+                )
                 for provider, seconds in timings.items():
                     median = statistics.median(seconds)
-                    rate = work * (TIMED["dtype"].itemsize / 1e9 if case.unit == "GB/s" else 1e-12) / median
+                    rate = (
+                        work
+                        * (TIMED["dtype"].itemsize / 1e9 if case.unit == "GB/s" else 1e-12)
+                        / median
+                    )
                     print(
                         f"  {case.label:40} {direction:8} {provider:14} {median * 1e3:9.3f} ms {rate:8.3g} {case.unit} "
                         f"{rate / limits[case.unit]:5.0%} of the machine's {(memory[provider] or 0) / 1e6:8,.0f} MB"
                     )
-                    row = {"benchmark": "kernels", "operation": name, "case": case.label, "direction": direction}
+                    row = {
+                        "benchmark": "kernels",
+                        "operation": name,
+                        "case": case.label,
+                        "direction": direction,
+                    }
                     row |= {"provider": provider, "seconds": seconds, "bytes": memory[provider]}
                     row |= {"rate": rate, "unit": case.unit, "ceiling": limits[case.unit]}
                     if options.out:
@@ -238,7 +290,11 @@ def forget(path: Path, operation: str) -> None:
 
 
 def time_providers(
-    providers: dict[str, Callable], others: set[str], inputs: Callable[[], tuple], direction: str, rounds: int
+    providers: dict[str, Callable],
+    others: set[str],
+    inputs: Callable[[], tuple],
+    direction: str,
+    rounds: int,
 ) -> tuple:
     """Interleaved seconds of each provider, and the bytes it takes. One that fails, or whose results are not the first one's,
     is named and left out; `others` compute something else."""
@@ -253,7 +309,9 @@ def time_providers(
             expected = results if expected is None else expected
             if name not in others:
                 agree(results, expected)
-            memory[name] = peak_bytes(partial(once, provider, arguments, direction), torch.device(TIMED["device"]))
+            memory[name] = peak_bytes(
+                partial(once, provider, arguments, direction), torch.device(TIMED["device"])
+            )
             calls[name] = call
         except Exception as error:  # a peer may raise anything
             reason = (str(error).splitlines() or [""])[0]
@@ -263,7 +321,11 @@ def time_providers(
 
 def tensors(results: object) -> list[Tensor]:
     """The outputs, or the gradients; of the outputs the first, which is what all providers return."""
-    return list(results) if isinstance(results, list) else [results[0] if isinstance(results, tuple) else results]
+    return (
+        list(results)
+        if isinstance(results, list)
+        else [results[0] if isinstance(results, tuple) else results]
+    )
 
 
 def agree(results: list[Tensor], expected: list[Tensor]) -> None:
@@ -291,7 +353,9 @@ def prepare(provider: Callable, arguments: tuple, direction: str) -> Callable[[]
     outputs = provider(*arguments)
     output = outputs[0] if isinstance(outputs, tuple) else outputs
     wanted = [tensor for tensor in arguments if isinstance(tensor, Tensor) and tensor.requires_grad]
-    gradient = torch.randn(output.shape, device=output.device, dtype=output.dtype)  # whatever the strides, the same
+    gradient = torch.randn(
+        output.shape, device=output.device, dtype=output.dtype
+    )  # whatever the strides, the same
     return lambda: list(torch.autograd.grad(output, wanted, gradient, retain_graph=True))
 
 

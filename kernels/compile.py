@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import tyro
+from minimodels.kernels import INTERPRETED, OPERATIONS, common
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
@@ -33,9 +34,7 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
 from minimodels.command import run_command
-from minimodels.config import InputError
-
-from . import INTERPRETED, OPERATIONS, common
+from minimodels.errors import InputError
 
 SHARED = 227 * 1024  # bytes that a program may have
 
@@ -57,20 +56,32 @@ def launches(operation: Callable, arguments: tuple) -> list[tuple]:
     """Run an operation forward and backward with no GPU: the name, the tuned constants and the binary of each launch."""
     found, bind, tune = [], JITFunction.run, Autotuner.run
 
-    def compile_only(kernel: JITFunction, *values, grid, warmup: bool = False, tuned: str = "", **options):
-        found.append((kernel.__name__, tuned, bind(kernel, *values, grid=grid, warmup=True, **options)))
+    def compile_only(
+        kernel: JITFunction, *values, grid, warmup: bool = False, tuned: str = "", **options
+    ):
+        found.append(
+            (kernel.__name__, tuned, bind(kernel, *values, grid=grid, warmup=True, **options))
+        )
 
     def try_all(tuner: Autotuner, *values, **options):
         tuner.nargs = dict(zip(tuner.arg_names, values, strict=False))
         for config in tuner.prune_configs(options):
-            sizes = [*config.kwargs.items(), (config.num_warps, "warps"), (config.num_stages, "stages")]
+            sizes = [
+                *config.kwargs.items(),
+                (config.num_warps, "warps"),
+                (config.num_stages, "stages"),
+            ]
             tuned = "  [" + ", ".join(f"{name} {value}" for name, value in sizes) + "]"
             tuner.fn.run(*values, **options, **config.all_kwargs(), tuned=tuned)
 
     JITFunction.run, Autotuner.run = compile_only, try_all
     try:
         outputs = operation(*arguments)
-        outputs = [part for part in (outputs if isinstance(outputs, tuple) else (outputs,)) if part.requires_grad]
+        outputs = [
+            part
+            for part in (outputs if isinstance(outputs, tuple) else (outputs,))
+            if part.requires_grad
+        ]
         torch.autograd.backward(outputs, [torch.zeros_like(part) for part in outputs])
     finally:
         JITFunction.run, Autotuner.run = bind, tune
@@ -79,7 +90,9 @@ def launches(operation: Callable, arguments: tuple) -> list[tuple]:
 
 def resources(compiled) -> str:
     """What the assembler says: registers per thread, spilled bytes, expected losses; and shared memory."""
-    takes_architecture = inspect.signature(get_ptxas).parameters  # not in Triton 3.5, which has but one assembler
+    takes_architecture = inspect.signature(
+        get_ptxas
+    ).parameters  # not in Triton 3.5, which has but one assembler
     assembler = (get_ptxas(90) if takes_architecture else get_ptxas()).path
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(compiled.asm["ptx"])
@@ -90,7 +103,10 @@ def resources(compiled) -> str:
         re.search(r"Used (\d+) registers", said).group(1),
         re.search(r"(\d+) bytes spill stores", said).group(1),
     )
-    shared, losses = compiled.metadata.shared, re.findall(r"Potential Performance Loss: (.*) in the function", said)
+    shared, losses = (
+        compiled.metadata.shared,
+        re.findall(r"Potential Performance Loss: (.*) in the function", said),
+    )
     return (
         f"{registers:>4} registers, {spilled:>5} bytes spilled, {shared:>7} bytes of shared memory"
         + ", too many to launch" * (shared > SHARED)
@@ -119,8 +135,15 @@ def loops(compiled) -> str:
     texts = []
     for start, end in found:
         counts = {"special": "MUFU", "products": "HGMMA"}
-        counts = {name: sum(line.startswith(op) for line in code[start:end]) for name, op in counts.items()}
-        texts.append(", ".join([str(end - start), *(f"{count} {name}" for name, count in counts.items() if count)]))
+        counts = {
+            name: sum(line.startswith(op) for line in code[start:end])
+            for name, op in counts.items()
+        }
+        texts.append(
+            ", ".join(
+                [str(end - start), *(f"{count} {name}" for name, count in counts.items() if count)]
+            )
+        )
     return "loops: " + "; ".join(texts) if texts else "no loop"
 
 

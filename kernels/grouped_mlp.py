@@ -41,21 +41,38 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from minimodels.kernels.common import (
+    GPU,
+    TIMED,
+    Case,
+    Peer,
+    command,
+    compare,
+    full,
+    multiprocessors,
+    on,
+    report,
+    sigmoid,
+    tuned,
+)
 from torch import Tensor
 
-from minimodels.moe import check_shapes
-from minimodels.moe import grouped_mlp as operation
+from minimodels.ops.grouped_mlp import check_shapes
+from minimodels.ops.grouped_mlp import grouped_mlp as operation
 
-from .common import GPU, TIMED, Case, Peer, command, compare, full, multiprocessors, on, report, sigmoid, tuned
-
-GROUP = tl.constexpr(8)  # blocks of slots: their rows and the weights they meet next come from the L2 cache
+GROUP = tl.constexpr(
+    8
+)  # blocks of slots: their rows and the weights they meet next come from the L2 cache
 KEY = ["D", "I", "E"]  # by which tiles are tuned
 WIDTH = 128  # columns of every tile of r, however tuned: dgates is a sum of parts, one for each so many columns
 
 
 def tiles(*sizes: tuple[int, int, int, int, int]) -> list[triton.Config]:
     """Of each, from small to large: rows and columns of a tile, depth of the product done at a time, warps and stages."""
-    return [triton.Config({"ROWS": r, "COLUMNS": c, "DEPTH": d}, num_warps=w, num_stages=s) for r, c, d, w, s in sizes]
+    return [
+        triton.Config({"ROWS": r, "COLUMNS": c, "DEPTH": d}, num_warps=w, num_stages=s)
+        for r, c, d, w, s in sizes
+    ]
 
 
 def fitting(configs: list[triton.Config], arguments: dict, **_) -> list[triton.Config]:
@@ -64,7 +81,18 @@ def fitting(configs: list[triton.Config], arguments: dict, **_) -> list[triton.C
 
 
 @triton.jit
-def place_kernel(VISITS, BY_EXPERT, BY_TOKEN, CELL, ORDER, n, E, slots, TOKENS: tl.constexpr, BLOCK_E: tl.constexpr):
+def place_kernel(
+    VISITS,
+    BY_EXPERT,
+    BY_TOKEN,
+    CELL,
+    ORDER,
+    n,
+    E,
+    slots,
+    TOKENS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
     """Put each visit in its slot, and its slot in the token's order; the sums say how many come before it, itself included."""
     t, e = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None], tl.arange(0, BLOCK_E)[None, :]
     inside = (t < n) & (e < E)
@@ -98,7 +126,11 @@ def find(tile, until, OFFSETS, columns, ROWS: tl.constexpr):
     return expert.to(tl.int64), slot, slot < tl.load(OFFSETS + expert + 1), within // height
 
 
-@tuned(tiles((16, 16, 16, 4, 2), (64, 32, 32, 4, 3), (128, 64, 64, 4, 3), (128, 128, 64, 8, 4)), KEY, fitting)
+@tuned(
+    tiles((16, 16, 16, 4, 2), (64, 32, 32, 4, 3), (128, 64, 64, 4, 3), (128, 128, 64, 8, 4)),
+    KEY,
+    fitting,
+)
 @triton.jit
 def hidden_kernel(
     X, GATE, UP, CELL, OFFSETS, G, U, H, D: tl.constexpr, I: tl.constexpr, E: tl.constexpr,
@@ -111,15 +143,29 @@ def hidden_kernel(
     for tile in range(tl.program_id(0), tl.max(until, 0) * columns, tl.num_programs(0)):
         expert, slot, real, column = find(tile, until, OFFSETS, columns, ROWS)
         i, d = column * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
-        token = (tl.load(CELL + slot, real, 0) // E).to(tl.int64)  # rows that are not the expert's are computed and not stored
+        token = (tl.load(CELL + slot, real, 0) // E).to(
+            tl.int64
+        )  # rows that are not the expert's are computed and not stored
         x_at = X + token[:, None] * D + d[None, :]
         weight_at = expert * I * D + i[None, :] * D + d[:, None]
         g, u = tl.zeros((ROWS, COLUMNS), FULL), tl.zeros((ROWS, COLUMNS), FULL)
         for start in range(0, D, DEPTH):
             x = tl.load(x_at + start, d[None, :] < D - start, 0.0)
             inside = (d[:, None] < D - start) & (i < I)[None, :]
-            g = tl.dot(x, tl.load(GATE + weight_at + start, inside, 0.0), g, input_precision="ieee", out_dtype=FULL)
-            u = tl.dot(x, tl.load(UP + weight_at + start, inside, 0.0), u, input_precision="ieee", out_dtype=FULL)
+            g = tl.dot(
+                x,
+                tl.load(GATE + weight_at + start, inside, 0.0),
+                g,
+                input_precision="ieee",
+                out_dtype=FULL,
+            )
+            u = tl.dot(
+                x,
+                tl.load(UP + weight_at + start, inside, 0.0),
+                u,
+                input_precision="ieee",
+                out_dtype=FULL,
+            )
         at, inside = slot.to(tl.int64)[:, None] * I + i[None, :], real[:, None] & (i < I)[None, :]
         if KEEP:
             tl.store(G + at, g, inside)
@@ -127,7 +173,11 @@ def hidden_kernel(
         tl.store(H + at, g * sigmoid(g) * u, inside)
 
 
-@tuned(tiles((16, 16, 16, 4, 2), (64, 64, 32, 4, 3), (128, 128, 64, 4, 3), (128, 256, 64, 8, 4)), KEY, fitting)
+@tuned(
+    tiles((16, 16, 16, 4, 2), (64, 64, 32, 4, 3), (128, 128, 64, 4, 3), (128, 256, 64, 8, 4)),
+    KEY,
+    fitting,
+)
 @triton.jit
 def parts_kernel(
     P, WP, Q, WQ, GATES, CELL, OFFSETS, Y, D: tl.constexpr, I: tl.constexpr, E: tl.constexpr,
@@ -144,7 +194,9 @@ def parts_kernel(
         at = tl.where(real, slot, 0).to(tl.int64)[:, None] * I + i[None, :]
         weight_at = expert * I * D + d[None, :] * stride_d + i[:, None] * stride_i
         y, depths = tl.zeros((ROWS, COLUMNS), FULL), tl.cdiv(I, DEPTH)
-        for k in range(0, 2 * depths if TWO else depths):  # one loop for both, so that loads run ahead from one into the other
+        for k in range(
+            0, 2 * depths if TWO else depths
+        ):  # one loop for both, so that loads run ahead from one into the other
             later = k >= depths
             start = (k - tl.where(later, depths, 0)) * DEPTH
             inside = (i[:, None] < I - start) & (d < D)[None, :]
@@ -153,7 +205,9 @@ def parts_kernel(
             y = tl.dot(p, weight, y, input_precision="ieee", out_dtype=FULL)
         if not TWO:
             y *= tl.load(GATES + tl.load(CELL + slot, real, 0), real, 0.0).to(FULL)[:, None]
-        tl.store(Y + slot.to(tl.int64)[:, None] * D + d[None, :], y, real[:, None] & (d < D)[None, :])
+        tl.store(
+            Y + slot.to(tl.int64)[:, None] * D + d[None, :], y, real[:, None] & (d < D)[None, :]
+        )
 
 
 @triton.jit
@@ -177,7 +231,13 @@ def quarter(r, which: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @tuned(
-    tiles((16, WIDTH, 16, 4, 2), (32, WIDTH, 32, 4, 3), (64, WIDTH, 64, 4, 4), (128, WIDTH, 64, 8, 4), (256, WIDTH, 64, 8, 4)),
+    tiles(
+        (16, WIDTH, 16, 4, 2),
+        (32, WIDTH, 32, 4, 3),
+        (64, WIDTH, 64, 4, 4),
+        (128, WIDTH, 64, 8, 4),
+        (256, WIDTH, 64, 8, 4),
+    ),
     KEY,
     fitting,
 )
@@ -200,11 +260,16 @@ def hidden_backward_kernel(
             dy = tl.load(dy_at + start, d[None, :] < D - start, 0.0)
             out = tl.load(out_at + start * I, (d[:, None] < D - start) & (i < I)[None, :], 0.0)
             r = tl.dot(dy, out, r, input_precision="ieee", out_dtype=FULL)
-        r = r.to(DY.dtype.element_ty)  # as a tensor between two products would be: half the registers
+        r = r.to(
+            DY.dtype.element_ty
+        )  # as a tensor between two products would be: half the registers
         gates, dgates = tl.load(GATES + cell, real, 0.0).to(FULL)[:, None], tl.zeros((ROWS,), FULL)
         for part in tl.static_range(4):  # few columns at a time, for the registers too
             i = column * COLUMNS + part * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
-            at, inside = slot.to(tl.int64)[:, None] * I + i[None, :], real[:, None] & (i < I)[None, :]
+            at, inside = (
+                slot.to(tl.int64)[:, None] * I + i[None, :],
+                real[:, None] & (i < I)[None, :],
+            )
             g, u = tl.load(G + at, inside, 0.0).to(FULL), tl.load(U + at, inside, 0.0).to(FULL)
             s, dh = sigmoid(g), quarter(r, part, ROWS, COLUMNS).to(FULL)
             h = g * s * u
@@ -216,7 +281,11 @@ def hidden_backward_kernel(
 
 
 # more stages, for where a row's address must wait for the token only every second one holds operands
-@tuned(tiles((16, 16, 16, 4, 2), (64, 64, 32, 4, 3), (128, 128, 64, 4, 5), (128, 256, 64, 8, 5)), KEY, fitting)
+@tuned(
+    tiles((16, 16, 16, 4, 2), (64, 64, 32, 4, 3), (128, 128, 64, 4, 5), (128, 256, 64, 8, 5)),
+    KEY,
+    fitting,
+)
 @triton.jit
 def weights_backward_kernel(
     P, X, CELL, OFFSETS, DW, D: tl.constexpr, I: tl.constexpr, E: tl.constexpr,
@@ -227,14 +296,23 @@ def weights_backward_kernel(
     columns = tl.cdiv(D, COLUMNS)
     expert = tl.program_id(0) // (tl.cdiv(I, ROWS) * columns)
     within = tl.program_id(0) % (tl.cdiv(I, ROWS) * columns)
-    i, d = within // columns * ROWS + tl.arange(0, ROWS), within % columns * COLUMNS + tl.arange(0, COLUMNS)
+    i, d = (
+        within // columns * ROWS + tl.arange(0, ROWS),
+        within % columns * COLUMNS + tl.arange(0, COLUMNS),
+    )
     last = tl.load(OFFSETS + expert + 1)
     w = tl.zeros((ROWS, COLUMNS), FULL)
     for start in range(tl.load(OFFSETS + expert), last, DEPTH):
         slot = start + tl.arange(0, DEPTH)
         token = (tl.load(CELL + slot, slot < last, 0) // E).to(tl.int64)
-        p = tl.load(P + slot.to(tl.int64)[None, :] * I + i[:, None], (slot < last)[None, :] & (i < I)[:, None], 0.0)
-        x = tl.load(X + token[:, None] * D + d[None, :], (slot < last)[:, None] & (d < D)[None, :], 0.0)
+        p = tl.load(
+            P + slot.to(tl.int64)[None, :] * I + i[:, None],
+            (slot < last)[None, :] & (i < I)[:, None],
+            0.0,
+        )
+        x = tl.load(
+            X + token[:, None] * D + d[None, :], (slot < last)[:, None] & (d < D)[None, :], 0.0
+        )
         w = tl.dot(p, x, w, input_precision="ieee", out_dtype=FULL)
     at = expert.to(tl.int64) * I * D + i[:, None] * stride_i + d[None, :] * stride_d
     tl.store(DW + at, w, (i < I)[:, None] & (d < D)[None, :])
@@ -249,10 +327,14 @@ def persistent(tensor: Tensor, accumulators: int) -> tuple[int]:
 def grouped_mlp_order(visits: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """cell, offsets, order and starts of the visits, of which there may be as many as slots."""
     visits, (n, E) = visits.contiguous(), visits.shape
-    offsets, starts = (F.pad(visits.sum(dim).cumsum(0, dtype=torch.int32), (1, 0)) for dim in (0, 1))
+    offsets, starts = (
+        F.pad(visits.sum(dim).cumsum(0, dtype=torch.int32), (1, 0)) for dim in (0, 1)
+    )
     # asked and answered on the GPU
     torch._assert_async(starts[-1] <= slots, "grouped_mlp: there are more visits than n · most")
-    by_expert, by_token = (mask.flatten().cumsum(0, dtype=torch.int32) for mask in (visits.t(), visits))
+    by_expert, by_token = (
+        mask.flatten().cumsum(0, dtype=torch.int32) for mask in (visits.t(), visits)
+    )
     cell, order = starts.new_full((slots,), n * E), starts.new_empty(slots)
     with on(visits):
         place_kernel[(triton.cdiv(n, 16),)](
@@ -290,8 +372,13 @@ def grouped_mlp_backward(
     dy, x, gates, gate, up, out = (part.contiguous() for part in (dy, x, gates, gate, up, out))
     (E, I, D), slots, BLOCK_E = gate.shape, len(cell), triton.next_power_of_2(gate.shape[0])
     dg, du, gh = (torch.empty_like(g) for _ in range(3))
-    dgates_parts = x.new_empty(triton.cdiv(I, WIDTH), slots, dtype=torch.promote_types(x.dtype, torch.float32))
-    parts, weights = x.new_empty(slots, D), tuple(torch.empty_like(weight) for weight in (gate, up, out))
+    dgates_parts = x.new_empty(
+        triton.cdiv(I, WIDTH), slots, dtype=torch.promote_types(x.dtype, torch.float32)
+    )
+    parts, weights = (
+        x.new_empty(slots, D),
+        tuple(torch.empty_like(weight) for weight in (gate, up, out)),
+    )
     with on(x):
         hidden_backward_kernel[lambda meta: persistent(x, meta["ROWS"] * WIDTH)](
             dy, out, gates, cell, offsets, g, u, dg, du, gh, dgates_parts, D, I, E, slots, full(x), BLOCK_E
@@ -299,7 +386,9 @@ def grouped_mlp_backward(
         parts_kernel[lambda meta: persistent(x, meta["ROWS"] * meta["COLUMNS"])](
             dg, gate, du, up, gates, cell, offsets, parts, D, I, E, D, 1, True, full(x), BLOCK_E
         )  # fmt: skip
-        for p, row, weight, strides in zip((dg, du, gh), (x, x, dy), weights, ((D, 1), (D, 1), (1, I)), strict=True):
+        for p, row, weight, strides in zip(
+            (dg, du, gh), (x, x, dy), weights, ((D, 1), (D, 1), (1, I)), strict=True
+        ):
             weights_backward_kernel[lambda meta: (E * triton.cdiv(I, meta["ROWS"]) * triton.cdiv(D, meta["COLUMNS"]),)](
                 p, row, cell, offsets, weight, D, I, E, *strides, full(x)
             )  # fmt: skip
@@ -334,7 +423,10 @@ def _(x, gates, gate, up, out, cell, offsets, order, starts, keep):
 
 @grouped_mlp_backward.register_fake
 def _(dy, x, gates, gate, up, out, cell, offsets, order, starts, g, u):
-    return tuple(torch.empty_like(part, memory_format=torch.contiguous_format) for part in (x, gates, gate, up, out))
+    return tuple(
+        torch.empty_like(part, memory_format=torch.contiguous_format)
+        for part in (x, gates, gate, up, out)
+    )
 
 
 def _save(ctx, inputs, output):
@@ -350,9 +442,15 @@ grouped_mlp_forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def grouped_mlp(
-    x: Tensor, gates: Tensor, visits: Tensor, gate: Tensor, up: Tensor, out: Tensor, most: int | None = None
+    x: Tensor,
+    gates: Tensor,
+    visits: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    out: Tensor,
+    most: int | None = None,
 ) -> Tensor:
-    """As minimodels.moe.grouped_mlp: y (n, D).
+    """As minimodels.ops.grouped_mlp.grouped_mlp: y (n, D).
 
     x (n, D); gates (n, E) of any dtype; visits (n, E) bool; gate, up (E, I, D) and out (E, D, I) of the dtype of x.
     `most`: how many visits to allocate for, per token on average over all tokens: K for a top-k router, None for all E.
@@ -362,11 +460,15 @@ def grouped_mlp(
     check_shapes(x, gates, visits, gate, up, out)
     n, E = visits.shape
     if visits.dtype != torch.bool or n * E >= 2**31:
-        raise ValueError(f"grouped_mlp: visits is {visits.dtype} of {n * E} numbers and must be bool, of less than 2^31")
+        raise ValueError(
+            f"grouped_mlp: visits is {visits.dtype} of {n * E} numbers and must be bool, of less than 2^31"
+        )
     if most is not None and most < 1:
         raise ValueError(f"grouped_mlp: most is {most} and must be 1 or more, or None")
     if not x.dtype == gate.dtype == up.dtype == out.dtype:
-        raise ValueError(f"grouped_mlp: x {x.dtype}, gate {gate.dtype}, up {up.dtype} and out {out.dtype} must have one dtype")
+        raise ValueError(
+            f"grouped_mlp: x {x.dtype}, gate {gate.dtype}, up {up.dtype} and out {out.dtype} must have one dtype"
+        )
     keep = torch.is_grad_enabled() and any(part.requires_grad for part in (x, gates, gate, up, out))
     order = grouped_mlp_order(visits, n * min(E, most or E))
     return grouped_mlp_forward(x, gates, gate, up, out, *order, keep)[0]
@@ -375,8 +477,16 @@ def grouped_mlp(
 def check() -> None:
     """Outputs and gradients against the reference in fp64; on a GPU in bf16 too."""
     for n, E, K, D, I in ((11, 4, 2, 33, 20), (40, 3, 1, 16, 130)):
-        weights = torch.randn(E, I, D) / D**0.5, torch.randn(E, I, D) / D**0.5, torch.randn(E, D, I) / I**0.5
-        compare(grouped_mlp, reference, (torch.randn(n, D), torch.rand(n, E), torch.rand(n, E).argsort(1) < K, *weights, K))
+        weights = (
+            torch.randn(E, I, D) / D**0.5,
+            torch.randn(E, I, D) / D**0.5,
+            torch.randn(E, D, I) / I**0.5,
+        )
+        compare(
+            grouped_mlp,
+            reference,
+            (torch.randn(n, D), torch.rand(n, E), torch.rand(n, E).argsort(1) < K, *weights, K),
+        )
 
 
 reference = partial(operation, impl="reference")
@@ -385,7 +495,11 @@ reference = partial(operation, impl="reference")
 def dense_mlp(x, gates, visits, gate, up, out, most):
     """One MLP as wide as `most` experts, for every token: as many products, and no routing. That it multiplies by a gate, and
     gives the experts it leaves out gradients of zero, makes its inputs and outputs the same."""
-    gate, up, out = gate[:most].flatten(0, 1), up[:most].flatten(0, 1), out[:most].reshape(x.shape[1], -1)
+    gate, up, out = (
+        gate[:most].flatten(0, 1),
+        up[:most].flatten(0, 1),
+        out[:most].reshape(x.shape[1], -1),
+    )
     return gates[:, :1].to(x.dtype) * F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), out)
 
 

@@ -40,13 +40,23 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from minimodels.kernels.common import (
+    GPU,
+    LOG2_E,
+    TIMED,
+    Case,
+    Peer,
+    command,
+    compare,
+    full,
+    on,
+    report,
+)
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from minimodels.loss import IGNORE, check_shapes
-from minimodels.loss import linear_cross_entropy as operation
-
-from .common import GPU, LOG2_E, TIMED, Case, Peer, command, compare, full, on, report
+from minimodels.ops.linear_cross_entropy import IGNORE, check_shapes
+from minimodels.ops.linear_cross_entropy import linear_cross_entropy as operation
 
 COLUMNS = 4096  # at least, of a chunk: in the product for dx 8192 operations for the 8 bytes with which an element is added up
 WORK = 2**25  # logits of a chunk where there are few rows, so that a product fills the machine
@@ -62,13 +72,18 @@ def forward_kernel(
     row = tl.program_id(0).to(tl.int64)
     LOGITS += row * stride
     column = tl.arange(0, BLOCK)
-    top, total = tl.full((), float("-inf"), FULL), tl.full((), 0, FULL)  # Σ exp so far is total · exp(top)
+    top, total = (
+        tl.full((), float("-inf"), FULL),
+        tl.full((), 0, FULL),
+    )  # Σ exp so far is total · exp(top)
     if not BEGIN:
         top, total = tl.load(LSE + row), total + 1
     for start in range(0, columns, BLOCK):
         logit = tl.load(LOGITS + start + column, start + column < columns, float("-inf")).to(FULL)
         higher = tl.maximum(top, tl.max(logit))
-        total = total * tl.exp2((top - higher) * LOG2_E) + tl.sum(tl.exp2((logit - higher) * LOG2_E))
+        total = total * tl.exp2((top - higher) * LOG2_E) + tl.sum(
+            tl.exp2((logit - higher) * LOG2_E)
+        )
         top = higher
     tl.store(LSE + row, top + tl.log(total))
     target = tl.load(TARGETS + row) - first
@@ -92,11 +107,16 @@ def backward_kernel(
 
 
 @torch.library.custom_op("minimodels::linear_cross_entropy_forward", mutates_args=())
-def linear_cross_entropy_forward(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy_forward(
+    x: Tensor, weight: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
     """The loss and lse."""
     targets = targets.contiguous()
     precision = torch.promote_types(x.dtype, torch.float32)
-    lse, wanted = x.new_empty(len(x), dtype=precision), x.new_full((len(x),), float("nan"), dtype=precision)
+    lse, wanted = (
+        x.new_empty(len(x), dtype=precision),
+        x.new_full((len(x),), float("nan"), dtype=precision),
+    )
     for at, logits in chunks(x, weight):
         with on(x):
             forward_kernel[(len(x),)](
@@ -131,7 +151,9 @@ def chunks(x: Tensor, weight: Tensor):
     (n, _), V = x.shape, len(weight)
     count = triton.cdiv(V, max(COLUMNS, WORK // max(n, 1)))
     size = 64 * triton.cdiv(V, 64 * count) if count > 1 else V
-    buffer = x.new_empty(n, 64 * triton.cdiv(size, 64))  # rows that start at multiples of 128 bytes, whatever V is
+    buffer = x.new_empty(
+        n, 64 * triton.cdiv(size, 64)
+    )  # rows that start at multiples of 128 bytes, whatever V is
     for first in range(0, V, size):
         at = slice(first, min(first + size, V))
         yield at, torch.mm(x, weight[at].t(), out=buffer[:, : at.stop - first])
@@ -217,10 +239,14 @@ def liger(accumulate: torch.dtype | None):
     """Liger's fused operation, dweight added up in the dtype given, None for the weight's own."""
 
     def fused(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Function
+        from liger_kernel.ops.fused_linear_cross_entropy import (
+            LigerFusedLinearCrossEntropyFunction as Function,
+        )
 
         # IGNORE, weight of the z-loss, label smoothing, reduction, softcap, whether the z-loss is returned, dtype of the sum
-        return Function.apply(x, weight, targets, None, None, IGNORE, 0.0, 0.0, "mean", None, False, accumulate)[0]
+        return Function.apply(
+            x, weight, targets, None, None, IGNORE, 0.0, 0.0, "mean", None, False, accumulate
+        )[0]
 
     return fused
 
@@ -258,5 +284,19 @@ EXAMPLES = [case(64, 256, 50304).inputs]  # what minimodels.kernels.compile laun
 
 
 if __name__ == "__main__":
-    cases = [case(8192, 2048, 50304), case(16384, 4096, 131072)] if GPU else [case(n, 256, 8192) for n in (256, 1024, 4096)]
-    command(report("linear_cross_entropy", whole(linear_cross_entropy), whole(operation), cases, PEERS, check), __doc__)
+    cases = (
+        [case(8192, 2048, 50304), case(16384, 4096, 131072)]
+        if GPU
+        else [case(n, 256, 8192) for n in (256, 1024, 4096)]
+    )
+    command(
+        report(
+            "linear_cross_entropy",
+            whole(linear_cross_entropy),
+            whole(operation),
+            cases,
+            PEERS,
+            check,
+        ),
+        __doc__,
+    )

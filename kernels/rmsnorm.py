@@ -26,15 +26,28 @@ from types import SimpleNamespace
 import torch
 import triton
 import triton.language as tl
+from minimodels.kernels.common import (
+    GPU,
+    TIMED,
+    Case,
+    Peer,
+    command,
+    compare,
+    dense,
+    full,
+    multiprocessors,
+    on,
+    report,
+)
 from torch import Tensor
 
 from minimodels.layers import rmsnorm as operation
 
-from .common import GPU, TIMED, Case, Peer, command, compare, dense, full, multiprocessors, on, report
-
 
 @triton.jit
-def forward_kernel(X, UPDATE, WEIGHT, Y, TOTAL, RSTD, D, eps, FULL: tl.constexpr, BLOCK: tl.constexpr):
+def forward_kernel(
+    X, UPDATE, WEIGHT, Y, TOTAL, RSTD, D, eps, FULL: tl.constexpr, BLOCK: tl.constexpr
+):
     """One program, one row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -75,11 +88,16 @@ def backward_kernel(
 
 
 @torch.library.custom_op("minimodels::rmsnorm_forward", mutates_args=())
-def rmsnorm_forward(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def rmsnorm_forward(
+    x: Tensor, update: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """y, total (empty without update) and rstd."""
     x, D = x.contiguous(), x.shape[-1]
     rows = x.numel() // D
-    y, rstd = torch.empty_like(x), x.new_empty(rows, dtype=torch.promote_types(x.dtype, torch.float32))
+    y, rstd = (
+        torch.empty_like(x),
+        x.new_empty(rows, dtype=torch.promote_types(x.dtype, torch.float32)),
+    )
     total = x.new_empty(0) if update is None else torch.empty_like(x)
     BLOCK = triton.next_power_of_2(D)
     with on(x):
@@ -90,7 +108,9 @@ def rmsnorm_forward(x: Tensor, update: Tensor | None, weight: Tensor, eps: float
 
 
 @torch.library.custom_op("minimodels::rmsnorm_backward", mutates_args=())
-def rmsnorm_backward(dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def rmsnorm_backward(
+    dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
     """dx, which is dupdate too, and dweight."""
     dy, D = dy.contiguous(), total.shape[-1]
     rows, count = total.numel() // D, 4 * multiprocessors(total)
@@ -141,10 +161,14 @@ def _differentiate(ctx, dy, dtotal, _):
 rmsnorm_forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def rmsnorm(x: Tensor, weight: Tensor, eps: float, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def rmsnorm(
+    x: Tensor, weight: Tensor, eps: float, update: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """As minimodels.layers.rmsnorm: the normalised sum, and the sum. x, update (..., D) of one dtype; weight (D,)."""
     if weight.shape != x.shape[-1:] or (update is not None and update.shape != x.shape):
-        raise ValueError(f"rmsnorm: x {tuple(x.shape)}, weight {tuple(weight.shape)} and the update do not fit")
+        raise ValueError(
+            f"rmsnorm: x {tuple(x.shape)}, weight {tuple(weight.shape)} and the update do not fit"
+        )
     y, total, _ = rmsnorm_forward(x, update, weight, eps)
     return y, x if update is None else total
 
@@ -175,7 +199,10 @@ def llama(x: Tensor, weight: Tensor, eps: float, update: Tensor) -> tuple[Tensor
     return LlamaRMSNorm.forward(SimpleNamespace(weight=weight, variance_epsilon=eps), total), total
 
 
-PEERS = {"liger": Peer("liger-kernel", liger), "transformers": Peer("transformers", llama, gpu=False)}
+PEERS = {
+    "liger": Peer("liger-kernel", liger),
+    "transformers": Peer("transformers", llama, gpu=False),
+}
 
 
 def case(rows: int, D: int) -> Case:
@@ -194,5 +221,9 @@ EXAMPLES = [case(64, 1024).inputs, lambda: (*case(64, 1024).inputs()[:3], None)]
 
 
 if __name__ == "__main__":
-    cases = [case(2**18, 768), case(2**16, 4096)] if GPU else [case(rows, 256) for rows in (512, 2048, 8192)]
+    cases = (
+        [case(2**18, 768), case(2**16, 4096)]
+        if GPU
+        else [case(rows, 256) for rows in (512, 2048, 8192)]
+    )
     command(report("rmsnorm", rmsnorm, operation, cases, PEERS, check), __doc__)

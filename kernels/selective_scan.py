@@ -53,13 +53,25 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from einops import rearrange
+from minimodels.kernels.common import (
+    GPU,
+    LOG2_E,
+    TIMED,
+    Case,
+    Peer,
+    command,
+    compare,
+    full,
+    multiprocessors,
+    on,
+    report,
+    sigmoid,
+)
 from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor
 
-from minimodels.mamba import check_shapes
-from minimodels.mamba import selective_scan as operation
-
-from .common import GPU, LOG2_E, TIMED, Case, Peer, command, compare, full, multiprocessors, on, report, sigmoid
+from minimodels.architectures.mamba import check_shapes
+from minimodels.architectures.mamba import selective_scan as operation
 
 INTERVAL = 64  # steps between the states that are kept for backward
 STEPS = 4  # of a group, at most: their loads are in flight together, and backward recomputes their states into registers
@@ -67,7 +79,9 @@ STEPS = 4  # of a group, at most: their loads are in flight together, and backwa
 
 def log1p_series(degree: int) -> tl.constexpr:
     """Coefficients, the highest first, of a polynomial for log(1 + e) / e on [0, 1], which is 1 at 0: to divide costs more."""
-    series = Chebyshev.interpolate(lambda e: np.log1p(e) / e, degree, domain=[0, 1]).convert(kind=Polynomial)
+    series = Chebyshev.interpolate(lambda e: np.log1p(e) / e, degree, domain=[0, 1]).convert(
+        kind=Polynomial
+    )
     return tl.constexpr((*series.coef[:0:-1].tolist(), 1.0))
 
 
@@ -93,7 +107,16 @@ def among(i, count, inside, RAGGED: tl.constexpr):
 
 
 @triton.jit
-def rows(P, stride: tl.constexpr, count, columns, inside, other, STEPS: tl.constexpr, RAGGED: tl.constexpr):
+def rows(
+    P,
+    stride: tl.constexpr,
+    count,
+    columns,
+    inside,
+    other,
+    STEPS: tl.constexpr,
+    RAGGED: tl.constexpr,
+):
     """STEPS rows, all requested before the first is used; where groups may be RAGGED, those from row `count` on are `other`.
     They come as they lie: to convert them here would change their layout here, and each request would wait for the last."""
     values = ()
@@ -118,7 +141,9 @@ def lanes(P, d, n, real, N: tl.constexpr, FULL: tl.constexpr):
     make a block), so that sums over N need no shuffles. A load of the matrix as a whole would spread a channel over lanes."""
     values = tl.zeros((n.shape[0], d.shape[0]), FULL)
     for k in tl.static_range(N):
-        values = tl.where((n == k)[:, None], tl.load(P + d * N + k, real, 0.0).to(FULL)[None, :], values)
+        values = tl.where(
+            (n == k)[:, None], tl.load(P + d * N + k, real, 0.0).to(FULL)[None, :], values
+        )
     return values
 
 
@@ -191,7 +216,9 @@ def forward_kernel(
             Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, RAGGED)
             Cs = rows(C + row * N, N, count, n, used, 0.0, STEPS, RAGGED)
             if Z is not None:
-                zs = rows(Z + batch * z_batch + t * Z_ROW, Z_ROW, count, d, real, 0.0, STEPS, RAGGED)
+                zs = rows(
+                    Z + batch * z_batch + t * Z_ROW, Z_ROW, count, d, real, 0.0, STEPS, RAGGED
+                )
             for j in tl.static_range(STEPS):
                 x = xs[j].to(FULL)
                 step, _ = softplus(deltas[j].to(FULL) + bias)
@@ -227,7 +254,16 @@ def backward_local_kernel(
         dys = rows(DY + row * D, D, count, d, real, 0.0, STEPS, RAGGED)
         Cs = rows(C + row * N, N, count, n, used, 0.0, STEPS, RAGGED)
         if Z is not None:
-            zs = rows(Z + batch * z_batch + (chunk * steps + t) * Z_ROW, Z_ROW, count, d, real, 0.0, STEPS, RAGGED)
+            zs = rows(
+                Z + batch * z_batch + (chunk * steps + t) * Z_ROW,
+                Z_ROW,
+                count,
+                d,
+                real,
+                0.0,
+                STEPS,
+                RAGGED,
+            )
         for j in tl.static_range(STEPS - 1, -1, -1):
             step, _ = softplus(deltas[j].to(FULL) + bias)
             dy = dys[j].to(FULL)
@@ -262,7 +298,10 @@ def backward_kernel(
         for block in range(team * share, tl.minimum(team * share + share, blocks)):
             d, n, at, real, used, both = tile(block, D, N, BLOCK_N, BLOCK_D)
             rate = tl.load(A + at, both, 0.0).to(FULL) * LOG2_E
-            bias, skip = tl.load(BIAS + d, real, 0.0).to(FULL), tl.load(SKIP + d, real, 0.0).to(FULL)
+            bias, skip = (
+                tl.load(BIAS + d, real, 0.0).to(FULL),
+                tl.load(SKIP + d, real, 0.0).to(FULL),
+            )
 
             # Forwards: every STEPS-th state.
             h = tl.load(STARTS + (batch * intervals + here) * size + at, both, 0.0)
@@ -354,15 +393,24 @@ def selective_scan_forward(
     state: Tensor | None, interval: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y, the final state, and the states at the start of each interval (B, intervals, D, N)."""
-    batch, T, D, N, precise, z, bias, (x, delta, A, B, C, skip) = prepare(z, bias, x, delta, A, B, C, skip)
+    batch, T, D, N, precise, z, bias, (x, delta, A, B, C, skip) = prepare(
+        z, bias, x, delta, A, B, C, skip
+    )
     intervals, blocks, span, chunks, _ = plan(x, N, interval)
-    y, starts, final = torch.empty_like(x), precise.new_empty(batch, intervals, D, N), precise.new_empty(batch, D, N)
+    y, starts, final = (
+        torch.empty_like(x),
+        precise.new_empty(batch, intervals, D, N),
+        precise.new_empty(batch, D, N),
+    )
     starts[:, 0] = 0 if state is None else state
     z_batch, z_row = (0, 0) if z is None else z.stride()[:2]
     sizes = sizes_of(x, N, interval)
     with on(x):
         if chunks > 1:
-            local, total = precise.new_empty(batch, chunks - 1, D, N), precise.new_empty(batch, chunks - 1, D)
+            local, total = (
+                precise.new_empty(batch, chunks - 1, D, N),
+                precise.new_empty(batch, chunks - 1, D),
+            )
             forward_local_kernel[(blocks * batch * (chunks - 1),)](
                 x, delta, A, B, bias, local, total, T, span * interval, blocks, chunks, **sizes
             )  # fmt: skip
@@ -381,22 +429,40 @@ def selective_scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, ddelta, dA, dB, dC, dskip, dz (empty without z), dbias, dstate."""
     given = (A, B, C, skip, bias)
-    batch, T, D, N, precise, z, bias, (x, delta, A, B, C, skip, dy) = prepare(z, bias, x, delta, A, B, C, skip, dy)
+    batch, T, D, N, precise, z, bias, (x, delta, A, B, C, skip, dy) = prepare(
+        z, bias, x, delta, A, B, C, skip, dy
+    )
     intervals, blocks, span, chunks, share = plan(x, N, interval)
     teams = triton.cdiv(blocks, share)
-    ends, dstate = torch.empty_like(starts), torch.empty_like(dfinal, memory_format=torch.contiguous_format)
+    ends, dstate = (
+        torch.empty_like(starts),
+        torch.empty_like(dfinal, memory_format=torch.contiguous_format),
+    )
     ends[:, -1] = dfinal
-    dx, ddelta, dz = torch.empty_like(x), torch.empty_like(delta), x.new_empty(0) if z is None else z.new_empty(x.shape)
-    dA, dskip, dbias = torch.empty_like(starts), precise.new_empty(batch, intervals, D), precise.new_empty(batch, intervals, D)
+    dx, ddelta, dz = (
+        torch.empty_like(x),
+        torch.empty_like(delta),
+        x.new_empty(0) if z is None else z.new_empty(x.shape),
+    )
+    dA, dskip, dbias = (
+        torch.empty_like(starts),
+        precise.new_empty(batch, intervals, D),
+        precise.new_empty(batch, intervals, D),
+    )
     dB, dC = precise.new_empty(teams, batch, T, N), precise.new_empty(teams, batch, T, N)
     sizes = sizes_of(x, N, interval)
     z_batch, z_row = (0, 0) if z is None else z.stride()[:2]
     scratch = precise.new_empty(
-        teams * batch * chunks * triton.cdiv(interval, sizes["STEPS"]), sizes["BLOCK_D"], sizes["BLOCK_N"]
+        teams * batch * chunks * triton.cdiv(interval, sizes["STEPS"]),
+        sizes["BLOCK_D"],
+        sizes["BLOCK_N"],
     )
     with on(x):
         if chunks > 1:
-            local, total = precise.new_empty(batch, chunks - 1, D, N), precise.new_empty(batch, chunks - 1, D)
+            local, total = (
+                precise.new_empty(batch, chunks - 1, D, N),
+                precise.new_empty(batch, chunks - 1, D),
+            )
             backward_local_kernel[(blocks * batch * (chunks - 1),)](
                 delta, A, C, z, bias, dy, local, total, T, z_batch, span * interval, blocks, chunks,
                 Z_ROW=z_row, **sizes,
@@ -408,7 +474,9 @@ def selective_scan_backward(
             T, batch * T, z_batch, interval, intervals, span, blocks, chunks, share, Z_ROW=z_row, **sizes,
         )  # fmt: skip
     sums = dA.sum((0, 1)), dB.sum(0), dC.sum(0), dskip.sum((0, 1)), dbias.sum((0, 1))
-    dA, dB, dC, dskip, dbias = (s if g is None else s.to(g.dtype) for s, g in zip(sums, given, strict=True))
+    dA, dB, dC, dskip, dbias = (
+        s if g is None else s.to(g.dtype) for s, g in zip(sums, given, strict=True)
+    )
     return dx, ddelta, dA, dB, dC, dskip, dz, dbias, dstate
 
 
@@ -416,7 +484,19 @@ def carry(local: Tensor, total: Tensor, A: Tensor, edges: Tensor, span: int, rev
     """Run carry_kernel: fill in `edges` (B, intervals, D, N) at the chunks' starts, or, reversed, at their ends."""
     batch, intervals, D, N = edges.shape
     carry_kernel[(triton.cdiv(D * N, 256), batch)](
-        local, total, A, edges, D, N, intervals, span, local.shape[1] + 1, int(reverse), 256, full(edges), num_warps=2
+        local,
+        total,
+        A,
+        edges,
+        D,
+        N,
+        intervals,
+        span,
+        local.shape[1] + 1,
+        int(reverse),
+        256,
+        full(edges),
+        num_warps=2,
     )
 
 
@@ -432,7 +512,16 @@ def prepare(z: Tensor | None, bias: Tensor | None, *tensors: Tensor) -> tuple:
         z = z.contiguous()
     bias = precise.new_zeros(D) if bias is None else bias.contiguous()
     tensors = (x, delta, A, B.to(precise.dtype), C.to(precise.dtype), *rest)
-    return batch, T, D, A.shape[1], precise, z, bias, tuple(tensor.contiguous() for tensor in tensors)
+    return (
+        batch,
+        T,
+        D,
+        A.shape[1],
+        precise,
+        z,
+        bias,
+        tuple(tensor.contiguous() for tensor in tensors),
+    )
 
 
 def sizes_of(x: Tensor, N: int, interval: int) -> dict[str, object]:
@@ -440,7 +529,15 @@ def sizes_of(x: Tensor, N: int, interval: int) -> dict[str, object]:
     group of steps is not full."""
     (_, T, D), width = x.shape, triton.next_power_of_2(N)
     steps = min(STEPS, 64 * 32 // (width * block(N)))
-    sizes = {"D": D, "N": N, "BLOCK_N": width, "BLOCK_D": block(N), "STEPS": steps, "FULL": full(x), "num_warps": 1}
+    sizes = {
+        "D": D,
+        "N": N,
+        "BLOCK_N": width,
+        "BLOCK_D": block(N),
+        "STEPS": steps,
+        "FULL": full(x),
+        "num_warps": 1,
+    }
     return {**sizes, "RAGGED": bool(T % steps or interval % steps)}
 
 
@@ -464,7 +561,11 @@ def divide(walks: int, intervals: int, multiprocessors: int) -> tuple[int, int]:
     the forward pass its exponentials twice; where there are fewer, chunks make it about 32 warps an SM. An SM
     holds 8 programs of the backward pass: what exceeds that is better spent on sums over more channels.
     """
-    span = intervals if walks >= 8 * multiprocessors else max(1, intervals * walks // (32 * multiprocessors))
+    span = (
+        intervals
+        if walks >= 8 * multiprocessors
+        else max(1, intervals * walks // (32 * multiprocessors))
+    )
     return span, triton.cdiv(walks * triton.cdiv(intervals, span), 8 * multiprocessors)
 
 
@@ -476,14 +577,23 @@ def _(x, delta, A, B, C, skip, z, bias, state, interval):
     (batch, T, D), N = x.shape, A.shape[1]
     precise = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
     starts = precise.new_empty(batch, (T + interval - 1) // interval, D, N)
-    return torch.empty_like(x, memory_format=torch.contiguous_format), precise.new_empty(batch, D, N), starts
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        precise.new_empty(batch, D, N),
+        starts,
+    )
 
 
 @selective_scan_backward.register_fake
 def _(dy, dfinal, x, delta, A, B, C, skip, z, bias, starts, interval):
     dbias = starts.new_empty(skip.shape, dtype=starts.dtype if bias is None else bias.dtype)
     plain = [tensor.new_empty(tensor.shape) for tensor in (x, delta, A, B, C, skip)]
-    return *plain, x.new_empty(0) if z is None else z.new_empty(z.shape), dbias, dfinal.new_empty(dfinal.shape)
+    return (
+        *plain,
+        x.new_empty(0) if z is None else z.new_empty(z.shape),
+        dbias,
+        dfinal.new_empty(dfinal.shape),
+    )
 
 
 def _save(ctx, inputs, output):
@@ -494,7 +604,9 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, dy, dfinal, _):
     *tensors, starts = ctx.saved_tensors
-    *gradients, dz, dbias, dstate = selective_scan_backward(dy, dfinal, *tensors, starts, ctx.interval)
+    *gradients, dz, dbias, dstate = selective_scan_backward(
+        dy, dfinal, *tensors, starts, ctx.interval
+    )
     z, bias = tensors[6:]
     dstate = None if ctx.state is None else dstate.to(ctx.state)
     return *gradients, None if z is None else dz, None if bias is None else dbias, dstate, None
@@ -514,7 +626,7 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As minimodels.mamba.selective_scan: y (B, T, D) in x's dtype and the final state (B, D, N).
+    """As minimodels.architectures.mamba.selective_scan: y (B, T, D) in x's dtype and the final state (B, D, N).
 
     x, delta, z (B, T, D); A (D, N) negative; B, C (B, T, N); skip, delta_bias (D,); state (B, D, N), None for zeros.
     N <= 64. Raises ValueError on shapes that disagree.
@@ -522,14 +634,20 @@ def selective_scan(
     check_shapes(x, delta, A, B, C, skip, z, delta_bias, state)
     T, N = x.shape[1], A.shape[1]
     if not (T and 0 < N <= 64):
-        raise ValueError(f"selective_scan: {T} steps of {N} states a channel; the kernel takes 1 or more, and 1 to 64")
+        raise ValueError(
+            f"selective_scan: {T} steps of {N} states a channel; the kernel takes 1 or more, and 1 to 64"
+        )
     y, final, _ = selective_scan_forward(x, delta, A, B, C, skip, z, delta_bias, state, INTERVAL)
     return y, final
 
 
 def check() -> None:
     """Outputs and gradients against the reference in fp64; on a GPU in bf16 too, and over several chunks."""
-    shapes = [(2, 701, 64, 16), (1, 260, 48, 16), (1, 67, 48, 33)] if GPU else [(2, 9, 48, 16), (1, 8, 32, 16), (1, 5, 20, 33)]
+    shapes = (
+        [(2, 701, 64, 16), (1, 260, 48, 16), (1, 67, 48, 33)]
+        if GPU
+        else [(2, 9, 48, 16), (1, 8, 32, 16), (1, 5, 20, 33)]
+    )
     for batch, T, D, N in (*shapes, (2, 1, 48, 16)):
         for plain in (False, True):
             compare(selective_scan, reference, arguments(batch, T, D, N, plain))
@@ -606,5 +724,9 @@ EXAMPLES = [case(8192, 4096, 1536).inputs, lambda: case(300, 300, 1500, 50).inpu
 
 
 if __name__ == "__main__":
-    cases = [case(65536, T, 1536) for T in (1024, 4096, 16384, 65536)] if GPU else [case(T, T, 512) for T in (256, 1024, 4096)]
+    cases = (
+        [case(65536, T, 1536) for T in (1024, 4096, 16384, 65536)]
+        if GPU
+        else [case(T, T, 512) for T in (256, 1024, 4096)]
+    )
     command(report("selective_scan", selective_scan, operation, cases, PEERS, check), __doc__)

@@ -13,7 +13,7 @@ from typing import NoReturn, TypeVar
 import torch
 from tqdm import tqdm
 
-from .config import InputError
+from minimodels.errors import InputError
 
 Options = TypeVar("Options")
 
@@ -22,7 +22,9 @@ def run_command(main: Callable[[Options], None], options: Callable[[], Options])
     """Parse the options and run: bad input ends in one line on stderr and exit status 2."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal may lack characters that a model writes
+            stream.reconfigure(
+                errors="replace"
+            )  # a terminal may lack characters that a model writes
     try:
         main(options())
     except InputError as error:
@@ -52,7 +54,9 @@ def fail(message: str, status: int) -> NoReturn:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether memory is what was lacking: on a CPU PyTorch has no class for it."""
     lacking = ("can't allocate memory", "Storage size calculation overflowed")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in lacking)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        text in str(error) for text in lacking
+    )
 
 
 def pick_device(name: str) -> torch.device:
@@ -65,7 +69,9 @@ def pick_device(name: str) -> torch.device:
             raise RuntimeError("computes nothing")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
-        raise InputError("device", name, "auto, cpu" + ", cuda" * torch.cuda.is_available()) from None
+        raise InputError(
+            "device", name, "auto, cpu" + ", cuda" * torch.cuda.is_available()
+        ) from None
     return device
 
 
@@ -75,7 +81,9 @@ def require_compiler(device: torch.device) -> None:
 
     names = [name for name in config.cpp.cxx if name]
     if device.type == "cpu" and not any(map(shutil.which, names)):
-        raise InputError("compile", True, f"False, for PyTorch finds no C++ compiler: {', '.join(names)}")
+        raise InputError(
+            "compile", True, f"False, for PyTorch finds no C++ compiler: {', '.join(names)}"
+        )
 
 
 def has_bfloat16(device: torch.device) -> bool:

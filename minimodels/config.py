@@ -13,15 +13,10 @@ from __future__ import annotations
 
 import itertools
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-
-class InputError(Exception):
-    """Bad input, told in one line: the field, its value and what would be accepted."""
-
-    def __init__(self, field: str, value: object, accepted: str):
-        self.field, self.value, self.accepted = field, value, accepted
-        super().__init__(f"{field}: {value!r} is not accepted; accepted: {accepted}")
+from minimodels.errors import LARGEST, InputError, check_types
+from minimodels.grammar import parse_scaling
 
 
 @dataclass(frozen=True)
@@ -129,15 +124,23 @@ class Config:
 
     def check_attention(self):
         if not self.head_dim and self.width % self.heads:
-            raise InputError("heads", self.heads, f"a divisor of width {self.width}, or an explicit head_dim")
+            raise InputError(
+                "heads", self.heads, f"a divisor of width {self.width}, or an explicit head_dim"
+            )
         if self.rope_base and (self.head_dim or self.width // self.heads) % 2:
-            raise InputError("head_dim", self.head_dim or self.width // self.heads, "an even number, for rotary pairs")
+            raise InputError(
+                "head_dim",
+                self.head_dim or self.width // self.heads,
+                "an even number, for rotary pairs",
+            )
         if self.kv_heads and self.heads % self.kv_heads:
             raise InputError("kv_heads", self.kv_heads, f"a divisor of heads {self.heads}")
 
     def check_experts(self):
         if self.experts_per_token > self.experts:
-            raise InputError("experts_per_token", self.experts_per_token, f"1 to experts {self.experts}")
+            raise InputError(
+                "experts_per_token", self.experts_per_token, f"1 to experts {self.experts}"
+            )
         if self.experts_per_token == 1 and self.router in ("softmax_topk", "sigmoid_bias"):
             accepted = "2 or more, or router softmax: a single gate that is made to be one teaches the router nothing"
             raise InputError("experts_per_token", self.experts_per_token, accepted)
@@ -161,7 +164,6 @@ MINIMUM = {
     "expert_width": 0, "shared_experts": 0, "routed_scale": 0, "balance_loss": 0, "z_loss": 0, "bias_step": 0, "mod_loss": 0,
 }  # fmt: skip
 MOST_LAYERS, DEEPEST = 10_000, 50  # groups within groups, each of which is a call within a call
-LARGEST = 2**31 - 1
 CHOICES = {
     "impl": ("auto", "reference", "torch", "triton"),
     "qk_norm": ("none", "head", "full"),
@@ -170,36 +172,6 @@ CHOICES = {
     "router": ("softmax_topk", "softmax", "sigmoid_bias", "expert_choice"),
     "mod_route": ("router", "predictor"),
 }
-KINDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
-
-
-def check_types(given: object) -> None:
-    """Raise InputError unless the plain fields of a dataclass hold what they are declared to."""
-    for field in fields(given):
-        value, (kind, *others) = getattr(given, field.name), field.type.split(" | ")
-        accepted = (kind, *["int"] * (kind == "float"), *["NoneType"] * ("None" in others))
-        if kind in KINDS and type(value).__name__ not in accepted:
-            raise InputError(field.name, value, KINDS[kind])
-
-
-SCALINGS = {"": (), "linear": ("factor",), "llama3": ("factor", "low", "high", "context")}
-
-
-def parse_scaling(text: str) -> tuple[str, dict[str, float]]:
-    """ "linear:factor=4" -> ("linear", {"factor": 4.0}). Raises InputError on what Config.rope_scaling does not offer."""
-    kind, _, options = text.partition(":")
-    given = [option.partition("=")[::2] for option in options.split(",")] if text else []  # (name, number) each
-    try:
-        values = {name: float(number) for name, number in given}
-    except ValueError:
-        values = {}
-    named = kind in SCALINGS and sorted(name for name, _ in given) == sorted(SCALINGS[kind])
-    if not named or len(values) < len(given) or not all(0 < value < float("inf") for value in values.values()):
-        forms = [kind + ":" + ",".join(f"{name}=NUMBER" for name in names) for kind, names in SCALINGS.items() if names]
-        raise InputError("rope_scaling", text, " or ".join(forms))
-    if kind == "llama3" and not values["low"] < values["high"]:
-        raise InputError("rope_scaling", text, "low less than high")
-    return kind, values
 
 
 Layers = tuple  # of names and of (wrapper name, Layers)
@@ -247,7 +219,10 @@ def parse_layers(text: str) -> Layers:
             found *= int(count)
         return found
 
-    if max(itertools.accumulate((token == "(") - (token == ")") for token in tokens), default=0) > DEEPEST:
+    if (
+        max(itertools.accumulate((token == "(") - (token == ")") for token in tokens), default=0)
+        > DEEPEST
+    ):
         raise InputError("layers", f"{text[:20]}...", f"groups nested at most {DEEPEST} deep")
     return items("")
 
@@ -259,30 +234,6 @@ def count_layers(layers: Layers) -> int:
 
 def layer_names(layers: Layers) -> set[str]:
     """The names of all layers, wrappers' own left out."""
-    return set().union(*({layer} if isinstance(layer, str) else layer_names(layer[1]) for layer in layers))
-
-
-PRESETS = {  # preset -> layers at n transformer blocks
-    "transformer": lambda n: f"(attention mlp)*{n}",
-    "mamba": lambda n: f"(mamba)*{2 * n}",
-    "moe": lambda n: f"(attention moe)*{n}",
-    "mod": lambda n: f"(attention mlp mod(attention mlp))*{n // 2}",
-    "hybrid": lambda n: f"(mamba mlp mamba moe mamba mlp attention moe)*{n // 4}",
-}
-SIZES = {  # size -> blocks, and the fields of Config that differ from its defaults
-    "tiny": (4, {"width": 128, "heads": 4}),
-    "small": (12, {"width": 768, "heads": 12, "window": 1024}),
-}
-
-
-def preset(model: str, size: str = "tiny", **overrides) -> Config:
-    """The named preset as a Config: model one of PRESETS, size one of SIZES, any field overridden."""
-    if model not in PRESETS:
-        raise InputError("model", model, ", ".join(PRESETS))
-    if size not in SIZES:
-        raise InputError("size", size, ", ".join(SIZES))
-    unknown = set(overrides) - {field.name for field in fields(Config)}
-    if unknown:
-        raise InputError("config", sorted(unknown), ", ".join(field.name for field in fields(Config)))
-    blocks, shape = SIZES[size]
-    return Config(**{"layers": PRESETS[model](blocks), **shape, **overrides})
+    return set().union(
+        *({layer} if isinstance(layer, str) else layer_names(layer[1]) for layer in layers)
+    )

@@ -16,11 +16,13 @@ from dataclasses import dataclass, replace
 import torch
 import tyro
 
-from .command import run_command
-from .config import PRESETS, Config, InputError, preset
-from .layers import flops, idle_parameters, state_bytes
-from .lm import LM
-from .moe import expert_width
+from minimodels.architectures.moe import expert_width
+from minimodels.command import run_command
+from minimodels.config import Config
+from minimodels.errors import InputError
+from minimodels.layers import flops, idle_parameters, state_bytes
+from minimodels.lm import LM
+from minimodels.presets import PRESETS, preset
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,9 @@ class Ledger:
 def ledger(config: Config, context: int, itemsize: int = 4) -> Ledger:
     """Count the model that `config` describes. `itemsize`: bytes per element of keys, values and convolution windows; the
     state of an SSM is fp32."""
-    everywhere = replace(config, capacity=1.0, experts_per_token=config.experts, expert_width=expert_width(config))
+    everywhere = replace(
+        config, capacity=1.0, experts_per_token=config.experts, expert_width=expert_width(config)
+    )
     with torch.device("meta"):
         model, unrouted = LM(config), LM(everywhere)
     parameters, forward = sum(p.numel() for p in model.parameters()), flops(model, context)

@@ -14,13 +14,14 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import Config, InputError, Layers, parse_layers
-from .layers import Residual, RMSNorm, Stack, flops, linear
-from .loss import linear_cross_entropy
-from .mamba import Mamba
-from .mod import MixtureOfDepths
-from .moe import MoE, pooled_imbalance
-from .transformer import Attention, SwiGLU
+from minimodels.architectures.mamba import Mamba
+from minimodels.architectures.mod import MixtureOfDepths
+from minimodels.architectures.moe import MoE, pooled_imbalance
+from minimodels.architectures.transformer import Attention, SwiGLU
+from minimodels.config import Config, Layers, parse_layers
+from minimodels.errors import InputError
+from minimodels.layers import Residual, RMSNorm, Stack, flops, linear
+from minimodels.ops.linear_cross_entropy import linear_cross_entropy
 
 LAYERS = {
     "attention": Attention,
@@ -38,12 +39,18 @@ def build(config: Config, layers: Layers) -> Stack:
     for layer in layers:
         match layer:
             case str() if layer in LAYERS:
-                blocks.append(Residual(config.width, LAYERS[layer](config), config.norm_eps, config.impl))
+                blocks.append(
+                    Residual(config.width, LAYERS[layer](config), config.norm_eps, config.impl)
+                )
             case (name, group) if name in WRAPPERS:
                 blocks.append(WRAPPERS[name](config, build(config, group)))
             case _:
                 given = layer if isinstance(layer, str) else f"{layer[0]}(...)"
-                raise InputError("layers", given, ", ".join([*LAYERS, *(f"{wrapper}(...)" for wrapper in WRAPPERS)]))
+                raise InputError(
+                    "layers",
+                    given,
+                    ", ".join([*LAYERS, *(f"{wrapper}(...)" for wrapper in WRAPPERS)]),
+                )
     return Stack(blocks)
 
 
@@ -59,10 +66,16 @@ class LM(nn.Module):
         self.embedding = nn.Embedding(config.vocab or 256, config.width)
         nn.init.normal_(self.embedding.weight, std=config.init_std)
         self.layers = build(config, parse_layers(config.layers))
-        self.routers = [module for module in self.layers.modules() if hasattr(module, "causal")]  # which may not be causal
+        self.routers = [
+            module for module in self.layers.modules() if hasattr(module, "causal")
+        ]  # which may not be causal
         self.norm = RMSNorm(config.width, config.norm_eps)
         # None: the embedding's matrix is the head's too
-        self.head = None if config.tie_embeddings else linear(config.width, config.vocab or 256, config.init_std)
+        self.head = (
+            None
+            if config.tie_embeddings
+            else linear(config.width, config.vocab or 256, config.init_std)
+        )
 
     def forward(self, tokens: Tensor, state: list | None = None, positions: Tensor | None = None):
         """tokens (B, T), state and positions as in the layer contract -> logits (B, T, V), state.
@@ -77,7 +90,11 @@ class LM(nn.Module):
         if tokens.ndim != 2 or not tokens.numel():
             raise ValueError(f"tokens are {tuple(tokens.shape)}; accepted: (B, T), both 1 or more")
         if state is not None and not self.causal:
-            raise InputError("state", "carried", "None, for a layer routes over the whole sequence: eval(), or another router")
+            raise InputError(
+                "state",
+                "carried",
+                "None, for a layer routes over the whole sequence: eval(), or another router",
+            )
         x, state = self.layers(self.embedding(tokens), state, positions)
         return self.norm(x), state
 
@@ -96,10 +113,18 @@ class LM(nn.Module):
         tokens and targets (B, T), targets IGNORE where nothing is to be predicted.
         """
         if targets.shape != tokens.shape:
-            raise ValueError(f"targets are {tuple(targets.shape)}; accepted: the shape of tokens, {tuple(tokens.shape)}")
+            raise ValueError(
+                f"targets are {tuple(targets.shape)}; accepted: the shape of tokens, {tuple(tokens.shape)}"
+            )
         x, _ = self.features(tokens)
-        cross_entropy = linear_cross_entropy(x.flatten(0, 1), self.head_weight, targets.flatten(), self.config.impl)
-        auxiliary = [item for module in self.layers.modules() for item in getattr(module, "auxiliary_losses", {}).items()]
+        cross_entropy = linear_cross_entropy(
+            x.flatten(0, 1), self.head_weight, targets.flatten(), self.config.impl
+        )
+        auxiliary = [
+            item
+            for module in self.layers.modules()
+            for item in getattr(module, "auxiliary_losses", {}).items()
+        ]
         if self.config.balance == "pooled":
             auxiliary.append(("balance", self.config.balance_loss * pooled_imbalance(self.layers)))
         parts, total = {"cross_entropy": cross_entropy.detach()}, cross_entropy

@@ -22,13 +22,18 @@ from pathlib import Path
 
 import torch
 
-from .command import has_bfloat16
-from .config import InputError
+from minimodels.command import has_bfloat16
+from minimodels.errors import InputError
 
 Timings = dict[str, list[float]]  # provider -> seconds of one call, one per round
 
 
-def interleave(providers: dict[str, Callable[[], object]], rounds: int = 7, seconds: float = 0.2, warm: bool = True) -> Timings:
+def interleave(
+    providers: dict[str, Callable[[], object]],
+    rounds: int = 7,
+    seconds: float = 0.2,
+    warm: bool = True,
+) -> Timings:
     """Time each provider `rounds` times, turn by turn; a turn repeats the call for about `seconds`. The first two calls warm
     up, or one of them where calls are long and `warm` is false."""
     repeats = {}
@@ -89,14 +94,20 @@ def _peak() -> int:
 def environment(device: torch.device) -> dict[str, object]:
     """What a figure depends on besides the code: commit (and a + where files differ from it), device, the precision of what is
     timed there unless a row says otherwise, versions, threads."""
-    names = {"cpu": lambda: f"{processor()}, {os.cpu_count()} cores", "cuda": lambda: torch.cuda.get_device_name(device)}
+    names = {
+        "cpu": lambda: f"{processor()}, {os.cpu_count()} cores",
+        "cuda": lambda: torch.cuda.get_device_name(device),
+    }
     return {
-        "commit": git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no")),
+        "commit": git("rev-parse", "--short", "HEAD")
+        + "+" * bool(git("status", "--porcelain", "--untracked-files=no")),
         "device": names.get(device.type, lambda: device.type)(),
         "dtype": "bfloat16" if has_bfloat16(device) else "float32",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,
+        "triton": importlib.metadata.version("triton")
+        if importlib.util.find_spec("triton")
+        else None,
         "python": platform.python_version(),
     }
 
@@ -104,7 +115,9 @@ def environment(device: torch.device) -> dict[str, object]:
 def git(*arguments: str) -> str:
     """What git says of the code's folder; nothing where there is no git, or no repository."""
     try:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent
+        ).stdout.strip()
     except FileNotFoundError:
         return ""
 
@@ -112,7 +125,11 @@ def git(*arguments: str) -> str:
 def processor() -> str:
     """The name of the CPU."""
     listing = Path("/proc/cpuinfo")
-    names = [line for line in listing.read_text().splitlines() if line.startswith("model name")] if listing.exists() else []
+    names = (
+        [line for line in listing.read_text().splitlines() if line.startswith("model name")]
+        if listing.exists()
+        else []
+    )
     return names[0].split(": ")[1] if names else platform.machine()
 
 
@@ -126,7 +143,9 @@ def check_writable(path: Path) -> None:
         if new:
             path.unlink()
     except OSError as error:
-        raise InputError("out", str(path), f"a file that can be written ({error.strerror})") from None
+        raise InputError(
+            "out", str(path), f"a file that can be written ({error.strerror})"
+        ) from None
 
 
 def write(path: Path, rows: list[dict], device: torch.device) -> None:
@@ -141,10 +160,22 @@ def ceilings(device: torch.device) -> dict[str, float]:
     gpu = device.type == "cuda"
     source = torch.empty(2**28 if gpu else 2**25, device=device)
     target = torch.empty_like(source)
-    square = torch.randn(8192 if gpu else 2048, 8192 if gpu else 2048, device=device, dtype=torch.bfloat16 if gpu else None)
-    timings = interleave({"copy": lambda: target.copy_(source), "product": lambda: square @ square}, rounds=5, seconds=0.05)
+    square = torch.randn(
+        8192 if gpu else 2048,
+        8192 if gpu else 2048,
+        device=device,
+        dtype=torch.bfloat16 if gpu else None,
+    )
+    timings = interleave(
+        {"copy": lambda: target.copy_(source), "product": lambda: square @ square},
+        rounds=5,
+        seconds=0.05,
+    )
     copied, product = (min(timings[name]) for name in ("copy", "product"))
-    return {"GB/s": 2 * source.nbytes / copied / 1e9, "TFLOP/s": 2 * square.shape[0] ** 3 / product / 1e12}
+    return {
+        "GB/s": 2 * source.nbytes / copied / 1e9,
+        "TFLOP/s": 2 * square.shape[0] ** 3 / product / 1e12,
+    }
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
@@ -155,7 +186,9 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
         call()
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed and kept would hide what is taken now
+        ctypes.CDLL("libc.so.6").malloc_trim(
+            0
+        )  # what was freed and kept would hide what is taken now
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is in use
     except OSError:
         return None

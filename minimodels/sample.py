@@ -17,12 +17,12 @@ import torch
 import tyro
 from torch import Tensor
 
-from .checkpoint import load_model
-from .command import pick_device, run_command
-from .config import InputError, check_types
-from .lm import LM
-from .pretrained import from_pretrained
-from .tokenizer import Bytes, TokenizerFile
+from minimodels.command import pick_device, run_command
+from minimodels.data.tokenizer import Bytes, TokenizerFile
+from minimodels.errors import InputError, check_types
+from minimodels.lm import LM
+from minimodels.published.pretrained import from_pretrained
+from minimodels.training.checkpoint import load_model
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,11 @@ class Sampling:
 
 
 def generate(
-    model: LM, prompts: Sequence[Tensor | Sequence[int]], count: int, sampling: Sampling = Sampling(), seed: int = 0
+    model: LM,
+    prompts: Sequence[Tensor | Sequence[int]],
+    count: int,
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
 ) -> Iterator[Tensor]:
     """Continue each prompt by `count` tokens, one step at a time: an iterator over (B,) int64.
 
@@ -61,7 +65,11 @@ def generate(
     a negative count, or a model that is not causal in its present mode.
     """
     if not model.causal:
-        raise InputError("model", "not causal", "layers that do not route over the whole sequence, in eval() mode")
+        raise InputError(
+            "model",
+            "not causal",
+            "layers that do not route over the whole sequence, in eval() mode",
+        )
     if count < 0:
         raise InputError("tokens", count, "0 or more")
     vocab = model.embedding.num_embeddings
@@ -73,14 +81,20 @@ def generate(
         raise InputError("prompts", prompts, "at least one")
     for prompt in prompts:
         if prompt.dtype != torch.int64 or prompt.ndim != 1 or not len(prompt):
-            raise InputError("prompt", f"{list(prompt.shape)} {prompt.dtype}", "int64 ids of one or more tokens, (T,)")
+            raise InputError(
+                "prompt",
+                f"{list(prompt.shape)} {prompt.dtype}",
+                "int64 ids of one or more tokens, (T,)",
+            )
         if not 0 <= int(prompt.min()) <= int(prompt.max()) < vocab:
             raise InputError("prompt", prompt.tolist(), f"token ids 0 to {vocab - 1}")
     return continue_prompts(model, prompts, count, sampling, seed)
 
 
 @torch.inference_mode()
-def continue_prompts(model: LM, prompts: list[Tensor], count: int, sampling: Sampling, seed: int) -> Iterator[Tensor]:
+def continue_prompts(
+    model: LM, prompts: list[Tensor], count: int, sampling: Sampling, seed: int
+) -> Iterator[Tensor]:
     """The iterator that generate returns once it has checked its arguments."""
     device = model.embedding.weight.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -90,7 +104,11 @@ def continue_prompts(model: LM, prompts: list[Tensor], count: int, sampling: Sam
     if len({len(prompt) for prompt in prompts}) == 1:
         positions = None  # nothing is padding, and no layer needs to be told
     generators = [torch.Generator(device).manual_seed(seed) for _ in prompts]
-    state, last, rows = None, lengths - 1, torch.arange(len(prompts))  # `last`: where in the chunk each row's text ends
+    state, last, rows = (
+        None,
+        lengths - 1,
+        torch.arange(len(prompts)),
+    )  # `last`: where in the chunk each row's text ends
     for _ in range(count):
         x, state = model.features(tokens, state, positions)
         token = pick(model.logits(x[rows, last]), sampling, generators)  # (B,)
@@ -100,9 +118,13 @@ def continue_prompts(model: LM, prompts: list[Tensor], count: int, sampling: Sam
 
 def pick(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
     """Draw one token per row: (B, V) -> (B,)."""
-    if sampling.temperature < torch.finfo(torch.float32).tiny:  # 0, or so small that fp32 divides by it as by 0
+    if (
+        sampling.temperature < torch.finfo(torch.float32).tiny
+    ):  # 0, or so small that fp32 divides by it as by 0
         return logits.argmax(-1)
-    relative = logits.float() - logits.amax(-1, keepdim=True)  # so that no temperature makes infinities of all
+    relative = logits.float() - logits.amax(
+        -1, keepdim=True
+    )  # so that no temperature makes infinities of all
     probabilities = keep(relative / sampling.temperature, sampling).softmax(-1)
     rows = zip(probabilities, generators, strict=True)
     return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
@@ -112,12 +134,16 @@ def keep(logits: Tensor, sampling: Sampling) -> Tensor:
     """The logits (B, V) with those that the filters remove at -inf; the likeliest always stays."""
     if sampling.top_k:
         likeliest = logits.topk(min(sampling.top_k, logits.shape[-1])).indices
-        logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).scatter(-1, likeliest, False), float("-inf"))
+        logits = logits.masked_fill(
+            torch.ones_like(logits, dtype=torch.bool).scatter(-1, likeliest, False), float("-inf")
+        )
     if sampling.top_p < 1:
         ordered, index = logits.softmax(-1).sort(-1, descending=True)
         beyond = ordered.cumsum(-1) - ordered >= sampling.top_p  # what stands before it suffices
         beyond[:, 0] = False
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, index, beyond), float("-inf"))
+        logits = logits.masked_fill(
+            torch.zeros_like(beyond).scatter(-1, index, beyond), float("-inf")
+        )
     if sampling.min_p:
         probabilities = logits.softmax(-1)
         unlikely = probabilities < sampling.min_p * probabilities.amax(-1, keepdim=True)
@@ -162,8 +188,13 @@ def main(options: Options) -> None:
         model = from_pretrained(options.model, dtype, device, ignore=options.ignore)
         tokenizer = TokenizerFile(model.published.folder)
     prompt = tokenizer.encode(options.prompt)
-    tokens = (int(token) for token in generate(model, [prompt], options.tokens, options.sampling, options.seed))
-    for text in tokenizer.stream(prompt, itertools.takewhile(lambda token: token not in tokenizer.end, tokens)):
+    tokens = (
+        int(token)
+        for token in generate(model, [prompt], options.tokens, options.sampling, options.seed)
+    )
+    for text in tokenizer.stream(
+        prompt, itertools.takewhile(lambda token: token not in tokenizer.end, tokens)
+    ):
         print(text, end="", flush=True)
     print()
 

@@ -16,14 +16,14 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch):
     """Chunks of 16 steps in the scan, so that short texts have several."""
-    monkeypatch.setattr("minimodels.scan.WORK", 1)
+    monkeypatch.setattr("minimodels.ops.scan.WORK", 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip the tests of kernels where these can be neither compiled nor interpreted, and say why."""
     from minimodels.kernels import require
 
-    from minimodels.config import InputError
+    from minimodels.errors import InputError
 
     try:
         require("rmsnorm", torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -6,23 +6,31 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from minimodels.config import PRESETS, Config, parse_layers
+from minimodels.config import Config, parse_layers
 from minimodels.lm import LAYERS, build
-from minimodels.loss import IGNORE
+from minimodels.ops.linear_cross_entropy import IGNORE
+from minimodels.presets import PRESETS
 
 SHAPE = {"width": 16, "heads": 4, "window": 5, "state_size": 4, "experts": 4, "capacity": 0.3}
 
 CASES = {
     "attention": {"layers": "attention"},
     "attention without positions": {"layers": "attention", "rope_base": 0.0},
-    "attention, grouped queries, QK-norm": {"layers": "attention", "kv_heads": 2, "qk_norm": "head"},
+    "attention, grouped queries, QK-norm": {
+        "layers": "attention",
+        "kv_heads": 2,
+        "qk_norm": "head",
+    },
     "attention, QK-norm across heads, biases": {
         "layers": "attention",
         "kv_heads": 2,
         "qk_norm": "full",
         "attention_bias": True,
     },
-    "attention, slowed rotation": {"layers": "attention", "rope_scaling": "llama3:factor=8,low=1,high=4,context=16"},
+    "attention, slowed rotation": {
+        "layers": "attention",
+        "rope_scaling": "llama3:factor=8,low=1,high=4,context=16",
+    },
     "window": {"layers": "window"},
     "window of one": {"layers": "window", "window": 1},
     "mlp": {"layers": "mlp"},
@@ -30,16 +38,29 @@ CASES = {
     "mamba": {"layers": "mamba"},
     "mamba, one tap": {"layers": "mamba", "conv_width": 1},
     "mamba, Falcon": {"layers": "mamba", "mamba_norm": "plain", "mamba_norm_eps": 1e-6},
-    "mamba, Jamba": {"layers": "mamba", "mamba_norm": "learned", "mamba_bias": True, "conv_bias": False},
+    "mamba, Jamba": {
+        "layers": "mamba",
+        "mamba_norm": "learned",
+        "mamba_bias": True,
+        "conv_bias": False,
+    },
     "moe": {"layers": "moe"},
     "moe, Switch": {"layers": "moe", "router": "softmax", "experts_per_token": 1},
     "moe, pooled balance": {"layers": "moe moe", "balance": "pooled"},
-    "moe, DeepSeek, shared biases": {"layers": "moe", "router": "sigmoid_bias", "shared_experts": 1, "mlp_bias": True},
+    "moe, DeepSeek, shared biases": {
+        "layers": "moe",
+        "router": "sigmoid_bias",
+        "shared_experts": 1,
+        "mlp_bias": True,
+    },
     "mod, auxiliary loss": {"layers": "mod(attention mlp)", "mod_route": "router"},
     "mod, predictor": {"layers": "mod(attention mlp)", "mod_route": "predictor"},
     **{f"mod around {name}": {"layers": f"mod({name})", "capacity": 0.75} for name in LAYERS},
     "mod around mamba and moe": {"layers": "mod(mamba moe)"},
-    "mod around a wide window": {"layers": "mod(window)", "window": 8},  # which holds the tokens but not their positions
+    "mod around a wide window": {
+        "layers": "mod(window)",
+        "window": 8,
+    },  # which holds the tokens but not their positions
     "mod around mod": {"layers": "mod(attention mod(mamba mlp))", "capacity": 0.5},
     **{f"{model} preset": {"layers": layers(4)} for model, layers in PRESETS.items()},
 }

@@ -20,13 +20,27 @@ from models import scored
 from tqdm import tqdm
 
 from benchmarks import all as everything
-from benchmarks import claims, curves, gpt, kernels, modes, parts, peers, plot, routing, s4d, table, throughput, training
+from benchmarks import (
+    claims,
+    curves,
+    gpt,
+    kernels,
+    modes,
+    parts,
+    peers,
+    plot,
+    routing,
+    s4d,
+    table,
+    throughput,
+    training,
+)
 from benchmarks.crossover import crossover, overtaking
 from minimodels import LM, Config, InputError, measure, preset
+from minimodels.data.tokenizer import Bytes
 from minimodels.ledger import ledger
-from minimodels.mamba import causal_conv1d
 from minimodels.measure import interleave, ratio
-from minimodels.tokenizer import Bytes
+from minimodels.ops.convolution import causal_conv1d
 
 
 def rows_of(path) -> list[dict]:
@@ -38,32 +52,57 @@ def test_crossover_is_where_the_ratio_rises_through_one():
     even = crossover(contexts, [[0.5, 0.5], [math.sqrt(0.5)] * 2, [1.0, 1.0], [2.0, 2.0]])
     assert (even.median, even.low, even.high) == (1024, 1024, 1024)
     between = crossover(contexts, [[0.5] * 3, [0.5] * 3, [2.0] * 3, [4.0] * 3])
-    assert between.median == pytest.approx(512 * math.sqrt(2))  # half way between 1/2 and 2, in logarithms
-    spread = crossover(contexts, [[0.5, 0.5, 0.5], [0.5, 0.9, 0.5], [2.0, 1.1, 4.0], [4.0, 4.0, 4.0]])
+    assert between.median == pytest.approx(
+        512 * math.sqrt(2)
+    )  # half way between 1/2 and 2, in logarithms
+    spread = crossover(
+        contexts, [[0.5, 0.5, 0.5], [0.5, 0.9, 0.5], [2.0, 1.1, 4.0], [4.0, 4.0, 4.0]]
+    )
     assert spread.low < spread.median < spread.high
     assert "faster than the transformer from" in str(spread)
 
 
 def test_no_crossover_is_told_as_such():
-    assert str(crossover([256, 512], [[0.5], [0.6]])) == "Mamba is slower than the transformer from 256 to 512"
-    assert str(crossover([256, 512], [[2.0], [3.0]])) == "Mamba is faster than the transformer from 256 to 512"
+    assert (
+        str(crossover([256, 512], [[0.5], [0.6]]))
+        == "Mamba is slower than the transformer from 256 to 512"
+    )
+    assert (
+        str(crossover([256, 512], [[2.0], [3.0]]))
+        == "Mamba is faster than the transformer from 256 to 512"
+    )
     overtaken_again = crossover([256, 512, 1024], [[0.5], [2.0], [0.5]])
-    assert str(overtaken_again) == "Mamba is slower than the transformer at 1,024, but not at every context from 256 on"
+    assert (
+        str(overtaken_again)
+        == "Mamba is slower than the transformer at 1,024, but not at every context from 256 on"
+    )
 
 
 def test_the_crossover_is_that_of_the_fastest_way_of_either():
     rows = []
-    for context, times in {256: (1.0, 2.0, 3.0), 512: (2.0, 1.0, 4.0), 1024: (8.0, 4.0, 2.0)}.items():
-        for name, base, seconds in zip(("t", "t compiled", "m"), ("transformer", "transformer", "mamba"), times, strict=True):
-            rows.append({"model": name, "base": base, "context": context, "seconds": [seconds, seconds]})
-    rows.append({"model": "t again", "base": "transformer", "context": 1024, "seconds": [0.1, 0.1]})  # only shows the noise
+    for context, times in {
+        256: (1.0, 2.0, 3.0),
+        512: (2.0, 1.0, 4.0),
+        1024: (8.0, 4.0, 2.0),
+    }.items():
+        for name, base, seconds in zip(
+            ("t", "t compiled", "m"), ("transformer", "transformer", "mamba"), times, strict=True
+        ):
+            rows.append(
+                {"model": name, "base": base, "context": context, "seconds": [seconds, seconds]}
+            )
+    rows.append(
+        {"model": "t again", "base": "transformer", "context": 1024, "seconds": [0.1, 0.1]}
+    )  # only shows the noise
     assert overtaking(rows).median == pytest.approx(512 * 2 ** (2 / 3))  # from 1/4 to 2
     assert overtaking(rows[:3]) is None  # one context
 
 
 def test_timings_are_interleaved_and_compared_round_by_round():
     order = []
-    timings = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, seconds=0)
+    timings = interleave(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, seconds=0
+    )
     assert order == ["a", "a", "b", "b"] + ["a", "b"] * 3
     assert {name: len(samples) for name, samples in timings.items()} == {"a": 3, "b": 3}
     assert ratio({"a": [1.0, 2.0, 4.0], "b": [2.0, 2.0, 2.0]}, "a", "b") == (1.0, 0.5, 2.0)
@@ -72,7 +111,9 @@ def test_timings_are_interleaved_and_compared_round_by_round():
 @pytest.mark.parametrize("name", peers.MODELS)
 def test_peers_have_our_logits_and_generate_our_tokens(name, tmp_path, monkeypatch):
     """Which main asserts before it times."""
-    monkeypatch.setattr(peers, "interleave", lambda calls, **_: interleave(calls, rounds=1, seconds=0, warm=False))
+    monkeypatch.setattr(
+        peers, "interleave", lambda calls, **_: interleave(calls, rounds=1, seconds=0, warm=False)
+    )
     peers.main(peers.Options(only=name, lengths=(8,), generate=6, out=tmp_path / "peers.jsonl"))
     rows = rows_of(tmp_path / "peers.jsonl")
     assert {row["provider"] for row in rows} >= {"minimodels", "transformers"}
@@ -95,7 +136,9 @@ def test_models_are_matched_on_the_axis(axis, model):
     assert matched.head_dim == base.width // base.heads and matched.dt_rank % 8 == 0
     for width in (matched.width - 8, matched.width + 8):
         other = of(ledger(throughput.replace(matched, width=width), 256))
-        assert abs(other - of(ledger(base, 256))) >= abs(of(ledger(matched, 256)) - of(ledger(base, 256)))
+        assert abs(other - of(ledger(base, 256))) >= abs(
+            of(ledger(matched, 256)) - of(ledger(base, 256))
+        )
 
 
 def test_throughput_writes_rows_that_plot_draws(tmp_path, capsys):
@@ -107,7 +150,9 @@ def test_throughput_writes_rows_that_plot_draws(tmp_path, capsys):
     rows = rows_of(out)
     assert {row["mode"] for row in rows} == {"train", "prefill", "decode"}
     assert {row["context"] for row in rows} == {256, 512}
-    assert {"transformer", "transformer again", "mamba", "window mlp"} == {row["model"] for row in rows}
+    assert {"transformer", "transformer again", "mamba", "window mlp"} == {
+        row["model"] for row in rows
+    }
     for row in rows:
         assert len(row["seconds"]) == 2 and row["device"] and row["commit"] and row["limit"] > 0
         assert row["state_bytes"] > 0 and row["flops"] > 0 and row["parameters"] > 0
@@ -128,10 +173,24 @@ def test_throughput_compares_paths(tmp_path):
     named = throughput.providers(configs, options, "train")
     assert list(named) == [f"{model}, {impl}{compiled}" for compiled in ("", " compiled") for impl in options.impl
                            for model in ("transformer", "mlp")]  # fmt: skip
-    assert named["mlp, reference compiled"] == ("mlp", throughput.replace(configs["mlp"], impl="reference"), "reference", True)
-    assert all(not provider.compiled for provider in throughput.providers(configs, options, "decode").values())
-    cudnn = throughput.providers(configs, throughput.replace(options, impl=("torch", "cudnn")), "prefill")
-    assert list(cudnn) == ["transformer, torch", "mlp, torch", "transformer, cudnn"]  # no attention, no cuDNN
+    assert named["mlp, reference compiled"] == (
+        "mlp",
+        throughput.replace(configs["mlp"], impl="reference"),
+        "reference",
+        True,
+    )
+    assert all(
+        not provider.compiled
+        for provider in throughput.providers(configs, options, "decode").values()
+    )
+    cudnn = throughput.providers(
+        configs, throughput.replace(options, impl=("torch", "cudnn")), "prefill"
+    )
+    assert list(cudnn) == [
+        "transformer, torch",
+        "mlp, torch",
+        "transformer, cudnn",
+    ]  # no attention, no cuDNN
     throughput.main(throughput.replace(options, compile=False))
     assert {(row["base"], row["impl"]) for row in rows_of(out)} == {
         ("transformer", "torch"), ("transformer", "reference"), ("mlp", "torch"), ("mlp", "reference")
@@ -142,13 +201,21 @@ def test_decoding_is_captured_where_nothing_waits_for_the_gpu(monkeypatch):
     """A graph reads model and state by address, so these must live as long as it does."""
     monkeypatch.setattr(throughput, "pick_device", lambda name: torch.device("cuda"))
     configs = {name: preset(name) for name in ("transformer", "mamba", "moe", "mod", "hybrid")}
-    named = throughput.providers(configs, throughput.Options(impl=("torch", "cudnn"), compile=True), "decode")
+    named = throughput.providers(
+        configs, throughput.Options(impl=("torch", "cudnn"), compile=True), "decode"
+    )
     graphs = [name for name, provider in named.items() if provider.compiled]
-    assert graphs == ["transformer, torch as a graph", "mamba, torch as a graph", "transformer, cudnn as a graph"]
+    assert graphs == [
+        "transformer, torch as a graph",
+        "mamba, torch as a graph",
+        "transformer, cudnn as a graph",
+    ]
 
     captures = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: captures.append("replay")))
+    monkeypatch.setattr(
+        torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: captures.append("replay"))
+    )
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
     model = LM(Config(width=16, heads=2, layers="attention mamba"))
     gone = weakref.ref(model.embedding.weight)
@@ -163,7 +230,9 @@ def test_every_sweep_measures_the_points_of_the_first(monkeypatch, tmp_path):
     clock = iter(range(1, 100))
 
     def measure(mode, given, context, batch, options, device):
-        sweep = next(clock)  # each call takes longer, so that patience ends at another context in each sweep
+        sweep = next(
+            clock
+        )  # each call takes longer, so that patience ends at another context in each sweep
         rows = {name: throughput.describe_point(mode, name, provider, context, batch, options)
                 for name, provider in given.items()}  # fmt: skip
         return [{**row, "seconds": [context / 256 * sweep]} for row in rows.values()]
@@ -186,10 +255,16 @@ def test_what_does_not_fit_is_a_row(monkeypatch, tmp_path):
 
     monkeypatch.setitem(modes.MODES, "train", refuse)
     given = {"mlp": modes.Provider("mlp", Config(layers="mlp"), "torch")}
-    (row,) = throughput.measure_point("train", given, 256, 1, throughput.Options(), torch.device("cpu"))
+    (row,) = throughput.measure_point(
+        "train", given, 256, 1, throughput.Options(), torch.device("cpu")
+    )
     assert row["seconds"] is None and "out of memory" in throughput.describe(row)
     out = tmp_path / "throughput.jsonl"
-    throughput.main(throughput.Options(models=("transformer", "mod"), modes=("train",), tokens=256, device="cpu", out=out))
+    throughput.main(
+        throughput.Options(
+            models=("transformer", "mod"), modes=("train",), tokens=256, device="cpu", out=out
+        )
+    )
     assert [(row["model"], row["context"], row["seconds"]) for row in rows_of(out)] == [
         ("transformer", 256, None),
         ("mod", 256, None),
@@ -206,9 +281,15 @@ def test_what_does_not_fit_beside_others_is_timed_alone(monkeypatch):
         return real(given, *point)
 
     monkeypatch.setattr(throughput, "timed", crowded)
-    given = {name: modes.Provider(name, preset(name), "torch") for name in ("transformer", "mamba", "mod")}
+    given = {
+        name: modes.Provider(name, preset(name), "torch")
+        for name in ("transformer", "mamba", "mod")
+    }
     options = throughput.Options(rounds=1)
-    rows = {row["model"]: row for row in throughput.measure_point("prefill", given, 32, 1, options, torch.device("cpu"))}
+    rows = {
+        row["model"]: row
+        for row in throughput.measure_point("prefill", given, 32, 1, options, torch.device("cpu"))
+    }
     assert together == [["transformer", "mamba", "mod"], ["transformer"], ["mamba"], ["mod"]]
     assert rows["mod"]["seconds"] and rows["mod"]["alone"] and not rows["mod"]["error"]
     assert rows["mamba"]["seconds"] is None and rows["mamba"]["error"] == "out of memory"
@@ -249,7 +330,9 @@ def test_a_claim_leaves_rows_that_plot_draws(claim, tmp_path, monkeypatch, capsy
     rows = rows_of(tmp_path / f"claim-{claim}.jsonl")
     described = shorter(True)
     assert {row["model"] for row in rows} == {run.model for run in described.runs}
-    assert {row["panel"] for row in rows if row["x"] is not None} == {panel.name for panel in described.panels}
+    assert {row["panel"] for row in rows if row["x"] is not None} == {
+        panel.name for panel in described.panels
+    }
     if claim == "depth":
         routes = {(row["model"], row["route"]) for row in rows if "route" in row}
         assert routes == {("mod, predictor", "predictor"), ("mod, predictor", "topk"), ("mod, auxiliary loss", "router"),
@@ -262,7 +345,9 @@ def test_routing_decisions_are_those_of_all_batches_scored(monkeypatch):
     told = iter([[0.1], [0.3], [0.2], [0.6]])  # of two batches with either route
     monkeypatch.setattr(claims, "SCORED", 2)
     monkeypatch.setattr(LM, "observations", lambda model: {"routed": next(told)})
-    run = claims.Run("mod, predictor", preset("mod", "tiny", width=16, heads=2, vocab=256), "stdlib", 16, 1, 2)
+    run = claims.Run(
+        "mod, predictor", preset("mod", "tiny", width=16, heads=2, vocab=256), "stdlib", 16, 1, 2
+    )
     oracle, causal = claims.routes(LM(run.config), run, torch.device("cpu"))
     assert oracle["route_routed"] == pytest.approx(0.2)
     assert causal["route_routed"] == pytest.approx(0.4)
@@ -287,7 +372,10 @@ def test_without_selection_mamba_is_a_time_invariant_recurrence():
     lm = LM(Config(layers="mamba", width=16, state_size=6)).double()
     s4d.forget_selection(lm)
     (layer,) = (module for module in lm.double().modules() if isinstance(module, s4d.S4D))
-    x, A = torch.randn(9, 32, dtype=torch.float64), torch.complex(-layer.log_decay.exp(), layer.frequency)
+    x, A = (
+        torch.randn(9, 32, dtype=torch.float64),
+        torch.complex(-layer.log_decay.exp(), layer.frequency),
+    )
     decay, C = torch.exp(layer.log_step.exp()[:, None] * A), torch.view_as_complex(layer.C)
     h, expected = torch.zeros_like(A), []
     for x_t in x:
@@ -296,13 +384,21 @@ def test_without_selection_mamba_is_a_time_invariant_recurrence():
     convolved = [sum(layer.filter(9)[:, t - s] * x[s] for s in range(t + 1)) for t in range(9)]
     torch.testing.assert_close(torch.stack(convolved), torch.stack(expected))
 
-    lm.loss(torch.zeros(1, 5, dtype=torch.int64), torch.zeros(1, 5, dtype=torch.int64))[0].backward()
+    lm.loss(torch.zeros(1, 5, dtype=torch.int64), torch.zeros(1, 5, dtype=torch.int64))[
+        0
+    ].backward()
     assert all(parameter.grad is not None for parameter in layer.parameters())
 
-    layer.in_proj = layer.out_proj = torch.nn.Identity()  # then x is both signal and gate, where it is handed in twice
+    layer.in_proj = layer.out_proj = (
+        torch.nn.Identity()
+    )  # then x is both signal and gate, where it is handed in twice
     u = x.repeat(1, 2)[None]
-    signal, _ = causal_conv1d(x[None], layer.conv1d.weight.squeeze(1), layer.conv1d.bias, None, activation=True)
-    convolved = torch.stack([sum(layer.filter(9)[:, t - s] * signal[0, s] for s in range(t + 1)) for t in range(9)])
+    signal, _ = causal_conv1d(
+        x[None], layer.conv1d.weight.squeeze(1), layer.conv1d.bias, None, activation=True
+    )
+    convolved = torch.stack(
+        [sum(layer.filter(9)[:, t - s] * signal[0, s] for s in range(t + 1)) for t in range(9)]
+    )
     torch.testing.assert_close(layer(u)[0][0], (convolved + layer.D * signal[0]) * F.silu(x))
 
 
@@ -313,16 +409,34 @@ def test_a_run_is_probed_alike_apart_and_scored_on_more_at_its_end():
 
 
 def test_what_cannot_run_is_told_from_what_does_not_fit():
-    row = {"benchmark": "throughput", "mode": "train", "batch": 1, "context": 256, "tokens": 256, "seconds": None}
-    rows = [{**row, "model": "a", "error": "CUDA out of memory. Tried"}, {**row, "model": "b", "error": "no kernel"}]
-    assert [line.split(" | ")[1] for line in table.throughput(rows).splitlines()[2:]] == ["out of memory |", "cannot run |"]
+    row = {
+        "benchmark": "throughput",
+        "mode": "train",
+        "batch": 1,
+        "context": 256,
+        "tokens": 256,
+        "seconds": None,
+    }
+    rows = [
+        {**row, "model": "a", "error": "CUDA out of memory. Tried"},
+        {**row, "model": "b", "error": "no kernel"},
+    ]
+    assert [line.split(" | ")[1] for line in table.throughput(rows).splitlines()[2:]] == [
+        "out of memory |",
+        "cannot run |",
+    ]
 
 
 def test_routing_shows_what_the_routers_chose():
     torch.manual_seed(0)
-    lm, tokens = LM(Config(layers="mod(attention moe) moe", width=16, capacity=0.5)).eval(), Bytes().encode("some text")
+    lm, tokens = (
+        LM(Config(layers="mod(attention moe) moe", width=16, capacity=0.5)).eval(),
+        Bytes().encode("some text"),
+    )
     shown = routing.trace(lm, tokens, "topk")
-    depth, inner, outer = (shown[name] for name in ("mod layers.0", "moe layers.0.group.1.layer", "moe layers.1.layer"))
+    depth, inner, outer = (
+        shown[name] for name in ("mod layers.0", "moe layers.0.group.1.layer", "moe layers.1.layer")
+    )
     assert sum(colour is not None for colour in depth) == 5  # half of nine, rounded up
     assert [colour is None for colour in depth] == [colour is None for colour in inner]
     assert None not in outer
@@ -343,7 +457,11 @@ def test_curves_are_drawn_from_logs(tmp_path):
 
 
 def test_all_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
-    plan = {"first": ["-c", "pass"], "second": ["-c", "raise SystemExit(3)"], "third": ["-c", "pass"]}
+    plan = {
+        "first": ["-c", "pass"],
+        "second": ["-c", "raise SystemExit(3)"],
+        "third": ["-c", "pass"],
+    }
     monkeypatch.setattr(everything, "steps", lambda *arguments: plan)
     everything.main(everything.Options(out=tmp_path / "machine", minutes=1))
     done = json.loads((tmp_path / "machine/done.json").read_text())
@@ -360,12 +478,16 @@ def test_all_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
 def test_all_asks_for_what_there_is(gpu, tmp_path):
     """Every step of the plan is a command whose options exist."""
-    for name, (module, *arguments) in ((name, step[1:]) for name, step in everything.steps(tmp_path, gpu, "auto").items()):
+    for name, (module, *arguments) in (
+        (name, step[1:]) for name, step in everything.steps(tmp_path, gpu, "auto").items()
+    ):
         assert arguments, name
         if module != "pytest":
             tyro.cli(importlib.import_module(module).Options, args=arguments)
         else:
-            assert all(Path(argument).exists() for argument in arguments if argument.startswith("tests/"))
+            assert all(
+                Path(argument).exists() for argument in arguments if argument.startswith("tests/")
+            )
 
 
 def test_a_step_is_stopped_with_what_it_started(tmp_path):
@@ -379,7 +501,9 @@ def test_a_step_is_stopped_with_what_it_started(tmp_path):
 
 def test_nothing_is_measured_where_the_results_are_wrong(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        everything, "steps", lambda *arguments: {"correctness": ["-c", "raise SystemExit(1)"], "x": ["-c", "pass"]}
+        everything,
+        "steps",
+        lambda *arguments: {"correctness": ["-c", "raise SystemExit(1)"], "x": ["-c", "pass"]},
     )
     with pytest.raises(InputError, match="nothing was measured"):
         everything.main(everything.Options(out=tmp_path / "machine", minutes=1))
@@ -388,14 +512,23 @@ def test_nothing_is_measured_where_the_results_are_wrong(tmp_path, monkeypatch):
 
 def test_without_kernels_none_is_asked_for(tmp_path):
     plan = everything.steps(tmp_path, True, "torch")
-    models = [argument for name, step in plan.items() if not name.startswith(("kernels", "tests")) for argument in step]
+    models = [
+        argument
+        for name, step in plan.items()
+        if not name.startswith(("kernels", "tests"))
+        for argument in step
+    ]
     assert "triton" not in models and "correctness" not in plan
 
 
 @pytest.mark.parametrize(
     ("main", "options", "message"),
     [
-        (throughput.main, throughput.Options(modes=("guess",)), "modes: 'guess' .* train, prefill, decode"),
+        (
+            throughput.main,
+            throughput.Options(modes=("guess",)),
+            "modes: 'guess' .* train, prefill, decode",
+        ),
         (throughput.main, throughput.Options(modes=()), "modes: .* train, prefill, decode"),
         (throughput.main, throughput.Options(models=("gpt",)), "model: 'gpt' .* transformer"),
         (throughput.main, throughput.Options(match="weight"), "match: 'weight'"),
@@ -404,18 +537,38 @@ def test_without_kernels_none_is_asked_for(tmp_path):
         (throughput.main, throughput.Options(sweeps=0), "sweeps: 0"),
         (throughput.main, throughput.Options(shortest=0), "shortest: 0"),
         (throughput.main, throughput.Options(impl=()), "impl: .* auto"),
-        (throughput.main, throughput.Options(impl=("cudnn",), device="cpu"), "impl: 'cudnn' .* device is cpu"),
+        (
+            throughput.main,
+            throughput.Options(impl=("cudnn",), device="cpu"),
+            "impl: 'cudnn' .* device is cpu",
+        ),
         (throughput.main, throughput.Options(impl=("fast",)), "impl: 'fast' .* reference"),
         (peers.main, peers.Options(lengths=(1,)), "lengths: .* 2 or more"),
         (claims.main, claims.Options(claim="luck"), "claim: 'luck' .* copying"),
         (claims.main, claims.Options(claim="copying", size="big"), "size: 'big'"),
         (claims.main, claims.Options(claim="copying", scale=math.inf), "scale"),
-        (claims.main, claims.Options(claim="copying", out=Path(__file__)), "out: .* a file that can be written"),
-        (throughput.main, throughput.Options(out=Path(__file__).parent), "out: .* a file that can be written"),
-        (parts.main, parts.Options(out=Path(__file__).parent), "out: .* a file that can be written"),
+        (
+            claims.main,
+            claims.Options(claim="copying", out=Path(__file__)),
+            "out: .* a file that can be written",
+        ),
+        (
+            throughput.main,
+            throughput.Options(out=Path(__file__).parent),
+            "out: .* a file that can be written",
+        ),
+        (
+            parts.main,
+            parts.Options(out=Path(__file__).parent),
+            "out: .* a file that can be written",
+        ),
         (kernels.main, kernels.Options(only="fft"), "only: 'fft' .* rmsnorm"),
         (kernels.main, kernels.Options(rounds=0), "rounds: 0"),
-        (throughput.main, throughput.Options(shortest=512, longest=256, device="cpu"), "longest: 256 .* 512"),
+        (
+            throughput.main,
+            throughput.Options(shortest=512, longest=256, device="cpu"),
+            "longest: 256 .* 512",
+        ),
         (everything.main, everything.Options(out=Path("never"), impl="fast"), "impl: 'fast'"),
         (peers.main, peers.Options(only="gpt"), "only: 'gpt' .* llama"),
         (plot.main, plot.Options(results=()), "results"),
@@ -435,18 +588,35 @@ def test_nothing_is_compiled_without_a_compiler(monkeypatch):
 
 def test_tables_hold_medians_and_means(tmp_path, capsys):
     timed = {"benchmark": "throughput", "mode": "train", "batch": 1, "context": 256, "tokens": 100}
-    rows = [{**timed, "model": "mamba", "seconds": [1.0, 2.0, 4.0]}, {**timed, "model": "mlp", "seconds": None}]
+    rows = [
+        {**timed, "model": "mamba", "seconds": [1.0, 2.0, 4.0]},
+        {**timed, "model": "mlp", "seconds": None},
+    ]
     for provider, seconds in {"minimodels": [1.0, 1.0], "transformers": [2.0, 4.0]}.items():
         rows.append(
             {"benchmark": "peers", "model": "llama", "question": "generation", "peer": "transformers", "provider": provider,
              "seconds": seconds}
         )  # fmt: skip
-        kernel = {"benchmark": "kernels", "operation": "rmsnorm", "direction": "forward", "unit": "GB/s"}
+        kernel = {
+            "benchmark": "kernels",
+            "operation": "rmsnorm",
+            "direction": "forward",
+            "unit": "GB/s",
+        }
         kernel |= {"rate": 5, "ceiling": 10}
         ours = "torch" if provider == "minimodels" else "reference"
-        rows += [{**kernel, "case": case, "provider": ours, "seconds": seconds, "bytes": 10**6} for case in ("small", "large")]
+        rows += [
+            {**kernel, "case": case, "provider": ours, "seconds": seconds, "bytes": 10**6}
+            for case in ("small", "large")
+        ]
     for seed, y in ((0, 0.5), (1, 1.0)):
-        claim = {"benchmark": "claim", "claim": "copying", "panel": "accuracy", "model": "mamba", "y_label": "right"}
+        claim = {
+            "benchmark": "claim",
+            "claim": "copying",
+            "panel": "accuracy",
+            "model": "mamba",
+            "y_label": "right",
+        }
         rows.append({**claim, "seed": seed, "x": 10, "y": y, "x_log": False})
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     table.main(table.Options(results=(tmp_path / "rows.jsonl",)))
@@ -463,7 +633,9 @@ def test_tables_hold_medians_and_means(tmp_path, capsys):
 
 def test_a_curve_joins_the_seeds_probe_by_probe():
     rows = [
-        {"seed": seed, "x": x, "y": y} for seed, points in enumerate(([(1, 4), (2, 3)], [(3, 5), (6, 2)])) for x, y in points
+        {"seed": seed, "x": x, "y": y}
+        for seed, points in enumerate(([(1, 4), (2, 3)], [(3, 5), (6, 2)]))
+        for x, y in points
     ]
     assert plot.curve(rows) == [(2, 4.5, (4, 5)), (4, 2.5, (3, 2))]
     rows = [{**row, "model": "a"} for row in rows]
@@ -484,15 +656,30 @@ def test_results_that_cannot_be_drawn_are_refused(content, tmp_path):
 
 
 def test_a_crossover_is_the_last_one_of_most_rounds():
-    assert crossover([256, 512, 1024, 2048], [[0.5], [2.0], [0.5], [2.0]]).median == pytest.approx(1024 * math.sqrt(2))
-    assert crossover([256, 512], [[0.5, 0.5, 2.0], [2.0] * 3]).median == pytest.approx(256 * math.sqrt(2))
+    assert crossover([256, 512, 1024, 2048], [[0.5], [2.0], [0.5], [2.0]]).median == pytest.approx(
+        1024 * math.sqrt(2)
+    )
+    assert crossover([256, 512], [[0.5, 0.5, 2.0], [2.0] * 3]).median == pytest.approx(
+        256 * math.sqrt(2)
+    )
     assert crossover([256, 512], [[0.5, 2.0, 2.0], [2.0] * 3]).median is None
-    assert crossover([256, 512], [[0.5] * 3, [1.0, 2.0, 8.0]]).median == pytest.approx(256 * math.sqrt(2))
+    assert crossover([256, 512], [[0.5] * 3, [1.0, 2.0, 8.0]]).median == pytest.approx(
+        256 * math.sqrt(2)
+    )
     assert not crossover([256, 512], [[0.5] * 3, [0.9, 0.9, 1.1]]).faster
     row = {"model": "t", "base": "transformer", "context": 512, "seconds": [4.0, 4.0, 4.0]}
-    rows = [row, {**row, "model": "t compiled", "seconds": [1.0, 8.0, 8.0]}, {**row, "base": "mamba", "seconds": [2.0] * 3}]
-    rows += [{**row, "context": 256}, {**row, "context": 256, "base": "mamba", "seconds": [8.0] * 3}]
-    assert overtaking(rows).median == pytest.approx(256 * math.sqrt(2))  # 512 before 256, the faster by its median
+    rows = [
+        row,
+        {**row, "model": "t compiled", "seconds": [1.0, 8.0, 8.0]},
+        {**row, "base": "mamba", "seconds": [2.0] * 3},
+    ]
+    rows += [
+        {**row, "context": 256},
+        {**row, "context": 256, "base": "mamba", "seconds": [8.0] * 3},
+    ]
+    assert overtaking(rows).median == pytest.approx(
+        256 * math.sqrt(2)
+    )  # 512 before 256, the faster by its median
 
 
 def test_timings_are_of_one_call():
@@ -501,7 +688,9 @@ def test_timings_are_of_one_call():
 
 
 def test_the_ceilings_count_bytes_both_ways_and_a_multiply_add_as_two(monkeypatch):
-    monkeypatch.setattr(measure, "interleave", lambda *_, **__: {"copy": [2.0, 1.0], "product": [4.0, 2.0]})
+    monkeypatch.setattr(
+        measure, "interleave", lambda *_, **__: {"copy": [2.0, 1.0], "product": [4.0, 2.0]}
+    )
     expected = {"GB/s": 2 * 4 * 2**25 / 1e9, "TFLOP/s": 2 * 2048**3 / 2 / 1e12}
     assert measure.ceilings(torch.device("cpu")) == pytest.approx(expected)
 
@@ -520,8 +709,19 @@ def test_a_row_says_otherwise_than_its_environment(tmp_path):
 
 
 def test_tables_keep_apart_what_differs():
-    row = {"benchmark": "throughput", "mode": "decode", "batch": 1, "context": 256, "tokens": 100, "model": "mamba"}
-    rows = [{**row, "seconds": [1.0]}, {**row, "batch": 8, "seconds": [0.5]}, {**row, "context": 512, "seconds": [4.0]}]
+    row = {
+        "benchmark": "throughput",
+        "mode": "decode",
+        "batch": 1,
+        "context": 256,
+        "tokens": 100,
+        "model": "mamba",
+    }
+    rows = [
+        {**row, "seconds": [1.0]},
+        {**row, "batch": 8, "seconds": [0.5]},
+        {**row, "context": 512, "seconds": [4.0]},
+    ]
     shown = table.throughput([*rows, {**row, "model": "mamba again", "seconds": [9.0]}])
     for line in ("| decode, batch 1, tokens/s at context | 256 | 512 |", "| decode, batch 8, tokens/s at context | 256 |",
                  "| `mamba` | 100 | 25 |", "| `mamba` | 200 |"):  # fmt: skip
@@ -534,10 +734,18 @@ def test_tables_keep_apart_what_differs():
     ])  # fmt: skip
     assert "| mamba | 2.500 (2.000-3.000) |" in shown  # the last probe
     assert "| mamba | 1: 1.500 (1.000-2.000); 2: 2.500 (2.000-3.000) |" in shown
-    kernel = {"benchmark": "kernels", "operation": "scan", "direction": "forward", "case": "c", "unit": "GB/s"}
+    kernel = {
+        "benchmark": "kernels",
+        "operation": "scan",
+        "direction": "forward",
+        "case": "c",
+        "unit": "GB/s",
+    }
     kernel |= {"rate": 5, "ceiling": 10, "bytes": None}
     times = {"torch": [3.0, 4.0, 4.0], "triton": [1.0, 2.0, 2.0]}
-    shown = table.kernels([{**kernel, "provider": name, "seconds": seconds} for name, seconds in times.items()])
+    shown = table.kernels(
+        [{**kernel, "provider": name, "seconds": seconds} for name, seconds in times.items()]
+    )
     assert "| triton 2000.00 ms, 50% of GB/s | torch 2.00x |" in shown
 
 
@@ -561,7 +769,9 @@ def test_a_picture_has_a_line_for_each_model_and_file(monkeypatch):
 def test_a_run_for_a_comparison_takes_the_steps_that_it_says():
     changed = []
     config = Config(layers="moe", width=16, router="sigmoid_bias", bias_step=0.1)
-    run = training.Run("moe", config, "mqar:pairs=2,vocab=8", 8, steps=40, batch=2, lr=1e-2, change=changed.append)
+    run = training.Run(
+        "moe", config, "mqar:pairs=2,vocab=8", 8, steps=40, batch=2, lr=1e-2, change=changed.append
+    )
     trained, records = training.train(run, 5, 4, torch.device("cpu"), tqdm(disable=True))
     data = training.open_data(run.data, 8)
     torch.manual_seed(5)
@@ -569,29 +779,41 @@ def test_a_run_for_a_comparison_takes_the_steps_that_it_says():
     optimizer = training.adamw(model, 1e-2, 0.1)
     for step in range(40):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * min(1, (step + 1) / 3) * (0.55 + 0.45 * math.cos(math.pi * step / 40))
+            group["lr"] = (
+                1e-2 * min(1, (step + 1) / 3) * (0.55 + 0.45 * math.cos(math.pi * step / 40))
+            )
         model.loss(*data.batch(5, step, 2))[0].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         model.after_step()
-    for ours, theirs in zip(trained.state_dict().values(), model.state_dict().values(), strict=True):
+    for ours, theirs in zip(
+        trained.state_dict().values(), model.state_dict().values(), strict=True
+    ):
         assert torch.equal(ours, theirs)
     assert changed == [trained]
     assert [record["tokens"] for record in records] == [160, 320, 480, 640]
     flops = ledger(model.config, 8).training_flops
-    assert [record["flops"] for record in records] == [flops * record["tokens"] for record in records]
-    assert [record["seconds"] for record in records] == sorted(record["seconds"] for record in records)
+    assert [record["flops"] for record in records] == [
+        flops * record["tokens"] for record in records
+    ]
+    assert [record["seconds"] for record in records] == sorted(
+        record["seconds"] for record in records
+    )
 
 
 def test_a_comparison_is_scored_on_held_out_batches_as_in_use():
     data = training.open_data("mqar:pairs=2,vocab=8", 32)
     torch.manual_seed(0)
-    model = LM(Config(layers="mod(mlp)", width=16, vocab=8, tie_embeddings=False))  # a tied head repeats its token
+    model = LM(
+        Config(layers="mod(mlp)", width=16, vocab=8, tie_embeddings=False)
+    )  # a tied head repeats its token
     scores = training.evaluate(model, data, torch.device("cpu"), 4, 8)
     assert model.training
     nats, accuracy = scored(model, data.validation(4, 8))
-    assert scores == pytest.approx({"bits": nats / math.log(2), "accuracy": accuracy, "targets": 64})
+    assert scores == pytest.approx(
+        {"bits": nats / math.log(2), "accuracy": accuracy, "targets": 64}
+    )
 
 
 def test_a_mode_does_the_work_that_its_rows_count(monkeypatch):
@@ -609,7 +831,9 @@ def test_a_mode_does_the_work_that_its_rows_count(monkeypatch):
         seen.clear()
         call = modes.MODES[mode](LM(config), 24, 2, provider)
         call()
-        point = throughput.describe_point(mode, "x", provider, 24, 2, throughput.Options(device="cpu"))
+        point = throughput.describe_point(
+            mode, "x", provider, 24, 2, throughput.Options(device="cpu")
+        )
         told = point["tokens"]
         cost = ledger(config, 24)
         assert point["flops"] == (cost.training_flops if mode == "train" else cost.forward_flops)
@@ -634,11 +858,15 @@ def test_a_mode_does_the_work_that_its_rows_count(monkeypatch):
 def test_selection_is_taken_from_every_layer_and_nothing_of_it_decays():
     model = LM(Config(layers="mamba mamba", width=16))
     s4d.forget_selection(model)
-    decayed = {id(parameter) for parameter in training.adamw(model, 1e-3, 0.1).param_groups[0]["params"]}
+    decayed = {
+        id(parameter) for parameter in training.adamw(model, 1e-3, 0.1).param_groups[0]["params"]
+    }
     found = [module for module in model.modules() if isinstance(module, s4d.S4D)]
     assert len(found) == 2
     for layer in found:
-        assert not decayed & {id(getattr(layer, name)) for name in ("log_step", "log_decay", "frequency", "C", "D")}
+        assert not decayed & {
+            id(getattr(layer, name)) for name in ("log_step", "log_decay", "frequency", "C", "D")
+        }
         torch.testing.assert_close(layer.frequency[3, :3], torch.tensor([0, math.pi, 2 * math.pi]))
         torch.testing.assert_close(layer.log_decay.exp().unique(), torch.tensor([0.5]))
         assert 0.001 <= layer.log_step.exp().min() and layer.log_step.exp().max() <= 0.1
@@ -655,6 +883,15 @@ def test_peak_memory_is_that_of_the_call():
 def test_each_model_has_its_own_peak(monkeypatch):
     peaks = iter((1, 2))
     monkeypatch.setattr(throughput, "peak_bytes", lambda call, device: next(peaks))
-    given = {name: modes.Provider(name, Config(layers=name, width=16, heads=2), "torch") for name in ("mlp", "mamba")}
-    rows = throughput.measure_point("prefill", given, 8, 1, throughput.Options(rounds=1), torch.device("cpu"))
-    assert [(row["model"], row["peak_bytes"]) for row in rows] == [("mlp", 1), ("mamba", 2), ("mlp again", 1)]
+    given = {
+        name: modes.Provider(name, Config(layers=name, width=16, heads=2), "torch")
+        for name in ("mlp", "mamba")
+    }
+    rows = throughput.measure_point(
+        "prefill", given, 8, 1, throughput.Options(rounds=1), torch.device("cpu")
+    )
+    assert [(row["model"], row["peak_bytes"]) for row in rows] == [
+        ("mlp", 1),
+        ("mamba", 2),
+        ("mlp again", 1),
+    ]

@@ -5,9 +5,10 @@ import re
 import pytest
 
 from minimodels import LM, Config, InputError, preset
-from minimodels.config import PRESETS, SIZES, parse_layers
+from minimodels.config import parse_layers
 from minimodels.ledger import Options, ledger, main
 from minimodels.lm import LAYERS, WRAPPERS
+from minimodels.presets import PRESETS, SIZES
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,10 @@ def test_grammar(text, layers):
     assert parse_layers(text) == layers
 
 
-@pytest.mark.parametrize("text", ["", "  ", "(mlp", "mlp)", "mlp**2", "mlp*0", "mlp*x", "mod()", "()", "*2", "mlp,mlp", "2"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "  ", "(mlp", "mlp)", "mlp**2", "mlp*0", "mlp*x", "mod()", "()", "*2", "mlp,mlp", "2"],
+)
 def test_grammar_refuses(text):
     with pytest.raises(InputError, match="layers"):
         Config(layers=text)
@@ -40,7 +44,10 @@ def test_grammar_refuses(text):
         ({"capacity": 0.0}, "capacity: 0.0"),
         ({"capacity": 1.5}, "capacity: 1.5"),
         ({"capacity": float("nan")}, "capacity: nan"),
-        ({"layers": "moe", "experts": 2, "experts_per_token": 3}, "experts_per_token: 3 .* 1 to experts 2"),
+        (
+            {"layers": "moe", "experts": 2, "experts_per_token": 3},
+            "experts_per_token: 3 .* 1 to experts 2",
+        ),
         ({"experts": 0}, "experts: 0"),
         ({"window": 0}, "window: 0"),
         ({"router": "hash"}, "router: 'hash' .* softmax_topk"),
@@ -56,7 +63,10 @@ def test_refuses(fields, message):
 
 @pytest.mark.parametrize("layers", ["attention lstm", "mod", "mlp(attention)", "moe mod(rnn)"])
 def test_unknown_layer_names_the_known(layers):
-    with pytest.raises(InputError, match=re.escape(", ".join([*LAYERS, *(f"{wrapper}(...)" for wrapper in WRAPPERS)]))):
+    with pytest.raises(
+        InputError,
+        match=re.escape(", ".join([*LAYERS, *(f"{wrapper}(...)" for wrapper in WRAPPERS)])),
+    ):
         LM(Config(layers=layers))
 
 
@@ -111,14 +121,25 @@ def test_what_is_within_wrappers_is_refused_too():
         Config(layers=layers, experts_per_token=1, router="softmax")
     with pytest.raises(InputError, match="low less than high"):
         Config(rope_scaling="llama3:factor=8,low=4,high=1,context=16")
-    LM(Config(layers="attention", width=10, heads=3, head_dim=5, rope_base=0.0))  # no pairs, no divisor
+    LM(
+        Config(layers="attention", width=10, heads=3, head_dim=5, rope_base=0.0)
+    )  # no pairs, no divisor
 
 
 def test_a_trained_token_costs_three_passes_and_the_table_says_so(capsys):
     cost = ledger(preset("moe", "small"), 64)
     assert cost.training_flops == 3 * cost.forward_flops
     assert f"{3 * cost.forward_flops / 1e6:.1f} MFLOPs per trained token" in str(cost)
-    assert ledger(preset("transformer"), 64, itemsize=2).state_bytes == ledger(preset("transformer"), 64).state_bytes / 2
+    assert (
+        ledger(preset("transformer"), 64, itemsize=2).state_bytes
+        == ledger(preset("transformer"), 64).state_bytes / 2
+    )
     main(Options(size="small", context=64))
-    (row,) = (line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("moe"))
-    assert row[1:4] == [f"{cost.parameters / 1e6:.2f}M", f"{cost.active / 1e6:.2f}M", f"{cost.training_flops / 1e6:.1f}"]
+    (row,) = (
+        line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("moe")
+    )
+    assert row[1:4] == [
+        f"{cost.parameters / 1e6:.2f}M",
+        f"{cost.active / 1e6:.2f}M",
+        f"{cost.training_flops / 1e6:.1f}",
+    ]

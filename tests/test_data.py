@@ -6,10 +6,10 @@ import os
 import pytest
 import torch
 
-import minimodels.data
-from minimodels.config import InputError
-from minimodels.data import Piece, Span, open_data
-from minimodels.loss import IGNORE
+import minimodels.data.text
+from minimodels.data.text import Piece, Span, open_data
+from minimodels.errors import InputError
+from minimodels.ops.linear_cross_entropy import IGNORE
 
 
 @pytest.fixture
@@ -51,7 +51,10 @@ def test_of_many_files_some_are_held_out_and_never_trained_on(folder):
     for number in range(60, 250):
         (folder / f"{number}.txt").write_bytes(bytes([number]) * 40)
     data = open_data(str(folder), 30)
-    held_out, training = ({piece.path.name for piece in data.spans[part].pieces} for part in ("validation", "training"))
+    held_out, training = (
+        {piece.path.name for piece in data.spans[part].pieces}
+        for part in ("validation", "training")
+    )
     assert held_out
     assert not held_out & training
     assert len(held_out | training) == 250
@@ -80,10 +83,14 @@ def test_the_fingerprint_tells_whether_files_have_changed(folder):
 
 
 def test_more_files_than_a_process_may_map(folder, monkeypatch):
-    monkeypatch.setattr(minimodels.data, "map_file", functools.lru_cache(2)(minimodels.data.map_file.__wrapped__))
+    monkeypatch.setattr(
+        minimodels.data.text,
+        "map_file",
+        functools.lru_cache(2)(minimodels.data.text.map_file.__wrapped__),
+    )
     span = open_data(str(folder), 30).spans["training"]
     assert span[0 : len(span)].tolist() == sorted(span[0 : len(span)].tolist())
-    assert minimodels.data.map_file.cache_info().currsize == 2
+    assert minimodels.data.text.map_file.cache_info().currsize == 2
 
 
 def test_one_file_is_split_by_position(tmp_path):
@@ -173,8 +180,10 @@ def test_refuses_an_empty_folder(tmp_path):
 
 def test_every_window_can_be_drawn(tmp_path):
     (tmp_path / "text").write_bytes(bytes(range(200)))
-    training, validation = (Span([Piece(tmp_path / "text", *span)]) for span in ((0, 12), (100, 130)))
-    tokens, targets = minimodels.data.Text(training, validation, 10).batch(0, 0, 50)
+    training, validation = (
+        Span([Piece(tmp_path / "text", *span)]) for span in ((0, 12), (100, 130))
+    )
+    tokens, targets = minimodels.data.text.Text(training, validation, 10).batch(0, 0, 50)
     assert (set(tokens[:, 0].tolist()), set(targets[:, -1].tolist())) == ({0, 1}, {10, 11})
 
 
@@ -218,7 +227,11 @@ def test_no_two_batches_are_alike(folder):
 
 def test_tasks_use_their_whole_vocabulary():
     tokens, targets = open_data("copying:tokens=4,vocab=8", 20).batch(0, 0, 200)
-    assert set(targets[:, 16:].flatten().tolist()) == set(tokens[:, :16].flatten().tolist()) - {0} == set(range(2, 8))
+    assert (
+        set(targets[:, 16:].flatten().tolist())
+        == set(tokens[:, :16].flatten().tolist()) - {0}
+        == set(range(2, 8))
+    )
     tokens, _ = open_data("mqar:pairs=2,vocab=8", 20).batch(0, 0, 200)
     assert set(tokens[:, 5::2].flatten().tolist()) == set(range(8))
 

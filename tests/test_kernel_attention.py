@@ -12,18 +12,29 @@ import torch
 pytest.importorskip("triton", reason="the kernels need the package triton")
 
 import minimodels.kernels.attention as kernels
-from minimodels.kernels.attention import attention, backward_keys_kernel, backward_queries_kernel, blocks, forward_kernel
+from minimodels.kernels.attention import (
+    attention,
+    backward_keys_kernel,
+    backward_queries_kernel,
+    blocks,
+    forward_kernel,
+)
 from minimodels.kernels.common import compare
 
-from minimodels.transformer import attention as reference
+from minimodels.ops.attention import attention as reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def parts(B: int, H: int, G: int, T: int, S: int, d: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
+def parts(
+    B: int, H: int, G: int, T: int, S: int, d: int, seed: int = 0
+) -> tuple[torch.Tensor, ...]:
     """q, k and v, views as the layer hands them over."""
     torch.manual_seed(seed)
-    return tuple(torch.randn(B, length, heads, d).transpose(1, 2) for length, heads in ((T, H), (S, G), (S, G)))
+    return tuple(
+        torch.randn(B, length, heads, d).transpose(1, 2)
+        for length, heads in ((T, H), (S, G), (S, G))
+    )
 
 
 def check(q, k, v, queries=None, keys=None, window=None):
@@ -36,7 +47,9 @@ def check(q, k, v, queries=None, keys=None, window=None):
 
         return run
 
-    compare(comparable(attention), comparable(reference, impl="reference"), (q, k, v, queries, keys))
+    compare(
+        comparable(attention), comparable(reference, impl="reference"), (q, k, v, queries, keys)
+    )
 
 
 @pytest.mark.parametrize("T, S", [(1, 1), (5, 5), (37, 37), (1, 33), (20, 41)])
@@ -55,18 +68,24 @@ def test_windows_over_several_blocks(T, S, window):
 def test_blocks_of_other_shapes(monkeypatch, T, S, window, ahead):
     for kernel in (forward_kernel, backward_queries_kernel, backward_keys_kernel):
         also = {"AHEAD": ahead} if kernel is forward_kernel else {}
-        monkeypatch.setattr(kernel, "configs", blocks((16, 32, 4, 2) if ahead else (32, 16, 4, 2), **also))
+        monkeypatch.setattr(
+            kernel, "configs", blocks((16, 32, 4, 2) if ahead else (32, 16, 4, 2), **also)
+        )
     check(*parts(1, 2, 1, T, S, 16), window=window)
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["scores in time", "scores ahead"])
-@pytest.mark.parametrize("T, window, positions", [(1, None, False), (16, 40, False), (5, None, True), (3, 40, True)])
+@pytest.mark.parametrize(
+    "T, window, positions", [(1, None, False), (16, 40, False), (5, None, True), (3, 40, True)]
+)
 def test_keys_dealt_out(monkeypatch, T, window, positions, ahead):
     monkeypatch.setattr(kernels, "KEYS_EACH", 16)
     monkeypatch.setattr(kernels, "multiprocessors", lambda q: 8)
     monkeypatch.setattr(forward_kernel, "configs", blocks((16, 16, 4, 2), AHEAD=ahead))
     chosen, choose = [], kernels.parts_of
-    monkeypatch.setattr(kernels, "parts_of", lambda q, met: chosen.append(choose(q, met)) or chosen[-1])
+    monkeypatch.setattr(
+        kernels, "parts_of", lambda q, met: chosen.append(choose(q, met)) or chosen[-1]
+    )
     inputs = parts(2, 2, 1, T, 75, 16)
     places = torch.arange(75).repeat(2, 1)
     places[0, 20:60] = -1  # to the first row some programs have nothing to show
@@ -86,7 +105,38 @@ def test_widths(d):
 
 
 PADDED = torch.tensor([[-1] * 9 + list(range(14)), list(range(18)) + [-1] * 5])
-GAPS = torch.tensor([[0, 1, -1, 2, 5, -1, -1, 6, 7, 8, 9, 20, -1, 22, 23, -1, -1, 25, 26, 30, -1, 32, 33, -1, 50], [-1] * 25])
+GAPS = torch.tensor(
+    [
+        [
+            0,
+            1,
+            -1,
+            2,
+            5,
+            -1,
+            -1,
+            6,
+            7,
+            8,
+            9,
+            20,
+            -1,
+            22,
+            23,
+            -1,
+            -1,
+            25,
+            26,
+            30,
+            -1,
+            32,
+            33,
+            -1,
+            50,
+        ],
+        [-1] * 25,
+    ]
+)
 APART = torch.arange(29).repeat(2, 1) * 3
 
 
@@ -114,7 +164,10 @@ def test_positions_without_gaps_are_as_none():
     q, k, v = (part.to(DEVICE) for part in parts(2, 1, 1, 20, 37, 16))
     positions = torch.arange(5, 42, device=DEVICE).expand(2, -1)
     for window in (None, 9):
-        torch.testing.assert_close(attention(q, k, v, positions[:, 17:], positions, window), attention(q, k, v, window=window))
+        torch.testing.assert_close(
+            attention(q, k, v, positions[:, 17:], positions, window),
+            attention(q, k, v, window=window),
+        )
 
 
 def test_large_scores():
@@ -180,8 +233,17 @@ def test_wrong_shapes_are_refused(shapes):
 def test_wrong_positions_and_dtypes_are_refused():
     q, k, v = (torch.zeros(1, 2, 5, 16) for _ in range(3))
     places = torch.arange(5)[None]
-    for queries, keys in ((None, places), (places, None), (places[:, 1:], places), (places, places[0])):
-        for path in (attention, partial(reference, impl="torch"), partial(reference, impl="reference")):
+    for queries, keys in (
+        (None, places),
+        (places, None),
+        (places[:, 1:], places),
+        (places, places[0]),
+    ):
+        for path in (
+            attention,
+            partial(reference, impl="torch"),
+            partial(reference, impl="reference"),
+        ):
             with pytest.raises(ValueError, match="attention: positions .* do not fit"):
                 path(q, k, v, queries, keys)
     with pytest.raises(ValueError, match="attention: q .*float32.* do not fit"):

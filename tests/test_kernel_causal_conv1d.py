@@ -10,7 +10,7 @@ from minimodels.kernels import causal_conv1d as module
 from minimodels.kernels.causal_conv1d import causal_conv1d
 from minimodels.kernels.common import compare
 
-from minimodels.mamba import causal_conv1d as operation
+from minimodels.ops.convolution import causal_conv1d as operation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -23,7 +23,12 @@ def reference(x, weight, bias, window, lengths=None, activation=False):
 def arguments(batch, T, D, W, bias=True, window=True):
     torch.manual_seed(T)
     x, weight = torch.randn(batch, T, D), torch.randn(D, W)
-    return x, weight, torch.randn(D) if bias else None, torch.randn(batch, W - 1, D) if window else None
+    return (
+        x,
+        weight,
+        torch.randn(D) if bias else None,
+        torch.randn(batch, W - 1, D) if window else None,
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +40,16 @@ def short_chunks(monkeypatch):
 @pytest.mark.parametrize("activation", [False, True], ids=["linear", "silu"])
 @pytest.mark.parametrize(
     "shape",
-    [(2, 1, 5, 4), (1, 2, 3, 4), (2, 7, 33, 2), (1, 8, 4, 3), (2, 19, 130, 4), (1, 26, 3, 8), (2, 9, 5, 1), (2, 9, 1, 4)],
+    [
+        (2, 1, 5, 4),
+        (1, 2, 3, 4),
+        (2, 7, 33, 2),
+        (1, 8, 4, 3),
+        (2, 19, 130, 4),
+        (1, 26, 3, 8),
+        (2, 9, 5, 1),
+        (2, 9, 1, 4),
+    ],
     ids=str,
 )
 def test_causal_conv1d(shape, activation):
@@ -79,14 +93,19 @@ def test_x_may_be_a_part_of_a_wider_tensor():
         torch.testing.assert_close(part, whole, rtol=0, atol=0)
     scattered = torch.randn(2, 6, 10, device=DEVICE).mT  # channels are not neighbours
     torch.testing.assert_close(
-        causal_conv1d(scattered, *others)[0], causal_conv1d(scattered.contiguous(), *others)[0], rtol=0, atol=0
+        causal_conv1d(scattered, *others)[0],
+        causal_conv1d(scattered.contiguous(), *others)[0],
+        rtol=0,
+        atol=0,
     )
 
 
 def test_small_parts_may_be_columns():
     x, weight, bias, window = (part.to(DEVICE) for part in arguments(2, 9, 6, 4))
     strided = [torch.stack((part, -part), dim=-1)[..., 0] for part in (weight, bias, window)]
-    for part, whole in zip(causal_conv1d(x, *strided), causal_conv1d(x, weight, bias, window), strict=True):
+    for part, whole in zip(
+        causal_conv1d(x, *strided), causal_conv1d(x, weight, bias, window), strict=True
+    ):
         torch.testing.assert_close(part, whole, rtol=0, atol=0)
 
 
@@ -133,4 +152,6 @@ def test_compiled_whole():
 def test_wrong_shapes(shapes):
     fitting = {"x": (2, 5, 6), "weight": (6, 4), "bias": (6,), "window": (2, 3, 6), "lengths": (2,)}
     with pytest.raises(ValueError, match="causal_conv1d"):
-        causal_conv1d(**{name: torch.ones(shape, device=DEVICE) for name, shape in (fitting | shapes).items()})
+        causal_conv1d(
+            **{name: torch.ones(shape, device=DEVICE) for name, shape in (fitting | shapes).items()}
+        )

@@ -8,11 +8,15 @@ pytest.importorskip("triton", reason="the kernels need the package triton")
 from minimodels.kernels.common import compare
 from minimodels.kernels.grouped_mlp import grouped_mlp
 
-from minimodels.moe import grouped_mlp as grouped_mlp_reference
+from minimodels.ops.grouped_mlp import grouped_mlp as grouped_mlp_reference
 
 
 def arguments(n: int, E: int, D: int, I: int, visits: torch.Tensor) -> tuple:
-    weights = torch.randn(E, I, D) / D**0.5, torch.randn(E, I, D) / D**0.5, torch.randn(E, D, I) / I**0.5
+    weights = (
+        torch.randn(E, I, D) / D**0.5,
+        torch.randn(E, I, D) / D**0.5,
+        torch.randn(E, D, I) / I**0.5,
+    )
     return torch.randn(n, D), torch.rand(n, E), visits, *weights
 
 
@@ -21,11 +25,16 @@ def top(n: int, E: int, K: int) -> torch.Tensor:
 
 
 def same(most: int | None, arguments: tuple) -> None:
-    compare(lambda *parts: grouped_mlp(*parts, most), lambda *parts: grouped_mlp_reference(*parts, impl="reference"), arguments)
+    compare(
+        lambda *parts: grouped_mlp(*parts, most),
+        lambda *parts: grouped_mlp_reference(*parts, impl="reference"),
+        arguments,
+    )
 
 
 @pytest.mark.parametrize(
-    "n, E, K, D, I", [(1, 1, 1, 1, 1), (5, 3, 2, 7, 9), (19, 4, 2, 33, 20), (140, 2, 1, 17, 17), (4, 3, 2, 4, 130)]
+    "n, E, K, D, I",
+    [(1, 1, 1, 1, 1), (5, 3, 2, 7, 9), (19, 4, 2, 33, 20), (140, 2, 1, 17, 17), (4, 3, 2, 4, 130)],
 )
 def test_top_k(n, E, K, D, I):
     torch.manual_seed(0)
@@ -55,7 +64,9 @@ def test_most_bounds_the_visits_of_all_tokens_together():
     parts = arguments(6, 4, 5, 6, visits)
     same(1, parts)
     visits[5, 0] = True
-    if not torch.cuda.is_available():  # where the assertion would end the process's use of the device
+    if (
+        not torch.cuda.is_available()
+    ):  # where the assertion would end the process's use of the device
         with pytest.raises(RuntimeError, match="more visits"):
             grouped_mlp(*parts, most=1)
 
@@ -83,15 +94,23 @@ def test_no_tokens():
 def test_layouts_and_gates_of_another_dtype():
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    x, gates, visits, gate, up, out = (part.to(device) for part in arguments(9, 4, 6, 5, top(9, 4, 2)))
+    x, gates, visits, gate, up, out = (
+        part.to(device) for part in arguments(9, 4, 6, 5, top(9, 4, 2))
+    )
     plain = grouped_mlp(x, gates, visits, gate, up, out, 2)
-    strided = (part.transpose(0, 1).contiguous().transpose(0, 1) for part in (x, gates.double(), visits, gate, up, out))
+    strided = (
+        part.transpose(0, 1).contiguous().transpose(0, 1)
+        for part in (x, gates.double(), visits, gate, up, out)
+    )
     torch.testing.assert_close(grouped_mlp(*strided, 2), plain, rtol=1e-6, atol=1e-6)
 
 
 def gradients(operation, parts: list) -> list[torch.Tensor]:
     y = operation(*parts)
-    return [y, *torch.autograd.grad(y.square().sum(), [part for part in parts if part.requires_grad])]
+    return [
+        y,
+        *torch.autograd.grad(y.square().sum(), [part for part in parts if part.requires_grad]),
+    ]
 
 
 @pytest.fixture
@@ -103,7 +122,9 @@ def parts() -> list:
 
 
 def test_the_same_bits_every_time(parts):
-    for one, other in zip(gradients(grouped_mlp, parts), gradients(grouped_mlp, parts), strict=True):
+    for one, other in zip(
+        gradients(grouped_mlp, parts), gradients(grouped_mlp, parts), strict=True
+    ):
         assert torch.equal(one, other)
 
 
@@ -122,7 +143,9 @@ def test_without_gradients(parts):
     assert torch.equal(without, grouped_mlp(*parts))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter's bf16 products are wrong")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="the interpreter's bf16 products are wrong"
+)
 def test_autocast(parts):
     with torch.autocast("cuda", dtype=torch.bfloat16):
         y, true = (grouped_mlp_reference(*parts, impl=impl) for impl in ("triton", "torch"))

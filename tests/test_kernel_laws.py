@@ -12,7 +12,9 @@ from minimodels.kernels import INTERPRETED
 from minimodels import LM, Config
 from minimodels.sample import Sampling, generate
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the laws run interpreted: TRITON_INTERPRET=1 where there is a GPU")
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED, reason="the laws run interpreted: TRITON_INTERPRET=1 where there is a GPU"
+)
 
 FEW = {"experts": 2, "experts_per_token": 1, "router": "softmax", "expert_width": 8}
 KERNEL_CASES = {
@@ -22,8 +24,17 @@ KERNEL_CASES = {
     "moe": {"layers": "moe", **FEW},
     "mod": {"layers": "mod(mamba attention)", "capacity": 0.5},
 }
-EXPERT_CHOICE = {"layers": "moe", "experts": 4, "experts_per_token": 1, "router": "expert_choice", "expert_width": 8}
-EQUAL_CASES = {**KERNEL_CASES, "expert choice": EXPERT_CHOICE}  # which is not causal, and visits more than one expert a token
+EXPERT_CHOICE = {
+    "layers": "moe",
+    "experts": 4,
+    "experts_per_token": 1,
+    "router": "expert_choice",
+    "expert_width": 8,
+}
+EQUAL_CASES = {
+    **KERNEL_CASES,
+    "expert choice": EXPERT_CHOICE,
+}  # which is not causal, and visits more than one expert a token
 LAWS = (laws.test_chunking, laws.test_causality, laws.test_batch_independence)
 
 
@@ -66,12 +77,16 @@ def test_a_whole_model_trains_and_generates_on_kernels(layers):
         same(kernel, reference, 1e-8)
 
 
-@pytest.mark.parametrize("layers", ["attention mlp", "mamba", "attention moe", "mod(attention mlp)"])
+@pytest.mark.parametrize(
+    "layers", ["attention mlp", "mamba", "attention moe", "mod(attention mlp)"]
+)
 def test_a_whole_model_on_kernels_compiles_to_one_graph(layers):
     tokens = torch.randint(32, (2, 5), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     lm = LM(Config(**{**SHAPE, **FEW, "layers": layers, "vocab": 32, "impl": "triton"})).double()
     expected, _ = lm.loss(tokens[:, :-1], tokens[:, 1:])
     torch.compiler.reset()
-    loss, _ = torch.compile(lm.loss, fullgraph=True, backend="aot_eager")(tokens[:, :-1], tokens[:, 1:])
+    loss, _ = torch.compile(lm.loss, fullgraph=True, backend="aot_eager")(
+        tokens[:, :-1], tokens[:, 1:]
+    )
     same(loss, expected)

@@ -9,8 +9,8 @@ from minimodels.kernels import linear_cross_entropy as module
 from minimodels.kernels.common import compare
 from minimodels.kernels.linear_cross_entropy import linear_cross_entropy
 
-from minimodels.loss import IGNORE
-from minimodels.loss import linear_cross_entropy as operation
+from minimodels.ops.linear_cross_entropy import IGNORE
+from minimodels.ops.linear_cross_entropy import linear_cross_entropy as operation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -87,15 +87,24 @@ def test_strides(small):
     x, weight, targets = (part.to(DEVICE) for part in arguments(5, 6, 70))
     wide = x.repeat(1, 2)[:, :6], weight.t().contiguous().t(), targets.repeat_interleave(2)[::2]
     for one, other in zip(
-        gradients(linear_cross_entropy, x, weight, targets), gradients(linear_cross_entropy, *wide), strict=True
+        gradients(linear_cross_entropy, x, weight, targets),
+        gradients(linear_cross_entropy, *wide),
+        strict=True,
     ):
         torch.testing.assert_close(one, other)
 
 
 def test_bfloat16(small):
     inputs = arguments(40, 16, 300)
-    exact = gradients(reference, *(part.bfloat16() if part.is_floating_point() else part for part in inputs), torch.float64)
-    low, results = (gradients(function, *inputs, torch.bfloat16) for function in (reference, linear_cross_entropy))
+    exact = gradients(
+        reference,
+        *(part.bfloat16() if part.is_floating_point() else part for part in inputs),
+        torch.float64,
+    )
+    low, results = (
+        gradients(function, *inputs, torch.bfloat16)
+        for function in (reference, linear_cross_entropy)
+    )
     assert [result.dtype for result in results] == [torch.float32, torch.bfloat16, torch.bfloat16]
     for result, other, true in zip(results, low, exact, strict=True):
         assert (result - true).abs().max() <= 2 * (other - true).abs().max() + 1e-6
@@ -107,7 +116,9 @@ def test_autocast():
         loss, dx, dweight = gradients(linear_cross_entropy, x, weight, targets)
     assert dx.dtype == dweight.dtype == loss.dtype == torch.float32
     for one, other in zip(
-        (loss, dx, dweight), gradients(linear_cross_entropy, x, weight, targets, torch.bfloat16), strict=True
+        (loss, dx, dweight),
+        gradients(linear_cross_entropy, x, weight, targets, torch.bfloat16),
+        strict=True,
     ):
         torch.testing.assert_close(one, other.float())
 
@@ -125,7 +136,14 @@ def test_never_all_logits(small, monkeypatch):
 
     def watched(x, weight):
         for at, logits in original(x, weight):
-            seen.append((at.start, at.stop, logits.untyped_storage().nbytes() // logits.itemsize, logits.data_ptr()))
+            seen.append(
+                (
+                    at.start,
+                    at.stop,
+                    logits.untyped_storage().nbytes() // logits.itemsize,
+                    logits.data_ptr(),
+                )
+            )
             yield at, logits
 
     monkeypatch.setattr(module, "chunks", watched)
@@ -152,7 +170,13 @@ def test_compiled_whole():
 
 
 @pytest.mark.parametrize(
-    "shapes", [((2, 3, 4), (5, 4), (2,)), ((3, 4), (5, 3), (3,)), ((3, 4), (5, 4), (2,)), ((3, 4), (5,), (3,))]
+    "shapes",
+    [
+        ((2, 3, 4), (5, 4), (2,)),
+        ((3, 4), (5, 3), (3,)),
+        ((3, 4), (5, 4), (2,)),
+        ((3, 4), (5,), (3,)),
+    ],
 )
 def test_wrong_shapes(shapes):
     x, weight, targets = (torch.zeros(shape, device=DEVICE) for shape in shapes)

@@ -20,10 +20,15 @@ def test_a_provider_that_fails_or_is_wrong_is_left_out(direction, capsys):
         "something else": lambda x: 7 * x,
     }  # fmt: skip
     inputs = lambda: (torch.ones(3, requires_grad=True),)  # noqa: E731
-    timings, memory = common.time_providers(providers, {"something else"}, inputs, direction, rounds=2)
+    timings, memory = common.time_providers(
+        providers, {"something else"}, inputs, direction, rounds=2
+    )
     assert list(timings) == list(memory) == ["first", "same", "something else"]
     said = capsys.readouterr().out
-    assert "wrong: left out, for it failed (AssertionError: result 0" in said and "failing: left out" in said
+    assert (
+        "wrong: left out, for it failed (AssertionError: result 0" in said
+        and "failing: left out" in said
+    )
 
 
 def test_an_operation_reports_rows_that_table_reads(tmp_path, capsys, monkeypatch):
@@ -32,15 +37,24 @@ def test_an_operation_reports_rows_that_table_reads(tmp_path, capsys, monkeypatc
 
     inputs = lambda: (torch.ones(4, 8, **common.TIMED, requires_grad=True),)  # noqa: E731
     cases = [common.Case(label, inputs, forward=64, backward=96) for label in ("small", "large")]
-    peers = {"same": common.Peer("torch", square, gpu=False), "absent": common.Peer("no-such-package", square)}
-    monkeypatch.setattr(common, "interleave", lambda calls, **_: interleave(calls, rounds=2, seconds=0))
+    peers = {
+        "same": common.Peer("torch", square, gpu=False),
+        "absent": common.Peer("no-such-package", square),
+    }
+    monkeypatch.setattr(
+        common, "interleave", lambda calls, **_: interleave(calls, rounds=2, seconds=0)
+    )
     monkeypatch.setattr(common, "ceilings", lambda device: {"GB/s": 10.0, "TFLOP/s": 1.0})
     monkeypatch.setattr(torch, "compile", lambda call, **_: call)
     out = tmp_path / "new" / "kernels.jsonl"
     for _ in range(2):  # the second time in the place of the first
-        common.report("square", square, square, cases, peers, lambda: None)(common.Options(out=out, rounds=2))
+        common.report("square", square, square, cases, peers, lambda: None)(
+            common.Options(out=out, rounds=2)
+        )
     rows = read(out)
-    assert len(rows) == 2 * (3 + 4) and all(row["rate"] > 0 and len(row["seconds"]) == 2 for row in rows)
+    assert len(rows) == 2 * (3 + 4) and all(
+        row["rate"] > 0 and len(row["seconds"]) == 2 for row in rows
+    )
     assert {row["provider"] for row in rows} >= {"torch", "torch.compile", "same"}
     assert "absent: skipped, for no-such-package is not installed" in capsys.readouterr().out
     table.main(table.Options(results=(out,)))

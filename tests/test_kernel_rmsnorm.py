@@ -31,12 +31,17 @@ def test_rmsnorm(shape, add):
 @pytest.mark.parametrize("used", [0, 1], ids=["the norm", "the sum"])
 def test_one_of_the_outputs_is_enough(used):
     torch.manual_seed(0)
-    arguments = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 5), (5,), (3, 5))]
+    arguments = [
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((3, 5), (5,), (3, 5))
+    ]
     gradients = []
     for operation in (rmsnorm, rmsnorm_reference):
         x, weight, update = arguments
         output = operation(x, weight, 1e-5, update)[used]
-        gradients.append(torch.autograd.grad(output, arguments, torch.ones_like(output), allow_unused=True))
+        gradients.append(
+            torch.autograd.grad(output, arguments, torch.ones_like(output), allow_unused=True)
+        )
     for kernel, reference in zip(*gradients, strict=True):
         same(kernel, reference)
 

@@ -8,7 +8,7 @@ pytest.importorskip("triton", reason="the kernels need the package triton")
 from minimodels.kernels import selective_scan as module
 from minimodels.kernels.common import compare, run
 
-from minimodels.mamba import selective_scan as operation
+from minimodels.architectures.mamba import selective_scan as operation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GRADIENTS = "dx", "ddelta", "dA", "dB", "dC", "dskip", "dz", "dbias", "dstate"
@@ -18,12 +18,28 @@ def reference(*arguments):
     return operation(*arguments, impl="reference")
 
 
-def arguments(batch: int, time: int, D: int, N: int, z: bool = True, bias: bool = True, state: bool = True) -> list:
+def arguments(
+    batch: int, time: int, D: int, N: int, z: bool = True, bias: bool = True, state: bool = True
+) -> list:
     x, delta, gate = torch.randn(3, batch, time, D, device=DEVICE).unbind(0)
     B, C = torch.randn(2, batch, time, N, device=DEVICE).unbind(0)
-    A, skip, shift = -2 * torch.rand(D, N, device=DEVICE), torch.randn(D, device=DEVICE), torch.randn(D, device=DEVICE)
+    A, skip, shift = (
+        -2 * torch.rand(D, N, device=DEVICE),
+        torch.randn(D, device=DEVICE),
+        torch.randn(D, device=DEVICE),
+    )
     h = torch.randn(batch, D, N, device=DEVICE)
-    return [x, delta - 1, A, B, C, skip, gate if z else None, shift if bias else None, h if state else None]
+    return [
+        x,
+        delta - 1,
+        A,
+        B,
+        C,
+        skip,
+        gate if z else None,
+        shift if bias else None,
+        h if state else None,
+    ]
 
 
 @pytest.fixture
@@ -32,13 +48,19 @@ def divided(monkeypatch):
 
     def divide(interval: int, span: int, share: int = 1) -> None:
         monkeypatch.setattr(module, "INTERVAL", interval)
-        monkeypatch.setattr(module, "divide", lambda walks, intervals, multiprocessors: (min(span, intervals), share))
+        monkeypatch.setattr(
+            module,
+            "divide",
+            lambda walks, intervals, multiprocessors: (min(span, intervals), share),
+        )
 
     return divide
 
 
 @pytest.mark.parametrize("z", [False, True], ids=["open", "gated"])
-@pytest.mark.parametrize("bias, state", [(False, False), (True, True)], ids=["bare", "bias and state"])
+@pytest.mark.parametrize(
+    "bias, state", [(False, False), (True, True)], ids=["bare", "bias and state"]
+)
 @pytest.mark.parametrize("batch, time, D, N", [(1, 1, 1, 1), (2, 5, 5, 3)])
 def test_selective_scan(batch, time, D, N, bias, state, z):
     torch.manual_seed(0)
@@ -71,13 +93,29 @@ def test_padding(divided):
     given = arguments(2, 7, 3, 2)
     given[1][0, 5:], given[1][1, :5] = float("-inf"), float("-inf")
     compare(module.selective_scan, reference, tuple(given))
-    gradients = dict(zip(GRADIENTS, run(module.selective_scan, [part.requires_grad_() for part in given])[2:], strict=True))
+    gradients = dict(
+        zip(
+            GRADIENTS,
+            run(module.selective_scan, [part.requires_grad_() for part in given])[2:],
+            strict=True,
+        )
+    )
     assert all(gradient.isfinite().all() for gradient in gradients.values())
     ddelta, dB = gradients["ddelta"], gradients["dB"]
-    assert not ddelta[0, 5:].any() and not ddelta[1, :5].any() and not dB[0, 5:].any() and not dB[1, :5].any()
-    shorter = [part if part is None or part.ndim < 3 or part.shape[1] != 7 else part[:1, :5] for part in given]
+    assert (
+        not ddelta[0, 5:].any()
+        and not ddelta[1, :5].any()
+        and not dB[0, 5:].any()
+        and not dB[1, :5].any()
+    )
+    shorter = [
+        part if part is None or part.ndim < 3 or part.shape[1] != 7 else part[:1, :5]
+        for part in given
+    ]
     shorter[8] = given[8][:1]
-    torch.testing.assert_close(module.selective_scan(*given)[1][:1], module.selective_scan(*shorter)[1])
+    torch.testing.assert_close(
+        module.selective_scan(*given)[1][:1], module.selective_scan(*shorter)[1]
+    )
 
 
 @pytest.mark.parametrize("weight_y, weight_state", [(0, 1), (1, 0)], ids=["state", "y"])
@@ -88,10 +126,13 @@ def test_each_output_alone(divided, weight_y, weight_state):
 
     def weighed(operation):
         return lambda *given: sum(
-            w * output.sum() for w, output in zip((weight_y, weight_state), operation(*given), strict=True)
+            w * output.sum()
+            for w, output in zip((weight_y, weight_state), operation(*given), strict=True)
         )
 
-    compare(weighed(module.selective_scan), weighed(reference), tuple(arguments(1, 6, 3, 2, z=False)))
+    compare(
+        weighed(module.selective_scan), weighed(reference), tuple(arguments(1, 6, 3, 2, z=False))
+    )
 
 
 def test_gate_as_it_lies():
@@ -100,20 +141,30 @@ def test_gate_as_it_lies():
     given = arguments(2, 3, 4, 2)
     expected = module.selective_scan(*given)[0]
     wide = torch.cat((given[0], given[6]), dim=-1)
-    torch.testing.assert_close(module.selective_scan(*given[:6], wide[..., 4:], *given[7:])[0], expected, rtol=0, atol=0)
+    torch.testing.assert_close(
+        module.selective_scan(*given[:6], wide[..., 4:], *given[7:])[0], expected, rtol=0, atol=0
+    )
 
 
 def test_same_bits_twice(divided):
     torch.manual_seed(6)
     divided(4, 1, 2)
     given = [part.requires_grad_() for part in arguments(1, 5, 40, 2)]
-    for once, again in zip(run(module.selective_scan, given), run(module.selective_scan, given), strict=True):
+    for once, again in zip(
+        run(module.selective_scan, given), run(module.selective_scan, given), strict=True
+    ):
         assert torch.equal(once, again)
 
 
 @pytest.mark.parametrize("name", ["delta", "A", "B", "C", "skip", "z", "delta_bias", "state"])
 def test_wrong_shapes(name):
-    given = dict(zip(("x", "delta", "A", "B", "C", "skip", "z", "delta_bias", "state"), arguments(2, 3, 4, 2), strict=True))
+    given = dict(
+        zip(
+            ("x", "delta", "A", "B", "C", "skip", "z", "delta_bias", "state"),
+            arguments(2, 3, 4, 2),
+            strict=True,
+        )
+    )
     given[name] = given[name][:-1]
     with pytest.raises(ValueError, match=f"selective_scan: {name if name != 'A' else ''}"):
         module.selective_scan(**given)

@@ -13,7 +13,9 @@ from minimodels.layers import flops, idle_parameters, state_bytes
 from minimodels.ledger import ledger
 
 B, T, D = 3, 23, SHAPE["width"]
-CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which PyTorch's counter does not know
+CPU_ATTENTION = (
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+)  # which PyTorch's counter does not know
 law = pytest.mark.parametrize("case", CASES)
 
 
@@ -22,13 +24,17 @@ def text(seed: int = 1) -> torch.Tensor:
 
 
 def attention_flops(q, k, v, *args, out_shape=None, **kwargs):
-    return sdpa_flop_count(q, *((*q[:2], *shape[2:]) for shape in (k, v)))  # every query head meets keys and values
+    return sdpa_flop_count(
+        q, *((*q[:2], *shape[2:]) for shape in (k, v))
+    )  # every query head meets keys and values
 
 
 def gradients(stack, x, y, state):
     """Of a loss that weighs every output and every number of the final state differently."""
     outputs = [y, *(leaf for leaf in tensors(state) if leaf.is_floating_point())]
-    weights = [torch.linspace(-1, 1, leaf.numel(), dtype=leaf.dtype).view_as(leaf) for leaf in outputs]
+    weights = [
+        torch.linspace(-1, 1, leaf.numel(), dtype=leaf.dtype).view_as(leaf) for leaf in outputs
+    ]
     loss = sum((leaf * weight).sum() for leaf, weight in zip(outputs, weights, strict=True))
     names = ["x", *(name for name, _ in stack.named_parameters())]
     values = torch.autograd.grad(loss, [x, *stack.parameters()], allow_unused=True)
@@ -114,7 +120,7 @@ def test_batch_independence(case):
 def test_states_stay_good(case, ragged, monkeypatch):
     """In generation, where states may share memory, tokens one by one give what the whole gives, and one can go on from any
     state a second time, in another way."""
-    monkeypatch.setattr("minimodels.cache.SPARE", 3)  # so that memory is outgrown
+    monkeypatch.setattr("minimodels.ops.cache.SPARE", 3)  # so that memory is outgrown
     stack, x, other = make(CASES[case]), text(), text(2)
     positions = None
     if ragged:
@@ -163,7 +169,11 @@ def test_runs_in_bfloat16(case, autocast):
         y, _ = half(x)
     y.float().square().mean().backward()
     assert y.dtype == dtype
-    assert all(parameter.grad.isfinite().all() for parameter in half.parameters() if parameter.grad is not None)
+    assert all(
+        parameter.grad.isfinite().all()
+        for parameter in half.parameters()
+        if parameter.grad is not None
+    )
     assert (y - exact).abs().median() < 0.1 * exact.abs().median()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         _, state = half.eval()(x)
@@ -177,13 +187,17 @@ def test_compiles_to_one_graph(case):
     stack, x = make(CASES[case]).train(), text()
     expected, _ = stack(x)
     torch.compiler.reset()
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
+    with torch._dynamo.config.patch(
+        capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True
+    ):
         y, _ = torch.compile(stack, fullgraph=True, backend="aot_eager")(x)
     same(y, expected)
 
 
 @law
-@pytest.mark.parametrize("context", [20, 160])  # at which C · T is whole, and which are longer than the windows
+@pytest.mark.parametrize(
+    "context", [20, 160]
+)  # at which C · T is whole, and which are longer than the windows
 def test_ledger_equals_measurement(case, context):
     """Parameters, FLOPs and bytes of state are those of a real model in a real forward pass."""
     stack = make(CASES[case], dtype=torch.float32).train()
@@ -192,7 +206,9 @@ def test_ledger_equals_measurement(case, context):
     with FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: attention_flops}) as counter:
         _, state = stack(x)
     assert flops(stack, context) * 2 * context == pytest.approx(counter.get_total_flops())
-    assert state_bytes(stack, context, 4) * 2 == sum(leaf.nbytes for leaf in tensors(state) if leaf.is_floating_point())
+    assert state_bytes(stack, context, 4) * 2 == sum(
+        leaf.nbytes for leaf in tensors(state) if leaf.is_floating_point()
+    )
     cost = ledger(config, context)
     assert cost.parameters == sum(p.numel() for p in LM(config).parameters())
     assert cost.active == cost.parameters - idle_parameters(stack)
@@ -201,17 +217,28 @@ def test_ledger_equals_measurement(case, context):
 @pytest.mark.parametrize("case", ["mlp", "moe", "mamba"])
 def test_a_backward_pass_costs_two_forward_passes(case):
     """As the ledger counts a training step. Not the convolution, whose derivative PyTorch counts otherwise."""
-    stack, x = make(CASES[case], dtype=torch.float32).train(), torch.randn(2, 20, D, requires_grad=True)
+    stack, x = (
+        make(CASES[case], dtype=torch.float32).train(),
+        torch.randn(2, 20, D, requires_grad=True),
+    )
     totals = []
     for call in (lambda: stack(x)[0].sum(), lambda: stack(x)[0].sum().backward()):
         with FlopCounterMode(display=False) as counter:
             call()
         counts = counter.get_flop_counts()["Global"]
-        totals.append(sum(count for operation, count in counts.items() if operation != torch.ops.aten.convolution))
+        totals.append(
+            sum(
+                count
+                for operation, count in counts.items()
+                if operation != torch.ops.aten.convolution
+            )
+        )
     assert totals[1] == 3 * totals[0]
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if " " not in case or case.endswith("preset")])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if " " not in case or case.endswith("preset")]
+)
 def test_overfits_one_batch(case):
     """Training reaches every part: a small model learns one batch by heart."""
     torch.manual_seed(0)
@@ -234,7 +261,9 @@ def test_overfits_one_batch(case):
 
 
 def test_a_model_refuses_no_tokens():
-    with pytest.raises(ValueError, match=r"tokens are \(2, 0\); accepted: \(B, T\), both 1 or more"):
+    with pytest.raises(
+        ValueError, match=r"tokens are \(2, 0\); accepted: \(B, T\), both 1 or more"
+    ):
         LM(Config(vocab=7, width=8, heads=2, layers="mamba"))(torch.zeros(2, 0, dtype=torch.int64))
 
 
@@ -250,17 +279,30 @@ def test_states_hold_no_memory_but_their_own(layers):
 
 
 def test_a_stack_adds_up():
-    stack, x = make({"layers": "attention mlp mod(mlp) mamba mod(mlp) mlp", "capacity": 0.5}), text()
+    stack, x = (
+        make({"layers": "attention mlp mod(mlp) mamba mod(mlp) mlp", "capacity": 0.5}),
+        text(),
+    )
     expected = x
     for layer in stack:
-        expected = layer(expected)[0] if hasattr(layer, "group") else expected + layer.layer(layer.norm(expected))[0]
+        expected = (
+            layer(expected)[0]
+            if hasattr(layer, "group")
+            else expected + layer.layer(layer.norm(expected))[0]
+        )
     same(stack(x)[0], expected)
 
 
 def test_initial_weights():
     """N(0, init_std²), in what is added to the stream less by the root of the depth; biases are zero."""
     torch.manual_seed(0)
-    config = Config(layers="(attention mlp moe)*3", width=256, tie_embeddings=False, attention_bias=True, mlp_bias=True)
+    config = Config(
+        layers="(attention mlp moe)*3",
+        width=256,
+        tie_embeddings=False,
+        attention_bias=True,
+        mlp_bias=True,
+    )
     for name, parameter in LM(config).named_parameters():
         if "norm" in name or name.endswith("bias"):
             assert (parameter == float("norm" in name)).all(), name
@@ -272,7 +314,17 @@ def test_initial_weights():
 @pytest.mark.parametrize("balance", ["layer", "pooled"])
 def test_the_parts_of_the_loss_add_up(balance):
     torch.manual_seed(0)
-    lm = LM(Config(**{**SHAPE, "vocab": 7, "layers": "moe moe mod(moe)", "balance": balance, "capacity": 0.5}))
+    lm = LM(
+        Config(
+            **{
+                **SHAPE,
+                "vocab": 7,
+                "layers": "moe moe mod(moe)",
+                "balance": balance,
+                "capacity": 0.5,
+            }
+        )
+    )
     total, parts = lm.loss(tokens := torch.randint(7, (2, 6)), tokens)
     assert not any(part.requires_grad for part in parts.values())
     same(sum(parts.values()), total.detach(), 1e-6)
@@ -281,7 +333,17 @@ def test_the_parts_of_the_loss_add_up(balance):
 
 def test_a_step_reaches_every_layer():
     torch.manual_seed(0)
-    lm = LM(Config(**{**SHAPE, "vocab": 7, "layers": "moe mod(moe)", "router": "sigmoid_bias", "capacity": 0.5})).train()
+    lm = LM(
+        Config(
+            **{
+                **SHAPE,
+                "vocab": 7,
+                "layers": "moe mod(moe)",
+                "router": "sigmoid_bias",
+                "capacity": 0.5,
+            }
+        )
+    ).train()
     lm.loss(*torch.randint(7, (2, 2, 6)))
     lm.after_step()
     biases = [buffer for name, buffer in lm.named_buffers() if name.endswith("bias")]
@@ -298,4 +360,6 @@ def test_a_model_counts_its_head():
 
 def test_a_model_refuses_targets_of_another_shape():
     with pytest.raises(ValueError, match="targets are"):
-        LM(Config(vocab=7, width=8, heads=2, layers="mlp")).loss(*(torch.zeros(s, dtype=torch.int64) for s in ((2, 6), (6, 2))))
+        LM(Config(vocab=7, width=8, heads=2, layers="mlp")).loss(
+            *(torch.zeros(s, dtype=torch.int64) for s in ((2, 6), (6, 2)))
+        )

@@ -8,15 +8,18 @@ import torch.nn.functional as F
 from models import make, same, tensors
 
 from minimodels import Config
+from minimodels.architectures.mamba import Mamba, dt_rank, recurrence, selective_scan
 from minimodels.layers import state_bytes
-from minimodels.mamba import Mamba, causal_conv1d, dt_rank, recurrence, selective_scan
-from minimodels.scan import scan
+from minimodels.ops.convolution import causal_conv1d
+from minimodels.ops.scan import scan
 
 
 def arguments(batch=2, time=13, D=3, N=4, seed=0):
     """x, Δ, A, B, C, h_0 in fp64, each wanting a gradient."""
     g = torch.Generator().manual_seed(seed)
-    x, C, B = (torch.randn(batch, time, width, generator=g, dtype=torch.float64) for width in (D, N, N))
+    x, C, B = (
+        torch.randn(batch, time, width, generator=g, dtype=torch.float64) for width in (D, N, N)
+    )
     delta = F.softplus(torch.randn(batch, time, D, generator=g, dtype=torch.float64))
     A = -torch.rand(D, N, generator=g, dtype=torch.float64) - 0.1
     h = torch.randn(batch, D, N, generator=g, dtype=torch.float64)
@@ -51,13 +54,18 @@ def test_low_precision_is_within_twice_the_plain_error(dtype):
     skip, z = torch.ones(8, dtype=torch.float64), torch.randn_like(x)
     exact, _ = selective_scan(x, delta, A, B, C, skip, z, None, h, "reference")
     low = [part.to(dtype) for part in (x, delta, A, B, C, skip, z)]
-    error = {impl: (selective_scan(*low, None, h.float(), impl)[0] - exact).abs().max() for impl in ("reference", "torch")}
+    error = {
+        impl: (selective_scan(*low, None, h.float(), impl)[0] - exact).abs().max()
+        for impl in ("reference", "torch")
+    }
     assert error["torch"] <= 2 * error["reference"]
 
 
 def test_scan_is_one_opaque_operation_that_compiles():
     inputs = [part.detach().float() for part in arguments()]
-    torch.library.opcheck(torch.ops.minimodels.scan_forward.default, [part.requires_grad_() for part in inputs])
+    torch.library.opcheck(
+        torch.ops.minimodels.scan_forward.default, [part.requires_grad_() for part in inputs]
+    )
     compiled = torch.compile(scan, fullgraph=True, backend="aot_eager")
     for one, other in zip(compiled(*inputs), scan(*inputs), strict=True):
         same(one, other, 1e-6)
@@ -66,7 +74,12 @@ def test_scan_is_one_opaque_operation_that_compiles():
 @pytest.mark.parametrize("impl", ["reference", "torch"])
 def test_autocast_leaves_the_state_exact(impl):
     inputs = [part.detach().float() for part in arguments(2, 50, 8, 4)]
-    inputs[5:] = torch.ones(8), torch.randn(2, 50, 8), torch.randn(8), inputs[5]  # skip, z, the bias of Δ, the state
+    inputs[5:] = (
+        torch.ones(8),
+        torch.randn(2, 50, 8),
+        torch.randn(8),
+        inputs[5],
+    )  # skip, z, the bias of Δ, the state
     with torch.autocast("cpu", torch.bfloat16):
         cast = selective_scan(*inputs, impl)
     for one, other in zip(cast, selective_scan(*inputs, impl), strict=True):
@@ -94,7 +107,9 @@ def test_constant_selection_is_a_convolution():
     delta, B, C = (part[:, :1].expand_as(part) for part in (delta, B, C))
     y, _ = scan(x, delta, A, B, C, torch.zeros_like(h))
     steps = torch.arange(20).view(-1, 1, 1)
-    kernel = (C[0, 0] * B[0, 0] * delta[0, 0, :, None] * torch.exp(steps * delta[0, 0, :, None] * A)).sum(-1)  # (T, D)
+    kernel = (
+        C[0, 0] * B[0, 0] * delta[0, 0, :, None] * torch.exp(steps * delta[0, 0, :, None] * A)
+    ).sum(-1)  # (T, D)
     expected = torch.stack([(kernel[: t + 1].flip(0) * x[0, : t + 1]).sum(0) for t in range(20)])
     same(y[0], expected)
 
@@ -124,7 +139,12 @@ def test_initialisation_is_the_papers():
 @pytest.mark.parametrize("impl", ["reference", "torch"])
 def test_the_state_is_as_precise_as_x(impl):
     x, delta, A, B, C, h = arguments()
-    assert selective_scan(x, delta, A, B, C, torch.ones(3).double(), state=h.float(), impl=impl)[1].dtype == torch.float64
+    assert (
+        selective_scan(x, delta, A, B, C, torch.ones(3).double(), state=h.float(), impl=impl)[
+            1
+        ].dtype
+        == torch.float64
+    )
 
 
 def test_refuses_shapes_that_do_not_fit():

@@ -27,7 +27,9 @@ def taken(mod, x) -> torch.Tensor:
 def test_all_tokens_at_weight_one_are_the_dense_group():
     """The residual is added once, and attention as well as MLP are scaled by the router."""
     mod, x = wrapped(capacity=1.0).train(), text()
-    x = torch.cat((x[..., :-1], torch.ones_like(x[..., :1])), -1)  # a constant feature that the router reads
+    x = torch.cat(
+        (x[..., :-1], torch.ones_like(x[..., :1])), -1
+    )  # a constant feature that the router reads
     mod.router.weight.data = torch.tensor([[0.0] * (D - 1) + [1.0]], dtype=torch.float64)
     same(mod(x)[0], mod.group(x)[0])
     mod.router.weight.data *= 3
@@ -65,7 +67,10 @@ def test_the_update_is_the_raw_weight_times_the_groups():
     for row in range(B):
         gathered = x[row : row + 1, index[row]]
         update = mod.group(gathered, None, index[row : row + 1])[0] - gathered
-        same(mod(x)[0][row, index[row]], x[row, index[row]] + scores[row, index[row], None] * update[0])
+        same(
+            mod(x)[0][row, index[row]],
+            x[row, index[row]] + scores[row, index[row], None] * update[0],
+        )
 
 
 @pytest.mark.parametrize("route", ["router", "predictor"])
@@ -106,7 +111,9 @@ def test_the_decision_is_made_in_full_precision(route, parameters):
     """Whatever the text comes in, and under autocast."""
     mod, x = wrapped(mod_route=route).to(parameters), text().bfloat16()
     made = []
-    mod.select = lambda scores, decision, positions: made.append((scores, decision)) or (positions[:, :0], None)
+    mod.select = lambda scores, decision, positions: (
+        made.append((scores, decision)) or (positions[:, :0], None)
+    )
     for autocast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             mod(x)
@@ -145,7 +152,17 @@ def test_a_batch_skips_what_no_row_routes():
 def test_a_group_that_is_passed_by_tells_of_nothing(balance):
     """Neither the losses of an earlier pass nor an error where there was none."""
     torch.manual_seed(0)
-    model = LM(Config(vocab=7, width=16, heads=2, layers="mod(moe)", mod_route="router", experts=4, balance=balance))
+    model = LM(
+        Config(
+            vocab=7,
+            width=16,
+            heads=2,
+            layers="mod(moe)",
+            mod_route="router",
+            experts=4,
+            balance=balance,
+        )
+    )
     model.after_step()  # before any forward pass
     tokens = torch.randint(7, (2, 6))
     losses = model.loss(tokens, tokens)[1]
@@ -175,7 +192,9 @@ def test_scoring_leaves_the_router_alone():
     lm = LM(Config(width=8, heads=2, layers="mod(mlp)", mod_route="predictor")).bfloat16().eval()
     (block,) = lm.layers
     seen = []
-    block.predictor[1].register_forward_pre_hook(lambda *_: seen.append(block.predictor[0].weight.dtype))
+    block.predictor[1].register_forward_pre_hook(
+        lambda *_: seen.append(block.predictor[0].weight.dtype)
+    )
     lm(torch.zeros(1, 5, dtype=torch.int64))
     assert seen == [torch.bfloat16]
 
@@ -211,7 +230,15 @@ def test_the_number_of_routed_tokens_is_rounded_up():
 
 
 def test_idle_are_experts_that_are_routed_and_not_visited_too():
-    layers = make({"layers": "mod(moe)", "capacity": 0.25, "experts": 4, "experts_per_token": 1, "router": "softmax"})
+    layers = make(
+        {
+            "layers": "mod(moe)",
+            "capacity": 0.25,
+            "experts": 4,
+            "experts_per_token": 1,
+            "router": "softmax",
+        }
+    )
     group = layers[0].group
     total, experts = sum(p.numel() for p in group.parameters()), 3 * group[0].layer.out.numel()
     assert idle_parameters(layers) == total - 0.25 * (total - 0.75 * experts)

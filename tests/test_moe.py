@@ -8,8 +8,18 @@ import torch.nn.functional as F
 from models import SHAPE, same
 
 from minimodels import Config
-from minimodels.moe import ROUTERS, MoE, Routing, expert_choice, expert_width, grouped_mlp, sigmoid_bias, softmax, softmax_topk
-from minimodels.transformer import SwiGLU, mlp_width
+from minimodels.architectures.moe import (
+    ROUTERS,
+    MoE,
+    Routing,
+    expert_choice,
+    expert_width,
+    sigmoid_bias,
+    softmax,
+    softmax_topk,
+)
+from minimodels.architectures.transformer import SwiGLU, mlp_width
+from minimodels.ops.grouped_mlp import grouped_mlp
 
 E, D = SHAPE["experts"], SHAPE["width"]
 
@@ -42,7 +52,9 @@ def test_all_experts_are_the_soft_mixture(router):
     probabilities = F.linear(x, moe.router.weight).softmax(-1)
     experts = []
     for e in range(E):
-        experts.append(F.linear(F.silu(F.linear(x, moe.gate[e])) * F.linear(x, moe.up[e]), moe.out[e]))
+        experts.append(
+            F.linear(F.silu(F.linear(x, moe.gate[e])) * F.linear(x, moe.up[e]), moe.out[e])
+        )
     same(moe(x)[0], (torch.stack(experts, -1) * probabilities.unsqueeze(2)).sum(-1))
 
 
@@ -59,7 +71,11 @@ def test_routers_are_their_definitions():
     logits = torch.tensor([[[2.0, 0.0, 1.0, -1.0]]])
     gates, visits, _ = softmax_topk(logits, 2, torch.zeros(4))
     assert visits.tolist() == [[[True, False, True, False]]]
-    same(gates, torch.tensor([[[2.0, 1.0]]]).softmax(-1)[..., [0, 0, 1, 1]] * torch.tensor([1.0, 0, 1, 0]), 1e-6)
+    same(
+        gates,
+        torch.tensor([[[2.0, 1.0]]]).softmax(-1)[..., [0, 0, 1, 1]] * torch.tensor([1.0, 0, 1, 0]),
+        1e-6,
+    )
     gates, _, _ = softmax(logits, 1, torch.zeros(4))
     same(gates, logits.softmax(-1))
     gates, visits, _ = sigmoid_bias(logits, 2, torch.zeros(4))
@@ -115,7 +131,10 @@ def test_balance_loss_is_least_when_even():
 
 def test_balancing_evens_out_the_load():
     """Trained on the balance loss alone, or moved by the bias alone, a lopsided router comes to use all experts."""
-    for fields, rate in (({"balance_loss": 1.0, "z_loss": 0.0}, 0.05), ({"router": "sigmoid_bias", "bias_step": 0.05}, 0.0)):
+    for fields, rate in (
+        ({"balance_loss": 1.0, "z_loss": 0.0}, 0.05),
+        ({"router": "sigmoid_bias", "bias_step": 0.05}, 0.0),
+    ):
         moe = layer(**fields).train()
         moe.router.weight.data[0] += 0.5 * text().mean((0, 1))
         x = text() + 0.5
@@ -147,7 +166,9 @@ def test_padding_is_not_counted():
 
 def test_expert_without_tokens_gets_no_gradient_and_does_no_harm():
     x = torch.randn(5, D, requires_grad=True)
-    gate, up, out = (torch.randn(shape, requires_grad=True) for shape in ((E, 6, D), (E, 6, D), (E, D, 6)))
+    gate, up, out = (
+        torch.randn(shape, requires_grad=True) for shape in ((E, 6, D), (E, 6, D), (E, D, 6))
+    )
     visits = torch.zeros(5, E, dtype=torch.bool)
     visits[:, 1] = True
     results = []
@@ -230,5 +251,7 @@ def test_routing_is_decided_in_full_precision(dtype, autocast):
 
 @pytest.mark.parametrize("shared", [0, 2])
 def test_the_experts_of_a_token_are_as_wide_as_the_dense_mlp(shared):
-    config = Config(width=96, layers="mlp moe", experts=4, experts_per_token=2, shared_experts=shared)
+    config = Config(
+        width=96, layers="mlp moe", experts=4, experts_per_token=2, shared_experts=shared
+    )
     assert (2 + shared) * expert_width(config) == mlp_width(config)

@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from minimodels import LM, Config, InputError, checkpoint, from_pretrained, preset, pretrained, save_pretrained
-from minimodels.config_json import explicit
-from minimodels.families import FAMILIES
-from minimodels.loss import IGNORE
-from minimodels.optim import adamw
+from minimodels import LM, Config, InputError, from_pretrained, preset, save_pretrained
+from minimodels.ops.linear_cross_entropy import IGNORE
+from minimodels.published import pretrained
+from minimodels.published.config_json import explicit
+from minimodels.published.families import FAMILIES
 from minimodels.sample import Sampling, generate
+from minimodels.training import checkpoint
+from minimodels.training.optim import adamw
 
 transformers = pytest.importorskip(
     "transformers", minversion="5", reason="the proof against transformers needs transformers >= 5"
@@ -86,7 +88,9 @@ CASES = {  # model_type -> options of its configuration class
         {**HEADS, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "num_experts_per_tok": 1},
     ],
 }  # fmt: skip
-every = pytest.mark.parametrize(("name", "number"), [(name, i) for name, cases in CASES.items() for i in range(len(cases))])
+every = pytest.mark.parametrize(
+    ("name", "number"), [(name, i) for name, cases in CASES.items() for i in range(len(cases))]
+)
 
 
 def theirs(name: str, number: int = 0, seed: int = 0):
@@ -126,7 +130,9 @@ def without_casts_to_single():
     to, single, softmax = torch.Tensor.to, torch.Tensor.float, F.softmax
 
     def lifted_to(x, *args, **kwargs):
-        if x.dtype == torch.float64 and (torch.float32 in args or kwargs.get("dtype") == torch.float32):
+        if x.dtype == torch.float64 and (
+            torch.float32 in args or kwargs.get("dtype") == torch.float32
+        ):
             return x
         return to(x, *args, **kwargs)
 
@@ -154,7 +160,10 @@ def test_logits_in_single_and_double_precision(name, number, tmp_path):
         double(model)
         with without_casts_to_single():
             reference = model(tokens).logits
-        assert distance(from_pretrained(tmp_path / "a", dtype=torch.float64)(tokens)[0], reference) < 1e-9
+        assert (
+            distance(from_pretrained(tmp_path / "a", dtype=torch.float64)(tokens)[0], reference)
+            < 1e-9
+        )
 
 
 @every
@@ -178,7 +187,9 @@ def test_loss_and_gradient_of_every_parameter(name, number, tmp_path):
         parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     expected = dict(from_pretrained(saved(model, tmp_path / "gradients")).named_parameters())
     for part, parameter in lm.named_parameters():
-        assert distance(parameter.grad, expected[part]) < 1e-7 * max(1, expected[part].abs().max().item()), part
+        assert distance(parameter.grad, expected[part]) < 1e-7 * max(
+            1, expected[part].abs().max().item()
+        ), part
 
 
 @every
@@ -187,14 +198,19 @@ def test_greedy_generation_token_for_token(name, number, tmp_path):
     lm = from_pretrained(saved(model, tmp_path / "a"))
     with without_casts_to_single():
         expected = model.generate(prompt, max_new_tokens=24, do_sample=False)[0, 11:]
-    assert torch.stack(list(generate(lm, [prompt[0]], 24, Sampling(temperature=0))))[:, 0].tolist() == expected.tolist()
+    assert (
+        torch.stack(list(generate(lm, [prompt[0]], 24, Sampling(temperature=0))))[:, 0].tolist()
+        == expected.tolist()
+    )
 
 
 @every
 def test_saved_by_us_and_loaded_by_them(name, number, tmp_path):
     lm, tokens = from_pretrained(saved(theirs(name, number), tmp_path / "a")), text()
     save_pretrained(lm, tmp_path / "b")
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b", output_loading_info=True)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "b", output_loading_info=True
+    )
     assert not any(info.values()), info
     assert type(model).__name__ == FAMILIES[name].architecture
     with torch.no_grad():
@@ -233,21 +249,39 @@ def test_older_files(tmp_path):
     """Names that published files once had, and tensors that follow from config.json, are understood."""
     folder, tokens = saved(theirs("mamba"), tmp_path / "mamba"), text()
     expected, _ = from_pretrained(folder)(tokens)
-    rewrite(folder, lambda tensors: tensors | {"backbone.embedding.weight": tensors.pop("backbone.embeddings.weight")})
-    rewrite(folder, lambda tensors: tensors | {"lm_head.weight": tensors["backbone.embedding.weight"].clone()})
+    rewrite(
+        folder,
+        lambda tensors: (
+            tensors | {"backbone.embedding.weight": tensors.pop("backbone.embeddings.weight")}
+        ),
+    )
+    rewrite(
+        folder,
+        lambda tensors: tensors | {"lm_head.weight": tensors["backbone.embedding.weight"].clone()},
+    )
     assert torch.equal(from_pretrained(folder)(tokens)[0], expected)
 
     folder = saved(theirs("llama", 2), tmp_path / "llama")
     expected, _ = from_pretrained(folder)(tokens)
-    rewrite(folder, lambda tensors: tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)})
+    rewrite(
+        folder,
+        lambda tensors: tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)},
+    )
     reconfigure(
-        folder, rope_parameters=None, rope_theta=500.0, rope_scaling={k: v for k, v in LLAMA3.items() if k != "rope_theta"}
+        folder,
+        rope_parameters=None,
+        rope_theta=500.0,
+        rope_scaling={k: v for k, v in LLAMA3.items() if k != "rope_theta"},
     )
     assert torch.equal(from_pretrained(folder)(tokens)[0], expected)
 
 
 def rewrite(folder, change):
-    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        change(load_file(folder / "model.safetensors")),
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
 
 
 def reconfigure(folder, **entries):
@@ -258,7 +292,12 @@ def reconfigure(folder, **entries):
 def test_what_was_read_is_written_again(tmp_path):
     folder = saved(theirs("llama"), tmp_path / "a")
     reconfigure(folder, eos_token_id=5, max_position_embeddings=99)
-    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+    names = (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "generation_config.json",
+    )
     for name in names:
         (folder / name).write_text(json.dumps({"of": name}))
     save_pretrained(from_pretrained(folder), tmp_path / "new" / "b")
@@ -310,11 +349,19 @@ OTHERWISE = {  # fields of Config that change what a model of some family comput
 
 
 @pytest.mark.parametrize("field", OTHERWISE)
-@pytest.mark.parametrize("layers", ["attention mlp", "window moe", "mamba", "mamba moe attention mlp"])
+@pytest.mark.parametrize(
+    "layers", ["attention mlp", "window moe", "mamba", "mamba moe attention mlp"]
+)
 def test_no_field_is_lost(field, layers, tmp_path):
     """Whatever is set, the folder gives the model's logits, or is refused."""
     torch.manual_seed(0)
-    jamba = {"mamba_norm": "learned", "rope_base": 0.0, "router": "softmax", "mlp_width": 32, "expert_width": 32}
+    jamba = {
+        "mamba_norm": "learned",
+        "rope_base": 0.0,
+        "router": "softmax",
+        "mlp_width": 32,
+        "expert_width": 32,
+    }
     fields = {"width": 16, "layers": layers, "vocab": V, "window": 5, "expert_width": 32}
     fields |= jamba if "mamba moe" in layers else {}
     lm, tokens = LM(Config(**{**fields, field: OTHERWISE[field]})).eval(), text()
@@ -323,16 +370,26 @@ def test_no_field_is_lost(field, layers, tmp_path):
     try:
         save_pretrained(lm, tmp_path / "a")
     except InputError as error:
-        assert f"differs in {'expert_width' if field == 'mlp_width' else field}" in str(error)  # which Jamba has equal
+        assert f"differs in {'expert_width' if field == 'mlp_width' else field}" in str(
+            error
+        )  # which Jamba has equal
     else:
-        assert distance(lm(tokens)[0], transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")(tokens).logits) < 1e-4
+        assert (
+            distance(
+                lm(tokens)[0],
+                transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")(tokens).logits,
+            )
+            < 1e-4
+        )
 
 
 @pytest.mark.parametrize("router", ["sigmoid_bias", "expert_choice"])
 @pytest.mark.parametrize("qk_norm", ["full", "head"])
 def test_a_router_that_no_family_has_is_refused(router, qk_norm, tmp_path):
     lm = LM(Config(width=16, layers="attention moe", qk_norm=qk_norm, router=router))
-    with pytest.raises(InputError, match=f"{'olmoe' if qk_norm == 'full' else 'qwen3_moe'} differs in router"):
+    with pytest.raises(
+        InputError, match=f"{'olmoe' if qk_norm == 'full' else 'qwen3_moe'} differs in router"
+    ):
         save_pretrained(lm, tmp_path / "a")
 
 
@@ -361,7 +418,9 @@ def test_a_window_that_is_not_told_is_what_the_class_has(name, entries, tmp_path
     assert windowed is None or ours.window == windowed
 
 
-@pytest.mark.parametrize("scaling", ["linear:factor=4", "llama3:factor=8,high=4,low=1,context=8192"])
+@pytest.mark.parametrize(
+    "scaling", ["linear:factor=4", "llama3:factor=8,high=4,low=1,context=8192"]
+)
 def test_rope_scaling_however_it_is_written(scaling, tmp_path):
     lm, tokens = LM(Config(width=16, heads=2, layers="attention mlp", rope_scaling=scaling)), text()
     save_pretrained(lm, tmp_path / "a")
@@ -373,7 +432,11 @@ def test_a_loaded_model_trains_like_one_made_here(tmp_path):
     lm = from_pretrained(saved(theirs("mamba"), tmp_path / "a"))
     for model in (lm, copy.deepcopy(lm)):
         decayed = {id(parameter) for parameter in adamw(model, 1e-3, 0.1).param_groups[0]["params"]}
-        names = {name.rpartition(".")[2] for name, parameter in model.named_parameters() if id(parameter) in decayed}
+        names = {
+            name.rpartition(".")[2]
+            for name, parameter in model.named_parameters()
+            if id(parameter) in decayed
+        }
         assert names == {"weight"}
 
 
@@ -470,7 +533,12 @@ def test_wrong_tensors_are_listed_all_at_once(tmp_path):
     rewrite(folder, spoil)
     with pytest.raises(InputError) as caught:
         from_pretrained(folder)
-    listed = (f"{wrong}: \\[2, 3\\] for \\[40, 32\\]", "extra: surplus", "lm_head.weight: missing", "model.norm.weight: I8 for")
+    listed = (
+        f"{wrong}: \\[2, 3\\] for \\[40, 32\\]",
+        "extra: surplus",
+        "lm_head.weight: missing",
+        "model.norm.weight: I8 for",
+    )
     for problem in listed:
         caught.match(problem)
 
@@ -497,7 +565,9 @@ def test_damaged_and_missing_files(tmp_path):
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         with pytest.raises(InputError, match="weight_map"):
             from_pretrained(folder)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "gone.safetensors"}})
+    )
     with pytest.raises(InputError, match="gone.safetensors"):
         from_pretrained(folder)
     for damaged in (described[:50], "[]", "[" * 100_000, ""):
@@ -519,7 +589,9 @@ def test_neither_folder_nor_id(name, tmp_path, monkeypatch):
 
 def test_an_id_is_fetched_from_the_hub(tmp_path, monkeypatch):
     """And what the hub answers with an error is told in one line."""
-    huggingface_hub = pytest.importorskip("huggingface_hub", reason="ids of the hub need the extra `hub`")
+    huggingface_hub = pytest.importorskip(
+        "huggingface_hub", reason="ids of the hub need the extra `hub`"
+    )
     folder = saved(theirs("llama"), tmp_path / "a")
     asked = {}
 
@@ -562,8 +634,15 @@ print((peak - before) / sum(p.nbytes for p in model.parameters()))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_loading_never_holds_two_copies(tmp_path):
-    save_pretrained(LM(Config(width=512, layers="(attention mlp)*12", vocab=20_000)), tmp_path / "a")
-    run = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path / "a")], capture_output=True, text=True, check=True)
+    save_pretrained(
+        LM(Config(width=512, layers="(attention mlp)*12", vocab=20_000)), tmp_path / "a"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path / "a")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert float(run.stdout) < 1.3
 
 
@@ -571,12 +650,24 @@ def test_a_rotation_told_the_older_way(tmp_path):
     """ "type" for "rope_type", and llama3's original length from max_position_embeddings, as transformers has it."""
     folder, tokens = saved(theirs("llama", 3), tmp_path / "a"), text()
     expected, _ = from_pretrained(folder)(tokens)
-    reconfigure(folder, rope_parameters=None, rope_theta=10000.0, rope_scaling={"type": "linear", "factor": 4.0})
+    reconfigure(
+        folder,
+        rope_parameters=None,
+        rope_theta=10000.0,
+        rope_scaling={"type": "linear", "factor": 4.0},
+    )
     assert torch.equal(from_pretrained(folder)(tokens)[0], expected)
     folder = saved(theirs("llama", 2), tmp_path / "b")
     expected, _ = from_pretrained(folder)(tokens)
-    told = {name: value for name, value in LLAMA3.items() if name != "original_max_position_embeddings"}
-    reconfigure(folder, rope_parameters={**told, "rope_theta": 500.0}, rope_theta=7.0, max_position_embeddings=24)
+    told = {
+        name: value for name, value in LLAMA3.items() if name != "original_max_position_embeddings"
+    }
+    reconfigure(
+        folder,
+        rope_parameters={**told, "rope_theta": 500.0},
+        rope_theta=7.0,
+        max_position_embeddings=24,
+    )
     assert torch.equal(from_pretrained(folder)(tokens)[0], expected)
 
 
@@ -593,14 +684,21 @@ def test_a_run_is_published_with_its_weights(tmp_path):
 
 
 def test_the_index_tells_the_bytes(tmp_path):
-    save_pretrained(LM(Config(width=16, heads=2, layers="attention mlp")), tmp_path / "a", shard_bytes=20_000)
-    told = json.loads((tmp_path / "a/model.safetensors.index.json").read_text())["metadata"]["total_size"]
+    save_pretrained(
+        LM(Config(width=16, heads=2, layers="attention mlp")), tmp_path / "a", shard_bytes=20_000
+    )
+    told = json.loads((tmp_path / "a/model.safetensors.index.json").read_text())["metadata"][
+        "total_size"
+    ]
     files = list((tmp_path / "a").glob("*.safetensors"))
     sizes = [sum(tensor.nbytes for tensor in load_file(file).values()) for file in files]
     assert told == sum(sizes) and max(sizes) <= 20_000 and len(sizes) > 1
 
 
 def test_the_weight_of_the_balance_is_written(tmp_path):
-    save_pretrained(LM(Config(width=16, layers="attention moe", balance="pooled", balance_loss=0.3)), tmp_path / "a")
+    save_pretrained(
+        LM(Config(width=16, layers="attention moe", balance="pooled", balance_loss=0.3)),
+        tmp_path / "a",
+    )
     read = from_pretrained(tmp_path / "a").config
     assert (read.balance, read.balance_loss) == ("pooled", 0.3)

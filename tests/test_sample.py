@@ -5,7 +5,7 @@ import torch
 from models import SHAPE, same
 
 from minimodels import LM, InputError, preset
-from minimodels.config import PRESETS
+from minimodels.presets import PRESETS
 from minimodels.sample import Sampling, generate, keep, pick
 
 GREEDY = Sampling(temperature=0)
@@ -34,17 +34,24 @@ def test_state_carried_equals_everything_recomputed(name):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, top_k=8)], ids=["greedy", "random"])
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, Sampling(temperature=1.0, top_k=8)], ids=["greedy", "random"]
+)
 def test_a_prompt_in_a_batch_is_continued_as_alone(name, sampling):
     lm, prompts = model(name), [torch.arange(5), torch.tensor([9]), torch.arange(20, 31)]
     together = continued(lm, prompts, 10, sampling=sampling, seed=3)
     for row, prompt in enumerate(prompts):
-        assert together[row].tolist() == continued(lm, [prompt], 10, sampling=sampling, seed=3)[0].tolist()
+        assert (
+            together[row].tolist()
+            == continued(lm, [prompt], 10, sampling=sampling, seed=3)[0].tolist()
+        )
 
 
 def test_a_seed_draws_the_same_text():
     lm, prompts, loose = model("transformer"), [[0, 1, 2]], Sampling(temperature=2.0)
-    first, again, other = (continued(lm, prompts, 20, sampling=loose, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (
+        continued(lm, prompts, 20, sampling=loose, seed=seed) for seed in (1, 1, 2)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -89,7 +96,14 @@ def test_no_temperature_is_too_low():
 
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_k": 2.5}, {"top_p": 0.0}, {"min_p": 1.1}],
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_k": 2.5},
+        {"top_p": 0.0},
+        {"min_p": 1.1},
+    ],
 )
 def test_refuses_sampling(options):
     (name,) = options
@@ -99,7 +113,13 @@ def test_refuses_sampling(options):
 
 def test_refuses_prompts():
     lm = model("transformer")
-    for prompt in (torch.arange(0), torch.tensor([32]), torch.tensor([-1]), torch.ones(3), torch.arange(4).view(1, 4)):
+    for prompt in (
+        torch.arange(0),
+        torch.tensor([32]),
+        torch.tensor([-1]),
+        torch.ones(3),
+        torch.arange(4).view(1, 4),
+    ):
         with pytest.raises(InputError, match="prompt"):
             generate(lm, [prompt], 1)
     for prompts in ([], "def ", ["def "], [[1, "d"]], [None], [[10**30]]):
@@ -116,14 +136,22 @@ def test_refuses_prompts():
 
 
 def test_no_temperature_is_too_small():
-    assert pick(torch.tensor([[200.0, 100.0, -50.0]]), Sampling(temperature=1e-37), [torch.Generator()]).tolist() == [0]
+    assert pick(
+        torch.tensor([[200.0, 100.0, -50.0]]), Sampling(temperature=1e-37), [torch.Generator()]
+    ).tolist() == [0]
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
 def test_low_precision_draws_what_full_precision_does(top_p):
-    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)).bfloat16().expand(2000, -1)
+    logits = (
+        torch.randn(1, 50, generator=torch.Generator().manual_seed(0)).bfloat16().expand(2000, -1)
+    )
     drawn = [
-        pick(given, Sampling(temperature=0.7, top_p=top_p), [torch.Generator().manual_seed(seed) for seed in range(2000)])
+        pick(
+            given,
+            Sampling(temperature=0.7, top_p=top_p),
+            [torch.Generator().manual_seed(seed) for seed in range(2000)],
+        )
         for given in (logits, logits.float())
     ]
     assert torch.equal(*drawn)
@@ -132,7 +160,10 @@ def test_low_precision_draws_what_full_precision_does(top_p):
 def test_filters_come_after_the_temperature():
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(500, -1)
     generators = [torch.Generator().manual_seed(seed) for seed in range(500)]
-    assert pick(logits, Sampling(temperature=100.0, top_p=0.5), generators).unique().tolist() == [0, 1]
+    assert pick(logits, Sampling(temperature=100.0, top_p=0.5), generators).unique().tolist() == [
+        0,
+        1,
+    ]
 
 
 def test_top_p_stops_where_it_is_reached():

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from minimodels import LM, Config, InputError, from_pretrained, save_pretrained
+from minimodels.data.tokenizer import Bytes, TokenizerFile
 from minimodels.sample import Options, Sampling, generate, main
-from minimodels.tokenizer import Bytes, TokenizerFile
 
 TEXT = "def añadir(x):\n    return x + 1  # 日本\n"
 
@@ -20,9 +20,13 @@ def folder(tmp_path_factory):
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet
+    )
     tokenizer.train_from_iterator([TEXT] * 10, trainer)
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        "<s> $A", special_tokens=[("<s>", 0)]
+    )
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("published") / "model"
     save_pretrained(LM(Config(width=16, layers="attention mlp", vocab=300)), folder)
@@ -54,9 +58,13 @@ def test_bytes_that_are_no_text_do_not_end_it(folder, tmp_path):
     """A tokenizer that falls back on bytes, and a model that has not learnt to spell with them."""
     tokenizers = pytest.importorskip("tokenizers")
     vocabulary = {"<unk>": 0, "<0x41>": 1, "<0x80>": 2, "\u2581he": 3}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>")
+    )
     decoders = tokenizers.decoders
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     text = "".join(TokenizerFile(tmp_path).stream(torch.tensor([3]), [1, 2, 3, 3]))
     assert text.count("he") >= 2
@@ -81,11 +89,24 @@ def test_a_published_model_is_continued_and_stops_where_it_ends(folder, capsys):
     main(options)
     written = capsys.readouterr().out
     assert written.startswith(TEXT) and len(written) > len(TEXT) + 1
-    main(Options(model=str(folder), prompt=TEXT, tokens=30, sampling=Sampling(temperature=0), dtype="bfloat16"))
+    main(
+        Options(
+            model=str(folder),
+            prompt=TEXT,
+            tokens=30,
+            sampling=Sampling(temperature=0),
+            dtype="bfloat16",
+        )
+    )
     assert capsys.readouterr().out.startswith(TEXT)
 
     tokenizer, config = TokenizerFile(folder), folder / "config.json"
-    (first,) = (int(token) for token in generate(from_pretrained(folder), [tokenizer.encode(TEXT)], 1, options.sampling))
+    (first,) = (
+        int(token)
+        for token in generate(
+            from_pretrained(folder), [tokenizer.encode(TEXT)], 1, options.sampling
+        )
+    )
     before = config.read_text()
     config.write_text(json.dumps({**json.loads(before), "eos_token_id": first}))
     try:

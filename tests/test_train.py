@@ -21,9 +21,9 @@ import minimodels.sample
 import train
 from minimodels import LM, Config, InputError, preset
 from minimodels.command import run_command
-from minimodels.config import PRESETS
-from minimodels.optim import adamw, learning_rate
-from minimodels.options import make_first
+from minimodels.presets import PRESETS
+from minimodels.training.optim import adamw, learning_rate
+from minimodels.training.options import make_first
 
 SMALL = (
     "--width 32 --heads 2 --experts 4 --context 32 --batch-size 2 --warmup 5 --eval-batches 1 --eval-every 0 --log-every 1 "
@@ -44,7 +44,10 @@ def run(*arguments, monkeypatch) -> None:
 
 def contents(folder) -> dict[str, bytes]:
     with safe_open(folder / "checkpoint.safetensors", "pt") as file:
-        return {name: file.get_tensor(name).reshape(-1).view(torch.uint8).numpy().tobytes() for name in file.keys()}  # noqa: SIM118
+        return {
+            name: file.get_tensor(name).reshape(-1).view(torch.uint8).numpy().tobytes()
+            for name in file.keys()  # noqa: SIM118
+        }
 
 
 def log(folder) -> list[dict]:
@@ -57,10 +60,21 @@ def test_main_path(model, tmp_path, monkeypatch, capsys):
     run("--model", model, "--data", "text", "--steps", 40, "--lr", 0.01, "--prompt", "abc", *SMALL, "--device", "auto",
         monkeypatch=monkeypatch)  # fmt: skip
     printed = capsys.readouterr().out
-    for word in ("ledger", "parameters", "validation", "bits per byte", "--- sample ---\nabc", f"runs/{model}"):
+    for word in (
+        "ledger",
+        "parameters",
+        "validation",
+        "bits per byte",
+        "--- sample ---\nabc",
+        f"runs/{model}",
+    ):
         assert word in printed
     folder = tmp_path / "runs" / model
-    assert sorted(file.name for file in folder.iterdir()) == ["checkpoint.safetensors", "log.jsonl", "options.json"]
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "checkpoint.safetensors",
+        "log.jsonl",
+        "options.json",
+    ]
     records = log(folder)
     assert records[39]["loss"] < 0.8 * records[0]["loss"]
     assert records[39]["tokens"] == 40 * 64
@@ -75,8 +89,14 @@ def test_main_path(model, tmp_path, monkeypatch, capsys):
 
     texts = []
     for seed in (1, 1, 2):
-        monkeypatch.setattr(sys, "argv", ["sample", str(folder), "--prompt", "abc", "--tokens", "30", "--seed", str(seed)])
-        run_command(minimodels.sample.main, lambda: minimodels.sample.tyro.cli(minimodels.sample.Options))
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            ["sample", str(folder), "--prompt", "abc", "--tokens", "30", "--seed", str(seed)],
+        )
+        run_command(
+            minimodels.sample.main, lambda: minimodels.sample.tyro.cli(minimodels.sample.Options)
+        )
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
     assert texts[0].startswith("abc")
@@ -84,10 +104,23 @@ def test_main_path(model, tmp_path, monkeypatch, capsys):
 
 
 def test_samples_in_the_precision_that_is_asked_for(monkeypatch):
-    run("--layers", "mlp", "--data", "text", "--steps", 1, "--out", "run", *SMALL, monkeypatch=monkeypatch)
+    run(
+        "--layers",
+        "mlp",
+        "--data",
+        "text",
+        "--steps",
+        1,
+        "--out",
+        "run",
+        *SMALL,
+        monkeypatch=monkeypatch,
+    )
     dtypes = []
     monkeypatch.setattr(
-        minimodels.sample, "generate", lambda model, *_: dtypes.append(model.embedding.weight.dtype) or iter(())
+        minimodels.sample,
+        "generate",
+        lambda model, *_: dtypes.append(model.embedding.weight.dtype) or iter(()),
     )
     for dtype in ("auto", "float32", "bfloat16"):
         minimodels.sample.main(minimodels.sample.Options("run", dtype=dtype, device="cpu"))
@@ -101,10 +134,26 @@ def test_a_compiled_run_takes_the_same_steps(monkeypatch):
         pytest.skip(f"torch.compile does not work here, as without a C++ compiler: {error}")
     layers = "mamba moe mod(window mlp) attention"
     for name, chosen in {"plain": [], "compiled": ["--compile"]}.items():
-        run("--layers", layers, "--data", "text", "--steps", 4, "--out", name, *SMALL, *chosen, monkeypatch=monkeypatch)
+        run(
+            "--layers",
+            layers,
+            "--data",
+            "text",
+            "--steps",
+            4,
+            "--out",
+            name,
+            *SMALL,
+            *chosen,
+            monkeypatch=monkeypatch,
+        )
     plain, compiled = (
         [
-            {key: value for key, value in record.items() if key not in ("seconds", "tokens_per_second")}
+            {
+                key: value
+                for key, value in record.items()
+                if key not in ("seconds", "tokens_per_second")
+            }
             for record in log(Path(name))
         ]
         for name in ("plain", "compiled")
@@ -127,7 +176,14 @@ def test_resuming_is_exact(arguments, tmp_path, monkeypatch, capsys):
     """Stopped after 4 of 8 steps and resumed, a run ends with the same bits as one that was not stopped, and logs the same."""
     if "--data" not in arguments:
         arguments = [*arguments, "--data", "text"]
-    arguments = [*arguments, "--steps", 8, *SMALL, "--log-every", 3]  # so that the log has not told of the fourth
+    arguments = [
+        *arguments,
+        "--steps",
+        8,
+        *SMALL,
+        "--log-every",
+        3,
+    ]  # so that the log has not told of the fourth
     run(*arguments, "--out", "whole", monkeypatch=monkeypatch)
 
     rate = train.learning_rate
@@ -149,7 +205,10 @@ def test_resuming_is_exact(arguments, tmp_path, monkeypatch, capsys):
     whole, parts = contents(tmp_path / "whole"), contents(tmp_path / "its parts")
     assert whole.keys() == parts.keys()
     assert [name for name in whole if whole[name] != parts[name]] == []
-    losses = [{r["step"]: r["loss"] for r in log(tmp_path / name) if "loss" in r} for name in ("whole", "its parts")]
+    losses = [
+        {r["step"]: r["loss"] for r in log(tmp_path / name) if "loss" in r}
+        for name in ("whole", "its parts")
+    ]
     assert losses[0] == losses[1]
     assert losses[0].keys() == {3, 6, 8}
 
@@ -200,7 +259,12 @@ def test_a_task_is_learnt_and_scored(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "bounds, steps",
-    [(["--steps", "3"], 3), (["--tokens", "256"], 4), (["--flops", "2e7"], None), (["--steps", "9", "--tokens", "130"], 2)],
+    [
+        (["--steps", "3"], 3),
+        (["--tokens", "256"], 4),
+        (["--flops", "2e7"], None),
+        (["--steps", "9", "--tokens", "130"], 2),
+    ],
     ids=lambda bounds: bounds[0] if isinstance(bounds, list) else "",
 )
 def test_the_first_bound_ends_the_run(bounds, steps, tmp_path, monkeypatch):
@@ -213,29 +277,61 @@ def test_the_first_bound_ends_the_run(bounds, steps, tmp_path, monkeypatch):
 
 
 def test_minutes_end_a_run_and_shape_its_schedule(tmp_path, monkeypatch):
-    run("--layers", "mlp", "--data", "text", "--minutes", 0.03, *SMALL, "--warmup", 0, monkeypatch=monkeypatch)
+    run(
+        "--layers",
+        "mlp",
+        "--data",
+        "text",
+        "--minutes",
+        0.03,
+        *SMALL,
+        "--warmup",
+        0,
+        monkeypatch=monkeypatch,
+    )
     records = [record for record in log(tmp_path / "runs/custom") if "lr" in record]
     assert 1.5 < records[-1]["seconds"] < 5
     assert records[-1]["lr"] < 0.2 * records[0]["lr"]
 
 
 def test_validation_is_logged_and_checkpointed_on_the_way(tmp_path, monkeypatch):
-    run("--data", "text", "--steps", 4, *SMALL, "--eval-every", 2, "--sample-every", 3, monkeypatch=monkeypatch)
-    assert [record["step"] for record in log(tmp_path / "runs/transformer") if "validation_loss" in record] == [2, 4]
+    run(
+        "--data",
+        "text",
+        "--steps",
+        4,
+        *SMALL,
+        "--eval-every",
+        2,
+        "--sample-every",
+        3,
+        monkeypatch=monkeypatch,
+    )
+    assert [
+        record["step"]
+        for record in log(tmp_path / "runs/transformer")
+        if "validation_loss" in record
+    ] == [2, 4]
 
 
 def test_refuses_to_compile_without_a_compiler(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(SystemExit, match="2"):
         run("--data", "text", "--steps", 1, *SMALL, "--compile", monkeypatch=monkeypatch)
-    assert "compile: True is not accepted; accepted: False, for PyTorch finds no C++ compiler" in capsys.readouterr().err
+    assert (
+        "compile: True is not accepted; accepted: False, for PyTorch finds no C++ compiler"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_new_run_takes_a_new_name(tmp_path, monkeypatch):
     for _ in range(2):
         run("--data", "text", "--steps", 1, *SMALL, monkeypatch=monkeypatch)
-    assert sorted(folder.name for folder in (tmp_path / "runs").iterdir()) == ["transformer", "transformer-2"]
+    assert sorted(folder.name for folder in (tmp_path / "runs").iterdir()) == [
+        "transformer",
+        "transformer-2",
+    ]
 
 
 def test_runs_that_start_at_once_take_a_name_each(tmp_path):
@@ -247,7 +343,9 @@ def test_runs_that_start_at_once_take_a_name_each(tmp_path):
 def test_decay_touches_matrices_only():
     model = LM(preset("hybrid", qk_norm="head"))
     names = {parameter: name for name, parameter in model.named_parameters()}
-    decayed, kept = ({names[p] for p in group["params"]} for group in adamw(model, 1e-3, 0.1).param_groups)
+    decayed, kept = (
+        {names[p] for p in group["params"]} for group in adamw(model, 1e-3, 0.1).param_groups
+    )
     for name in names.values():
         plain = any(name.endswith(end) for end in ("norm.weight", "bias", "A_log", ".D"))
         assert (name in kept) == plain
@@ -257,12 +355,20 @@ def test_decay_touches_matrices_only():
 REFUSED = [
     (["--model", "gpt"], "model: 'gpt'", "transformer, mamba, moe, mod, hybrid"),
     (["--size", "huge"], "size: 'huge'", "tiny, small"),
-    (["--layers", "attention lstm"], "layers: 'lstm'", "attention, window, mlp, mamba, moe, mod(...)"),
+    (
+        ["--layers", "attention lstm"],
+        "layers: 'lstm'",
+        "attention, window, mlp, mamba, moe, mod(...)",
+    ),
     (["--layers", "(attention"], "layers: '(attention'", "groups and repeats"),
     (["--width", "100", "--heads", "3"], "heads: 3", "divisor of width 100"),
     (["--capacity", "0"], "capacity: 0.0", "(0, 1]"),
     (["--capacity", "1.01"], "capacity: 1.01", "(0, 1]"),
-    (["--model", "moe", "--experts", "2", "--experts-per-token", "3"], "experts_per_token: 3", "1 to experts 2"),
+    (
+        ["--model", "moe", "--experts", "2", "--experts-per-token", "3"],
+        "experts_per_token: 3",
+        "1 to experts 2",
+    ),
     (["--data", "missing"], "data: 'missing'", "stdlib, a file, a folder"),
     (["--data", "empty"], "data: '0 bytes of training text'", "context + 1"),
     (["--data", "short"], "data: ", "context + 1"),
@@ -282,9 +388,17 @@ REFUSED = [
     (["--layers", "mod(" * 51 + "mlp" + ")" * 51], "layers: 'mod(", "nested at most 50 deep"),
     (["--rope-scaling", ":"], "rope_scaling: ':'", "linear:factor=NUMBER"),
     (["--rope-scaling", "linear:factor=four"], "rope_scaling: 'linear", "linear:factor=NUMBER"),
-    (["--rope-scaling", "linear:factor=4,factor=5"], "rope_scaling: 'linear", "linear:factor=NUMBER"),
+    (
+        ["--rope-scaling", "linear:factor=4,factor=5"],
+        "rope_scaling: 'linear",
+        "linear:factor=NUMBER",
+    ),
     (["--seed", str(10**30)], "seed: 1", "below 2^63"),
-    (["--model", "moe", "--experts-per-token", "1"], "experts_per_token: 1", "2 or more, or router softmax"),
+    (
+        ["--model", "moe", "--experts-per-token", "1"],
+        "experts_per_token: 1",
+        "2 or more, or router softmax",
+    ),
     (["--data", "x" * 5000], "data: 'xxx", "files that can be read"),
     (["--minutes", "-1"], "minutes: -1.0", "above 0"),
     (["--tokens", "10"], "tokens", "enough for one step of 2048 tokens"),
@@ -296,7 +410,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("arguments, field, accepted", REFUSED, ids=[" ".join(row[0])[:60] for row in REFUSED])
+@pytest.mark.parametrize(
+    "arguments, field, accepted", REFUSED, ids=[" ".join(row[0])[:60] for row in REFUSED]
+)
 def test_bad_input_is_one_line(arguments, field, accepted, tmp_path, monkeypatch, capsys):
     """Each names the field, the value and what is accepted, exits with status 2, and leaves nothing behind."""
     (tmp_path / "empty").touch()
@@ -335,13 +451,26 @@ def test_refuses_to_resume_what_is_damaged_or_another_run(tmp_path, monkeypatch,
     run("--data", "text", "--steps", 2, "--out", "run", *SMALL, monkeypatch=monkeypatch)
     whole = (tmp_path / "run/checkpoint.safetensors").read_bytes()
     other = tmp_path / "other"
-    run("--data", "text", "--steps", 2, "--out", "other", *SMALL, "--width", 16, monkeypatch=monkeypatch)
+    run(
+        "--data",
+        "text",
+        "--steps",
+        2,
+        "--out",
+        "other",
+        *SMALL,
+        "--width",
+        16,
+        monkeypatch=monkeypatch,
+    )
     shutil.copy(other / "checkpoint.safetensors", tmp_path / "wider.safetensors")
     flipped = bytearray(whole)
     flipped[-100] ^= 1
     elsewhere = whole.replace(b'\\"step\\": 2', b'\\"step\\": 1')
     assert elsewhere != whole
-    relabelled = whole.replace(b'"dtype":"F32","shape":[256,32]', b'"dtype":"I32","shape":[256,32]', 1)
+    relabelled = whole.replace(
+        b'"dtype":"F32","shape":[256,32]', b'"dtype":"I32","shape":[256,32]', 1
+    )
     start = whole.index(b'"checksums":"') + len('"checksums":"')
     stop = whole.index(b'}"', start) + 1
     unchecked = whole[:start] + b"5".ljust(stop - start) + whole[stop:]
@@ -375,7 +504,9 @@ def test_says_that_memory_is_lacking(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
         run("--data", "text", "--width", 2**30, "--heads", 2, monkeypatch=monkeypatch)
     assert exit.value.code == 1
-    assert re.fullmatch(r"out of memory: a smaller .* \(.*tried to allocate.*\)\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        r"out of memory: a smaller .* \(.*tried to allocate.*\)\n", capsys.readouterr().err
+    )
     assert not (tmp_path / "runs").exists()
 
 
@@ -405,23 +536,45 @@ def test_what_a_killed_save_left_goes_away(tmp_path, monkeypatch):
     left.mkdir(parents=True)
     (left / ".tmp123").write_text("half")  # as safetensors names it
     train.checkpoint.save(
-        tmp_path / "run", model := LM(Config(layers="mlp", width=8, heads=1)), adamw(model, 1e-3, 0.1), {"step": 1}
+        tmp_path / "run",
+        model := LM(Config(layers="mlp", width=8, heads=1)),
+        adamw(model, 1e-3, 0.1),
+        {"step": 1},
     )
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["checkpoint.safetensors"]
     (tmp_path / "plain").touch()
-    assert (tmp_path / "run/checkpoint.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "run/checkpoint.safetensors").stat().st_mode == (
+        tmp_path / "plain"
+    ).stat().st_mode
 
 
 def test_a_file_that_cannot_be_had_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         run_command(lambda _: (tmp_path / "no/such").write_text(""), lambda: None)
     assert exit.value.code == 1
-    assert re.fullmatch(r"error: .*No such file or directory: '.*no/such'\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        r"error: .*No such file or directory: '.*no/such'\n", capsys.readouterr().err
+    )
 
 
 def test_a_validation_counts_what_was_spent(tmp_path, monkeypatch):
-    run("--data", "text", "--out", "run", *SMALL, "--steps", 4, "--eval-every", 3, "--log-every", 4, monkeypatch=monkeypatch)
-    assert [(row["step"], row["tokens"]) for row in log(tmp_path / "run") if "validation_loss" in row] == [(3, 192), (4, 256)]
+    run(
+        "--data",
+        "text",
+        "--out",
+        "run",
+        *SMALL,
+        "--steps",
+        4,
+        "--eval-every",
+        3,
+        "--log-every",
+        4,
+        monkeypatch=monkeypatch,
+    )
+    assert [
+        (row["step"], row["tokens"]) for row in log(tmp_path / "run") if "validation_loss" in row
+    ] == [(3, 192), (4, 256)]
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
@@ -436,7 +589,10 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert exit.value.code == 2
-    assert "error: out: 'run' is not accepted; accepted: a folder with room for a checkpoint" in capsys.readouterr().err
+    assert (
+        "error: out: 'run' is not accepted; accepted: a folder with room for a checkpoint"
+        in capsys.readouterr().err
+    )
     assert (tmp_path / "run/checkpoint.safetensors").read_bytes() == before
 
 
@@ -444,12 +600,16 @@ def test_refuses_moments_of_another_shape(tmp_path):
     torch.manual_seed(0)
     model = LM(Config(vocab=7, width=8, heads=2, layers="mlp"))
     optimizer = adamw(model, 1e-3, 0.1)
-    model.loss(torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3, dtype=torch.int64))[0].backward()
+    model.loss(torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3, dtype=torch.int64))[
+        0
+    ].backward()
     optimizer.step()
     moments = optimizer.state[model.embedding.weight]
     moments["exp_avg"] = moments["exp_avg"].t()
     train.checkpoint.save(tmp_path, model, optimizer, {"step": 1})
-    with pytest.raises(InputError, match=r"embedding.weight.exp_avg \[8, 7\] float32.* \[7, 8\] float32"):
+    with pytest.raises(
+        InputError, match=r"embedding.weight.exp_avg \[8, 7\] float32.* \[7, 8\] float32"
+    ):
         train.checkpoint.load(tmp_path, model, optimizer)
 
 
@@ -458,7 +618,9 @@ def test_refuses_to_go_on_with_other_data(tmp_path, monkeypatch, capsys):
     for name in "ab":
         (tmp_path / "texts" / name).write_bytes(b"some text " * 50)
     run("--data", "texts", "--steps", 2, "--out", "texts/run", *SMALL, monkeypatch=monkeypatch)
-    run("--resume", "texts/run", "--steps", 4, monkeypatch=monkeypatch)  # what the run has left there is no text
+    run(
+        "--resume", "texts/run", "--steps", 4, monkeypatch=monkeypatch
+    )  # what the run has left there is no text
     (tmp_path / "texts" / "c").write_bytes(b"more")
     with pytest.raises(SystemExit):
         run("--resume", "texts/run", "--steps", 6, monkeypatch=monkeypatch)
@@ -469,12 +631,23 @@ def test_refuses_to_go_on_with_other_data(tmp_path, monkeypatch, capsys):
 def test_a_log_that_ran_ahead_of_its_checkpoint_is_cut_back(tmp_path, monkeypatch):
     run("--data", "text", "--steps", 4, "--out", "run", *SMALL, monkeypatch=monkeypatch)
     with (tmp_path / "run/log.jsonl").open("a") as file:
-        file.write('{"step": 5, "loss": 1.0}\n{}\nnothing}\n{"step": null}\n{"step": 6, "lo')  # and a killed run leaves a part
+        file.write(
+            '{"step": 5, "loss": 1.0}\n{}\nnothing}\n{"step": null}\n{"step": 6, "lo'
+        )  # and a killed run leaves a part
     run("--resume", "run", "--steps", 6, monkeypatch=monkeypatch)
-    assert [record["step"] for record in log(tmp_path / "run") if "loss" in record] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in log(tmp_path / "run") if "loss" in record] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
 
 
-@pytest.mark.parametrize("change", [{"batch_size": 2.5}, {"data": 5}, {"steps": 1.5}, {"compile": 1}, {"model": None}])
+@pytest.mark.parametrize(
+    "change", [{"batch_size": 2.5}, {"data": 5}, {"steps": 1.5}, {"compile": 1}, {"model": None}]
+)
 def test_refuses_options_of_another_kind(change, tmp_path, monkeypatch, capsys):
     run("--data", "text", "--steps", 1, "--out", "run", *SMALL, monkeypatch=monkeypatch)
     options = json.loads((tmp_path / "run/options.json").read_text())
@@ -487,7 +660,20 @@ def test_refuses_options_of_another_kind(change, tmp_path, monkeypatch, capsys):
 
 def test_refuses_weights_that_are_not_finite(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="weights are not finite at step 1; .* nothing was saved"):
-        run("--data", "text", "--steps", 1, "--lr", 1e38, "--warmup", 0, "--out", "run", *SMALL, monkeypatch=monkeypatch)
+        run(
+            "--data",
+            "text",
+            "--steps",
+            1,
+            "--lr",
+            1e38,
+            "--warmup",
+            0,
+            "--out",
+            "run",
+            *SMALL,
+            monkeypatch=monkeypatch,
+        )
     assert not (tmp_path / "run/checkpoint.safetensors").exists()
 
 
@@ -495,7 +681,9 @@ def test_refuses_a_prompt_outside_the_vocabulary(tmp_path, monkeypatch, capsys):
     run("--data", "induction", "--steps", 1, "--out", "run", *SMALL, monkeypatch=monkeypatch)
     monkeypatch.setattr(sys, "argv", ["sample", "run", "--prompt", "a"])
     with pytest.raises(SystemExit) as exit:
-        run_command(minimodels.sample.main, lambda: minimodels.sample.tyro.cli(minimodels.sample.Options))
+        run_command(
+            minimodels.sample.main, lambda: minimodels.sample.tyro.cli(minimodels.sample.Options)
+        )
     assert exit.value.code == 2
     assert "prompt: [97] is not accepted; accepted: token ids 0 to 15" in capsys.readouterr().err
 
@@ -523,7 +711,12 @@ def test_a_run_takes_the_steps_that_it_says(clip, tmp_path, monkeypatch):
         optimizer.step()
         optimizer.zero_grad()
         model.after_step()
-        expected = {"loss": sum(said) / 2, "grad_norm": norm.item(), "lr": lr, "tokens": (step + 1) * 2 * 64}
+        expected = {
+            "loss": sum(said) / 2,
+            "grad_norm": norm.item(),
+            "lr": lr,
+            "tokens": (step + 1) * 2 * 64,
+        }
         assert {name: record[name] for name in expected} == pytest.approx(expected)
     (tmp_path / "ours").mkdir()
     train.checkpoint.save(tmp_path / "ours", model, optimizer, {"step": 3})
@@ -534,7 +727,9 @@ def test_a_run_takes_the_steps_that_it_says(clip, tmp_path, monkeypatch):
 def test_validation_scores_every_held_out_batch_as_in_use(name):
     data = train.open_data(name, 32)
     torch.manual_seed(0)
-    config = Config(layers="mod(mlp)", width=16, vocab=data.vocab, tie_embeddings=False)  # a tied head repeats its token
+    config = Config(
+        layers="mod(mlp)", width=16, vocab=data.vocab, tie_embeddings=False
+    )  # a tied head repeats its token
     options = train.Options(config, batch_size=4, eval_batches=8)
     model = LM(options.config)
     scores = train.evaluate(model, data, options, torch.autocast("cpu", enabled=False))
@@ -542,7 +737,9 @@ def test_validation_scores_every_held_out_batch_as_in_use(name):
     assert model.training
     nats, accuracy = scored(model, data.validation(4, 8))
     expected = {"validation_loss": nats, "accuracy": accuracy}
-    assert scores == pytest.approx(expected | ({"bits_per_byte": nats / math.log(2)} if name == "text" else {}))
+    assert scores == pytest.approx(
+        expected | ({"bits_per_byte": nats / math.log(2)} if name == "text" else {})
+    )
 
 
 def test_a_resumed_run_counts_the_seconds_before(tmp_path, monkeypatch):
@@ -554,7 +751,18 @@ def test_a_resumed_run_counts_the_seconds_before(tmp_path, monkeypatch):
 
 
 def test_the_type_asked_for_is_computed_in(monkeypatch, capsys):
-    run("--layers", "mlp", "--data", "text", "--steps", 1, "--dtype", "bfloat16", *SMALL, monkeypatch=monkeypatch)
+    run(
+        "--layers",
+        "mlp",
+        "--data",
+        "text",
+        "--steps",
+        1,
+        "--dtype",
+        "bfloat16",
+        *SMALL,
+        monkeypatch=monkeypatch,
+    )
     assert "cpu, bfloat16 autocast" in capsys.readouterr().out
 
 
@@ -571,7 +779,12 @@ def test_a_size_brings_its_shape_and_its_training(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--model", "mamba", "--size", "small"])
     options = train.parse("")
     assert options.config == preset("mamba", "small")
-    assert (options.context, options.batch_size, options.lr, options.warmup) == (1024, 32, 6e-4, 500)
+    assert (options.context, options.batch_size, options.lr, options.warmup) == (
+        1024,
+        32,
+        6e-4,
+        500,
+    )
     assert train.label(options) == "mamba"
     assert train.count_steps(options, 64, 1.0) == 20_000
     assert train.count_steps(replace(options, size="tiny"), 64, 1.0) == 600
@@ -583,7 +796,14 @@ def test_what_may_change_on_resuming_is_taken(tmp_path, monkeypatch, capsys):
     changes = "--steps 2 --impl reference --dtype float32 --eval-every 1 --sample-every 1 --prompt b --log-every 2".split()
     run("--resume", "run", *changes, "--eval-batches", 2, monkeypatch=monkeypatch)
     assert "rmsnorm: reference" in capsys.readouterr().out
-    for change in ("--batch-size 3", "--accumulate 2", "--schedule wsd", "--warmup 9", "--weight-decay 1", "--clip 3"):
+    for change in (
+        "--batch-size 3",
+        "--accumulate 2",
+        "--schedule wsd",
+        "--warmup 9",
+        "--weight-decay 1",
+        "--clip 3",
+    ):
         with pytest.raises(SystemExit):
             run("--resume", "run", *change.split(), monkeypatch=monkeypatch)
         assert f"error: {change.split()[0][2:].replace('-', '_')}: " in capsys.readouterr().err
@@ -601,7 +821,11 @@ def test_a_checkpoint_is_of_one_configuration(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="differing: window 4 for 5"):
         train.checkpoint.load(tmp_path, LM(replace(model.config, window=5)))
     with monkeypatch.context() as patch:
-        patch.setattr(train.checkpoint, "asdict", lambda config: {k: v for k, v in vars(config).items() if k != "balance"})
+        patch.setattr(
+            train.checkpoint,
+            "asdict",
+            lambda config: {k: v for k, v in vars(config).items() if k != "balance"},
+        )
         train.checkpoint.save(tmp_path, model, adamw(model, 1e-3, 0.1), {"step": 1})
     train.checkpoint.load(tmp_path, model)
 
@@ -614,14 +838,35 @@ def test_a_validation_on_the_way_is_checkpointed_and_no_part_of_the_speed(tmp_pa
         return result
 
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    monkeypatch.setattr(train, "learning_rate", lambda *given: tick(1, rate(*given)))  # a step takes a second
-    monkeypatch.setattr(train, "evaluate", lambda *_: tick(100, {"validation_loss": 1.0, "accuracy": 0.5}))
-    monkeypatch.setattr(train.checkpoint, "save", lambda *given: saved.append(given[-1]["step"]) or save(*given))
-    arguments = ["--layers", "mlp", "--data", "text", "--steps", 8, *SMALL, "--eval-every", 4, "--log-every", 4]
+    monkeypatch.setattr(
+        train, "learning_rate", lambda *given: tick(1, rate(*given))
+    )  # a step takes a second
+    monkeypatch.setattr(
+        train, "evaluate", lambda *_: tick(100, {"validation_loss": 1.0, "accuracy": 0.5})
+    )
+    monkeypatch.setattr(
+        train.checkpoint, "save", lambda *given: saved.append(given[-1]["step"]) or save(*given)
+    )
+    arguments = [
+        "--layers",
+        "mlp",
+        "--data",
+        "text",
+        "--steps",
+        8,
+        *SMALL,
+        "--eval-every",
+        4,
+        "--log-every",
+        4,
+    ]
     run(*arguments, "--out", "run", monkeypatch=monkeypatch)
     assert saved == [4, 8]
     records = [record for record in log(tmp_path / "run") if "loss" in record]
-    assert [(record["seconds"], record["tokens_per_second"]) for record in records] == [(4, 64), (108, 64)]
+    assert [(record["seconds"], record["tokens_per_second"]) for record in records] == [
+        (4, 64),
+        (108, 64),
+    ]
 
 
 def test_damage_anywhere_is_seen(tmp_path):

@@ -14,8 +14,10 @@ from models import SHAPE, make, same
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minimodels import LM, Config
-from minimodels.layers import RMSNorm, rotary, rotate, slow
-from minimodels.transformer import Attention, attention, mlp_width
+from minimodels.architectures.transformer import Attention, mlp_width
+from minimodels.layers import RMSNorm
+from minimodels.ops.attention import attention
+from minimodels.ops.rotary import rotary, rotate, slow
 
 T, D = 24, SHAPE["width"]
 
@@ -36,14 +38,19 @@ def test_rotation_depends_on_distance_alone_and_keeps_length():
     same(rotate(q[None], *rotary(torch.tensor([11]), 8, 10_000.0)).norm(), q.norm(), 1e-6)
 
 
-@pytest.mark.parametrize("positions", [torch.arange(9), torch.arange(18).view(3, 6).T, torch.arange(6).expand(3, 1, 6)])
+@pytest.mark.parametrize(
+    "positions", [torch.arange(9), torch.arange(18).view(3, 6).T, torch.arange(6).expand(3, 1, 6)]
+)
 def test_rotary_angles_are_an_operation_that_a_compiler_may_trust(positions):
     torch.library.opcheck(rotary, (positions, 8, 1e4, "linear:factor=2"))
 
 
 def test_layers_that_turn_alike_share_their_angles(monkeypatch):
     calls = []
-    monkeypatch.setattr("minimodels.transformer.rotary", lambda *args: calls.append(args[0]) or rotary(*args))
+    monkeypatch.setattr(
+        "minimodels.architectures.transformer.rotary",
+        lambda *args: calls.append(args[0]) or rotary(*args),
+    )
     stack = make({"layers": "attention window mod(attention window)", "capacity": 0.5})
     stack.train()(torch.randn(2, 9, SHAPE["width"], dtype=torch.float64))
     everyone, routed = calls  # the group in mixture-of-depths has positions of its own
@@ -57,7 +64,9 @@ def test_rmsnorm_is_its_equation():
     same(norm(x), norm.weight * x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt(), 1e-5)
     half = x.bfloat16()
     assert norm(half).dtype == torch.bfloat16  # as under autocast
-    assert torch.allclose(norm.bfloat16()(half).float(), norm.float()(half.float()), rtol=2**-7)  # the mean is not in bfloat16
+    assert torch.allclose(
+        norm.bfloat16()(half).float(), norm.float()(half.float()), rtol=2**-7
+    )  # the mean is not in bfloat16
 
 
 def test_grouped_queries_equal_repeated_keys():
@@ -67,22 +76,32 @@ def test_grouped_queries_equal_repeated_keys():
     for name in ("q", "out"):
         getattr(many, name).weight.data = getattr(few, name).weight.data
     for name in ("k", "v"):  # (G d, D) -> (H d, D)
-        getattr(many, name).weight.data = getattr(few, name).weight.data.view(2, 4, D).repeat_interleave(2, 0).flatten(0, 1)
+        getattr(many, name).weight.data = (
+            getattr(few, name).weight.data.view(2, 4, D).repeat_interleave(2, 0).flatten(0, 1)
+        )
     full[0].norm.weight.data = grouped[0].norm.weight.data
     same(full(text())[0], grouped(text())[0])
 
 
 def test_window_is_full_attention_while_it_holds_the_text():
     for window in (T, 2 * T):
-        same(make({"layers": "window", "window": window})(text())[0], make({"layers": "attention"})(text())[0])
-    assert not torch.allclose(make({"layers": "window"})(text())[0], make({"layers": "attention"})(text())[0])
+        same(
+            make({"layers": "window", "window": window})(text())[0],
+            make({"layers": "attention"})(text())[0],
+        )
+    assert not torch.allclose(
+        make({"layers": "window"})(text())[0], make({"layers": "attention"})(text())[0]
+    )
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 11, 12, 23])
 def test_window_sees_itself_and_what_came_just_before(window):
     """L window layers see 1 + L(w - 1) tokens and no more, whichever path computes them."""
     for impl in ("reference", "torch"):
-        stack, x = make({"layers": "window window", "window": window, "impl": impl}), text().requires_grad_()
+        stack, x = (
+            make({"layers": "window window", "window": window, "impl": impl}),
+            text().requires_grad_(),
+        )
         stack(x)[0][:, -1].sum().backward()
         reached = x.grad.abs().sum((0, 2)) > 0
         assert reached.sum() == min(T, 1 + 2 * (window - 1))
@@ -100,7 +119,7 @@ def test_window_state_stays_bounded():
 @pytest.mark.parametrize("layer", ["attention", "window"])
 def test_generation_does_not_copy_what_is_remembered(layer, monkeypatch):
     """A token more goes into free memory behind the others, of which there is a bounded amount."""
-    monkeypatch.setattr("minimodels.cache.SPARE", 8)
+    monkeypatch.setattr("minimodels.ops.cache.SPARE", 8)
     stack, places = make({"layers": layer}), []
     with torch.inference_mode():
         _, state = stack(text())
@@ -110,13 +129,15 @@ def test_generation_does_not_copy_what_is_remembered(layer, monkeypatch):
             places.append(keys.data_ptr() - keys.storage_offset() * keys.element_size())
             assert keys.untyped_storage().nbytes() <= (keys.shape[2] + 9) * keys[:, :, :1].nbytes
     assert keys.shape[2] == (T + 36 if layer == "attention" else 4)
-    assert sum(place != after for place, after in itertools.pairwise(places)) == 3  # after 9 tokens each
+    assert (
+        sum(place != after for place, after in itertools.pairwise(places)) == 3
+    )  # after 9 tokens each
 
 
 @pytest.mark.parametrize(("window", "most"), [(None, 34 + 9), (5, 4 + 9)])
 def test_slots_without_a_token_are_given_up(window, most, monkeypatch):
     """Where each row has a token but every third time, a room is made for those that there are."""
-    monkeypatch.setattr("minimodels.cache.SPARE", 8)
+    monkeypatch.setattr("minimodels.ops.cache.SPARE", 8)
     layer, state = Attention(Config(**SHAPE), window), None
     with torch.inference_mode():
         for t in range(100):
@@ -159,7 +180,9 @@ def test_a_state_survives_an_error():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda state: pickle.loads(ForkingPickler.dumps(state))])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda state: pickle.loads(ForkingPickler.dumps(state))]
+)
 def test_a_copy_of_a_state_shares_no_free_memory(copied):
     """Nor one that another process is sent, where the tensors are shared."""
     stack, state = generated()
@@ -253,7 +276,9 @@ def test_no_mask_leaves_the_fused_attention(window, asked, placed):
     given = (positions[:, -asked:], positions) if placed else (None, None)
     with Operations() as seen:
         attention(q[:, :, -asked:], k, v, *given, window, "torch")
-    assert any("scaled_dot_product_flash" in name for name in seen.names)  # else whole rows of scores are held
+    assert any(
+        "scaled_dot_product_flash" in name for name in seen.names
+    )  # else whole rows of scores are held
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -264,7 +289,10 @@ def test_low_precision_is_within_twice_the_plain_error(window):
     at = torch.arange(T).expand(2, T)
     exact = attention(q, k, v, at, at, window, "reference")
     low = [part.bfloat16() for part in (q, k, v)]
-    error = {impl: (attention(*low, at, at, window, impl) - exact).abs().max() for impl in ("reference", "torch")}
+    error = {
+        impl: (attention(*low, at, at, window, impl) - exact).abs().max()
+        for impl in ("reference", "torch")
+    }
     assert error["torch"] <= 2 * error["reference"]
 
 
@@ -273,7 +301,9 @@ def test_state_of_attention_counts_what_it_has_seen():
     _, state = layer(torch.randn(2, 3, D))
     _, state = layer(torch.randn(2, 1, D), state)
     assert (state.seen, state.positions) == (4, None)
-    _, state = layer(torch.randn(2, 2, D), state, torch.tensor([[4, 6], [5, -1]]))  # from here on with gaps
+    _, state = layer(
+        torch.randn(2, 2, D), state, torch.tensor([[4, 6], [5, -1]])
+    )  # from here on with gaps
     assert state.seen.tolist() == [7, 6]
     assert state.positions.tolist() == [[0, 1, 2, 3, 4, 6], [-1, 0, 1, 2, 3, 5]]
 
@@ -308,7 +338,11 @@ def test_llama3_frequencies_are_kept_lowered_or_between():
     """They turn 64, 1.6 and 0.64 times in the context."""
     between = (400 * 0.025 / (2 * math.pi) - 1) / 3
     expected = torch.tensor([1.0, 0.025 * (between + (1 - between) / 8), 0.01 / 8])
-    same(slow(torch.tensor([1.0, 0.025, 0.01]), "llama3:factor=8,low=1,high=4,context=400"), expected, 1e-6)
+    same(
+        slow(torch.tensor([1.0, 0.025, 0.01]), "llama3:factor=8,low=1,high=4,context=400"),
+        expected,
+        1e-6,
+    )
 
 
 @torch.no_grad()

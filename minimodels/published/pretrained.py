@@ -28,17 +28,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .checkpoint import load_model, write_json
-from .command import run_command
-from .config import InputError, parse_layers
-from .config_json import family_of, read_config, read_json, write_config
-from .families import FAMILIES, Family
-from .lm import LM
+from minimodels.command import run_command
+from minimodels.config import parse_layers
+from minimodels.errors import InputError
+from minimodels.files import write_json
+from minimodels.lm import LM
+from minimodels.published.config_json import family_of, read_config, read_json, write_config
+from minimodels.published.families import FAMILIES, Family
+from minimodels.training.checkpoint import load_model
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+BESIDE = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+)
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")  # tensors in older files that follow from config.json
+DERIVED = re.compile(
+    r"\.rotary_emb\.inv_freq$"
+)  # tensors in older files that follow from config.json
 
 
 def from_pretrained(
@@ -74,7 +83,9 @@ def from_pretrained(
             buffer.zero_()
         for name, tensor in published_tensors(model, family).items():
             tensor.copy_(files[name].read())
-    model.published = Published(folder, {name: value for name, value in entries.items() if name not in ignore})
+    model.published = Published(
+        folder, {name: value for name, value in entries.items() if name not in ignore}
+    )
     return model.eval()
 
 
@@ -147,12 +158,17 @@ def published_tensors(model: LM, family: Family) -> dict[str, Tensor]:
             found[f"{family.whole[part]}.{leaf}"] = tensor.detach()
             continue
         _, index, name = name.split(".", 2)
-        block, parts = family.block.format(int(index) // per_block), family.parts[layers[int(index)]]
+        block, parts = (
+            family.block.format(int(index) // per_block),
+            family.parts[layers[int(index)]],
+        )
         name = name.removeprefix("layer.")  # of Residual, whose norm stands beside it
         part, _, leaf = name.rpartition(".")
         published = block + (parts[name] if name in parts else f"{parts[part]}.{leaf}")
         if "*" in published:
-            found |= {published.replace("*", str(e)): expert for e, expert in enumerate(tensor.detach())}
+            found |= {
+                published.replace("*", str(e)): expert for e, expert in enumerate(tensor.detach())
+            }
         else:
             found[published] = tensor.detach()
     return found
@@ -163,19 +179,27 @@ def open_tensors(folder: Path, family: Family, opened: ExitStack) -> dict[str, S
     names = [WEIGHTS]
     if not (folder / WEIGHTS).exists():
         if not (folder / INDEX).exists():
-            raise InputError("folder", str(folder), f"one with {WEIGHTS} or {INDEX}; pickled weights are not read")
+            raise InputError(
+                "folder",
+                str(folder),
+                f"one with {WEIGHTS} or {INDEX}; pickled weights are not read",
+            )
         shards = read_json(folder / INDEX).get("weight_map")
         if not isinstance(shards, dict) or not all(
             isinstance(name, str) and Path(name).name == name for name in shards.values()
         ):
-            raise InputError(INDEX, str(folder / INDEX), "a weight_map from names to files of the same folder")
+            raise InputError(
+                INDEX, str(folder / INDEX), "a weight_map from names to files of the same folder"
+            )
         names = sorted(set(shards.values()))
     found: dict[str, Stored] = {}
     for name in names:
         try:
             file = opened.enter_context(safe_open(folder / name, "pt"))
         except (SafetensorError, OSError) as error:
-            raise InputError("weights", str(folder / name), f"a whole safetensors file ({error})") from None
+            raise InputError(
+                "weights", str(folder / name), f"a whole safetensors file ({error})"
+            ) from None
         found |= {family.aliases.get(key, key): Stored(file, key) for key in file.keys()}  # noqa: SIM118
     return found
 
@@ -186,7 +210,9 @@ def check_tensors(files: dict[str, Stored], model: LM, family: Family, folder: P
     head, embedding = (family.whole[part] + ".weight" for part in ("head", "embedding"))
     if head not in wanted and head in files and embedding in files:  # tied, and stored all the same
         if not torch.equal(files[head].read(), files[embedding].read()):
-            raise InputError("config.json tie_word_embeddings", True, f"false, for {head} is not {embedding}")
+            raise InputError(
+                "config.json tie_word_embeddings", True, f"false, for {head} is not {embedding}"
+            )
         del files[head]
     wrong = [f"{name}: missing" for name in wanted.keys() - files.keys()]
     for name, stored in files.items():
@@ -197,23 +223,36 @@ def check_tensors(files: dict[str, Stored], model: LM, family: Family, folder: P
         elif stored.dtype not in DTYPES:
             wrong.append(f"{name}: {stored.dtype} for one of {', '.join(DTYPES)}")
     if wrong:
-        raise InputError("weights", str(folder), "the tensors that config.json describes; wrong: " + ", ".join(sorted(wrong)))
+        raise InputError(
+            "weights",
+            str(folder),
+            "the tensors that config.json describes; wrong: " + ", ".join(sorted(wrong)),
+        )
 
 
 def write_tensors(tensors: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
     """Write one file, or as many as it takes and their index."""
     shards: list[dict[str, Tensor]] = [{}]
     for name, tensor in tensors.items():
-        if shards[-1] and sum(other.nbytes for other in shards[-1].values()) + tensor.nbytes > shard_bytes:
+        if (
+            shards[-1]
+            and sum(other.nbytes for other in shards[-1].values()) + tensor.nbytes > shard_bytes
+        ):
             shards.append({})
         shards[-1][name] = tensor
     if len(shards) == 1:
         names = [WEIGHTS]
     else:
         names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        weight_map = {
+            tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard
+        }
         write_json(
-            folder / INDEX, {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+            folder / INDEX,
+            {
+                "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+                "weight_map": weight_map,
+            },
         )
     for name, shard in zip(names, shards, strict=True):
         save_file(shard, folder / name, {"format": "pt"})
@@ -225,16 +264,26 @@ def locate(path_or_id: str | Path, revision: str | None = None) -> Path:
     if name and Path(name).is_dir():
         return Path(name)
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise InputError("path_or_id", name, "a folder with config.json and safetensors, or an id of the hub")
+        raise InputError(
+            "path_or_id", name, "a folder with config.json and safetensors, or an id of the hub"
+        )
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise InputError("path_or_id", name, 'a folder; for an id of the hub, pip install "minimodels[hub]"') from None
+        raise InputError(
+            "path_or_id", name, 'a folder; for an id of the hub, pip install "minimodels[hub]"'
+        ) from None
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG, "*.safetensors", INDEX, *BESIDE]))
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=[CONFIG, "*.safetensors", INDEX, *BESIDE]
+            )
+        )
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError("path_or_id", name, f"a folder, or an id that the hub has ({reason})") from None
+        raise InputError(
+            "path_or_id", name, f"a folder, or an id that the hub has ({reason})"
+        ) from None
 
 
 @dataclass(frozen=True)

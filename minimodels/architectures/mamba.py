@@ -29,9 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import Config
-from .layers import RMSNorm, choose, full_precision
-from .scan import scan
+from minimodels.config import Config
+from minimodels.layers import RMSNorm, choose, full_precision
+from minimodels.ops.convolution import causal_conv1d
+from minimodels.ops.scan import scan
 
 
 class MambaState(NamedTuple):
@@ -57,13 +58,17 @@ class Mamba(nn.Module):
         self.conv1d = nn.Conv1d(D, D, config.conv_width, groups=D, bias=config.conv_bias)
         self.x_proj = nn.Linear(D, R + 2 * N, bias=False)
         self.dt_proj = nn.Linear(R, D)
-        self.A_log = nn.Parameter(torch.arange(1, N + 1).float().log().repeat(D, 1))  # S4D-real: A_n = -(n + 1)
+        self.A_log = nn.Parameter(
+            torch.arange(1, N + 1).float().log().repeat(D, 1)
+        )  # S4D-real: A_n = -(n + 1)
         self.D = nn.Parameter(torch.ones(D))
         self.out_proj = nn.Linear(D, config.width, bias=config.mamba_bias)
         self.dt_norm = self.B_norm = self.C_norm = nn.Identity()
         if config.mamba_norm != "none":
             eps, learned = config.mamba_norm_eps or config.norm_eps, config.mamba_norm == "learned"
-            self.dt_norm, self.B_norm, self.C_norm = (RMSNorm(width, eps, learned) for width in (R, N, N))
+            self.dt_norm, self.B_norm, self.C_norm = (
+                RMSNorm(width, eps, learned) for width in (R, N, N)
+            )
         self.reset_parameters(config.depth)
 
     @torch.no_grad()
@@ -75,19 +80,42 @@ class Mamba(nn.Module):
         self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
         self.out_proj.weight.div_(math.sqrt(depth))
 
-    def forward(self, u: Tensor, state: MambaState | None = None, positions: Tensor | None = None, memo=None):
+    def forward(
+        self, u: Tensor, state: MambaState | None = None, positions: Tensor | None = None, memo=None
+    ):
         x, z = self.in_proj(u).chunk(2, dim=-1)  # (B, T, D) each
-        lengths = None if positions is None else (positions >= 0).sum(1)  # tokens before the padding
+        lengths = (
+            None if positions is None else (positions >= 0).sum(1)
+        )  # tokens before the padding
         before = None if state is None else state.window
         taps = self.conv1d.weight.squeeze(1)  # (D, W)
-        x, window = causal_conv1d(x, taps, self.conv1d.bias, before, lengths, activation=True, impl=self.impl)
-        dt, B, C = self.x_proj(x).split((self.R, self.N, self.N), dim=-1)  # (B, T, R), (B, T, N) twice
+        x, window = causal_conv1d(
+            x, taps, self.conv1d.bias, before, lengths, activation=True, impl=self.impl
+        )
+        dt, B, C = self.x_proj(x).split(
+            (self.R, self.N, self.N), dim=-1
+        )  # (B, T, R), (B, T, N) twice
         dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
-        delta = F.linear(dt, self.dt_proj.weight)  # (B, T, D); the bias is added once, inside the scan
+        delta = F.linear(
+            dt, self.dt_proj.weight
+        )  # (B, T, D); the bias is added once, inside the scan
         if positions is not None:
-            delta = delta.masked_fill((positions < 0).unsqueeze(-1), float("-inf"))  # Δ = 0 freezes the state
+            delta = delta.masked_fill(
+                (positions < 0).unsqueeze(-1), float("-inf")
+            )  # Δ = 0 freezes the state
         A = -torch.exp(self.A_log)
-        y, h = selective_scan(x, delta, A, B, C, self.D, z, self.dt_proj.bias, None if state is None else state.h, self.impl)
+        y, h = selective_scan(
+            x,
+            delta,
+            A,
+            B,
+            C,
+            self.D,
+            z,
+            self.dt_proj.bias,
+            None if state is None else state.h,
+            self.impl,
+        )
         return self.out_proj(y), MambaState(window, h)
 
     def flops(self, context: int) -> float:
@@ -105,91 +133,6 @@ class Mamba(nn.Module):
 def dt_rank(config: Config) -> int:
     """R, the rank of the step size's projection."""
     return config.dt_rank or math.ceil(config.width / 16)
-
-
-def causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    window: Tensor | None,
-    lengths: Tensor | None = None,
-    activation: bool = False,
-    impl: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """y_t = bias + Σ_w weight_w ⊙ x_{t-W+1+w}, then SiLU if there is an `activation`: each channel convolved with its own W
-    taps, looking only back.
-
-    x (B, T, D); weight (D, W); bias (D,), None for zero; window (B, W-1, D), the inputs before x, None for zeros; lengths
-    (B,), how many tokens of x come before the padding, None for all. Returns y (B, T, D) and the window after x.
-    Raises ValueError on shapes that disagree.
-    """
-    check_convolution(x, weight, bias, window, lengths)
-    (batch, T, D), W = x.shape, weight.shape[1]
-    path = choose(impl, "causal_conv1d", x.device)
-    if path == "triton":
-        from .kernels.causal_conv1d import causal_conv1d as kernel
-
-        return kernel(x, weight, bias, window, lengths, activation)
-    if window is None:
-        window = x.new_zeros(batch, W - 1, D)
-    padded = torch.cat((window, x), dim=1)  # (B, W-1+T, D)
-    if path == "reference":
-        y = sum(weight[:, w] * padded[:, w : w + T] for w in range(W))
-        y = y if bias is None else y + bias
-    elif T == 1:  # one product, which costs less than to set a convolution up
-        y = (weight.mT * padded).sum(1, keepdim=True)
-        y = y if bias is None else y + bias
-    else:
-        y = Convolution.apply(padded, weight, bias)
-    y = F.silu(y) if activation else y
-    if lengths is None:
-        return y, padded[:, T:].clone()
-    last = lengths[:, None, None] + torch.arange(W - 1, device=x.device)[:, None]  # (B, W-1, 1)
-    return y, padded.gather(1, last.expand(-1, -1, D))
-
-
-def check_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None, lengths: Tensor | None) -> None:
-    """Raise ValueError unless the arguments have the shapes that causal_conv1d names, here and in its kernel."""
-    fits = x.ndim == 3 and x.shape[1] > 0 and weight.ndim == 2 and weight.shape[0] == x.shape[2]
-    if fits:
-        (batch, _, D), W = x.shape, weight.shape[1]
-        wanted = ((bias, (D,)), (window, (batch, W - 1, D)), (lengths, (batch,)))
-        fits = all(part is None or part.shape == shape for part, shape in wanted)
-    if not fits:
-        parts = {"x": x, "weight": weight, "bias": bias, "window": window, "lengths": lengths}
-        shapes = ", ".join(f"{name} {tuple(part.shape)}" for name, part in parts.items() if part is not None)
-        raise ValueError(f"causal_conv1d: {shapes} do not fit")
-
-
-class Convolution(torch.autograd.Function):
-    """What causal_conv1d computes of tokens with their window before them: padded (B, W-1+T, D) -> (B, T, D).
-
-    PyTorch's own derivative is slow where the batch is small: of one text of 4,096 tokens it took four times as long.
-    """
-
-    @staticmethod
-    def forward(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return convolve(padded, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        padded, weight, bias = inputs
-        ctx.biased = bias is not None
-        ctx.save_for_backward(padded, weight)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        padded, weight = ctx.saved_tensors
-        W, T = weight.shape[1], dy.shape[1]
-        around = F.pad(dy, (0, 0, W - 1, W - 1))  # (B, T+2(W-1), D)
-        dpadded = convolve(around, weight.flip(1).to(dy.dtype), None)  # each input meets the outputs that it had a part in
-        dweight = torch.stack([(dy * padded[:, w : w + T]).sum((0, 1)) for w in range(W)], dim=1)
-        return dpadded, dweight, dy.sum((0, 1)) if ctx.biased else None
-
-
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """As an image of height one, for which PyTorch has a fast path with the channels innermost: (B, L, D) -> (B, L-W+1, D)."""
-    return F.conv2d(x.mT.unsqueeze(2), weight[:, None, None], bias, groups=weight.shape[0]).squeeze(2).mT
 
 
 def selective_scan(
@@ -218,11 +161,13 @@ def selective_scan(
     (batch, T, D), N = x.shape, A.shape[1]
     path = choose(impl, "selective_scan", x.device)
     if path == "triton":
-        from .kernels.selective_scan import selective_scan as kernel
+        from minimodels.kernels.selective_scan import selective_scan as kernel
 
         return kernel(x, delta, A, B, C, skip, z, delta_bias, state)
     dtype = x.dtype
-    with torch.autocast(x.device.type, enabled=False):  # a state that sums over the whole text needs its digits
+    with torch.autocast(
+        x.device.type, enabled=False
+    ):  # a state that sums over the whole text needs its digits
         x, delta, A, B, C = (full_precision(part) for part in (x, delta, A, B, C))
         delta = F.softplus(delta if delta_bias is None else delta + delta_bias)
         state = x.new_zeros(batch, D, N) if state is None else state.to(x.dtype)
@@ -245,14 +190,20 @@ def check_shapes(
     }  # fmt: skip
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"selective_scan: {name} is {tuple(tensor.shape)}; {shape} fits x {tuple(x.shape)}")
+            raise ValueError(
+                f"selective_scan: {name} is {tuple(tensor.shape)}; {shape} fits x {tuple(x.shape)}"
+            )
 
 
-def recurrence(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+def recurrence(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor
+) -> tuple[Tensor, Tensor]:
     """The reference: one token after the other. Arguments as selective_scan's, delta after softplus."""
     outputs = []
     # unbind, for indexing [:, t] would make the backward pass quadratic in T
-    for x_t, delta_t, B_t, C_t in zip(x.unbind(1), delta.unbind(1), B.unbind(1), C.unbind(1), strict=True):
+    for x_t, delta_t, B_t, C_t in zip(
+        x.unbind(1), delta.unbind(1), B.unbind(1), C.unbind(1), strict=True
+    ):
         decay = torch.exp(delta_t.unsqueeze(-1) * A)  # (4): Ā, (B, D, N)
         h = decay * h + (delta_t * x_t).unsqueeze(-1) * B_t.unsqueeze(1)  # (2a), (B, D, N)
         outputs.append((h @ C_t.unsqueeze(-1)).squeeze(-1))  # (2b), (B, D)

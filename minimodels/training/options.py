@@ -16,9 +16,11 @@ from pathlib import Path
 
 import tyro
 
-from .checkpoint import FILE as CHECKPOINT
-from .config import LARGEST, Config, InputError, check_types, preset
-from .optim import SCHEDULES
+from minimodels.config import Config
+from minimodels.errors import LARGEST, InputError, check_types
+from minimodels.presets import preset
+from minimodels.training.checkpoint import FILE as CHECKPOINT
+from minimodels.training.optim import SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -125,14 +127,20 @@ def parse(description: str) -> Options:
     if named.resume is None:
         model = "transformer" if named.model is None else named.model
         size = "tiny" if named.size is None else named.size
-        return tyro.cli(Options, default=Options(preset(model, size), model, size, **TRAINING[size]), description=description)
+        return tyro.cli(
+            Options,
+            default=Options(preset(model, size), model, size, **TRAINING[size]),
+            description=description,
+        )
 
     saved = read_options(Path(named.resume))
     options = tyro.cli(Options, default=saved, description=description)
     before, after = ({**asdict(each), **asdict(each.config)} for each in (saved, options))
     for name in before.keys() - CHANGEABLE - {"config"}:
         if before[name] != after[name]:
-            raise InputError(name, after[name], f"{before[name]!r}, with which {saved.resume} was started")
+            raise InputError(
+                name, after[name], f"{before[name]!r}, with which {saved.resume} was started"
+            )
     return options
 
 
@@ -153,7 +161,11 @@ def count_steps(options: Options, tokens_per_step: int, flops_per_token: float) 
         math.inf if options.flops is None else options.flops // (tokens_per_step * flops_per_token),
     ]
     if min(bounds) < 1:
-        raise InputError("tokens, flops", (options.tokens, options.flops), f"enough for one step of {tokens_per_step} tokens")
+        raise InputError(
+            "tokens, flops",
+            (options.tokens, options.flops),
+            f"enough for one step of {tokens_per_step} tokens",
+        )
     if min(bounds) == math.inf:
         return DEFAULT_STEPS[options.size] if options.minutes is None else math.inf
     return int(min(bounds))
@@ -161,7 +173,11 @@ def count_steps(options: Options, tokens_per_step: int, flops_per_token: float) 
 
 def label(options: Options) -> str:
     """What a run is called: its preset, or "custom" if it has other layers."""
-    return options.model if options.config.layers == preset(options.model, options.size).layers else "custom"
+    return (
+        options.model
+        if options.config.layers == preset(options.model, options.size).layers
+        else "custom"
+    )
 
 
 def new_folder(options: Options) -> Path:
@@ -173,10 +189,15 @@ def new_folder(options: Options) -> Path:
             return make_first(named)
         named.mkdir(exist_ok=True)
         if any(named.iterdir()):
-            more = f"; to go on with the run in it: --resume {shlex.quote(str(named))}" * (named / CHECKPOINT).exists()
+            more = (
+                f"; to go on with the run in it: --resume {shlex.quote(str(named))}"
+                * (named / CHECKPOINT).exists()
+            )
             raise InputError("out", str(named), f"a new or empty folder{more}")
     except OSError as error:
-        raise InputError("out", str(named), f"a folder that can be made ({error.strerror})") from None
+        raise InputError(
+            "out", str(named), f"a folder that can be made ({error.strerror})"
+        ) from None
     return named
 
 

@@ -29,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import Config
-from .layers import Stack, flops, full_precision, idle_parameters, linear, state_bytes
+from minimodels.config import Config
+from minimodels.layers import Stack, flops, full_precision, idle_parameters, linear, state_bytes
 
 
 class DepthState(NamedTuple):
@@ -51,14 +51,20 @@ class MixtureOfDepths(nn.Module):
 
     def __init__(self, config: Config, group: Stack):
         super().__init__()
-        self.capacity, self.route, self.mod_loss = config.capacity, config.mod_route, config.mod_loss
+        self.capacity, self.route, self.mod_loss = (
+            config.capacity,
+            config.mod_route,
+            config.mod_loss,
+        )
         self.group = group
         self.forgetful = [layer for layer in group.modules() if hasattr(layer, "forget")]
         self.router = linear(config.width, 1, config.init_std)
         self.predictor = None
         if config.mod_route == "predictor":
             hidden = max(1, config.width // 4)
-            self.predictor = nn.Sequential(nn.Linear(config.width, hidden), nn.SiLU(), nn.Linear(hidden, 1))
+            self.predictor = nn.Sequential(
+                nn.Linear(config.width, hidden), nn.SiLU(), nn.Linear(hidden, 1)
+            )
 
     @property
     def causal(self) -> bool:
@@ -81,13 +87,19 @@ class MixtureOfDepths(nn.Module):
             return x, DepthState(seen, remembered)
 
         tokens = x.flatten(0, 1)  # (B · T, D)
-        chosen = (index + T * torch.arange(B, device=x.device).unsqueeze(1)).flatten()  # (B · k,), rows of `tokens`
-        gathered = tokens.index_select(0, chosen).view(B, -1, x.shape[-1])  # (B, k, D); tokens[chosen] has a slower derivative
+        chosen = (
+            index + T * torch.arange(B, device=x.device).unsqueeze(1)
+        ).flatten()  # (B · k,), rows of `tokens`
+        gathered = tokens.index_select(0, chosen).view(
+            B, -1, x.shape[-1]
+        )  # (B, k, D); tokens[chosen] has a slower derivative
         weights = scores.gather(1, index).masked_fill(~real, 0.0).unsqueeze(-1)  # (B, k, 1)
         original = positions.gather(1, index).masked_fill(~real, -1)  # (B, k)
         output, remembered = self.group(gathered, remembered, original)
         update = (weights * (output - gathered)).to(x.dtype)  # equation 1
-        return tokens.index_add(0, chosen, update.flatten(0, 1)).view_as(x), DepthState(seen, remembered)
+        return tokens.index_add(0, chosen, update.flatten(0, 1)).view_as(x), DepthState(
+            seen, remembered
+        )
 
     def select(self, scores: Tensor, decision: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens that take the group, (B, k) ascending, and which of these are not filling.
@@ -102,7 +114,10 @@ class MixtureOfDepths(nn.Module):
             self.account(decision, taken, present)
             return index, present.gather(1, index)
         taken = (decision > 0) & present
-        self.auxiliary_losses, self.observed = {}, {"routed": taken.sum() / present.sum().clamp(min=1)}
+        self.auxiliary_losses, self.observed = (
+            {},
+            {"routed": taken.sum() / present.sum().clamp(min=1)},
+        )
         k = int(taken.sum(1).amax())  # rows that route fewer are filled up
         index = (~taken).long().argsort(dim=1, stable=True)[:, :k]
         return index, taken.gather(1, index)
@@ -110,11 +125,17 @@ class MixtureOfDepths(nn.Module):
     def account(self, decision: Tensor, taken: Tensor, present: Tensor):
         """Teach the causal decision to tell the top k, and record for how many tokens it does: never to route is right for
         1 - C of them."""
-        target, weight = taken.to(decision.dtype), present.to(decision.dtype) / present.sum().clamp(min=1)
+        target, weight = (
+            taken.to(decision.dtype),
+            present.to(decision.dtype) / present.sum().clamp(min=1),
+        )
         loss = F.binary_cross_entropy_with_logits(decision, target, weight, reduction="sum")
         self.auxiliary_losses = {"mod": self.mod_loss * loss}
         routed = decision > 0
-        self.observed = {"routed": (routed * weight).sum(), "accuracy": ((routed == taken) * weight).sum()}
+        self.observed = {
+            "routed": (routed * weight).sum(),
+            "accuracy": ((routed == taken) * weight).sum(),
+        }
 
     def after_step(self):
         """Let go of the last forward's graph, and of what it holds in memory."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .config import LARGEST, MOST_LAYERS, InputError, Layers, parse_scaling
+from minimodels.config import MOST_LAYERS, Layers
+from minimodels.errors import LARGEST, InputError
+from minimodels.grammar import parse_scaling
 
 
 class Entries(dict):
@@ -26,7 +28,9 @@ class Entries(dict):
         return super().get(name, absent)
 
 
-def number(entries: Entries, name: str, absent: int | None = None, least: int = 1, most: int = MOST_LAYERS) -> int:
+def number(
+    entries: Entries, name: str, absent: int | None = None, least: int = 1, most: int = MOST_LAYERS
+) -> int:
     """A whole number that a config.json must, or may, hold."""
     value = entries.get(name, absent)
     if type(value) is not int or not least <= value <= most:
@@ -46,17 +50,27 @@ def outline_blocks(per_block: int) -> Callable[[Layers, int], dict]:
 
 def llama_blocks(entries: Entries) -> dict[str, object]:
     """Every block the same; the class wants heads that divide the width, even where head_dim is told."""
-    width, heads = number(entries, "hidden_size", most=LARGEST), number(entries, "num_attention_heads", most=LARGEST)
+    width, heads = (
+        number(entries, "hidden_size", most=LARGEST),
+        number(entries, "num_attention_heads", most=LARGEST),
+    )
     if width % heads:
-        raise InputError("config.json num_attention_heads", heads, f"a divisor of hidden_size {width}")
+        raise InputError(
+            "config.json num_attention_heads", heads, f"a divisor of hidden_size {width}"
+        )
     return blocks("attention", "mlp")(entries)
 
 
 def mamba_blocks(entries: Entries) -> dict[str, object]:
     """Every block the same; intermediate_size, where it is told, goes before expand."""
-    width, inner = number(entries, "hidden_size", most=LARGEST), number(entries, "intermediate_size", 0, 0, LARGEST)
+    width, inner = (
+        number(entries, "hidden_size", most=LARGEST),
+        number(entries, "intermediate_size", 0, 0, LARGEST),
+    )
     if inner % width or (inner == 0 and "intermediate_size" in entries):
-        raise InputError("config.json intermediate_size", inner, f"a multiple of hidden_size {width}")
+        raise InputError(
+            "config.json intermediate_size", inner, f"a multiple of hidden_size {width}"
+        )
     return {**({"expand": inner // width} if inner else {}), **blocks("mamba")(entries)}
 
 
@@ -64,7 +78,11 @@ def window_of(entries: Entries, absent: int | None, used: bool = True) -> dict[s
     """The field `window`, if there is one and it is `used`. `absent` is what the family takes sliding_window for where it is
     not told; null is no window."""
     window = entries.get("sliding_window", None if "sliding_window" in entries.told else absent)
-    return {"window": number(entries, "sliding_window", absent, most=LARGEST)} if used and window is not None else {}
+    return (
+        {"window": number(entries, "sliding_window", absent, most=LARGEST)}
+        if used and window is not None
+        else {}
+    )
 
 
 def windowed_blocks(mlp: str, absent: int | None = None) -> Callable[[Entries], dict[str, object]]:
@@ -79,21 +97,37 @@ def windowed_blocks(mlp: str, absent: int | None = None) -> Callable[[Entries], 
 
 def outline_windowed(layers: Layers, window: int) -> dict:
     """The same, written."""
-    return {"num_hidden_layers": len(layers) // 2, "sliding_window": window if "window" in layers else None}
+    return {
+        "num_hidden_layers": len(layers) // 2,
+        "sliding_window": window if "window" in layers else None,
+    }
 
 
 def qwen3_layers(entries: Entries) -> dict[str, object]:
     """Each block's kind is listed; if not, those from max_window_layers on have the window."""
-    count, window = number(entries, "num_hidden_layers"), window_of(entries, 4096, entries.get("use_sliding_window", False))
+    count, window = (
+        number(entries, "num_hidden_layers"),
+        window_of(entries, 4096, entries.get("use_sliding_window", False)),
+    )
     kinds, first = entries.get("layer_types"), number(entries, "max_window_layers", 28, least=0)
     if kinds is None:
         first = first if window else count
         kinds = ["full_attention" if i < first else "sliding_attention" for i in range(count)]
     ours = {"full_attention": "attention", "sliding_attention": "window"}
-    if type(kinds) is not list or len(kinds) != count or not all(type(kind) is str and kind in ours for kind in kinds):
-        raise InputError("config.json layer_types", kinds, f"{count} times one of {', '.join(ours)}")
+    if (
+        type(kinds) is not list
+        or len(kinds) != count
+        or not all(type(kind) is str and kind in ours for kind in kinds)
+    ):
+        raise InputError(
+            "config.json layer_types", kinds, f"{count} times one of {', '.join(ours)}"
+        )
     if "sliding_attention" in kinds and not window:
-        raise InputError("config.json sliding_window", None, "a whole number, for layer_types has sliding_attention")
+        raise InputError(
+            "config.json sliding_window",
+            None,
+            "a whole number, for layer_types has sliding_attention",
+        )
     return {**window, "layers": " ".join(f"{ours[kind]} mlp" for kind in kinds)}
 
 
@@ -117,7 +151,10 @@ def qwen3_moe_layers(entries: Entries) -> dict[str, object]:
         raise InputError("config.json mlp_only_layers", dense, "a list of whole numbers")
     window = window_of(entries, 4096, entries.get("use_sliding_window", False))
     mixer = "window" if window else "attention"
-    mlps = ["moe" if (i + 1) % step == 0 and i not in dense else "mlp" for i in range(number(entries, "num_hidden_layers"))]
+    mlps = [
+        "moe" if (i + 1) % step == 0 and i not in dense else "mlp"
+        for i in range(number(entries, "num_hidden_layers"))
+    ]
     return {**window, "layers": " ".join(f"{mixer} {mlp}" for mlp in mlps)}
 
 
@@ -141,9 +178,16 @@ def periodic(name: str, entries: Entries) -> Callable[[int], bool]:
 def jamba_layers(entries: Entries) -> dict[str, object]:
     """Attention at one place in each period, Mamba elsewhere; experts at one place in each of another period."""
     attention, experts = periodic("attn", entries), periodic("expert", entries)
-    mixers = ["attention" if attention(i) else "mamba" for i in range(number(entries, "num_hidden_layers"))]
+    mixers = [
+        "attention" if attention(i) else "mamba"
+        for i in range(number(entries, "num_hidden_layers"))
+    ]
     routed = number(entries, "num_experts") > 1
-    return {"layers": " ".join(f"{mixer} {'moe' if routed and experts(i) else 'mlp'}" for i, mixer in enumerate(mixers))}
+    return {
+        "layers": " ".join(
+            f"{mixer} {'moe' if routed and experts(i) else 'mlp'}" for i, mixer in enumerate(mixers)
+        )
+    }
 
 
 def outline_jamba(layers: Layers, window: int) -> dict:
@@ -182,7 +226,9 @@ def read_rope(entries: Entries, base: float) -> dict[str, object]:
     if not isinstance(newer, dict) or not isinstance(older, dict):
         raise InputError("config.json rope_parameters", newer or older, "a JSON object")
     if newer and older and newer != older:
-        raise InputError("config.json rope_scaling", older, "what rope_parameters says, or no such entry")
+        raise InputError(
+            "config.json rope_scaling", older, "what rope_parameters says, or no such entry"
+        )
     rope = {"rope_theta": entries.get("rope_theta", base), **older, **newer}
     kind, theta = rope.pop("type", "default"), rope.pop("rope_theta")
     kind = rope.pop("rope_type", kind)
@@ -193,7 +239,11 @@ def read_rope(entries: Entries, base: float) -> dict[str, object]:
     if kind == "llama3":
         rope.setdefault("original_max_position_embeddings", entries.get("max_position_embeddings"))
     if sorted(rope) != sorted(ROPE[kind]):
-        raise InputError(f"config.json parameters of rope_type {kind}", sorted(rope), ", ".join(ROPE[kind]) or "none")
+        raise InputError(
+            f"config.json parameters of rope_type {kind}",
+            sorted(rope),
+            ", ".join(ROPE[kind]) or "none",
+        )
     options = ",".join(f"{ours}={rope[theirs]!r}" for theirs, ours in ROPE[kind].items())
     return {"rope_base": float(theta), "rope_scaling": f"{kind}:{options}" if options else ""}
 
@@ -204,4 +254,6 @@ def write_rope(base: float, scaling: str) -> dict:
     parameters = {theirs: options[ours] for theirs, ours in ROPE[kind or "default"].items()}
     if kind == "llama3":
         parameters["original_max_position_embeddings"] = int(options["context"])
-    return {"rope_parameters": {"rope_type": kind or "default", "rope_theta": float(base), **parameters}}
+    return {
+        "rope_parameters": {"rope_type": kind or "default", "rope_theta": float(base), **parameters}
+    }

@@ -1,4 +1,4 @@
-"""The selective scan in plain torch, forward and backward, for a CPU. What it computes: `minimodels.mamba.recurrence`.
+"""The selective scan in plain torch, forward and backward, for a CPU. Its reference: `recurrence` in architectures/mamba.py.
 
 It stands apart from mamba.py so that the architecture can be learnt without it. A step of the recurrence is one multiply-add,
 so what costs time is memory: all states together are N times as large as x. They are never held at once. Time is cut into
@@ -24,31 +24,48 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-WORK = 2**19  # numbers in a chunk's states: enough to amortise a call, few enough for its tensors to stay in cache
+WORK = (
+    2**19
+)  # numbers in a chunk's states: enough to amortise a call, few enough for its tensors to stay in cache
 
 
-def scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def scan(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
     """y (B, T, D) and the final state (B, D, N), in the arguments' one dtype. Every argument may want a gradient."""
     y, state, _ = scan_forward(*(tensor.contiguous() for tensor in (x, delta, A, B, C, state)))
     return y, state
 
 
 @torch.library.custom_op("minimodels::scan_forward", mutates_args=())
-def scan_forward(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def scan_forward(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state, and the states at the chunk boundaries, first and last included: (chunks + 1, B, N, D)."""
     y, final_state, boundaries = empty_outputs(x, delta, A, B, C, state)
     boundaries[0] = state.mT
     x, delta, B, C = swapped(x, delta, B, C)  # time first: (T, B, D) and (T, B, N)
     y = y.view(x.shape)
-    for chunk, (now, _, _, _, h) in enumerate(walk(delta, delta * x, A.mT.contiguous(), B, boundaries)):
-        torch.matmul(C[now].unsqueeze(2), h, out=y[now].unsqueeze(2))  # (chunk, B, 1, N) @ (chunk, B, N, D)
+    for chunk, (now, _, _, _, h) in enumerate(
+        walk(delta, delta * x, A.mT.contiguous(), B, boundaries)
+    ):
+        torch.matmul(
+            C[now].unsqueeze(2), h, out=y[now].unsqueeze(2)
+        )  # (chunk, B, 1, N) @ (chunk, B, N, D)
         boundaries[chunk + 1] = h[-1]
     return y.transpose(0, 1).contiguous(), final_state.copy_(boundaries[-1].mT), boundaries
 
 
 @torch.library.custom_op("minimodels::scan_backward", mutates_args=())
 def scan_backward(
-    dy: Tensor, dstate: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, boundaries: Tensor
+    dy: Tensor,
+    dstate: Tensor,
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    boundaries: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, delta, A, B, C and the initial state from those of y and the final state.
 
@@ -61,14 +78,20 @@ def scan_backward(
     inputs = delta * x
     gradient = x.new_empty(min(chunk_length(dstate), len(x)), *dstate.shape)  # (chunk, B, N, D)
     gradient_steps = gradient.unbind()
-    dA = torch.zeros_like(gradient)  # summed over batch and chunk at the end: adding is cheaper than reducing
+    dA = torch.zeros_like(
+        gradient
+    )  # summed over batch and chunk at the end: adding is cheaper than reducing
     for now, start, decay, decay_steps, h in walk(delta, inputs, A, B, boundaries, backwards=True):
         steps = len(h)
-        g = torch.mul(dy[now].unsqueeze(2), C[now].unsqueeze(3), out=gradient[:steps])  # (chunk, B, N, D)
+        g = torch.mul(
+            dy[now].unsqueeze(2), C[now].unsqueeze(3), out=gradient[:steps]
+        )  # (chunk, B, N, D)
         last = gradient_steps[steps - 1].add_(dstate)
         recur(reversed(decay_steps[1:]), last, reversed(gradient_steps[: steps - 1]))
 
-        torch.matmul(B[now].unsqueeze(2), g, out=dx[now].unsqueeze(2))  # of Δx, until the loop is done
+        torch.matmul(
+            B[now].unsqueeze(2), g, out=dx[now].unsqueeze(2)
+        )  # of Δx, until the loop is done
         torch.matmul(inputs[now].unsqueeze(2), g.mT, out=dB[now].unsqueeze(2))
         torch.matmul(dy[now].unsqueeze(2), h.mT, out=dC[now].unsqueeze(2))
 
@@ -100,7 +123,10 @@ def walk(
     """
     T, length = len(delta), chunk_length(boundaries[0])
     decay, h = delta.new_empty(2, min(length, T), *boundaries[0].shape)  # (chunk, B, N, D) each
-    decay_steps, h_steps = decay.unbind(), h.unbind()  # made once: a view costs half as much as its step
+    decay_steps, h_steps = (
+        decay.unbind(),
+        h.unbind(),
+    )  # made once: a view costs half as much as its step
     exponent = A * math.log2(math.e)  # exp(ΔA) as a power of two, which is cheaper
     chunks = list(zip(range(0, T, length), boundaries.unbind(), strict=False))
     for first, start in reversed(chunks) if backwards else chunks:
@@ -153,7 +179,9 @@ scan_forward.register_autograd(_differentiate, setup_context=_save)
 
 for operation in (scan_forward, scan_backward):
     for device in ("cpu", "cuda"):
-        operation.register_autocast(device, torch.float32)  # products of states lose too much in half precision
+        operation.register_autocast(
+            device, torch.float32
+        )  # products of states lose too much in half precision
 
 
 @register_flop_formula(torch.ops.minimodels.scan_forward)

@@ -26,20 +26,34 @@ class AttentionState(NamedTuple):
     values: Tensor  # (B, G, S, d)
     positions: Tensor | None  # (B, S) int64, ascending but for the empty slots
     seen: Tensor | int  # the position of the next token
-    room: Room | None = None  # the memory that the slots lie in, where there is more of it behind them
+    room: Room | None = (
+        None  # the memory that the slots lie in, where there is more of it behind them
+    )
 
 
-def carry(before: AttentionState | None, now: AttentionState, window: int | None) -> tuple[AttentionState, AttentionState]:
+def carry(
+    before: AttentionState | None, now: AttentionState, window: int | None
+) -> tuple[AttentionState, AttentionState]:
     """The slots that a chunk attends to, its own behind those remembered before, and what is remembered after it."""
-    if before is None:  # empty slots stay: to count them, every training step would have to wait for the GPU
+    if (
+        before is None
+    ):  # empty slots stay: to count them, every training step would have to wait for the GPU
         return now, compact(now, window, count=False)
     if now.positions is not None and before.positions is None:
-        slots = torch.arange(before.seen - before.keys.shape[2], before.seen, device=now.keys.device)
-        before = AttentionState(before.keys, before.values, slots.expand(now.keys.shape[0], -1), before.seen)
-    replaced = window is not None and now.keys.shape[2] >= window  # nothing of what was remembered is kept
+        slots = torch.arange(
+            before.seen - before.keys.shape[2], before.seen, device=now.keys.device
+        )
+        before = AttentionState(
+            before.keys, before.values, slots.expand(now.keys.shape[0], -1), before.seen
+        )
+    replaced = (
+        window is not None and now.keys.shape[2] >= window
+    )  # nothing of what was remembered is kept
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or replaced:
         keys, values = (torch.cat(parts, dim=2) for parts in zip(before[:2], now[:2], strict=True))
-        positions = None if now.positions is None else torch.cat((before.positions, now.positions), dim=1)
+        positions = (
+            None if now.positions is None else torch.cat((before.positions, now.positions), dim=1)
+        )
         joined = AttentionState(keys, values, positions, now.seen)
         return joined, compact(joined, window)
     room = before.room
@@ -55,7 +69,9 @@ def compact(state: AttentionState, window: int | None, count: bool = True) -> At
     slots = keys.shape[2]
     keep = slots if window is None else min(slots, window - 1)
     if positions is not None:
-        positions, order = positions.sort(dim=1, stable=True)  # empty slots first: what is dropped is dropped there
+        positions, order = positions.sort(
+            dim=1, stable=True
+        )  # empty slots first: what is dropped is dropped there
         index, empty = order[:, None, :, None].expand_as(keys), (positions < 0)[:, None, :, None]
         keys, values = (part.gather(2, index).masked_fill(empty, 0) for part in (keys, values))
         if count:
@@ -74,7 +90,9 @@ class Room:
     an error and among threads too.
     """
 
-    newest: tuple | None = None  # the tensors of the newest state; None: claimed, or never given out
+    newest: tuple | None = (
+        None  # the tensors of the newest state; None: claimed, or never given out
+    )
 
     def __init__(self, state: AttentionState, now: AttentionState):
         self.used = state.keys.shape[2]
@@ -89,14 +107,20 @@ class Room:
     def claim(self, before: AttentionState, now: AttentionState) -> bool:
         """Whether the slots of `now` may be written behind `before`, which nobody may from then on."""
         newest = self.newest
-        if newest is None or any(mine is not given for mine, given in zip(newest, before[:3], strict=True)):
+        if newest is None or any(
+            mine is not given for mine, given in zip(newest, before[:3], strict=True)
+        ):
             return False
         writable = torch.is_inference_mode_enabled() or not self.keys.is_inference()
         exact = torch.promote_types(self.keys.dtype, now.keys.dtype) == self.keys.dtype
         fits = self.used + now.keys.shape[2] <= self.keys.shape[2]
-        return writable and exact and fits and self.__dict__.pop("newest", None) is newest  # one thread alone gets it
+        return (
+            writable and exact and fits and self.__dict__.pop("newest", None) is newest
+        )  # one thread alone gets it
 
-    def append(self, before: AttentionState, now: AttentionState, window: int | None) -> tuple[AttentionState, AttentionState]:
+    def append(
+        self, before: AttentionState, now: AttentionState, window: int | None
+    ) -> tuple[AttentionState, AttentionState]:
         """As carry. Slots that are empty or outside the window stay among those with positions until the room is full."""
         first, start = self.used - before.keys.shape[2], self.used
         self.used += now.keys.shape[2]

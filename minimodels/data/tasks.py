@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .config import InputError
-from .data import generator
-from .loss import IGNORE
+from minimodels.data.text import generator
+from minimodels.errors import InputError
+from minimodels.ops.linear_cross_entropy import IGNORE
 
 
 @dataclass
@@ -53,7 +53,9 @@ class SelectiveCopying(Task):
 
     def __post_init__(self):
         if self.vocab < 3:
-            raise InputError("vocab", self.vocab, "3 or more: noise, the question, one token to remember")
+            raise InputError(
+                "vocab", self.vocab, "3 or more: noise, the question, one token to remember"
+            )
         self.require(2 * self.tokens)
 
     def make(self, random: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
@@ -105,12 +107,18 @@ class AssociativeRecall(Task):
 
     def __post_init__(self):
         if self.vocab < 2 * self.pairs:
-            raise InputError("vocab", self.vocab, f"{2 * self.pairs} or more: a key and a value for each of {self.pairs} pairs")
+            raise InputError(
+                "vocab",
+                self.vocab,
+                f"{2 * self.pairs} or more: a key and a value for each of {self.pairs} pairs",
+            )
         self.require(4 * self.pairs)
 
     def make(self, random: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
         half, slots = self.vocab // 2, (self.context - 2 * self.pairs) // 2
-        keys = torch.rand(size, half, generator=random).topk(self.pairs).indices  # distinct in each row
+        keys = (
+            torch.rand(size, half, generator=random).topk(self.pairs).indices
+        )  # distinct in each row
         values = torch.randint(half, 2 * half, (size, self.pairs), generator=random)
         chance = torch.arange(1, slots + 1, dtype=torch.float64) ** (self.POWER - 1)
         gaps = torch.multinomial(chance.expand(size, -1), self.pairs, generator=random)  # distinct

@@ -17,10 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .layers import choose, full_precision
+from minimodels.layers import choose, full_precision
 
 IGNORE = -100
-WORK = {"cpu": 2**24, "cuda": 2**26}  # logits at a time: enough that the products over them run at full speed
+WORK = {
+    "cpu": 2**24,
+    "cuda": 2**26,
+}  # logits at a time: enough that the products over them run at full speed
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, impl: str = "auto") -> Tensor:
@@ -39,9 +42,11 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, impl: str =
         x, weight = x.to(dtype), weight.to(dtype)
     learn = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if learn and x.dtype == torch.float16:
-        raise ValueError('linear_cross_entropy: gradients in float16; accepted: bfloat16, full precision, or impl="reference"')
+        raise ValueError(
+            'linear_cross_entropy: gradients in float16; accepted: bfloat16, full precision, or impl="reference"'
+        )
     if path == "triton":
-        from .kernels.linear_cross_entropy import linear_cross_entropy as kernel
+        from minimodels.kernels.linear_cross_entropy import linear_cross_entropy as kernel
 
         return kernel(x, weight, targets)
     return chunked_loss(x, weight, targets, learn)[0]
@@ -50,7 +55,9 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, impl: str =
 def check_shapes(x: Tensor, weight: Tensor, targets: Tensor) -> None:
     """Raise ValueError unless the arguments have the shapes that linear_cross_entropy names, here and in its kernel."""
     if x.ndim != 2 or weight.shape[1:] != x.shape[1:] or targets.shape != x.shape[:1]:
-        shapes = f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)}"
+        shapes = (
+            f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)}"
+        )
         raise ValueError(f"linear_cross_entropy: {shapes} do not fit")
 
 
@@ -59,12 +66,18 @@ def tally(logits: Tensor, targets: Tensor) -> Tensor:
 
     logits (B, T, V); targets (B, T), those that are IGNORE left out.
     """
-    nats = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
-    return torch.stack((nats, (logits.argmax(-1) == targets).sum().float(), (targets != IGNORE).sum().float()))
+    nats = F.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    return torch.stack(
+        (nats, (logits.argmax(-1) == targets).sum().float(), (targets != IGNORE).sum().float())
+    )
 
 
 @torch.library.custom_op("minimodels::chunked_loss", mutates_args=())
-def chunked_loss(x: Tensor, weight: Tensor, targets: Tensor, learn: bool) -> tuple[Tensor, Tensor, Tensor]:
+def chunked_loss(
+    x: Tensor, weight: Tensor, targets: Tensor, learn: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and, if it is to `learn`, its gradients with respect to x and weight; else two empty tensors."""
     present = targets != IGNORE
     share = full_precision(present.to(x.dtype)) / present.sum()  # (n,) of each row in the mean
@@ -76,7 +89,9 @@ def chunked_loss(x: Tensor, weight: Tensor, targets: Tensor, learn: bool) -> tup
         at = slice(start, start + rows)
         target = targets[at].masked_fill(~present[at], 0).unsqueeze(1)  # (rows, 1)
         logp = full_precision(x[at] @ weight.t()).log_softmax(-1)  # (rows, V)
-        loss -= (share[at] * logp.gather(1, target).squeeze(1)).sum()  # as share[at] @ ... autocast would round it
+        loss -= (
+            share[at] * logp.gather(1, target).squeeze(1)
+        ).sum()  # as share[at] @ ... autocast would round it
         if learn:
             gradient = logp.exp_().scatter_add_(1, target, -torch.ones_like(logp[:, :1]))
             gradient = gradient.mul_(share[at].unsqueeze(1)).to(x.dtype)
@@ -105,7 +120,9 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, dloss, *_):
     if torch.is_grad_enabled():
-        raise RuntimeError('linear_cross_entropy: the second derivative is known to impl="reference" alone')
+        raise RuntimeError(
+            'linear_cross_entropy: the second derivative is known to impl="reference" alone'
+        )
     dx, dweight = ctx.saved_tensors
     return (dloss * dx).to(dx.dtype), (dloss * dweight).to(dweight.dtype), None, None
 

@@ -9,13 +9,9 @@ A checkpoint is written under another name and then moved over the last one. Not
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
-import shutil
 import zlib
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,8 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .config import Config, InputError
-from .lm import LM
+from minimodels.config import Config
+from minimodels.errors import InputError
+from minimodels.files import whole, write_json
+from minimodels.lm import LM
 
 FILE = "checkpoint.safetensors"
 PARTS = ("model.", "optimizer.", "random.")
@@ -48,7 +46,9 @@ def save(run: Path, model: LM, optimizer: torch.optim.Optimizer, progress: dict)
         with whole(run / FILE) as path:
             save_file(tensors, path, header)
     except (SafetensorError, OSError) as error:
-        raise InputError("out", str(run), f"a folder with room for a checkpoint ({error})") from None
+        raise InputError(
+            "out", str(run), f"a folder with room for a checkpoint ({error})"
+        ) from None
 
 
 def load(run: Path, model: LM, optimizer: torch.optim.Optimizer | None = None) -> dict:
@@ -61,31 +61,66 @@ def load(run: Path, model: LM, optimizer: torch.optim.Optimizer | None = None) -
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
-            progress, config, checksums = (json.loads(header[key]) for key in ("progress", "config", "checksums"))
-            config = asdict(Config(**config))  # a field that is younger than the file has its default
-            known = {"header": header_checksum(header), **checksums}  # older files have none of the header
+            progress, config, checksums = (
+                json.loads(header[key]) for key in ("progress", "config", "checksums")
+            )
+            config = asdict(
+                Config(**config)
+            )  # a field that is younger than the file has its default
+            known = {
+                "header": header_checksum(header),
+                **checksums,
+            }  # older files have none of the header
             float(progress["step"])
             parts = PARTS if optimizer is not None else PARTS[:1]
             names = [name for name in file.keys() if name.startswith(parts)]  # noqa: SIM118
             tensors = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError, InputError) as error:
-        raise InputError("checkpoint", str(path), f"a whole safetensors file of a training run ({error})") from None
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+        InputError,
+    ) as error:
+        raise InputError(
+            "checkpoint", str(path), f"a whole safetensors file of a training run ({error})"
+        ) from None
     found = {"header": header_checksum(header), **{part: checksum(tensors, part) for part in parts}}
     if any(known.get(part) != value for part, value in found.items()):
-        raise InputError("checkpoint", str(path), "a file whose checksum is that of its contents; this one is damaged")
+        raise InputError(
+            "checkpoint",
+            str(path),
+            "a file whose checksum is that of its contents; this one is damaged",
+        )
 
     expected = asdict(model.config)
-    changed = [f"{key} {config.get(key)!r} for {expected[key]!r}" for key in expected if config.get(key) != expected[key]]
+    changed = [
+        f"{key} {config.get(key)!r} for {expected[key]!r}"
+        for key in expected
+        if config.get(key) != expected[key]
+    ]
     if any(not change.startswith("impl ") for change in changed):
-        raise InputError("checkpoint", str(path), f"a model of this configuration; differing: {', '.join(changed)}")
-    found = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+        raise InputError(
+            "checkpoint",
+            str(path),
+            f"a model of this configuration; differing: {', '.join(changed)}",
+        )
+    found = {
+        name.removeprefix("model."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("model.")
+    }
     wrong = sorted(
         f"{name} {shape(found.get(name))} for {shape(wanted.get(name))}"
         for name in wanted.keys() | found.keys()
         if shape(found.get(name)) != shape(wanted.get(name))
     )
     if wrong:
-        raise InputError("checkpoint", str(path), f"the tensors of this model; differing: {', '.join(wrong)}")
+        raise InputError(
+            "checkpoint", str(path), f"the tensors of this model; differing: {', '.join(wrong)}"
+        )
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(found[name])
@@ -102,14 +137,18 @@ def save_options(run: Path, options: dict) -> None:
     try:
         write_json(run / "options.json", options)
     except OSError as error:
-        raise InputError("out", str(run), f"a folder that can be written ({error.strerror})") from None
+        raise InputError(
+            "out", str(run), f"a folder that can be written ({error.strerror})"
+        ) from None
 
 
 def forget_after(run: Path, step: int) -> None:
     """Drop from the log what was measured after the checkpoint, for it will be measured again."""
     log = run / "log.jsonl"
     if log.exists():
-        kept = [line for line in log.read_text(errors="replace").splitlines() if step_of(line) <= step]
+        kept = [
+            line for line in log.read_text(errors="replace").splitlines() if step_of(line) <= step
+        ]
         with whole(log) as partial:
             partial.write_text("".join(f"{line}\n" for line in kept))
 
@@ -133,56 +172,54 @@ def load_model(run: Path) -> LM:
     return model
 
 
-def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
     """Give each parameter the moments that were saved under its name."""
     parameters = dict(model.named_parameters())
     names = {parameter: name for name, parameter in parameters.items()}
-    ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    ordered = [
+        names[parameter] for group in optimizer.param_groups for parameter in group["params"]
+    ]
     state: dict[int, dict[str, Tensor]] = {}
     for index, name in enumerate(ordered):
         prefix = f"optimizer.{name}."
-        state[index] = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        state[index] = {
+            key.removeprefix(prefix): value
+            for key, value in tensors.items()
+            if key.startswith(prefix)
+        }
         for key, value in state[index].items():
             if value.ndim and value.shape != parameters[name].shape:
-                given, accepted = f"{prefix}{key} {shape(value)}", f"the shape of its parameter, {shape(parameters[name])}"
+                given, accepted = (
+                    f"{prefix}{key} {shape(value)}",
+                    f"the shape of its parameter, {shape(parameters[name])}",
+                )
                 raise InputError("checkpoint", given, accepted)
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
 
 
 def shape(tensor: Tensor | None) -> str:
     """What an error says of a tensor."""
-    return "missing" if tensor is None else f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+    return (
+        "missing"
+        if tensor is None
+        else f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+    )
 
 
 def checksum(tensors: dict[str, Tensor], part: str) -> int:
     """CRC-32 of the names and bytes of the tensors whose name starts with `part`."""
     value = 0
     for name in sorted(name for name in tensors if name.startswith(part)):
-        value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), value))
+        value = zlib.crc32(
+            tensors[name].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), value)
+        )
     return value
 
 
 def header_checksum(header: dict[str, str]) -> int:
     """CRC-32 of what the header says of progress and configuration."""
     return zlib.crc32((header["progress"] + header["config"]).encode())
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write JSON so that the file is whole, or as it was before."""
-    with whole(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
-
-
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Another path to write a file at: it then takes the file's place, or after an error goes away. It lies in a folder of its
-    own, so that whatever a killed process left there, under any name, goes away the next time."""
-    folder = path.with_name(path.name + ".partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder / path.name
-        os.chmod(folder / path.name, folder.stat().st_mode & 0o666)  # as the umask has it: safetensors keeps files private
-        os.replace(folder / path.name, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -10,14 +10,19 @@ from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 
-from .config import Config, InputError, layer_names, parse_layers, parse_scaling
-from .families import FAMILIES, IDLE, MEANINGS, ONLY, REQUIRED, Family
-from .layouts import Entries, read_rope, write_rope
-from .mamba import dt_rank
-from .moe import expert_width
-from .transformer import mlp_width
+from minimodels.architectures.mamba import dt_rank
+from minimodels.architectures.moe import expert_width
+from minimodels.architectures.transformer import mlp_width
+from minimodels.config import Config, layer_names, parse_layers
+from minimodels.errors import InputError
+from minimodels.grammar import parse_scaling
+from minimodels.published.families import FAMILIES, IDLE, MEANINGS, ONLY, REQUIRED, Family
+from minimodels.published.layouts import Entries, read_rope, write_rope
 
-SPELLINGS = {"layers": parse_layers, "rope_scaling": parse_scaling}  # fields whose text can say the same in several ways
+SPELLINGS = {
+    "layers": parse_layers,
+    "rope_scaling": parse_scaling,
+}  # fields whose text can say the same in several ways
 OBJECTIVE = {"balance", "balance_loss", "z_loss"}  # fields that concern training and not the model
 
 
@@ -40,7 +45,9 @@ def family_of(entries: dict) -> Family:
     return FAMILIES[name]
 
 
-def read_config(entries: dict, family: Family, ignore: Iterable[str] = (), overrides: dict | None = None) -> Config:
+def read_config(
+    entries: dict, family: Family, ignore: Iterable[str] = (), overrides: dict | None = None
+) -> Config:
     """The Config that a config.json describes. Raises InputError on an entry that is missing, unknown or not implemented."""
     values = meaning(entries, family, ignore)
     known = {field.name for field in fields(Config)}
@@ -50,21 +57,41 @@ def read_config(entries: dict, family: Family, ignore: Iterable[str] = (), overr
     try:
         return Config(**{**values, **(overrides or {})})
     except InputError as error:
-        sources = [entry for entry, (targets, _) in family.entries.items() if error.field in targets.split()]
-        raise InputError(f"config.json {sources[0] if sources else error.field}", error.value, error.accepted) from None
+        sources = [
+            entry
+            for entry, (targets, _) in family.entries.items()
+            if error.field in targets.split()
+        ]
+        raise InputError(
+            f"config.json {sources[0] if sources else error.field}", error.value, error.accepted
+        ) from None
 
 
 def meaning(entries: dict, family: Family, ignore: Iterable[str] = ()) -> dict[str, object]:
     """The fields of Config that a family speaks of, with what its config.json says of them."""
-    entries = Entries({family.aliases.get(name, name): value for name, value in entries.items() if name not in ignore})
+    entries = Entries(
+        {
+            family.aliases.get(name, name): value
+            for name, value in entries.items()
+            if name not in ignore
+        }
+    )
     for name, accepted in {**ONLY, **family.only}.items():
         if entries.get(name, accepted) != accepted:
-            raise InputError(f"config.json {name}", entries.get(name), f"{accepted!r}, or no such entry")
+            raise InputError(
+                f"config.json {name}", entries.get(name), f"{accepted!r}, or no such entry"
+            )
     values = dict(family.fixed)
     for name, (targets, absent) in family.entries.items():
         value = entries.get(name, absent)
-        if value is REQUIRED or (name in entries and type(value) is int and value < 1):  # 0 means something else in Config
-            raise InputError(f"config.json {name}", entries.get(name), "1 or more" if name in entries else "a value")
+        if value is REQUIRED or (
+            name in entries and type(value) is int and value < 1
+        ):  # 0 means something else in Config
+            raise InputError(
+                f"config.json {name}",
+                entries.get(name),
+                "1 or more" if name in entries else "a value",
+            )
         meanings = MEANINGS.get(name, {})
         if name in entries and True in meanings and type(value) is not bool:
             raise InputError(f"config.json {name}", value, "true or false")
@@ -74,12 +101,23 @@ def meaning(entries: dict, family: Family, ignore: Iterable[str] = ()) -> dict[s
     if family.rope_base:
         values |= read_rope(entries, family.rope_base)
     if "experts" in values:  # as transformers balances them, and where it does
-        balanced, weight = entries.get("output_router_logits", False), entries.get("router_aux_loss_coef", 0.0)
+        balanced, weight = (
+            entries.get("output_router_logits", False),
+            entries.get("router_aux_loss_coef", 0.0),
+        )
         values |= {"balance": "pooled", "balance_loss": weight if balanced else 0.0, "z_loss": 0.0}
     values |= family.layers(entries)
-    unknown = {name: value for name, value in entries.items() if name not in {*entries.asked, *IDLE, *family.idle}}
+    unknown = {
+        name: value
+        for name, value in entries.items()
+        if name not in {*entries.asked, *IDLE, *family.idle}
+    }
     if unknown:
-        raise InputError("config.json", unknown, "entries known for this model_type, or named in `ignore` to be left out")
+        raise InputError(
+            "config.json",
+            unknown,
+            "entries known for this model_type, or named in `ignore` to be left out",
+        )
     return values
 
 
@@ -102,7 +140,11 @@ def express(config: Config, name: str, origin: dict) -> dict:
     """The config.json of a family for a Config, beside what `origin` says. Raises InputError where it means another model."""
     family, config = FAMILIES[name], explicit(config)
     if origin.get("model_type") != name:
-        origin = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # for the classes have defaults
+        origin = {
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
+        }  # for the classes have defaults
     entries = {family.aliases.get(entry, entry): value for entry, value in origin.items()}
     entries |= {"model_type": name, "architectures": [family.architecture]}
     for entry, (targets, _) in family.entries.items():
@@ -112,9 +154,17 @@ def express(config: Config, name: str, origin: dict) -> dict:
             raise InputError(targets, value, ", ".join(meanings))
         entries[entry] = meanings.get(value, value)
     if family.rope_base:
-        entries = {entry: value for entry, value in entries.items() if entry not in ("rope_theta", "rope_scaling")}
+        entries = {
+            entry: value
+            for entry, value in entries.items()
+            if entry not in ("rope_theta", "rope_scaling")
+        }
         entries |= write_rope(config.rope_base, config.rope_scaling)
-    if "moe" in layer_names(parse_layers(config.layers)) and config.balance_loss and config.balance == "pooled":
+    if (
+        "moe" in layer_names(parse_layers(config.layers))
+        and config.balance_loss
+        and config.balance == "pooled"
+    ):
         entries |= {"output_router_logits": True, "router_aux_loss_coef": config.balance_loss}
     entries |= family.outline(parse_layers(config.layers), config.window)
 
@@ -122,7 +172,9 @@ def express(config: Config, name: str, origin: dict) -> dict:
     again = explicit(Config(**spoken))
     for field in spoken.keys() - OBJECTIVE:
         told, meant = getattr(again, field), getattr(config, field)
-        if told != meant and (field not in SPELLINGS or SPELLINGS[field](told) != SPELLINGS[field](meant)):
+        if told != meant and (
+            field not in SPELLINGS or SPELLINGS[field](told) != SPELLINGS[field](meant)
+        ):
             raise InputError(field, meant, str(told))
     return entries
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .config import InputError
-from .config_json import read_json
+from minimodels.errors import InputError
+from minimodels.published.config_json import read_json
 
 
 class Bytes:
@@ -45,12 +45,16 @@ class TokenizerFile:
         try:
             from tokenizers import Tokenizer
         except ImportError:
-            raise InputError("tokenizers", "not installed", 'pip install "minimodels[hub]"') from None
+            raise InputError(
+                "tokenizers", "not installed", 'pip install "minimodels[hub]"'
+            ) from None
         path = folder / "tokenizer.json"
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
-            raise InputError("tokenizer.json", str(path), f"a tokenizer of the library tokenizers ({error})") from None
+            raise InputError(
+                "tokenizer.json", str(path), f"a tokenizer of the library tokenizers ({error})"
+            ) from None
         self.end = self.read_end(folder)
 
     def read_end(self, folder: Path) -> frozenset[int]:
@@ -66,7 +70,9 @@ class TokenizerFile:
 
     def encode(self, text: str) -> Tensor:
         """The tokens of a text, with those that the tokenizer puts before or behind it: (T,) int64."""
-        readable = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # whatever a command line has given
+        readable = text.encode("utf-8", "surrogateescape").decode(
+            "utf-8", "replace"
+        )  # whatever a command line has given
         return torch.tensor(self.tokenizer.encode(readable).ids, dtype=torch.int64)
 
     def stream(self, prompt: Tensor, tokens: Iterable[int]) -> Iterator[str]:

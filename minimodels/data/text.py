@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoint import FILE as CHECKPOINT
-from .config import LARGEST, InputError
+from minimodels.errors import LARGEST, InputError
+from minimodels.training.checkpoint import FILE as CHECKPOINT
 
 HELD_OUT = 20  # one byte (or file) in this many is kept for validation
 FEW = 200  # files, of which a twentieth chosen by chance may be none, or none of those that matter
@@ -39,10 +39,17 @@ class Text:
 
     def __init__(self, training: Span, validation: Span, context: int, fingerprint: str = ""):
         self.spans = {"training": training, "validation": validation}
-        self.context, self.fingerprint = context, fingerprint  # by which a resumed run knows its text again
+        self.context, self.fingerprint = (
+            context,
+            fingerprint,
+        )  # by which a resumed run knows its text again
         for name, span in self.spans.items():
             if len(span) < context + 1:
-                raise InputError("data", f"{len(span)} bytes of {name} text", f"at least context + 1 = {context + 1} bytes")
+                raise InputError(
+                    "data",
+                    f"{len(span)} bytes of {name} text",
+                    f"at least context + 1 = {context + 1} bytes",
+                )
 
     def batch(self, seed: int, step: int, size: int) -> tuple[Tensor, Tensor]:
         """The tokens and next tokens of one training step, (size, context) int64 each."""
@@ -58,7 +65,9 @@ class Text:
             yield self.read("validation", chosen.tolist())
 
     def read(self, split: str, starts: list[int]) -> tuple[Tensor, Tensor]:
-        rows = torch.stack([self.spans[split][start : start + self.context + 1] for start in starts]).long()
+        rows = torch.stack(
+            [self.spans[split][start : start + self.context + 1] for start in starts]
+        ).long()
         return rows[:, :-1], rows[:, 1:]
 
 
@@ -105,7 +114,7 @@ def open_data(name: str, context: int):
     held out. A larger folder and stdlib are split by file: one in twenty is held out, by a hash of its relative path. Folders
     that hold a checkpoint are passed over. Raises InputError where there is nothing to read or too little.
     """
-    from .tasks import TASKS  # which builds on this file
+    from minimodels.data.tasks import TASKS
 
     task, _, options = name.partition(":")
     if task in TASKS:
@@ -113,12 +122,14 @@ def open_data(name: str, context: int):
     try:
         return open_text(name, context)
     except (OSError, RuntimeError) as error:
-        raise InputError("data", name, f"files that can be read ({str(error).splitlines()[0]})") from None
+        raise InputError(
+            "data", name, f"files that can be read ({str(error).splitlines()[0]})"
+        ) from None
 
 
 def open_text(name: str, context: int) -> Text:
     """The bytes of stdlib, a file or a folder."""
-    from .tasks import TASKS
+    from minimodels.data.tasks import TASKS
 
     if name == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
@@ -129,7 +140,9 @@ def open_text(name: str, context: int) -> Text:
         found = [root] if root.is_file() else walk(root) if root.is_dir() else []
         files = [f for f in found if f == root or not (f.parent / CHECKPOINT).exists()]
     if not files or not name:
-        raise InputError("data", name, f"stdlib, a file, a folder with files, or a task: {', '.join(TASKS)}")
+        raise InputError(
+            "data", name, f"stdlib, a file, a folder with files, or a task: {', '.join(TASKS)}"
+        )
     whole = {os.fsencode(f.relative_to(root).as_posix()): Piece(f, 0, size_of(f)) for f in files}
     paths = sorted(whole)
     if len(files) < FEW and name != "stdlib":
@@ -139,7 +152,9 @@ def open_text(name: str, context: int) -> Text:
         training = [path for path in paths if zlib.crc32(path) % HELD_OUT]
         spans = [Span([whole[path] for path in part]) for part in (training, held_out)]
     sizes = [(path.hex(), whole[path].stop) for path in paths]
-    return Text(*spans, context, fingerprint=f"{len(files)} files, {zlib.crc32(repr(sizes).encode()):08x}")
+    return Text(
+        *spans, context, fingerprint=f"{len(files)} files, {zlib.crc32(repr(sizes).encode()):08x}"
+    )
 
 
 def walk(root: Path) -> Iterator[Path]:
@@ -162,9 +177,15 @@ def cut(pieces: list[Piece]) -> list[Span]:
     """Two spans: the pieces without the last twentieth of their bytes, and that twentieth."""
     ends = list(itertools.accumulate(piece.stop for piece in pieces))
     place = ends[-1] - ends[-1] // HELD_OUT
-    before = [min(piece.stop, max(0, place - (end - piece.stop))) for piece, end in zip(pieces, ends, strict=True)]
+    before = [
+        min(piece.stop, max(0, place - (end - piece.stop)))
+        for piece, end in zip(pieces, ends, strict=True)
+    ]
     parts = list(zip(pieces, before, strict=True))
-    return [Span([Piece(p.path, 0, stop) for p, stop in parts]), Span([Piece(p.path, stop, p.stop) for p, stop in parts])]
+    return [
+        Span([Piece(p.path, 0, stop) for p, stop in parts]),
+        Span([Piece(p.path, stop, p.stop) for p, stop in parts]),
+    ]
 
 
 def parse_options(text: str, task: type) -> dict[str, int]:
@@ -173,7 +194,11 @@ def parse_options(text: str, task: type) -> dict[str, int]:
     options = {}
     for option in filter(None, text.split(",")):
         key, _, value = option.partition("=")
-        if key not in known or not re.fullmatch(r"\d{1,10}", value) or not 0 < int(value) <= LARGEST:
+        if (
+            key not in known
+            or not re.fullmatch(r"\d{1,10}", value)
+            or not 0 < int(value) <= LARGEST
+        ):
             raise InputError("data", option, f"name=number with a name of {', '.join(known)}")
         options[key] = int(value)
     return options

@@ -1,7 +1,7 @@
 """How published models are put together, in the terms of this project.
 
 A family is one `model_type` of the Hugging Face format. Its table says what each entry of its config.json means here and what
-each part of our model is called in its files; minimodels/pretrained.py reads and writes by these tables. A family joins with
+each part of our model is called in its files; pretrained.py reads and writes by these tables. A family joins with
 one entry in FAMILIES.
 
 In `parts`, the left side names a part of one of our layers and the right side the published name within a block, a `*`
@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from .config import Layers
-from .layouts import (
+from minimodels.config import Layers
+from minimodels.published.layouts import (
     Entries,
     blocks,
     jamba_layers,
@@ -87,7 +87,10 @@ ATTENTION_ENTRIES = {
     "rms_norm_eps": ("norm_eps", REQUIRED),
 }
 DENSE_ENTRIES = {"intermediate_size": ("mlp_width", REQUIRED)}
-EXPERT_ENTRIES = {"num_experts": ("experts", REQUIRED), "num_experts_per_tok": ("experts_per_token", REQUIRED)}
+EXPERT_ENTRIES = {
+    "num_experts": ("experts", REQUIRED),
+    "num_experts_per_tok": ("experts_per_token", REQUIRED),
+}
 ATTENTION_BIAS = {"attention_bias": ("attention_bias", False)}
 MAMBA_ENTRIES = {
     "layer_norm_epsilon": ("norm_eps", REQUIRED),
@@ -144,7 +147,10 @@ MAMBA = {
     "D": "mixer.D",
     "out_proj": "mixer.out_proj",
 }
-DECODER = {"block": "model.layers.{}.", "whole": {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}}
+DECODER = {
+    "block": "model.layers.{}.",
+    "whole": {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"},
+}
 BACKBONE = {
     "block": "backbone.layers.{}.",
     "whole": {"embedding": "backbone.embeddings", "norm": "backbone.norm_f", "head": "lm_head"},

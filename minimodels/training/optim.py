@@ -7,16 +7,23 @@ import math
 import torch
 from torch import nn
 
-from .config import InputError
+from minimodels.errors import InputError
 
 
 def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW (arXiv:1711.05101) that decays matrices only: no norm, no bias, nothing that a layer names in `no_weight_decay`."""
-    spared = {id(getattr(module, name)) for module in model.modules() for name in getattr(module, "no_weight_decay", ())}
+    spared = {
+        id(getattr(module, name))
+        for module in model.modules()
+        for name in getattr(module, "no_weight_decay", ())
+    }
     decayed, kept = [], []
     for parameter in model.parameters():
         (decayed if parameter.ndim >= 2 and id(parameter) not in spared else kept).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 

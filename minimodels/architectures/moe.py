@@ -24,11 +24,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import register_flop_formula
 
-from .config import Config
-from .layers import choose, flops, full_precision, linear
-from .transformer import SwiGLU, mlp_width
+from minimodels.architectures.transformer import SwiGLU, mlp_width
+from minimodels.config import Config
+from minimodels.layers import flops, full_precision, linear
+from minimodels.ops.grouped_mlp import grouped_mlp
 
 
 class Routing(NamedTuple):
@@ -49,9 +49,17 @@ class MoE(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         E, D, I = config.experts, config.width, expert_width(config)
-        self.K, self.route, self.causal = config.experts_per_token, ROUTERS[config.router], config.router != "expert_choice"
+        self.K, self.route, self.causal = (
+            config.experts_per_token,
+            ROUTERS[config.router],
+            config.router != "expert_choice",
+        )
         self.scale, self.impl = config.routed_scale, config.impl
-        self.balance, self.balance_loss, self.z_loss = config.balance, config.balance_loss, config.z_loss
+        self.balance, self.balance_loss, self.z_loss = (
+            config.balance,
+            config.balance_loss,
+            config.z_loss,
+        )
         self.bias_step = config.bias_step
         std = config.init_std
         self.router = linear(D, E, std)
@@ -60,7 +68,9 @@ class MoE(nn.Module):
         self.out = nn.Parameter(torch.empty(E, D, I).normal_(std=std / config.depth**0.5))
         self.shared = SwiGLU(config, config.shared_experts * I) if config.shared_experts else None
         self.register_buffer("bias", torch.zeros(E) if self.route is sigmoid_bias else None)
-        self.register_buffer("visited", torch.zeros(E), persistent=False)  # visits since the last optimizer step
+        self.register_buffer(
+            "visited", torch.zeros(E), persistent=False
+        )  # visits since the last optimizer step
         self.forget()
 
     def forget(self):
@@ -76,8 +86,12 @@ class MoE(nn.Module):
             real = visits if positions is None else visits & (positions >= 0).unsqueeze(-1)
             self.visited.add_(real.sum((0, 1)))
         most = self.K if self.causal else None  # where experts choose, any number may visit a token
-        flat = (part.flatten(0, 1) for part in (x, self.scale * gates, visits))  # (n, D), (n, E), (n, E)
-        y = grouped_mlp(*flat, self.gate, self.up, self.out, most, self.impl).view_as(x)  # (B, T, D)
+        flat = (
+            part.flatten(0, 1) for part in (x, self.scale * gates, visits)
+        )  # (n, D), (n, E), (n, E)
+        y = grouped_mlp(*flat, self.gate, self.up, self.out, most, self.impl).view_as(
+            x
+        )  # (B, T, D)
         if self.shared is not None:
             y = y + self.shared(x)[0]
         return y, None
@@ -86,7 +100,11 @@ class MoE(nn.Module):
         """Of the last forward: f (E,), the visits per token, which carries no gradient; P (E,), the mean probability; and the
         weight of each token in a mean (B, T, 1): 1 / their number, 0 for padding."""
         logits, visits, probabilities, positions = self.routing
-        real = logits.new_ones(logits.shape[:2]) if positions is None else (positions >= 0).to(logits.dtype)  # (B, T)
+        real = (
+            logits.new_ones(logits.shape[:2])
+            if positions is None
+            else (positions >= 0).to(logits.dtype)
+        )  # (B, T)
         weight = (real / real.sum().clamp(min=1)).unsqueeze(-1)
         return (visits * weight).sum((0, 1)), (probabilities * weight).sum((0, 1)), weight
 
@@ -96,7 +114,10 @@ class MoE(nn.Module):
         if self.routing is None:
             return {}
         fraction, mean_probability, weight = self.shares()
-        losses = {"z": self.z_loss * (self.routing.logits.logsumexp(-1, keepdim=True).square() * weight).sum()}
+        losses = {
+            "z": self.z_loss
+            * (self.routing.logits.logsumexp(-1, keepdim=True).square() * weight).sum()
+        }
         if self.balance == "layer":
             losses["balance"] = self.balance_loss * imbalance(fraction, mean_probability)
         return losses
@@ -118,7 +139,9 @@ class MoE(nn.Module):
             self.bias += self.bias_step * torch.sign(self.visited.mean() - self.visited)
         self.visited.zero_()
         if self.routing is not None:
-            self.routing = Routing(*(part if part is None else part.detach() for part in self.routing))
+            self.routing = Routing(
+                *(part if part is None else part.detach() for part in self.routing)
+            )
 
     def __getstate__(self) -> dict:
         """A copy has had no forward pass: a graph could not be copied."""
@@ -146,13 +169,23 @@ def pooled_imbalance(model: nn.Module) -> Tensor:
 
     This is what transformers trains with. One layer's load can make up for another's, which the layers' own losses forbid.
     """
-    shares = [module.shares()[:2] for module in model.modules() if isinstance(module, MoE) and module.routing is not None]
-    return imbalance(*(torch.stack(share).mean(0) for share in zip(*shares, strict=True))) if shares else torch.zeros(())
+    shares = [
+        module.shares()[:2]
+        for module in model.modules()
+        if isinstance(module, MoE) and module.routing is not None
+    ]
+    return (
+        imbalance(*(torch.stack(share).mean(0) for share in zip(*shares, strict=True)))
+        if shares
+        else torch.zeros(())
+    )
 
 
 def expert_width(config: Config) -> int:
     """Hidden width I of one expert: by default such that a token's experts cost what the dense MLP does."""
-    return config.expert_width or -(-mlp_width(config) // (config.experts_per_token + config.shared_experts))
+    return config.expert_width or -(
+        -mlp_width(config) // (config.experts_per_token + config.shared_experts)
+    )
 
 
 # The routers: logits (B, T, E) -> gates (B, T, E), visits (B, T, E) bool, probabilities (B, T, E) for the balance loss.
@@ -188,7 +221,9 @@ def expert_choice(logits: Tensor, K: int, bias: Tensor | None):
     return probabilities, top(probabilities.mT, capacity).mT, probabilities
 
 
-ROUTERS = {router.__name__: router for router in (softmax_topk, softmax, sigmoid_bias, expert_choice)}
+ROUTERS = {
+    router.__name__: router for router in (softmax_topk, softmax, sigmoid_bias, expert_choice)
+}
 
 
 def top(scores: Tensor, count: int) -> Tensor:
@@ -196,108 +231,4 @@ def top(scores: Tensor, count: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(count).indices, True)
 
 
-def grouped_mlp(
-    x: Tensor,
-    gates: Tensor,
-    visits: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    out: Tensor,
-    most: int | None = None,
-    impl: str = "auto",
-) -> Tensor:
-    """y_t = Σ_e visits_te · gates_te · out_e (silu(gate_e x_t) ⊙ up_e x_t).
-
-    x (n, D); gates (n, E); visits (n, E) bool; gate, up (E, I, D); out (E, D, I); most: how many experts a token visits at
-    most, None for E. The kernel takes memory for n · most visits, so that nobody waits for the GPU to count them.
-    Returns (n, D).
-    Raises ValueError on shapes that disagree.
-    """
-    check_shapes(x, gates, visits, gate, up, out)
-    path = choose(impl, "grouped_mlp", x.device)
-    if path == "reference":
-        y = torch.zeros_like(x)
-        for e in range(len(gate)):
-            (token,) = visits[:, e].nonzero(as_tuple=True)
-            rows = x[token]  # (A_e, D)
-            expert = F.linear(F.silu(F.linear(rows, gate[e])) * F.linear(rows, up[e]), out[e])
-            y = y.index_add(0, token, (expert * gates[token, e, None]).to(y.dtype))
-        return y
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):  # which does not reach into the operations below
-        x, gate, up, out = (part.to(torch.get_autocast_dtype(x.device.type)) for part in (x, gate, up, out))
-    if path == "triton":
-        from .kernels.grouped_mlp import grouped_mlp as kernel
-
-        return kernel(x, gates, visits, gate, up, out, most).to(dtype)
-    expert, token = visits.t().nonzero(as_tuple=True)  # (A,) each, ordered by expert
-    counts, rows = visits.sum(0), x.index_select(0, token)  # (E,), (A, D); x[token] has a slower derivative
-    hidden = F.silu(grouped_linear(rows, gate, counts)) * grouped_linear(rows, up, counts)  # (A, I)
-    y = grouped_linear(hidden, out, counts) * gates[token, expert, None].to(hidden.dtype)  # (A, D)
-    return torch.zeros_like(x, dtype=dtype).index_add(0, token, y.to(dtype))
-
-
-def check_shapes(x: Tensor, gates: Tensor, visits: Tensor, gate: Tensor, up: Tensor, out: Tensor) -> None:
-    """Raise ValueError unless the arguments have the shapes that grouped_mlp names, here and in its kernel."""
-    (n, D), (E, I, _) = x.shape, gate.shape
-    if (gates.shape, visits.shape, gate.shape, up.shape, out.shape) != ((n, E), (n, E), (E, I, D), (E, I, D), (E, D, I)):
-        raise ValueError(
-            f"grouped_mlp: x {tuple(x.shape)}, gates {tuple(gates.shape)}, visits {tuple(visits.shape)}, "
-            f"gate {tuple(gate.shape)}, up {tuple(up.shape)} and out {tuple(out.shape)} do not fit"
-        )
-
-
-@torch.library.custom_op("minimodels::grouped_linear", mutates_args=())
-def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """Rows of x times their group's matrix: x (A, in) ordered by group, weight (E, out, in), counts (E,) -> (A, out)."""
-    y, start = x.new_empty(x.shape[0], weight.shape[1]), 0
-    for e, count in enumerate(counts.tolist()):
-        if count:
-            group, start = slice(start, start + count), start + count
-            torch.mm(x[group], weight[e].t(), out=y[group])  # into place: joining the results would copy them
-    return y
-
-
-@torch.library.custom_op("minimodels::grouped_linear_backward", mutates_args=())
-def grouped_linear_backward(dy: Tensor, x: Tensor, weight: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and weight; those of a group without rows are zero."""
-    dx, dweight, sizes = torch.empty_like(x), torch.empty_like(weight), counts.tolist()
-    parts = (x.split(sizes), weight, dy.split(sizes), dx.split(sizes), dweight)
-    for rows, matrix, gradient, drows, dmatrix in zip(*parts, strict=True):
-        torch.mm(gradient, matrix, out=drows)
-        torch.mm(gradient.t(), rows, out=dmatrix)
-    return dx, dweight
-
-
 # What PyTorch must know of the two operations: shapes, derivative, cost.
-
-
-@grouped_linear.register_fake
-def _(x, weight, counts):
-    return x.new_empty(x.shape[0], weight.shape[1])
-
-
-@grouped_linear_backward.register_fake
-def _(dy, x, weight, counts):
-    return torch.empty_like(x), torch.empty_like(weight)
-
-
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate(ctx, dy):
-    return *grouped_linear_backward(dy.contiguous(), *ctx.saved_tensors), None
-
-
-grouped_linear.register_autograd(_differentiate, setup_context=_save)
-
-
-@register_flop_formula(torch.ops.minimodels.grouped_linear)
-def _grouped_flops(x, weight, counts, out_shape=None):
-    return 2 * x[0] * weight[1] * weight[2]
-
-
-@register_flop_formula(torch.ops.minimodels.grouped_linear_backward)
-def _grouped_backward_flops(dy, x, weight, counts, out_shape=None):
-    return 2 * _grouped_flops(x, weight, counts)

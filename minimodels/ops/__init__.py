@@ -1,0 +1,1 @@
+"""Operations that several architectures share, each with a reference first."""

@@ -1,0 +1,131 @@
+"""The experts of a mixture, computed together."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from minimodels.layers import choose
+
+
+def grouped_mlp(
+    x: Tensor,
+    gates: Tensor,
+    visits: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    out: Tensor,
+    most: int | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """y_t = Σ_e visits_te · gates_te · out_e (silu(gate_e x_t) ⊙ up_e x_t).
+
+    x (n, D); gates (n, E); visits (n, E) bool; gate, up (E, I, D); out (E, D, I); most: how many experts a token visits at
+    most, None for E. The kernel takes memory for n · most visits, so that nobody waits for the GPU to count them.
+    Returns (n, D).
+    Raises ValueError on shapes that disagree.
+    """
+    check_shapes(x, gates, visits, gate, up, out)
+    path = choose(impl, "grouped_mlp", x.device)
+    if path == "reference":
+        y = torch.zeros_like(x)
+        for e in range(len(gate)):
+            (token,) = visits[:, e].nonzero(as_tuple=True)
+            rows = x[token]  # (A_e, D)
+            expert = F.linear(F.silu(F.linear(rows, gate[e])) * F.linear(rows, up[e]), out[e])
+            y = y.index_add(0, token, (expert * gates[token, e, None]).to(y.dtype))
+        return y
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):  # which does not reach into the operations below
+        x, gate, up, out = (
+            part.to(torch.get_autocast_dtype(x.device.type)) for part in (x, gate, up, out)
+        )
+    if path == "triton":
+        from minimodels.kernels.grouped_mlp import grouped_mlp as kernel
+
+        return kernel(x, gates, visits, gate, up, out, most).to(dtype)
+    expert, token = visits.t().nonzero(as_tuple=True)  # (A,) each, ordered by expert
+    counts, rows = (
+        visits.sum(0),
+        x.index_select(0, token),
+    )  # (E,), (A, D); x[token] has a slower derivative
+    hidden = F.silu(grouped_linear(rows, gate, counts)) * grouped_linear(rows, up, counts)  # (A, I)
+    y = grouped_linear(hidden, out, counts) * gates[token, expert, None].to(hidden.dtype)  # (A, D)
+    return torch.zeros_like(x, dtype=dtype).index_add(0, token, y.to(dtype))
+
+
+def check_shapes(
+    x: Tensor, gates: Tensor, visits: Tensor, gate: Tensor, up: Tensor, out: Tensor
+) -> None:
+    """Raise ValueError unless the arguments have the shapes that grouped_mlp names, here and in its kernel."""
+    (n, D), (E, I, _) = x.shape, gate.shape
+    if (gates.shape, visits.shape, gate.shape, up.shape, out.shape) != (
+        (n, E),
+        (n, E),
+        (E, I, D),
+        (E, I, D),
+        (E, D, I),
+    ):
+        raise ValueError(
+            f"grouped_mlp: x {tuple(x.shape)}, gates {tuple(gates.shape)}, visits {tuple(visits.shape)}, "
+            f"gate {tuple(gate.shape)}, up {tuple(up.shape)} and out {tuple(out.shape)} do not fit"
+        )
+
+
+@torch.library.custom_op("minimodels::grouped_linear", mutates_args=())
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Rows of x times their group's matrix: x (A, in) ordered by group, weight (E, out, in), counts (E,) -> (A, out)."""
+    y, start = x.new_empty(x.shape[0], weight.shape[1]), 0
+    for e, count in enumerate(counts.tolist()):
+        if count:
+            group, start = slice(start, start + count), start + count
+            torch.mm(
+                x[group], weight[e].t(), out=y[group]
+            )  # into place: joining the results would copy them
+    return y
+
+
+@torch.library.custom_op("minimodels::grouped_linear_backward", mutates_args=())
+def grouped_linear_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight; those of a group without rows are zero."""
+    dx, dweight, sizes = torch.empty_like(x), torch.empty_like(weight), counts.tolist()
+    parts = (x.split(sizes), weight, dy.split(sizes), dx.split(sizes), dweight)
+    for rows, matrix, gradient, drows, dmatrix in zip(*parts, strict=True):
+        torch.mm(gradient, matrix, out=drows)
+        torch.mm(gradient.t(), rows, out=dmatrix)
+    return dx, dweight
+
+
+@grouped_linear.register_fake
+def _(x, weight, counts):
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@grouped_linear_backward.register_fake
+def _(dy, x, weight, counts):
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx, dy):
+    return *grouped_linear_backward(dy.contiguous(), *ctx.saved_tensors), None
+
+
+grouped_linear.register_autograd(_differentiate, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.minimodels.grouped_linear)
+def _grouped_flops(x, weight, counts, out_shape=None):
+    return 2 * x[0] * weight[1] * weight[2]
+
+
+@register_flop_formula(torch.ops.minimodels.grouped_linear_backward)
+def _grouped_backward_flops(dy, x, weight, counts, out_shape=None):
+    return 2 * _grouped_flops(x, weight, counts)
