@@ -1,28 +1,95 @@
-"""The one error that bad input raises, and the checks of a dataclass by its types."""
+"""The error that bad input raises, and the check of a dataclass against the types of its fields."""
 
 from __future__ import annotations
 
+import difflib
+import math
+import types
+from collections.abc import Iterable
 from dataclasses import fields
-
-
-class InputError(Exception):
-    """Bad input, told in one line: the field, its value and what would be accepted."""
-
-    def __init__(self, field: str, value: object, accepted: str):
-        self.field, self.value, self.accepted = field, value, accepted
-        super().__init__(f"{field}: {value!r} is not accepted; accepted: {accepted}")
-
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 LARGEST = 2**31 - 1
 
 
-KINDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
+class InputError(Exception):
+    """Bad input, described in one line: the field, its value and what would be accepted.
+
+    `excerpt` is shown on the lines below: a piece of the text that was read, and a caret at the place.
+    """
+
+    def __init__(self, field: str, value: object, accepted: str, excerpt: str = ""):
+        self.field, self.value, self.accepted, self.excerpt = field, value, accepted, excerpt
+        line = f"{field}: {value!r} is not accepted; accepted: {accepted}"
+        super().__init__(f"{line}\n{excerpt}" if excerpt else line)
 
 
-def check_types(given: object) -> None:
-    """Raise InputError unless the plain fields of a dataclass hold what they are declared to."""
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known names, led by the one that was probably meant: "did you mean moe? attention, mlp, moe"."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, 1)
+    return (f"did you mean {close[0]}? " if close else "") + ", ".join(known)
+
+
+class Range(NamedTuple):
+    """The numbers that a field accepts, and how an error describes them."""
+
+    low: float
+    high: float
+    accepted: str
+    above: bool = False  # low itself is not accepted
+
+
+Count = Annotated[int, Range(1, LARGEST, f"a whole number from 1 to {LARGEST}")]
+Natural = Annotated[int, Range(0, LARGEST, f"a whole number from 0 to {LARGEST}")]
+Positive = Annotated[float, Range(0, math.inf, "a number above 0", above=True)]
+NonNegative = Annotated[float, Range(0, math.inf, "a number of 0 or more")]
+Fraction = Annotated[float, Range(0, 1, "a fraction above 0, at most 1", above=True)]
+
+PLAIN = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+def check_types(given: Any) -> None:
+    """Raise InputError unless each field of a dataclass holds what its type says.
+
+    Checked are int, float (which accepts an int), str, bool, Literal, None, their unions, and the ranges above.
+    """
+    hints = get_type_hints(type(given), include_extras=True)
     for field in fields(given):
-        value, (kind, *others) = getattr(given, field.name), field.type.split(" | ")
-        accepted = (kind, *["int"] * (kind == "float"), *["NoneType"] * ("None" in others))
-        if kind in KINDS and type(value).__name__ not in accepted:
-            raise InputError(field.name, value, KINDS[kind])
+        value = getattr(given, field.name)
+        if not fits(value, hints[field.name]):
+            raise InputError(field.name, value, describe(hints[field.name]))
+
+
+def fits(value: object, hint: Any) -> bool:
+    """Whether a value is of the type that a hint names; of types that are not listed above, anything is."""
+    if get_origin(hint) is Annotated:
+        base, *notes = get_args(hint)
+        ranges = [note for note in notes if isinstance(note, Range)]
+        return fits(value, base) and all(
+            each.low <= value < math.inf and value <= each.high and not (each.above and value == each.low)
+            for each in ranges
+        )
+    if get_origin(hint) is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in get_args(hint))
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(fits(value, choice) for choice in get_args(hint))
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    if hint in (int, str, bool):
+        return type(value) is hint
+    return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+def describe(hint: Any) -> str:
+    """What an error says that a field accepts."""
+    if get_origin(hint) is Annotated:
+        base, *notes = get_args(hint)
+        return next((note.accepted for note in notes if hasattr(note, "accepted")), describe(base))
+    if get_origin(hint) is Literal:
+        return ", ".join(map(str, get_args(hint)))
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(describe(choice) for choice in get_args(hint))
+    if hint is type(None):
+        return "none"
+    return PLAIN.get(hint, getattr(hint, "__name__", str(hint)))

@@ -1,34 +1,434 @@
-"""The small language of layers and options."""
+"""The language in which layers, their options and the data tasks are written.
+
+    attention mlp attention mlp                                   layers, one after the other
+    (mamba mlp)*4                                                 a group, repeated
+    attention(window=128, rope_scaling=linear(factor=4))          options
+    mod(attention mlp, capacity=0.25)                             a wrapper: layers first, then options
+    local=attention(window=512) (local mlp)*2                     "=" gives a name to what is then written out
+    A:=attention mamba A mlp mamba A                              ":=" makes one layer, used twice with one set of weights
+
+    text   := definition* item+
+    definition := name ("=" | ":=") item
+    item   := (name [ "(" [item+] [","] [options] ")" ] | "(" item+ ")") [ "*" count ]
+    options := name "=" value ("," name "=" value)*
+    value  := number | true | false | word [ "(" options ")" ]
+
+A parenthesis that touches a name opens its arguments; after a space it opens a group.
+`parse` reads a text into a Program, `write` writes it again, and `expand` lists the layers that it describes.
+"""
 
 from __future__ import annotations
 
-from minimodels.errors import InputError
+import re
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
-SCALINGS = {"": (), "linear": ("factor",), "llama3": ("factor", "low", "high", "context")}
+from minimodels.errors import InputError, check_types, nearest
+
+MOST_LAYERS, DEEPEST = 10_000, 50  # layers in all; groups within groups, each of which is a call within a call
+EXAMPLE = '"(attention mlp)*2 mod(mamba mlp, capacity=0.25)"'
+TOKEN = re.compile(r"(?P<number>[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)|(?P<name>[^\W\d]\w*)|(?P<sign>:=|\S)")
 
 
-def parse_scaling(text: str) -> tuple[str, dict[str, float]]:
-    """ "linear:factor=4" -> ("linear", {"factor": 4.0}). Raises InputError on what Config.rope_scaling does not offer."""
-    kind, _, options = text.partition(":")
-    given = (
-        [option.partition("=")[::2] for option in options.split(",")] if text else []
-    )  # (name, number) each
-    try:
-        values = {name: float(number) for name, number in given}
-    except ValueError:
-        values = {}
-    named = kind in SCALINGS and sorted(name for name, _ in given) == sorted(SCALINGS[kind])
-    if (
-        not named
-        or len(values) < len(given)
-        or not all(0 < value < float("inf") for value in values.values())
-    ):
-        forms = [
-            kind + ":" + ",".join(f"{name}=NUMBER" for name in names)
-            for kind, names in SCALINGS.items()
-            if names
+@dataclass(frozen=True)
+class Option:
+    """name=value within the arguments of a call."""
+
+    name: str
+    value: object  # int, float, bool, str or Call
+    at: int = field(default=0, compare=False)  # where it begins in the text
+
+
+@dataclass(frozen=True)
+class Call:
+    """One layer, wrapper or task, with its options."""
+
+    name: str
+    layers: tuple[Call | Group, ...] = ()  # what a wrapper holds
+    options: tuple[Option, ...] = ()
+    shared: str = ""  # all calls of one such name are one layer
+    at: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Items that stand `count` times."""
+
+    items: tuple[Call | Group, ...]
+    count: int = 1
+
+
+class Definition(NamedTuple):
+    """A name for an item."""
+
+    shared: bool  # ":=", one set of weights
+    item: Call | Group
+
+
+class Program(NamedTuple):
+    """A text as a tree: what its definitions and its items say, not yet written out."""
+
+    definitions: dict[str, Definition]
+    items: tuple[Call | Group, ...]
+
+
+# Reading.
+
+
+class Token(NamedTuple):
+    kind: str  # number, name, sign or end
+    text: str
+    at: int
+    touching: bool  # no space before it
+
+
+def parse(text: str, field: str = "layers") -> Program:
+    """Read a text. Raises InputError, which names `field` and shows the place, unless it is in the grammar."""
+    reader = Reader(text, field)
+    definitions: dict[str, Definition] = {}
+    while reader.now.kind == "name" and reader.peek().text in ("=", ":="):
+        name = reader.take()
+        if name.text in definitions:
+            raise reader.error("a name that is not defined yet", name)
+        shared = reader.take().text == ":="
+        definitions[name.text] = Definition(shared, reader.item())
+    items = reader.items("")
+    return Program(definitions, items)
+
+
+def parse_call(text: str, field: str) -> Call:
+    """Read a single call, such as "mqar(pairs=8)". Raises InputError as parse does."""
+    items = parse(text, field).items
+    if len(items) != 1 or not isinstance(items[0], Call) or items[0].layers:
+        raise InputError(field, text, 'a name with options, such as "mqar(pairs=8, vocab=256)"')
+    return items[0]
+
+
+class Reader:
+    """The tokens of a text, taken one by one."""
+
+    def __init__(self, text: str, field: str):
+        self.text, self.field, self.index, self.depth = text, field, 0, 0
+        found = list(TOKEN.finditer(text))
+        ends = [0, *(match.end() for match in found)]
+        self.tokens = [
+            Token(match.lastgroup or "", match.group(), match.start(), match.start() == end)
+            for match, end in zip(found, ends, strict=False)
         ]
-        raise InputError("rope_scaling", text, " or ".join(forms))
-    if kind == "llama3" and not values["low"] < values["high"]:
-        raise InputError("rope_scaling", text, "low less than high")
-    return kind, values
+        self.tokens.append(Token("end", "", len(text), False))
+
+    @property
+    def now(self) -> Token:
+        return self.tokens[self.index]
+
+    def peek(self) -> Token:
+        return self.tokens[min(self.index + 1, len(self.tokens) - 1)]
+
+    def take(self, text: str | None = None) -> Token:
+        token = self.now
+        if text is not None and token.text != text:
+            raise self.error(f'"{text}"')
+        self.index = min(self.index + 1, len(self.tokens) - 1)
+        return token
+
+    def error(self, accepted: str, token: Token | None = None) -> InputError:
+        token = token or self.now
+        value = token.text or "the end of the text"
+        return InputError(self.field, value, f"here {accepted}", excerpt(self.text, token.at))
+
+    def items(self, closing: str) -> tuple[Call | Group, ...]:
+        found = []
+        while self.now.text not in (")", ",") and self.now.kind != "end":
+            if closing == ")" and self.now.kind == "name" and self.peek().text == "=":
+                break  # options
+            found.append(self.item())
+        if not found:
+            raise self.error(f"a layer; a text is like {EXAMPLE}")
+        if not closing and self.now.kind != "end":
+            raise self.error("a layer or the end")
+        return tuple(found)
+
+    def item(self) -> Call | Group:
+        if self.now.text == "(":
+            self.nest()
+            items = self.items("group")
+            self.take(")")
+            self.depth -= 1
+            return Group(items, self.count())
+        call = self.call()
+        count = self.count()
+        return call if count == 1 else Group((call,), count)
+
+    def nest(self) -> None:
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise self.error(f"groups nested at most {DEEPEST} deep")
+        self.take("(")
+
+    def call(self) -> Call:
+        if self.now.kind != "name":
+            raise self.error(f"a layer; a text is like {EXAMPLE}")
+        name, layers, options = self.take(), (), ()
+        if self.now.text == "(" and self.now.touching:
+            self.nest()
+            if self.now.text != ")" and self.peek().text != "=":
+                layers = self.items(")")
+                if self.now.text == ",":
+                    self.take()
+            options = self.options()
+            self.take(")")
+            self.depth -= 1
+        return Call(name.text, layers, options, at=name.at)
+
+    def options(self) -> tuple[Option, ...]:
+        found: list[Option] = []
+        while self.now.kind == "name":
+            name = self.take()
+            if any(option.name == name.text for option in found):
+                raise self.error("each option once", name)
+            self.take("=")
+            found.append(Option(name.text, self.value(), name.at))
+            if self.now.text != ",":
+                break
+            self.take()
+        return tuple(found)
+
+    def value(self) -> object:
+        token = self.now
+        if token.kind == "number":
+            self.take()
+            return int(token.text) if re.fullmatch(r"[+-]?\d{1,18}", token.text) else float(token.text)
+        if token.kind != "name":
+            raise self.error("a number, true, false or a word")
+        if token.text in ("true", "false"):
+            self.take()
+            return token.text == "true"
+        call = self.call()
+        if call.layers:
+            raise self.error("options in the parentheses of a value", token)
+        return call if call.options else call.name
+
+    def count(self) -> int:
+        if self.now.text != "*":
+            return 1
+        self.take()
+        if not re.fullmatch(r"0*[1-9]\d{,8}", self.now.text):
+            raise self.error("a whole number of 1 or more")
+        return int(self.take().text)
+
+
+def excerpt(text: str, at: int, around: int = 60) -> str:
+    """The text about a place, and a caret below it."""
+    start = max(0, at - around)
+    shown = ("..." if start else "") + text[start : at + around] + ("..." if at + around < len(text) else "")
+    return f"  {' '.join(shown.splitlines())}\n  {' ' * (at - start + 3 * bool(start))}^"
+
+
+# What a program describes.
+
+
+def expand(program: Program, text: str = "", field: str = "layers") -> tuple[Call, ...]:
+    """The calls that a program describes, repeats and definitions written out.
+
+    Raises InputError for more than MOST_LAYERS layers and for a definition that takes options or contains itself.
+    """
+
+    def many(items: tuple[Call | Group, ...], open_names: tuple[str, ...]) -> tuple[Call, ...]:
+        found: tuple[Call, ...] = ()
+        for item in items:
+            found += one(item, open_names)
+            if count_layers(found) > MOST_LAYERS:
+                raise InputError(field, f"{text[:40]}...", f"at most {MOST_LAYERS} layers")
+        return found
+
+    def one(item: Call | Group, open_names: tuple[str, ...]) -> tuple[Call, ...]:
+        if isinstance(item, Group):
+            found = many(item.items, open_names)
+            if count_layers(found) * item.count > MOST_LAYERS:
+                raise InputError(field, f"{text[:40]}...", f"at most {MOST_LAYERS} layers")
+            return found * item.count
+        if item.name not in program.definitions:
+            return (replace(item, layers=many(item.layers, open_names) if item.layers else ()),)
+        if item.layers or item.options:
+            raise InputError(field, item.name, "a defined name without options", excerpt(text, item.at))
+        if item.name in open_names:
+            raise InputError(field, item.name, "a definition without itself", excerpt(text, item.at))
+        shared, defined = program.definitions[item.name]
+        found = one(defined, (*open_names, item.name))
+        if not shared:
+            return found
+        names = [item.name] if len(found) == 1 else [f"{item.name}.{i}" for i in range(len(found))]
+        return tuple(replace(call, shared=call.shared or own) for call, own in zip(found, names, strict=True))
+
+    return many(program.items, ())
+
+
+def count_layers(calls: tuple[Call, ...]) -> int:
+    """Layers in all, those inside wrappers included, the wrappers themselves not."""
+    return sum(count_layers(call.layers) if call.layers else 1 for call in calls)
+
+
+# Writing.
+
+
+def write(program: Program) -> str:
+    """The program as text, which parse reads as the same program."""
+    definitions = [
+        f"{name}{':=' if shared else '='}{write_item(item)}" for name, (shared, item) in program.definitions.items()
+    ]
+    return " ".join([*definitions, *map(write_item, program.items)])
+
+
+def write_item(item: Call | Group) -> str:
+    """One item as text."""
+    if isinstance(item, Call):
+        return write_call(item)
+    inside = " ".join(map(write_item, item.items))
+    alone = len(item.items) == 1 and isinstance(item.items[0], Call)
+    times = "" if item.count == 1 else f"*{item.count}"
+    return inside + times if alone and times else f"({inside}){times}"
+
+
+def write_call(call: Call) -> str:
+    """A call with its options as text."""
+    inside = [" ".join(map(write_item, call.layers))] if call.layers else []
+    inside += [f"{option.name}={write_value(option.value)}" for option in call.options]
+    return f"{call.name}({', '.join(inside)})" if inside else call.name
+
+
+def write_value(value: object) -> str:
+    """The value of an option as text."""
+    if isinstance(value, Call):
+        return write_call(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def set_options(text: str, settings: list[str] | tuple[str, ...], field: str = "layers") -> str:
+    """The text with options set: "mamba.state_size=32" sets it in every call and definition named mamba.
+
+    Raises InputError for a setting of another form, and for a name that is not in the text.
+    """
+    if not settings:
+        return text
+    program = parse(text, field)
+    for setting in settings:
+        found = re.fullmatch(r"\s*(\w+)\.(\w+)\s*=(.*)", setting, re.DOTALL)
+        if not found:
+            raise InputError("set", setting, "LAYER.OPTION=VALUE, such as mamba.state_size=32")
+        name, option, value = found.groups()
+        (read,) = parse_call(f"{name}({option}={value})", "set").options
+        program, hits = set_option(program, name, read)
+        if not hits:
+            raise InputError("set", setting, f"a layer of the model: {nearest(name, sorted(names_in(program)))}")
+    return write(program)
+
+
+def set_option(program: Program, name: str, option: Option) -> tuple[Program, int]:
+    """The program with an option set in all calls of a name, and how many there are."""
+    hits = 0
+
+    def visit(item: Call | Group, defined: bool = False) -> Call | Group:
+        nonlocal hits
+        if isinstance(item, Group):
+            return replace(item, items=tuple(visit(each, defined) for each in item.items))
+        item = replace(item, layers=tuple(map(visit, item.layers)))
+        if not (defined or item.name == name) or item.name in program.definitions:
+            return item
+        hits += 1
+        kept = tuple(option if each.name == option.name else each for each in item.options)
+        return replace(item, options=kept if option in kept else (*kept, option))
+
+    definitions = {
+        key: Definition(shared, visit(item, key == name)) for key, (shared, item) in program.definitions.items()
+    }
+    return Program(definitions, tuple(map(visit, program.items))), hits
+
+
+def names_in(program: Program) -> set[str]:
+    """The names of all calls and definitions."""
+
+    def visit(item: Call | Group) -> set[str]:
+        inside = item.items if isinstance(item, Group) else item.layers
+        own = set() if isinstance(item, Group) else {item.name}
+        return own.union(*map(visit, inside))
+
+    every = [item for _, item in program.definitions.values()] + list(program.items)
+    return set(program.definitions).union(*map(visit, every))
+
+
+# Options as dataclasses.
+
+Options = TypeVar("Options")
+
+
+def option(default: Any, help: str) -> Any:
+    """A field of an option dataclass: its default, and one line that says what it is."""
+    return field(default=default, metadata={"help": help})
+
+
+class OneOf(NamedTuple):
+    """The type of an option whose value is a call, such as rope_scaling=linear(factor=4): name -> its dataclass."""
+
+    choices: dict[str, type]
+
+    @property
+    def accepted(self) -> str:
+        return "none or " + ", ".join(
+            f"{name}({', '.join(f'{f.name}=...' for f in fields(choice))})" for name, choice in self.choices.items()
+        )
+
+
+def read_options(kind: Callable[..., Options], call: Call, text: str, field: str = "layers") -> Options:
+    """The options of a call as the dataclass `kind`.
+
+    Raises InputError that names the layer, the option, the value and what is accepted, and shows the place in the text.
+    """
+    known = {each.name: each for each in fields(kind)}  # type: ignore[arg-type]
+    hints = get_type_hints(kind, include_extras=True)
+    values = {}
+    for given in call.options:
+        if given.name not in known:
+            accepted = nearest(given.name, known) or "no options"
+            raise InputError(f"{field}: {call.name}", given.name, accepted, excerpt(text, given.at))
+        values[given.name] = read_value(given.value, hints[given.name], text)
+    missing = [name for name, each in known.items() if each.default is MISSING and name not in values]
+    if missing:
+        raise InputError(f"{field}: {call.name}", call.name, f"with {', '.join(missing)}", excerpt(text, call.at))
+    try:
+        made = kind(**values)
+        check_types(made)
+    except InputError as error:
+        at = next((given.at for given in call.options if given.name == error.field), call.at)
+        raise InputError(f"{field}: {call.name}.{error.field}", error.value, error.accepted, excerpt(text, at)) from None
+    return made
+
+
+def read_value(value: object, hint: Any, text: str) -> object:
+    """The value of an option in Python: a dataclass for a call, None for the word none if the type has no such word."""
+    choices = next((note for note in get_args(hint) if isinstance(note, OneOf)), None)
+    if choices is not None:
+        name = value.name if isinstance(value, Call) else value
+        if isinstance(name, str) and name in choices.choices:
+            call = value if isinstance(value, Call) else Call(name)
+            return read_options(choices.choices[name], call, text)
+    if value == "none" and type(None) in alternatives(hint):
+        return None
+    return write_call(value) if isinstance(value, Call) else value
+
+
+def alternatives(hint: Any) -> tuple:
+    """The members of a union, or the type itself."""
+    if get_origin(hint) is Annotated:
+        return alternatives(get_args(hint)[0])
+    return get_args(hint) if type(None) in get_args(hint) else (hint,)
+
+
+def write_options(options: Any) -> tuple[Option, ...]:
+    """The options that differ from their defaults, as they are written."""
+    found = []
+    for each in fields(options):
+        value = getattr(options, each.name)
+        if value != each.default:
+            found.append(Option(each.name, "none" if value is None else value))
+    return tuple(found)

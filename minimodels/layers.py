@@ -1,48 +1,147 @@
-"""The few parts that every architecture shares: normalisation, linear maps, rotary positions, the residual stack.
+"""What every architecture shares: the layer contract, the residual stream, normalisation, costs.
 
-The layer contract. Every sequence layer is an `nn.Module`, made as `Layer(config)`, with
+The layer contract. A sequence layer is an `nn.Module`, made as `Layer(options, config, place)`, with
 
-    forward(x: (B, T, D), state=None, positions=None, memo=None) -> (y: (B, T, D), state)
+    forward(x: (B, T, D), state=None, context=None) -> (y: (B, T, D), state)
 
-x is the normed residual stream, y what a `Residual` adds to it. T is 1 or more. `state` is all that the layer remembers of the
-tokens before x (None: there were none). Training passes None, prefill is one long chunk, decoding is T = 1: there is no second
-path for inference. A state that was handed out never changes: states may use the same memory, yet one can go on from any of
-them, more than once.
+x is the normed residual stream, y what a `Residual` adds to it. T is 1 or more. `state` is all that the
+layer remembers of the tokens before x; None means that there were none. Training passes None, prefill is
+one long chunk, decoding is T = 1: there is no second path for inference. A state never changes once it
+was returned. States may share memory, but one can continue from any of them, more than once.
 
-`positions` (B, T) int64 says where each token stands in its row's text, and -1 marks padding, which stands only behind a row's
-last token and touches no state; a row may hold nothing else. What y is there does not matter, but it is finite. None means that
-x goes on where the state ended. Mixture-of-depths needs both: it hands its group a few tokens at their original positions, and
-in a batch a different number of them per row.
+`context` says what a pass knows of its tokens besides their values; see Context. None means that x
+continues where the state ended, as one document without padding.
 
-`memo` is a dictionary that a stack makes for one forward pass and hands to its layers in turn: what follows from the positions
-alone, such as rotary angles, is computed by the first layer that needs it. None: the layer stands alone.
+A wrapper is made as `Wrapper(options, config, place, group)` around a `Stack`. It works on the residual
+stream itself: its y replaces x. It passes its group a context of its own.
 
-A wrapper, made as `Wrapper(config, group)` around a `Stack`, stands in the residual stream itself: its y is what becomes of x.
-It is not given the memo, for the stack within has positions of its own.
+`options` is an instance of the class attribute `Options`, a frozen dataclass. `place` is the layer's
+Place. Besides, a class has
 
-What else a layer may have, and the model then asks for by name:
+- `paper`, where the layer was published, and `presets`, models by name (see minimodels/presets.py)
 
-- two dictionaries of tensors that tell of its last forward: `auxiliary_losses`, already weighted, which are added to the loss;
-  `observed`, detached, which the training log records. (A wrapper that runs its group more than once adds them up.)
-- `causal`, whether no token depends on a later one in the present mode, if that is not always so
-- `after_step()`, called once after each optimizer step; no graph is kept beyond it, so that a model can be copied
-- `forget()`, called where a forward pass leaves it out: it then tells of nothing, and not of an older pass
-- `no_weight_decay`, the names of its matrices that are not to decay
-- `operations`, the names of those for which `impl` chooses a path
-- `flops(context)`, as PyTorch's counter finds them on the torch path, `state_bytes(context, itemsize)` and, where tokens meet
-  only part of it, `idle_parameters()`, if it costs anything but its `nn.Linear` parts. To count, models are made on the meta
-  device, where tensors have no values.
+and may have
+
+- `causal`: whether no token depends on a later one in the present mode, if that is not always so
+- `after_step()`: called once after each optimizer step
+- `no_weight_decay`: the names of its matrices that do not decay
+- `operations`: the names of those for which `impl` chooses a path
+- `flops(context)`: forward FLOPs per token in a text of `context` tokens, as PyTorch's counter finds
+  them on the torch path; by default those of its `nn.Linear` parts
+- `unrouted_flops(context)`: the same if every token took every path; by default flops
+- `state_bytes(context, itemsize)`: bytes that are remembered after `context` tokens
+- `inactive_parameters()`: parameters that a token does not use, on average
+
+To count costs, models are made on the meta device, on which tensors have no values.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimodels.config import CHOICES
+from minimodels.config import IMPLS, Config
 from minimodels.errors import InputError
 from minimodels.kernels import FASTER, require
+
+
+class Place(NamedTuple):
+    """Where a layer is in its model, those inside wrappers counted like the others."""
+
+    index: int = 0  # among the model's layers, from 0; of a shared layer that of its first use
+    depth: int = 1  # how many layers the model has
+
+
+@dataclass
+class Record:
+    """What the layers leave behind in a pass, besides their outputs."""
+
+    losses: dict[str, Tensor] = field(default_factory=dict)  # weighted, to be added to the loss
+    observed: dict[str, list[Tensor]] = field(default_factory=dict)  # one entry a layer, for the log
+    pools: dict[str, tuple[Callable, list]] = field(default_factory=dict)
+    traces: dict[str, list[Tensor]] | None = None  # kept only if the caller put a dictionary here
+
+    def add_loss(self, name: str, value: Tensor) -> None:
+        """Add a weighted loss. Losses of one name are summed."""
+        self.losses[name] = self.losses[name] + value if name in self.losses else value
+
+    def observe(self, name: str, value: Tensor) -> None:
+        """Append what a layer saw to the list of that name."""
+        self.observed.setdefault(name, []).append(value.detach())
+
+    def pool(self, name: str, loss: Callable[[list], Tensor], value: object) -> None:
+        """Append a layer's value to a list from which `loss` is taken once, at the end of the pass."""
+        self.pools.setdefault(name, (loss, []))[1].append(value)
+
+    def trace(self, name: str, value: Tensor) -> None:
+        """Append a whole tensor, such as each token's experts, if the caller asked for traces."""
+        if self.traces is not None:
+            self.traces.setdefault(name, []).append(value.detach())
+
+    def finish(self) -> dict[str, Tensor]:
+        """All losses, those of the pools included."""
+        for name, (loss, values) in self.pools.items():
+            self.add_loss(name, loss(values))
+        self.pools = {}
+        return self.losses
+
+
+@dataclass
+class Context:
+    """What a pass knows of its tokens besides their values, and what its layers share.
+
+    positions   (B, T) int64: each token's index in its row's text; -1 marks padding, which appears only at
+                the end of a row and never changes the state. None: x continues where the state ended
+    starts      (B, T) int64: the position at which the token's document begins, for rows that hold several
+                documents; a token knows nothing of the documents before its own. None: one document
+    resets      (B, T) bool: whether a token is the first of its document that the layer meets; follows
+                from starts
+    tokens      (B, T) int64: the token ids, and embedded (B, T, D), their embeddings; None outside a model
+    cache       what follows from the fields above, such as rotary angles: the first layer that needs it
+                computes it
+    record      losses and observations of the pass
+    """
+
+    positions: Tensor | None = None
+    starts: Tensor | None = None
+    resets: Tensor | None = None
+    tokens: Tensor | None = None
+    embedded: Tensor | None = None
+    cache: dict = field(default_factory=dict)
+    record: Record = field(default_factory=Record)
+
+    def __post_init__(self):
+        if self.starts is None:
+            return
+        if self.positions is None:
+            B, T = self.starts.shape
+            self.positions = torch.arange(T, device=self.starts.device).expand(B, T)
+        if self.resets is None:
+            self.resets = self.positions == self.starts
+
+    def take(self, index: Tensor, positions: Tensor, resets: Tensor | None) -> Context:
+        """The context of the tokens (B, k) at an index, at the positions given; the record is shared."""
+
+        def chosen(part: Tensor | None) -> Tensor | None:
+            return None if part is None else part.gather(1, index)
+
+        embedded = self.embedded
+        if embedded is not None:
+            embedded = embedded.gather(1, index.unsqueeze(-1).expand(-1, -1, embedded.shape[-1]))
+        return Context(
+            positions, chosen(self.starts), resets, chosen(self.tokens), embedded, record=self.record
+        )
+
+    @property
+    def real(self) -> Tensor | None:
+        """(B, T) bool: which tokens are not padding. None: all."""
+        return None if self.positions is None else self.positions >= 0
+
 
 
 class RMSNorm(nn.Module):
@@ -78,34 +177,39 @@ def rmsnorm(
     return F.rms_norm(x, weight.shape, weight, eps), x
 
 
-class Residual(nn.Module):
-    """x + layer(norm(x)): every layer of a model but the wrappers stands in one of these. The sum is left to the next norm,
-    so that one kernel reads both: what goes in and comes out is x and the `update` that is still to be added to it."""
+class PreNorm(nn.Module):
+    """x + layer(norm(x)). The sum is left to the next norm, so that one kernel reads both: what goes in
+    and comes out is x and the `update` that is still to be added to it."""
 
     operations = ("rmsnorm",)
 
-    def __init__(self, width: int, layer: nn.Module, eps: float, impl: str = "auto"):
+    def __init__(self, config: Config, layer: nn.Module):
         super().__init__()
-        self.norm = RMSNorm(width, eps)
+        self.norm = RMSNorm(config.width, config.norm_eps)
         self.layer = layer
-        self.impl = impl
+        self.impl = config.impl
 
-    def forward(self, x: Tensor, update: Tensor | None, state=None, positions=None, memo=None):
+    def forward(self, x: Tensor, update: Tensor | None, state=None, context: Context | None = None):
         normed, x = rmsnorm(x, self.norm.weight, self.norm.eps, update, self.impl)
-        update, state = self.layer(normed, state, positions, memo)
+        update, state = self.layer(normed, state, context)
         return x, update, state
 
 
-class Stack(nn.ModuleList):
-    """Layers one after the other; the state is the list of theirs. Itself a layer, so that a wrapper can hold one."""
+RESIDUALS = {"pre_norm": PreNorm}  # how a layer joins the residual stream, chosen once for a model
 
-    def forward(self, x: Tensor, state=None, positions=None):
-        after, update, memo = [], None, {}
+
+class Stack(nn.ModuleList):
+    """Layers one after the other; the state is the list of theirs. A stack is itself a layer, so that a
+    wrapper can hold one. A module that appears twice is one layer with two states."""
+
+    def forward(self, x: Tensor, state: list | None = None, context: Context | None = None):
+        context = context or Context()
+        after, update = [], None
         for layer, before in zip(self, state or [None] * len(self), strict=True):
-            if isinstance(layer, Residual):
-                x, update, now = layer(x, update, before, positions, memo)
+            if isinstance(layer, tuple(RESIDUALS.values())):
+                x, update, now = layer(x, update, before, context)
             else:
-                x, now = layer(x if update is None else x + update, before, positions)
+                x, now = layer(x if update is None else x + update, before, context)
                 update = None
             after.append(now)
         return x if update is None else x + update, after
@@ -129,8 +233,8 @@ def choose(impl: str, operation: str, device: torch.device) -> str:
     """Which path an operation takes: "reference", "torch" or "triton". Raises InputError if `impl` cannot be honoured."""
     if impl == "auto":
         return "triton" if device.type == "cuda" and operation in FASTER else "torch"
-    if impl not in CHOICES["impl"]:
-        raise InputError("impl", impl, ", ".join(CHOICES["impl"]))
+    if impl not in IMPLS:
+        raise InputError("impl", impl, ", ".join(IMPLS))
     if impl == "triton":
         require(operation, device)
     return impl
@@ -145,18 +249,41 @@ def flops(module: nn.Module, context: int) -> float:
         return module.flops(context)
     if isinstance(module, nn.Linear):
         return 2 * module.weight.numel()
-    return sum(flops(child, context) for child in module.children())
+    return sum(flops(part, context) for part in parts(module))
 
 
-def idle_parameters(module: nn.Module) -> float:
-    """Parameters that a token does not meet, on average."""
-    if hasattr(module, "idle_parameters"):
-        return module.idle_parameters()
-    return sum(idle_parameters(child) for child in module.children())
+def unrouted_flops(module: nn.Module, context: int) -> float:
+    """The same if every token took every path: every expert, every wrapped layer."""
+    if hasattr(module, "unrouted_flops"):
+        return module.unrouted_flops(context)
+    if hasattr(module, "flops") or isinstance(module, nn.Linear):
+        return flops(module, context)
+    return sum(unrouted_flops(part, context) for part in parts(module))
 
 
 def state_bytes(module: nn.Module, context: int, itemsize: int) -> float:
-    """Bytes remembered per sequence after `context` tokens, but for the integers that say which tokens these are."""
+    """Bytes remembered per sequence after `context` tokens, without the integers that say which tokens
+    these are."""
     if hasattr(module, "state_bytes"):
         return module.state_bytes(context, itemsize)
-    return sum(state_bytes(child, context, itemsize) for child in module.children())
+    return sum(state_bytes(part, context, itemsize) for part in parts(module))
+
+
+def parts(module: nn.Module) -> list[nn.Module]:
+    """The parts of a module, in a stack once for every use."""
+    return list(module) if isinstance(module, Stack) else list(module.children())
+
+
+def inactive_parameters(module: nn.Module) -> float:
+    """Parameters that a token does not use, on average; those of a shared layer once."""
+    seen: set[int] = set()
+
+    def count(part: nn.Module) -> float:
+        if id(part) in seen:
+            return 0
+        seen.add(id(part))
+        if hasattr(part, "inactive_parameters"):
+            return part.inactive_parameters()
+        return sum(map(count, part.children()))
+
+    return count(module)

@@ -20,7 +20,7 @@ from minimodels.architectures.moe import expert_width
 from minimodels.command import run_command
 from minimodels.config import Config
 from minimodels.errors import InputError
-from minimodels.layers import flops, idle_parameters, state_bytes
+from minimodels.layers import flops, inactive_parameters, state_bytes
 from minimodels.lm import LM
 from minimodels.presets import PRESETS, preset
 
@@ -60,10 +60,10 @@ def ledger(config: Config, context: int, itemsize: int = 4) -> Ledger:
     return Ledger(
         context=context,
         parameters=parameters,
-        active=parameters - idle_parameters(model),
+        active=parameters - inactive_parameters(model),
         forward_flops=forward,
         state_bytes=state_bytes(model, context, itemsize),
-        speedup=flops(unrouted, context) / forward,
+        speedup=unrouted / forward,
     )
 
 

@@ -1,7 +1,5 @@
 """A language model of any layers: embed, layers, norm, head, loss.
 
-A new architecture joins with one line in LAYERS (or WRAPPERS, if it holds other layers).
-
     name        shape
     tokens      (B, T)         int64 token ids below V
     logits      (B, T, V)
@@ -14,44 +12,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimodels.architectures.mamba import Mamba
-from minimodels.architectures.mod import MixtureOfDepths
-from minimodels.architectures.moe import MoE, pooled_imbalance
-from minimodels.architectures.transformer import Attention, SwiGLU
-from minimodels.config import Config, Layers, parse_layers
+from minimodels.architectures.registry import build
+from minimodels.config import Config
 from minimodels.errors import InputError
-from minimodels.layers import Residual, RMSNorm, Stack, flops, linear
-from minimodels.ops.linear_cross_entropy import linear_cross_entropy
-
-LAYERS = {
-    "attention": Attention,
-    "window": lambda config: Attention(config, config.window),
-    "mlp": SwiGLU,
-    "mamba": Mamba,
-    "moe": MoE,
-}
-WRAPPERS = {"mod": MixtureOfDepths}
-
-
-def build(config: Config, layers: Layers) -> Stack:
-    """The stack of layers that the data describes. Raises InputError on a name that no layer has."""
-    blocks = []
-    for layer in layers:
-        match layer:
-            case str() if layer in LAYERS:
-                blocks.append(
-                    Residual(config.width, LAYERS[layer](config), config.norm_eps, config.impl)
-                )
-            case (name, group) if name in WRAPPERS:
-                blocks.append(WRAPPERS[name](config, build(config, group)))
-            case _:
-                given = layer if isinstance(layer, str) else f"{layer[0]}(...)"
-                raise InputError(
-                    "layers",
-                    given,
-                    ", ".join([*LAYERS, *(f"{wrapper}(...)" for wrapper in WRAPPERS)]),
-                )
-    return Stack(blocks)
+from minimodels.layers import Context, Record, RMSNorm, flops, linear
+from minimodels.objectives import OBJECTIVES
 
 
 class LM(nn.Module):
@@ -62,40 +27,55 @@ class LM(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.published = None  # what minimodels.pretrained knows of a model that it read
+        self.published = None  # what minimodels.published knows of a model that it read
+        self.observed: dict[str, list[Tensor]] = {}  # what the layers saw in the last call of `loss`
         self.embedding = nn.Embedding(config.vocab or 256, config.width)
         nn.init.normal_(self.embedding.weight, std=config.init_std)
-        self.layers = build(config, parse_layers(config.layers))
-        self.routers = [
-            module for module in self.layers.modules() if hasattr(module, "causal")
-        ]  # which may not be causal
+        self.layers = build(config)
+        self.routers = [module for module in self.layers.modules() if hasattr(module, "causal")]
         self.norm = RMSNorm(config.width, config.norm_eps)
         # None: the embedding's matrix is the head's too
-        self.head = (
-            None
-            if config.tie_embeddings
-            else linear(config.width, config.vocab or 256, config.init_std)
-        )
+        self.head = None if config.tie_embeddings else linear(config.width, config.vocab or 256, config.init_std)
+        self.objective = OBJECTIVES[config.objective](config)
 
-    def forward(self, tokens: Tensor, state: list | None = None, positions: Tensor | None = None):
-        """tokens (B, T), state and positions as in the layer contract -> logits (B, T, V), state.
+    def forward(
+        self,
+        tokens: Tensor,
+        state: list | None = None,
+        positions: Tensor | None = None,
+        starts: Tensor | None = None,
+        record: Record | None = None,
+    ):
+        """tokens (B, T), positions and starts as in Context -> logits (B, T, V), state.
 
-        Raises InputError where a state is carried into layers that are not causal, ValueError on another shape.
+        `record` collects the layers' losses and observations. Raises InputError if a state is carried into
+        layers that are not causal, ValueError for another shape.
         """
-        x, state = self.features(tokens, state, positions)
+        context = self.context(tokens, state, positions, starts, record)
+        x, state = self.features(tokens, state, context)
         return self.logits(x), state
 
-    def features(self, tokens: Tensor, state: list | None = None, positions: Tensor | None = None):
-        """What the head sees (B, T, D), and the state. Arguments and errors as in forward."""
+    def context(self, tokens, state=None, positions=None, starts=None, record=None) -> Context:
+        """The context of a pass. Arguments and errors as in forward."""
         if tokens.ndim != 2 or not tokens.numel():
             raise ValueError(f"tokens are {tuple(tokens.shape)}; accepted: (B, T), both 1 or more")
+        for name, given in (("positions", positions), ("starts", starts)):
+            if given is not None and given.shape != tokens.shape:
+                raise ValueError(f"{name} are {tuple(given.shape)}; accepted: {tuple(tokens.shape)}")
+        if starts is not None and state is not None and positions is None:
+            raise ValueError("starts are given with a state; accepted: with positions too")
+        context = Context(positions, starts, tokens=tokens)
+        context.record = record or context.record
+        return context
+
+    def features(self, tokens: Tensor, state: list | None = None, context: Context | None = None):
+        """What the head sees (B, T, D), and the state. Errors as in forward."""
+        context = context or self.context(tokens, state)
         if state is not None and not self.causal:
-            raise InputError(
-                "state",
-                "carried",
-                "None, for a layer routes over the whole sequence: eval(), or another router",
-            )
-        x, state = self.layers(self.embedding(tokens), state, positions)
+            accepted = "None, because a layer routes over the whole sequence: eval(), or another router"
+            raise InputError("state", "carried", accepted)
+        context.embedded = self.embedding(tokens)
+        x, state = self.layers(context.embedded, state, context)
         return self.norm(x), state
 
     def logits(self, x: Tensor) -> Tensor:
@@ -104,34 +84,29 @@ class LM(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The head's matrix (V, D): its own, or the embedding's where they are tied."""
+        """The head's matrix (V, D): its own, or the embedding's if they are tied."""
         return (self.head or self.embedding).weight
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss to minimise, and its parts, detached: "cross_entropy" in nats per predicted token, the layers' own.
+    def loss(
+        self, tokens: Tensor, targets: Tensor, starts: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss to minimise, and its parts, detached: "cross_entropy" in nats per predicted token, and
+        the layers' own.
 
-        tokens and targets (B, T), targets IGNORE where nothing is to be predicted.
+        tokens, targets and starts (B, T); targets are IGNORE where nothing is to be predicted. `observed`
+        then holds what the layers saw.
         """
         if targets.shape != tokens.shape:
-            raise ValueError(
-                f"targets are {tuple(targets.shape)}; accepted: the shape of tokens, {tuple(tokens.shape)}"
-            )
-        x, _ = self.features(tokens)
-        cross_entropy = linear_cross_entropy(
-            x.flatten(0, 1), self.head_weight, targets.flatten(), self.config.impl
-        )
-        auxiliary = [
-            item
-            for module in self.layers.modules()
-            for item in getattr(module, "auxiliary_losses", {}).items()
-        ]
-        if self.config.balance == "pooled":
-            auxiliary.append(("balance", self.config.balance_loss * pooled_imbalance(self.layers)))
-        parts, total = {"cross_entropy": cross_entropy.detach()}, cross_entropy
-        for name, value in auxiliary:
+            accepted = f"the shape of tokens, {tuple(tokens.shape)}"
+            raise ValueError(f"targets are {tuple(targets.shape)}; accepted: {accepted}")
+        context = self.context(tokens, starts=starts)
+        x, _ = self.features(tokens, None, context)
+        total = self.objective(self, x, targets, context)
+        parts = {"cross_entropy": total.detach()}
+        for name, value in context.record.finish().items():
             total = total + value
-            # not 0 + value, which a compiler makes the value itself, taken then for one that has no gradient
-            parts[name] = parts[name] + value.detach() if name in parts else value.detach()
+            parts[name] = value.detach()
+        self.observed = context.record.observed
         return total, parts
 
     @property
@@ -150,9 +125,5 @@ class LM(nn.Module):
         return flops(self.layers, context) + 2 * self.head_weight.numel()
 
     def observations(self) -> dict[str, list]:
-        """What the layers recorded in their last forward pass, one entry per layer that recorded it."""
-        found: dict[str, list] = {}
-        for module in self.layers.modules():
-            for name, value in getattr(module, "observed", {}).items():
-                found.setdefault(name, []).append(value.tolist())
-        return found
+        """What the layers saw in the last call of `loss`, one entry per layer that recorded it."""
+        return {name: [value.tolist() for value in values] for name, values in self.observed.items()}

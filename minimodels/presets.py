@@ -1,37 +1,61 @@
-"""The presets: models by name, at the sizes that every comparison here uses."""
+"""The presets: models by name, at the sizes that every comparison here uses.
+
+Each architecture names its own presets; those that mix several are here.
+"""
 
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import NamedTuple
 
+from minimodels.architectures.registry import LAYERS, WRAPPERS
 from minimodels.config import Config
-from minimodels.errors import InputError
-
-PRESETS = {  # preset -> layers at n transformer blocks
-    "transformer": lambda n: f"(attention mlp)*{n}",
-    "mamba": lambda n: f"(mamba)*{2 * n}",
-    "moe": lambda n: f"(attention moe)*{n}",
-    "mod": lambda n: f"(attention mlp mod(attention mlp))*{n // 2}",
-    "hybrid": lambda n: f"(mamba mlp mamba moe mamba mlp attention moe)*{n // 4}",
-}
+from minimodels.errors import InputError, nearest
+from minimodels.grammar import names_in, parse, set_options
 
 
-SIZES = {  # size -> blocks, and the fields of Config that differ from its defaults
-    "tiny": (4, {"width": 128, "heads": 4}),
-    "small": (12, {"width": 768, "heads": 12, "window": 1024}),
-}
+class Size(NamedTuple):
+    """How many transformer blocks a preset has, how wide they are, and the options that go with it."""
+
+    blocks: int
+    width: int
+    settings: tuple[str, ...] = ()
 
 
-def preset(model: str, size: str = "tiny", **overrides) -> Config:
-    """The named preset as a Config: model one of PRESETS, size one of SIZES, any field overridden."""
+SIZES = {"tiny": Size(4, 128), "small": Size(12, 768, ("attention.heads=12",))}
+MIXED = {"hybrid": "(mamba mlp mamba moe mamba mlp attention moe)*{quarter}"}
+PRESETS = {  # preset -> its layers, at n transformer blocks
+    name: layers
+    for kind in (*LAYERS.values(), *WRAPPERS.values())
+    for name, layers in getattr(kind, "presets", {}).items()
+} | MIXED
+
+
+def layers_of(model: str, size: str) -> str:
+    """The layers of a preset as text. Raises InputError for another model or size."""
     if model not in PRESETS:
-        raise InputError("model", model, ", ".join(PRESETS))
+        raise InputError("model", model, nearest(model, PRESETS))
     if size not in SIZES:
-        raise InputError("size", size, ", ".join(SIZES))
-    unknown = set(overrides) - {field.name for field in fields(Config)}
-    if unknown:
-        raise InputError(
-            "config", sorted(unknown), ", ".join(field.name for field in fields(Config))
-        )
-    blocks, shape = SIZES[size]
-    return Config(**{"layers": PRESETS[model](blocks), **shape, **overrides})
+        raise InputError("size", size, nearest(size, SIZES))
+    n = SIZES[size].blocks
+    return fitted(PRESETS[model].format(n=n, twice=2 * n, half=n // 2, quarter=n // 4), size)
+
+
+def fitted(text: str, size: str) -> str:
+    """Layers with the options that go with a size."""
+    names = names_in(parse(text))
+    return set_options(text, [each for each in SIZES[size].settings if each.split(".")[0] in names])
+
+
+def preset(model: str, size: str = "tiny", *settings: str, **overrides) -> Config:
+    """The named preset as a Config: model is one of PRESETS, size one of SIZES.
+
+    `settings` set options of its layers, such as "mamba.state_size=32". `overrides` are fields of Config.
+    Raises InputError for a name that is not known.
+    """
+    known = [field.name for field in fields(Config)]
+    for name in overrides:
+        if name not in known:
+            raise InputError("config", name, nearest(name, known))
+    text = set_options(overrides.pop("layers", layers_of(model, size)), settings)
+    return Config(**{"layers": text, "width": SIZES[size].width, **overrides})

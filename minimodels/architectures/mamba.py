@@ -2,14 +2,15 @@
 
 Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv:2312.00752.
 
-Every channel of the text drives a small linear recurrence, a state of N numbers that decays and is written to at each token.
-How fast it decays (Δ), what is written (B) and what is read (C) depend on the token itself: the layer selects what to remember
-and what to let pass. So it costs the same per token however long the text, and remembers a fixed amount.
+Every channel of the text drives a small linear recurrence: a state of N numbers that decays and is written
+to at each token. How fast it decays (Δ), what is written (B) and what is read (C) depend on the token
+itself, so the layer selects what to remember and what to ignore. The cost per token and the size of the
+state are the same however long the text is.
 
     name        paper   shape
     u                   (B, T, width)  input of the layer
-    x, z                (B, T, D)      its two halves after in_proj, D = expand · width: the signal and its gate
-    dt                  (B, T, R)      what the step size is made from, R = dt_rank
+    x, z                (B, T, D)      its two halves after in_proj, D = expand · width: signal and gate
+    dt                  (B, T, R)      what the step size is made from, R = rank
     delta               (B, T, D)      the step size before bias and softplus: Δ = softplus(delta + bias)
     A           A       (D, N)         decay rates, negative; A = -exp(A_log)
     B, C        B, C    (B, T, N)      input and output matrix, one per token
@@ -17,20 +18,30 @@ and what to let pass. So it costs the same per token however long the text, and 
     state       h       (B, D, N)      in fp32
     window              (B, W-1, D)    the last inputs of the convolution, W taps wide
 
-B within a shape is the batch, and D in this file is the paper's inner width, not the width of the residual stream.
+In a shape B is the batch. In this file D is the paper's inner width, not that of the residual stream.
+
+Why the step size has a low rank: a full map from D channels to D step sizes would hold D² numbers, more
+than the rest of the layer. All channels of a token follow a few of its features, so R = width / 16 suffice.
+
+How the recurrence is made discrete: h' = A h + B x is held constant over a step of length Δ. Solved exactly,
+the decay is exp(ΔA); the input is multiplied by Δ B, Euler's first-order approximation of its exact factor.
+The paper's code uses this mixture, because the exact factor costs more and gains nothing.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimodels.config import Config
-from minimodels.layers import RMSNorm, choose, full_precision
+from minimodels.errors import Count, NonNegative
+from minimodels.grammar import option
+from minimodels.layers import Context, Place, RMSNorm, choose, full_precision
 from minimodels.ops.convolution import causal_conv1d
 from minimodels.ops.scan import scan
 
@@ -43,78 +54,72 @@ class MambaState(NamedTuple):
 
 
 class Mamba(nn.Module):
-    """The Mamba block of the paper's Figure 3: projection, convolution, selective scan, gate, projection."""
+    """The selective state space block: projection, convolution, scan, gate, projection (Figure 3)."""
 
+    paper = "Gu and Dao, arXiv:2312.00752"
+    presets = {"mamba": "mamba*{twice}"}
     operations = ("causal_conv1d", "selective_scan")
     no_weight_decay = ("A_log",)
 
-    def __init__(self, config: Config):
+    @dataclass(frozen=True)
+    class Options:
+        expand: Count = option(2, "inner width over the model's width")
+        state_size: Count = option(16, "N, numbers of state per channel")
+        conv_width: Count = option(4, "W, taps of the causal convolution")
+        rank: Count | None = option(None, "R, of the step size; by default width / 16, rounded up")
+        conv_bias: bool = option(True, "a bias in the convolution")
+        bias: bool = option(False, "biases in the input and the output projection")
+        norm: Literal["none", "plain", "learned"] = option(
+            "none", "RMSNorm on dt, B and C: none, plain (without weights, Falcon-Mamba) or learned (Jamba)"
+        )
+        norm_eps: NonNegative | None = option(None, "epsilon of these; by default the model's")
+
+    def __init__(self, options: Options, config: Config, place: Place = Place()):
         super().__init__()
-        D, N = config.expand * config.width, config.state_size
-        R = dt_rank(config)
+        D, N = options.expand * config.width, options.state_size
+        R = options.rank or math.ceil(config.width / 16)
         self.N, self.R, self.impl = N, R, config.impl
-        self.in_proj = nn.Linear(config.width, 2 * D, bias=config.mamba_bias)
+        self.in_proj = nn.Linear(config.width, 2 * D, bias=options.bias)
         # holds the weights; causal_conv1d does the work
-        self.conv1d = nn.Conv1d(D, D, config.conv_width, groups=D, bias=config.conv_bias)
+        self.conv1d = nn.Conv1d(D, D, options.conv_width, groups=D, bias=options.conv_bias)
         self.x_proj = nn.Linear(D, R + 2 * N, bias=False)
         self.dt_proj = nn.Linear(R, D)
-        self.A_log = nn.Parameter(
-            torch.arange(1, N + 1).float().log().repeat(D, 1)
-        )  # S4D-real: A_n = -(n + 1)
+        self.A_log = nn.Parameter(torch.arange(1, N + 1).float().log().repeat(D, 1))  # A_n = -(n + 1)
         self.D = nn.Parameter(torch.ones(D))
-        self.out_proj = nn.Linear(D, config.width, bias=config.mamba_bias)
+        self.out_proj = nn.Linear(D, config.width, bias=options.bias)
         self.dt_norm = self.B_norm = self.C_norm = nn.Identity()
-        if config.mamba_norm != "none":
-            eps, learned = config.mamba_norm_eps or config.norm_eps, config.mamba_norm == "learned"
-            self.dt_norm, self.B_norm, self.C_norm = (
-                RMSNorm(width, eps, learned) for width in (R, N, N)
-            )
+        if options.norm != "none":
+            eps = config.norm_eps if options.norm_eps is None else options.norm_eps
+            learned = options.norm == "learned"
+            self.dt_norm, self.B_norm, self.C_norm = (RMSNorm(width, eps, learned) for width in (R, N, N))
         self.reset_parameters(config.depth)
 
     @torch.no_grad()
     def reset_parameters(self, depth: int):
-        """The step sizes start in [0.001, 0.1] (§3.6), log-uniform as in the paper's code: state n, which decays at the rate
-        n + 1, remembers 10/(n + 1) to 1000/(n + 1) tokens."""
+        """The step sizes start in [0.001, 0.1] (§3.6), log-uniform as in the paper's code: state n decays
+        at the rate n + 1, so it remembers 10/(n + 1) to 1000/(n + 1) tokens."""
         nn.init.uniform_(self.dt_proj.weight, -(self.R**-0.5), self.R**-0.5)
         dt = torch.exp(torch.empty_like(self.dt_proj.bias).uniform_(math.log(0.001), math.log(0.1)))
         self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
         self.out_proj.weight.div_(math.sqrt(depth))
 
-    def forward(
-        self, u: Tensor, state: MambaState | None = None, positions: Tensor | None = None, memo=None
-    ):
+    def forward(self, u: Tensor, state: MambaState | None = None, context: Context | None = None):
+        context = context or Context()
+        window, h = state or (None, None)
         x, z = self.in_proj(u).chunk(2, dim=-1)  # (B, T, D) each
-        lengths = (
-            None if positions is None else (positions >= 0).sum(1)
-        )  # tokens before the padding
-        before = None if state is None else state.window
-        taps = self.conv1d.weight.squeeze(1)  # (D, W)
+        lengths = None if context.real is None else context.real.sum(1)  # tokens before the padding
         x, window = causal_conv1d(
-            x, taps, self.conv1d.bias, before, lengths, activation=True, impl=self.impl
-        )
-        dt, B, C = self.x_proj(x).split(
-            (self.R, self.N, self.N), dim=-1
-        )  # (B, T, R), (B, T, N) twice
+            x, self.conv1d.weight.squeeze(1), self.conv1d.bias, window, lengths,
+            activation=True, impl=self.impl, resets=context.resets,
+        )  # fmt: skip
+        dt, B, C = self.x_proj(x).split((self.R, self.N, self.N), dim=-1)  # (B, T, R), (B, T, N) twice
         dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
-        delta = F.linear(
-            dt, self.dt_proj.weight
-        )  # (B, T, D); the bias is added once, inside the scan
-        if positions is not None:
-            delta = delta.masked_fill(
-                (positions < 0).unsqueeze(-1), float("-inf")
-            )  # Δ = 0 freezes the state
+        delta = F.linear(dt, self.dt_proj.weight)  # (B, T, D); the bias is added once, in the scan
+        if context.real is not None:
+            delta = delta.masked_fill(~context.real.unsqueeze(-1), float("-inf"))  # Δ = 0 freezes the state
         A = -torch.exp(self.A_log)
         y, h = selective_scan(
-            x,
-            delta,
-            A,
-            B,
-            C,
-            self.D,
-            z,
-            self.dt_proj.bias,
-            None if state is None else state.h,
-            self.impl,
+            x, delta, A, B, C, self.D, z, self.dt_proj.bias, h, self.impl, context.resets
         )
         return self.out_proj(y), MambaState(window, h)
 
@@ -128,11 +133,6 @@ class Mamba(nn.Module):
         """Bytes remembered per sequence."""
         D, _, W = self.conv1d.weight.shape
         return (W - 1) * D * itemsize + D * self.N * 4
-
-
-def dt_rank(config: Config) -> int:
-    """R, the rank of the step size's projection."""
-    return config.dt_rank or math.ceil(config.width / 16)
 
 
 def selective_scan(

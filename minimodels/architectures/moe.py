@@ -1,234 +1,219 @@
 """Mixture of experts: E small MLPs, of which each token visits K.
 
-Shazeer et al., arXiv:1701.06538; Switch, arXiv:2101.03961; Mixtral, arXiv:2401.04088; OLMoE, arXiv:2409.02060;
-DeepSeek-V3, arXiv:2412.19437; expert choice, arXiv:2202.09368; z-loss: ST-MoE, arXiv:2202.08906.
+Shazeer et al., arXiv:1701.06538; Switch, arXiv:2101.03961; Mixtral, arXiv:2401.04088; OLMoE,
+arXiv:2409.02060; DeepSeek-V3, arXiv:2412.19437; expert choice, arXiv:2202.09368; z-loss: ST-MoE,
+arXiv:2202.08906.
 
-A router scores the experts for each token and the token visits the K best, their outputs weighted by the scores.
-So the parameters grow with E while the computation stays that of K experts.
-Left alone a router favours few experts; a balance loss, or a bias that only selects, keeps all of them in use.
+A router scores the experts for each token. The token visits the K best, and their outputs are weighted by
+the scores. So the parameters grow with E, but the computation stays that of K experts. A router that is
+left alone favours few experts; a balance loss, or a bias that only selects, keeps all of them in use.
 
     name        symbol  shape
     x                   (B, T, D)      tokens; flattened (n, D), n = B · T
     logits      Wx      (B, T, E)      the router's scores
-    gates       g       (B, T, E)      what an expert's output for a token is multiplied by, where the token visits it
+    gates       g       (B, T, E)      the weight of an expert's output, if the token visits the expert
     visits              (B, T, E)      bool: which tokens visit which experts
-    token               (A,)           the token of each visit, ordered by expert; A = n · K, a few more under expert choice
-    counts      n · f   (E,)           visits per expert
+    fraction    f       (E,)           visits per token, which sum to K
+    probability P       (E,)           mean probability that the router gives each expert
     gate, up            (E, I, D)      the experts' matrices, I the hidden width of one; out (E, D, I)
+
+How the experts are computed together is in minimodels/ops/grouped_mlp.py.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimodels.architectures.transformer import SwiGLU, mlp_width
+from minimodels.architectures.transformer import SwiGLU, default_width
 from minimodels.config import Config
-from minimodels.layers import flops, full_precision, linear
+from minimodels.errors import Count, InputError, Natural, NonNegative
+from minimodels.grammar import option
+from minimodels.layers import Context, Place, flops, full_precision, linear
+from minimodels.ops.documents import top_per_document
 from minimodels.ops.grouped_mlp import grouped_mlp
 
 
-class Routing(NamedTuple):
-    """The router's decisions of the last forward pass, kept for the losses and the log."""
-
-    logits: Tensor  # (B, T, E)
-    visits: Tensor  # (B, T, E)
-    probabilities: Tensor  # (B, T, E)
-    positions: Tensor | None  # (B, T), as in the layer contract
-
-
 class MoE(nn.Module):
-    """Routed experts, each a SwiGLU, beside `shared_experts` that every token visits. No token is dropped, except under expert
-    choice; no state."""
+    """Routed experts, each a SwiGLU; every token also visits the shared ones."""
 
+    paper = "Shazeer et al., arXiv:1701.06538; Fedus et al., arXiv:2101.03961"
+    presets = {"moe": "(attention moe)*{n}"}
     operations = ("grouped_mlp",)
 
-    def __init__(self, config: Config):
+    @dataclass(frozen=True)
+    class Options:
+        experts: Count = option(8, "E, routed experts")
+        experts_per_token: Count = option(2, "K, routed experts that a token visits")
+        expert_width: Count | None = option(
+            None, "hidden width of one expert; by default a token's experts cost what the dense mlp does"
+        )
+        shared_experts: Natural = option(0, "experts that every token visits besides its K")
+        router: Literal["softmax_topk", "softmax", "sigmoid_bias", "expert_choice"] = option(
+            "softmax_topk",
+            "softmax_topk (Mixtral), softmax (Switch, OLMoE), sigmoid_bias (DeepSeek-V3) or expert_choice, "
+            "which is not causal",
+        )
+        routed_scale: NonNegative = option(1.0, "factor on the routed experts' weights (DeepSeek-V3: 2.5)")
+        balance_loss: NonNegative = option(
+            0.01, "weight of the balance loss, which is K at an even load (DeepSeek-V3: 0.0001)"
+        )
+        balance: Literal["layer", "pooled"] = option(
+            "layer", "layer (each layer's loads are balanced) or pooled (their mean is, as in transformers)"
+        )
+        z_loss: NonNegative = option(0.001, "weight of the router's z-loss (DeepSeek-V3 has none)")
+        bias_step: NonNegative = option(0.001, "step of sigmoid_bias's selection bias")
+        bias: bool = option(False, "biases in the shared experts")
+
+        def __post_init__(self):
+            if self.experts_per_token > self.experts:
+                raise InputError("experts_per_token", self.experts_per_token, f"1 to experts {self.experts}")
+            if self.experts_per_token == 1 and self.router in ("softmax_topk", "sigmoid_bias"):
+                accepted = "2 or more, or router=softmax: a single gate is always 1 and teaches the router nothing"
+                raise InputError("experts_per_token", self.experts_per_token, accepted)
+
+    def __init__(self, options: Options, config: Config, place: Place = Place()):
         super().__init__()
-        E, D, I = config.experts, config.width, expert_width(config)
-        self.K, self.route, self.causal = (
-            config.experts_per_token,
-            ROUTERS[config.router],
-            config.router != "expert_choice",
-        )
-        self.scale, self.impl = config.routed_scale, config.impl
-        self.balance, self.balance_loss, self.z_loss = (
-            config.balance,
-            config.balance_loss,
-            config.z_loss,
-        )
-        self.bias_step = config.bias_step
+        self.options, self.impl = options, config.impl
+        self.route, self.causal = ROUTERS[options.router], options.router != "expert_choice"
+        visited = options.experts_per_token + options.shared_experts
+        E, D = options.experts, config.width
+        I = options.expert_width or -(-default_width(D) // visited)
         std = config.init_std
         self.router = linear(D, E, std)
         self.gate = nn.Parameter(torch.empty(E, I, D).normal_(std=std))
         self.up = nn.Parameter(torch.empty(E, I, D).normal_(std=std))
         self.out = nn.Parameter(torch.empty(E, D, I).normal_(std=std / config.depth**0.5))
-        self.shared = SwiGLU(config, config.shared_experts * I) if config.shared_experts else None
+        shared = SwiGLU.Options(options.shared_experts * I, options.bias) if options.shared_experts else None
+        self.shared = None if shared is None else SwiGLU(shared, config, place)
         self.register_buffer("bias", torch.zeros(E) if self.route is sigmoid_bias else None)
-        self.register_buffer(
-            "visited", torch.zeros(E), persistent=False
-        )  # visits since the last optimizer step
-        self.forget()
+        self.register_buffer("visited", torch.zeros(E), persistent=False)  # since the last optimizer step
 
-    def forget(self):
-        """As if there had been no last forward."""
-        self.routing: Routing | None = None
-
-    def forward(self, x: Tensor, state=None, positions: Tensor | None = None, memo=None):
+    def forward(self, x: Tensor, state: None = None, context: Context | None = None):
+        context = context or Context()
         with torch.autocast(x.device.type, enabled=False):  # routing is decided in full precision
-            logits = F.linear(full_precision(x), full_precision(self.router.weight))  # (B, T, E)
-            gates, visits, probabilities = self.route(logits, self.K, self.bias)
-        self.routing = Routing(logits, visits, probabilities, positions)
-        if self.training:
-            real = visits if positions is None else visits & (positions >= 0).unsqueeze(-1)
-            self.visited.add_(real.sum((0, 1)))
-        most = self.K if self.causal else None  # where experts choose, any number may visit a token
-        flat = (
-            part.flatten(0, 1) for part in (x, self.scale * gates, visits)
-        )  # (n, D), (n, E), (n, E)
-        y = grouped_mlp(*flat, self.gate, self.up, self.out, most, self.impl).view_as(
-            x
-        )  # (B, T, D)
+            logits = full_precision_linear(x, self.router)  # (B, T, E)
+            gates, visits, probabilities = self.route(
+                logits, self.options.experts_per_token, self.bias, context.starts
+            )
+        self.account(logits, visits, probabilities, context)
+        most = self.options.experts_per_token if self.causal else None  # experts may choose a token often
+        gates = self.options.routed_scale * gates
+        flat = (part.flatten(0, 1) for part in (x, gates, visits))  # (n, D), (n, E), (n, E)
+        y = grouped_mlp(*flat, self.gate, self.up, self.out, most, self.impl).view_as(x)  # (B, T, D)
         if self.shared is not None:
             y = y + self.shared(x)[0]
         return y, None
 
-    def shares(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the last forward: f (E,), the visits per token, which carries no gradient; P (E,), the mean probability; and the
-        weight of each token in a mean (B, T, 1): 1 / their number, 0 for padding."""
-        logits, visits, probabilities, positions = self.routing
-        real = (
-            logits.new_ones(logits.shape[:2])
-            if positions is None
-            else (positions >= 0).to(logits.dtype)
-        )  # (B, T)
-        weight = (real / real.sum().clamp(min=1)).unsqueeze(-1)
-        return (visits * weight).sum((0, 1)), (probabilities * weight).sum((0, 1)), weight
-
-    @property
-    def auxiliary_losses(self) -> dict[str, Tensor]:
-        """Of the last forward, made when asked for: z-loss, mean(logsumexp(logits)²), and balance loss."""
-        if self.routing is None:
-            return {}
-        fraction, mean_probability, weight = self.shares()
-        losses = {
-            "z": self.z_loss
-            * (self.routing.logits.logsumexp(-1, keepdim=True).square() * weight).sum()
-        }
-        if self.balance == "layer":
-            losses["balance"] = self.balance_loss * imbalance(fraction, mean_probability)
-        return losses
-
-    @property
-    def observed(self) -> dict[str, Tensor]:
-        """What the log records of the last forward: each expert's share of the visits, and E times the largest of them."""
-        if self.routing is None:
-            return {}
-        fraction = self.shares()[0]
+    def account(self, logits: Tensor, visits: Tensor, probabilities: Tensor, context: Context) -> None:
+        """Record the losses, over the real tokens: z-loss, mean(logsumexp(logits)²), and balance loss;
+        and each expert's share of the visits."""
+        real = logits.new_ones(logits.shape[:2]) if context.real is None else context.real.to(logits.dtype)
+        weight = (real / real.sum().clamp(min=1)).unsqueeze(-1)  # (B, T, 1), of a token in a mean
+        if self.training:
+            self.visited.add_((visits * real.unsqueeze(-1)).sum((0, 1)).to(self.visited.dtype))
+        fraction, probability = (visits * weight).sum((0, 1)), (probabilities * weight).sum((0, 1))  # (E,)
+        record, options = context.record, self.options
+        z = (logits.logsumexp(-1, keepdim=True).square() * weight).sum()
+        record.add_loss("z", options.z_loss * z)
+        if options.balance == "layer":
+            record.add_loss("balance", options.balance_loss * imbalance(fraction, probability))
+        else:
+            record.pool("balance", pooled_imbalance, (options.balance_loss, fraction, probability))
         load = fraction / fraction.sum().clamp(min=1e-9)
-        return {"load": load, "overload": load.amax() * load.numel()}
+        record.observe("load", load)
+        record.observe("overload", load.amax() * load.numel())  # E times the largest share
+        record.trace("visits", visits)
 
     @torch.no_grad()
     def after_step(self):
-        """Once per optimizer step: move the selection bias against the load (DeepSeek-V3 §2.1.2), reset the visits, and let go
-        of the last forward's graph, and of what it holds in memory."""
+        """Move the selection bias against the load (DeepSeek-V3 §2.1.2), and count visits from 0 again."""
         if self.route is sigmoid_bias:
-            self.bias += self.bias_step * torch.sign(self.visited.mean() - self.visited)
+            self.bias += self.options.bias_step * torch.sign(self.visited.mean() - self.visited)
         self.visited.zero_()
-        if self.routing is not None:
-            self.routing = Routing(
-                *(part if part is None else part.detach() for part in self.routing)
-            )
-
-    def __getstate__(self) -> dict:
-        """A copy has had no forward pass: a graph could not be copied."""
-        return {**self.__dict__, "routing": None}
 
     def flops(self, context: int) -> float:
-        """Forward FLOPs per token: the router, K experts, the shared experts."""
+        """Forward FLOPs per token: the router, K experts, the shared ones."""
+        return self.flops_of(self.options.experts_per_token, context)
+
+    def unrouted_flops(self, context: int) -> float:
+        """The same if every token visited every expert."""
+        return self.flops_of(self.options.experts, context)
+
+    def flops_of(self, visited: int, context: int) -> float:
+        """Forward FLOPs per token that visits so many routed experts."""
         one_expert = 3 * self.out[0].numel()
         shared = 0 if self.shared is None else flops(self.shared, context)
-        return 2 * (self.router.weight.numel() + self.K * one_expert) + shared
+        return 2 * (self.router.weight.numel() + visited * one_expert) + shared
 
-    def idle_parameters(self) -> float:
-        """Parameters that a token does not meet."""
-        return (1 - self.K / self.out.shape[0]) * 3 * self.out.numel()
-
-
-def imbalance(fraction: Tensor, mean_probability: Tensor) -> Tensor:
-    """E Σ f_i P_i of visits f (E,), which sum to K, and mean probabilities P (E,): K where all experts share alike. With K = 1
-    equation 4 of Switch."""
-    return fraction.numel() * (fraction * mean_probability).sum()
+    def inactive_parameters(self) -> float:
+        """Parameters of the experts that a token does not visit."""
+        return (1 - self.options.experts_per_token / self.options.experts) * 3 * self.out.numel()
 
 
-def pooled_imbalance(model: nn.Module) -> Tensor:
-    """The imbalance of f and P averaged over the MoE layers that took part in the last forward pass. 0 if none did.
-
-    This is what transformers trains with. One layer's load can make up for another's, which the layers' own losses forbid.
-    """
-    shares = [
-        module.shares()[:2]
-        for module in model.modules()
-        if isinstance(module, MoE) and module.routing is not None
-    ]
-    return (
-        imbalance(*(torch.stack(share).mean(0) for share in zip(*shares, strict=True)))
-        if shares
-        else torch.zeros(())
-    )
+def full_precision_linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """What a linear layer without a bias makes of x, in full precision even if either is in less."""
+    return nn.functional.linear(full_precision(x), full_precision(layer.weight))
 
 
-def expert_width(config: Config) -> int:
-    """Hidden width I of one expert: by default such that a token's experts cost what the dense MLP does."""
-    return config.expert_width or -(
-        -mlp_width(config) // (config.experts_per_token + config.shared_experts)
-    )
+def imbalance(fraction: Tensor, probability: Tensor) -> Tensor:
+    """E Σ f_i P_i, which is K if all experts share alike. With K = 1 it is equation 4 of Switch."""
+    return fraction.numel() * (fraction * probability).sum()
 
 
-# The routers: logits (B, T, E) -> gates (B, T, E), visits (B, T, E) bool, probabilities (B, T, E) for the balance loss.
+def pooled_imbalance(layers: list[tuple[float, Tensor, Tensor]]) -> Tensor:
+    """The weighted imbalance of f and P averaged over the layers, as transformers trains with. One layer's
+    load can make up for another's, which the layers' own losses forbid."""
+    weights, fractions, probabilities = zip(*layers, strict=True)
+    mean = sum(weights) / len(weights)
+    return mean * imbalance(torch.stack(fractions).mean(0), torch.stack(probabilities).mean(0))
 
 
-def softmax_topk(logits: Tensor, K: int, bias: Tensor | None):
+# The routers: logits (B, T, E), K, bias (E,), starts (B, T)
+# -> gates (B, T, E), visits (B, T, E) bool, probabilities (B, T, E) for the balance loss.
+
+
+def softmax_topk(logits: Tensor, K: int, bias: Tensor | None, starts: Tensor | None):
     """Mixtral: the softmax over the K best logits, so that the gates sum to one."""
     visits = top(logits, K)
     return logits.masked_fill(~visits, float("-inf")).softmax(-1), visits, logits.softmax(-1)
 
 
-def softmax(logits: Tensor, K: int, bias: Tensor | None):
-    """Switch (K = 1) and OLMoE: the probabilities as they are. Divided by their sum, K = 1 would leave no gradient."""
+def softmax(logits: Tensor, K: int, bias: Tensor | None, starts: Tensor | None):
+    """Switch (K = 1) and OLMoE: the probabilities as they are. Divided by their sum, the single gate of
+    K = 1 would have no gradient."""
     probabilities = logits.softmax(-1)
     return probabilities, top(probabilities, K), probabilities
 
 
-def sigmoid_bias(logits: Tensor, K: int, bias: Tensor):
-    """DeepSeek-V3: the bias, which carries no gradient, helps to select and is not in the gates. Not here: V3 selects within
-    the best groups of experts only, and takes its balance loss per sequence."""
+def sigmoid_bias(logits: Tensor, K: int, bias: Tensor, starts: Tensor | None):
+    """DeepSeek-V3: the bias, which has no gradient, helps to select and is not part of the gates. V3
+    selects within the best groups of experts only, and takes its balance loss per sequence; not here."""
     scores = logits.sigmoid()
     visits = top(scores + bias, K)
     gates = scores / ((scores * visits).sum(-1, keepdim=True) + 1e-20)
     return gates, visits, scores / (scores.sum(-1, keepdim=True) + 1e-20)
 
 
-def expert_choice(logits: Tensor, K: int, bias: Tensor | None):
-    """Each expert takes the T·K/E tokens of a sequence that want it most: perfect balance, and not causal, for a later
-    token can push an earlier one out. Padding competes too."""
+def expert_choice(logits: Tensor, K: int, bias: Tensor | None, starts: Tensor | None):
+    """Each expert takes the T·K/E tokens of a document that want it most. The balance is perfect, but a
+    later token can push an earlier one out, so it is not causal. Padding competes too."""
     probabilities = logits.softmax(-1)
-    _, T, E = logits.shape
-    capacity = -(-T * K // E)  # tokens of an expert: at most T, for K is at most E
+    B, T, E = logits.shape
+    if starts is not None:
+        scores = probabilities.transpose(1, 2).flatten(0, 1)  # (B · E, T)
+        chosen = top_per_document(scores, starts.repeat_interleave(E, 0), K / E)
+        return probabilities, chosen.view(B, E, T).transpose(1, 2), probabilities
+    capacity = -(-T * K // E)  # tokens of an expert: at most T, because K is at most E
     return probabilities, top(probabilities.mT, capacity).mT, probabilities
 
 
-ROUTERS = {
-    router.__name__: router for router in (softmax_topk, softmax, sigmoid_bias, expert_choice)
-}
+ROUTERS = {router.__name__: router for router in (softmax_topk, softmax, sigmoid_bias, expert_choice)}
 
 
 def top(scores: Tensor, count: int) -> Tensor:
-    """True at the `count` largest of the last dimension, ties or not exactly that many."""
+    """True at the `count` largest of the last dimension: exactly that many, ties or not."""
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(count).indices, True)
-
-
-# What PyTorch must know of the two operations: shapes, derivative, cost.

@@ -1,107 +1,126 @@
 """The modern decoder: attention and SwiGLU.
 
-Vaswani et al., "Attention Is All You Need", arXiv:1706.03762; with rotary positions (arXiv:2104.09864), grouped queries
-(arXiv:2305.13245), SwiGLU (arXiv:2002.05202) and, as options, QK-norm (Qwen3) and a sliding window (Mistral, arXiv:2310.06825).
+Vaswani et al., "Attention Is All You Need", arXiv:1706.03762; with rotary positions (arXiv:2104.09864),
+grouped queries (arXiv:2305.13245), SwiGLU (arXiv:2002.05202) and, as options, QK-norm (Qwen3) and a sliding
+window (Mistral, arXiv:2310.06825).
 
-Each token asks (query) what each earlier token offers (key) and takes the softmax-weighted mean of what they carry (value).
-What must be remembered grows with the text: every key and every value, unless a window bounds it.
-The MLP then works on each token alone.
+Each token asks (query) what each earlier token offers (key), and takes the softmax-weighted mean of what
+they carry (value). The layer must remember every key and every value, so its state grows with the text,
+unless a window bounds it. The MLP then works on each token alone.
 
     name        paper   shape
     x                   (B, T, D)      tokens of this chunk
     q           Q       (B, H, T, d)   queries, H heads of width d
-    k, v        K, V    (B, G, S, d)   keys and values, G ≤ H heads, S ≥ T tokens: those remembered, then this chunk's
-    positions           (B, T), (B, S) where a token stands in its text; -1: nothing there. None: without gaps or padding
+    k, v        K, V    (B, G, S, d)   keys and values in G ≤ H heads: S ≥ T tokens, first those remembered
+    positions           (B, T), (B, S) each token's index in its row's text; -1: nothing there
+    starts              (B, T)         the position at which the token's document begins
+
+The equation itself is `attention` in minimodels/ops/attention.py; the memory that grows is in ops/cache.py.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimodels.config import Config
-from minimodels.layers import RMSNorm, linear
+from minimodels.errors import Count, InputError, NonNegative
+from minimodels.grammar import option
+from minimodels.layers import Context, Place, RMSNorm, linear
 from minimodels.ops.attention import attention
 from minimodels.ops.cache import AttentionState, carry
-from minimodels.ops.rotary import rotary, rotate
+from minimodels.ops.rotary import Scaling, rotary, rotate, scaling_text
 
 
 class Attention(nn.Module):
-    """Causal self-attention over the whole text, or over the last `window` tokens, the current one included."""
+    """Causal self-attention over the whole text, or over a window of it."""
 
+    paper = "Vaswani et al., arXiv:1706.03762"
+    presets = {"transformer": "(attention mlp)*{n}"}
     operations = ("attention",)
 
-    def __init__(self, config: Config, window: int | None = None):
-        super().__init__()
-        self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
-        self.head_dim = config.head_dim or config.width // config.heads
-        self.rope_base, self.rope_scaling, self.impl, self.window = (
-            config.rope_base,
-            config.rope_scaling,
-            config.impl,
-            window,
+    @dataclass(frozen=True)
+    class Options:
+        heads: Count = option(4, "H, query heads")
+        kv_heads: Count | None = option(None, "G, key and value heads; by default as many as heads")
+        head_dim: Count | None = option(None, "d, width of a head; by default width / heads")
+        window: Count | None = option(None, "tokens that a token sees, itself included; by default all")
+        rope_base: NonNegative = option(10_000.0, "base of the rotary angles; 0 leaves positions out")
+        rope_scaling: Scaling = option(None, "slower angles for texts longer than those of training")
+        qk_norm: Literal["none", "head", "full"] = option(
+            "none", "RMSNorm on queries and keys: none, head (each head, Qwen3), full (all heads, OLMoE)"
         )
-        D, std, bias = config.width, config.init_std, config.attention_bias
+        bias: bool = option(False, "biases in the four projections")
+
+        def check(self, width: int) -> None:
+            """Raise InputError for heads that do not fit the width or each other."""
+            if not self.head_dim and width % self.heads:
+                raise InputError("heads", self.heads, f"a divisor of width {width}, or a head_dim")
+            if self.rope_base and (head_dim := self.head_dim or width // self.heads) % 2:
+                raise InputError("head_dim", head_dim, "an even number, because rotation turns pairs")
+            if self.kv_heads and self.heads % self.kv_heads:
+                raise InputError("kv_heads", self.kv_heads, f"a divisor of heads {self.heads}")
+
+    def __init__(self, options: Options, config: Config, place: Place = Place()):
+        super().__init__()
+        options.check(config.width)
+        self.options, self.impl = options, config.impl
+        self.heads, self.kv_heads = options.heads, options.kv_heads or options.heads
+        self.head_dim = options.head_dim or config.width // options.heads
+        self.window, self.scaling = options.window, scaling_text(options.rope_scaling)
         q_width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        self.q = linear(D, q_width, std, bias)
-        self.k = linear(D, kv_width, std, bias)
-        self.v = linear(D, kv_width, std, bias)
-        self.out = linear(q_width, D, std / config.depth**0.5, bias)
+        D, std = config.width, config.init_std
+        self.q = linear(D, q_width, std, options.bias)
+        self.k = linear(D, kv_width, std, options.bias)
+        self.v = linear(D, kv_width, std, options.bias)
+        self.out = linear(q_width, D, std / config.depth**0.5, options.bias)
         self.q_norm = self.k_norm = None
-        if config.qk_norm != "none":
-            full = config.qk_norm == "full"
+        if options.qk_norm != "none":
+            full = options.qk_norm == "full"
             self.q_norm = RMSNorm(q_width if full else self.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(kv_width if full else self.head_dim, config.norm_eps)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: AttentionState | None = None,
-        positions: Tensor | None = None,
-        memo=None,
-    ):
+    def forward(self, x: Tensor, state: AttentionState | None = None, context: Context | None = None):
+        context = context or Context()
         B, T, _ = x.shape
-        seen = 0 if state is None else state.seen
-        if positions is None and isinstance(
-            seen, int
-        ):  # no gaps, no padding: the same in every row
+        positions, starts, seen = context.positions, context.starts, 0 if state is None else state.seen
+        if positions is None and isinstance(seen, int):  # no gaps, no padding: the same in every row
             turned = torch.arange(seen, seen + T, device=x.device)  # (T,)
             seen = seen + T
         else:
             if positions is None:
                 positions = seen[:, None] + torch.arange(T, device=x.device)  # (B, T)
-            turned = positions.unsqueeze(1)  # (B, 1, T), the same for every head
+            turned = (positions if starts is None else positions - starts).unsqueeze(1)  # (B, 1, T)
             seen = (positions.amax(1) + 1).clamp(min=seen)  # (B,)
 
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.q_norm is not None:  # a norm may leave autocast's precision
             q, k = normalised(q, self.q_norm).to(v.dtype), normalised(k, self.k_norm).to(v.dtype)
         q = q.view(B, T, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, d)
-        k, v = (
-            part.view(B, T, self.kv_heads, self.head_dim).transpose(1, 2) for part in (k, v)
-        )  # (B, G, T, d)
-        if self.rope_base:
-            angles = self.angles(turned, {} if memo is None else memo)
+        k, v = (x.view(B, T, self.kv_heads, self.head_dim).transpose(1, 2) for x in (k, v))  # (B, G, T, d)
+        if self.options.rope_base:
+            angles = self.angles(turned, context.cache)
             q, k = rotate(q, *angles), rotate(k, *angles)
 
-        joined, after = carry(
-            state, AttentionState(k, v, positions, seen), self.window
-        )  # S = remembered + T
+        joined, after = carry(state, AttentionState(k, v, positions, seen), self.window)  # S keys
         y = attention(
-            q, joined.keys, joined.values, positions, joined.positions, self.window, self.impl
+            q, joined.keys, joined.values, positions, joined.positions, self.window, self.impl, starts
         )  # (B, H, T, d)
         return self.out(y.transpose(1, 2).flatten(2)), after
 
-    def angles(self, positions: Tensor, memo: dict) -> tuple[Tensor, Tensor]:
-        """As rotary, once for all layers that turn alike."""
-        key = ("rotary", self.head_dim, self.rope_base, self.rope_scaling)
-        if key not in memo:
-            memo[key] = rotary(positions, *key[1:])
-        return memo[key]
+    def angles(self, positions: Tensor, cache: dict) -> tuple[Tensor, Tensor]:
+        """As rotary, computed once for all layers that turn alike."""
+        key = ("rotary", self.head_dim, self.options.rope_base, self.scaling)
+        if key not in cache:
+            cache[key] = rotary(positions, *key[1:])
+        return cache[key]
 
     def flops(self, context: int) -> float:
-        """Forward FLOPs per token: projections, and QKᵀ and PV with every key computed, those masked included."""
+        """Forward FLOPs per token: projections, and QKᵀ and PV with every key, masked ones included."""
         keys, w = context, self.window
         if w is not None and context > 2 * w:  # then in blocks of w tokens, the last one filled up
             keys = 2 * w * w * -(-context // w) / context
@@ -115,24 +134,31 @@ class Attention(nn.Module):
 
 
 def normalised(x: Tensor, norm: RMSNorm) -> Tensor:
-    """RMSNorm of x (B, T, heads · d), over each head's d numbers or over all of them, as wide as the norm is."""
+    """RMSNorm of x (B, T, heads · d): of each head's d numbers, or of all of them if the norm is as wide."""
     return norm(x.unflatten(-1, (-1, norm.width))).flatten(-2)
 
 
 class SwiGLU(nn.Module):
-    """W_out (silu(W_gate x) ⊙ W_up x): the MLP of the modern decoder. It looks at one token at a time: no state."""
+    """The MLP of the modern decoder: W_out (silu(W_gate x) ⊙ W_up x). It has no state."""
 
-    def __init__(self, config: Config, hidden: int | None = None):
+    paper = "Shazeer, arXiv:2002.05202"
+
+    @dataclass(frozen=True)
+    class Options:
+        width: Count | None = option(None, "hidden width; by default 8/3 of the model's, in steps of 32")
+        bias: bool = option(False, "biases in the three projections")
+
+    def __init__(self, options: Options, config: Config, place: Place = Place()):
         super().__init__()
-        hidden, bias = hidden or mlp_width(config), config.mlp_bias
-        self.gate = linear(config.width, hidden, config.init_std, bias)
-        self.up = linear(config.width, hidden, config.init_std, bias)
-        self.out = linear(hidden, config.width, config.init_std / config.depth**0.5, bias)
+        hidden = options.width or default_width(config.width)
+        self.gate = linear(config.width, hidden, config.init_std, options.bias)
+        self.up = linear(config.width, hidden, config.init_std, options.bias)
+        self.out = linear(hidden, config.width, config.init_std / config.depth**0.5, options.bias)
 
-    def forward(self, x: Tensor, state=None, positions=None, memo=None):
+    def forward(self, x: Tensor, state: None = None, context: Context | None = None):
         return self.out(F.silu(self.gate(x)) * self.up(x)), None
 
 
-def mlp_width(config: Config) -> int:
-    """Hidden width of the dense MLP: 8/3 D, so that its three matrices hold 8 D² as two of width 4 D would; in steps of 32."""
-    return config.mlp_width or -(-8 * config.width // 96) * 32
+def default_width(width: int) -> int:
+    """8/3 D, rounded up to a multiple of 32: three matrices of it hold 8 D², as two of width 4 D would."""
+    return -(-8 * width // 96) * 32

@@ -1,0 +1,76 @@
+"""What every layer is called, where it was published, and which options it has.
+
+    python -m minimodels.architectures                  all layers and wrappers, a line each
+    python -m minimodels.architectures attention        one of them, with its options
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from dataclasses import dataclass, fields
+from typing import get_type_hints
+
+import tyro
+
+from minimodels.architectures.registry import LAYERS, WRAPPERS
+from minimodels.command import run_command
+from minimodels.errors import InputError, describe, nearest
+from minimodels.grammar import write_value
+
+
+@dataclass(frozen=True)
+class Options:
+    """List the layers, or describe one."""
+
+    name: tyro.conf.Positional[str] = ""
+    """a layer or wrapper; by default all of them, a line each"""
+
+
+def main(options: Options) -> None:
+    """Print the list or the description."""
+    known = {**LAYERS, **WRAPPERS}
+    if options.name and options.name not in known:
+        raise InputError("name", options.name, nearest(options.name, known))
+    print(describe_layer(options.name) if options.name else list_layers())
+
+
+def list_layers() -> str:
+    """A line for each layer and wrapper: its name, what it is, its paper."""
+    rows = [(name, first_line(kind), kind.paper) for name, kind in LAYERS.items()]
+    rows += [(f"{name}(...)", first_line(kind), kind.paper) for name, kind in WRAPPERS.items()]
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    return "\n".join(f"{name:{widths[0]}}  {what:{widths[1]}}  {paper}" for name, what, paper in rows)
+
+
+def describe_layer(name: str) -> str:
+    """A layer's docstring, its options with their defaults, and its presets."""
+    kind = {**LAYERS, **WRAPPERS}[name]
+    hints = get_type_hints(kind.Options, include_extras=True)
+    lines = [f"{name}: {inspect.getdoc(kind)}", "", f"paper: {kind.paper}", f"file:  {file_of(kind)}", ""]
+    for field in fields(kind.Options):
+        default = "none" if field.default is None else write_value(field.default)
+        lines += [f"  {field.name}={default}", f"      {field.metadata['help']}"]
+        lines += [f"      accepted: {describe(hints[field.name])}"]
+    for preset, layers in getattr(kind, "presets", {}).items():
+        lines += ["", f"preset {preset}: {layers}"]
+    return "\n".join(lines)
+
+
+def first_line(kind: type) -> str:
+    """The first line of a class's docstring."""
+    return (inspect.getdoc(kind) or "").splitlines()[0]
+
+
+def file_of(kind: type) -> str:
+    """The file of a class, from the package on."""
+    return kind.__module__.replace(".", "/") + ".py"
+
+
+def parse() -> Options:
+    """The command line."""
+    return tyro.cli(Options, description=__doc__, args=sys.argv[1:])
+
+
+if __name__ == "__main__":
+    run_command(main, parse)

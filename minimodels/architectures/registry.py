@@ -1,0 +1,70 @@
+"""Every layer and wrapper by its name in a model's text. A new architecture joins with one line here."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from minimodels.architectures.mamba import Mamba
+from minimodels.architectures.mod import MixtureOfDepths
+from minimodels.architectures.moe import MoE
+from minimodels.architectures.transformer import Attention, SwiGLU
+from minimodels.config import Config
+from minimodels.errors import InputError, nearest
+from minimodels.grammar import Call, count_layers, excerpt, read_options
+from minimodels.layers import RESIDUALS, Place, Stack
+
+LAYERS = {
+    "attention": Attention,
+    "mlp": SwiGLU,
+    "mamba": Mamba,
+    "moe": MoE,
+}
+WRAPPERS = {"mod": MixtureOfDepths}  # which hold other layers
+
+
+def build(config: Config) -> Stack:
+    """The layers that a configuration describes.
+
+    Raises InputError, which shows the place in the text, for a name or an option that no layer has, and for
+    options that do not fit each other or the model's width.
+    """
+    return build_stack(config, config.calls, 0, {})
+
+
+def build_stack(config: Config, calls: tuple[Call, ...], index: int, shared: dict[str, nn.Module]) -> Stack:
+    """The calls as a stack; `index` is the place of the first among the model's layers."""
+    blocks = []
+    for call in calls:
+        block = shared.get(call.shared) or build_block(config, call, index, shared)
+        if call.shared:
+            shared[call.shared] = block
+        blocks.append(block)
+        index += count_layers((call,))
+    return Stack(blocks)
+
+
+def build_block(config: Config, call: Call, index: int, shared: dict[str, nn.Module]) -> nn.Module:
+    """One layer on its residual stream, or one wrapper."""
+    kind = find(call, config.layers)
+    options = read_options(kind.Options, call, config.layers)
+    place = Place(index, config.depth)
+    try:
+        if call.name in WRAPPERS:
+            return kind(options, config, place, build_stack(config, call.layers, index, shared))
+        return RESIDUALS[config.residual](config, kind(options, config, place))
+    except InputError as error:
+        if error.excerpt:  # of a layer within
+            raise
+        field, shown = f"layers: {call.name}.{error.field}", excerpt(config.layers, call.at)
+        raise InputError(field, error.value, error.accepted, shown) from None
+
+
+def find(call: Call, text: str) -> type[nn.Module]:
+    """The class of a call. Raises InputError for an unknown name and for layers inside of what is no wrapper."""
+    known = {**LAYERS, **WRAPPERS}
+    if call.name not in known:
+        raise InputError("layers", call.name, nearest(call.name, known), excerpt(text, call.at))
+    if bool(call.layers) != (call.name in WRAPPERS):
+        accepted = "layers in its parentheses" if call.name in WRAPPERS else "no layers in its parentheses"
+        raise InputError(f"layers: {call.name}", call.name, accepted, excerpt(text, call.at))
+    return known[call.name]

@@ -1,0 +1,29 @@
+"""What a model learns. An objective joins with one line in OBJECTIVES.
+
+An objective is a module, made as `Objective(config)`, which may hold parameters of its own. Its forward
+takes the model, what the model's head sees (B, T, D), the targets (B, T) and the pass's Context, and
+returns the loss in nats per predicted token. Anything else that is to be minimised it adds to the
+context's record, as layers do.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from minimodels.config import Config
+from minimodels.layers import Context
+from minimodels.ops.linear_cross_entropy import linear_cross_entropy
+
+
+class NextToken(nn.Module):
+    """The cross-entropy of the next token."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.impl = config.impl
+
+    def forward(self, model: nn.Module, x: Tensor, targets: Tensor, context: Context) -> Tensor:
+        return linear_cross_entropy(x.flatten(0, 1), model.head_weight, targets.flatten(), self.impl)
+
+
+OBJECTIVES = {"next_token": NextToken}
