@@ -146,6 +146,7 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     state: Tensor | None = None,
     impl: str = "auto",
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The selective scan, Algorithm 2 of the paper, with what surrounds it.
 
@@ -153,17 +154,20 @@ def selective_scan(
         h_t = exp(Δ_t A) ⊙ h_{t-1} + Δ_t B_t x_t        equations (2a) and (4); B by Euler's rule, as in the paper's code
         y_t = (<C_t, h_t> + skip ⊙ x_t) ⊙ silu(z_t)     equation (2b)
 
-    x, delta, z (B, T, D); A (D, N) negative; B, C (B, T, N); skip, delta_bias (D,); state (B, D, N), None for zeros.
+    Where a token begins a document, its decay is 0 instead of exp(Δ_t A): the state before it is forgotten.
+
+    x, delta, z (B, T, D); A (D, N) negative; B, C (B, T, N); skip, delta_bias (D,); state (B, D, N), None for zeros; resets
+    (B, T) bool, True where a token begins a document, None for none.
     Returns y (B, T, D) in x's dtype and the final state (B, D, N); inside, all is fp32 (or fp64 where x is).
     Raises ValueError on shapes that disagree.
     """
-    check_shapes(x, delta, A, B, C, skip, z, delta_bias, state)
+    check_shapes(x, delta, A, B, C, skip, z, delta_bias, state, resets)
     (batch, T, D), N = x.shape, A.shape[1]
     path = choose(impl, "selective_scan", x.device)
     if path == "triton":
         from minimodels.kernels.selective_scan import selective_scan as kernel
 
-        return kernel(x, delta, A, B, C, skip, z, delta_bias, state)
+        return kernel(x, delta, A, B, C, skip, z, delta_bias, state, resets)
     dtype = x.dtype
     with torch.autocast(
         x.device.type, enabled=False
@@ -171,7 +175,8 @@ def selective_scan(
         x, delta, A, B, C = (full_precision(part) for part in (x, delta, A, B, C))
         delta = F.softplus(delta if delta_bias is None else delta + delta_bias)
         state = x.new_zeros(batch, D, N) if state is None else state.to(x.dtype)
-        y, state = (scan if path == "torch" and T > 1 else recurrence)(x, delta, A, B, C, state)
+        walk = scan if path == "torch" and T > 1 else recurrence
+        y, state = walk(x, delta, A, B, C, state, resets)
         y = y + skip * x
         if z is not None:
             y = y * F.silu(full_precision(z))
@@ -180,13 +185,14 @@ def selective_scan(
 
 def check_shapes(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor, z: Tensor | None, delta_bias: Tensor | None,
-    state: Tensor | None,
+    state: Tensor | None, resets: Tensor | None,
 ) -> None:  # fmt: skip
     """Raise ValueError unless the arguments have the shapes that selective_scan names, here and in its kernel."""
     (batch, T, D), N = x.shape, A.shape[1]
     expected = {
         "delta": (delta, (batch, T, D)), "A": (A, (D, N)), "B": (B, (batch, T, N)), "C": (C, (batch, T, N)),
         "skip": (skip, (D,)), "z": (z, (batch, T, D)), "delta_bias": (delta_bias, (D,)), "state": (state, (batch, D, N)),
+        "resets": (resets, (batch, T)),
     }  # fmt: skip
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tensor.shape != shape:
@@ -196,15 +202,16 @@ def check_shapes(
 
 
 def recurrence(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, resets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The reference: one token after the other. Arguments as selective_scan's, delta after softplus."""
     outputs = []
-    # unbind, for indexing [:, t] would make the backward pass quadratic in T
-    for x_t, delta_t, B_t, C_t in zip(
-        x.unbind(1), delta.unbind(1), B.unbind(1), C.unbind(1), strict=True
-    ):
+    # unbind, because indexing [:, t] would make the backward pass quadratic in T
+    steps = zip(x.unbind(1), delta.unbind(1), B.unbind(1), C.unbind(1), strict=True)
+    for t, (x_t, delta_t, B_t, C_t) in enumerate(steps):
         decay = torch.exp(delta_t.unsqueeze(-1) * A)  # (4): Ā, (B, D, N)
+        if resets is not None:
+            decay = decay.masked_fill(resets[:, t, None, None], 0)
         h = decay * h + (delta_t * x_t).unsqueeze(-1) * B_t.unsqueeze(1)  # (2a), (B, D, N)
         outputs.append((h @ C_t.unsqueeze(-1)).squeeze(-1))  # (2b), (B, D)
     return torch.stack(outputs, dim=1), h

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -11,6 +10,8 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from minimodels.layers import choose
+
+MASK = 2**25  # entries of a mask that are made at a time: longer chunks take blocks of queries
 
 
 def attention(
@@ -21,50 +22,30 @@ def attention(
     key_positions: Tensor | None = None,
     window: int | None = None,
     impl: str = "auto",
+    query_starts: Tensor | None = None,
 ) -> Tensor:
     """softmax(QKᵀ/√d) V (equation 1) over the keys that each query sees, each of the G key heads shared by H/G query heads.
 
     q (B, H, T, d); k, v (B, G, S, d); the last T keys are those of the queries. Positions (B, T) and (B, S), ascending along a
-    row, -1 where there is nothing; or None, where the keys are S tokens in a row. A query sees the keys up to its own position,
-    and of these the last `window` positions. Returns (B, H, T, d); what it holds for a query at -1 is meaningless.
+    row, -1 where there is nothing; or None, where the keys are S tokens in a row, at 0 to S - 1. query_starts (B, T), where
+    each query's document begins, in the same coordinates as the keys' positions, ascending along a row; None: every document
+    began before the first key. A query sees the keys from its document's start up to its own position, and of these the last
+    `window` positions. Returns (B, H, T, d); what it holds for a query at -1 is meaningless.
     Raises ValueError on shapes that disagree.
     """
-    (B, H, T, d), (G, S) = q.shape, k.shape[1:3]
-    check_shapes(q, k, v, query_positions, key_positions)
-    path, gapless = choose(impl, "attention", q.device), query_positions is None
+    check_shapes(q, k, v, query_positions, key_positions, query_starts)
+    path = choose(impl, "attention", q.device)
     if path == "triton":
         from minimodels.kernels.attention import attention as kernel
 
-        return kernel(q, k, v, query_positions, key_positions, window)
-    sdpa = partial(F.scaled_dot_product_attention, enable_gqa=H != G)
-    if path == "torch" and window is None and S == T:
-        return sdpa(
-            q, k, v, is_causal=True
-        )  # padding comes after every token, so the causal mask hides it
-    if path == "torch" and gapless and T == 1 and (window is None or S <= window):
-        return sdpa(q, k, v)
-    if gapless:
-        key_positions = torch.arange(S, device=q.device).unsqueeze(
-            0
-        )  # (1, S): PyTorch fuses no 3-D mask
-        query_positions = key_positions[:, S - T :]
-    if path == "torch" and window is not None and S == T > 2 * window:
-        return banded(sdpa, q, k, v, key_positions.expand(B, S), window)
-    visible = sees(query_positions, key_positions, window)
-    if path == "torch":
-        return sdpa(q, k, v, attn_mask=visible)
-    k, v = (
-        repeat(part, "B G S d -> B (G group) S d", group=H // G) for part in (k, v)
-    )  # (B, H, S, d)
-    scores = ((q @ k.transpose(-1, -2)) * d**-0.5).masked_fill(
-        ~visible, float("-inf")
-    )  # (B, H, T, S)
-    return scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype) @ v
+        return kernel(q, k, v, query_positions, key_positions, window, query_starts)
+    operation = reference if path == "reference" else fused
+    return operation(q, k, v, query_positions, key_positions, window, query_starts)
 
 
 def check_shapes(
-    q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None, key_positions: Tensor | None
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None, key_positions: Tensor | None, query_starts: Tensor | None
+) -> None:  # fmt: skip
     """Raise ValueError unless the arguments have the shapes that attention names, here and in its kernel."""
     (B, H, T, d), (G, S) = q.shape, k.shape[1:3]
     if k.shape != (B, G, S, d) or v.shape != k.shape or H % G or T > S:
@@ -76,46 +57,183 @@ def check_shapes(
         raise ValueError(
             f"attention: positions {shapes[0]}, {shapes[1]} do not fit q {tuple(q.shape)}, k {tuple(k.shape)}"
         )
+    if query_starts is not None and query_starts.shape != (B, T):
+        raise ValueError(
+            f"attention: query_starts {tuple(query_starts.shape)} do not fit q {tuple(q.shape)}"
+        )
 
 
-def sees(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Tensor | None,
+    keys: Tensor | None,
+    window: int | None,
+    starts: Tensor | None,
+) -> Tensor:
+    """The equation, with every score in memory."""
+    (H, d), G = q.shape[1::2], k.shape[1]
+    queries, keys = positions_of(q, k, queries, keys)
+    k, v = (repeat(part, "B G S d -> B (G group) S d", group=H // G) for part in (k, v))
+    scores = (q @ k.transpose(-1, -2)) * d**-0.5  # (B, H, T, S)
+    scores = scores.masked_fill(~sees(queries, keys, window, starts), float("-inf"))
+    full = torch.promote_types(q.dtype, torch.float32)
+    return scores.softmax(-1, dtype=full).to(v.dtype) @ v
+
+
+def sees(queries: Tensor, keys: Tensor, window: int | None, starts: Tensor | None = None) -> Tensor:
     """Which key each query attends to, from their positions: (..., T), (..., S) -> (..., 1, T, S) bool."""
     distance = queries.unsqueeze(-1) - keys.unsqueeze(-2)  # (..., T, S)
     visible = (distance >= 0) & (keys >= 0).unsqueeze(-2)
     if window is not None:
         visible &= distance < window
-    visible |= (queries < 0).unsqueeze(
-        -1
-    )  # padding sees anything: its output is dropped, and a softmax needs one term
-    return visible.unsqueeze(-3)
+    if starts is not None:
+        visible = visible & (keys.unsqueeze(-2) >= starts.unsqueeze(-1))
+    # padding sees anything: its output is dropped, and a softmax needs one term
+    return (visible | (queries < 0).unsqueeze(-1)).unsqueeze(-3)
+
+
+def positions_of(
+    q: Tensor, k: Tensor, queries: Tensor | None, keys: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Positions as given, or those of S tokens in a row: (1, T) and (1, S), since PyTorch fuses no mask of three dimensions."""
+    if keys is None:
+        keys = torch.arange(k.shape[2], device=k.device).unsqueeze(0)
+        queries = keys[:, k.shape[2] - q.shape[2] :]
+    return queries, keys
+
+
+# The torch path: PyTorch's fused attention, with the least that has to be masked.
+
+
+def fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Tensor | None,
+    keys: Tensor | None,
+    window: int | None,
+    starts: Tensor | None,
+) -> Tensor:
+    """As attention."""
+    T, S = q.shape[2], k.shape[2]
+    sdpa = partial(F.scaled_dot_product_attention, enable_gqa=q.shape[1] != k.shape[1])
+    if starts is not None and S == T and not (q.is_cuda or torch.compiler.is_compiling()):
+        lengths = document_lengths(q, queries, starts)
+        if lengths is not None:
+            return by_document(q, k, v, queries, window, lengths)
+    if starts is None and S == T and (window is None or (queries is None and T <= window)):
+        # padding comes after every token, so the causal mask hides it
+        return sdpa(q, k, v, is_causal=True)
+    if starts is None and queries is None and T == 1 and (window is None or S <= window):
+        return sdpa(q, k, v)
+    if window is not None and T > 2 * window:
+        return banded(q, k, v, queries, keys, window, starts)
+    queries, keys = positions_of(q, k, queries, keys)
+    rows = max(1, MASK // (S * len(keys if starts is None else q)))
+    outputs = []
+    for start in range(0, T, rows):
+        at, end = slice(start, start + rows), S - T + min(start + rows, T)
+        visible = sees(
+            queries[:, at], keys[:, :end], window, None if starts is None else starts[:, at]
+        )
+        outputs.append(sdpa(q[:, :, at], k[:, :, :end], v[:, :, :end], attn_mask=visible))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def document_lengths(q: Tensor, positions: Tensor | None, starts: Tensor) -> list[list[int]] | None:
+    """Tokens of each document of each row, its padding last; None where the starts are not those of documents in a row."""
+    B, T = starts.shape
+    if positions is None:
+        positions = torch.arange(T, device=q.device).expand(B, T)
+    token = positions >= 0
+    other = (starts.diff(dim=1) != 0) | token.diff(dim=1)  # (B, T-1): begins a document, or padding
+    before = starts[:, 1:] <= positions[:, :-1]  # but sees the last one
+    if (other & before & token[:, 1:]).any():
+        return None
+    ends = [row.nonzero().flatten().tolist() for row in other]
+    return [
+        [end - start for start, end in zip((-1, *row), (*row, T - 1), strict=True)] for row in ends
+    ]
+
+
+def by_document(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, window: int | None, lengths: list[list[int]]
+) -> Tensor:  # fmt: skip
+    """Attention within each document alone: the cost is that of the documents, not of a row."""
+    rows = []
+    for b, parts in enumerate(lengths):
+        # split, because each slice's gradient would be as large as the row
+        documents = zip(*(x[b : b + 1].split(parts, dim=2) for x in (q, k, v)), strict=True)
+        at = [None] * len(parts) if positions is None else positions[b : b + 1].split(parts, dim=1)
+        outputs = [
+            fused(*document, place, place, window, None)
+            for document, place in zip(documents, at, strict=True)
+        ]
+        rows.append(torch.cat(outputs, dim=2))
+    return torch.cat(rows)
 
 
 def banded(
-    sdpa: Callable, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Tensor | None,
+    keys: Tensor | None,
+    window: int,
+    starts: Tensor | None,
 ) -> Tensor:
-    """Attention within a window at a cost linear in T: each block of `window` tokens sees itself and the block before.
+    """Attention within a window at a cost linear in T: each block of `window` tokens sees itself and the block before, which
+    for the first one is what is remembered.
 
     Positions may have gaps: slots lie no further apart than their positions, so what a query sees is in these two blocks.
     """
-    B, _, T, _ = q.shape
-    empty = -T % window
+    (B, _, T, _), S = q.shape, k.shape[2]
+    k, v, keys = latest(k, v, keys, S - T, window)
+    remembered, empty = k.shape[2] - T, -T % window
+    if keys is None:
+        keys = torch.arange(S - T - remembered, S, device=q.device).expand(B, -1)
+        queries = keys[:, remembered:]
 
-    def blocks(x: Tensor, value: int = 0) -> Tensor:  # (B, H, T, d) -> (B, blocks, H, window, d)
-        return rearrange(
-            F.pad(x, (0, 0, 0, empty), value=value), "B H (n w) d -> B n H w d", w=window
-        )
+    def blocks(x: Tensor) -> Tensor:  # (B, H, n · window, d) -> (B · n, H, window, d)
+        return rearrange(x, "B H (n w) d -> (B n) H w d", w=window)
 
-    def with_previous(x: Tensor, value: int = 0) -> Tensor:  # -> (B · blocks, H, 2 · window, d)
-        return torch.cat(
-            (F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0), value=value)[:, :-1], x), dim=3
-        ).flatten(0, 1)
+    def of_queries(x: Tensor, value: int = 0) -> Tensor:
+        return blocks(F.pad(x, (0, 0, 0, empty), value=value))
 
-    at = blocks(positions[:, None, :, None], -1)  # (B, blocks, 1, window, 1)
-    visible = sees(at.flatten(0, 1)[:, 0, :, 0], with_previous(at, -1)[:, 0, :, 0], window)
-    y = sdpa(
-        blocks(q).flatten(0, 1),
-        with_previous(blocks(k)),
-        with_previous(blocks(v)),
-        attn_mask=visible,
+    def of_keys(x: Tensor, value: int = 0) -> Tensor:  # -> (B · n, H, 2 · window, d)
+        x = F.pad(x, (0, 0, window - remembered, empty), value=value)
+        return torch.cat((blocks(x[:, :, :-window]), blocks(x[:, :, window:])), dim=2)
+
+    def lines(pack, x: Tensor, value: int) -> Tensor:  # (B, T) -> (B · n, window)
+        return pack(x[:, None, :, None], value)[:, 0, :, 0]
+
+    visible = sees(
+        lines(of_queries, queries, -1),
+        lines(of_keys, keys, -1),
+        window,
+        None if starts is None else lines(of_queries, starts, 0),
+    )
+    shared = q.shape[1] != k.shape[1]
+    y = F.scaled_dot_product_attention(
+        of_queries(q), of_keys(k), of_keys(v), attn_mask=visible, enable_gqa=shared
     )
     return rearrange(y, "(B n) H w d -> B H (n w) d", B=B)[:, :, :T]
+
+
+def latest(
+    k: Tensor, v: Tensor, keys: Tensor | None, remembered: int, window: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The slots without those of the `remembered` ones that no query sees, so that at most window - 1 of these are left."""
+    drop = max(0, remembered - window + 1)
+    if keys is None or not remembered:
+        return k[:, :, drop:], v[:, :, drop:], keys
+    # empty slots may lie among those remembered: first they are moved to the front
+    order = keys[:, :remembered].sort(dim=1, stable=True).indices[:, drop:]  # (B, kept)
+    index = order[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+    k, v = (
+        torch.cat((x[:, :, :remembered].gather(2, index), x[:, :, remembered:]), 2) for x in (k, v)
+    )
+    keys = torch.cat((keys[:, :remembered].gather(1, order), keys[:, remembered:]), 1)
+    return k, v, keys

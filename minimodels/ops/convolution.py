@@ -17,54 +17,126 @@ def causal_conv1d(
     lengths: Tensor | None = None,
     activation: bool = False,
     impl: str = "auto",
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y_t = bias + Σ_w weight_w ⊙ x_{t-W+1+w}, then SiLU if there is an `activation`: each channel convolved with its own W
-    taps, looking only back.
+    taps, looking only back. A tap that would reach into an earlier document reads 0.
 
     x (B, T, D); weight (D, W); bias (D,), None for zero; window (B, W-1, D), the inputs before x, None for zeros; lengths
-    (B,), how many tokens of x come before the padding, None for all. Returns y (B, T, D) and the window after x.
+    (B,), how many tokens of x come before the padding, None for all; resets (B, T) bool, True where a token begins a
+    document, None for none. Returns y (B, T, D) and the window after x, with zeros for tokens of earlier documents.
     Raises ValueError on shapes that disagree.
     """
-    check_convolution(x, weight, bias, window, lengths)
+    check_convolution(x, weight, bias, window, lengths, resets)
     (batch, T, D), W = x.shape, weight.shape[1]
     path = choose(impl, "causal_conv1d", x.device)
     if path == "triton":
         from minimodels.kernels.causal_conv1d import causal_conv1d as kernel
 
-        return kernel(x, weight, bias, window, lengths, activation)
+        return kernel(x, weight, bias, window, lengths, activation, resets)
     if window is None:
         window = x.new_zeros(batch, W - 1, D)
     padded = torch.cat((window, x), dim=1)  # (B, W-1+T, D)
-    if path == "reference":
-        y = sum(weight[:, w] * padded[:, w : w + T] for w in range(W))
+    within = None if resets is None else tokens_within(resets)
+    fused = x.is_cuda or torch.compiler.is_compiling()  # to look for documents would stop either
+    if path == "reference" or (resets is not None and fused):
+        y = sum(weight[:, w] * visible(padded[:, w : w + T], within, W - 1 - w) for w in range(W))
         y = y if bias is None else y + bias
     elif T == 1:  # one product, which costs less than to set a convolution up
+        if resets is not None:
+            padded = torch.cat((window.masked_fill(resets.unsqueeze(-1), 0), x), dim=1)
         y = (weight.mT * padded).sum(1, keepdim=True)
         y = y if bias is None else y + bias
     else:
         y = Convolution.apply(padded, weight, bias)
+        if resets is not None:
+            y = repaired(y, padded, weight, bias, within)
     y = F.silu(y) if activation else y
-    if lengths is None:
-        return y, padded[:, T:].clone()
-    last = lengths[:, None, None] + torch.arange(W - 1, device=x.device)[:, None]  # (B, W-1, 1)
-    return y, padded.gather(1, last.expand(-1, -1, D))
+    return y, window_after(x, window, lengths, within)
 
 
 def check_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None, lengths: Tensor | None
-) -> None:
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None, lengths: Tensor | None, resets: Tensor | None
+) -> None:  # fmt: skip
     """Raise ValueError unless the arguments have the shapes that causal_conv1d names, here and in its kernel."""
     fits = x.ndim == 3 and x.shape[1] > 0 and weight.ndim == 2 and weight.shape[0] == x.shape[2]
     if fits:
-        (batch, _, D), W = x.shape, weight.shape[1]
-        wanted = ((bias, (D,)), (window, (batch, W - 1, D)), (lengths, (batch,)))
+        (batch, T, D), W = x.shape, weight.shape[1]
+        wanted = (
+            (bias, (D,)),
+            (window, (batch, W - 1, D)),
+            (lengths, (batch,)),
+            (resets, (batch, T)),
+        )
         fits = all(part is None or part.shape == shape for part, shape in wanted)
     if not fits:
         parts = {"x": x, "weight": weight, "bias": bias, "window": window, "lengths": lengths}
+        parts["resets"] = resets
         shapes = ", ".join(
             f"{name} {tuple(part.shape)}" for name, part in parts.items() if part is not None
         )
         raise ValueError(f"causal_conv1d: {shapes} do not fit")
+
+
+def tokens_within(resets: Tensor) -> Tensor:
+    """How many earlier tokens of its own document each token has in x; all there are, where the document began before x.
+
+    (B, T) bool -> (B, T) int64.
+    """
+    T = resets.shape[1]
+    index = torch.arange(T, device=resets.device)
+    began = torch.where(resets, index, -LONG).cummax(1).values  # its document's first token
+    return index - began
+
+
+LONG = 2**31  # more taps than any convolution has
+
+
+def visible(shifted: Tensor, within: Tensor | None, back: int) -> Tensor:
+    """The inputs `back` tokens before each token, 0 where these belong to an earlier document: (B, T, D)."""
+    return shifted if within is None else shifted.masked_fill((within < back).unsqueeze(-1), 0)
+
+
+def repaired(
+    y: Tensor, padded: Tensor, weight: Tensor, bias: Tensor | None, within: Tensor
+) -> Tensor:
+    """y with the first W-1 tokens of each document computed again, without the tokens before the document.
+
+    Overwriting leaves nothing of another document in the result or in a gradient; subtracting would leave a rounding error.
+    """
+    W = weight.shape[1]
+    row, t = (within < W - 1).nonzero(as_tuple=True)  # n tokens
+    taps = torch.arange(W, device=y.device)
+    inputs = padded[row[:, None], t[:, None] + taps]  # (n, W, D)
+    hidden = within[row, t].unsqueeze(1) < W - 1 - taps  # (n, W)
+    first = (weight.mT * inputs.masked_fill(hidden.unsqueeze(-1), 0)).sum(1)  # (n, D)
+    first = first if bias is None else first + bias
+    return y.index_put((row, t), first.to(y.dtype))
+
+
+def window_after(
+    x: Tensor, window: Tensor, lengths: Tensor | None, within: Tensor | None
+) -> Tensor:
+    """The last W-1 inputs that come before the padding, 0 where they belong to a document before the last: (B, W-1, D)."""
+    (_, T, D), kept = x.shape, window.shape[1]
+    if lengths is None:
+        late = torch.cat((window, x[:, max(0, T - kept) :]), dim=1)
+        after = late[:, late.shape[1] - kept :].clone()
+        last = None if within is None else within[:, -1:]  # (B, 1)
+    else:
+        place = lengths[:, None] + torch.arange(kept, device=x.device)  # in the window, then x
+        at = place.unsqueeze(-1).expand(-1, -1, D)  # (B, W-1, D)
+        if kept:
+            old = window.gather(1, at.clamp(max=kept - 1))
+            after = torch.where(at < kept, old, x.gather(1, (at - kept).clamp(min=0)))
+        else:
+            after = window
+        if within is not None:  # an empty row keeps its window
+            last = F.pad(within, (1, 0), value=LONG).gather(1, lengths[:, None])  # (B, 1)
+    if within is None:
+        return after
+    back = torch.arange(kept - 1, -1, -1, device=x.device)  # tokens between each and the last one
+    return after.masked_fill((last < back).unsqueeze(-1), 0)
 
 
 class Convolution(torch.autograd.Function):

@@ -13,6 +13,7 @@ runs too, but each step is a launch.
     B, C        B, C    (B, T, N)      input and output matrix
     state       h       (B, D, N)      inside, (chunk, B, N, D): a chunk of time is one piece of memory, and inner loops run
                                        over channels, of which there are many
+    resets              (B, T)         bool: True where a token's decay is 0, because it begins a document; None: nowhere
 """
 
 from __future__ import annotations
@@ -30,24 +31,25 @@ WORK = (
 
 
 def scan(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """y (B, T, D) and the final state (B, D, N), in the arguments' one dtype. Every argument may want a gradient."""
-    y, state, _ = scan_forward(*(tensor.contiguous() for tensor in (x, delta, A, B, C, state)))
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, resets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y (B, T, D) and the final state (B, D, N), in the arguments' one dtype. All but `resets` may want a gradient."""
+    given = (tensor.contiguous() for tensor in (x, delta, A, B, C, state))
+    y, state, _ = scan_forward(*given, resets)
     return y, state
 
 
 @torch.library.custom_op("minimodels::scan_forward", mutates_args=())
 def scan_forward(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, resets: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y, the final state, and the states at the chunk boundaries, first and last included: (chunks + 1, B, N, D)."""
-    y, final_state, boundaries = empty_outputs(x, delta, A, B, C, state)
+    y, final_state, boundaries = empty_outputs(x, delta, A, B, C, state, resets)
     boundaries[0] = state.mT
     x, delta, B, C = swapped(x, delta, B, C)  # time first: (T, B, D) and (T, B, N)
     y = y.view(x.shape)
     for chunk, (now, _, _, _, h) in enumerate(
-        walk(delta, delta * x, A.mT.contiguous(), B, boundaries)
+        walk(delta, delta * x, A.mT.contiguous(), B, resets, boundaries)
     ):
         torch.matmul(
             C[now].unsqueeze(2), h, out=y[now].unsqueeze(2)
@@ -65,12 +67,14 @@ def scan_backward(
     A: Tensor,
     B: Tensor,
     C: Tensor,
+    resets: Tensor | None,
     boundaries: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, delta, A, B, C and the initial state from those of y and the final state.
 
     g_t = ∂L/∂h_t obeys the same recurrence, backwards: g_t = C_t dy_t + exp(Δ_{t+1} A) g_{t+1}. From it
     d(Δ_t x_t) = B_t · g_t,  dB_t = g_t · Δ_t x_t,  dC_t = h_t · dy_t,  d(Δ_t A) = g_t exp(Δ_t A) h_{t-1}.
+    Where a document begins the decay is 0 instead of exp(Δ_t A), and both terms that it is a factor of are 0 with it.
     """
     A, dstate = A.mT.contiguous(), dstate.mT  # (N, D), (B, N, D)
     dy, x, delta, B, C = swapped(dy, x, delta, B, C)  # time first
@@ -81,7 +85,9 @@ def scan_backward(
     dA = torch.zeros_like(
         gradient
     )  # summed over batch and chunk at the end: adding is cheaper than reducing
-    for now, start, decay, decay_steps, h in walk(delta, inputs, A, B, boundaries, backwards=True):
+    for now, start, decay, decay_steps, h in walk(
+        delta, inputs, A, B, resets, boundaries, backwards=True
+    ):
         steps = len(h)
         g = torch.mul(
             dy[now].unsqueeze(2), C[now].unsqueeze(3), out=gradient[:steps]
@@ -114,8 +120,8 @@ def swapped(*tensors: Tensor) -> Iterator[Tensor]:
 
 
 def walk(
-    delta: Tensor, inputs: Tensor, A: Tensor, B: Tensor, boundaries: Tensor, backwards: bool = False
-) -> Iterator[tuple[slice, Tensor, Tensor, tuple[Tensor, ...], Tensor]]:
+    delta: Tensor, inputs: Tensor, A: Tensor, B: Tensor, resets: Tensor | None, boundaries: Tensor, backwards: bool = False
+) -> Iterator[tuple[slice, Tensor, Tensor, tuple[Tensor, ...], Tensor]]:  # fmt: skip
     """Compute the states chunk by chunk, each chunk from its boundary state, all in the same memory.
 
     Time comes first: delta and inputs (T, B, D), which are Δx; B (T, B, N). A is (N, D). Yields the chunk's slice of time, its
@@ -133,6 +139,8 @@ def walk(
         steps = min(length, T - first)
         now = slice(first, first + steps)
         torch.mul(delta[now].unsqueeze(2), exponent, out=decay[:steps]).exp2_()
+        if resets is not None:
+            decay[resets[:, now].T.nonzero(as_tuple=True)] = 0  # few; a mask would cost a pass
         torch.mul(inputs[now].unsqueeze(2), B[now].unsqueeze(3), out=h[:steps])
         recur(decay_steps, start, h_steps[:steps])
         yield now, start, decay[:steps], decay_steps[:steps], h[:steps]
@@ -153,7 +161,7 @@ def chunk_length(state: Tensor) -> int:
 
 
 @scan_forward.register_fake
-def empty_outputs(x, delta, A, B, C, state):
+def empty_outputs(x, delta, A, B, C, state, resets=None):
     """y, the final state and the boundaries, not yet filled."""
     batch, D, N = state.shape
     chunks = -(-x.shape[1] // chunk_length(state))
@@ -161,18 +169,18 @@ def empty_outputs(x, delta, A, B, C, state):
 
 
 @scan_backward.register_fake
-def _(dy, dstate, x, delta, A, B, C, boundaries):
+def _(dy, dstate, x, delta, A, B, C, resets, boundaries):
     return tuple(torch.empty_like(tensor) for tensor in (x, delta, A, B, C, dstate))
 
 
 def _save(ctx, inputs, output):
-    *arguments, _ = inputs
+    *arguments, _, resets = inputs
     _, _, boundaries = output
-    ctx.save_for_backward(*arguments, boundaries)
+    ctx.save_for_backward(*arguments, resets, boundaries)
 
 
 def _differentiate(ctx, dy, dstate, _):
-    return scan_backward(dy.contiguous(), dstate.contiguous(), *ctx.saved_tensors)
+    return *scan_backward(dy.contiguous(), dstate.contiguous(), *ctx.saved_tensors), None
 
 
 scan_forward.register_autograd(_differentiate, setup_context=_save)
