@@ -2,17 +2,16 @@
 
     python train.py                                         a small transformer on Python's own source
     python train.py --model mamba                           the same with another architecture
-    python train.py --layers "mamba mlp window mlp" --data FILE --minutes 10
-    python train.py --resume runs/transformer               go on where a run stopped
+    python train.py --layers "mamba mlp attention(window=64) mlp" --data FILE --minutes 10
+    python train.py --resume runs/transformer               continue where a run stopped
 
-A run ends at the first of its bounds: steps, tokens, FLOPs or minutes. It leaves a folder with its options, a checkpoint and
-log.jsonl. Ctrl-C saves and stops; on a CPU, going on from there gives the same bits as not having stopped, unless --minutes
-is among the bounds: then the schedule follows the clock.
+A run ends at the first of its bounds: steps, tokens, FLOPs or minutes. It leaves a folder with its options,
+a checkpoint and log.jsonl. Ctrl-C saves and stops. On a CPU a resumed run gives the same bits as one that
+was never stopped, unless it is bounded by --minutes: then the schedule follows the clock.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import signal
@@ -39,11 +38,13 @@ from minimodels.errors import InputError
 from minimodels.layers import choose
 from minimodels.ledger import ledger
 from minimodels.lm import LM
-from minimodels.ops.linear_cross_entropy import tally
 from minimodels.sample import Sampling, generate
 from minimodels.training import checkpoint
+from minimodels.training.evaluate import evaluate
+from minimodels.training.log import forget_after, write_log
 from minimodels.training.optim import adamw, learning_rate
 from minimodels.training.options import Options, count_steps, label, new_folder, parse
+from minimodels.training.step import set_learning_rate, training_step
 
 
 def main(options: Options) -> None:
@@ -51,11 +52,8 @@ def main(options: Options) -> None:
     device = pick_device(options.device)
     data = open_data(options.data, options.context)
     if 0 < options.config.vocab < data.vocab:
-        raise InputError(
-            "vocab",
-            options.config.vocab,
-            f"{data.vocab} or more, for that many tokens are in the data",
-        )
+        accepted = f"{data.vocab} or more, because that many tokens are in the data"
+        raise InputError("vocab", options.config.vocab, accepted)
     config = replace(options.config, vocab=options.config.vocab or data.vocab)
 
     torch.manual_seed(options.seed)
@@ -72,7 +70,7 @@ def main(options: Options) -> None:
     if options.compile:
         require_compiler(device)
         torch._dynamo.config.capture_dynamic_output_shape_ops = (
-            True  # routed tokens are counted inside the graph
+            True  # routed tokens are counted in the graph
         )
         loss_function = torch.compile(model.loss, fullgraph=True)
 
@@ -82,12 +80,9 @@ def main(options: Options) -> None:
     if options.resume:
         run, done = options.resume, checkpoint.load(options.resume, model, optimizer)
         if done.get("data", data.fingerprint) != data.fingerprint:
-            raise InputError(
-                "data",
-                f"{options.data}: {data.fingerprint}",
-                f"what {run} was started with: {done['data']}",
-            )
-        checkpoint.forget_after(run, done["step"])
+            given = f"{options.data}: {data.fingerprint}"
+            raise InputError("data", given, f"what {run} was started with: {done['data']}")
+        forget_after(run, done["step"])
     else:
         run, done = new_folder(options), {"step": 0, "seconds": 0.0}
     checkpoint.save_options(run, asdict(replace(options, config=config, out=None, resume=None)))
@@ -108,31 +103,31 @@ def main(options: Options) -> None:
         signal.signal(signal.SIGINT, at_interrupt)
 
     signal.signal(signal.SIGINT, stop)
-    bar = tqdm(
-        total=1.0,
-        bar_format="{percentage:3.0f}% |{bar:20}| {elapsed}<{remaining} {postfix}",
-        mininterval=0.5,
-    )
+    bar_format = "{percentage:3.0f}% |{bar:20}| {elapsed}<{remaining} {postfix}"
+    bar = tqdm(total=1.0, bar_format=bar_format, mininterval=0.5)
     start = time.perf_counter() - done["seconds"]
     lap, lap_step = time.perf_counter(), step
     losses = [
         torch.tensor(loss, device=device) for loss in done.get("losses", [])
-    ]  # of steps that the log has not told of
+    ]  # not yet in the log
 
     def spent() -> dict[str, float]:
-        tokens = step * tokens_per_step
+        tokens, seconds = step * tokens_per_step, time.perf_counter() - start
         return {
             "step": step,
-            "seconds": time.perf_counter() - start,
+            "seconds": seconds,
             "tokens": tokens,
             "flops": tokens * cost.training_flops,
         }
 
     def save() -> None:
         pending = {"losses": [loss.item() for loss in losses], "data": data.fingerprint}
-        checkpoint.save(
-            run, model, optimizer, {"step": step, "seconds": time.perf_counter() - start, **pending}
-        )
+        progress = {"step": step, "seconds": time.perf_counter() - start, **pending}
+        checkpoint.save(run, model, optimizer, progress)
+
+    def validate() -> str:
+        scores = evaluate(model, data, options.batch_size, options.eval_batches, autocast)
+        return report(run, spent(), scores)
 
     while not interrupted.is_set():
         seconds = time.perf_counter() - start
@@ -140,20 +135,12 @@ def main(options: Options) -> None:
         if progress >= 1:
             break
         rate = learning_rate(options.lr, options.schedule, step, options.warmup, progress)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        for micro in range(options.accumulate):
-            tokens, targets = data.batch(
-                options.seed, step * options.accumulate + micro, options.batch_size
-            )
-            with autocast:
-                loss, parts = loss_function(tokens.to(device), targets.to(device))
-            (loss / options.accumulate).backward()
-            losses.append(parts["cross_entropy"])
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
-        model.after_step()
+        set_learning_rate(optimizer, rate)
+        micro_steps = range(step * options.accumulate, (step + 1) * options.accumulate)
+        batches = (data.batch(options.seed, micro, options.batch_size) for micro in micro_steps)
+        batches = [tuple(part.to(device) for part in batch) for batch in batches]
+        done_step = training_step(model, optimizer, batches, autocast, options.clip, loss_function)
+        losses += done_step.losses
         step += 1
         progress = max(step / last_step, progress)
 
@@ -163,22 +150,24 @@ def main(options: Options) -> None:
             lap, lap_step, losses = time.perf_counter(), step, []
             measured = {
                 "loss": mean,
-                "grad_norm": norm.item(),
+                "grad_norm": done_step.norm.item(),
                 "lr": rate,
                 "tokens_per_second": speed,
             }
             layers = {
-                name: value.item() for name, value in parts.items() if name != "cross_entropy"
-            } | model.observations()
+                name: value.item()
+                for name, value in done_step.parts.items()
+                if name != "cross_entropy"
+            }
             refuse_nan(model, step, run)
-            write_log(run, {**spent(), **measured, **layers})
+            write_log(run, {**spent(), **measured, **layers, **model.observations()})
             bar.set_postfix_str(
                 f"step {step}, loss {mean:.3f}, {speed:,.0f} tokens/s", refresh=False
             )
             bar.update(min(progress, 1.0) - bar.n)
         if options.eval_every and step % options.eval_every == 0 and step < last_step:
             refuse_nan(model, step, run)
-            said = report(run, spent(), evaluate(model, data, options, autocast))
+            said = validate()
             save()
             bar.write(said)
             lap, lap_step = time.perf_counter(), step
@@ -187,41 +176,20 @@ def main(options: Options) -> None:
             lap, lap_step = time.perf_counter(), step
 
     bar.close()
-    now = spent()
     refuse_nan(model, step, run)
     save()
     signal.signal(signal.SIGINT, at_interrupt)
     if interrupted.is_set():
         print(
-            f"\ninterrupted at step {step} and saved; to go on: python train.py --resume {shlex.quote(str(run))}"
+            f"\ninterrupted at step {step} and saved; to continue: python train.py --resume {shlex.quote(str(run))}"
         )
         sys.exit(130)
     print(f"saved in {run}", flush=True)
-    print(report(run, now, evaluate(model, data, options, autocast)))
+    print(validate())
     print(text := sample(model, data, options.prompt))
     if not text.startswith("no sample"):
-        print(
-            f"\nmore of it: python -m minimodels.sample {shlex.quote(str(run))} --prompt {shlex.quote(options.prompt)}"
-        )
-
-
-@torch.no_grad()
-def evaluate(
-    model: LM, data: Text | Task, options: Options, autocast: torch.autocast
-) -> dict[str, float]:
-    """Loss and metric over the held-out batches, in evaluation mode: mixture-of-depths decides causally there."""
-    model.eval()
-    total, device = 0.0, model.embedding.weight.device
-    for tokens, targets in data.validation(options.batch_size, options.eval_batches):
-        tokens, targets = tokens.to(device), targets.to(device)
-        with autocast:
-            logits, _ = model(tokens)
-        total += tally(logits, targets)
-    model.train()
-    loss, right, count = total.tolist()
-    nats = loss / count
-    scores = {"validation_loss": nats, "accuracy": right / count}
-    return scores | {"bits_per_byte": nats / math.log(2)} if isinstance(data, Text) else scores
+        more = f"python -m minimodels.sample {shlex.quote(str(run))} --prompt {shlex.quote(options.prompt)}"
+        print(f"\nmore of it: {more}")
 
 
 def report(run: Path, spent: dict[str, float], scores: dict[str, float]) -> str:
@@ -251,16 +219,11 @@ def refuse_nan(model: LM, step: int, run: Path) -> None:
     if not sum(parameter.detach().sum() for parameter in model.parameters()).isfinite():
         saved = (run / checkpoint.FILE).exists()
         kept = (
-            f"the last checkpoint is whole: --resume {shlex.quote(str(run))}"
+            f"the last checkpoint is good: --resume {shlex.quote(str(run))}"
             if saved
             else "nothing was saved"
         )
         sys.exit(f"the weights are not finite at step {step}; a lower lr may help; {kept}")
-
-
-def write_log(run: Path, record: dict) -> None:
-    with (run / "log.jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

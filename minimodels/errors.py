@@ -67,7 +67,9 @@ def fits(value: object, hint: Any) -> bool:
         base, *notes = get_args(hint)
         ranges = [note for note in notes if isinstance(note, Range)]
         return fits(value, base) and all(
-            each.low <= value < math.inf and value <= each.high and not (each.above and value == each.low)
+            each.low <= value < math.inf
+            and value <= each.high
+            and not (each.above and value == each.low)
             for each in ranges
         )
     if get_origin(hint) is Literal:

@@ -26,9 +26,14 @@ from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, ge
 
 from minimodels.errors import InputError, check_types, nearest
 
-MOST_LAYERS, DEEPEST = 10_000, 50  # layers in all; groups within groups, each of which is a call within a call
+MOST_LAYERS, DEEPEST = (
+    10_000,
+    50,
+)  # layers in all; groups within groups, each of which is a call within a call
 EXAMPLE = '"(attention mlp)*2 mod(mamba mlp, capacity=0.25)"'
-TOKEN = re.compile(r"(?P<number>[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)|(?P<name>[^\W\d]\w*)|(?P<sign>:=|\S)")
+TOKEN = re.compile(
+    r"(?P<number>[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)|(?P<name>[^\W\d]\w*)|(?P<sign>:=|\S)"
+)
 
 
 @dataclass(frozen=True)
@@ -198,7 +203,9 @@ class Reader:
         token = self.now
         if token.kind == "number":
             self.take()
-            return int(token.text) if re.fullmatch(r"[+-]?\d{1,18}", token.text) else float(token.text)
+            return (
+                int(token.text) if re.fullmatch(r"[+-]?\d{1,18}", token.text) else float(token.text)
+            )
         if token.kind != "name":
             raise self.error("a number, true, false or a word")
         if token.text in ("true", "false"):
@@ -221,7 +228,11 @@ class Reader:
 def excerpt(text: str, at: int, around: int = 60) -> str:
     """The text about a place, and a caret below it."""
     start = max(0, at - around)
-    shown = ("..." if start else "") + text[start : at + around] + ("..." if at + around < len(text) else "")
+    shown = (
+        ("..." if start else "")
+        + text[start : at + around]
+        + ("..." if at + around < len(text) else "")
+    )
     return f"  {' '.join(shown.splitlines())}\n  {' ' * (at - start + 3 * bool(start))}^"
 
 
@@ -251,15 +262,21 @@ def expand(program: Program, text: str = "", field: str = "layers") -> tuple[Cal
         if item.name not in program.definitions:
             return (replace(item, layers=many(item.layers, open_names) if item.layers else ()),)
         if item.layers or item.options:
-            raise InputError(field, item.name, "a defined name without options", excerpt(text, item.at))
+            raise InputError(
+                field, item.name, "a defined name without options", excerpt(text, item.at)
+            )
         if item.name in open_names:
-            raise InputError(field, item.name, "a definition without itself", excerpt(text, item.at))
+            raise InputError(
+                field, item.name, "a definition without itself", excerpt(text, item.at)
+            )
         shared, defined = program.definitions[item.name]
         found = one(defined, (*open_names, item.name))
         if not shared:
             return found
         names = [item.name] if len(found) == 1 else [f"{item.name}.{i}" for i in range(len(found))]
-        return tuple(replace(call, shared=call.shared or own) for call, own in zip(found, names, strict=True))
+        return tuple(
+            replace(call, shared=call.shared or own) for call, own in zip(found, names, strict=True)
+        )
 
     return many(program.items, ())
 
@@ -275,7 +292,8 @@ def count_layers(calls: tuple[Call, ...]) -> int:
 def write(program: Program) -> str:
     """The program as text, which parse reads as the same program."""
     definitions = [
-        f"{name}{':=' if shared else '='}{write_item(item)}" for name, (shared, item) in program.definitions.items()
+        f"{name}{':=' if shared else '='}{write_item(item)}"
+        for name, (shared, item) in program.definitions.items()
     ]
     return " ".join([*definitions, *map(write_item, program.items)])
 
@@ -304,8 +322,11 @@ def write_value(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def set_options(text: str, settings: list[str] | tuple[str, ...], field: str = "layers") -> str:
-    """The text with options set: "mamba.state_size=32" sets it in every call and definition named mamba.
+def set_options(
+    text: str, settings: list[str] | tuple[str, ...], field: str = "layers", missing: bool = False
+) -> str:
+    """The text with options set: "mamba.state_size=32" sets it in every call and definition named mamba,
+    or, with `missing`, in those that do not set it themselves.
 
     Raises InputError for a setting of another form, and for a name that is not in the text.
     """
@@ -318,13 +339,15 @@ def set_options(text: str, settings: list[str] | tuple[str, ...], field: str = "
             raise InputError("set", setting, "LAYER.OPTION=VALUE, such as mamba.state_size=32")
         name, option, value = found.groups()
         (read,) = parse_call(f"{name}({option}={value})", "set").options
-        program, hits = set_option(program, name, read)
+        program, hits = set_option(program, name, read, missing)
         if not hits:
-            raise InputError("set", setting, f"a layer of the model: {nearest(name, sorted(names_in(program)))}")
+            raise InputError(
+                "set", setting, f"a layer of the model: {nearest(name, sorted(names_in(program)))}"
+            )
     return write(program)
 
 
-def set_option(program: Program, name: str, option: Option) -> tuple[Program, int]:
+def set_option(program: Program, name: str, option: Option, missing: bool) -> tuple[Program, int]:
     """The program with an option set in all calls of a name, and how many there are."""
     hits = 0
 
@@ -336,11 +359,14 @@ def set_option(program: Program, name: str, option: Option) -> tuple[Program, in
         if not (defined or item.name == name) or item.name in program.definitions:
             return item
         hits += 1
-        kept = tuple(option if each.name == option.name else each for each in item.options)
-        return replace(item, options=kept if option in kept else (*kept, option))
+        if all(each.name != option.name for each in item.options):
+            return replace(item, options=(*item.options, option))
+        kept = [option if each.name == option.name else each for each in item.options]
+        return item if missing else replace(item, options=tuple(kept))
 
     definitions = {
-        key: Definition(shared, visit(item, key == name)) for key, (shared, item) in program.definitions.items()
+        key: Definition(shared, visit(item, key == name))
+        for key, (shared, item) in program.definitions.items()
     }
     return Program(definitions, tuple(map(visit, program.items))), hits
 
@@ -375,11 +401,14 @@ class OneOf(NamedTuple):
     @property
     def accepted(self) -> str:
         return "none or " + ", ".join(
-            f"{name}({', '.join(f'{f.name}=...' for f in fields(choice))})" for name, choice in self.choices.items()
+            f"{name}({', '.join(f'{f.name}=...' for f in fields(choice))})"
+            for name, choice in self.choices.items()
         )
 
 
-def read_options(kind: Callable[..., Options], call: Call, text: str, field: str = "layers") -> Options:
+def read_options(
+    kind: Callable[..., Options], call: Call, text: str, field: str = "layers"
+) -> Options:
     """The options of a call as the dataclass `kind`.
 
     Raises InputError that names the layer, the option, the value and what is accepted, and shows the place in the text.
@@ -392,15 +421,21 @@ def read_options(kind: Callable[..., Options], call: Call, text: str, field: str
             accepted = nearest(given.name, known) or "no options"
             raise InputError(f"{field}: {call.name}", given.name, accepted, excerpt(text, given.at))
         values[given.name] = read_value(given.value, hints[given.name], text)
-    missing = [name for name, each in known.items() if each.default is MISSING and name not in values]
+    missing = [
+        name for name, each in known.items() if each.default is MISSING and name not in values
+    ]
     if missing:
-        raise InputError(f"{field}: {call.name}", call.name, f"with {', '.join(missing)}", excerpt(text, call.at))
+        raise InputError(
+            f"{field}: {call.name}", call.name, f"with {', '.join(missing)}", excerpt(text, call.at)
+        )
     try:
         made = kind(**values)
         check_types(made)
     except InputError as error:
         at = next((given.at for given in call.options if given.name == error.field), call.at)
-        raise InputError(f"{field}: {call.name}.{error.field}", error.value, error.accepted, excerpt(text, at)) from None
+        raise InputError(
+            f"{field}: {call.name}.{error.field}", error.value, error.accepted, excerpt(text, at)
+        ) from None
     return made
 
 

@@ -62,7 +62,9 @@ class Record:
     """What the layers leave behind in a pass, besides their outputs."""
 
     losses: dict[str, Tensor] = field(default_factory=dict)  # weighted, to be added to the loss
-    observed: dict[str, list[Tensor]] = field(default_factory=dict)  # one entry a layer, for the log
+    observed: dict[str, list[Tensor]] = field(
+        default_factory=dict
+    )  # one entry a layer, for the log
     pools: dict[str, tuple[Callable, list]] = field(default_factory=dict)
     traces: dict[str, list[Tensor]] | None = None  # kept only if the caller put a dictionary here
 
@@ -134,14 +136,18 @@ class Context:
         if embedded is not None:
             embedded = embedded.gather(1, index.unsqueeze(-1).expand(-1, -1, embedded.shape[-1]))
         return Context(
-            positions, chosen(self.starts), resets, chosen(self.tokens), embedded, record=self.record
+            positions,
+            chosen(self.starts),
+            resets,
+            chosen(self.tokens),
+            embedded,
+            record=self.record,
         )
 
     @property
     def real(self) -> Tensor | None:
         """(B, T) bool: which tokens are not padding. None: all."""
         return None if self.positions is None else self.positions >= 0
-
 
 
 class RMSNorm(nn.Module):

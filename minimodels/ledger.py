@@ -11,16 +11,15 @@ causal kernel may skip half; over a window, from two of its widths on, as produc
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import tyro
 
-from minimodels.architectures.moe import expert_width
 from minimodels.command import run_command
 from minimodels.config import Config
 from minimodels.errors import InputError
-from minimodels.layers import flops, inactive_parameters, state_bytes
+from minimodels.layers import flops, inactive_parameters, state_bytes, unrouted_flops
 from minimodels.lm import LM
 from minimodels.presets import PRESETS, preset
 
@@ -51,12 +50,10 @@ class Ledger:
 def ledger(config: Config, context: int, itemsize: int = 4) -> Ledger:
     """Count the model that `config` describes. `itemsize`: bytes per element of keys, values and convolution windows; the
     state of an SSM is fp32."""
-    everywhere = replace(
-        config, capacity=1.0, experts_per_token=config.experts, expert_width=expert_width(config)
-    )
     with torch.device("meta"):
-        model, unrouted = LM(config), LM(everywhere)
+        model = LM(config)
     parameters, forward = sum(p.numel() for p in model.parameters()), flops(model, context)
+    unrouted = forward - flops(model.layers, context) + unrouted_flops(model.layers, context)
     return Ledger(
         context=context,
         parameters=parameters,

@@ -1,10 +1,10 @@
 """A language model of any layers: embed, layers, norm, head, loss.
 
-    name        shape
-    tokens      (B, T)         int64 token ids below V
-    logits      (B, T, V)
-    targets     (B, T)         int64; IGNORE where nothing is to be predicted
-    state       list           one state per layer
+name        shape
+tokens      (B, T)         int64 token ids below V
+logits      (B, T, V)
+targets     (B, T)         int64; IGNORE where nothing is to be predicted
+state       list           one state per layer
 """
 
 from __future__ import annotations
@@ -28,14 +28,20 @@ class LM(nn.Module):
         super().__init__()
         self.config = config
         self.published = None  # what minimodels.published knows of a model that it read
-        self.observed: dict[str, list[Tensor]] = {}  # what the layers saw in the last call of `loss`
+        self.observed: dict[
+            str, list[Tensor]
+        ] = {}  # what the layers saw in the last call of `loss`
         self.embedding = nn.Embedding(config.vocab or 256, config.width)
         nn.init.normal_(self.embedding.weight, std=config.init_std)
         self.layers = build(config)
         self.routers = [module for module in self.layers.modules() if hasattr(module, "causal")]
         self.norm = RMSNorm(config.width, config.norm_eps)
         # None: the embedding's matrix is the head's too
-        self.head = None if config.tie_embeddings else linear(config.width, config.vocab or 256, config.init_std)
+        self.head = (
+            None
+            if config.tie_embeddings
+            else linear(config.width, config.vocab or 256, config.init_std)
+        )
         self.objective = OBJECTIVES[config.objective](config)
 
     def forward(
@@ -61,7 +67,9 @@ class LM(nn.Module):
             raise ValueError(f"tokens are {tuple(tokens.shape)}; accepted: (B, T), both 1 or more")
         for name, given in (("positions", positions), ("starts", starts)):
             if given is not None and given.shape != tokens.shape:
-                raise ValueError(f"{name} are {tuple(given.shape)}; accepted: {tuple(tokens.shape)}")
+                raise ValueError(
+                    f"{name} are {tuple(given.shape)}; accepted: {tuple(tokens.shape)}"
+                )
         if starts is not None and state is not None and positions is None:
             raise ValueError("starts are given with a state; accepted: with positions too")
         context = Context(positions, starts, tokens=tokens)
@@ -72,7 +80,9 @@ class LM(nn.Module):
         """What the head sees (B, T, D), and the state. Errors as in forward."""
         context = context or self.context(tokens, state)
         if state is not None and not self.causal:
-            accepted = "None, because a layer routes over the whole sequence: eval(), or another router"
+            accepted = (
+                "None, because a layer routes over the whole sequence: eval(), or another router"
+            )
             raise InputError("state", "carried", accepted)
         context.embedded = self.embedding(tokens)
         x, state = self.layers(context.embedded, state, context)
@@ -126,4 +136,6 @@ class LM(nn.Module):
 
     def observations(self) -> dict[str, list]:
         """What the layers saw in the last call of `loss`, one entry per layer that recorded it."""
-        return {name: [value.tolist() for value in values] for name, values in self.observed.items()}
+        return {
+            name: [value.tolist() for value in values] for name, values in self.observed.items()
+        }

@@ -23,7 +23,9 @@ class NextToken(nn.Module):
         self.impl = config.impl
 
     def forward(self, model: nn.Module, x: Tensor, targets: Tensor, context: Context) -> Tensor:
-        return linear_cross_entropy(x.flatten(0, 1), model.head_weight, targets.flatten(), self.impl)
+        return linear_cross_entropy(
+            x.flatten(0, 1), model.head_weight, targets.flatten(), self.impl
+        )
 
 
 OBJECTIVES = {"next_token": NextToken}

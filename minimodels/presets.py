@@ -42,9 +42,10 @@ def layers_of(model: str, size: str) -> str:
 
 
 def fitted(text: str, size: str) -> str:
-    """Layers with the options that go with a size."""
+    """Layers with the options that go with a size, in those that do not set them themselves."""
     names = names_in(parse(text))
-    return set_options(text, [each for each in SIZES[size].settings if each.split(".")[0] in names])
+    settings = [each for each in SIZES[size].settings if each.split(".")[0] in names]
+    return set_options(text, settings, missing=True)
 
 
 def preset(model: str, size: str = "tiny", *settings: str, **overrides) -> Config:

@@ -1,7 +1,7 @@
 """What every layer is called, where it was published, and which options it has.
 
-    python -m minimodels.architectures                  all layers and wrappers, a line each
-    python -m minimodels.architectures attention        one of them, with its options
+python -m minimodels.architectures                  all layers and wrappers, a line each
+python -m minimodels.architectures attention        one of them, with its options
 """
 
 from __future__ import annotations
@@ -40,14 +40,22 @@ def list_layers() -> str:
     rows = [(name, first_line(kind), kind.paper) for name, kind in LAYERS.items()]
     rows += [(f"{name}(...)", first_line(kind), kind.paper) for name, kind in WRAPPERS.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
-    return "\n".join(f"{name:{widths[0]}}  {what:{widths[1]}}  {paper}" for name, what, paper in rows)
+    return "\n".join(
+        f"{name:{widths[0]}}  {what:{widths[1]}}  {paper}" for name, what, paper in rows
+    )
 
 
 def describe_layer(name: str) -> str:
     """A layer's docstring, its options with their defaults, and its presets."""
     kind = {**LAYERS, **WRAPPERS}[name]
     hints = get_type_hints(kind.Options, include_extras=True)
-    lines = [f"{name}: {inspect.getdoc(kind)}", "", f"paper: {kind.paper}", f"file:  {file_of(kind)}", ""]
+    lines = [
+        f"{name}: {inspect.getdoc(kind)}",
+        "",
+        f"paper: {kind.paper}",
+        f"file:  {file_of(kind)}",
+        "",
+    ]
     for field in fields(kind.Options):
         default = "none" if field.default is None else write_value(field.default)
         lines += [f"  {field.name}={default}", f"      {field.metadata['help']}"]

@@ -70,7 +70,8 @@ class Mamba(nn.Module):
         conv_bias: bool = option(True, "a bias in the convolution")
         bias: bool = option(False, "biases in the input and the output projection")
         norm: Literal["none", "plain", "learned"] = option(
-            "none", "RMSNorm on dt, B and C: none, plain (without weights, Falcon-Mamba) or learned (Jamba)"
+            "none",
+            "RMSNorm on dt, B and C: none, plain (without weights, Falcon-Mamba) or learned (Jamba)",
         )
         norm_eps: NonNegative | None = option(None, "epsilon of these; by default the model's")
 
@@ -84,14 +85,18 @@ class Mamba(nn.Module):
         self.conv1d = nn.Conv1d(D, D, options.conv_width, groups=D, bias=options.conv_bias)
         self.x_proj = nn.Linear(D, R + 2 * N, bias=False)
         self.dt_proj = nn.Linear(R, D)
-        self.A_log = nn.Parameter(torch.arange(1, N + 1).float().log().repeat(D, 1))  # A_n = -(n + 1)
+        self.A_log = nn.Parameter(
+            torch.arange(1, N + 1).float().log().repeat(D, 1)
+        )  # A_n = -(n + 1)
         self.D = nn.Parameter(torch.ones(D))
         self.out_proj = nn.Linear(D, config.width, bias=options.bias)
         self.dt_norm = self.B_norm = self.C_norm = nn.Identity()
         if options.norm != "none":
             eps = config.norm_eps if options.norm_eps is None else options.norm_eps
             learned = options.norm == "learned"
-            self.dt_norm, self.B_norm, self.C_norm = (RMSNorm(width, eps, learned) for width in (R, N, N))
+            self.dt_norm, self.B_norm, self.C_norm = (
+                RMSNorm(width, eps, learned) for width in (R, N, N)
+            )
         self.reset_parameters(config.depth)
 
     @torch.no_grad()
@@ -112,11 +117,15 @@ class Mamba(nn.Module):
             x, self.conv1d.weight.squeeze(1), self.conv1d.bias, window, lengths,
             activation=True, impl=self.impl, resets=context.resets,
         )  # fmt: skip
-        dt, B, C = self.x_proj(x).split((self.R, self.N, self.N), dim=-1)  # (B, T, R), (B, T, N) twice
+        dt, B, C = self.x_proj(x).split(
+            (self.R, self.N, self.N), dim=-1
+        )  # (B, T, R), (B, T, N) twice
         dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
         delta = F.linear(dt, self.dt_proj.weight)  # (B, T, D); the bias is added once, in the scan
         if context.real is not None:
-            delta = delta.masked_fill(~context.real.unsqueeze(-1), float("-inf"))  # Δ = 0 freezes the state
+            delta = delta.masked_fill(
+                ~context.real.unsqueeze(-1), float("-inf")
+            )  # Δ = 0 freezes the state
         A = -torch.exp(self.A_log)
         y, h = selective_scan(
             x, delta, A, B, C, self.D, z, self.dt_proj.bias, h, self.impl, context.resets

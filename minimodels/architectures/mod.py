@@ -59,7 +59,9 @@ class DepthState(NamedTuple):
     """What the wrapper remembers: the group knows only the tokens that it processed."""
 
     seen: Tensor  # (B,) int64, the position of the next token
-    document: Tensor  # (B,) int64, where the document of the group's last token begins; -1: no token yet
+    document: (
+        Tensor  # (B,) int64, where the document of the group's last token begins; -1: no token yet
+    )
     group: Any  # the group's state
 
 
@@ -81,7 +83,8 @@ class MixtureOfDepths(nn.Module):
     class Options:
         capacity: Fraction = option(0.125, "C, fraction of the tokens that take the group")
         route: Literal["router", "predictor"] = option(
-            "predictor", "the causal decision: router (an auxiliary loss on it) or predictor (an MLP)"
+            "predictor",
+            "the causal decision: router (an auxiliary loss on it) or predictor (an MLP)",
         )
         loss: NonNegative = option(0.01, "weight of the loss that trains the causal decision")
 
@@ -121,7 +124,9 @@ class MixtureOfDepths(nn.Module):
             return x, DepthState(seen, document, remembered)
 
         tokens = x.flatten(0, 1)  # (B · T, D)
-        chosen = (index + T * torch.arange(B, device=x.device).unsqueeze(1)).flatten()  # rows of `tokens`
+        chosen = (
+            index + T * torch.arange(B, device=x.device).unsqueeze(1)
+        ).flatten()  # rows of `tokens`
         gathered = tokens.index_select(0, chosen).view(B, -1, x.shape[-1])  # (B, k, D)
         weights = scores.gather(1, index).masked_fill(~real, 0.0).unsqueeze(-1)  # (B, k, 1)
         original = positions.gather(1, index).masked_fill(~real, -1)  # (B, k)
@@ -182,11 +187,15 @@ class MixtureOfDepths(nn.Module):
 
     def routing_flops(self, context: int) -> float:
         """Forward FLOPs per token of the router and the predictor."""
-        return flops(self.router, context) + (flops(self.predictor, context) if self.predictor else 0)
+        return flops(self.router, context) + (
+            flops(self.predictor, context) if self.predictor else 0
+        )
 
     def routed(self, T: int) -> int:
         """How many of T tokens take the group in training: k = C · T, rounded up."""
-        return max(1, math.ceil(round(self.options.capacity * T, 6)))  # 0.07 · 100 is 7.000000000000001
+        return max(
+            1, math.ceil(round(self.options.capacity * T, 6))
+        )  # 0.07 · 100 is 7.000000000000001
 
     def inactive_parameters(self) -> float:
         """Parameters that a token does not use, on average."""

@@ -49,7 +49,8 @@ class MoE(nn.Module):
         experts: Count = option(8, "E, routed experts")
         experts_per_token: Count = option(2, "K, routed experts that a token visits")
         expert_width: Count | None = option(
-            None, "hidden width of one expert; by default a token's experts cost what the dense mlp does"
+            None,
+            "hidden width of one expert; by default a token's experts cost what the dense mlp does",
         )
         shared_experts: Natural = option(0, "experts that every token visits besides its K")
         router: Literal["softmax_topk", "softmax", "sigmoid_bias", "expert_choice"] = option(
@@ -57,12 +58,15 @@ class MoE(nn.Module):
             "softmax_topk (Mixtral), softmax (Switch, OLMoE), sigmoid_bias (DeepSeek-V3) or expert_choice, "
             "which is not causal",
         )
-        routed_scale: NonNegative = option(1.0, "factor on the routed experts' weights (DeepSeek-V3: 2.5)")
+        routed_scale: NonNegative = option(
+            1.0, "factor on the routed experts' weights (DeepSeek-V3: 2.5)"
+        )
         balance_loss: NonNegative = option(
             0.01, "weight of the balance loss, which is K at an even load (DeepSeek-V3: 0.0001)"
         )
         balance: Literal["layer", "pooled"] = option(
-            "layer", "layer (each layer's loads are balanced) or pooled (their mean is, as in transformers)"
+            "layer",
+            "layer (each layer's loads are balanced) or pooled (their mean is, as in transformers)",
         )
         z_loss: NonNegative = option(0.001, "weight of the router's z-loss (DeepSeek-V3 has none)")
         bias_step: NonNegative = option(0.001, "step of sigmoid_bias's selection bias")
@@ -70,7 +74,9 @@ class MoE(nn.Module):
 
         def __post_init__(self):
             if self.experts_per_token > self.experts:
-                raise InputError("experts_per_token", self.experts_per_token, f"1 to experts {self.experts}")
+                raise InputError(
+                    "experts_per_token", self.experts_per_token, f"1 to experts {self.experts}"
+                )
             if self.experts_per_token == 1 and self.router in ("softmax_topk", "sigmoid_bias"):
                 accepted = "2 or more, or router=softmax: a single gate is always 1 and teaches the router nothing"
                 raise InputError("experts_per_token", self.experts_per_token, accepted)
@@ -87,10 +93,16 @@ class MoE(nn.Module):
         self.gate = nn.Parameter(torch.empty(E, I, D).normal_(std=std))
         self.up = nn.Parameter(torch.empty(E, I, D).normal_(std=std))
         self.out = nn.Parameter(torch.empty(E, D, I).normal_(std=std / config.depth**0.5))
-        shared = SwiGLU.Options(options.shared_experts * I, options.bias) if options.shared_experts else None
+        shared = (
+            SwiGLU.Options(options.shared_experts * I, options.bias)
+            if options.shared_experts
+            else None
+        )
         self.shared = None if shared is None else SwiGLU(shared, config, place)
         self.register_buffer("bias", torch.zeros(E) if self.route is sigmoid_bias else None)
-        self.register_buffer("visited", torch.zeros(E), persistent=False)  # since the last optimizer step
+        self.register_buffer(
+            "visited", torch.zeros(E), persistent=False
+        )  # since the last optimizer step
 
     def forward(self, x: Tensor, state: None = None, context: Context | None = None):
         context = context or Context()
@@ -100,22 +112,35 @@ class MoE(nn.Module):
                 logits, self.options.experts_per_token, self.bias, context.starts
             )
         self.account(logits, visits, probabilities, context)
-        most = self.options.experts_per_token if self.causal else None  # experts may choose a token often
+        most = (
+            self.options.experts_per_token if self.causal else None
+        )  # experts may choose a token often
         gates = self.options.routed_scale * gates
         flat = (part.flatten(0, 1) for part in (x, gates, visits))  # (n, D), (n, E), (n, E)
-        y = grouped_mlp(*flat, self.gate, self.up, self.out, most, self.impl).view_as(x)  # (B, T, D)
+        y = grouped_mlp(*flat, self.gate, self.up, self.out, most, self.impl).view_as(
+            x
+        )  # (B, T, D)
         if self.shared is not None:
             y = y + self.shared(x)[0]
         return y, None
 
-    def account(self, logits: Tensor, visits: Tensor, probabilities: Tensor, context: Context) -> None:
+    def account(
+        self, logits: Tensor, visits: Tensor, probabilities: Tensor, context: Context
+    ) -> None:
         """Record the losses, over the real tokens: z-loss, mean(logsumexp(logits)²), and balance loss;
         and each expert's share of the visits."""
-        real = logits.new_ones(logits.shape[:2]) if context.real is None else context.real.to(logits.dtype)
+        real = (
+            logits.new_ones(logits.shape[:2])
+            if context.real is None
+            else context.real.to(logits.dtype)
+        )
         weight = (real / real.sum().clamp(min=1)).unsqueeze(-1)  # (B, T, 1), of a token in a mean
         if self.training:
             self.visited.add_((visits * real.unsqueeze(-1)).sum((0, 1)).to(self.visited.dtype))
-        fraction, probability = (visits * weight).sum((0, 1)), (probabilities * weight).sum((0, 1))  # (E,)
+        fraction, probability = (
+            (visits * weight).sum((0, 1)),
+            (probabilities * weight).sum((0, 1)),
+        )  # (E,)
         record, options = context.record, self.options
         z = (logits.logsumexp(-1, keepdim=True).square() * weight).sum()
         record.add_loss("z", options.z_loss * z)
@@ -211,7 +236,9 @@ def expert_choice(logits: Tensor, K: int, bias: Tensor | None, starts: Tensor | 
     return probabilities, top(probabilities.mT, capacity).mT, probabilities
 
 
-ROUTERS = {router.__name__: router for router in (softmax_topk, softmax, sigmoid_bias, expert_choice)}
+ROUTERS = {
+    router.__name__: router for router in (softmax_topk, softmax, sigmoid_bias, expert_choice)
+}
 
 
 def top(scores: Tensor, count: int) -> Tensor:

@@ -31,7 +31,9 @@ def build(config: Config) -> Stack:
     return build_stack(config, config.calls, 0, {})
 
 
-def build_stack(config: Config, calls: tuple[Call, ...], index: int, shared: dict[str, nn.Module]) -> Stack:
+def build_stack(
+    config: Config, calls: tuple[Call, ...], index: int, shared: dict[str, nn.Module]
+) -> Stack:
     """The calls as a stack; `index` is the place of the first among the model's layers."""
     blocks = []
     for call in calls:
@@ -65,6 +67,8 @@ def find(call: Call, text: str) -> type[nn.Module]:
     if call.name not in known:
         raise InputError("layers", call.name, nearest(call.name, known), excerpt(text, call.at))
     if bool(call.layers) != (call.name in WRAPPERS):
-        accepted = "layers in its parentheses" if call.name in WRAPPERS else "no layers in its parentheses"
+        accepted = (
+            "layers in its parentheses" if call.name in WRAPPERS else "no layers in its parentheses"
+        )
         raise InputError(f"layers: {call.name}", call.name, accepted, excerpt(text, call.at))
     return known[call.name]

@@ -48,11 +48,18 @@ class Attention(nn.Module):
         heads: Count = option(4, "H, query heads")
         kv_heads: Count | None = option(None, "G, key and value heads; by default as many as heads")
         head_dim: Count | None = option(None, "d, width of a head; by default width / heads")
-        window: Count | None = option(None, "tokens that a token sees, itself included; by default all")
-        rope_base: NonNegative = option(10_000.0, "base of the rotary angles; 0 leaves positions out")
-        rope_scaling: Scaling = option(None, "slower angles for texts longer than those of training")
+        window: Count | None = option(
+            None, "tokens that a token sees, itself included; by default all"
+        )
+        rope_base: NonNegative = option(
+            10_000.0, "base of the rotary angles; 0 leaves positions out"
+        )
+        rope_scaling: Scaling = option(
+            None, "slower angles for texts longer than those of training"
+        )
         qk_norm: Literal["none", "head", "full"] = option(
-            "none", "RMSNorm on queries and keys: none, head (each head, Qwen3), full (all heads, OLMoE)"
+            "none",
+            "RMSNorm on queries and keys: none, head (each head, Qwen3), full (all heads, OLMoE)",
         )
         bias: bool = option(False, "biases in the four projections")
 
@@ -61,7 +68,9 @@ class Attention(nn.Module):
             if not self.head_dim and width % self.heads:
                 raise InputError("heads", self.heads, f"a divisor of width {width}, or a head_dim")
             if self.rope_base and (head_dim := self.head_dim or width // self.heads) % 2:
-                raise InputError("head_dim", head_dim, "an even number, because rotation turns pairs")
+                raise InputError(
+                    "head_dim", head_dim, "an even number, because rotation turns pairs"
+                )
             if self.kv_heads and self.heads % self.kv_heads:
                 raise InputError("kv_heads", self.kv_heads, f"a divisor of heads {self.heads}")
 
@@ -84,11 +93,19 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(q_width if full else self.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(kv_width if full else self.head_dim, config.norm_eps)
 
-    def forward(self, x: Tensor, state: AttentionState | None = None, context: Context | None = None):
+    def forward(
+        self, x: Tensor, state: AttentionState | None = None, context: Context | None = None
+    ):
         context = context or Context()
         B, T, _ = x.shape
-        positions, starts, seen = context.positions, context.starts, 0 if state is None else state.seen
-        if positions is None and isinstance(seen, int):  # no gaps, no padding: the same in every row
+        positions, starts, seen = (
+            context.positions,
+            context.starts,
+            0 if state is None else state.seen,
+        )
+        if positions is None and isinstance(
+            seen, int
+        ):  # no gaps, no padding: the same in every row
             turned = torch.arange(seen, seen + T, device=x.device)  # (T,)
             seen = seen + T
         else:
@@ -101,15 +118,18 @@ class Attention(nn.Module):
         if self.q_norm is not None:  # a norm may leave autocast's precision
             q, k = normalised(q, self.q_norm).to(v.dtype), normalised(k, self.k_norm).to(v.dtype)
         q = q.view(B, T, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, d)
-        k, v = (x.view(B, T, self.kv_heads, self.head_dim).transpose(1, 2) for x in (k, v))  # (B, G, T, d)
+        k, v = (
+            x.view(B, T, self.kv_heads, self.head_dim).transpose(1, 2) for x in (k, v)
+        )  # (B, G, T, d)
         if self.options.rope_base:
             angles = self.angles(turned, context.cache)
             q, k = rotate(q, *angles), rotate(k, *angles)
 
         joined, after = carry(state, AttentionState(k, v, positions, seen), self.window)  # S keys
         y = attention(
-            q, joined.keys, joined.values, positions, joined.positions, self.window, self.impl, starts
-        )  # (B, H, T, d)
+            q, joined.keys, joined.values, positions, joined.positions,
+            window=self.window, impl=self.impl, query_starts=starts,
+        )  # (B, H, T, d)  # fmt: skip
         return self.out(y.transpose(1, 2).flatten(2)), after
 
     def angles(self, positions: Tensor, cache: dict) -> tuple[Tensor, Tensor]:
@@ -145,7 +165,9 @@ class SwiGLU(nn.Module):
 
     @dataclass(frozen=True)
     class Options:
-        width: Count | None = option(None, "hidden width; by default 8/3 of the model's, in steps of 32")
+        width: Count | None = option(
+            None, "hidden width; by default 8/3 of the model's, in steps of 32"
+        )
         bias: bool = option(False, "biases in the three projections")
 
     def __init__(self, options: Options, config: Config, place: Place = Place()):

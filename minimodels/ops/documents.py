@@ -17,7 +17,9 @@ def top_per_document(
     B, T = scores.shape
     real = torch.ones_like(starts, dtype=torch.bool) if real is None else real
     order = scores.masked_fill(~real, float("-inf")).argsort(dim=1, descending=True, stable=True)
-    order = order.gather(1, starts.gather(1, order).argsort(dim=1, stable=True))  # by document, then by score
+    order = order.gather(
+        1, starts.gather(1, order).argsort(dim=1, stable=True)
+    )  # by document, then by score
     begin = starts.gather(1, order)  # (B, T), ascending
     first = torch.ones_like(real)  # whether a document begins here, in this order
     first[:, 1:] = begin[:, 1:] != begin[:, :-1]

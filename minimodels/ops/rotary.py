@@ -38,7 +38,9 @@ class Llama3:
     """Only the slow frequencies divided (arXiv:2407.21783)."""
 
     factor: Positive = option(8.0, "by which the slow frequencies are divided")
-    low: Positive = option(1.0, "frequencies that turn fewer times than this within `context` are slow")
+    low: Positive = option(
+        1.0, "frequencies that turn fewer times than this within `context` are slow"
+    )
     high: Positive = option(4.0, "frequencies that turn more often than this stay as they are")
     context: Count = option(8192, "tokens of context in training")
 
@@ -52,7 +54,9 @@ Scaling = Annotated[Linear | Llama3 | None, OneOf(SCALINGS)]
 
 
 @torch.library.custom_op("minimodels::rotary", mutates_args=())
-def rotary(positions: Tensor, head_dim: int, base: float, scaling: str = "") -> tuple[Tensor, Tensor]:
+def rotary(
+    positions: Tensor, head_dim: int, base: float, scaling: str = ""
+) -> tuple[Tensor, Tensor]:
     """cos and ±sin of the angles p · θ_j of positions p (...), for both halves of a head: two (..., d) in fp32.
 
     The frequencies are θ_j = base^(-2j/d), lowered by `scaling`, a call of SCALINGS as text. The pairs are
@@ -60,7 +64,9 @@ def rotary(positions: Tensor, head_dim: int, base: float, scaling: str = "") -> 
     its own because a compiler would compute anything so cheap again in each rotation, for every head and
     row. Angles are in fp32, as in published models: those of position 100,000 may be off by 0.004.
     """
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    exponents = (
+        torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    )
     frequencies = slow((base**exponents).reciprocal(), scaling)  # (d/2,)
     signed = torch.cat((-frequencies, frequencies))  # (d,); cos is even, and sin takes the sign
     angles = positions.contiguous().unsqueeze(-1) * signed  # (..., d)

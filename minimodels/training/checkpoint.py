@@ -10,9 +10,8 @@ A checkpoint is written under another name and then moved over the last one. Not
 from __future__ import annotations
 
 import json
-import math
 import zlib
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from minimodels.config import Config
 from minimodels.errors import InputError
-from minimodels.files import whole, write_json
+from minimodels.files import atomic_write, read_json, write_json
 from minimodels.lm import LM
 
 FILE = "checkpoint.safetensors"
@@ -31,7 +30,7 @@ PARTS = ("model.", "optimizer.", "random.")
 
 def save(run: Path, model: LM, optimizer: torch.optim.Optimizer, progress: dict) -> None:
     """Write the whole state of a training run; `progress` is any JSON object. Raises InputError where it cannot be written."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors = {f"model.{name}": tensor for name, tensor in persistent_tensors(model).items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value
@@ -43,7 +42,7 @@ def save(run: Path, model: LM, optimizer: torch.optim.Optimizer, progress: dict)
     header = {"progress": json.dumps(progress), "config": json.dumps(asdict(model.config))}
     header["checksums"] = json.dumps({**checksums, "header": header_checksum(header)})
     try:
-        with whole(run / FILE) as path:
+        with atomic_write(run / FILE) as path:
             save_file(tensors, path, header)
     except (SafetensorError, OSError) as error:
         raise InputError(
@@ -57,16 +56,14 @@ def load(run: Path, model: LM, optimizer: torch.optim.Optimizer | None = None) -
     Returns the `progress` that was saved. Raises InputError on a file that is missing, damaged, or of another model.
     """
     path = run / FILE
-    wanted = model.state_dict()
+    wanted = persistent_tensors(model)
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
             progress, config, checksums = (
                 json.loads(header[key]) for key in ("progress", "config", "checksums")
             )
-            config = asdict(
-                Config(**config)
-            )  # a field that is younger than the file has its default
+            config = Config(**config)  # a field that is younger than the file has its default
             known = {
                 "header": header_checksum(header),
                 **checksums,
@@ -95,18 +92,10 @@ def load(run: Path, model: LM, optimizer: torch.optim.Optimizer | None = None) -
             "a file whose checksum is that of its contents; this one is damaged",
         )
 
-    expected = asdict(model.config)
-    changed = [
-        f"{key} {config.get(key)!r} for {expected[key]!r}"
-        for key in expected
-        if config.get(key) != expected[key]
-    ]
-    if any(not change.startswith("impl ") for change in changed):
-        raise InputError(
-            "checkpoint",
-            str(path),
-            f"a model of this configuration; differing: {', '.join(changed)}",
-        )
+    changed = differing_fields(config, model.config)
+    if changed:
+        accepted = f"a model of this configuration; differing: {', '.join(changed)}"
+        raise InputError("checkpoint", str(path), accepted)
     found = {
         name.removeprefix("model."): tensor
         for name, tensor in tensors.items()
@@ -132,6 +121,25 @@ def load(run: Path, model: LM, optimizer: torch.optim.Optimizer | None = None) -
     return progress
 
 
+def persistent_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers that a checkpoint holds, by name; those of a shared layer once."""
+    kept = model.state_dict().keys()
+    every = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor.detach() for name, tensor in every if name in kept}
+
+
+def differing_fields(given: Config, wanted: Config) -> list[str]:
+    """What tells two models apart, as "field value for wanted value". `impl` tells nothing apart."""
+    changed = (
+        [] if given.calls == wanted.calls else [f"layers {given.layers!r} for {wanted.layers!r}"]
+    )
+    for field in fields(Config):
+        before, after = getattr(given, field.name), getattr(wanted, field.name)
+        if before != after and field.name not in ("layers", "impl"):
+            changed.append(f"{field.name} {before!r} for {after!r}")
+    return changed
+
+
 def save_options(run: Path, options: dict) -> None:
     """Write down what a run is doing, to go on with it. Raises InputError where the folder cannot be written."""
     try:
@@ -142,30 +150,11 @@ def save_options(run: Path, options: dict) -> None:
         ) from None
 
 
-def forget_after(run: Path, step: int) -> None:
-    """Drop from the log what was measured after the checkpoint, for it will be measured again."""
-    log = run / "log.jsonl"
-    if log.exists():
-        kept = [
-            line for line in log.read_text(errors="replace").splitlines() if step_of(line) <= step
-        ]
-        with whole(log) as partial:
-            partial.write_text("".join(f"{line}\n" for line in kept))
-
-
-def step_of(line: str) -> float:
-    """The step that a line of the log tells of; one that is broken is of none."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return math.inf
-
-
 def load_model(run: Path) -> LM:
-    """The trained model of a run, on the CPU. Raises InputError where there is none."""
+    """The trained model of a run, on the CPU. Raises InputError if there is none."""
     try:
-        config = Config(**json.loads((run / "options.json").read_text())["config"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        config = Config(**read_json(Path(run) / "options.json", "run")["config"])
+    except (KeyError, TypeError) as error:
         raise InputError("run", str(run), f"the folder of a training run ({error})") from None
     model = LM(config)
     load(run, model)

@@ -1,6 +1,7 @@
-"""What a training run is asked to do: its options, refused where they cannot be meant, and its folder.
+"""What a training run is asked to do: its options, and its folder.
 
-The defaults are those of a preset and a size, or the options of the run that is resumed; the command line stands over them.
+The defaults are those of a preset and a size, or the options of the run that is resumed. The command line
+overrides them.
 """
 
 from __future__ import annotations
@@ -8,101 +9,94 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 import math
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 import tyro
 
 from minimodels.config import Config
-from minimodels.errors import LARGEST, InputError, check_types
-from minimodels.presets import preset
+from minimodels.errors import Count, InputError, NonNegative, Positive, Range, check_types
+from minimodels.files import read_json
+from minimodels.grammar import set_options
+from minimodels.presets import fitted, preset
 from minimodels.training.checkpoint import FILE as CHECKPOINT
-from minimodels.training.optim import SCHEDULES
+from minimodels.training.checkpoint import differing_fields
+
+Number = Annotated[int, Range(0, 2**63 - 1, "a whole number from 0, below 2^63")]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to train, on what, for how long. Any field of the model's configuration is an option too."""
+    """What to train, on what, for how long."""
 
     config: tyro.conf.OmitArgPrefixes[Config]
     model: str = "transformer"
-    """preset that the layers and widths start from: transformer, mamba, moe, mod or hybrid"""
+    """preset that the layers and the width start from; python -m minimodels.ledger lists them"""
     size: str = "tiny"
-    """tiny, for a CPU; small, for a GPU: the shape of GPT-2's 124M, of which 85M are left with bytes for a vocabulary"""
+    """tiny, for a CPU; small, for a GPU: GPT-2's 124M, of which bytes leave 85M"""
+    set: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
+    """LAYER.OPTION=VALUE, such as mamba.state_size=32, in all layers of that name; repeatable"""
     data: str = "stdlib"
-    """stdlib (Python's own source), a file, a folder, or a task: copying, induction, mqar (mqar:pairs=8,vocab=256)"""
+    """stdlib (Python's own source), a file, a folder, or a task: copying, induction, mqar(pairs=8, vocab=256)"""
 
-    steps: int | None = None
-    """bound: optimizer steps; 600 for tiny and 20,000 for small where no bound is given"""
-    tokens: float | None = None
+    steps: Number | None = None
+    """bound: optimizer steps; 600 for tiny and 20,000 for small if no bound is given"""
+    tokens: Positive | None = None
     """bound: training tokens"""
-    flops: float | None = None
+    flops: Positive | None = None
     """bound: training FLOPs, as the ledger counts them"""
-    minutes: float | None = None
+    minutes: Positive | None = None
     """bound: wall-clock minutes of training, evaluation included"""
 
-    context: int = 256
+    context: Count = 256
     """tokens per sequence"""
-    batch_size: int = 8
+    batch_size: Count = 8
     """sequences per forward pass"""
-    accumulate: int = 1
+    accumulate: Count = 1
     """forward passes per optimizer step"""
-    lr: float = 2e-3
+    lr: Positive = 2e-3
     """peak learning rate of AdamW"""
-    schedule: str = "cosine"
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """cosine (to a tenth), wsd (stable, then to zero over the last fifth) or constant"""
-    warmup: int = 50
+    warmup: Number = 50
     """steps over which the learning rate rises"""
-    weight_decay: float = 0.1
+    weight_decay: NonNegative = 0.1
     """of matrices; norms, biases, A_log and D never decay"""
-    clip: float = 1.0
+    clip: NonNegative = 1.0
     """largest norm of the gradient; 0: any"""
-    seed: int = 0
+    seed: Number = 0
     """of the weights and of the order of the data"""
 
     device: str = "auto"
     """auto, cpu or cuda"""
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto (bfloat16 autocast on GPUs that have it), float32 or bfloat16"""
     compile: bool = False
-    """torch.compile the training step, for which a CPU needs a C++ compiler"""
+    """torch.compile the training step, which needs a C++ compiler on a CPU"""
 
-    eval_every: int = 100
+    eval_every: Number = 100
     """steps between validations, each followed by a checkpoint; 0: only at the end"""
-    eval_batches: int = 8
+    eval_batches: Count = 8
     """batches of a validation"""
-    sample_every: int = 0
+    sample_every: Number = 0
     """steps between samples; 0: only at the end"""
     prompt: str = "import "
     """what the samples continue"""
-    log_every: int = 10
+    log_every: Count = 10
     """steps between lines of log.jsonl"""
     out: Path | None = None
-    """folder of the run, new or empty; by default runs/MODEL (runs/custom with other layers), or the next free name"""
+    """folder of the run, new or empty; by default runs/MODEL (runs/custom for other layers), or the next free name"""
     resume: Path | None = None
-    """folder of a run to go on with; its options hold, given bounds too (--steps None lifts one), and only bounds, reporting
-    and how it is computed (device, dtype, compile, impl) may be changed"""
+    """folder of a run to continue. Its options hold, bounds too (--steps None lifts one); only bounds,
+    reporting and how it is computed (device, dtype, compile, impl) may change"""
 
     def __post_init__(self):
-        """Refuse what cannot be meant before anything is read or written."""
         check_types(self)
-        for name in (*BOUNDS, "lr"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(name, value, "a number above 0")
-        for name in ("context", "batch_size", "accumulate", "eval_batches", "log_every"):
-            if not 1 <= getattr(self, name) <= LARGEST:
-                raise InputError(name, getattr(self, name), f"1 to {LARGEST}")
-        for name in ("warmup", "weight_decay", "clip", "eval_every", "sample_every", "seed"):
-            if not 0 <= getattr(self, name) < 2**63:
-                raise InputError(name, getattr(self, name), "0 or more, below 2^63")
-        if self.schedule not in SCHEDULES:
-            raise InputError("schedule", self.schedule, ", ".join(SCHEDULES))
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise InputError("dtype", self.dtype, "auto, float32 or bfloat16")
+        if self.steps == 0:
+            raise InputError("steps", self.steps, "1 or more")
         if not self.prompt:
             raise InputError("prompt", self.prompt, "at least one character")
 
@@ -113,43 +107,53 @@ TRAINING = {  # size -> the options that differ from the defaults
 }
 DEFAULT_STEPS = {"tiny": 600, "small": 20_000}  # where no bound is given
 BOUNDS = ("steps", "tokens", "flops", "minutes")
-CHANGEABLE = {*BOUNDS, "impl", "device", "dtype", "compile", "eval_every", "eval_batches", "sample_every", "prompt",
+CHANGEABLE = {*BOUNDS, "device", "dtype", "compile", "eval_every", "eval_batches", "sample_every", "prompt",
               "log_every", "resume"}  # fmt: skip
 
 
 def parse(description: str) -> Options:
-    """The command line, over the defaults of the preset that it names or the options of the run that it resumes. `description`
-    heads its help."""
+    """The command line, over the defaults of the preset that it names or the options of the run that it
+    resumes. `description` is the first part of its help."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--model", "--size", "--resume"):
+    for name in ("--model", "--size", "--resume", "--layers"):
         first.add_argument(name, nargs="?")
     named, _ = first.parse_known_args()
-    if named.resume is None:
-        model = "transformer" if named.model is None else named.model
-        size = "tiny" if named.size is None else named.size
-        return tyro.cli(
-            Options,
-            default=Options(preset(model, size), model, size, **TRAINING[size]),
-            description=description,
-        )
+    if named.resume is not None:
+        return parse_resumed(Path(named.resume), description)
+    model, size = named.model or "transformer", named.size or "tiny"
+    default = Options(preset(model, size), model, size, **TRAINING[size])
+    options = tyro.cli(Options, default=default, description=description)
+    layers = options.config.layers
+    if named.layers is not None:
+        layers = fitted(layers, size)
+    return replace(
+        options, set=[], config=replace(options.config, layers=set_options(layers, options.set))
+    )
 
-    saved = read_options(Path(named.resume))
+
+def parse_resumed(run: Path, description: str) -> Options:
+    """The command line over the options of a run. Raises InputError for a change that it does not allow."""
+    saved = read_options(run)
     options = tyro.cli(Options, default=saved, description=description)
-    before, after = ({**asdict(each), **asdict(each.config)} for each in (saved, options))
-    for name in before.keys() - CHANGEABLE - {"config"}:
-        if before[name] != after[name]:
-            raise InputError(
-                name, after[name], f"{before[name]!r}, with which {saved.resume} was started"
-            )
+    layers = set_options(options.config.layers, options.set)
+    options = replace(options, set=[], config=replace(options.config, layers=layers))
+    accepted = f"what {run} was started with"
+    for each in fields(Options):
+        before, after = getattr(saved, each.name), getattr(options, each.name)
+        if before != after and each.name not in {*CHANGEABLE, "config"}:
+            raise InputError(each.name, after, f"{before!r}, with which {run} was started")
+    changed = differing_fields(options.config, saved.config)
+    if changed:
+        raise InputError("config", changed[0], accepted)
     return options
 
 
 def read_options(run: Path) -> Options:
     """The options that a run was started with, or last resumed with."""
+    saved = read_json(run / "options.json", "resume")
     try:
-        saved = json.loads((run / "options.json").read_text())
         return Options(**{**saved, "config": Config(**saved["config"]), "out": None, "resume": run})
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (KeyError, TypeError) as error:
         raise InputError("resume", str(run), f"the folder of a training run ({error})") from None
 
 
@@ -173,11 +177,8 @@ def count_steps(options: Options, tokens_per_step: int, flops_per_token: float) 
 
 def label(options: Options) -> str:
     """What a run is called: its preset, or "custom" if it has other layers."""
-    return (
-        options.model
-        if options.config.layers == preset(options.model, options.size).layers
-        else "custom"
-    )
+    same = options.config.calls == preset(options.model, options.size).calls
+    return options.model if same else "custom"
 
 
 def new_folder(options: Options) -> Path:

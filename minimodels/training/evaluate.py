@@ -1,0 +1,32 @@
+"""How good a model is on text or on a task that it was not trained on."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from minimodels.data.tasks import Task
+from minimodels.data.text import Text
+from minimodels.lm import LM
+from minimodels.ops.linear_cross_entropy import tally
+
+
+@torch.no_grad()
+def evaluate(
+    model: LM, data: Text | Task, batch_size: int, batches: int, autocast: torch.autocast
+) -> dict[str, float]:
+    """The loss in nats and the fraction of right answers over the held-out batches, and for text the bits
+    per byte. The model is in evaluation mode, in which mixture-of-depths decides causally."""
+    model.eval()
+    total, device = torch.zeros(3), model.embedding.weight.device
+    for batch in data.validation(batch_size, batches):
+        tokens, targets, *starts = (part.to(device) for part in batch)
+        with autocast:
+            logits, _ = model(tokens, starts=starts[0] if starts else None)
+        total = total.to(device) + tally(logits, targets)
+    model.train()
+    loss, right, count = total.tolist()
+    nats = loss / count
+    scores = {"validation_loss": nats, "accuracy": right / count}
+    return scores | {"bits_per_byte": nats / math.log(2)} if isinstance(data, Text) else scores

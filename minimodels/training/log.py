@@ -1,0 +1,36 @@
+"""log.jsonl: what a run measured, one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from minimodels.files import atomic_write
+
+FILE = "log.jsonl"
+
+
+def write_log(run: Path, record: dict) -> None:
+    """Append a record."""
+    with (run / FILE).open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def forget_after(run: Path, step: int) -> None:
+    """Drop what was measured after a step, because the resumed run will measure it again."""
+    log = run / FILE
+    if log.exists():
+        kept = [
+            line for line in log.read_text(errors="replace").splitlines() if step_of(line) <= step
+        ]
+        with atomic_write(log) as partial:
+            partial.write_text("".join(f"{line}\n" for line in kept))
+
+
+def step_of(line: str) -> float:
+    """The step of a line; infinite for a line that is broken."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf

@@ -1,0 +1,55 @@
+"""One training step, the same for train.py and the benchmarks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minimodels.lm import LM
+
+
+class Step(NamedTuple):
+    """What a step measured. Nothing here has waited for the GPU."""
+
+    losses: list[Tensor]  # cross-entropy in nats per token, of each forward pass
+    parts: dict[
+        str, Tensor
+    ]  # of the last forward pass: "cross_entropy", and the layers' own losses
+    norm: Tensor  # of the gradient, before it was clipped
+
+
+def training_step(
+    model: LM,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[tuple[Tensor, ...]],
+    autocast: torch.autocast,
+    clip: float = 0.0,
+    loss_function: Callable | None = None,
+) -> Step:
+    """Forward, backward, clip, update: one optimizer step over the mean loss of the batches.
+
+    Each batch is (tokens, targets) or (tokens, targets, starts), (B, T) on the model's device. `clip` is the
+    largest norm of the gradient; 0: any. `loss_function` replaces model.loss, such as a compiled one.
+    """
+    loss_function = loss_function or model.loss
+    batches, losses = list(batches), []
+    for batch in batches:
+        with autocast:
+            loss, parts = loss_function(*batch)
+        (loss / len(batches)).backward()
+        losses.append(parts["cross_entropy"])
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+    optimizer.step()
+    optimizer.zero_grad()
+    model.after_step()
+    return Step(losses, parts, norm)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give all parameters one learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
