@@ -1,0 +1,523 @@
+"""The delta rule: one recurrence behind linear attention, RetNet, GLA, Mamba-2, DeltaNet, Gated DeltaNet and KDA.
+
+Schlag et al., "Linear Transformers Are Secretly Fast Weight Programmers", arXiv:2102.11174; the chunked form: Yang et al.,
+arXiv:2406.06484 and (with gates) arXiv:2412.06464; one gate per channel: Kimi Linear, arXiv:2510.26692; without erasing, it
+is the state space duality of Mamba-2, arXiv:2405.21060.
+
+A head remembers a matrix S that maps keys to values. Each token lets S decay, asks it what is already stored under the erase
+vector e, and stores under the key k only what is still missing of the value v. Without e the token simply adds its value.
+
+    Ŝ_t = Diag(exp(g_t)) S_{t-1}        decay       (1)
+    u_t = v_t - Ŝ_tᵀ e_t                correction  (2)
+    S_t = Ŝ_t + k_t u_tᵀ                write       (3)
+    y_t = S_tᵀ q_t                      read        (4)
+
+    name        symbol  shape
+    q, k        q, k    (B, T, G, K)            query and key; value head h reads group h // (H/G)
+    v           v       (B, T, H, V)            value
+    g           g       (B, T, H) or (B, T, H, K)   log-decay <= 0, one per head ("scalar") or one per key channel ("vector")
+    e           e       as k, or (B, T, H, K)   erase vector; DeltaNet: v is β v and e is β k, with a unit key k
+    state       S       (B, H, K, V)            in fp32 (fp64 for fp64 inputs)
+    resets              (B, T) bool             a document begins here: the decay is 0 whatever g says
+
+The fast path cuts time into chunks of C tokens. With α = exp(g), a chunk that starts from S is
+
+    A_i,j = Σ_d q_i,d k_j,d (α_{j+1} ... α_i)_d  for j <= i         E_i,j = the same with e for q, for j < i
+    U = (I + E)⁻¹ (V - ē S)                                         all corrections by one triangular solve
+    Y = q̄ S + A U           S' = ᾱ S + k̄ᵀ U
+
+where the bar means: q_i and e_i decayed from the chunk's start to i, k_j from j to the chunk's end, ᾱ the whole chunk's decay.
+Only the lines with S wait for the chunk before. Every decay is a product of numbers in [0, 1], so nothing overflows and
+a decay of 0, which a reset is, needs no special case.
+
+The gradient R of the state obeys the same rule backwards with k and e exchanged, so the backward pass is chunked alike. It
+saves the inputs and the states between chunks, and computes the rest again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from minimodels.layers import choose, full_precision
+
+WORK = 2**13  # tokens times heads that are computed at once: their tensors stay in the cache
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    e: Tensor | None = None,
+    state: Tensor | None = None,
+    impl: str = "auto",
+    resets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Equations (1) to (4) over a text: y (B, T, H, V) in v's dtype and the final state (B, H, K, V).
+
+    q, k (B, T, G, K); v (B, T, H, V), H a multiple of G; g (B, T, H) or (B, T, H, K), at most 0; e as k or (B, T, H, K), None
+    for zeros; state (B, H, K, V), None for zeros; resets (B, T) bool, True where a document begins, which forgets all
+    that came before. A token with g = 0, k = 0 and e = 0 leaves the state exactly as it is: so does padding.
+    Nothing is scaled or normalised here. Raises ValueError on shapes that disagree.
+    """
+    check_shapes(q, k, v, g, e, state, resets)
+    path = choose(impl, "delta_rule", q.device)
+    if path == "triton":
+        from minimodels.kernels.delta_rule import delta_rule as kernel
+
+        return kernel(q, k, v, g, e, state, resets=resets)
+    dtype, (batch, T, H, V), K = v.dtype, v.shape, k.shape[-1]
+    with torch.autocast(v.device.type, enabled=False):  # the state sums over the whole text
+        q, k, v, g = (full_precision(part) for part in (q, k, v, g))
+        e = None if e is None else full_precision(e)
+        state = v.new_zeros(batch, H, K, V) if state is None else state.to(v.dtype)
+        g = g if g.ndim == 4 else g.unsqueeze(3)  # (B, T, H, 1 | K)
+        q, k, e = same_heads(q, k, g, e)
+        if path == "reference" or T == 1:
+            y, state = reference(q, k, v, g, e, state, resets)
+        else:
+            y, state, _ = delta_rule_forward(q, k, v, g, e, state, resets)
+    return y.to(dtype), state
+
+
+def check_shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    e: Tensor | None,
+    state: Tensor | None,
+    resets: Tensor | None,
+) -> None:
+    """Raise ValueError unless the arguments have the shapes that delta_rule names, here and in its kernel."""
+    fits = k.ndim == v.ndim == 4 and v.shape[1] > 0 and v.shape[2] % k.shape[2] == 0
+    if fits:
+        (batch, T, _, K), (H, V) = k.shape, v.shape[2:]
+        wanted = (
+            (q, (k.shape,)),
+            (v, ((batch, T, H, V),)),
+            (g, ((batch, T, H), (batch, T, H, K))),
+            (e, (k.shape, (batch, T, H, K))),
+            (state, ((batch, H, K, V),)),
+            (resets, ((batch, T),)),
+        )
+        fits = all(part is None or part.shape in shapes for part, shapes in wanted)
+    if not fits:
+        parts = {"q": q, "k": k, "v": v, "g": g, "e": e, "state": state, "resets": resets}
+        shapes = ", ".join(f"{n} {tuple(p.shape)}" for n, p in parts.items() if p is not None)
+        raise ValueError(
+            f"delta_rule: {shapes} do not fit: q, k (B, T, G, K), v (B, T, H, V), g (B, T, H) or (B, T, H, K), "
+            "e as k or (B, T, H, K), state (B, H, K, V), resets (B, T), T at least 1 and H a multiple of G"
+        )
+    if resets is not None and resets.dtype != torch.bool:
+        raise ValueError(f"delta_rule: resets are {resets.dtype}; bool is wanted")
+
+
+def same_heads(
+    q: Tensor, k: Tensor, g: Tensor, e: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """q, k and e with one number of heads: repeated for every value head if gates per channel or erase vectors differ
+    between the heads of a group; otherwise the groups are kept, because their heads share the products of q, e and k."""
+    G, H = k.shape[2], g.shape[2]
+    if g.shape[3] == 1 and (e is None or e.shape[2] == G):
+        return q, k, e
+    q, k, e = (
+        part if part is None or part.shape[2] == H else part.repeat_interleave(H // G, dim=2)
+        for part in (q, k, e)
+    )
+    return q, k, e
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    e: Tensor | None,
+    S: Tensor,
+    resets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The rule, one token after the other; also the step of decoding. Arguments as delta_rule's, S is the state."""
+    heads = v.shape[2] // k.shape[2]
+    q, k, e = (part if part is None else part.repeat_interleave(heads, 2) for part in (q, k, e))
+    decay = decays(g, resets)  # (B, T, H, 1 | K)
+    e = torch.zeros_like(k) if e is None else e
+    outputs = []
+    # unbind, because indexing [:, t] would make the backward pass quadratic in T
+    for q_t, k_t, v_t, a_t, e_t in zip(
+        *(part.unbind(1) for part in (q, k, v, decay, e)), strict=True
+    ):
+        S = a_t.unsqueeze(-1) * S  # (1), (B, H, K, V)
+        u = v_t - (e_t.unsqueeze(-2) @ S).squeeze(-2)  # (2), (B, H, V)
+        S = S + k_t.unsqueeze(-1) * u.unsqueeze(-2)  # (3)
+        outputs.append((q_t.unsqueeze(-2) @ S).squeeze(-2))  # (4), (B, H, V)
+    return torch.stack(outputs, dim=1), S
+
+
+def decays(g: Tensor, resets: Tensor | None) -> Tensor:
+    """exp(g), and exactly 0 where a document begins."""
+    decay = g.exp()
+    return decay if resets is None else decay.masked_fill(resets[:, :, None, None], 0.0)
+
+
+# The chunked form. Inside, a tensor is (N, P, C, ...): N chunks of C tokens, P = B H heads of all texts. What the R heads of a
+# group share is held once, P/R times. The vectors that read, q and (if there is one) e, lie side by side, J = 1 or 2 for each
+# token, so that both take part in the same products.
+
+
+class Chunks(NamedTuple):
+    """What N chunks compute without the state, in both passes."""
+
+    rows: Tensor  # (N, P/R, C, J, K) q and e
+    k: Tensor  # (N, P/R, C, K)
+    same: Tensor  # (N, P, C, C), or (C, C) without resets: 1 where j <= i in one document, else 0
+    scores: Tensor  # (N, P, C, J, C) A and E, which is used below its diagonal only
+    reads: Tensor  # (N, P, C, J, K) q̄ and ē
+    writes: Tensor  # (N, P, C, K) k̄
+    total: Tensor  # (N, P, 1 | K, 1) ᾱ
+    inverse: Tensor | None  # (N, P, C, C) of I + E
+    kept: list[tuple[Tensor, ...]]  # what else the gradients of scores, reads and writes need
+
+
+@torch.library.custom_op("minimodels::delta_rule_forward", mutates_args=())
+def delta_rule_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    e: Tensor | None,
+    state: Tensor,
+    resets: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the final state, and the states between chunks, first and last included: (chunks + 1, B, H, K, V)."""
+    y, final_state, boundaries = empty_outputs(q, k, v, g, e, state, resets)
+    boundaries[0] = state
+    for now, here, C in slabs(k, v):
+        chunk = prepare(q, k, g, e, resets, now, C)
+        states = boundaries[here].flatten(1, 2)  # (N+1, P, K, V)
+        U = chunked(v[:, now], C)  # (N, P, C, V)
+        if e is None:
+            torch.matmul(chunk.writes.mT, U, out=states[1:])
+            carry(states, chunk.total)
+        else:
+            U, W = chunk.inverse @ U, chunk.inverse @ chunk.reads[..., 1, :]  # W (N, P, C, K)
+            states[1:] = 0
+            carry(states, chunk.total, chunk.writes, U, W)
+        y_ = chunk.reads[..., 0, :] @ states[:-1] + chunk.scores[..., 0, :] @ U
+        y[:, now] = unchunked(y_, y[:, now])
+    return y, final_state.copy_(boundaries[-1]), boundaries
+
+
+@torch.library.custom_op("minimodels::delta_rule_backward", mutates_args=())
+def delta_rule_backward(
+    dy: Tensor,
+    dstate: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    e: Tensor | None,
+    resets: Tensor | None,
+    boundaries: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, g, e (empty without e) and the initial state from those of y and the final state.
+
+    Let R be the gradient of the state behind a chunk, and Z that of its V, negated. Then that of the state before it, R',
+    and the others are
+
+        Z = -(I + E)⁻ᵀ (Aᵀ dY + k̄ R)        R' = ᾱ R + q̄ᵀ dY + ēᵀ Z        dV = -Z
+        dA = dY Uᵀ      dE = Z Uᵀ      dq̄ = dY Sᵀ      dē = Z Sᵀ      dk̄ = U Rᵀ
+    """
+    dq, dk, dv, dg, de, dinitial = empty_gradients(dy, dstate, q, k, v, g, e, resets, boundaries)
+    R = dstate.flatten(0, 1)  # (P, K, V)
+    for now, here, C in reversed(list(slabs(k, v))):
+        chunk = prepare(q, k, g, e, resets, now, C)
+        states = boundaries[here].flatten(1, 2)  # (N+1, P, K, V)
+        U, dY = chunked(v[:, now], C), chunked(dy[:, now], C)  # (N, P, C, V)
+        dV = chunk.scores[..., 0, :].mT @ dY  # for now that of U, without what R gives it
+        dstates = torch.empty_like(states)
+        dstates[-1] = R
+        torch.matmul(chunk.reads[..., 0, :].mT, dY, out=dstates[:-1])
+        if e is None:
+            carry(dstates, chunk.total, backwards=True)
+            dV += chunk.writes @ dstates[1:]
+            errors = dY.unsqueeze(3)
+        else:
+            erase = chunk.reads[..., 1, :]
+            U = chunk.inverse @ (U - erase @ states[:-1])
+            Z, W = -(chunk.inverse.mT @ dV), chunk.inverse.mT @ chunk.writes
+            carry(dstates, chunk.total, erase, Z, W, backwards=True)
+            dV = -Z
+            errors = torch.stack((dY, Z), dim=3)
+        R = dstates[0]
+        errors = errors.flatten(2, 3)  # (N, P, C J, V)
+        differentiate = differentiate_scalar if g.shape[3] == 1 else differentiate_vector
+        drows, dk_, dg_ = differentiate(
+            chunk,
+            (errors @ U.mT).view_as(chunk.scores),
+            (errors @ states[:-1].mT).view_as(chunk.reads),
+            U @ dstates[1:].mT,
+            (states[1:] * dstates[1:]).sum(-1, keepdim=True),
+        )
+        for whole, part in zip((dq, de), drows.unbind(3), strict=False):
+            whole[:, now] = unchunked(part, whole[:, now])
+        dk[:, now], dv[:, now] = unchunked(dk_, dk[:, now]), unchunked(dV, dv[:, now])
+        dg[:, now] = unchunked(dg_, dg[:, now])
+    if resets is not None:
+        dg[resets] = 0
+    return dq, dk, dv, dg, de, dinitial.copy_(R.view_as(dinitial))
+
+
+def carry(
+    states: Tensor,
+    total: Tensor,
+    keys: Tensor | None = None,
+    values: Tensor | None = None,
+    W: Tensor | None = None,
+    backwards: bool = False,
+) -> None:
+    """Walk the chunks: states[n+1] += ᾱ states[n] + keysᵀ values, after values -= W states[n]; both in place.
+
+    Backwards from the last state to the first, this carries gradients: k̄ and ē have changed places.
+    """
+    order = slice(None, None, -1) if backwards else slice(None)
+    states = states.unbind()[order]
+    for n, decay in enumerate(total.unbind()[order]):
+        states[n + 1].addcmul_(decay, states[n])  # (P, K, V)
+        if W is not None:
+            at = len(total) - 1 - n if backwards else n
+            values[at].baddbmm_(W[at], states[n], alpha=-1)  # (P, C, V)
+            states[n + 1].baddbmm_(keys[at].mT, values[at])
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    g: Tensor,
+    e: Tensor | None,
+    resets: Tensor | None,
+    now: slice,
+    C: int,
+) -> Chunks:
+    """Scores, decayed vectors and the inverse for the tokens of a slab."""
+    rows = (q[:, now],) if e is None else (q[:, now], e[:, now])
+    rows = chunked(torch.stack(rows, dim=3), C)  # (N, P/R, C, J, K)
+    k, g = chunked(k[:, now], C), chunked(g[:, now], C)
+    same, starts = torch.ones(C, C, dtype=k.dtype, device=k.device).tril(), None
+    if resets is not None:
+        starts = chunked(resets[:, now, None].expand(-1, -1, g.shape[1] // len(q)), C)  # (N, P, C)
+        document = starts.cumsum(2)
+        same = same * (document.unsqueeze(3) == document.unsqueeze(2))
+    weigh = weigh_scalar if g.shape[3] == 1 else weigh_vector
+    scores, reads, writes, total, kept = weigh(rows, k, g, same, starts)
+    inverse = None
+    if e is not None:
+        identity = torch.eye(C, dtype=k.dtype, device=k.device).expand(*scores.shape[:2], C, C)
+        inverse = torch.linalg.solve_triangular(
+            scores[..., 1, :], identity, upper=False, unitriangular=True
+        )
+    return Chunks(rows, k, same, scores, reads, writes, total.mT, inverse, kept)
+
+
+def weigh_scalar(
+    rows: Tensor, k: Tensor, g: Tensor, same: Tensor, starts: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list]:
+    """Scores, reads, writes, total and what is kept, for one gate a head: g (N, P, C, 1). One product for all heads of a
+    group, then the decays between all pairs of tokens, of which those that look ahead or into another document are 0."""
+    if starts is not None:
+        g = g.masked_fill(starts.unsqueeze(3), 0.0)
+    G = same @ g  # (N, P, C, 1) sum of g since the chunk or the document began
+    between = (G - G.mT).masked_fill_(same == 0, -math.inf).exp_()  # (N, P, C, C)
+    since = G.exp()  # the chunk's start
+    if starts is not None:
+        since = since.masked_fill(starts.cumsum(2).unsqueeze(3) > 0, 0.0)
+    scores = (rows.flatten(2, 3) @ k.mT).view(*rows.shape[:4], -1)  # (N, P/R, C, J, C)
+    scores = times(scores, between.unsqueeze(3))
+    reads, writes = times(rows, since.unsqueeze(3)), times(k, between[:, :, -1, :, None])
+    return scores, reads, writes, since[:, :, -1:], [(between, since)]
+
+
+def differentiate_scalar(
+    c: Chunks, dscores: Tensor, dreads: Tensor, dwrites: Tensor, end: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    ((between, since),) = c.kept
+    dscores[:, :, :, 1:].diagonal(dim1=2, dim2=4).zero_()  # E ends below the diagonal
+    inner = (dscores * c.scores).sum(3)  # (N, P, C, C)
+    dG = inner.sum(3) - inner.sum(2) + (c.reads * dreads).sum((3, 4)) - (c.writes * dwrites).sum(3)
+    dG[..., -1] += end.sum((2, 3))
+    group = c.k.shape[1]
+    dscores = grouped(dscores.mul_(between.unsqueeze(3)), group).flatten(2, 3)  # (N, P/R, C J, C)
+    drows = (dscores @ c.k).view_as(c.rows) + grouped(dreads.mul_(since.unsqueeze(3)), group)
+    dk = dscores.mT @ c.rows.flatten(2, 3) + grouped(
+        dwrites.mul_(between[:, :, -1, :, None]), group
+    )
+    return drows, dk, c.same.mT @ dG.unsqueeze(3)
+
+
+def weigh_vector(
+    rows: Tensor, k: Tensor, g: Tensor, same: Tensor, starts: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list]:
+    """The same for one gate a channel: g (N, P, C, K), R = 1. Blocks of 1, 2, 4, ... tokens are joined in pairs: what is read
+    has decayed from its block's start, what is written to its block's end, and their product is a pair's scores."""
+    decay = g.exp()  # (N, P, C, K)
+    if starts is not None:
+        decay = decay.masked_fill(starts.unsqueeze(3), 0.0)
+    (N, P, C, J, K), kept = rows.shape, []
+    scores = rows.new_zeros(N, P, C, J, C)
+    scores[:, :, :, 0].diagonal(dim1=2, dim2=3).copy_((rows[:, :, :, 0] * k).sum(3))
+    reads, writes, total = rows * decay.unsqueeze(3), k.clone(), decay
+    length = 1
+    while length < C:
+        early, late = (
+            halves(writes, length)[0],
+            halves(reads, length)[1],
+        )  # (NPb, h, K), (NPb, h, J, K)
+        first, second = halves(total, 1)  # (NPb, 1, K) each
+        left, right = late.flatten(1, 2).clone(), early.clone()  # (NPb, h J, K) and (NPb, h, K)
+        square(scores, length).copy_((left @ right.mT).view(N * P, -1, length, J, length))
+        kept.append((left, right, first, second))
+        late *= first.unsqueeze(2)
+        early *= second
+        total = (first * second).view(N, P, -1, K)
+        length *= 2
+    return scores, reads, writes, total, [(decay,), *kept]
+
+
+def differentiate_vector(
+    c: Chunks, dscores: Tensor, dreads: Tensor, dwrites: Tensor, end: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As differentiate_scalar: the pairs of blocks in reverse."""
+    (decay,), *levels = c.kept
+    length = c.k.shape[2]
+    for left, right, first, second in reversed(levels):
+        length //= 2
+        early, late = halves(dwrites, length)[0], halves(dreads, length)[1]
+        block = square(dscores, length).reshape(len(left), -1, length)  # (NPb, h J, h)
+        late.mul_(first.unsqueeze(2)).add_((block @ right).view_as(late))
+        early.mul_(second).add_(block.mT @ left)
+    drows = dreads * decay.unsqueeze(3)
+    dG = (c.rows * drows).sum(3) - c.k * dwrites
+    dG[:, :, -1] += end.squeeze(3)
+    own = (
+        dscores[:, :, :, 0].diagonal(dim1=2, dim2=3).unsqueeze(3)
+    )  # of q_i k_i, which does not decay
+    drows[:, :, :, 0] += own * c.k
+    return drows, dwrites + own * c.rows[:, :, :, 0], c.same.mT @ dG
+
+
+def halves(x: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """The first and the second of each pair of blocks: (N, P, C, ...) -> two views (N P C / 2 length, length, ...)."""
+    return x.view(-1, 2, length, *x.shape[3:]).unbind(1)
+
+
+def square(scores: Tensor, length: int) -> Tensor:
+    """A view of the scores of each pair's second block against its first: (N P, pairs, length, J, length)."""
+    C, J, _ = scores.shape[2:]
+    pairs = C // (2 * length)
+    scores = scores.view(-1, pairs, 2, length, J, pairs, 2, length)[:, :, 1, :, :, :, 0]
+    return scores.diagonal(dim1=1, dim2=4).movedim(-1, 1)
+
+
+def times(x: Tensor, factor: Tensor) -> Tensor:
+    """What a group shares times what its heads have each: (N, P/R, ...) and (N, P, ...) -> (N, P, ...)."""
+    if x.shape[1] == factor.shape[1]:
+        return x * factor
+    return (x.unsqueeze(2) * factor.unflatten(1, (x.shape[1], -1))).flatten(1, 2)
+
+
+def grouped(x: Tensor, groups: int) -> Tensor:
+    """The sum over the heads of each group: (N, P, ...) -> (N, P/R, ...)."""
+    return x if x.shape[1] == groups else x.unflatten(1, (groups, -1)).sum(2)
+
+
+def chunked(x: Tensor, C: int) -> Tensor:
+    """(B, T, H, ...) -> (N, B H, C, ...), with zeros behind the last token."""
+    missing = -x.shape[1] % C
+    if missing:
+        x = torch.cat((x, x.new_zeros(x.shape[0], missing, *x.shape[2:])), dim=1)
+    x = x.unflatten(1, (-1, C)).transpose(0, 1).transpose(2, 3)  # (N, B, H, C, ...)
+    return x.flatten(1, 2).contiguous()
+
+
+def unchunked(x: Tensor, like: Tensor) -> Tensor:
+    """Back to the shape of `like`, (B, T, H, ...)."""
+    batch, T = like.shape[:2]
+    x = x.unflatten(1, (batch, -1)).transpose(2, 3).transpose(0, 1)  # (B, N, C, H, ...)
+    return x.flatten(1, 2)[:, :T]
+
+
+def slabs(k: Tensor, v: Tensor) -> Iterator[tuple[slice, slice, int]]:
+    """The tokens of some chunks that are computed at once, the states around them, and C."""
+    (batch, T, H), C = v.shape[:3], chunk_length(v.shape[1], k.shape[3])
+    chunks = max(1, WORK // (batch * H * C))
+    for first in range(0, T, chunks * C):
+        now = slice(first, min(first + chunks * C, T))
+        yield now, slice(first // C, -(-now.stop // C) + 1), C
+
+
+def chunk_length(T: int, K: int) -> int:
+    """C, a power of two: 64, 32 for keys of 32 numbers or fewer, and no longer than the text needs."""
+    length = 64 if K > 32 else 32
+    while length // 2 >= T:
+        length //= 2
+    return length
+
+
+# What PyTorch must know of the two operations: shapes, derivative, precision, cost.
+
+
+@delta_rule_forward.register_fake
+def empty_outputs(q, k, v, g, e, state, resets):
+    """y, the final state and the boundaries, not yet filled."""
+    chunks = -(-v.shape[1] // chunk_length(v.shape[1], k.shape[3]))
+    plain = torch.contiguous_format
+    return (
+        torch.empty_like(v, memory_format=plain),
+        torch.empty_like(state, memory_format=plain),
+        v.new_empty(chunks + 1, *state.shape),
+    )
+
+
+@delta_rule_backward.register_fake
+def empty_gradients(dy, dstate, q, k, v, g, e, resets, boundaries):
+    """dq, dk, dv, dg, de and that of the initial state, not yet filled."""
+    return tuple(v.new_empty(0 if part is None else part.shape) for part in (q, k, v, g, e, dstate))
+
+
+def _save(ctx, inputs, output):
+    q, k, v, g, e, _, resets = inputs
+    ctx.save_for_backward(q, k, v, g, e, resets, output[2])
+
+
+def _differentiate(ctx, dy, dstate, _):
+    dq, dk, dv, dg, de, dinitial = delta_rule_backward(dy, dstate, *ctx.saved_tensors)
+    return dq, dk, dv, dg, None if ctx.saved_tensors[4] is None else de, dinitial, None
+
+
+delta_rule_forward.register_autograd(_differentiate, setup_context=_save)
+
+for operation in (delta_rule_forward, delta_rule_backward):
+    for device in ("cpu", "cuda"):
+        operation.register_autocast(device, torch.float32)
+
+
+def flops(C: int, K: int, V: int, erase: bool) -> int:
+    """Forward FLOPs per token and head in chunks of C tokens."""
+    return 2 * C * (K + V) + 4 * K * V + erase * (2 * C * K + C * (K + V) + 2 * K * V)
+
+
+@register_flop_formula(torch.ops.minimodels.delta_rule_forward)
+def _forward_flops(q, k, v, g, e, *_, out_shape=None):
+    (batch, T, H, V), K = v, k[3]
+    return batch * T * H * flops(chunk_length(T, K), K, V, e is not None)
+
+
+@register_flop_formula(torch.ops.minimodels.delta_rule_backward)
+def _backward_flops(dy, dstate, q, k, v, g, e, *_, out_shape=None):
+    return 2 * _forward_flops(q, k, v, g, e)
