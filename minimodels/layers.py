@@ -38,7 +38,7 @@ To count costs, models are made on the meta device, on which tensors have no val
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -57,16 +57,19 @@ class Place(NamedTuple):
     depth: int = 1  # how many layers the model has
 
 
-@dataclass
 class Record:
-    """What the layers leave behind in a pass, besides their outputs."""
+    """What the layers leave behind in a pass, besides their outputs.
 
-    losses: dict[str, Tensor] = field(default_factory=dict)  # weighted, to be added to the loss
-    observed: dict[str, list[Tensor]] = field(
-        default_factory=dict
-    )  # one entry a layer, for the log
-    pools: dict[str, tuple[Callable, list]] = field(default_factory=dict)
-    traces: dict[str, list[Tensor]] | None = None  # kept only if the caller put a dictionary here
+    losses      weighted, to be added to the loss
+    observed    for the log: one entry for each layer that has something to say
+    traces      whole tensors, such as each token's experts; None: not kept
+    """
+
+    def __init__(self, traces: dict[str, list[Tensor]] | None = None):
+        self.losses: dict[str, Tensor] = {}
+        self.observed: dict[str, list[Tensor]] = {}
+        self.pools: dict[str, tuple[Callable, list]] = {}
+        self.traces = traces
 
     def add_loss(self, name: str, value: Tensor) -> None:
         """Add a weighted loss. Losses of one name are summed."""
@@ -114,10 +117,12 @@ class Context:
     resets: Tensor | None = None
     tokens: Tensor | None = None
     embedded: Tensor | None = None
-    cache: dict = field(default_factory=dict)
-    record: Record = field(default_factory=Record)
+    cache: dict | None = None
+    record: Record | None = None
 
     def __post_init__(self):
+        self.cache = {} if self.cache is None else self.cache
+        self.record = self.record or Record()
         if self.starts is None:
             return
         if self.positions is None:

@@ -72,9 +72,7 @@ class LM(nn.Module):
                 )
         if starts is not None and state is not None and positions is None:
             raise ValueError("starts are given with a state; accepted: with positions too")
-        context = Context(positions, starts, tokens=tokens)
-        context.record = record or context.record
-        return context
+        return Context(positions, starts, tokens=tokens, record=record)
 
     def features(self, tokens: Tensor, state: list | None = None, context: Context | None = None):
         """What the head sees (B, T, D), and the state. Errors as in forward."""

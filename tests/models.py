@@ -1,81 +1,80 @@
-"""The layers and models that every law is tested on. A new layer joins with one line in CASES; what its fields must be at a
-width of 16, or to have several chunks or windows in 23 tokens, stands in SHAPE."""
+"""The layers that every law is tested on, as texts. A new layer joins with one line in CASES.
+
+Options that the width of 16 asks for, or several chunks, windows or documents in 23 tokens, are in the text.
+The first text of a layer meets all laws, the others the quick ones. Wrappers are tried around
+REPRESENTATIVES.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from minimodels.config import Config, parse_layers
-from minimodels.lm import LAYERS, build
+from minimodels.architectures.registry import build
+from minimodels.config import Config
+from minimodels.layers import Context, Record
 from minimodels.ops.linear_cross_entropy import IGNORE
 from minimodels.presets import PRESETS
 
-SHAPE = {"width": 16, "heads": 4, "window": 5, "state_size": 4, "experts": 4, "capacity": 0.3}
-
+WIDTH = 16
 CASES = {
-    "attention": {"layers": "attention"},
-    "attention without positions": {"layers": "attention", "rope_base": 0.0},
-    "attention, grouped queries, QK-norm": {
-        "layers": "attention",
-        "kv_heads": 2,
-        "qk_norm": "head",
-    },
-    "attention, QK-norm across heads, biases": {
-        "layers": "attention",
-        "kv_heads": 2,
-        "qk_norm": "full",
-        "attention_bias": True,
-    },
-    "attention, slowed rotation": {
-        "layers": "attention",
-        "rope_scaling": "llama3:factor=8,low=1,high=4,context=16",
-    },
-    "window": {"layers": "window"},
-    "window of one": {"layers": "window", "window": 1},
-    "mlp": {"layers": "mlp"},
-    "mlp with biases": {"layers": "mlp", "mlp_bias": True},
-    "mamba": {"layers": "mamba"},
-    "mamba, one tap": {"layers": "mamba", "conv_width": 1},
-    "mamba, Falcon": {"layers": "mamba", "mamba_norm": "plain", "mamba_norm_eps": 1e-6},
-    "mamba, Jamba": {
-        "layers": "mamba",
-        "mamba_norm": "learned",
-        "mamba_bias": True,
-        "conv_bias": False,
-    },
-    "moe": {"layers": "moe"},
-    "moe, Switch": {"layers": "moe", "router": "softmax", "experts_per_token": 1},
-    "moe, pooled balance": {"layers": "moe moe", "balance": "pooled"},
-    "moe, DeepSeek, shared biases": {
-        "layers": "moe",
-        "router": "sigmoid_bias",
-        "shared_experts": 1,
-        "mlp_bias": True,
-    },
-    "mod, auxiliary loss": {"layers": "mod(attention mlp)", "mod_route": "router"},
-    "mod, predictor": {"layers": "mod(attention mlp)", "mod_route": "predictor"},
-    **{f"mod around {name}": {"layers": f"mod({name})", "capacity": 0.75} for name in LAYERS},
-    "mod around mamba and moe": {"layers": "mod(mamba moe)"},
-    "mod around a wide window": {
-        "layers": "mod(window)",
-        "window": 8,
-    },  # which holds the tokens but not their positions
-    "mod around mod": {"layers": "mod(attention mod(mamba mlp))", "capacity": 0.5},
-    **{f"{model} preset": {"layers": layers(4)} for model, layers in PRESETS.items()},
+    "attention": [
+        "attention",
+        "attention(rope_base=0)",
+        "attention(kv_heads=2, qk_norm=head)",
+        "attention(kv_heads=2, qk_norm=full, bias=true)",
+        "attention(rope_scaling=llama3(factor=8, low=1, high=4, context=16))",
+        "attention(window=5)",
+        "attention(window=1)",
+    ],
+    "mlp": ["mlp", "mlp(bias=true)"],
+    "mamba": [
+        "mamba(state_size=4)",
+        "mamba(state_size=4, conv_width=1)",
+        "mamba(state_size=4, norm=plain, norm_eps=1e-6)",
+        "mamba(state_size=4, norm=learned, bias=true, conv_bias=false)",
+    ],
+    "moe": [
+        "moe(experts=4)",
+        "moe(experts=4, router=softmax, experts_per_token=1)",
+        "moe(experts=4, balance=pooled)*2",
+        "moe(experts=4, router=sigmoid_bias, shared_experts=1, bias=true)",
+    ],
+    "mod": [
+        "mod(attention mlp, capacity=0.3)",
+        "mod(attention mlp, capacity=0.3, route=router)",
+        "mod(attention(window=8), capacity=0.3)",  # which holds the tokens but not their positions
+        "mod(attention mod(mamba mlp, capacity=0.5), capacity=0.5)",
+    ],
 }
-TOKENWISE = {"mlp", "moe"}  # layers that see a token alone
-NOT_CAUSAL = {  # name -> fields, training mode
-    "mixture-of-depths in training": ({"layers": "mod(attention mlp)"}, True),
-    "expert choice": ({"layers": "moe", "router": "expert_choice"}, False),
+REPRESENTATIVES = ["attention(window=5)", "mamba(state_size=4)", "moe(experts=4)"]
+SHARED = [
+    "A:=attention A mlp A",
+    "A:=mamba(state_size=4) A mod(A, capacity=0.75)",
+    "A:=mod(moe(experts=4), capacity=0.5) A attention A",
+]
+WRAPPED = [f"mod({layer}, capacity=0.75)" for layer in REPRESENTATIVES]
+NAMES = [texts[0] for texts in CASES.values()]
+MODELS = {name: layers.format(n=4, twice=8, half=2, quarter=1) for name, layers in PRESETS.items()}
+ALL = list(
+    dict.fromkeys(
+        [text for texts in CASES.values() for text in texts]
+        + SHARED
+        + WRAPPED
+        + list(MODELS.values())
+    )
+)
+TOKENWISE = ("mlp", "moe")  # layers that see one token at a time
+NOT_CAUSAL = {  # text -> whether it is so in training mode alone
+    "mod(attention mlp, capacity=0.3)": True,
+    "moe(experts=4, router=expert_choice)": False,
 }
 
 
-def make(fields: dict, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """A stack in evaluation mode with parameters so large that every part, gate and router has its say."""
+def make(layers: str, seed: int = 0, dtype: torch.dtype = torch.float64, **fields) -> nn.Module:
+    """A stack in evaluation mode with parameters so large that every part, gate and router matters."""
     torch.manual_seed(seed)
-    config = Config(**{**SHAPE, **fields})
-    stack = build(config, parse_layers(config.layers)).to(dtype)
+    stack = build(Config(**{"layers": layers, "width": WIDTH, **fields})).to(dtype)
     with torch.no_grad():
         for parameter in stack.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -85,8 +84,19 @@ def make(fields: dict, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.
     return stack.eval()
 
 
+def observe(
+    layer: nn.Module, x: torch.Tensor, state=None, **given
+) -> tuple[torch.Tensor, object, Record]:
+    """What a layer makes of x, its state, and the record of the pass, traces included."""
+    context = Context(**given)
+    context.record.traces = {}
+    y, state = layer(x, state, context)
+    context.record.finish()
+    return y, state, context.record
+
+
 def scored(model: nn.Module, batches) -> tuple[float, float]:
-    """What an evaluation must find: mean loss in nats, and share of right answers, over the targets that are asked for."""
+    """What an evaluation must find over the targets that are asked for: mean loss in nats, share of right answers."""
     model.eval()
     losses, right = [], []
     for tokens, targets in batches:

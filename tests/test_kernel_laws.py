@@ -1,9 +1,11 @@
 """The laws of tests/test_laws.py with impl="triton", at lengths that the interpreter can walk, and whole models on kernels."""
 
+from functools import partial
+
 import pytest
 import test_laws as laws
 import torch
-from models import CASES, SHAPE, make, same, tensors
+from models import WIDTH, make, same, tensors
 
 pytest.importorskip("triton", reason="the kernels need the package triton")
 
@@ -16,43 +18,50 @@ pytestmark = pytest.mark.skipif(
     not INTERPRETED, reason="the laws run interpreted: TRITON_INTERPRET=1 where there is a GPU"
 )
 
-FEW = {"experts": 2, "experts_per_token": 1, "router": "softmax", "expert_width": 8}
+MOE = "moe(experts=2, experts_per_token=1, router=softmax, expert_width=8)"
 KERNEL_CASES = {
-    "attention": {"layers": "attention", "kv_heads": 2, "qk_norm": "head"},
-    "window": {"layers": "window", "window": 3},
-    "mamba": {"layers": "mamba"},
-    "moe": {"layers": "moe", **FEW},
-    "mod": {"layers": "mod(mamba attention)", "capacity": 0.5},
+    "attention": "attention(kv_heads=2, qk_norm=head)",
+    "window": "attention(window=3)",
+    "mamba": "mamba(state_size=4)",
+    "moe": MOE,
+    "mod": "mod(mamba(state_size=4) attention, capacity=0.5)",
 }
-EXPERT_CHOICE = {
-    "layers": "moe",
-    "experts": 4,
-    "experts_per_token": 1,
-    "router": "expert_choice",
-    "expert_width": 8,
-}
-EQUAL_CASES = {
-    **KERNEL_CASES,
-    "expert choice": EXPERT_CHOICE,
-}  # which is not causal, and visits more than one expert a token
-LAWS = (laws.test_chunking, laws.test_causality, laws.test_batch_independence)
+# which is not causal, and lets a token visit more than one expert
+EXPERT_CHOICE = "moe(experts=4, experts_per_token=1, router=expert_choice, expert_width=8)"
+LAWS = (
+    laws.test_chunking,
+    laws.test_causality,
+    laws.test_batch_independence,
+    laws.test_no_document_sees_another,
+)
+
+
+@pytest.fixture
+def on_kernels(monkeypatch):
+    """Layers take their kernels, and texts are so short that the interpreter can walk them."""
+    monkeypatch.setattr(laws, "T", 5)
+    monkeypatch.setattr(laws, "DOCUMENTS", ((1, 4), (3, 2), (2, 1)))
+    monkeypatch.setattr(laws, "make", partial(make, impl="triton"))
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__.removeprefix("test_"))
 @pytest.mark.parametrize("case", KERNEL_CASES)
-def test_law(law, case, monkeypatch):
-    monkeypatch.setattr(laws, "T", 5)
-    monkeypatch.setitem(CASES, "on kernels", {**KERNEL_CASES[case], "impl": "triton"})
-    law("on kernels")
+def test_law(law, case, on_kernels):
+    law(KERNEL_CASES[case])
 
 
-@pytest.mark.parametrize("case", ["attention", "window", "mamba", "moe", "expert choice"])
-def test_reference_equals_triton(case, monkeypatch):
+@pytest.mark.parametrize("case", KERNEL_CASES)
+def test_packing(case, on_kernels):
+    laws.test_packing(KERNEL_CASES[case], training=False)
+
+
+@pytest.mark.parametrize("layers", [*list(KERNEL_CASES.values())[:4], EXPERT_CHOICE])
+def test_reference_equals_triton(layers, monkeypatch):
     """Outputs, carried states and gradients."""
     monkeypatch.setattr(laws, "T", 9)
     results = {}
     for impl in ("reference", "triton"):
-        stack, x = make({**EQUAL_CASES[case], "impl": impl}), laws.text().requires_grad_()
+        stack, x = make(layers, impl=impl), laws.text().requires_grad_()
         with torch.no_grad():
             _, state = stack(x[:, :4])
         y, after = stack(x[:, 4:], state)
@@ -61,14 +70,14 @@ def test_reference_equals_triton(case, monkeypatch):
         same(kernel, reference, 1e-8)
 
 
-@pytest.mark.parametrize("layers", ["attention mlp", "mamba", "attention moe"])
+@pytest.mark.parametrize("layers", ["attention mlp", "mamba(state_size=4)", f"attention {MOE}"])
 def test_a_whole_model_trains_and_generates_on_kernels(layers):
     """Loss, every gradient and greedy text are those of the reference."""
     tokens = torch.randint(32, (2, 5), generator=torch.Generator().manual_seed(0))
     results = {}
     for impl in ("reference", "triton"):
         torch.manual_seed(0)
-        lm = LM(Config(**{**SHAPE, **FEW, "layers": layers, "vocab": 32, "impl": impl})).double()
+        lm = LM(Config(layers=layers, width=WIDTH, vocab=32, impl=impl)).double()
         loss, _ = lm.loss(tokens[:, :-1], tokens[:, 1:])
         gradients = torch.autograd.grad(loss, list(lm.parameters()))
         text = torch.stack(list(generate(lm.eval(), [tokens[0]], 2, Sampling(temperature=0))))
@@ -78,12 +87,12 @@ def test_a_whole_model_trains_and_generates_on_kernels(layers):
 
 
 @pytest.mark.parametrize(
-    "layers", ["attention mlp", "mamba", "attention moe", "mod(attention mlp)"]
+    "layers", ["attention mlp", "mamba(state_size=4)", f"attention {MOE}", "mod(attention mlp)"]
 )
 def test_a_whole_model_on_kernels_compiles_to_one_graph(layers):
     tokens = torch.randint(32, (2, 5), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
-    lm = LM(Config(**{**SHAPE, **FEW, "layers": layers, "vocab": 32, "impl": "triton"})).double()
+    lm = LM(Config(layers=layers, width=WIDTH, vocab=32, impl="triton")).double()
     expected, _ = lm.loss(tokens[:, :-1], tokens[:, 1:])
     torch.compiler.reset()
     loss, _ = torch.compile(lm.loss, fullgraph=True, backend="aot_eager")(

@@ -1,22 +1,42 @@
-"""The laws that every layer and every model obeys. Cases stand in tests/models.py."""
+"""The laws that every layer and every model obeys. The layers are listed in tests/models.py."""
 
 import copy
 import random
 
 import pytest
 import torch
-from models import CASES, NOT_CAUSAL, SHAPE, TOKENWISE, make, same, tensors
+from models import (
+    ALL,
+    CASES,
+    MODELS,
+    NAMES,
+    NOT_CAUSAL,
+    SHARED,
+    TOKENWISE,
+    WIDTH,
+    make,
+    same,
+    tensors,
+)
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from minimodels import LM, Config, InputError
-from minimodels.layers import flops, idle_parameters, state_bytes
+from minimodels.architectures.registry import LAYERS, WRAPPERS
+from minimodels.layers import Context, flops, inactive_parameters, state_bytes
 from minimodels.ledger import ledger
 
-B, T, D = 3, 23, SHAPE["width"]
+B, T, D = 3, 23, WIDTH
 CPU_ATTENTION = (
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-)  # which PyTorch's counter does not know
-law = pytest.mark.parametrize("case", CASES)
+)  # PyTorch's counter does not know it
+law = pytest.mark.parametrize("layers", ALL)
+once = pytest.mark.parametrize("layers", NAMES)
+
+
+def test_every_layer_obeys_the_laws():
+    assert list(CASES) == [*LAYERS, *WRAPPERS]
+    for name, texts in CASES.items():
+        assert all(text.startswith(name) for text in texts)
 
 
 def text(seed: int = 1) -> torch.Tensor:
@@ -42,9 +62,9 @@ def gradients(stack, x, y, state):
 
 
 @law
-def test_chunking(case):
+def test_chunking(layers):
     """Any split of a sequence gives the outputs, final state and gradients of the whole."""
-    stack, x = make(CASES[case]), text().requires_grad_()
+    stack, x = make(layers), text().requires_grad_()
     whole, state = stack(x)
     expected = gradients(stack, x, whole, state)
     for seed, pieces in enumerate((2, 4, T)):
@@ -63,9 +83,9 @@ def test_chunking(case):
 
 
 @law
-def test_causality(case):
+def test_causality(layers):
     """A changed token changes nothing before it, and something from it on."""
-    stack, x = make(CASES[case]), text()
+    stack, x = make(layers), text()
     before, _ = stack(x)
     for t in (0, T // 3, T - 1):
         changed = x.clone()
@@ -75,17 +95,17 @@ def test_causality(case):
         assert not torch.allclose(after[:, t], before[:, t])
 
 
-@pytest.mark.parametrize("case", NOT_CAUSAL)
-def test_what_is_not_causal_is_so_and_says_so(case):
+@pytest.mark.parametrize("layers", NOT_CAUSAL)
+def test_what_is_not_causal_is_so_and_says_so(layers):
     """Routing over the whole sequence lets a later token change what earlier ones get, and is refused for generation."""
-    fields, training = NOT_CAUSAL[case]
-    stack, x = make(fields).train(training), text()
+    training = NOT_CAUSAL[layers]
+    stack, x = make(layers).train(training), text()
     before, _ = stack(x)
     changed = x.clone()
     changed[:, -1] *= -5
     after, _ = stack(changed)
     assert not torch.allclose(after[:, :-1], before[:, :-1])
-    model = LM(Config(**{**SHAPE, **fields})).train(training)
+    model = LM(Config(layers=layers, width=D)).train(training)
     assert not model.causal
     tokens = torch.zeros(1, 4, dtype=torch.int64)
     _, state = model(tokens)
@@ -94,9 +114,9 @@ def test_what_is_not_causal_is_so_and_says_so(case):
 
 
 @law
-def test_batch_independence(case):
+def test_batch_independence(layers):
     """A row of a batch, padded or not, gives what it gives alone, and goes on as it would alone."""
-    stack, x = make(CASES[case]), text()
+    stack, x = make(layers), text()
     together, _ = stack(x)
     for row in range(B):
         same(stack(x[row : row + 1])[0], together[row : row + 1])
@@ -104,7 +124,7 @@ def test_batch_independence(case):
     lengths = torch.tensor([T, 1, T // 2])
     positions = torch.arange(T).expand(B, T)
     positions = positions.masked_fill(positions >= lengths[:, None], -1)
-    outputs, carried = stack(x, None, positions)
+    outputs, carried = stack(x, None, Context(positions))
     more = text(2)[:, :6]
     first, carried = stack(more[:, :1], carried)  # positions inferred from the state
     second, _ = stack(more[:, 1:], carried)
@@ -115,19 +135,126 @@ def test_batch_independence(case):
         same(torch.cat((first, second), dim=1)[row : row + 1], following)
 
 
+DOCUMENTS = ((1, 7, 15), (9, 13, 1), (2, 3, 4))  # lengths in each row; the last row ends in padding
+
+
+def packed() -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions and starts (B, T) of the documents."""
+    positions, starts = torch.full((B, T), -1), torch.full((B, T), -1)
+    for row, lengths in enumerate(DOCUMENTS):
+        begin = 0
+        for length in lengths:
+            positions[row, begin : begin + length] = torch.arange(begin, begin + length)
+            starts[row, begin : begin + length] = begin
+            begin += length
+    return positions, starts
+
+
+def documents() -> list[tuple[int, slice]]:
+    """Row and place of every document."""
+    found = []
+    for row, lengths in enumerate(DOCUMENTS):
+        ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+        found += [
+            (row, slice(end - length, end)) for end, length in zip(ends, lengths, strict=True)
+        ]
+    return found
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("layers", [*ALL, "moe(experts=4, router=expert_choice)"])
+def test_packing(layers, training):
+    """Documents in one row are what each is alone: outputs, and the gradients of inputs and parameters."""
+    stack, x = make(layers).train(training), text().requires_grad_()
+    weight = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)
+    together, _ = stack(x, None, Context(*packed()))
+    wanted = [x, *stack.parameters()]
+    loss = sum((together * weight)[row, place].sum() for row, place in documents())
+    expected = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+    total = [torch.zeros_like(each) for each in wanted]
+    for row, place in documents():
+        alone, _ = stack(x[row : row + 1, place])
+        same(together[row : row + 1, place], alone)
+        loss = (alone * weight[row : row + 1, place]).sum()
+        gradients = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+        total = [a + b for a, b in zip(total, gradients, strict=True)]
+    for name, a, b in zip(["x", *dict(stack.named_parameters())], total, expected, strict=True):
+        torch.testing.assert_close(
+            b, a, rtol=1e-7, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@law
+def test_no_document_sees_another(layers):
+    """The gradient of a document's outputs is exactly zero in all others."""
+    stack, x = make(layers), text().requires_grad_()
+    y, _ = stack(x, None, Context(*packed()))
+    for row, place in documents():
+        (gradient,) = torch.autograd.grad(y[row, place].sum(), x, retain_graph=True)
+        outside = torch.ones(B, T, dtype=torch.bool)
+        outside[row, place] = False
+        assert (gradient[outside] == 0).all()
+        assert (gradient[row, place] != 0).any()
+
+
+@law
+def test_packed_documents_in_pieces(layers):
+    """A row of documents that is cut anywhere continues as if it were whole."""
+    stack, x = make(layers), text()
+    context = Context(*packed())
+    whole, _ = stack(x, None, context)
+    for cuts in ([8], [1, 2, 10], [4, 9, 15, 22]):
+        outputs, state = [], None
+        pieces = (part.tensor_split(cuts, dim=1) for part in (x, context.positions, context.starts))
+        for chunk, positions, starts in zip(*pieces, strict=True):
+            y, state = stack(chunk, state, Context(positions, starts))
+            outputs.append(y)
+        y = torch.cat(outputs, dim=1)
+        for row, place in documents():
+            same(y[row, place], whole[row, place])
+
+
+@pytest.mark.parametrize("layers", SHARED)
+def test_a_shared_layer_is_one_layer(layers):
+    """Its parameters exist once, its gradient is the sum over its uses, and each use has its own state."""
+    shared = make(layers)
+    apart = make(layers.partition(":=")[0] + "=" + layers.partition(":=")[2])
+    names = dict(shared.named_parameters())
+    assert len(names) < len(dict(apart.named_parameters()))
+    source = {
+        name: tensor.detach() for name, tensor in shared.named_parameters(remove_duplicate=False)
+    }
+    apart.load_state_dict({**apart.state_dict(), **source})
+    x = text()
+    y, state = shared(x)
+    same(y, apart(x)[0])
+    assert len(state) == len(shared)
+    expected: dict[int, torch.Tensor] = {}
+    unused = {"allow_unused": True, "materialize_grads": True}  # the predictor of mixture-of-depths
+    gradients = torch.autograd.grad(apart(x)[0].sum(), list(apart.parameters()), **unused)
+    owners = dict(shared.named_parameters(remove_duplicate=False))
+    for (name, _), gradient in zip(apart.named_parameters(), gradients, strict=True):
+        key = id(owners[name])
+        expected[key] = expected.get(key, 0) + gradient
+    for parameter, gradient in zip(
+        names.values(), torch.autograd.grad(y.sum(), list(names.values()), **unused), strict=True
+    ):
+        same(gradient, expected[id(parameter)], 1e-8)
+
+
 @law
 @pytest.mark.parametrize("ragged", [False, True], ids=["whole", "ragged"])
-def test_states_stay_good(case, ragged, monkeypatch):
+def test_states_stay_good(layers, ragged, monkeypatch):
     """In generation, where states may share memory, tokens one by one give what the whole gives, and one can go on from any
     state a second time, in another way."""
     monkeypatch.setattr("minimodels.ops.cache.SPARE", 3)  # so that memory is outgrown
-    stack, x, other = make(CASES[case]), text(), text(2)
+    stack, x, other = make(layers), text(), text(2)
     positions = None
     if ragged:
         positions = torch.arange(5).expand(B, 5)
         positions = positions.masked_fill(positions >= torch.tensor([5, 1, 3])[:, None], -1)
     with torch.inference_mode():
-        _, start = stack(x[:, :5], None, positions)
+        _, start = stack(x[:, :5], None, Context(positions))
         expected, _ = stack(x[:, 5:], start)
         state, states = start, []
         for t in range(5, T):
@@ -142,12 +269,12 @@ def test_states_stay_good(case, ragged, monkeypatch):
 
 @law
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-def test_reference_equals_torch(case, training):
+def test_reference_equals_torch(layers, training):
     """Every path of an operation gives the same outputs, states and gradients."""
     x, state = text().requires_grad_(), None
     results = {}
     for impl in ("reference", "torch"):
-        stack = make({**CASES[case], "impl": impl}).train(training)
+        stack = make(layers, impl=impl).train(training)
         if not training:
             with torch.no_grad():
                 _, state = stack(x[:, :5])
@@ -157,14 +284,14 @@ def test_reference_equals_torch(case, training):
         same(fast, reference, 1e-8)
 
 
-@law
+@once
 @pytest.mark.parametrize("autocast", [False, True], ids=["cast", "autocast"])
-def test_runs_in_bfloat16(case, autocast):
+def test_runs_in_bfloat16(layers, autocast):
     """A model in bfloat16, or autocast to it, trains and carries its state, near what it computes in full precision."""
-    stack, x = make(CASES[case]).train(), 0.5 * text()
+    stack, x = make(layers).train(), 0.5 * text()
     exact, _ = stack(x)
     dtype = torch.float32 if autocast else torch.bfloat16
-    half, x = make(CASES[case]).to(dtype).train(), x.to(dtype)
+    half, x = make(layers).to(dtype).train(), x.to(dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         y, _ = half(x)
     y.float().square().mean().backward()
@@ -181,10 +308,10 @@ def test_runs_in_bfloat16(case, autocast):
     assert y.isfinite().all()
 
 
-@law
-def test_compiles_to_one_graph(case):
+@once
+def test_compiles_to_one_graph(layers):
     """In training, torch.compile finds no reason to fall back to Python, and computes the same."""
-    stack, x = make(CASES[case]).train(), text()
+    stack, x = make(layers).train(), text()
     expected, _ = stack(x)
     torch.compiler.reset()
     with torch._dynamo.config.patch(
@@ -198,10 +325,10 @@ def test_compiles_to_one_graph(case):
 @pytest.mark.parametrize(
     "context", [20, 160]
 )  # at which C · T is whole, and which are longer than the windows
-def test_ledger_equals_measurement(case, context):
+def test_ledger_equals_measurement(layers, context):
     """Parameters, FLOPs and bytes of state are those of a real model in a real forward pass."""
-    stack = make(CASES[case], dtype=torch.float32).train()
-    config = Config(**{**SHAPE, **CASES[case]})
+    stack = make(layers, dtype=torch.float32).train()
+    config = Config(layers=layers, width=D)
     x = torch.randn(2, context, D)
     with FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: attention_flops}) as counter:
         _, state = stack(x)
@@ -211,14 +338,14 @@ def test_ledger_equals_measurement(case, context):
     )
     cost = ledger(config, context)
     assert cost.parameters == sum(p.numel() for p in LM(config).parameters())
-    assert cost.active == cost.parameters - idle_parameters(stack)
+    assert cost.active == cost.parameters - inactive_parameters(stack)
 
 
-@pytest.mark.parametrize("case", ["mlp", "moe", "mamba"])
-def test_a_backward_pass_costs_two_forward_passes(case):
+@pytest.mark.parametrize("layers", ["mlp", "moe(experts=4)", "mamba(state_size=4)"])
+def test_a_backward_pass_costs_two_forward_passes(layers):
     """As the ledger counts a training step. Not the convolution, whose derivative PyTorch counts otherwise."""
     stack, x = (
-        make(CASES[case], dtype=torch.float32).train(),
+        make(layers, dtype=torch.float32).train(),
         torch.randn(2, 20, D, requires_grad=True),
     )
     totals = []
@@ -236,17 +363,15 @@ def test_a_backward_pass_costs_two_forward_passes(case):
     assert totals[1] == 3 * totals[0]
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if " " not in case or case.endswith("preset")]
-)
-def test_overfits_one_batch(case):
+@pytest.mark.parametrize("layers", [*NAMES, *MODELS.values()])
+def test_overfits_one_batch(layers):
     """Training reaches every part: a small model learns one batch by heart."""
     torch.manual_seed(0)
-    if case in TOKENWISE or "mod(" in CASES[case]["layers"]:
-        tokens = torch.randperm(16).expand(2, 16)  # each token alone tells what follows
+    if layers.startswith((*TOKENWISE, "mod(")) or "mod(" in layers:
+        tokens = torch.randperm(16).expand(2, 16)  # each token alone determines the next
     else:
         tokens = torch.randint(16, (2, 16))  # what came before is needed
-    lm = LM(Config(**{**SHAPE, **CASES[case], "width": 32, "vocab": 16})).train()
+    lm = LM(Config(layers=layers, width=32, vocab=16)).train()
     optimizer = torch.optim.Adam(lm.parameters(), lr=3e-3)
     for _ in range(300):
         loss, parts = lm.loss(tokens[:, :-1], tokens[:, 1:])
@@ -264,45 +389,36 @@ def test_a_model_refuses_no_tokens():
     with pytest.raises(
         ValueError, match=r"tokens are \(2, 0\); accepted: \(B, T\), both 1 or more"
     ):
-        LM(Config(vocab=7, width=8, heads=2, layers="mamba"))(torch.zeros(2, 0, dtype=torch.int64))
+        LM(Config(vocab=7, width=8, layers="mamba"))(torch.zeros(2, 0, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("layers", ["mamba", "window", "attention"])
+@pytest.mark.parametrize("layers", NAMES)
 def test_states_hold_no_memory_but_their_own(layers):
-    stack, positions = make({"layers": layers}), torch.arange(T).expand(B, T).clone()
+    stack, positions = make(layers), torch.arange(T).expand(B, T).clone()
     positions[0, 10:] = -1
     for given in (None, positions):
         with torch.no_grad():
-            _, state = stack(text(), None, given)
+            _, state = stack(text(), None, Context(given))
         for part in tensors(state):
             assert part.untyped_storage().nbytes() == part.nbytes
 
 
 def test_a_stack_adds_up():
-    stack, x = (
-        make({"layers": "attention mlp mod(mlp) mamba mod(mlp) mlp", "capacity": 0.5}),
-        text(),
-    )
+    stack, x = make("attention mlp mod(mlp, capacity=0.5) mamba mod(mlp, capacity=0.5) mlp"), text()
     expected = x
     for layer in stack:
+        wrapper = hasattr(layer, "group")
         expected = (
-            layer(expected)[0]
-            if hasattr(layer, "group")
-            else expected + layer.layer(layer.norm(expected))[0]
+            layer(expected)[0] if wrapper else expected + layer.layer(layer.norm(expected))[0]
         )
     same(stack(x)[0], expected)
 
 
 def test_initial_weights():
-    """N(0, init_std²), in what is added to the stream less by the root of the depth; biases are zero."""
+    """N(0, init_std²), divided by the root of the depth in what is added to the stream; biases are zero."""
     torch.manual_seed(0)
-    config = Config(
-        layers="(attention mlp moe)*3",
-        width=256,
-        tie_embeddings=False,
-        attention_bias=True,
-        mlp_bias=True,
-    )
+    layers = "(attention(bias=true) mlp(bias=true) moe)*3"
+    config = Config(layers=layers, width=256, tie_embeddings=False)
     for name, parameter in LM(config).named_parameters():
         if "norm" in name or name.endswith("bias"):
             assert (parameter == float("norm" in name)).all(), name
@@ -314,17 +430,8 @@ def test_initial_weights():
 @pytest.mark.parametrize("balance", ["layer", "pooled"])
 def test_the_parts_of_the_loss_add_up(balance):
     torch.manual_seed(0)
-    lm = LM(
-        Config(
-            **{
-                **SHAPE,
-                "vocab": 7,
-                "layers": "moe moe mod(moe)",
-                "balance": balance,
-                "capacity": 0.5,
-            }
-        )
-    )
+    moe = f"moe(experts=4, balance={balance})"
+    lm = LM(Config(layers=f"{moe}*2 mod({moe}, capacity=0.5)", vocab=7, width=D))
     total, parts = lm.loss(tokens := torch.randint(7, (2, 6)), tokens)
     assert not any(part.requires_grad for part in parts.values())
     same(sum(parts.values()), total.detach(), 1e-6)
@@ -333,17 +440,8 @@ def test_the_parts_of_the_loss_add_up(balance):
 
 def test_a_step_reaches_every_layer():
     torch.manual_seed(0)
-    lm = LM(
-        Config(
-            **{
-                **SHAPE,
-                "vocab": 7,
-                "layers": "moe mod(moe)",
-                "router": "sigmoid_bias",
-                "capacity": 0.5,
-            }
-        )
-    ).train()
+    moe = "moe(experts=4, router=sigmoid_bias)"
+    lm = LM(Config(layers=f"{moe} mod({moe}, capacity=0.5)", vocab=7, width=D)).train()
     lm.loss(*torch.randint(7, (2, 2, 6)))
     lm.after_step()
     biases = [buffer for name, buffer in lm.named_buffers() if name.endswith("bias")]
@@ -352,7 +450,7 @@ def test_a_step_reaches_every_layer():
 
 
 def test_a_model_counts_its_head():
-    lm = LM(Config(vocab=7, width=16, heads=2, layers="mlp"))
+    lm = LM(Config(vocab=7, width=16, layers="mlp"))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         lm(torch.zeros(1, 5, dtype=torch.int64))
     assert lm.flops(5) * 5 == counter.get_total_flops()
@@ -360,6 +458,6 @@ def test_a_model_counts_its_head():
 
 def test_a_model_refuses_targets_of_another_shape():
     with pytest.raises(ValueError, match="targets are"):
-        LM(Config(vocab=7, width=8, heads=2, layers="mlp")).loss(
+        LM(Config(vocab=7, width=8, layers="mlp")).loss(
             *(torch.zeros(s, dtype=torch.int64) for s in ((2, 6), (6, 2)))
         )
