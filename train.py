@@ -33,12 +33,11 @@ from minimodels.command import (
 )
 from minimodels.data.tasks import Task
 from minimodels.data.text import Text, open_data
-from minimodels.data.tokenizer import Bytes
 from minimodels.errors import InputError
+from minimodels.generate import Sampling, complete
 from minimodels.layers import choose
 from minimodels.ledger import ledger
 from minimodels.lm import LM
-from minimodels.sample import Sampling, generate
 from minimodels.training import checkpoint
 from minimodels.training.evaluate import evaluate
 from minimodels.training.log import forget_after, write_log
@@ -207,9 +206,8 @@ def sample(model: LM, data: Text | Task, prompt: str) -> str:
     if not model.causal:
         text = "no sample: this model routes over the whole sequence, which does not exist yet when generating"
     else:
-        start = Bytes().encode(prompt)
-        tokens = (int(token) for token in generate(model, [start], 200, Sampling(temperature=0.7)))
-        text = "--- sample ---\n" + "".join(Bytes().stream(start, tokens))
+        written = complete(model, prompt, 200, Sampling(temperature=0.7), seed=0)
+        text = f"--- sample ---\n{prompt}{written}"
     model.train()
     return text
 

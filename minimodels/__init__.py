@@ -1,17 +1,32 @@
 """minimodels: compact implementations of the architectures beyond the transformer, to read, to train and to measure."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 from minimodels.config import Config
 from minimodels.errors import InputError
+from minimodels.generate import Sampling, complete, generate
+from minimodels.ledger import ledger
 from minimodels.lm import LM
 from minimodels.presets import preset
+from minimodels.published import from_pretrained, save_pretrained
+from minimodels.training.checkpoint import load_model
 
-__all__ = ["LM", "Config", "InputError", "from_pretrained", "preset", "save_pretrained"]
+try:
+    __version__ = version("minimodels")
+except PackageNotFoundError:
+    __version__ = "unknown"
 
-
-def __getattr__(name: str):
-    """Import what reads published models when it is asked for: it is a command too, and would otherwise be loaded twice."""
-    if name in ("from_pretrained", "save_pretrained"):
-        from minimodels.published import pretrained
-
-        return getattr(pretrained, name)
-    raise AttributeError(f"module 'minimodels' has no attribute {name!r}")
+__all__ = [
+    "LM",
+    "Config",
+    "InputError",
+    "Sampling",
+    "__version__",
+    "complete",
+    "from_pretrained",
+    "generate",
+    "ledger",
+    "load_model",
+    "preset",
+    "save_pretrained",
+]

@@ -28,7 +28,8 @@ def run_command(main: Callable[[Options], None], options: Callable[[], Options])
     try:
         main(options())
     except InputError as error:
-        fail(f"error: {error}", 2)
+        line = str(error).removesuffix(error.excerpt).replace("\n", " ").strip()
+        fail(f"error: {line}\n{error.excerpt}".rstrip(), 2)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -46,8 +47,8 @@ def run_command(main: Callable[[Options], None], options: Callable[[], Options])
 
 
 def fail(message: str, status: int) -> NoReturn:
-    """Say why in one line, not in that of a progress bar, and exit."""
-    tqdm.write(message.replace("\n", " "), file=sys.stderr)
+    """Say why, not in the line of a progress bar, and exit."""
+    tqdm.write(message, file=sys.stderr)
     sys.exit(status)
 
 

@@ -127,6 +127,13 @@ def open_data(name: str, context: int):
         ) from None
 
 
+def is_task(name: str) -> bool:
+    """Whether `--data` names a task, with or without options."""
+    from minimodels.data.tasks import TASKS
+
+    return re.split(r"[:(]", name, maxsplit=1)[0] in TASKS
+
+
 def open_text(name: str, context: int) -> Text:
     """The bytes of stdlib, a file or a folder."""
     from minimodels.data.tasks import TASKS

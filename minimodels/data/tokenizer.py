@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minimodels.errors import InputError
-from minimodels.published.config_json import read_json
+from minimodels.files import read_json
 
 
 class Bytes:

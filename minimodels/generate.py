@@ -1,0 +1,157 @@
+"""From logits to text: how the next token is drawn, and texts continued token by token."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minimodels.data.tokenizer import Bytes
+from minimodels.errors import Fraction, InputError, Natural, NonNegative, check_types
+from minimodels.layers import Context
+from minimodels.lm import LM
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. The filters apply in this order."""
+
+    temperature: NonNegative = 0.8
+    """divides the logits; 0 takes the likeliest token"""
+    top_k: Natural = 0
+    """keep the k likeliest tokens; 0: all"""
+    top_p: Fraction = 1.0
+    """keep the likeliest tokens that together reach this probability (arXiv:1904.09751)"""
+    min_p: float = 0.0
+    """keep tokens at least this fraction as likely as the likeliest (arXiv:2407.01082)"""
+
+    def __post_init__(self):
+        check_types(self)
+        if not 0 <= self.min_p <= 1:
+            raise InputError("min_p", self.min_p, "a fraction from 0 to 1")
+
+
+def complete(
+    model: LM,
+    text: str,
+    tokens: int = 200,
+    sampling: Sampling = Sampling(),
+    seed: int | None = None,
+) -> str:
+    """Text in, text out: the text that a model writes after `text`, up to `tokens` tokens.
+
+    The model's own tokenizer is used, or bytes if it has none. Another call gives another text, unless a
+    seed is given. Raises InputError as generate does.
+    """
+    tokenizer = model.tokenizer or Bytes()
+    prompt = tokenizer.encode(text)
+    ids = (int(token) for token in generate(model, [prompt], tokens, sampling, seed))
+    ids = itertools.takewhile(lambda token: token not in tokenizer.end, ids)
+    return "".join(tokenizer.stream(prompt, ids)).removeprefix(text)
+
+
+def generate(
+    model: LM,
+    prompts: Sequence[Tensor | Sequence[int]],
+    count: int,
+    sampling: Sampling = Sampling(),
+    seed: int | None = None,
+) -> Iterator[Tensor]:
+    """Continue each prompt by `count` tokens, one step at a time: an iterator over (B,) int64.
+
+    prompts: B texts of token ids, (T,) int64 or lists, of any lengths. They are one chunk, each later token
+    another: only the state is kept. Row i draws from a generator of its own, seeded with seed + i, so that a
+    prompt is continued in a batch as it would be alone. Without a seed, every call draws anew.
+
+    Raises InputError for no prompt or an empty one, one of another shape or type, an id outside the
+    vocabulary, a negative count, or a model that is not causal in its present mode.
+    """
+    if not model.causal:
+        accepted = (
+            "layers that do not route over the whole sequence"
+            if not model.training
+            else "model.eval() first"
+        )
+        raise InputError("model", "in training mode" if model.training else "not causal", accepted)
+    if count < 0:
+        raise InputError("tokens", count, "0 or more")
+    if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
+        raise InputError("prompts", prompts, "token ids; complete(model, text) continues a text")
+    vocab = model.embedding.num_embeddings
+    try:
+        prompts = [torch.as_tensor(prompt) for prompt in prompts]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError("prompts", prompts, f"a list of texts of token ids ({error})") from None
+    if not prompts:
+        raise InputError("prompts", prompts, "at least one")
+    for prompt in prompts:
+        if not len(prompt.shape) or not prompt.numel():
+            raise InputError("prompt", prompt.tolist(), "at least one token")
+        if prompt.dtype != torch.int64 or prompt.ndim != 1:
+            given = f"{list(prompt.shape)} {prompt.dtype}"
+            raise InputError("prompt", given, "int64 ids of one or more tokens, (T,)")
+        if not 0 <= int(prompt.min()) <= int(prompt.max()) < vocab:
+            raise InputError("prompt", prompt.tolist(), f"token ids 0 to {vocab - 1}")
+    seed = random.SystemRandom().randrange(2**62) if seed is None else seed
+    return continue_prompts(model, prompts, count, sampling, seed)
+
+
+@torch.inference_mode()
+def continue_prompts(
+    model: LM, prompts: list[Tensor], count: int, sampling: Sampling, seed: int
+) -> Iterator[Tensor]:
+    """The iterator that generate returns once it has checked its arguments."""
+    device = model.embedding.weight.device
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(device)  # (B, T)
+    positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
+    positions = positions.masked_fill(positions >= lengths[:, None], -1)
+    if len({len(prompt) for prompt in prompts}) == 1:
+        positions = None  # nothing is padding
+    generators = [torch.Generator(device).manual_seed(seed + row) for row in range(len(prompts))]
+    state, rows = None, torch.arange(len(prompts))
+    last = lengths - 1  # where in the chunk each row's text ends
+    for _ in range(count):
+        x, state = model.features(tokens, state, Context(positions, tokens=tokens))
+        token = pick(model.logits(x[rows, last]), sampling, generators)  # (B,)
+        yield token
+        tokens, positions, last = token[:, None], None, torch.zeros_like(last)
+
+
+def pick(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
+    """Draw one token per row: (B, V) -> (B,). Raises InputError if the logits are not finite."""
+    if not logits.isfinite().all():
+        accepted = "float32 or bfloat16, because the logits are not finite in this one"
+        raise InputError("dtype", str(logits.dtype).removeprefix("torch."), accepted)
+    if sampling.temperature < torch.finfo(torch.float32).tiny:  # fp32 would divide by it as by 0
+        return logits.argmax(-1)
+    # relative to the largest, so that no temperature makes all of them infinite
+    relative = logits.float() - logits.amax(-1, keepdim=True)
+    probabilities = keep(relative / sampling.temperature, sampling).softmax(-1)
+    rows = zip(probabilities, generators, strict=True)
+    return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
+
+
+def keep(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The logits (B, V) with those that the filters remove at -inf; the likeliest always stays."""
+    if sampling.top_k:
+        likeliest = logits.topk(min(sampling.top_k, logits.shape[-1])).indices
+        logits = logits.masked_fill(
+            torch.ones_like(logits, dtype=torch.bool).scatter(-1, likeliest, False), float("-inf")
+        )
+    if sampling.top_p < 1:
+        ordered, index = logits.softmax(-1).sort(-1, descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p  # those before it suffice
+        beyond[:, 0] = False
+        logits = logits.masked_fill(
+            torch.zeros_like(beyond).scatter(-1, index, beyond), float("-inf")
+        )
+    if sampling.min_p:
+        probabilities = logits.softmax(-1)
+        unlikely = probabilities < sampling.min_p * probabilities.amax(-1, keepdim=True)
+        logits = logits.masked_fill(unlikely, float("-inf"))
+    return logits

@@ -1,0 +1,49 @@
+"""The command of the ledger: a line of costs for each model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tyro
+
+import minimodels.ledger as module
+from minimodels.command import run_command
+from minimodels.errors import Count, check_types
+from minimodels.ledger import ledger
+from minimodels.presets import PRESETS, fitted, preset
+
+
+@dataclass(frozen=True)
+class Options:
+    """Print what models cost."""
+
+    layers: str = ""
+    """layers to count at the width of `size`; by default every preset"""
+    size: str = "tiny"
+    """tiny or small"""
+    context: Count = 1024
+    """tokens of context at which FLOPs and state are counted"""
+
+    def __post_init__(self):
+        check_types(self)
+
+
+def main(options: Options) -> None:
+    """Print one line for each model."""
+    configs = {model: preset(model, options.size) for model in PRESETS}
+    if options.layers:
+        text = fitted(options.layers, options.size)
+        configs = {options.layers: preset("transformer", options.size, layers=text)}
+    width = max(map(len, configs))
+    print(f"{'':{width}}  parameters   active  MFLOPs/trained token  state KiB  unrouted/routed")
+    for name, config in configs.items():
+        cost = ledger(config, options.context)
+        sizes = f"{cost.parameters / 1e6:9.2f}M {cost.active / 1e6:7.2f}M"
+        flops = f"{cost.training_flops / 1e6:20.1f}"
+        print(
+            f"{name:{width}}  {sizes}  {flops}  {cost.state_bytes / 1024:9.0f}  {cost.speedup:14.2f}x"
+        )
+
+
+if __name__ == "__main__":
+    run_command(main, lambda: tyro.cli(Options, description=module.__doc__))
