@@ -28,9 +28,9 @@ class LM(nn.Module):
         super().__init__()
         self.config = config
         self.published = None  # what minimodels.published knows of a model that it read
-        self.observed: dict[
-            str, list[Tensor]
-        ] = {}  # what the layers saw in the last call of `loss`
+        self.tokenizer = None  # of a model that was loaded; None: bytes
+        # what the layers saw in the last call of `loss`
+        self.observed: dict[str, list[Tensor]] = {}
         self.embedding = nn.Embedding(config.vocab or 256, config.width)
         nn.init.normal_(self.embedding.weight, std=config.init_std)
         self.layers = build(config)

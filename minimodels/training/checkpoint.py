@@ -150,10 +150,11 @@ def save_options(run: Path, options: dict) -> None:
         ) from None
 
 
-def load_model(run: Path) -> LM:
+def load_model(run: str | Path) -> LM:
     """The trained model of a run, on the CPU. Raises InputError if there is none."""
+    run = Path(run)
     try:
-        config = Config(**read_json(Path(run) / "options.json", "run")["config"])
+        config = Config(**read_json(run / "options.json", "run")["config"])
     except (KeyError, TypeError) as error:
         raise InputError("run", str(run), f"the folder of a training run ({error})") from None
     model = LM(config)
