@@ -24,7 +24,9 @@ and sums dk and dv over the queries of all heads that share them. Both compute s
 adding nothing atomically, so that with the same blocks results do not differ from run to run. Exponentials are to base 2,
 which the hardware has. Blocks that no query sees are skipped, and only those that some of the queries see in part are masked.
 Where positions are given any slot may be empty: then every block is masked, and only the slots behind a query's own are known
-to be invisible.
+to be invisible. Where documents are told by their starts, the keys of a block of queries begin at its first document, and
+those of its last one are seen by all; the other way, the queries that see a block of keys end where the last document that it
+reaches does.
 
 Tensor cores multiply while the other units compute exponentials only if these do not wait for that product. So forward may
 start the next block's scores AHEAD of this block's softmax, for registers and one block of scores too many; backward starts dp
@@ -37,12 +39,15 @@ minimodels.kernels.compile does.
     k, v        (B, G, S, d)    G key heads, each shared by H/G heads; the last T slots are those of the queries
     queries     (B, T)          where the queries stand, and
     keys        (B, S)          the keys; -1: nothing there. None: keys at 0 to S - 1
+    starts      (B, T)          where each query's document begins, ascending; None: before all keys
+    ends        (B, S)          how many queries begin their document at a key or before it: where those that see it end
     lse, delta  (B, H, T)       lse to base 2, infinite where a query sees nothing; both in full precision
     s, dp       (queries, keys)     of two blocks; s without its factor 1/√d, which `high`, to base 2 like lse, has
     size, span  ()              T, and for a few queries S, rounded up to powers of two: what tuning goes by
-    region      0, 1, 2         of the keys that a block of queries meets: some hidden by the window, all seen, some yet to
-                                come; of the queries that meet a block of keys: keys yet to come for some, all seen, hidden
-                                from some. Where positions are given all are masked: keys in region 2, queries in region 0
+    region      0, 1, 2         of the keys that a block of queries meets: some hidden by the window or of other documents, all
+                                seen, some yet to come; of the queries that meet a block of keys: keys yet to come for some,
+                                all seen, hidden from some. Where positions are given all are masked: keys in region 2, queries
+                                in region 0
 """
 
 from __future__ import annotations
@@ -130,6 +135,28 @@ def query_places(QUERIES, start, T, S, LENGTH: tl.constexpr):
 
 
 @triton.jit
+def start_places(STARTS, start, T, LENGTH: tl.constexpr):
+    """Where the documents of a block's queries begin; for those behind the last query, nowhere."""
+    if STARTS is None:
+        return None
+    else:
+        i = start + tl.arange(0, LENGTH)
+        return tl.load(STARTS + i, i < T, 0x7FFFFFFF).to(tl.int32)
+
+
+@triton.jit
+def column_of(places):
+    """As the rows of a block of scores want it."""
+    return None if places is None else places[:, None]
+
+
+@triton.jit
+def row_of(places):
+    """As the columns of transposed scores want it."""
+    return None if places is None else places[None, :]
+
+
+@triton.jit
 def key_places(KEYS, start, S, LENGTH: tl.constexpr):
     """Where the keys of a block stand: those of empty slots behind everything, where no query sees them."""
     j = start + tl.arange(0, LENGTH)
@@ -141,16 +168,18 @@ def key_places(KEYS, start, S, LENGTH: tl.constexpr):
 
 
 @triton.jit
-def hide(s, query, key, window):
-    """The scores, -inf where the query does not see the key."""
+def hide(s, query, first, key, window):
+    """The scores, -inf where the query does not see the key; `first` is where the query's document begins."""
     seen = key <= query
+    if first is not None:
+        seen &= key >= first
     if window is not None:
         seen &= key > query - window
     return tl.where(seen, s, float("-inf"))
 
 
 @triton.jit
-def keys_of(start, T, S, window, KEYS, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
+def keys_of(start, T, S, window, KEYS, STARTS, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
     """Of the keys that a block of queries sees: the first, the two bounds of those that all of them see, the end."""
     first = S - T + start  # the slot of the first query
     low, whole, edge, end = 0, 0, 0, tl.minimum(first + BLOCK_T, S)
@@ -160,6 +189,13 @@ def keys_of(start, T, S, window, KEYS, BLOCK_T: tl.constexpr, BLOCK_S: tl.conste
             low = tl.maximum(first - window + 1, 0) // BLOCK_S * BLOCK_S
             whole = tl.minimum(
                 tl.cdiv(tl.maximum(first + BLOCK_T - window, 0), BLOCK_S) * BLOCK_S, end
+            )
+            edge = tl.maximum(edge, whole)
+        if STARTS is not None:
+            low = tl.maximum(low, tl.load(STARTS + start).to(tl.int32) // BLOCK_S * BLOCK_S)
+            last = tl.load(STARTS + tl.minimum(start + BLOCK_T, T) - 1).to(tl.int32)
+            whole = tl.maximum(
+                whole, tl.minimum(tl.cdiv(tl.maximum(last, 0), BLOCK_S) * BLOCK_S, end)
             )
             edge = tl.maximum(edge, whole)
     return low, whole, edge, end
@@ -176,7 +212,7 @@ def dealt(bounds, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
-def queries_of(start, T, S, window, KEYS, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
+def queries_of(start, T, S, window, KEYS, ENDS, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
     """Of the queries that see a block of keys: the first, the two bounds of those that see all of them, the end."""
     first = start - (
         S - T
@@ -193,6 +229,11 @@ def queries_of(start, T, S, window, KEYS, BLOCK_T: tl.constexpr, BLOCK_S: tl.con
             edge = tl.maximum(
                 tl.minimum(tl.maximum(first + window, 0) // BLOCK_T * BLOCK_T, end), whole
             )
+        if ENDS is not None:
+            end = tl.minimum(end, tl.load(ENDS + tl.minimum(start + BLOCK_S, S) - 1).to(tl.int32))
+            whole = tl.minimum(whole, end)
+            all_see = tl.load(ENDS + start).to(tl.int32) // BLOCK_T * BLOCK_T
+            edge = tl.maximum(tl.minimum(tl.minimum(edge, all_see), end), whole)
     return low, whole, edge, end
 
 
@@ -216,7 +257,7 @@ def scores(
 
 @triton.jit
 def attend(
-    total, weight, high, ahead, q, query, K, V, KEYS, k_stride, v_stride, low, end, S, window, d: tl.constexpr,
+    total, weight, high, ahead, q, query, first, K, V, KEYS, k_stride, v_stride, low, end, S, window, d: tl.constexpr,
     SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr,
     AHEAD: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
@@ -232,7 +273,7 @@ def attend(
             else:
                 s = scores(q, K, start, k_stride, S, d, FULL, WIDTH, BLOCK_S, EDGE)
             if EDGE:
-                s = hide(s, query[:, None], key_places(KEYS, start, S, BLOCK_S)[None, :], window)
+                s = hide(s, query, first, key_places(KEYS, start, S, BLOCK_S)[None, :], window)
             higher = tl.maximum(high, tl.max(s, 1) * (SCALE * LOG2_E))
             p = tl.exp2(s * (SCALE * LOG2_E) - higher[:, None])
             shrink = tl.exp2(high - higher)
@@ -277,7 +318,7 @@ def blocks(*sizes: tuple[int, int, int, int], **also) -> list[triton.Config]:
 )
 @triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
-    Q, K, V, QUERIES, KEYS, Y, LSE, q_strides, k_strides, v_strides, y_strides, B, H, G, T, S, size, span, window,
+    Q, K, V, QUERIES, KEYS, STARTS, Y, LSE, q_strides, k_strides, v_strides, y_strides, B, H, G, T, S, size, span, window,
     d: tl.constexpr, SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, DEAL: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
@@ -292,7 +333,10 @@ def forward_kernel(
     if KEYS is not None:
         QUERIES += batch * T
         KEYS += batch * S
-    query = query_places(QUERIES, start, T, S, BLOCK_T)
+    if STARTS is not None:
+        STARTS += batch * T
+    query = query_places(QUERIES, start, T, S, BLOCK_T)[:, None]
+    first = column_of(start_places(STARTS, start, T, BLOCK_T))
     q = tile(
         Q + batch * q_strides[0] + head * q_strides[1],
         start,
@@ -308,14 +352,16 @@ def forward_kernel(
     high = tl.full(
         (BLOCK_T,), -1e38, FULL
     )  # finite, so that a row that has seen nothing subtracts no infinities
-    bounds = keys_of(start, T, S, window, KEYS, BLOCK_T, BLOCK_S)
+    bounds = keys_of(start, T, S, window, KEYS, STARTS, BLOCK_T, BLOCK_S)
     if DEAL:
         bounds = dealt(bounds, BLOCK_S)
     ahead = scores(q, K, bounds[0], k_strides[2], S, d, FULL, WIDTH, BLOCK_S, True) if AHEAD else 0
     for region in tl.static_range(3):
-        if region == 2 or (KEYS is None and (region == 1 or window is not None)):
+        if region == 2 or (
+            KEYS is None and (region == 1 or window is not None or STARTS is not None)
+        ):
             total, weight, high, ahead = attend(
-                total, weight, high, ahead, q, query, K, V, KEYS, k_strides[2], v_strides[2], bounds[region],
+                total, weight, high, ahead, q, query, first, K, V, KEYS, k_strides[2], v_strides[2], bounds[region],
                 bounds[region + 1], S, window, d, SCALE, FULL, WIDTH, BLOCK_S, AHEAD, region != 1,
             )  # fmt: skip
 
@@ -352,7 +398,7 @@ def join_kernel(
 
 @triton.jit
 def towards_queries(
-    dq, q, dy, lse, delta, query, K, V, KEYS, k_stride, v_stride, low, end, S, window,
+    dq, q, dy, lse, delta, query, first, K, V, KEYS, k_stride, v_stride, low, end, S, window,
     d: tl.constexpr, SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Add the keys from low to end to Σ_j ds k."""
@@ -362,7 +408,7 @@ def towards_queries(
             v = tile(V, start, v_stride, S, d, BLOCK_S, WIDTH, EDGE)
             s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=FULL)
             if EDGE:
-                s = hide(s, query[:, None], key_places(KEYS, start, S, BLOCK_S)[None, :], window)
+                s = hide(s, query, first, key_places(KEYS, start, S, BLOCK_S)[None, :], window)
             dp = tl.dot(dy, tl.trans(v), input_precision="ieee", out_dtype=FULL)
             p = tl.exp2(s * (SCALE * LOG2_E) - lse[:, None])
             ds = p * (dp - delta[:, None])
@@ -384,7 +430,7 @@ def towards_queries(
 )
 @triton.jit(do_not_specialize=COUNTS)
 def backward_queries_kernel(
-    Q, K, V, QUERIES, KEYS, Y, DY, LSE, DELTA, DQ, q_strides, k_strides, v_strides, y_strides, dy_strides, dq_strides,
+    Q, K, V, QUERIES, KEYS, STARTS, Y, DY, LSE, DELTA, DQ, q_strides, k_strides, v_strides, y_strides, dy_strides, dq_strides,
     B, H, G, T, S, size, span, window,
     d: tl.constexpr, SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -398,7 +444,10 @@ def backward_queries_kernel(
     if KEYS is not None:
         QUERIES += batch * T
         KEYS += batch * S
-    query = query_places(QUERIES, start, T, S, BLOCK_T)
+    if STARTS is not None:
+        STARTS += batch * T
+    query = query_places(QUERIES, start, T, S, BLOCK_T)[:, None]
+    first = column_of(start_places(STARTS, start, T, BLOCK_T))
     dy = tile(
         DY + batch * dy_strides[0] + head * dy_strides[1],
         start,
@@ -436,12 +485,14 @@ def backward_queries_kernel(
     )
 
     dq = tl.zeros((BLOCK_T, WIDTH), FULL)
-    bounds = keys_of(start, T, S, window, KEYS, BLOCK_T, BLOCK_S)
+    bounds = keys_of(start, T, S, window, KEYS, STARTS, BLOCK_T, BLOCK_S)
     for region in tl.static_range(3):
-        if region == 2 or (KEYS is None and (region == 1 or window is not None)):
+        if region == 2 or (
+            KEYS is None and (region == 1 or window is not None or STARTS is not None)
+        ):
             dq = towards_queries(
-                dq, q, dy, lse, delta, query, K, V, KEYS, k_strides[2], v_strides[2], bounds[region], bounds[region + 1], S,
-                window, d, SCALE, FULL, WIDTH, BLOCK_S, region != 1,
+                dq, q, dy, lse, delta, query, first, K, V, KEYS, k_strides[2], v_strides[2],
+                bounds[region], bounds[region + 1], S, window, d, SCALE, FULL, WIDTH, BLOCK_S, region != 1,
             )  # fmt: skip
     dq *= SCALE
     store(
@@ -458,7 +509,7 @@ def backward_queries_kernel(
 
 @triton.jit
 def towards_keys(
-    dk, dv, k, v, key, Q, DY, LSE, DELTA, QUERIES, q_strides, dy_strides, low, end, members, T, S, window,
+    dk, dv, k, v, key, Q, DY, LSE, DELTA, QUERIES, STARTS, q_strides, dy_strides, low, end, members, T, S, window,
     d: tl.constexpr, SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Add the queries from low to end of each head to Σ_i ds q and Σ_i p dy; scores are transposed, (keys, queries)."""
@@ -476,9 +527,9 @@ def towards_keys(
             delta = tl.load(DELTA + head * T + i, i < T, 0.0)
             s = tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=FULL)
             if EDGE:
-                s = hide(
-                    s, query_places(QUERIES, start, T, S, BLOCK_T)[None, :], key[:, None], window
-                )
+                query = query_places(QUERIES, start, T, S, BLOCK_T)[None, :]
+                first = row_of(start_places(STARTS, start, T, BLOCK_T))
+                s = hide(s, query, first, key[:, None], window)
             dp = tl.dot(v, tl.trans(dy), input_precision="ieee", out_dtype=FULL)
             p = tl.exp2(s * (SCALE * LOG2_E) - lse[None, :])
             dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision="ieee", out_dtype=FULL)
@@ -503,7 +554,7 @@ def towards_keys(
 )
 @triton.jit(do_not_specialize=COUNTS)
 def backward_keys_kernel(
-    Q, K, V, QUERIES, KEYS, DY, LSE, DELTA, DK, DV, q_strides, k_strides, v_strides, dy_strides, dk_strides,
+    Q, K, V, QUERIES, KEYS, STARTS, ENDS, DY, LSE, DELTA, DK, DV, q_strides, k_strides, v_strides, dy_strides, dk_strides,
     B, H, G, T, S, size, span, window,
     d: tl.constexpr, SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -533,6 +584,10 @@ def backward_keys_kernel(
     if KEYS is not None:
         QUERIES += batch * T
         KEYS += batch * S
+    if STARTS is not None:
+        STARTS += batch * T
+    if ENDS is not None:
+        ENDS += batch * S
     key = key_places(KEYS, start, S, BLOCK_S)
     head = key_head * (H // G)  # the first of those that share the keys
     Q += batch * q_strides[0] + head * q_strides[1]
@@ -541,12 +596,14 @@ def backward_keys_kernel(
     DELTA += (batch * H + head) * T
 
     dk, dv = tl.zeros((BLOCK_S, WIDTH), FULL), tl.zeros((BLOCK_S, WIDTH), FULL)
-    bounds = queries_of(start, T, S, window, KEYS, BLOCK_T, BLOCK_S)
+    bounds = queries_of(start, T, S, window, KEYS, ENDS, BLOCK_T, BLOCK_S)
     for region in tl.static_range(3):
-        if region == 0 or (KEYS is None and (region == 1 or window is not None)):
+        if region == 0 or (
+            KEYS is None and (region == 1 or window is not None or STARTS is not None)
+        ):
             dk, dv = towards_keys(
-                dk, dv, k, v, key, Q, DY, LSE, DELTA, QUERIES, q_strides, dy_strides, bounds[region], bounds[region + 1],
-                H // G, T, S, window, d, SCALE, FULL, WIDTH, BLOCK_T, region != 1,
+                dk, dv, k, v, key, Q, DY, LSE, DELTA, QUERIES, STARTS, q_strides, dy_strides,
+                bounds[region], bounds[region + 1], H // G, T, S, window, d, SCALE, FULL, WIDTH, BLOCK_T, region != 1,
             )  # fmt: skip
     base = batch * dk_strides[0] + key_head * dk_strides[1]
     store(DK + base, dk * SCALE, start, dk_strides[2], S, d, BLOCK_S, WIDTH)
@@ -555,11 +612,12 @@ def backward_keys_kernel(
 
 @torch.library.custom_op("minimodels::attention_forward", mutates_args=())
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, queries: Tensor | None, keys: Tensor | None, window: int | None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, queries: Tensor | None, keys: Tensor | None, starts: Tensor | None, window: int | None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y and lse."""
     (B, H, T, d), S = q.shape, k.shape[2]
-    q, k, v, queries, keys = *map(innermost, (q, k, v)), *dense(queries, keys)
+    q, k, v = map(innermost, (q, k, v))
+    queries, keys, starts = dense(queries, keys, starts)
     y, lse = heads_like(q), q.new_empty(B, H, T, dtype=torch.promote_types(q.dtype, torch.float32))
     parts = parts_of(q, S if window is None or keys is not None else min(S, T + window))
     y_parts, lse_parts = (
@@ -569,7 +627,7 @@ def attention_forward(
     )
     with on(q):
         forward_kernel[lambda meta: (B * H * triton.cdiv(T, meta["BLOCK_T"]), parts)](
-            q, k, v, queries, keys, y_parts, lse_parts, q.stride(), k.stride(), v.stride(), y_parts.stride(),
+            q, k, v, queries, keys, starts, y_parts, lse_parts, q.stride(), k.stride(), v.stride(), y_parts.stride(),
             *sizes(q, k), window, **constants(q), DEAL=parts > 1,
         )  # fmt: skip
         if parts > 1:
@@ -589,20 +647,25 @@ def parts_of(q: Tensor, met: int) -> int:
 @torch.library.custom_op("minimodels::attention_backward", mutates_args=())
 def attention_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor,
-    queries: Tensor | None, keys: Tensor | None, window: int | None,
+    queries: Tensor | None, keys: Tensor | None, starts: Tensor | None, window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk and dv."""
     (B, H, T), (G, S) = q.shape[:3], k.shape[1:3]
-    dy, q, k, v, queries, keys = *map(innermost, (dy, q, k, v)), *dense(queries, keys)
+    dy, q, k, v = map(innermost, (dy, q, k, v))
+    queries, keys, starts = dense(queries, keys, starts)
+    ends = None
+    if starts is not None and keys is None:
+        slots = torch.arange(S, device=q.device, dtype=starts.dtype).repeat(B, 1)
+        ends = torch.searchsorted(starts, slots, right=True)
     dq, dk, dv, delta = heads_like(q), heads_like(k), heads_like(v), torch.empty_like(lse)
     known = (*sizes(q, k), window)
     with on(q):
         backward_queries_kernel[lambda meta: (B * H * triton.cdiv(T, meta["BLOCK_T"]),)](
-            q, k, v, queries, keys, y, dy, lse, delta, dq,
+            q, k, v, queries, keys, starts, y, dy, lse, delta, dq,
             q.stride(), k.stride(), v.stride(), y.stride(), dy.stride(), dq.stride(), *known, **constants(q),
         )  # fmt: skip
         backward_keys_kernel[lambda meta: (B * G * triton.cdiv(S, meta["BLOCK_S"]),)](
-            q, k, v, queries, keys, dy, lse, delta, dk, dv,
+            q, k, v, queries, keys, starts, ends, dy, lse, delta, dk, dv,
             q.stride(), k.stride(), v.stride(), dy.stride(), dk.stride(), *known, **constants(q),
         )  # fmt: skip
     return dq, dk, dv
@@ -638,24 +701,24 @@ def constants(q: Tensor) -> dict[str, object]:
 
 
 @attention_forward.register_fake
-def _(q, k, v, queries, keys, window):
+def _(q, k, v, queries, keys, starts, window):
     return heads_like(q), q.new_empty(
         q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32)
     )
 
 
 @attention_backward.register_fake
-def _(dy, q, k, v, y, lse, queries, keys, window):
+def _(dy, q, k, v, y, lse, queries, keys, starts, window):
     return heads_like(q), heads_like(k), heads_like(v)
 
 
 def _save(ctx, inputs, output):
-    q, k, v, queries, keys, ctx.window = inputs
-    ctx.save_for_backward(q, k, v, *output, queries, keys)
+    q, k, v, *places, ctx.window = inputs
+    ctx.save_for_backward(q, k, v, *output, *places)
 
 
 def _differentiate(ctx, dy, _):
-    return *attention_backward(dy, *ctx.saved_tensors, ctx.window), None, None, None
+    return *attention_backward(dy, *ctx.saved_tensors, ctx.window), None, None, None, None
 
 
 attention_forward.register_autograd(_differentiate, setup_context=_save)
@@ -668,17 +731,18 @@ def attention(
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
     window: int | None = None,
+    query_starts: Tensor | None = None,
 ) -> Tensor:
     """As minimodels.ops.attention.attention: (B, H, T, d). q, k and v of one dtype; for a query at -1, 0.
 
     Raises ValueError on shapes or dtypes that disagree.
     """
-    check_shapes(q, k, v, query_positions, key_positions)
+    check_shapes(q, k, v, query_positions, key_positions, query_starts)
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: q {q.dtype}, k {k.dtype}, v {v.dtype} do not fit")
     if query_positions is None and window is not None and window >= k.shape[2]:
         window = None  # a kernel without its tests
-    return attention_forward(q, k, v, query_positions, key_positions, window)[0]
+    return attention_forward(q, k, v, query_positions, key_positions, query_starts, window)[0]
 
 
 def check() -> None:
@@ -767,13 +831,17 @@ def decoding(S: int, H: int, d: int) -> Case:
     return Case(f"decoding: B 1, H {H}, S {S}, d {d}", inputs, 2 * H * S * d, 0)
 
 
-def example(call: Case, window: int | None = None, positions: bool = False) -> Callable[[], tuple]:
+def example(
+    call: Case, window: int | None = None, positions: bool = False, documents: bool = False
+) -> Callable[[], tuple]:
     """Inputs that minimodels.kernels.compile launches."""
 
     def inputs() -> tuple:
         q, k, v = call.inputs()
         places = torch.arange(k.shape[2]).expand(len(k), -1)
-        return q, k, v, *((places[:, -q.shape[2] :], places) if positions else (None, None)), window
+        starts = places // 100 * 100 if documents else None
+        given = (places[:, -q.shape[2] :], places) if positions else (None, None)
+        return q, k, v, *given, window, starts
 
     return inputs
 
@@ -783,6 +851,7 @@ EXAMPLES = [
     example(case(512, 256, 4, 128)),
     example(case(512, 256, 4, 128), window=100),
     example(case(512, 256, 4, 128), positions=True),
+    example(case(512, 256, 4, 128), documents=True),
     example(decoding(4096, 4, 128)),
     example(decoding(4096, 4, 128), positions=True),
 ]

@@ -12,13 +12,15 @@ g_t = dy_t ⊙ (σ(p_t) · (1 + p_t · (1 - σ(p_t)))), or g = dy,
 
 A program walks along a chunk of the text with a block of channels, neighbouring threads on neighbouring channels, and holds the
 last W inputs in registers, in backward the last W numbers of g too; so nothing but the W-1 tokens at a chunk's borders is
-loaded twice, and p is recomputed, not kept. A few tokens are loaded ahead of their use to keep the memory busy.
+loaded twice, and p is recomputed, not kept. Where a token begins a document, the inputs held from before it become 0, and in
+backward dx of a token takes no g from there on. A few tokens are loaded ahead of their use to keep the memory busy.
 
     name        shape
     x, y        (B, T, D)      x may be a part of a wider tensor, as the first half of a projection is
     weight      (D, W)
     bias        (D,)           or None
     window      (B, W-1, D)    the inputs before x, None for zeros
+    resets      (B, T)         bytes: 1 where a token begins a document; None: nowhere
     partial     (B · chunks, W+1, D)   each program's share of dweight, and of dbias in the last place
 """
 
@@ -34,6 +36,7 @@ from minimodels.kernels.common import (
     TIMED,
     Case,
     Peer,
+    as_bytes,
     command,
     compare,
     dense,
@@ -47,7 +50,7 @@ from minimodels.kernels.common import (
 from torch import Tensor
 
 from minimodels.ops.convolution import causal_conv1d as operation
-from minimodels.ops.convolution import check_convolution
+from minimodels.ops.convolution import check_convolution, tokens_within, window_after
 
 CHUNK = 128  # tokens a program walks along: at W = 4 the borders and the partial sums add 7 % to the bytes of backward
 CONFIGS = [  # a thread holds 2 to 8 channels, so that a warp reads 128 to 512 bytes at once
@@ -69,11 +72,35 @@ def load_taps(WEIGHT, channel, inside, W: tl.constexpr, FULL: tl.constexpr):
 
 
 @triton.jit
-def load_past(X, WINDOW, start, stride, D, channel, inside, W: tl.constexpr, FULL: tl.constexpr):
-    """The W-1 inputs before `start`, from the window where that is before time 0."""
+def begins(RESETS, t, T):
+    """1 where a document begins at t, else 0."""
+    if RESETS is None:
+        return 0
+    else:
+        return tl.load(RESETS + t, (t >= 0) & (t < T), 0).to(tl.int32)
+
+
+@triton.jit
+def forget(past, begins, RESETS):
+    """The numbers held, 0 if a document begins."""
+    if RESETS is None:
+        return past
+    else:
+        kept = ()
+        for i in tl.static_range(len(past)):
+            kept += (tl.where(begins == 0, past[i], 0.0),)
+        return kept
+
+
+@triton.jit
+def load_past(
+    X, WINDOW, RESETS, start, stride, T, D, channel, inside, W: tl.constexpr, FULL: tl.constexpr
+):
+    """The W-1 inputs before `start`, from the window where that is before time 0, those of earlier documents as 0."""
     past = ()
     for w in tl.static_range(W - 1):
         t = start + (w - W + 1)
+        past = forget(past, begins(RESETS, t, T), RESETS)
         x = tl.load(X + t * stride + channel, tl.where(t >= 0, inside, False), 0.0).to(FULL)
         if WINDOW is not None:
             x += tl.load(
@@ -84,10 +111,24 @@ def load_past(X, WINDOW, start, stride, D, channel, inside, W: tl.constexpr, FUL
 
 
 @triton.jit
-def combine(taps, numbers, total, W: tl.constexpr, REVERSE: tl.constexpr):
-    """total + Σ_w taps_w · numbers_w, or numbers_{W-1-w}."""
+def combine(taps, numbers, total, W: tl.constexpr):
+    """total + Σ_w taps_w · numbers_w."""
     for w in tl.static_range(W):
-        total += taps[w] * numbers[W - 1 - w if REVERSE else w]
+        total += taps[w] * numbers[w]
+    return total
+
+
+@triton.jit
+def transposed(taps, g, firsts, RESETS, W: tl.constexpr):
+    """dx of a token: Σ_w taps_w · g_{W-1-w} up to the end of its document; g and firsts, whether a document begins, of the
+    token and the W-1 after it."""
+    total, same = taps[W - 1] * g[0], 1
+    for i in tl.static_range(1, W):
+        if RESETS is None:
+            total += taps[W - 1 - i] * g[i]
+        else:
+            same *= 1 - firsts[i]
+            total += tl.where(same != 0, taps[W - 1 - i] * g[i], 0.0)
     return total
 
 
@@ -104,7 +145,7 @@ def gradient(dy, p, SILU: tl.constexpr):
 @tuned(CONFIGS, key=["D", "W"])
 @triton.jit
 def forward_kernel(
-    X, WEIGHT, BIAS, WINDOW, Y, T, D, batch_stride, time_stride,
+    X, WEIGHT, BIAS, WINDOW, RESETS, Y, T, D, batch_stride, time_stride,
     SILU: tl.constexpr, W: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One program, one block of channels, one chunk of one text."""
@@ -116,11 +157,13 @@ def forward_kernel(
     Y += batch * T * width
     if WINDOW is not None:
         WINDOW += batch * (W - 1) * width
+    if RESETS is not None:
+        RESETS += batch * T
     taps = load_taps(WEIGHT, channel, inside, W, FULL)
     bias = tl.zeros((CHANNELS,), FULL)
     if BIAS is not None:
         bias += tl.load(BIAS + channel, inside, 0.0).to(FULL)
-    past = load_past(X, WINDOW, start, stride, D, channel, inside, W, FULL)
+    past = load_past(X, WINDOW, RESETS, start, stride, T, D, channel, inside, W, FULL)
     for t in range(start, tl.minimum(start + CHUNK, T), AHEAD):
         loaded = ()
         for i in tl.static_range(AHEAD):
@@ -128,8 +171,9 @@ def forward_kernel(
                 tl.load(X + (t + i) * stride + channel, tl.where(t + i < T, inside, False), 0.0),
             )
         for i in tl.static_range(AHEAD):
+            past = forget(past, begins(RESETS, t + i, T), RESETS)
             past += (loaded[i].to(FULL),)
-            y = combine(taps, past, bias, W, False)
+            y = combine(taps, past, bias, W)
             if SILU:
                 y = y * sigmoid(y)
             tl.store(Y + (t + i) * width + channel, y, tl.where(t + i < T, inside, False))
@@ -139,7 +183,7 @@ def forward_kernel(
 @tuned(CONFIGS, key=["D", "W"])
 @triton.jit
 def backward_kernel(
-    DY, X, WEIGHT, BIAS, WINDOW, DX, DWINDOW, PARTIAL, T, D, batch_stride, time_stride,
+    DY, X, WEIGHT, BIAS, WINDOW, RESETS, DX, DWINDOW, PARTIAL, T, D, batch_stride, time_stride,
     SILU: tl.constexpr, W: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One program, one block of channels, dx of one chunk of one text. It walks W-1 tokens beyond, for dx_s needs g up to
@@ -154,28 +198,34 @@ def backward_kernel(
     if WINDOW is not None:
         WINDOW += batch * (W - 1) * width
         DWINDOW += batch * (W - 1) * width
+    if RESETS is not None:
+        RESETS += batch * T
     taps = load_taps(WEIGHT, channel, inside, W, FULL)
     nothing = tl.zeros((CHANNELS,), FULL)
     bias = nothing
     if BIAS is not None:
         bias += tl.load(BIAS + channel, inside, 0.0).to(FULL)
-    past = load_past(X, WINDOW, start, stride, D, channel, inside, W, FULL)  # W-1 of x
+    past = load_past(X, WINDOW, RESETS, start, stride, T, D, channel, inside, W, FULL)  # W-1 of x
     g = (nothing,) * (W - 1)  # what came before the chunk adds to dx of another
+    firsts = (0,) * (W - 1)
     dtaps, dbias = (nothing,) * W, nothing
     first = tl.where(start == 0, inside, False)
     for i in tl.static_range(W - 1):
         t = start + i
         dy = tl.load(DY + t * width + channel, tl.where(t < T, inside, False), 0.0).to(FULL)
-        past += (tl.load(X + t * stride + channel, tl.where(t < T, inside, False), 0.0).to(FULL),)
-        g += (gradient(dy, combine(taps, past, bias, W, False), SILU),)
+        x = tl.load(X + t * stride + channel, tl.where(t < T, inside, False), 0.0).to(FULL)
+        firsts += (begins(RESETS, t, T),)
+        past = forget(past, firsts[W - 1], RESETS)
+        past += (x,)
+        g += (gradient(dy, combine(taps, past, bias, W), SILU),)
         if WINDOW is not None:
-            tl.store(DWINDOW + t * width + channel, combine(taps, g, nothing, W, True), first)
+            tl.store(DWINDOW + t * width + channel, transposed(taps, g, firsts, RESETS, W), first)
         counted = tl.where(first, g[W - 1], 0.0)
         more = ()
         for w in tl.static_range(W):
             more += (dtaps[w] + counted * past[w],)
         dtaps, dbias = more, dbias + counted
-        past, g = past[1:], g[1:]
+        past, g, firsts = past[1:], g[1:], firsts[1:]
     for s in range(start, tl.minimum(start + CHUNK, T), AHEAD):
         loaded, incoming = (), ()
         for i in tl.static_range(AHEAD):
@@ -183,18 +233,20 @@ def backward_kernel(
             loaded += (tl.load(X + t * stride + channel, tl.where(t < T, inside, False), 0.0),)
             incoming += (tl.load(DY + t * width + channel, tl.where(t < T, inside, False), 0.0),)
         for i in tl.static_range(AHEAD):
+            firsts += (begins(RESETS, s + i + W - 1, T),)
+            past = forget(past, firsts[W - 1], RESETS)
             past += (loaded[i].to(FULL),)
-            g += (gradient(incoming[i].to(FULL), combine(taps, past, bias, W, False), SILU),)
+            g += (gradient(incoming[i].to(FULL), combine(taps, past, bias, W), SILU),)
             tl.store(
                 DX + (s + i) * width + channel,
-                combine(taps, g, nothing, W, True),
+                transposed(taps, g, firsts, RESETS, W),
                 tl.where(s + i < T, inside, False),
             )
             more = ()
             for w in tl.static_range(W):
                 more += (dtaps[w] + g[W - 1] * past[w],)
             dtaps, dbias = more, dbias + g[W - 1]
-            past, g = past[1:], g[1:]
+            past, g, firsts = past[1:], g[1:], firsts[1:]
     PARTIAL += (batch * tl.num_programs(1) + tl.program_id(1)) * (W + 1) * width + channel
     for w in tl.static_range(W):
         tl.store(PARTIAL + w * D, dtaps[w], inside)
@@ -203,14 +255,14 @@ def backward_kernel(
 
 @torch.library.custom_op("minimodels::causal_conv1d_forward", mutates_args=())
 def causal_conv1d_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None, activation: bool
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None, resets: Tensor | None, activation: bool
+) -> Tensor:  # fmt: skip
     """y (B, T, D)."""
     x, (_, T, D), W = innermost(x), x.shape, weight.shape[1]
     y = x.new_empty(x.shape)
     with on(x):
         forward_kernel[lambda meta: grid(x, meta)](
-            x, *dense(weight, bias, window), y, T, D, x.stride(0), x.stride(1),
+            x, *dense(weight, bias, window), as_bytes(resets), y, T, D, x.stride(0), x.stride(1),
             activation, W, CHUNK, full(x),
         )  # fmt: skip
     return y
@@ -223,6 +275,7 @@ def causal_conv1d_backward(
     weight: Tensor,
     bias: Tensor | None,
     window: Tensor | None,
+    resets: Tensor | None,
     activation: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias and dwindow (empty without a window)."""
@@ -236,7 +289,7 @@ def causal_conv1d_backward(
     )
     with on(x):
         backward_kernel[lambda meta: grid(x, meta)](
-            dy, x, *dense(weight, bias, window), dx, dwindow, sums, T, D,
+            dy, x, *dense(weight, bias, window), as_bytes(resets), dx, dwindow, sums, T, D,
             x.stride(0), x.stride(1), activation, W, CHUNK, full(x),
         )  # fmt: skip
     total = sums.sum(0)  # (W+1, D)
@@ -256,12 +309,12 @@ def grid(x: Tensor, meta: dict) -> tuple[int, int, int]:
 
 
 @causal_conv1d_forward.register_fake
-def _(x, weight, bias, window, activation):
+def _(x, weight, bias, window, resets, activation):
     return x.new_empty(x.shape)
 
 
 @causal_conv1d_backward.register_fake
-def _(dy, x, weight, bias, window, activation):
+def _(dy, x, weight, bias, window, resets, activation):
     dbias = weight.new_empty(weight.shape[:1]) if bias is None else bias.new_empty(bias.shape)
     dwindow = x.new_empty(0) if window is None else window.new_empty(window.shape)
     return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dwindow
@@ -273,11 +326,10 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dy):
-    x, weight, bias, window = ctx.saved_tensors
-    dx, dweight, dbias, dwindow = causal_conv1d_backward(
-        dy, x, weight, bias, window, ctx.activation
-    )
-    return dx, dweight, None if bias is None else dbias, None if window is None else dwindow, None
+    _, _, bias, window, _ = ctx.saved_tensors
+    dx, dweight, dbias, dwindow = causal_conv1d_backward(dy, *ctx.saved_tensors, ctx.activation)
+    dbias, dwindow = None if bias is None else dbias, None if window is None else dwindow
+    return dx, dweight, dbias, dwindow, None, None
 
 
 causal_conv1d_forward.register_autograd(_differentiate, setup_context=_save)
@@ -290,26 +342,21 @@ def causal_conv1d(
     window: Tensor | None,
     lengths: Tensor | None = None,
     activation: bool = False,
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As its reference in minimodels.ops.convolution: y (B, T, D) in x's dtype and the window after x.
 
     x (B, T, D); weight (D, W); bias (D,), None for zero; window (B, W-1, D), the inputs before x, None for zeros; lengths
-    (B,), how many tokens of x come before the padding, None for all. Raises ValueError on shapes that disagree.
+    (B,), how many tokens of x come before the padding, None for all; resets (B, T) bool, None for none. Raises ValueError on
+    shapes that disagree.
     """
-    check_convolution(x, weight, bias, window, lengths)
-    (batch, T, D), W = x.shape, weight.shape[1]
-    y = causal_conv1d_forward(x, weight, bias, window, activation)
+    check_convolution(x, weight, bias, window, lengths, resets)
+    (batch, _, D), W = x.shape, weight.shape[1]
+    y = causal_conv1d_forward(x, weight, bias, window, resets, activation)
     if window is None:
         window = x.new_zeros(batch, W - 1, D)
-    if lengths is None:
-        late = torch.cat((window, x[:, max(0, T - W + 1) :]), dim=1)
-        return y, late[:, late.shape[1] - W + 1 :]
-    last = (
-        lengths[:, None, None] + torch.arange(W - 1, device=x.device)[:, None]
-    )  # (B, W-1, 1): of the window, then x
-    last = last.expand(-1, -1, D)
-    old, new = window.gather(1, last.clamp(max=W - 2)), x.gather(1, (last - W + 1).clamp(min=0))
-    return y, torch.where(last < W - 1, old, new)
+    within = None if resets is None else tokens_within(resets)
+    return y, window_after(x, window, lengths, within)
 
 
 def check() -> None:
@@ -367,10 +414,11 @@ def case(batch: int, T: int, D: int, W: int = 4) -> Case:
     return Case(f"B {batch}, T {T}, D {D}, W {W}", inputs, 2 * size, 3 * size)
 
 
-# what minimodels.kernels.compile launches: also without SiLU, padded
+# what minimodels.kernels.compile launches: also without SiLU, padded; and documents
 EXAMPLES = [
     case(2, 300, 1536).inputs,
     lambda: (*case(2, 300, 1536).inputs()[:4], torch.tensor([300, 7]), False),
+    lambda: (*case(2, 300, 1536).inputs(), torch.rand(2, 300) < 0.01),
 ]
 
 

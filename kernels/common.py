@@ -58,6 +58,11 @@ def dense(*parts: Tensor | None) -> list[Tensor | None]:
     return [part if part is None else part.contiguous() for part in parts]
 
 
+def as_bytes(mask: Tensor | None) -> Tensor | None:
+    """A mask as a kernel reads it: contiguous, 1 for True."""
+    return mask if mask is None else mask.contiguous().view(torch.uint8)
+
+
 def full(tensor: Tensor) -> tl.dtype:
     """What a kernel computes in: fp32, or fp64 where the tensor is."""
     return tl.float64 if tensor.dtype == torch.float64 else tl.float32

@@ -16,6 +16,7 @@ clocks. (`kernels.compile` prints those of a round, which is 4 steps; backward h
     x, delta, z    (B, T, D)    signal, step size before softplus and bias, gate
     A, rate        (D, N)       decay rates, negative; rate is log2(e) A, so that each decay is one exp2
     B, C           (B, T, N)    input and output of each token
+    resets         (B, T)       bytes: 1 where a token begins a document, and forgets what was before; None: nowhere
     h, g           (N, channels)    in a program: the state, and the gradient of all that comes later with respect to it
     starts, ends   (B, intervals, D, N)   h before each interval of 64 steps; g behind it
 
@@ -29,6 +30,8 @@ same the other way:
     g_t = C_t dy'_t + a_{t+1} g_{t+1}        a_t = exp(Δ_t A), dy' = dy ⊙ silu(z)
     dB_t = Σ_channels g_t Δ_t x_t            dC_t = Σ_channels dy'_t h_t           dx_t = skip dy'_t + Δ_t <g_t, B_t>
     dΔ_t = <g_t, a_t h_{t-1} A + B_t x_t>    dA = Σ_t g_t a_t h_{t-1} Δ_t
+
+Where a token begins a document, a_t is 0 instead, and with it d(Δ_t A); the sum of a chunk's step sizes is then infinite.
 
 It needs h in reverse. Kept are the inputs and `starts`. In each interval a first walk leaves the state of every fourth step
 (every second beyond N = 16) in a scratch that each program reuses; groups of so many are recomputed from there into registers.
@@ -59,6 +62,7 @@ from minimodels.kernels.common import (
     TIMED,
     Case,
     Peer,
+    as_bytes,
     command,
     compare,
     full,
@@ -126,6 +130,27 @@ def rows(
 
 
 @triton.jit
+def forgets(RESETS, row, count, STEPS: tl.constexpr, RAGGED: tl.constexpr):
+    """For each of STEPS tokens a number, not 0 where it begins a document."""
+    values = ()
+    if RESETS is not None:
+        for i in tl.static_range(STEPS):
+            values += (
+                tl.load(RESETS + row + i, i < count, 0) if RAGGED else tl.load(RESETS + row + i),
+            )
+    return values
+
+
+@triton.jit
+def decay_of(step, rate, RESETS, resets, i: tl.constexpr):
+    """exp(Δ A) at each state and channel, 0 where token i of a group begins a document."""
+    decay = tl.exp2(step[None, :] * rate)
+    if RESETS is not None:
+        decay *= tl.where(resets[i] == 0, 1.0, 0.0)
+    return decay
+
+
+@triton.jit
 def tile(block, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """The channels and state numbers of a block, where its states lie in (D, N), and which of all these exist."""
     d, n = block * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
@@ -149,7 +174,7 @@ def lanes(P, d, n, real, N: tl.constexpr, FULL: tl.constexpr):
 
 @triton.jit
 def forward_local_kernel(
-    X, DELTA, A, B, BIAS, LOCAL, SUM, T, steps, blocks, chunks,
+    X, DELTA, A, B, BIAS, RESETS, LOCAL, SUM, T, steps, blocks, chunks,
     D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, RAGGED: tl.constexpr,
     FULL: tl.constexpr,
 ):  # fmt: skip
@@ -165,11 +190,15 @@ def forward_local_kernel(
         xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, RAGGED)
         deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, RAGGED)
         Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, RAGGED)
+        resets = forgets(RESETS, row, count, STEPS, RAGGED)
         for i in tl.static_range(STEPS):
             x = xs[i].to(FULL)
             step, _ = softplus(deltas[i].to(FULL) + bias)
-            h = tl.exp2(step[None, :] * rate) * h + Bs[i][:, None] * (step * x)[None, :]
+            decay = decay_of(step, rate, RESETS, resets, i)
+            h = decay * h + Bs[i][:, None] * (step * x)[None, :]
             total += step
+            if RESETS is not None:
+                total += tl.where(resets[i] == 0, 0.0, float("inf"))
     tl.store(LOCAL + walk * D * N + at, h, both)
     tl.store(SUM + walk * D + d, total, real)
 
@@ -189,13 +218,14 @@ def carry_kernel(
         chunk = chunks - 2 - i if REVERSE else i
         place = batch * (chunks - 1) + chunk
         total = tl.load(SUM + place * D + at // N, inside, 0.0)
-        h = tl.exp2(total * rate) * h + tl.load(LOCAL + place * size + at, inside, 0.0)
+        decay = tl.where(total == float("inf"), 0.0, tl.exp2(total * rate))
+        h = decay * h + tl.load(LOCAL + place * size + at, inside, 0.0)
         tl.store(EDGES + (batch * intervals + (chunk + 1) * span - REVERSE) * size + at, h, inside)
 
 
 @triton.jit
 def forward_kernel(
-    X, DELTA, A, B, C, SKIP, Z, BIAS, Y, STARTS, FINAL, T, z_batch, interval, intervals, span, blocks, chunks,
+    X, DELTA, A, B, C, SKIP, Z, BIAS, RESETS, Y, STARTS, FINAL, T, z_batch, interval, intervals, span, blocks, chunks,
     Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     STEPS: tl.constexpr, RAGGED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
@@ -215,6 +245,7 @@ def forward_kernel(
             deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, RAGGED)
             Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, RAGGED)
             Cs = rows(C + row * N, N, count, n, used, 0.0, STEPS, RAGGED)
+            resets = forgets(RESETS, row, count, STEPS, RAGGED)
             if Z is not None:
                 zs = rows(
                     Z + batch * z_batch + t * Z_ROW, Z_ROW, count, d, real, 0.0, STEPS, RAGGED
@@ -222,7 +253,8 @@ def forward_kernel(
             for j in tl.static_range(STEPS):
                 x = xs[j].to(FULL)
                 step, _ = softplus(deltas[j].to(FULL) + bias)
-                h = tl.exp2(step[None, :] * rate) * h + Bs[j][:, None] * (step * x)[None, :]
+                decay = decay_of(step, rate, RESETS, resets, j)
+                h = decay * h + Bs[j][:, None] * (step * x)[None, :]
                 y = tl.sum(h * Cs[j][:, None], 0) + skip * x
                 if Z is not None:
                     z = zs[j].to(FULL)
@@ -234,7 +266,7 @@ def forward_kernel(
 
 @triton.jit
 def backward_local_kernel(
-    DELTA, A, C, Z, BIAS, DY, LOCAL, SUM, T, z_batch, steps, blocks, chunks,
+    DELTA, A, C, Z, BIAS, RESETS, DY, LOCAL, SUM, T, z_batch, steps, blocks, chunks,
     Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     STEPS: tl.constexpr, RAGGED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
@@ -253,6 +285,7 @@ def backward_local_kernel(
         deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, RAGGED)
         dys = rows(DY + row * D, D, count, d, real, 0.0, STEPS, RAGGED)
         Cs = rows(C + row * N, N, count, n, used, 0.0, STEPS, RAGGED)
+        resets = forgets(RESETS, row, count, STEPS, RAGGED)
         if Z is not None:
             zs = rows(
                 Z + batch * z_batch + (chunk * steps + t) * Z_ROW,
@@ -270,15 +303,18 @@ def backward_local_kernel(
             if Z is not None:
                 z = zs[j].to(FULL)
                 dy *= z * sigmoid(z)
-            g = tl.exp2(step[None, :] * rate) * (g + Cs[j][:, None] * dy[None, :])
+            decay = decay_of(step, rate, RESETS, resets, j)
+            g = decay * (g + Cs[j][:, None] * dy[None, :])
             total += step
+            if RESETS is not None:
+                total += tl.where(resets[j] == 0, 0.0, float("inf"))
     tl.store(LOCAL + walk * D * N + at, g, both)
     tl.store(SUM + walk * D + d, total, real)
 
 
 @triton.jit
 def backward_kernel(
-    X, DELTA, A, B, C, SKIP, Z, BIAS, DY, STARTS, ENDS, SCRATCH, DX, DDELTA, DA, DB, DC, DSKIP, DZ, DBIAS, DSTATE,
+    X, DELTA, A, B, C, SKIP, Z, BIAS, RESETS, DY, STARTS, ENDS, SCRATCH, DX, DDELTA, DA, DB, DC, DSKIP, DZ, DBIAS, DSTATE,
     T, tokens, z_batch, interval, intervals, span, blocks, chunks, share,
     Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     STEPS: tl.constexpr, RAGGED: tl.constexpr, FULL: tl.constexpr,
@@ -311,10 +347,12 @@ def backward_kernel(
                 xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, RAGGED)
                 deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, RAGGED)
                 Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, RAGGED)
+                resets = forgets(RESETS, row, count, STEPS, RAGGED)
                 for j in tl.static_range(STEPS):
                     x = xs[j].to(FULL)
                     step, _ = softplus(deltas[j].to(FULL) + bias)
-                    h = tl.exp2(step[None, :] * rate) * h + Bs[j][:, None] * (step * x)[None, :]
+                    decay = decay_of(step, rate, RESETS, resets, j)
+                    h = decay * h + Bs[j][:, None] * (step * x)[None, :]
             tl.debug_barrier()  # lanes read below what others have stored
 
             # Backwards: a group's states from the one before it, then its gradients.
@@ -328,12 +366,14 @@ def backward_kernel(
                 xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, RAGGED)
                 deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, RAGGED)
                 Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, RAGGED)
+                resets = forgets(RESETS, row, count, STEPS, RAGGED)
                 hs = ()  # the states before each step
                 for j in tl.static_range(STEPS):
                     hs += (h,)
                     x = xs[j].to(FULL)
                     step, _ = softplus(deltas[j].to(FULL) + bias)
-                    h = tl.exp2(step[None, :] * rate) * h + Bs[j][:, None] * (step * x)[None, :]
+                    decay = decay_of(step, rate, RESETS, resets, j)
+                    h = decay * h + Bs[j][:, None] * (step * x)[None, :]
                 tl.debug_barrier()  # has all but these states computed anew below: kept, it would not fit into registers
                 xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, RAGGED)
                 deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, RAGGED)
@@ -351,7 +391,7 @@ def backward_kernel(
                     to, use = (row + j) * D + d, among(j, count, real, RAGGED)
                     x = xs[j].to(FULL)
                     step, slope = softplus(deltas[j].to(FULL) + bias)
-                    decay = tl.exp2(step[None, :] * rate)
+                    decay = decay_of(step, rate, RESETS, resets, j)
                     kept = decay * hs[j]
                     h = kept + Bs[j][:, None] * (step * x)[None, :]
                     dy = dys[j].to(FULL)
@@ -390,11 +430,11 @@ def backward_kernel(
 @torch.library.custom_op("minimodels::selective_scan_forward", mutates_args=())
 def selective_scan_forward(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor, z: Tensor | None, bias: Tensor | None,
-    state: Tensor | None, interval: int,
+    state: Tensor | None, resets: Tensor | None, interval: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y, the final state, and the states at the start of each interval (B, intervals, D, N)."""
-    batch, T, D, N, precise, z, bias, (x, delta, A, B, C, skip) = prepare(
-        z, bias, x, delta, A, B, C, skip
+    batch, T, D, N, precise, z, bias, resets, (x, delta, A, B, C, skip) = prepare(
+        z, bias, resets, x, delta, A, B, C, skip
     )
     intervals, blocks, span, chunks, _ = plan(x, N, interval)
     y, starts, final = (
@@ -412,11 +452,11 @@ def selective_scan_forward(
                 precise.new_empty(batch, chunks - 1, D),
             )
             forward_local_kernel[(blocks * batch * (chunks - 1),)](
-                x, delta, A, B, bias, local, total, T, span * interval, blocks, chunks, **sizes
+                x, delta, A, B, bias, resets, local, total, T, span * interval, blocks, chunks, **sizes
             )  # fmt: skip
             carry(local, total, A, starts, span, reverse=False)
         forward_kernel[(blocks * batch * chunks,)](
-            x, delta, A, B, C, skip, z, bias, y, starts, final, T, z_batch, interval, intervals, span, blocks, chunks,
+            x, delta, A, B, C, skip, z, bias, resets, y, starts, final, T, z_batch, interval, intervals, span, blocks, chunks,
             Z_ROW=z_row, **sizes,
         )  # fmt: skip
     return y, final, starts
@@ -425,12 +465,12 @@ def selective_scan_forward(
 @torch.library.custom_op("minimodels::selective_scan_backward", mutates_args=())
 def selective_scan_backward(
     dy: Tensor, dfinal: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor, z: Tensor | None,
-    bias: Tensor | None, starts: Tensor, interval: int,
+    bias: Tensor | None, resets: Tensor | None, starts: Tensor, interval: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, ddelta, dA, dB, dC, dskip, dz (empty without z), dbias, dstate."""
     given = (A, B, C, skip, bias)
-    batch, T, D, N, precise, z, bias, (x, delta, A, B, C, skip, dy) = prepare(
-        z, bias, x, delta, A, B, C, skip, dy
+    batch, T, D, N, precise, z, bias, resets, (x, delta, A, B, C, skip, dy) = prepare(
+        z, bias, resets, x, delta, A, B, C, skip, dy
     )
     intervals, blocks, span, chunks, share = plan(x, N, interval)
     teams = triton.cdiv(blocks, share)
@@ -464,12 +504,12 @@ def selective_scan_backward(
                 precise.new_empty(batch, chunks - 1, D),
             )
             backward_local_kernel[(blocks * batch * (chunks - 1),)](
-                delta, A, C, z, bias, dy, local, total, T, z_batch, span * interval, blocks, chunks,
+                delta, A, C, z, bias, resets, dy, local, total, T, z_batch, span * interval, blocks, chunks,
                 Z_ROW=z_row, **sizes,
             )  # fmt: skip
             carry(local, total, A, ends, span, reverse=True)
         backward_kernel[(teams * batch * chunks,)](
-            x, delta, A, B, C, skip, z, bias, dy, starts, ends, scratch,
+            x, delta, A, B, C, skip, z, bias, resets, dy, starts, ends, scratch,
             dx, ddelta, dA, dB, dC, dskip, dz, dbias, dstate,
             T, batch * T, z_batch, interval, intervals, span, blocks, chunks, share, Z_ROW=z_row, **sizes,
         )  # fmt: skip
@@ -500,7 +540,9 @@ def carry(local: Tensor, total: Tensor, A: Tensor, edges: Tensor, span: int, rev
     )
 
 
-def prepare(z: Tensor | None, bias: Tensor | None, *tensors: Tensor) -> tuple:
+def prepare(
+    z: Tensor | None, bias: Tensor | None, resets: Tensor | None, *tensors: Tensor
+) -> tuple:
     """The sizes, an empty tensor of the precision that is computed in, and the tensors as the kernels expect them.
 
     `tensors` are x, delta, A, B, C and more; B and C come in the full precision, for each number is read by every channel.
@@ -520,6 +562,7 @@ def prepare(z: Tensor | None, bias: Tensor | None, *tensors: Tensor) -> tuple:
         precise,
         z,
         bias,
+        as_bytes(resets),
         tuple(tensor.contiguous() for tensor in tensors),
     )
 
@@ -573,7 +616,7 @@ def divide(walks: int, intervals: int, multiprocessors: int) -> tuple[int, int]:
 
 
 @selective_scan_forward.register_fake
-def _(x, delta, A, B, C, skip, z, bias, state, interval):
+def _(x, delta, A, B, C, skip, z, bias, state, resets, interval):
     (batch, T, D), N = x.shape, A.shape[1]
     precise = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
     starts = precise.new_empty(batch, (T + interval - 1) // interval, D, N)
@@ -585,7 +628,7 @@ def _(x, delta, A, B, C, skip, z, bias, state, interval):
 
 
 @selective_scan_backward.register_fake
-def _(dy, dfinal, x, delta, A, B, C, skip, z, bias, starts, interval):
+def _(dy, dfinal, x, delta, A, B, C, skip, z, bias, resets, starts, interval):
     dbias = starts.new_empty(skip.shape, dtype=starts.dtype if bias is None else bias.dtype)
     plain = [tensor.new_empty(tensor.shape) for tensor in (x, delta, A, B, C, skip)]
     return (
@@ -597,19 +640,19 @@ def _(dy, dfinal, x, delta, A, B, C, skip, z, bias, starts, interval):
 
 
 def _save(ctx, inputs, output):
-    *tensors, state, interval = inputs
+    *tensors, state, resets, interval = inputs
     ctx.interval, ctx.state = interval, None if state is None else state.dtype
-    ctx.save_for_backward(*tensors, output[2])
+    ctx.save_for_backward(*tensors, resets, output[2])
 
 
 def _differentiate(ctx, dy, dfinal, _):
-    *tensors, starts = ctx.saved_tensors
     *gradients, dz, dbias, dstate = selective_scan_backward(
-        dy, dfinal, *tensors, starts, ctx.interval
+        dy, dfinal, *ctx.saved_tensors, ctx.interval
     )
-    z, bias = tensors[6:]
+    *_, z, bias, _, _ = ctx.saved_tensors
+    dz, dbias = None if z is None else dz, None if bias is None else dbias
     dstate = None if ctx.state is None else dstate.to(ctx.state)
-    return *gradients, None if z is None else dz, None if bias is None else dbias, dstate, None
+    return *gradients, dz, dbias, dstate, None, None
 
 
 selective_scan_forward.register_autograd(_differentiate, setup_context=_save)
@@ -625,19 +668,22 @@ def selective_scan(
     z: Tensor | None = None,
     delta_bias: Tensor | None = None,
     state: Tensor | None = None,
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As minimodels.architectures.mamba.selective_scan: y (B, T, D) in x's dtype and the final state (B, D, N).
 
-    x, delta, z (B, T, D); A (D, N) negative; B, C (B, T, N); skip, delta_bias (D,); state (B, D, N), None for zeros.
-    N <= 64. Raises ValueError on shapes that disagree.
+    x, delta, z (B, T, D); A (D, N) negative; B, C (B, T, N); skip, delta_bias (D,); state (B, D, N), None for zeros;
+    resets (B, T) bool, None for none. N <= 64. Raises ValueError on shapes that disagree.
     """
-    check_shapes(x, delta, A, B, C, skip, z, delta_bias, state)
+    check_shapes(x, delta, A, B, C, skip, z, delta_bias, state, resets)
     T, N = x.shape[1], A.shape[1]
     if not (T and 0 < N <= 64):
         raise ValueError(
             f"selective_scan: {T} steps of {N} states a channel; the kernel takes 1 or more, and 1 to 64"
         )
-    y, final, _ = selective_scan_forward(x, delta, A, B, C, skip, z, delta_bias, state, INTERVAL)
+    y, final, _ = selective_scan_forward(
+        x, delta, A, B, C, skip, z, delta_bias, state, resets, INTERVAL
+    )
     return y, final
 
 
@@ -719,8 +765,12 @@ def case(tokens: int, T: int, D: int, N: int = N_TIMED) -> Case:
     return Case(f"B {tokens // T}, T {T}, D {D}, N {N}", inputs, 4 * tokens * D, 7 * tokens * D)
 
 
-# what minimodels.kernels.compile launches: also without a gate, and with states and channels that fill no block
-EXAMPLES = [case(8192, 4096, 1536).inputs, lambda: case(300, 300, 1500, 50).inputs()[:6]]
+# what minimodels.kernels.compile launches: also without a gate, with states and channels that fill no block, and documents
+EXAMPLES = [
+    case(8192, 4096, 1536).inputs,
+    lambda: case(300, 300, 1500, 50).inputs()[:6],
+    lambda: (*case(8192, 4096, 1536).inputs(), None, torch.rand(2, 4096) < 0.01),
+]
 
 
 if __name__ == "__main__":

@@ -37,18 +37,20 @@ def parts(
     )
 
 
-def check(q, k, v, queries=None, keys=None, window=None):
+def check(q, k, v, queries=None, keys=None, window=None, starts=None):
     """Compare; what stands at a query that is none, here 0 and in the reference anything, is left out."""
 
     def comparable(operation, **options):
-        def run(q, k, v, queries, keys):
-            y = operation(q, k, v, queries, keys, window, **options)
+        def run(q, k, v, queries, keys, starts):
+            y = operation(q, k, v, queries, keys, window, query_starts=starts, **options)
             return y if queries is None else y * (queries >= 0)[:, None, :, None]
 
         return run
 
     compare(
-        comparable(attention), comparable(reference, impl="reference"), (q, k, v, queries, keys)
+        comparable(attention),
+        comparable(reference, impl="reference"),
+        (q, k, v, queries, keys, starts),
     )
 
 
@@ -170,6 +172,58 @@ def test_positions_without_gaps_are_as_none():
         )
 
 
+def starts_of(*rows: tuple[int, ...]) -> torch.Tensor:
+    """Where each token's document begins, from the documents' lengths."""
+    ends = [torch.tensor(lengths).cumsum(0) for lengths in rows]
+    return torch.stack(
+        [
+            torch.repeat_interleave(end - torch.tensor(lengths), torch.tensor(lengths))
+            for end, lengths in zip(ends, rows, strict=True)
+        ]
+    )
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 20], ids=lambda window: f"window {window}")
+@pytest.mark.parametrize("sizes", [(16, 16), (16, 32), (32, 16)], ids=str)
+@pytest.mark.parametrize("positions", [False, True], ids=["in a row", "positions"])
+def test_documents(monkeypatch, window, sizes, positions):
+    """Of odd lengths, one of a single token, over several blocks and within one."""
+    for kernel in (forward_kernel, backward_queries_kernel, backward_keys_kernel):
+        also = {"AHEAD": False} if kernel is forward_kernel else {}
+        monkeypatch.setattr(kernel, "configs", blocks((*sizes, 4, 2), **also))
+    starts = starts_of((37, 1, 15), (3, 50), (53,))
+    places = None
+    if positions:  # apart, and with padding
+        starts, places = 2 * starts, 2 * torch.arange(53).repeat(3, 1)
+        places[1, 40:] = starts[1, 40:] = -1
+    check(*parts(3, 2, 1, 53, 53, 16), places, places, window, starts)
+
+
+@pytest.mark.parametrize("window", [None, 9], ids=lambda window: f"window {window}")
+@pytest.mark.parametrize("T", [1, 9, 30])
+def test_documents_on_a_carried_state(window, T):
+    """A document that began before the slots, one among those remembered and more in the chunk."""
+    starts = starts_of((20, 21), (15, 17, 9))[:, 41 - T :]
+    starts[0] -= 30 * (starts[0] == 0)
+    check(*parts(2, 2, 2, T, 41, 16), window=window, starts=starts)
+
+
+def test_documents_dealt_out(monkeypatch):
+    monkeypatch.setattr(kernels, "KEYS_EACH", 16)
+    monkeypatch.setattr(kernels, "multiprocessors", lambda q: 8)
+    check(*parts(1, 2, 2, 3, 75, 16), starts=torch.tensor([[5, 40, 73]]))
+
+
+def test_no_bit_of_another_document():
+    starts = starts_of((19, 11, 3)).to(DEVICE)
+    inputs = [part.to(DEVICE) for part in parts(1, 2, 1, 33, 33, 16)]
+    y = attention(*inputs, query_starts=starts)
+    changed = [1e3 * torch.randn_like(part) for part in inputs]
+    for part, given in zip(changed, inputs, strict=True):
+        part[:, :, 19:30] = given[:, :, 19:30]
+    assert torch.equal(attention(*changed, query_starts=starts)[:, :, 19:30], y[:, :, 19:30])
+
+
 def test_large_scores():
     q, k, v = parts(1, 1, 1, 20, 20, 16)
     check(6 * q, 6 * k, v)  # exp of some of them does not fit fp32
@@ -211,7 +265,9 @@ def test_a_compiled_graph_is_whole(positions):
 
 def test_the_operations_are_registered_rightly():
     q, k, v = (part.to(DEVICE).requires_grad_() for part in parts(1, 2, 1, 5, 7, 16))
-    torch.library.opcheck(torch.ops.minimodels.attention_forward.default, (q, k, v, None, None, 3))
+    torch.library.opcheck(
+        torch.ops.minimodels.attention_forward.default, (q, k, v, None, None, None, 3)
+    )
 
 
 @pytest.mark.parametrize(

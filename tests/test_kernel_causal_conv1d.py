@@ -15,8 +15,8 @@ from minimodels.ops.convolution import causal_conv1d as operation
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def reference(x, weight, bias, window, lengths=None, activation=False):
-    y, window = operation(x, weight, bias, window, lengths, impl="reference")
+def reference(x, weight, bias, window, lengths=None, activation=False, resets=None):
+    y, window = operation(x, weight, bias, window, lengths, impl="reference", resets=resets)
     return F.silu(y) if activation else y, window
 
 
@@ -66,6 +66,30 @@ def test_parts_may_be_missing(bias, window):
 def test_window_ends_where_the_padding_begins(window):
     lengths = torch.tensor([0, 1, 3, 9, 13])
     compare(causal_conv1d, reference, (*arguments(5, 13, 6, 4, window=window), lengths, False))
+
+
+@pytest.mark.parametrize("W", [1, 2, 4, 8])
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+def test_documents(W, padded):
+    """They begin at the edges of chunks and next to them; one is a single token, one row goes on from its window."""
+    resets = torch.zeros(3, 19, dtype=torch.bool)
+    resets[0, [3, 4, 8]] = resets[1, [0, 7, 9, 16]] = resets[2, [1, 15]] = True
+    lengths = torch.tensor([19, 8, 0]) if padded and W > 1 else None
+    compare(causal_conv1d, reference, (*arguments(3, 19, 5, W), lengths, True, resets))
+    compare(
+        causal_conv1d, reference, (*arguments(3, 19, 5, W, window=False), lengths, False, resets)
+    )
+
+
+def test_no_bit_of_another_document():
+    x, weight, bias, window = (part.to(DEVICE) for part in arguments(1, 19, 5, 4))
+    resets = torch.zeros(1, 19, dtype=torch.bool, device=DEVICE)
+    resets[0, [6, 11]] = True
+    y, _ = causal_conv1d(x, weight, bias, window, resets=resets)
+    changed = 1e8 * torch.randn_like(x)
+    changed[:, 6:11] = x[:, 6:11]
+    other, _ = causal_conv1d(changed, weight, bias, window, resets=resets)
+    assert torch.equal(other[:, 6:11], y[:, 6:11])
 
 
 def test_chunk_of_full_length(monkeypatch):

@@ -15,7 +15,8 @@ GRADIENTS = "dx", "ddelta", "dA", "dB", "dC", "dskip", "dz", "dbias", "dstate"
 
 
 def reference(*arguments):
-    return operation(*arguments, impl="reference")
+    *arguments, resets = (*arguments, None) if len(arguments) < 10 else arguments
+    return operation(*arguments, impl="reference", resets=resets)
 
 
 def arguments(
@@ -116,6 +117,36 @@ def test_padding(divided):
     torch.testing.assert_close(
         module.selective_scan(*given)[1][:1], module.selective_scan(*shorter)[1]
     )
+
+
+@pytest.mark.parametrize("interval, span", [(4, 1), (4, 2), (3, 1), (16, 1)])
+def test_documents(divided, interval, span):
+    """Odd lengths, one of a single token, at the edges of intervals and chunks; two rows begin one at once, one goes on."""
+    torch.manual_seed(8)
+    divided(interval, span)
+    resets = torch.zeros(2, 11, dtype=torch.bool)
+    resets[0, [3, 4, 8]] = resets[1, [0, 7]] = True
+    given = arguments(2, 11, 3, 2)
+    given[1][1, 9:] = float("-inf")  # padding
+    compare(module.selective_scan, reference, (*given, resets))
+    given = [part.requires_grad_() for part in given]
+    results = run(module.selective_scan, [*given, resets.to(DEVICE)])
+    gradients = dict(zip(GRADIENTS, results[2:], strict=True))
+    assert not gradients["dstate"][1].any() and gradients["dstate"][0].any()
+
+
+def test_no_bit_of_another_document(divided):
+    torch.manual_seed(9)
+    divided(4, 1)
+    resets = torch.zeros(1, 11, dtype=torch.bool, device=DEVICE)
+    resets[0, [3, 6]] = True
+    given = arguments(1, 11, 3, 2)
+    y, _ = module.selective_scan(*given, resets)
+    for i in (0, 1, 3, 4, 6):
+        given[i][:, :3] *= 1e3
+        given[i][:, 6:] *= -1e3
+    given[8] *= 1e8
+    assert torch.equal(module.selective_scan(*given, resets)[0][:, 3:6], y[:, 3:6])
 
 
 @pytest.mark.parametrize("weight_y, weight_state", [(0, 1), (1, 0)], ids=["state", "y"])
