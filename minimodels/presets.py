@@ -22,7 +22,10 @@ class Size(NamedTuple):
     settings: tuple[str, ...] = ()
 
 
-SIZES = {"tiny": Size(4, 128), "small": Size(12, 768, ("attention.heads=12",))}
+SIZES = {
+    "tiny": Size(4, 128, ("mamba2.state_size=64",)),
+    "small": Size(12, 768, ("attention.heads=12",)),
+}
 MIXED = {"hybrid": "(mamba mlp mamba moe mamba mlp attention moe)*{quarter}"}
 PRESETS = {  # preset -> its layers, at n transformer blocks
     name: layers

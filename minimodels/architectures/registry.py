@@ -5,8 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from minimodels.architectures.mamba import Mamba
+from minimodels.architectures.mamba2 import Mamba2
 from minimodels.architectures.mod import MixtureOfDepths
 from minimodels.architectures.moe import MoE
+from minimodels.architectures.short_convolution import ShortConvolution
 from minimodels.architectures.transformer import Attention, SwiGLU
 from minimodels.config import Config
 from minimodels.errors import InputError, nearest
@@ -18,6 +20,8 @@ LAYERS = {
     "mlp": SwiGLU,
     "mamba": Mamba,
     "moe": MoE,
+    "mamba2": Mamba2,
+    "short_convolution": ShortConvolution,
 }
 WRAPPERS = {"mod": MixtureOfDepths}  # which hold other layers
 
