@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from models import make, same, tensors
 
 from minimodels import Config
-from minimodels.architectures.mamba import Mamba, dt_rank, recurrence, selective_scan
+from minimodels.architectures.mamba import Mamba, recurrence, selective_scan
 from minimodels.layers import state_bytes
 from minimodels.ops.convolution import causal_conv1d
 from minimodels.ops.scan import scan
@@ -125,7 +125,7 @@ def test_convolution_is_pytorchs():
 @torch.no_grad()
 def test_initialisation_is_the_papers():
     torch.manual_seed(0)
-    layer = Mamba(Config(width=64, layers="(mamba)*4"))
+    layer = Mamba(Mamba.Options(), Config(width=64, layers="mamba*4"))
     same(layer.A_log.exp(), torch.arange(1.0, 17).expand(128, 16), 1e-5)
     assert (layer.D == 1).all()
     dt = F.softplus(layer.dt_proj.bias)
@@ -163,10 +163,11 @@ def test_refuses_shapes_that_do_not_fit():
 
 
 def test_the_rank_of_the_step_size_is_rounded_up():
-    assert [dt_rank(Config(width=width)) for width in (8, 16, 24, 768)] == [1, 1, 2, 48]
+    ranks = [Mamba(Mamba.Options(), Config(width=width)).R for width in (8, 16, 24, 768)]
+    assert ranks == [1, 1, 2, 48]
 
 
 def test_a_state_in_bfloat16_is_counted_as_it_is():
-    stack = make({"layers": "mamba"}, dtype=torch.bfloat16)
+    stack = make("mamba", dtype=torch.bfloat16)
     _, state = stack(torch.randn(1, 9, 16, dtype=torch.bfloat16))
     assert state_bytes(stack, 9, 2) == sum(part.nbytes for part in tensors(state))

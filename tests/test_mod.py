@@ -2,21 +2,20 @@
 
 import pytest
 import torch
-from models import make, same
+from models import make, observe, same
 
 from minimodels import LM, Config
-from minimodels.layers import Stack, idle_parameters
+from minimodels.layers import Context, Stack, inactive_parameters
 
 B, T, D = 2, 20, 16
-GROUP = "mod(attention mlp)"
 
 
 def text() -> torch.Tensor:
     return torch.randn(B, T, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def wrapped(**fields):
-    return make({"layers": GROUP, "capacity": 0.3, **fields})[0]
+def wrapped(options: str = "capacity=0.3"):
+    return make(f"mod(attention mlp, {options})")[0]
 
 
 def taken(mod, x) -> torch.Tensor:
@@ -26,7 +25,7 @@ def taken(mod, x) -> torch.Tensor:
 
 def test_all_tokens_at_weight_one_are_the_dense_group():
     """The residual is added once, and attention as well as MLP are scaled by the router."""
-    mod, x = wrapped(capacity=1.0).train(), text()
+    mod, x = wrapped("capacity=1").train(), text()
     x = torch.cat(
         (x[..., :-1], torch.ones_like(x[..., :1])), -1
     )  # a constant feature that the router reads
@@ -41,16 +40,19 @@ def test_training_takes_exactly_the_top_k():
     scores = mod.router(x).squeeze(-1)
     expected = torch.zeros(B, T, dtype=torch.bool).scatter(1, scores.topk(6).indices, True)
     assert torch.equal(taken(mod, x), expected)
+    _, _, record = observe(mod, x)
+    assert torch.equal(record.traces["taken"][0], expected)
     mod.router.weight.data.zero_()  # all equal: still k, not none
-    index, real = mod.select(torch.zeros(B, T), torch.zeros(B, T), torch.arange(T).expand(B, T))
+    zeros, positions = torch.zeros(B, T), torch.arange(T).expand(B, T)
+    index, real = mod.select(zeros, zeros, positions, Context())
     assert index.shape == (B, 6)
     assert real.all()
 
 
 def test_the_group_sees_the_chosen_tokens_in_order_at_their_own_positions():
     class Spy(torch.nn.Module):
-        def forward(self, x, state, positions):
-            self.positions = positions
+        def forward(self, x, state, context):
+            self.positions = context.positions
             return x, None
 
     mod, x = wrapped().train(), text()
@@ -66,7 +68,7 @@ def test_the_update_is_the_raw_weight_times_the_groups():
     index = scores.topk(6).indices.sort(1).values
     for row in range(B):
         gathered = x[row : row + 1, index[row]]
-        update = mod.group(gathered, None, index[row : row + 1])[0] - gathered
+        update = mod.group(gathered, None, Context(index[row : row + 1]))[0] - gathered
         same(
             mod(x)[0][row, index[row]],
             x[row, index[row]] + scores[row, index[row], None] * update[0],
@@ -75,12 +77,12 @@ def test_the_update_is_the_raw_weight_times_the_groups():
 
 @pytest.mark.parametrize("route", ["router", "predictor"])
 def test_gradients_reach_the_router_and_stop_before_the_model(route):
-    mod, x = wrapped(mod_route=route).train(), text().requires_grad_()
-    y, _ = mod(x)
+    mod, x = wrapped(f"capacity=0.3, route={route}").train(), text().requires_grad_()
+    y, _, record = observe(mod, x)
     (through_output,) = torch.autograd.grad(y.square().sum(), mod.router.weight, retain_graph=True)
     assert through_output.abs().sum() > 0
     wanted = [x, mod.router.weight, *([] if mod.predictor is None else mod.predictor.parameters())]
-    found = torch.autograd.grad(mod.auxiliary_losses["mod"], wanted, allow_unused=True)
+    found = torch.autograd.grad(record.losses["mod"], wanted, allow_unused=True)
     if route == "router":
         assert found[1].abs().sum() > 0
     else:  # the predictor learns, and nothing else feels it
@@ -93,25 +95,25 @@ def test_gradients_reach_the_router_and_stop_before_the_model(route):
 def test_the_causal_decision_learns_the_top_k(route):
     """Trained on its own loss, the decision comes to tell the top k far better than routing nobody would."""
     torch.manual_seed(0)
-    mod = wrapped(mod_route=route, mod_loss=1.0).train()
+    mod = wrapped(f"capacity=0.3, route={route}, loss=1").train()
     parameters = mod.router.parameters() if route == "router" else mod.predictor.parameters()
     optimizer = torch.optim.Adam(parameters, lr=0.02)
     for _ in range(300):
-        mod(torch.randn(16, T, D, dtype=torch.float64))
+        _, _, record = observe(mod, torch.randn(16, T, D, dtype=torch.float64))
         optimizer.zero_grad()
-        mod.auxiliary_losses["mod"].backward()
+        record.losses["mod"].backward()
         optimizer.step()
-    assert mod.observed["accuracy"] > 0.8  # routing nobody is right for 0.7
-    assert mod.observed["routed"] == pytest.approx(0.3, abs=0.2)
+    assert record.observed["accuracy"][0] > 0.8  # routing nobody is right for 0.7
+    assert record.observed["routed"][0].item() == pytest.approx(0.3, abs=0.2)
 
 
 @pytest.mark.parametrize("parameters", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("route", ["router", "predictor"])
 def test_the_decision_is_made_in_full_precision(route, parameters):
     """Whatever the text comes in, and under autocast."""
-    mod, x = wrapped(mod_route=route).to(parameters), text().bfloat16()
+    mod, x = wrapped(f"capacity=0.3, route={route}").to(parameters), text().bfloat16()
     made = []
-    mod.select = lambda scores, decision, positions: (
+    mod.select = lambda scores, decision, positions, context: (
         made.append((scores, decision)) or (positions[:, :0], None)
     )
     for autocast in (False, True):
@@ -126,7 +128,7 @@ def test_the_decision_is_made_in_full_precision(route, parameters):
 
 
 def test_a_row_that_routes_nobody_leaves_everything():
-    mod, x = wrapped(mod_route="router"), text()
+    mod, x = wrapped("capacity=0.3, route=router"), text()
     mod.router.weight.data = torch.tensor([[0.0] * (D - 1) + [1.0]], dtype=torch.float64)
     x[..., -1] = -1.0
     y, state = mod(x)
@@ -141,7 +143,7 @@ def test_a_row_that_routes_nobody_leaves_everything():
 
 def test_a_batch_skips_what_no_row_routes():
     """At one token a batch whose rows all pass by does not touch the group: the speed of sampling."""
-    mod = wrapped(mod_route="router")
+    mod = wrapped("capacity=0.3, route=router")
     mod.group.forward = None  # calling it would fail
     mod.router.weight.data.zero_()
     x = text()[:, :1]
@@ -149,20 +151,11 @@ def test_a_batch_skips_what_no_row_routes():
 
 
 @pytest.mark.parametrize("balance", ["layer", "pooled"])
-def test_a_group_that_is_passed_by_tells_of_nothing(balance):
+def test_a_group_that_is_passed_by_records_nothing(balance):
     """Neither the losses of an earlier pass nor an error where there was none."""
     torch.manual_seed(0)
-    model = LM(
-        Config(
-            vocab=7,
-            width=16,
-            heads=2,
-            layers="mod(moe)",
-            mod_route="router",
-            experts=4,
-            balance=balance,
-        )
-    )
+    layers = f"mod(moe(experts=4, balance={balance}), route=router)"
+    model = LM(Config(vocab=7, width=16, layers=layers))
     model.after_step()  # before any forward pass
     tokens = torch.randint(7, (2, 6))
     losses = model.loss(tokens, tokens)[1]
@@ -176,20 +169,20 @@ def test_a_group_that_is_passed_by_tells_of_nothing(balance):
 
 
 def test_capacity_is_rounded_up_to_a_token():
-    mod = wrapped(capacity=0.001).train()
+    mod = wrapped("capacity=0.001").train()
     assert taken(mod, text()).sum(1).tolist() == [1, 1]
 
 
 def test_top_k_in_evaluation_is_an_oracle_to_compare_with():
     mod, x = wrapped(), text()
-    mod.route = "topk"
+    mod.topk = True
     same(mod(x)[0], mod.train()(x)[0])
     assert not mod.eval().causal
 
 
 def test_scoring_leaves_the_router_alone():
     """In half precision too: another thread may be scoring."""
-    lm = LM(Config(width=8, heads=2, layers="mod(mlp)", mod_route="predictor")).bfloat16().eval()
+    lm = LM(Config(width=8, layers="mod(mlp, route=predictor)")).bfloat16().eval()
     (block,) = lm.layers
     seen = []
     block.predictor[1].register_forward_pre_hook(
@@ -200,56 +193,64 @@ def test_scoring_leaves_the_router_alone():
 
 
 def test_padding_is_not_routed_and_teaches_nothing():
-    mod, x = wrapped(mod_loss=1.0).train(), text()
+    mod, x = wrapped("capacity=0.3, loss=1").train(), text()
     positions = torch.arange(T).expand(B, T).clone()
     positions[1, 4:] = -1  # fewer than k = 6 are there
     seen = []
     for fill in (0.0, 100.0):
         x[1, 4:] = fill * mod.router.weight[0].detach()  # which then scores highest
-        y, _ = mod(x, None, positions)
-        seen.append((y[0], y[1, :4], mod.auxiliary_losses["mod"], *mod.observed.values()))
+        y, _, record = observe(mod, x, positions=positions)
+        observed = [value for (value,) in record.observed.values()]
+        taken = record.traces["taken"][0]
+        seen.append((y[0], y[1, :4], record.losses["mod"], *observed, taken))
     for one, other in zip(*seen, strict=True):
         same(one, other)
-    mod(x, None, torch.full((B, T), -1))
-    assert mod.auxiliary_losses["mod"] == 0
+    assert not taken[1, 4:].any()
+    _, _, record = observe(mod, x, positions=torch.full((B, T), -1))
+    assert record.losses["mod"] == 0
 
 
 @pytest.mark.parametrize("route", ["router", "predictor"])
 def test_the_loss_of_the_decision_has_its_weight(route):
-    one, quarter = (wrapped(mod_loss=weight, mod_route=route).train() for weight in (1.0, 0.25))
-    for mod in (one, quarter):
-        mod(text())
-    same(quarter.auxiliary_losses["mod"], one.auxiliary_losses["mod"] / 4)
-    one.after_step()
-    assert not one.auxiliary_losses  # nor the graph that they would keep
+    one, quarter = (
+        observe(wrapped(f"capacity=0.3, route={route}, loss={weight}").train(), text())[2]
+        for weight in (1.0, 0.25)
+    )
+    same(quarter.losses["mod"], one.losses["mod"] / 4)
+    assert not any(value.requires_grad for values in one.observed.values() for value in values)
 
 
 def test_the_number_of_routed_tokens_is_rounded_up():
-    assert wrapped(capacity=0.07).routed(100) == 7
-    assert wrapped(capacity=0.3).routed(21) == 7
+    assert wrapped("capacity=0.07").routed(100) == 7
+    assert wrapped("capacity=0.3").routed(21) == 7
 
 
-def test_idle_are_experts_that_are_routed_and_not_visited_too():
-    layers = make(
-        {
-            "layers": "mod(moe)",
-            "capacity": 0.25,
-            "experts": 4,
-            "experts_per_token": 1,
-            "router": "softmax",
-        }
-    )
+def test_inactive_are_the_experts_too_that_a_routed_token_does_not_visit():
+    layers = make("mod(moe(experts=4, experts_per_token=1, router=softmax), capacity=0.25)")
     group = layers[0].group
     total, experts = sum(p.numel() for p in group.parameters()), 3 * group[0].layer.out.numel()
-    assert idle_parameters(layers) == total - 0.25 * (total - 0.75 * experts)
+    assert inactive_parameters(layers) == total - 0.25 * (total - 0.75 * experts)
 
 
-def test_a_group_that_nobody_takes_tells_of_nothing():
-    stack = make({"layers": "mod(mod(mlp))", "mod_route": "router"}).train()
-    outer, inner = stack[0], stack[0].group[0]
-    stack(text())
-    assert inner.observed
-    outer.router.weight.data.zero_()
-    stack.eval()(text())
-    assert not inner.observed
-    assert not inner.auxiliary_losses
+def test_a_wrapper_within_a_group_that_nobody_takes_records_nothing():
+    stack = make("mod(mod(mlp), route=router)").train()
+    _, _, record = observe(stack, text())
+    assert [len(record.observed[name]) for name in ("routed", "accuracy")] == [2, 2]
+    stack[0].router.weight.data.zero_()
+    _, _, record = observe(stack.eval(), text())
+    assert record.observed == {"routed": [0]}
+    assert not record.losses
+
+
+def test_each_document_routes_its_own_top_k():
+    """Documents in a row do not compete, and the trace tells which tokens were taken."""
+    mod, x = wrapped("capacity=0.25").train(), text()
+    starts = torch.tensor([[0] * 8 + [8] * 12, [0] * 5 + [5] * 15])
+    _, _, record = observe(mod, x, starts=starts)
+    (found,) = record.traces["taken"]
+    for row, cut in enumerate((8, 5)):
+        for piece in (slice(0, cut), slice(cut, T)):
+            scores = mod.router(x[row, piece]).squeeze(-1)
+            expected = torch.zeros(len(scores), dtype=torch.bool)
+            expected[scores.topk(-(-len(scores) // 4)).indices] = True
+            assert torch.equal(found[row, piece], expected)

@@ -5,28 +5,27 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from models import SHAPE, same
+from models import WIDTH, observe, same
 
 from minimodels import Config
 from minimodels.architectures.moe import (
     ROUTERS,
     MoE,
-    Routing,
     expert_choice,
-    expert_width,
     sigmoid_bias,
     softmax,
     softmax_topk,
 )
-from minimodels.architectures.transformer import SwiGLU, mlp_width
+from minimodels.architectures.transformer import SwiGLU, default_width
+from minimodels.layers import Context
 from minimodels.ops.grouped_mlp import grouped_mlp
 
-E, D = SHAPE["experts"], SHAPE["width"]
+E, D = 4, WIDTH
 
 
-def layer(**fields) -> MoE:
+def layer(**options) -> MoE:
     torch.manual_seed(0)
-    moe = MoE(Config(**{**SHAPE, **fields})).double()
+    moe = MoE(MoE.Options(experts=E, **options), Config(width=D)).double()
     for parameter in moe.parameters():
         parameter.data.normal_(std=0.4)
     return moe
@@ -40,7 +39,7 @@ def test_identical_experts_are_one_dense_mlp():
     moe = layer()
     for experts in (moe.gate, moe.up, moe.out):
         experts.data[:] = experts.data[0].clone()
-    dense = SwiGLU(Config(**SHAPE), moe.out.shape[2]).double()
+    dense = SwiGLU(SwiGLU.Options(width=moe.out.shape[2]), Config(width=D)).double()
     for name in ("gate", "up", "out"):
         getattr(dense, name).weight.data = getattr(moe, name).data[0]
     same(moe(text())[0], dense(text())[0])
@@ -69,35 +68,35 @@ def test_the_order_of_experts_does_not_matter():
 
 def test_routers_are_their_definitions():
     logits = torch.tensor([[[2.0, 0.0, 1.0, -1.0]]])
-    gates, visits, _ = softmax_topk(logits, 2, torch.zeros(4))
+    gates, visits, _ = softmax_topk(logits, 2, None, None)
     assert visits.tolist() == [[[True, False, True, False]]]
     same(
         gates,
         torch.tensor([[[2.0, 1.0]]]).softmax(-1)[..., [0, 0, 1, 1]] * torch.tensor([1.0, 0, 1, 0]),
         1e-6,
     )
-    gates, _, _ = softmax(logits, 1, torch.zeros(4))
+    gates, _, _ = softmax(logits, 1, None, None)
     same(gates, logits.softmax(-1))
-    gates, visits, _ = sigmoid_bias(logits, 2, torch.zeros(4))
+    gates, visits, _ = sigmoid_bias(logits, 2, torch.zeros(4), None)
     chosen = logits.sigmoid()[..., [0, 2]]
     same(gates[visits], (chosen / chosen.sum()).flatten())
 
 
 def test_top_k_is_exactly_k_among_equals():
     for router in ROUTERS.values():
-        _, visits, _ = router(torch.zeros(2, 8, E), 2, torch.zeros(E))
+        _, visits, _ = router(torch.zeros(2, 8, E), 2, torch.zeros(E), None)
         assert visits.sum() == 2 * 8 * 2
 
 
 def test_bias_changes_the_selection_and_never_the_gates():
     logits = torch.randn(1, 50, E, generator=torch.Generator().manual_seed(0))
     bias = torch.tensor([0.0, 0.0, 0.0, 5.0])
-    plain, chosen, _ = sigmoid_bias(logits, 2, torch.zeros(E))
-    _, pushed, _ = sigmoid_bias(logits, 2, bias)
+    plain, chosen, _ = sigmoid_bias(logits, 2, torch.zeros(E), None)
+    _, pushed, _ = sigmoid_bias(logits, 2, bias, None)
     assert not chosen[..., 3].all()
     assert pushed[..., 3].all()
-    gates, _, _ = sigmoid_bias(logits, E, bias)
-    same(gates, sigmoid_bias(logits, E, torch.zeros(E))[0])
+    gates, _, _ = sigmoid_bias(logits, E, bias, None)
+    same(gates, sigmoid_bias(logits, E, torch.zeros(E), None)[0])
     assert plain.shape == gates.shape
 
 
@@ -121,9 +120,9 @@ def test_balance_loss_is_least_when_even():
         logits = scale * torch.tensor([1.0, 0.5, -0.5, -1.0]).expand(2, 8, E)
         visits = (torch.arange(16).view(2, 8, 1) % 2 * 2 + torch.arange(2)).long()
         even = torch.zeros(2, 8, E, dtype=torch.bool).scatter(-1, visits, True)
-        used = even if scale == 0 else softmax_topk(logits, 2, None)[1]
-        moe.routing = Routing(logits, used, logits.softmax(-1), None)
-        values.append(float(moe.auxiliary_losses["balance"]))
+        used = even if scale == 0 else softmax_topk(logits, 2, None, None)[1]
+        moe.account(logits, used, logits.softmax(-1), context := Context())
+        values.append(float(context.record.finish()["balance"]))
     assert values[0] == pytest.approx(2.0)
     assert values == sorted(values)
     assert moe(x)[0].shape == x.shape
@@ -141,10 +140,10 @@ def test_balancing_evens_out_the_load():
         optimizer = torch.optim.SGD(moe.router.parameters(), lr=rate)
         overload = []
         for _ in range(100):
-            moe(x)
-            overload.append(float(moe.observed["overload"]))
+            record = observe(moe, x)[2]
+            overload.append(float(record.observed["overload"][0]))
             optimizer.zero_grad()
-            sum(moe.auxiliary_losses.values()).backward()
+            sum(record.losses.values()).backward()
             optimizer.step()
             moe.after_step()
         assert min(overload[-10:]) < 0.85 * overload[0]
@@ -154,13 +153,13 @@ def test_padding_is_not_counted():
     moe, x = layer().train(), text()
     positions = torch.arange(9).expand(2, 9).clone()
     positions[1, 4:] = -1
-    moe(x, None, positions)
+    padded = observe(moe, x, positions=positions)[2].losses
     assert moe.visited.sum() == 2 * (9 + 4)
-    padded = {name: value.clone() for name, value in moe.auxiliary_losses.items()}
     changed = x.clone()
     changed[1, 4:] = 7.0
-    moe(changed, None, positions)
-    for name, value in moe.auxiliary_losses.items():
+    losses = observe(moe, changed, positions=positions)[2].losses
+    assert losses.keys() == {"balance", "z"}
+    for name, value in losses.items():
         same(value, padded[name])
 
 
@@ -182,7 +181,7 @@ def test_expert_without_tokens_gets_no_gradient_and_does_no_harm():
 
 def test_a_token_that_no_expert_wants_breaks_no_loss():
     logits = torch.full((1, 3, 4), -200.0, requires_grad=True)  # whose sigmoid is 0 in fp32
-    gates, _, probabilities = sigmoid_bias(logits, 2, torch.zeros(4))
+    gates, _, probabilities = sigmoid_bias(logits, 2, torch.zeros(4), None)
     (gates.sum() + probabilities.sum()).backward()
     assert logits.grad.isfinite().all()
 
@@ -206,21 +205,37 @@ def test_losses_and_loads_are_their_equations():
     moe = layer(balance_loss=0.5, z_loss=0.25)
     positions = torch.arange(9).expand(2, 9).clone()
     positions[1, 4:] = -1
-    moe(text(), None, positions)
+    record = observe(moe, text(), positions=positions)[2]
     logits = F.linear(text(), moe.router.weight)[positions >= 0]  # (13, E)
-    load = softmax_topk(logits, 2, None)[1].double().mean(0)
-    same(moe.auxiliary_losses["z"], 0.25 * logits.logsumexp(-1).square().mean())
-    same(moe.auxiliary_losses["balance"], 0.5 * E * (load * logits.softmax(-1).mean(0)).sum())
-    same(moe.observed["load"], load / 2)
-    same(moe.observed["overload"], E * load.amax() / 2)
-    moe(text(), None, torch.full((2, 9), -1))  # none is there
-    assert all(value == 0 for value in moe.auxiliary_losses.values())
-    assert (moe.observed["load"] == 0).all()
+    load = softmax_topk(logits, 2, None, None)[1].double().mean(0)
+    same(record.losses["z"], 0.25 * logits.logsumexp(-1).square().mean())
+    same(record.losses["balance"], 0.5 * E * (load * logits.softmax(-1).mean(0)).sum())
+    same(record.observed["load"][0], load / 2)
+    same(record.observed["overload"][0], E * load.amax() / 2)
+    record = observe(moe, text(), positions=torch.full((2, 9), -1))[2]  # no token at all
+    assert all(value == 0 for value in record.losses.values())
+    assert (record.observed["load"][0] == 0).all()
+
+
+def test_the_pooled_loss_balances_the_mean_of_the_layers():
+    """Two layers whose loads make up for each other lose nothing together, and much apart."""
+    probability = torch.tensor([0.7, 0.1, 0.1, 0.1]).double()
+    values = {}
+    for balance in ("layer", "pooled"):
+        moe, context = layer(balance=balance, balance_loss=0.5, z_loss=0.0), Context()
+        for order in ([0, 1, 2, 3], [1, 0, 3, 2], [2, 3, 0, 1], [3, 2, 1, 0]):
+            probabilities = probability[order].expand(1, 1, E)
+            visits = torch.zeros(1, 1, E, dtype=torch.bool)
+            visits[..., [order[0], order[1]]] = True
+            moe.account(probabilities.log(), visits, probabilities, context)
+        values[balance] = float(context.record.finish()["balance"])
+    assert values["pooled"] == pytest.approx(0.5 * 2)  # K, weighted
+    assert values["layer"] == pytest.approx(4 * 0.5 * E * (0.7 + 0.1))
 
 
 def test_sigmoid_gates_and_probabilities_sum_to_one():
     logits = torch.randn(2, 5, E, dtype=torch.float64, requires_grad=True)
-    gates, visits, probabilities = sigmoid_bias(logits, 2, torch.zeros(E))
+    gates, visits, probabilities = sigmoid_bias(logits, 2, torch.zeros(E), None)
     same(probabilities.sum(-1), torch.ones(2, 5, dtype=torch.float64))
     (gradient,) = torch.autograd.grad((gates * visits).sum(), logits)
     same(gradient, torch.zeros_like(logits))
@@ -228,30 +243,32 @@ def test_sigmoid_gates_and_probabilities_sum_to_one():
 
 @pytest.mark.parametrize("time", [1, 3, 8])
 def test_expert_choice_rounds_up(time):
-    _, visits, _ = expert_choice(torch.randn(2, time, E), 2, None)
+    _, visits, _ = expert_choice(torch.randn(2, time, E), 2, None, None)
     assert (visits.sum(1) == math.ceil(time * 2 / E)).all()
 
 
 def test_no_graph_is_kept_beyond_a_step():
+    """Neither in the layer nor in what it observed; its losses alone hold one."""
     moe = layer().train()
-    moe(text())
-    moe.after_step()
-    assert not moe.routing.logits.requires_grad
-    assert not moe.routing.probabilities.requires_grad
+    _, _, record = observe(moe, text())
+    kept = [moe.buffers(), *record.traces.values(), *record.observed.values()]
+    assert not any(tensor.requires_grad for tensors in kept for tensor in tensors)
+    assert all(loss.requires_grad for loss in record.losses.values())
 
 
 @pytest.mark.parametrize("dtype, autocast", [(torch.bfloat16, False), (torch.float32, True)])
 def test_routing_is_decided_in_full_precision(dtype, autocast):
     moe, x = layer().to(dtype), text().bfloat16()
+    seen = []
+    moe.account = lambda logits, *_: seen.append(logits)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         moe(x)
-    assert moe.routing.logits.dtype == torch.float32
-    same(moe.routing.logits.double(), F.linear(x.double(), moe.router.weight.double()), 1e-4)
+    (logits,) = seen
+    assert logits.dtype == torch.float32
+    same(logits.double(), F.linear(x.double(), moe.router.weight.double()), 1e-4)
 
 
 @pytest.mark.parametrize("shared", [0, 2])
 def test_the_experts_of_a_token_are_as_wide_as_the_dense_mlp(shared):
-    config = Config(
-        width=96, layers="mlp moe", experts=4, experts_per_token=2, shared_experts=shared
-    )
-    assert (2 + shared) * expert_width(config) == mlp_width(config)
+    options = MoE.Options(experts=4, experts_per_token=2, shared_experts=shared)
+    assert (2 + shared) * MoE(options, Config(width=96)).out.shape[2] == default_width(96)

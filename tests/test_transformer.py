@@ -10,16 +10,17 @@ from multiprocessing.reduction import ForkingPickler
 import pytest
 import torch
 import torch.multiprocessing  # which teaches the pickler to share tensors
-from models import SHAPE, make, same
+from models import WIDTH, make, same
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minimodels import LM, Config
-from minimodels.architectures.transformer import Attention, mlp_width
-from minimodels.layers import RMSNorm
+from minimodels.architectures.transformer import Attention, default_width
+from minimodels.layers import Context, RMSNorm
 from minimodels.ops.attention import attention
 from minimodels.ops.rotary import rotary, rotate, slow
 
-T, D = 24, SHAPE["width"]
+T, D = 24, WIDTH
+WINDOW = "attention(window=5)"
 
 
 def text(rows: int = 2) -> torch.Tensor:
@@ -42,7 +43,7 @@ def test_rotation_depends_on_distance_alone_and_keeps_length():
     "positions", [torch.arange(9), torch.arange(18).view(3, 6).T, torch.arange(6).expand(3, 1, 6)]
 )
 def test_rotary_angles_are_an_operation_that_a_compiler_may_trust(positions):
-    torch.library.opcheck(rotary, (positions, 8, 1e4, "linear:factor=2"))
+    torch.library.opcheck(rotary, (positions, 8, 1e4, "linear(factor=2)"))
 
 
 def test_layers_that_turn_alike_share_their_angles(monkeypatch):
@@ -51,11 +52,23 @@ def test_layers_that_turn_alike_share_their_angles(monkeypatch):
         "minimodels.architectures.transformer.rotary",
         lambda *args: calls.append(args[0]) or rotary(*args),
     )
-    stack = make({"layers": "attention window mod(attention window)", "capacity": 0.5})
-    stack.train()(torch.randn(2, 9, SHAPE["width"], dtype=torch.float64))
+    pair = f"attention {WINDOW}"
+    stack = make(f"{pair} mod({pair}, capacity=0.5)")
+    stack.train()(torch.randn(2, 9, D, dtype=torch.float64))
     everyone, routed = calls  # the group in mixture-of-depths has positions of its own
     assert everyone.tolist() == list(range(9))
     assert routed.shape == (2, 1, 5)
+
+
+def test_layers_that_turn_otherwise_do_not_share_their_angles():
+    """A stack of unlike layers is what they are one after the other, each in a pass of its own."""
+    scaled = "attention(rope_scaling=linear(factor=4))"
+    for other in ("attention(rope_base=100)", "attention(head_dim=8)", scaled):
+        stack, x = make(f"attention {other}"), text()
+        expected = x
+        for block in stack:
+            expected = expected + block.layer(block.norm(expected))[0]
+        same(stack(x)[0], expected)
 
 
 def test_rmsnorm_is_its_equation():
@@ -71,7 +84,7 @@ def test_rmsnorm_is_its_equation():
 
 def test_grouped_queries_equal_repeated_keys():
     """Four query heads on two key heads are four on four, where each key head stands twice."""
-    grouped, full = make({"layers": "attention", "kv_heads": 2}), make({"layers": "attention"})
+    grouped, full = make("attention(kv_heads=2)"), make("attention")
     few, many = grouped[0].layer, full[0].layer
     for name in ("q", "out"):
         getattr(many, name).weight.data = getattr(few, name).weight.data
@@ -85,23 +98,17 @@ def test_grouped_queries_equal_repeated_keys():
 
 def test_window_is_full_attention_while_it_holds_the_text():
     for window in (T, 2 * T):
-        same(
-            make({"layers": "window", "window": window})(text())[0],
-            make({"layers": "attention"})(text())[0],
-        )
-    assert not torch.allclose(
-        make({"layers": "window"})(text())[0], make({"layers": "attention"})(text())[0]
-    )
+        windowed = make(f"attention(window={window})")
+        same(windowed(text())[0], make("attention")(text())[0])
+    assert not torch.allclose(make(WINDOW)(text())[0], make("attention")(text())[0])
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 11, 12, 23])
 def test_window_sees_itself_and_what_came_just_before(window):
     """L window layers see 1 + L(w - 1) tokens and no more, whichever path computes them."""
     for impl in ("reference", "torch"):
-        stack, x = (
-            make({"layers": "window window", "window": window, "impl": impl}),
-            text().requires_grad_(),
-        )
+        stack = make(f"attention(window={window})*2", impl=impl)
+        x = text().requires_grad_()
         stack(x)[0][:, -1].sum().backward()
         reached = x.grad.abs().sum((0, 2)) > 0
         assert reached.sum() == min(T, 1 + 2 * (window - 1))
@@ -109,18 +116,18 @@ def test_window_sees_itself_and_what_came_just_before(window):
 
 
 def test_window_state_stays_bounded():
-    stack, state = make({"layers": "window", "window": 5}), None
+    stack, state = make(WINDOW), None
     for _ in range(3):
         _, state = stack(text(), state)
         assert state[0].keys.shape[2] == 4
         assert state[0].keys.untyped_storage().nbytes() == state[0].keys.nbytes
 
 
-@pytest.mark.parametrize("layer", ["attention", "window"])
+@pytest.mark.parametrize("layer", ["attention", WINDOW])
 def test_generation_does_not_copy_what_is_remembered(layer, monkeypatch):
     """A token more goes into free memory behind the others, of which there is a bounded amount."""
     monkeypatch.setattr("minimodels.ops.cache.SPARE", 8)
-    stack, places = make({"layers": layer}), []
+    stack, places = make(layer), []
     with torch.inference_mode():
         _, state = stack(text())
         for token in torch.cat((text(), text()), dim=1)[:, :36].split(1, dim=1):
@@ -138,18 +145,18 @@ def test_generation_does_not_copy_what_is_remembered(layer, monkeypatch):
 def test_slots_without_a_token_are_given_up(window, most, monkeypatch):
     """Where each row has a token but every third time, a room is made for those that there are."""
     monkeypatch.setattr("minimodels.ops.cache.SPARE", 8)
-    layer, state = Attention(Config(**SHAPE), window), None
+    layer, state = Attention(Attention.Options(window=window), Config(width=D)), None
     with torch.inference_mode():
         for t in range(100):
             positions = torch.where(torch.arange(3) == t % 3, t, -1)[:, None]
-            _, state = layer(torch.randn(3, 1, D), state, positions)
+            _, state = layer(torch.randn(3, 1, D), state, Context(positions))
     assert state.keys.shape[2] <= most
     assert state.seen.tolist() == [100, 98, 99]
 
 
 def generated(layer: str = "attention", dtype: torch.dtype = torch.float64):
     """A stack, and a state with free memory behind it."""
-    stack = make({"layers": layer}, dtype=dtype)
+    stack = make(layer, dtype=dtype)
     _, state = stack(text().to(dtype))
     return stack, stack(text()[:, :1].to(dtype), state)[1]
 
@@ -161,7 +168,7 @@ def joined(stack, x, state):
 
 
 def test_a_state_outlives_inference_mode():
-    stack = make({"layers": "attention"})
+    stack = make("attention")
     with torch.inference_mode():
         _, state = stack(text())
         _, state = stack(text()[:, :1], state)
@@ -219,9 +226,9 @@ def test_one_thread_alone_writes_behind_a_state():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layer", ["attention", "window"])
+@pytest.mark.parametrize("layer", ["attention", WINDOW])
 def test_a_state_in_less_precision_is_gone_on_from_in_more(layer):
-    stack = make({"layers": layer}, dtype=torch.float32)
+    stack = make(layer, dtype=torch.float32)
     x = text()[:, :3].float()
     for steps in (1, 2):  # with and without memory behind it
         state = None
@@ -235,7 +242,7 @@ def test_a_state_in_less_precision_is_gone_on_from_in_more(layer):
 
 @torch.no_grad()
 def test_a_window_does_not_hold_a_long_chunk():
-    stack, state = generated("window")
+    stack, state = generated(WINDOW)
     for _ in range(2):
         _, state = stack(text().repeat(1, 20, 1), state)
         assert state[0].keys.untyped_storage().nbytes() == state[0].keys.nbytes
@@ -297,20 +304,19 @@ def test_low_precision_is_within_twice_the_plain_error(window):
 
 
 def test_state_of_attention_counts_what_it_has_seen():
-    layer = Attention(Config(**SHAPE))
+    layer = Attention(Attention.Options(), Config(width=D))
     _, state = layer(torch.randn(2, 3, D))
     _, state = layer(torch.randn(2, 1, D), state)
     assert (state.seen, state.positions) == (4, None)
-    _, state = layer(
-        torch.randn(2, 2, D), state, torch.tensor([[4, 6], [5, -1]])
-    )  # from here on with gaps
+    gaps = Context(torch.tensor([[4, 6], [5, -1]]))
+    _, state = layer(torch.randn(2, 2, D), state, gaps)
     assert state.seen.tolist() == [7, 6]
     assert state.positions.tolist() == [[0, 1, 2, 3, 4, 6], [-1, 0, 1, 2, 3, 5]]
 
 
 def test_tied_embeddings_stay_one_matrix():
     """However a model is moved or loaded: the head has no other."""
-    lm = LM(Config(layers="mlp", vocab=5, width=8, heads=1))
+    lm = LM(Config(layers="mlp", vocab=5, width=8))
     logits = lm(tokens := torch.arange(5)[None])[0]
     other = LM(lm.config).to("meta").to_empty(device="cpu")
     other.load_state_dict(lm.state_dict(), assign=True)
@@ -320,18 +326,18 @@ def test_tied_embeddings_stay_one_matrix():
 
 def test_positions_may_be_given_after_chunks_without():
     """The slots that a window has kept are the last ones."""
-    stack, x = make({"layers": "window"}), text()[:, :12]
+    stack, x = make(WINDOW), text()[:, :12]
     whole, _ = stack(x)
     for learn in (True, False):
         with torch.set_grad_enabled(learn):
             _, state = stack(x[:, :9])
-            y, _ = stack(x[:, 9:], state, torch.arange(9, 12).expand(2, 3))
+            y, _ = stack(x[:, 9:], state, Context(torch.arange(9, 12).expand(2, 3)))
         same(y, whole[:, 9:])
 
 
 @pytest.mark.parametrize("width, hidden", [(128, 352), (96, 256), (768, 2048)])
 def test_the_hidden_width_is_rounded_up(width, hidden):
-    assert mlp_width(Config(width=width)) == hidden
+    assert default_width(width) == hidden
 
 
 def test_llama3_frequencies_are_kept_lowered_or_between():
@@ -339,7 +345,7 @@ def test_llama3_frequencies_are_kept_lowered_or_between():
     between = (400 * 0.025 / (2 * math.pi) - 1) / 3
     expected = torch.tensor([1.0, 0.025 * (between + (1 - between) / 8), 0.01 / 8])
     same(
-        slow(torch.tensor([1.0, 0.025, 0.01]), "llama3:factor=8,low=1,high=4,context=400"),
+        slow(torch.tensor([1.0, 0.025, 0.01]), "llama3(factor=8, low=1, high=4, context=400)"),
         expected,
         1e-6,
     )
@@ -347,10 +353,11 @@ def test_llama3_frequencies_are_kept_lowered_or_between():
 
 @torch.no_grad()
 def test_padding_pushes_nothing_out_of_a_window():
-    stack, x = make({"layers": "window"}), text()[:, :13]
+    stack, x = make(WINDOW), text()[:, :13]
     _, state = stack(x[:, :7])
-    _, state = stack(x[:, 7:8], state, torch.full((2, 1), 7))
-    _, state = stack(x[:, 8:12], state, torch.tensor([[8, 9, 10, 11], [8, -1, -1, -1]]))
+    _, state = stack(x[:, 7:8], state, Context(torch.full((2, 1), 7)))
+    padded = torch.tensor([[8, 9, 10, 11], [8, -1, -1, -1]])
+    _, state = stack(x[:, 8:12], state, Context(padded))
     y, _ = stack(x[:, 12:], state)
     _, alone = stack(x[1:, :9])
     same(y[1:], stack(x[1:, 12:], alone)[0])
