@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from minimodels.command import pick_device, run_command
-from minimodels.data.text import is_task
+from minimodels.data.tasks import is_task
 from minimodels.data.tokenizer import Bytes, TokenizerFile
 from minimodels.errors import InputError, Natural, Range, check_types
 from minimodels.files import read_json

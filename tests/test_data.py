@@ -1,13 +1,16 @@
 """Text and tasks: the right tokens, the same for everyone on one seed."""
 
 import functools
+import itertools
 import os
 
 import pytest
 import torch
 
-import minimodels.data.text
-from minimodels.data.text import Piece, Span, open_data
+import minimodels.data.span
+from minimodels.data.schedule import ramp
+from minimodels.data.span import Piece, Span
+from minimodels.data.text import Text, open_data
 from minimodels.errors import InputError
 from minimodels.ops.linear_cross_entropy import IGNORE
 
@@ -82,15 +85,12 @@ def test_the_fingerprint_tells_whether_files_have_changed(folder):
     assert open_data(str(folder), 30).fingerprint != before
 
 
-def test_more_files_than_a_process_may_map(folder, monkeypatch):
-    monkeypatch.setattr(
-        minimodels.data.text,
-        "map_file",
-        functools.lru_cache(2)(minimodels.data.text.map_file.__wrapped__),
-    )
+def test_more_files_than_a_process_may_open(folder, monkeypatch):
+    few = functools.lru_cache(2)(minimodels.data.span.open_file.__wrapped__)
+    monkeypatch.setattr(minimodels.data.span, "open_file", few)
     span = open_data(str(folder), 30).spans["training"]
     assert span[0 : len(span)].tolist() == sorted(span[0 : len(span)].tolist())
-    assert minimodels.data.text.map_file.cache_info().currsize == 2
+    assert few.cache_info().currsize == 2
 
 
 def test_one_file_is_split_by_position(tmp_path):
@@ -143,7 +143,14 @@ def test_recall_asks_keys_for_their_values():
 
 
 def test_tasks_repeat_on_a_seed_and_hold_out_validation():
-    for name in ("copying:tokens=4", "induction", "mqar:pairs=4,vocab=64"):
+    for name in (
+        "copying:tokens=4",
+        "induction",
+        "mqar:pairs=4,vocab=64",
+        "overwrite",
+        "parity",
+        "s3",
+    ):
         task = open_data(name, 32)
         assert torch.equal(task.batch(1, 2, 3)[0], task.batch(1, 2, 3)[0])
         assert not torch.equal(task.batch(1, 2, 3)[0], next(task.validation(3, 1))[0])
@@ -158,6 +165,10 @@ def test_tasks_repeat_on_a_seed_and_hold_out_validation():
         ("mqar:pairs=40,vocab=64", 400, "80 or more"),
         ("copying", 31, "context: 31"),
         ("induction", 2, "context: 2"),
+        ("overwrite:keys=40", 400, "80 or more"),
+        ("overwrite:keys=8", 23, "context: 23"),
+        ("parity:vocab=3", 8, "no option for parity"),
+        ("s3:", 0, "context: 0"),
     ],
 )
 def test_refuses(name, context, message):
@@ -183,7 +194,7 @@ def test_every_window_can_be_drawn(tmp_path):
     training, validation = (
         Span([Piece(tmp_path / "text", *span)]) for span in ((0, 12), (100, 130))
     )
-    tokens, targets = minimodels.data.text.Text(training, validation, 10).batch(0, 0, 50)
+    tokens, targets = Text(training, validation, 10).batch(0, 0, 50)
     assert (set(tokens[:, 0].tolist()), set(targets[:, -1].tolist())) == ({0, 1}, {10, 11})
 
 
@@ -218,7 +229,14 @@ def test_recall_asks_for_most_keys_early_and_for_some_at_the_end():
 
 
 def test_no_two_batches_are_alike(folder):
-    for name in (str(folder), "copying:tokens=4", "induction", "mqar:pairs=4,vocab=64"):
+    for name in (
+        str(folder),
+        "copying:tokens=4",
+        "induction",
+        "mqar:pairs=4,vocab=64",
+        "overwrite",
+        "s3",
+    ):
         task = open_data(name, 32)
         batches = [task.batch(seed, step, 3)[0] for seed in range(3) for step in range(3)]
         batches += [tokens for tokens, _ in task.validation(3, 3)]
@@ -240,3 +258,94 @@ def test_the_fingerprint_tells_whether_files_have_other_names(folder):
     before = open_data(str(folder), 30).fingerprint
     (folder / "00.txt").rename(folder / "00.text")
     assert open_data(str(folder), 30).fingerprint != before
+
+
+def test_overwritten_keys_are_asked_for_their_last_value():
+    for context in (31, 32):
+        tokens, targets = open_data("overwrite:keys=5,vocab=24", context).batch(0, 0, 100)
+        assert tokens.shape == targets.shape == (100, context)
+        changed = 0
+        for row, answers in zip(tokens.tolist(), targets.tolist(), strict=True):
+            assert set(answers[:-5]) == {IGNORE}
+            pairs = row[(context - 5) % 2 : -5]
+            memory = {}
+            for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+                assert key < 12 <= value < 24
+                changed += key in memory
+                memory[key] = value
+            assert len(memory) == 5
+            assert sorted(row[-5:]) == sorted(memory)
+            assert [memory[key] for key in row[-5:]] == answers[-5:]
+        assert changed == 100 * 8
+
+
+def test_parity_is_that_of_the_ones_so_far():
+    tokens, targets = open_data("parity", 33).batch(0, 0, 20)
+    for row, answers in zip(tokens.tolist(), targets.tolist(), strict=True):
+        assert answers == [sum(row[: t + 1]) % 2 for t in range(33)]
+    assert set(tokens.flatten().tolist()) == {0, 1}
+
+
+def test_s3_multiplies_permutations_in_their_order():
+    """Each permutation moves the things that the ones before have moved."""
+    permutations = list(itertools.permutations(range(3)))
+    tokens, targets = open_data("s3", 17).batch(0, 0, 20)
+    for row, answers in zip(tokens.tolist(), targets.tolist(), strict=True):
+        places = [0, 1, 2]  # where each thing is
+        for token, answer in zip(row, answers, strict=True):
+            places = [permutations[token][place] for place in places]
+            assert permutations[answer] == tuple(places)
+    assert set(tokens.flatten().tolist()) == set(range(6))
+
+
+def test_a_task_of_another_context_is_the_same_task():
+    for name in ("copying:tokens=4", "induction", "mqar:pairs=4,vocab=64", "overwrite", "parity"):
+        longer = open_data(name, 32).batch(1, 2, 3, context=48)
+        assert all(map(torch.equal, longer, open_data(name, 48).batch(1, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    "text, progress, values",
+    [
+        ("context=256:2048@0.5", 0.0, {"context": 256}),
+        ("context=256:2048@0.5", 0.25, {"context": 1024}),
+        ("context=256:2048@0.5", 0.499, {"context": 1792}),
+        ("context=256:2048@0.5", 0.5, {"context": 2048}),
+        ("context=256:2048@0.5", 2.0, {"context": 2048}),
+        ("context=100:250", 0.99, {"context": 200}),
+        ("context=100:250", 1.0, {"context": 250}),
+        ("batch_size=32:8@0.4", 0.1, {"batch_size": 24}),
+        ("batch_size=32:8@0.4", 0.4, {"batch_size": 8}),
+        ("context=8:8  batch_size=1:3", 0.5, {"context": 8, "batch_size": 2}),
+        ("", 0.5, {}),
+    ],
+)
+def test_ramp(text, progress, values):
+    found = ramp(text, progress)
+    assert found == values
+    assert all(type(value) is int for value in found.values())
+
+
+def test_ramp_of_weights():
+    assert ramp("code=0.8:0.2@0.5", 0.25, ("code",)) == {"code": 0.5}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "context",
+        "context=256",
+        "context=256:0",
+        "context=2.5:8",
+        "context=8:16@0",
+        "context=8:16@1.5",
+        "context=8:16@nan",
+        "depth=1:2",
+        "context=-8:16",
+        "batch_size=8:inf",
+        "context=1:2 context=2:3",
+    ],
+)
+def test_ramp_refuses(text):
+    with pytest.raises(InputError, match="^ramp: "):
+        ramp(text, 0.5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minimodels import LM, Config, InputError, from_pretrained, save_pretrained
-from minimodels.data.tokenizer import Bytes, TokenizerFile
+from minimodels.data.tokenizer import Bytes, TokenizerFile, read_end
 from minimodels.sample import Options, Sampling, generate, main
 
 TEXT = "def añadir(x):\n    return x + 1  # 日本\n"
@@ -134,7 +134,7 @@ def test_options_of_sampling_are_checked(folder):
 def test_generation_config_need_not_name_an_end(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 1}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": True}))
-    assert TokenizerFile.read_end(None, tmp_path) == {1}
+    assert read_end(tmp_path) == {1}
 
 
 def test_a_character_that_is_cut_off_shows():

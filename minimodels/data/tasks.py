@@ -2,31 +2,43 @@
 
 A task makes its batches from (seed, step), like text, and its length is the context. Only the answers are targets; the metric
 is the fraction of them that is right. Parameters follow the name: `--data mqar:pairs=8,vocab=256`.
+
+Recall asks what a state can store (copying, induction, mqar, overwrite); state tracking asks what it can compute (parity, s3).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from minimodels.data.text import generator
-from minimodels.errors import InputError
+from minimodels.data.source import Source, generator
+from minimodels.errors import Count, InputError, describe, fits, nearest
+from minimodels.grammar import excerpt, parse_call
 from minimodels.ops.linear_cross_entropy import IGNORE
 
 
 @dataclass
-class Task:
+class Task(Source):
     """A source of batches (tokens, targets), both (size, context) int64."""
 
     context: int
 
-    def batch(self, seed: int, step: int, size: int) -> tuple[Tensor, Tensor]:
-        """The sequences of one training step."""
-        return self.make(generator("training", seed, step), size)
+    def describe(self) -> str:
+        return str(self)
 
-    def validation(self, size: int, batches: int):
+    def batch(
+        self, seed: int, step: int, size: int, context: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The sequences of one training step."""
+        task = self if context is None else dataclasses.replace(self, context=context)
+        return task.make(generator("training", seed, step), size)
+
+    def validation(self, size: int, batches: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The same `batches` batches every time, drawn apart from those of training."""
         for step in range(batches):
             yield self.make(generator("validation", step), size)
@@ -130,4 +142,128 @@ class AssociativeRecall(Task):
         return tokens, targets
 
 
-TASKS = {"copying": SelectiveCopying, "induction": InductionHeads, "mqar": AssociativeRecall}
+@dataclass
+class Overwrite(Task):
+    """Keys are given values again and again; at the end each key is asked for the value that it was given last.
+
+    A state that only adds keeps the old values too; the delta rule (Schlag et al., arXiv:2102.11174) removes them. Keys are the
+    lower half of the vocabulary, values the upper. Every key is written once at the beginning, then keys drawn at random until
+    the questions begin. A single token that is left over comes first and means nothing.
+    """
+
+    keys: int = 8
+    vocab: int = 64
+
+    def __post_init__(self):
+        if self.vocab < 2 * self.keys:
+            accepted = f"{2 * self.keys} or more: {self.keys} keys, and as many values"
+            raise InputError("vocab", self.vocab, accepted)
+        self.require(3 * self.keys)
+
+    def make(self, random: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
+        half, writes = self.vocab // 2, (self.context - self.keys) // 2
+        names = torch.rand(size, half, generator=random).topk(self.keys).indices  # (B, keys)
+        first = torch.arange(self.keys).expand(size, -1)
+        later = torch.randint(self.keys, (size, writes - self.keys), generator=random)
+        written = torch.cat((first, later), dim=1)  # which of the keys, (B, writes)
+        values = torch.randint(half, 2 * half, (size, writes), generator=random)
+        memory = torch.zeros(size, self.keys, dtype=torch.int64)
+        for write in range(writes):
+            memory.scatter_(1, written[:, write : write + 1], values[:, write : write + 1])
+        asked = torch.rand(size, self.keys, generator=random).argsort(1)
+        filler = torch.randint(
+            half, 2 * half, (size, (self.context - self.keys) % 2), generator=random
+        )
+        pairs = torch.stack((names.gather(1, written), values), dim=2).flatten(1)
+        tokens = torch.cat((filler, pairs, names.gather(1, asked)), dim=1)
+        targets = torch.full_like(tokens, IGNORE)
+        targets[:, -self.keys :] = memory.gather(1, asked)
+        return tokens, targets
+
+
+@dataclass
+class Parity(Task):
+    """Random bits; at every position, whether the number of ones so far is odd.
+
+    The smallest problem of state tracking. Linear recurrences whose decays are positive cannot solve it at every length
+    (Grazzi et al., arXiv:2411.12537).
+    """
+
+    vocab = 2
+
+    def __post_init__(self):
+        self.require(1)
+
+    def make(self, random: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
+        tokens = torch.randint(2, (size, self.context), generator=random)
+        return tokens, tokens.cumsum(1) % 2
+
+
+@dataclass
+class SymmetricGroup(Task):
+    """Random permutations of three things; at every position, the product of all so far.
+
+    The word problem of S3 (Merrill et al., "The Illusion of State in State-Space Models", arXiv:2404.08819). Tokens and answers
+    number the permutations; the product applies the earlier first. The order matters: S3 does not commute.
+    """
+
+    vocab = 6
+    PERMUTATIONS = tuple(itertools.permutations(range(3)))
+
+    def __post_init__(self):
+        self.require(1)
+
+    def make(self, random: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
+        tokens = torch.randint(6, (size, self.context), generator=random)
+        table = torch.tensor(  # [product so far, next] -> product
+            [
+                [
+                    self.PERMUTATIONS.index(tuple(after[i] for i in before))
+                    for after in self.PERMUTATIONS
+                ]
+                for before in self.PERMUTATIONS
+            ]
+        )
+        targets = torch.empty_like(tokens)
+        product = torch.zeros(size, dtype=torch.int64)  # permutation 0 changes nothing
+        for t in range(self.context):
+            product = table[product, tokens[:, t]]
+            targets[:, t] = product
+        return tokens, targets
+
+
+TASKS = {
+    "copying": SelectiveCopying,
+    "induction": InductionHeads,
+    "mqar": AssociativeRecall,
+    "overwrite": Overwrite,
+    "parity": Parity,
+    "s3": SymmetricGroup,
+}
+
+
+def is_task(text: str) -> bool:
+    """Whether a text names a task, with or without options."""
+    return text.partition("(")[0].strip() in TASKS
+
+
+def open_task(text: str, context: int) -> Task | None:
+    """The task that a text names, such as "mqar(pairs=8, vocab=256)"; None if it names none.
+
+    Raises InputError for an option that the task does not have, or that is no whole number above 0.
+    """
+    if not is_task(text):
+        return None
+    call = parse_call(text, "data")
+    kind = TASKS[call.name]
+    known = [field.name for field in dataclasses.fields(kind) if field.name != "context"]
+    for option in call.options:
+        where = excerpt(text, option.at)
+        if option.name not in known:
+            accepted = nearest(option.name, known) or "no options"
+            raise InputError(f"data: {call.name}", option.name, accepted, where)
+        if not fits(option.value, Count):
+            raise InputError(
+                f"data: {call.name}.{option.name}", option.value, describe(Count), where
+            )
+    return kind(context, **{option.name: option.value for option in call.options})

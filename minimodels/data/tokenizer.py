@@ -1,26 +1,37 @@
-"""Text to tokens and back: bytes, for what is trained here, and a published model's tokenizer.json.
+"""Text to tokens and back: bytes, a BPE trained on the run's own text, or a published model's tokenizer.json.
 
-Both have `encode(text)`, `stream(prompt, tokens)` and `end`, the tokens that end a text.
+All have `encode(text)`, `stream(prompt, tokens)`, `vocab`, `end` (the tokens that end a text), `fingerprint` and
+`save(folder)`.
 """
 
 from __future__ import annotations
 
 import codecs
+import functools
+import hashlib
 import itertools
+import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from minimodels.data.byte_level import from_alphabet, save_bytes_tokenizer
 from minimodels.errors import InputError
-from minimodels.files import read_json
+from minimodels.files import atomic_write, read_json
+
+END = "<|end|>"  # ends a document in the tokenizers that are trained here
+ENDS = (END, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # tokens that end a document
 
 
 class Bytes:
     """A text is its bytes, token ids 0 to 255."""
 
+    vocab = 256
     end: frozenset[int] = frozenset()
+    fingerprint = "bytes"
 
     def encode(self, text: str) -> Tensor:
         """The bytes of a text, those that a command line could not decode included: (T,) int64."""
@@ -37,36 +48,35 @@ class Bytes:
             yield text.decode(bytes([token] if token < 256 else []))
         yield text.decode(b"", final=True)
 
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json, with which other programs read and write the same tokens."""
+        save_bytes_tokenizer(folder / "tokenizer.json")
 
-class TokenizerFile:
-    """A published model's tokenizer, by the library `tokenizers` (extra `hub`)."""
 
-    def __init__(self, folder: Path):
-        try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            raise InputError(
-                "tokenizers", "not installed", 'pip install "minimodels[hub]"'
-            ) from None
-        path = folder / "tokenizer.json"
-        try:
-            self.tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise InputError(
-                "tokenizer.json", str(path), f"a tokenizer of the library tokenizers ({error})"
-            ) from None
-        self.end = self.read_end(folder)
+class LibraryTokenizer:
+    """A tokenizer of the library `tokenizers` (extra `hub`). end: the tokens that end a text."""
 
-    def read_end(self, folder: Path) -> frozenset[int]:
-        """eos_token_id, one or several, which generation_config.json may say otherwise than config.json."""
-        end = None
-        for name in ("config.json", "generation_config.json"):
-            if (folder / name).is_file():
-                end = read_json(folder / name).get("eos_token_id", end)
-        ends = end if isinstance(end, list) else [] if end is None else [end]
-        if not all(type(token) is int for token in ends):
-            raise InputError("config.json eos_token_id", end, "a token id, or a list of them")
-        return frozenset(ends)
+    def __init__(self, tokenizer, end: frozenset[int]):
+        self.tokenizer, self.end = tokenizer, end
+        self.vocab = max(tokenizer.get_vocab().values(), default=-1) + 1
+        if self.vocab < 1:
+            raise InputError("tokenizer.json", "no tokens", "a tokenizer with at least one token")
+
+    @functools.cached_property
+    def content(self) -> str:
+        """The whole tokenizer as JSON."""
+        return self.tokenizer.to_str()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that decides which tokens a text has."""
+        return hashlib.blake2b(self.content.encode(), digest_size=8).hexdigest()
+
+    @functools.cached_property
+    def separator(self) -> int | None:
+        """The token to put at the end of a document; None if no token is known to end one."""
+        named = [self.tokenizer.token_to_id(name) for name in ENDS]
+        return next((token for token in (*sorted(self.end), *named) if token is not None), None)
 
     def encode(self, text: str) -> Tensor:
         """The tokens of a text, with those that the tokenizer puts before or behind it: (T,) int64."""
@@ -78,12 +88,158 @@ class TokenizerFile:
     def stream(self, prompt: Tensor, tokens: Iterable[int]) -> Iterator[str]:
         """The text of the prompt, then of the tokens as they come; special tokens are left out, and bytes that are no text
         become the character for that."""
-        from tokenizers.decoders import DecodeStream
-
-        stream = DecodeStream(skip_special_tokens=True)
+        text = codecs.getincrementaldecoder("utf-8")("replace")
+        begun, previous = False, None  # `previous`: the last token that is not bytes
         for token in itertools.chain(prompt.tolist(), tokens):
-            try:
-                yield stream.step(self.tokenizer, token) or ""
-            except Exception:  # the library raises nothing narrower; what comes is a new beginning
-                stream = DecodeStream(skip_special_tokens=True)
-                yield "\ufffd"
+            content = self.token_bytes.get(token)
+            if content is None:
+                content = self.text_of(token, begun, previous)
+                yield text.decode(b"", final=True) + content
+                previous = token
+            else:
+                yield text.decode(content)
+            begun = begun or bool(content)
+        yield text.decode(b"", final=True)
+
+    def text_of(self, token: int, begun: bool, previous: int | None) -> str:
+        """The text of a token that is not bytes, which depends on whether it is the first (it may lose a space) and on the one
+        before."""
+        if not begun:
+            return self.tokenizer.decode([token])
+        before = [token if previous is None else previous]
+        whole, start = self.tokenizer.decode([*before, token]), self.tokenizer.decode(before)
+        return whole[len(start) :] if whole.startswith(start) else self.tokenizer.decode([token])
+
+    @functools.cached_property
+    def token_bytes(self) -> dict[int, bytes]:
+        """The tokens that are the same bytes wherever they appear: token id -> bytes; b"" for special tokens.
+
+        These are all tokens of a byte-level tokenizer, and the bytes on which others fall back.
+        """
+        decoders = set(find_types(json.loads(self.content).get("decoder")))
+        byte_level = bool(decoders) and decoders <= {"ByteLevel", "Sequence", "Fuse"}
+        known = {}
+        for text, token in self.tokenizer.get_vocab(with_added_tokens=False).items():
+            if byte_level:
+                known[token] = from_alphabet(text)
+            elif "ByteFallback" in decoders and re.fullmatch("<0x[0-9A-Fa-f]{2}>", text):
+                known[token] = bytes.fromhex(text[3:5])
+        for token, added in self.tokenizer.get_added_tokens_decoder().items():
+            if added.special:
+                known[token] = b""
+            elif byte_level:
+                known[token] = added.content.encode()
+        return known
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json."""
+        with atomic_write(folder / "tokenizer.json") as path:
+            path.write_text(self.content, encoding="utf-8")
+
+
+class TokenizerFile(LibraryTokenizer):
+    """A tokenizer.json, which may lie beside the config.json of a published model that says which tokens end a text.
+
+    Truncation and padding that the file stores are switched off: a prompt has all its tokens, and no others.
+    """
+
+    def __init__(self, folder: Path, name: str = "tokenizer.json"):
+        library = require_tokenizers()
+        path = folder / name
+        if not path.is_file():
+            raise InputError("tokenizer.json", str(path), "a regular file that exists")
+        try:
+            tokenizer = library.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise InputError(
+                "tokenizer.json", str(path), f"a tokenizer of the library tokenizers ({error})"
+            ) from None
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        own = tokenizer.token_to_id(END)
+        super().__init__(tokenizer, read_end(folder) or frozenset([] if own is None else [own]))
+
+
+def read_end(folder: Path) -> frozenset[int]:
+    """eos_token_id, one or several, which generation_config.json may say otherwise than config.json."""
+    end = None
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            end = read_json(folder / name).get("eos_token_id", end)
+    ends = end if isinstance(end, list) else [] if end is None else [end]
+    if not all(type(token) is int for token in ends):
+        raise InputError("config.json eos_token_id", end, "a token id, or a list of them")
+    return frozenset(ends)
+
+
+def require_tokenizers():
+    """The library `tokenizers`. Raises InputError if it is not installed."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise InputError("tokenizers", "not installed", 'pip install "minimodels[hub]"') from None
+    return tokenizers
+
+
+def find_types(decoder: object) -> Iterator[str]:
+    """The types of a decoder in a tokenizer.json, and of those within."""
+    if isinstance(decoder, dict):
+        yield decoder.get("type", "")
+        for inner in decoder.get("decoders", ()):
+            yield from find_types(inner)
+
+
+def open_tokenizer(spec: str, texts: Iterable[str] | None = None) -> Bytes | LibraryTokenizer:
+    """The tokenizer that a text names: "bytes", "bpe(vocab=8192)", a tokenizer.json or the folder that holds one.
+
+    texts: what a BPE is trained on. Raises InputError for another name, or a file that is missing or damaged.
+    """
+    if spec == "bytes":
+        return Bytes()
+    if is_bpe(spec):
+        vocab = parse_bpe(spec)
+        if texts is None:
+            raise InputError(
+                "tokenizer", spec, "bytes or a tokenizer.json, because no text is given"
+            )
+        return train_bpe(texts, vocab)
+    path = Path(spec)
+    if path.is_dir():
+        return TokenizerFile(path)
+    if not path.is_file():
+        raise InputError("tokenizer", spec, "bytes, bpe(vocab=8192) or a file tokenizer.json")
+    return TokenizerFile(path.parent, path.name)
+
+
+def train_bpe(texts: Iterable[str], vocab: int) -> LibraryTokenizer:
+    """A byte-level BPE with at most `vocab` tokens, of which token 0 ends a document. The same texts give the same tokens.
+
+    Sennrich et al., arXiv:1508.07909: begin with the 256 bytes as tokens; again and again make one token of the pair of
+    neighbours that is most frequent within words, until the vocabulary is full.
+    """
+    library = require_tokenizers()
+    tokenizer = library.Tokenizer(library.models.BPE())
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=[END],
+        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return LibraryTokenizer(tokenizer, frozenset([0]))
+
+
+def is_bpe(spec: str) -> bool:
+    """Whether a text asks for a tokenizer that is trained on the run's text."""
+    return spec.partition("(")[0].strip() == "bpe"
+
+
+def parse_bpe(spec: str) -> int:
+    """ "bpe(vocab=8192)" -> 8192."""
+    found = re.fullmatch(r"\s*bpe\s*(?:\(\s*(?:vocab\s*=\s*(\d{1,9})\s*)?\)\s*)?", spec)
+    vocab = int(found[1] or 8192) if found else 0
+    if not 257 <= vocab <= 2**20:
+        raise InputError("tokenizer", spec, "bpe(vocab=NUMBER) with a number from 257 to 1048576")
+    return vocab

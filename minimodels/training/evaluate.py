@@ -6,15 +6,15 @@ import math
 
 import torch
 
+from minimodels.data.source import Source
 from minimodels.data.tasks import Task
-from minimodels.data.text import Text
 from minimodels.lm import LM
 from minimodels.ops.linear_cross_entropy import tally
 
 
 @torch.no_grad()
 def evaluate(
-    model: LM, data: Text | Task, batch_size: int, batches: int, autocast: torch.autocast
+    model: LM, data: Source, batch_size: int, batches: int, autocast: torch.autocast
 ) -> dict[str, float]:
     """The loss in nats and the fraction of right answers over the held-out batches, and for text the bits
     per byte. The model is in evaluation mode, in which mixture-of-depths decides causally."""
@@ -29,4 +29,7 @@ def evaluate(
     loss, right, count = total.tolist()
     nats = loss / count
     scores = {"validation_loss": nats, "accuracy": right / count}
-    return scores | {"bits_per_byte": nats / math.log(2)} if isinstance(data, Text) else scores
+    if isinstance(data, Task):
+        return scores
+    bits = nats / math.log(2) / data.bytes_per_token(batch_size, batches)
+    return scores | {"bits_per_byte": bits}

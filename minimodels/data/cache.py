@@ -1,0 +1,160 @@
+"""Text or tokens that were made from other files, kept in a folder that is whole or not there.
+
+CACHE/KEY/training.bin      the items of all training documents, one after the other: uint8, uint16 or uint32
+CACHE/KEY/training.ends     where each document ends among them: int64
+CACHE/KEY/validation.bin, validation.ends
+CACHE/KEY/validation.bytes  how many bytes of text each token stands for: uint32; only of tokens
+CACHE/KEY/about.json        what was counted; written last
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from minimodels.data.files import CACHE_TAG
+from minimodels.data.span import Piece, Span
+from minimodels.errors import InputError
+from minimodels.files import write_json
+
+VERSION = 1  # of what is written; a change makes everything again
+SPLITS = ("training", "validation")
+TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Made by minimodels; may be deleted.\n"
+
+
+def default_cache() -> Path:
+    """The folder for what can be made again, as the XDG rules have it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimodels"
+
+
+def key_of(*content: object) -> str:
+    """A name for what is a function of the content."""
+    return hashlib.blake2b(repr((VERSION, *content)).encode(), digest_size=12).hexdigest()
+
+
+class Writer:
+    """Writes the documents of both splits, one item after the other."""
+
+    def __init__(self, folder: Path, dtype: np.dtype):
+        self.folder, self.dtype = folder, np.dtype(dtype)
+        self.counts = dict.fromkeys(SPLITS, 0)
+        self.documents = dict.fromkeys(SPLITS, 0)
+        self.last_end = dict.fromkeys(SPLITS, 0)
+        self.checksum = 0
+        self.files = {}
+
+    def write(self, split: str, items: np.ndarray, sizes: np.ndarray | None = None) -> None:
+        """Append items to a document, and how many bytes each stands for."""
+        content = items.astype(self.dtype, copy=False).tobytes()
+        self.checksum = zlib.crc32(content, self.checksum)
+        self.file(split, "bin").write(content)
+        if sizes is not None:
+            self.file(split, "bytes").write(sizes.astype(np.uint32).tobytes())
+        self.counts[split] += len(items)
+
+    def end_document(self, split: str) -> None:
+        """The next items belong to another document. An empty one is none."""
+        if self.counts[split] > self.last_end[split]:
+            self.last_end[split] = self.counts[split]
+            self.documents[split] += 1
+            self.file(split, "ends").write(np.int64(self.counts[split]).tobytes())
+
+    def file(self, split: str, kind: str):
+        name = f"{split}.{kind}"
+        if name not in self.files:
+            self.files[name] = (self.folder / name).open("wb", buffering=2**20)
+        return self.files[name]
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+
+
+def make_once(cache: Path, key: str, dtype: type, fill: Callable[[Writer], dict | None]) -> Path:
+    """The folder of a key, filled by `fill` unless it is there and whole.
+
+    Processes that want the same folder wait for the one that makes it. `fill` writes the documents and returns what else
+    about.json shall say. Raises InputError if the cache cannot be written.
+    """
+    folder = cache / key
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        if not (cache / CACHE_TAG).exists():
+            (cache / CACHE_TAG).write_text(TAG)
+        with locked(cache / f"{key}.lock"):
+            if not is_whole(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                fill_folder(folder, np.dtype(dtype), fill)
+    except OSError as error:
+        accepted = f"a folder that can be written, with room for the text ({error.strerror})"
+        raise InputError("cache", str(cache), accepted) from None
+    return folder
+
+
+def fill_folder(folder: Path, dtype: np.dtype, fill: Callable[[Writer], dict | None]) -> None:
+    """Write a folder under another name and give it its own at the end."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    writer = Writer(partial, dtype)
+    try:
+        try:
+            more = fill(writer) or {}
+        finally:
+            writer.close()
+        about = {
+            "dtype": dtype.name,
+            "items": writer.counts,
+            "documents": writer.documents,
+            "checksum": writer.checksum,
+            "files": {file.name: file.stat().st_size for file in sorted(partial.iterdir())},
+        }
+        write_json(partial / "about.json", about | more)
+        os.rename(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_about(folder: Path) -> dict:
+    """What about.json says; {} if it is missing or damaged."""
+    try:
+        about = json.loads((folder / "about.json").read_text())
+        return about if isinstance(about, dict) else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether all files of a folder are there and as long as they were written."""
+    sizes = read_about(folder).get("files")
+    if not isinstance(sizes, dict):
+        return False
+    paths = {folder / name: size for name, size in sizes.items()}
+    return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+
+
+def open_span(folder: Path, split: str, kind: str = "bin") -> Span:
+    """One split of a folder; with kind="bytes" the bytes that its tokens stand for."""
+    dtype = np.uint32 if kind == "bytes" else np.dtype(read_about(folder)["dtype"])
+    path = folder / f"{split}.{kind}"
+    count = path.stat().st_size // np.dtype(dtype).itemsize if path.exists() else 0
+    ends = folder / f"{split}.ends"
+    ends = np.fromfile(ends, np.int64) if ends.exists() else np.empty(0, np.int64)
+    return Span([Piece(path, 0, count)], dtype, ends)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait until no other process is in here with this path. The lock of a process that ends is free."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

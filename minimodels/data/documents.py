@@ -1,0 +1,168 @@
+"""Documents packed into rows, so that no row holds half of one that would fit.
+
+Krell et al., "Efficient Sequence Packing without Cross-contamination", arXiv:2107.02027; Ding et al., "Fewer Truncations
+Improve Language Modeling", arXiv:2404.10830. Many documents are drawn at once, and the longest goes first into the row in
+which it leaves the least space. `starts` tells each layer where a token's document begins, so that none sees another.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minimodels.data.source import generator
+from minimodels.data.windows import Text
+from minimodels.errors import InputError
+from minimodels.ops.linear_cross_entropy import IGNORE
+
+ROWS = 256  # that are packed together, rounded up to whole batches
+
+
+class Part(NamedTuple):
+    """`length` tokens of a document, from place `start` of the span on; `more`: whether its document goes on."""
+
+    start: int
+    length: int
+    more: bool
+
+
+class Documents(Text):
+    """Rows of whole documents; one that is longer than the context is cut into parts, of which each is drawn by itself.
+
+    A batch is (tokens, targets, starts), (B, T) int64 each. starts: the column in which the token's document begins. The target
+    of a document's last token is IGNORE. The end of a row that no document fills is a document of its own, of zeros without
+    targets.
+    """
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.counts = functools.lru_cache(16)(self.count_parts)
+        self.window = functools.lru_cache(2)(self.pack_window)  # several steps share a packing
+        self.validation_rows = functools.lru_cache(2)(self.pack_validation)
+
+    def require(self, context: int) -> None:
+        """Raise InputError if either half of the text has no two tokens to predict one from the other."""
+        for name, span in self.spans.items():
+            if len(span) < 2:
+                raise InputError("data", f"{len(span)} tokens of {name} text", "2 tokens or more")
+
+    def describe(self) -> str:
+        documents = sum(len(span.ends) for span in self.spans.values())
+        return f"{super().describe()}; {documents:,} documents, packed"
+
+    def batch(
+        self, seed: int, step: int, size: int, context: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows of one training step."""
+        steps = -(-ROWS // size)  # that share a packing
+        rows = self.window(seed, step // steps, steps * size, context or self.context)
+        first = step % steps * size
+        return self.fill("training", rows[first : first + size], context or self.context)
+
+    def pack_window(self, seed: int, window: int, rows: int, context: int) -> list[list[Part]]:
+        """Rows of parts that are drawn at random, each as likely as any other.
+
+        More are drawn than needed, packed, and as many rows kept as are wanted: leaving out parts that do not fit would leave
+        out the short ones.
+        """
+        random = generator("documents", seed, window)
+        parts, tokens = [], 0
+        count = self.counts("training", context)[-1]
+        while tokens < rows * context:
+            for index in torch.randint(count, (rows,), generator=random).tolist():
+                parts.append(self.part("training", index, context))
+                tokens += parts[-1].length
+        packed = pack(parts, context)
+        order = torch.randperm(len(packed), generator=random).tolist()
+        return [packed[index] for index in order[:rows]]
+
+    def validation(self, size: int, batches: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The same `batches` batches every time, of parts evenly spread over the held-out text."""
+        rows = self.validation_rows(size * batches)
+        for first in range(0, len(rows), size):
+            yield self.fill("validation", rows[first : first + size], self.context)
+
+    def validation_bytes(self, size: int, batches: int) -> int:
+        """The bytes of text that all targets of `validation` stand for."""
+        parts = [part for row in self.validation_rows(size * batches) for part in row]
+        if self.sizes is None:
+            return sum(part.length - (not part.more) for part in parts)
+        targets = (
+            self.sizes[part.start + 1 : part.start + part.length + part.more] for part in parts
+        )
+        return sum(int(sizes.sum(dtype=np.int64)) for sizes in targets)
+
+    def validation_targets(self, size: int, batches: int) -> int:
+        """The number of targets of `validation`."""
+        rows = self.validation_rows(size * batches)
+        return sum(part.length - (not part.more) for row in rows for part in row)
+
+    def pack_validation(self, rows: int) -> list[list[Part]]:
+        """Packed parts of held-out documents; all of them, several times, if they do not fill the rows."""
+        count = int(self.counts("validation", self.context)[-1])
+        mean = len(self.spans["validation"]) / count
+        wanted = max(rows, int(rows * self.context / mean))
+        while True:
+            spread = np.linspace(0, count - 1, wanted).astype(np.int64).tolist()
+            parts = [self.part("validation", index, self.context) for index in spread]
+            packed = pack(parts, self.context)
+            if len(packed) >= rows:
+                order = torch.randperm(len(packed), generator=generator("validation", rows))
+                return [packed[index] for index in order[:rows].tolist()]
+            wanted += wanted // 4 + 1
+
+    def count_parts(self, split: str, context: int) -> np.ndarray:
+        """How many parts the documents up to each have."""
+        lengths = np.diff(self.spans[split].ends, prepend=0)
+        return np.cumsum(-(-lengths // context))
+
+    def part(self, split: str, index: int, context: int) -> Part:
+        """The part of this index, in the order of the text."""
+        counts, ends = self.counts(split, context), self.spans[split].ends
+        document = int(np.searchsorted(counts, index, side="right"))
+        before = int(counts[document - 1]) if document else 0
+        start = (int(ends[document - 1]) if document else 0) + (index - before) * context
+        length = min(context, int(ends[document]) - start)
+        return Part(start, length, start + length < int(ends[document]))
+
+    def fill(
+        self, split: str, rows: list[list[Part]], context: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens, targets and starts of rows of parts."""
+        tokens = np.zeros((len(rows), context), np.int64)
+        targets = np.full((len(rows), context), IGNORE, np.int64)
+        starts = np.zeros((len(rows), context), np.int64)
+        for row, parts in enumerate(rows):
+            column = 0
+            for part in parts:
+                end = column + part.length
+                text = self.spans[split][part.start : part.start + part.length + part.more]
+                tokens[row, column:end] = text[: part.length]
+                targets[row, column : column + len(text) - 1] = text[1:]
+                starts[row, column:end] = column
+                column = end
+            starts[row, column:] = column
+        return torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(starts)
+
+
+def pack(parts: list[Part], context: int) -> list[list[Part]]:
+    """Rows of at most `context` tokens: the longest part first, each into the row where it leaves the least space."""
+    rows: list[list[Part]] = []
+    spaces: list[tuple[int, int]] = []  # (tokens left, row), ascending
+    for part in sorted(parts, key=lambda part: -part.length):
+        place = bisect.bisect_left(spaces, (part.length, 0))
+        if place < len(spaces):
+            space, row = spaces.pop(place)
+        else:
+            space, row = context, len(rows)
+            rows.append([])
+        rows[row].append(part)
+        if space > part.length:
+            bisect.insort(spaces, (space - part.length, row))
+    return rows

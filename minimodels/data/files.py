@@ -1,0 +1,154 @@
+"""Which files of a folder are text, and how a text is recognised wherever it lies.
+
+Text is every regular file below the folder, except hidden files and folders, those of version control, whatever a training
+run or this package's cache has written, and what a link shows a second time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+SKIPPED = {"CVS", "_darcs", "_svn", "__pycache__"}  # folders, beside all whose name begins with "."
+OPTIONS = {"context", "data", "seed"}  # what options.json of a training run has, among others
+CACHE_TAG = "CACHEDIR.TAG"  # marks a folder of files that can be made again (bford.info/cachedir)
+WHOLE = 2**28  # bytes of text up to which every byte enters the fingerprint
+BLOCK = 2**16  # bytes that are read in one place of a larger text
+
+
+def find_files(root: Path) -> list[Path]:
+    """The text files in a folder and the folders within, ordered by their paths.
+
+    Links are followed, but nothing is found twice and no cycle is entered: what lies in the folder itself comes first, links
+    to it later are passed over. Raises OSError if a folder cannot be listed.
+    """
+    status = root.stat()
+    seen, found, links = {(status.st_dev, status.st_ino)}, [], []
+    pending = [root]
+    while pending or links:
+        if not pending:
+            path = links.pop(0)
+            status = follow(path)
+            if status is None or (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            if stat.S_ISDIR(status.st_mode):
+                pending.append(path)
+            elif stat.S_ISREG(status.st_mode):
+                found.append(path)
+            continue
+        folder = pending.pop()
+        if is_run(folder) or is_cache(folder):
+            continue
+        for entry in sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name)):
+            if entry.name.startswith(".") or entry.name in SKIPPED or is_leftover(entry.name):
+                continue
+            path = folder / entry.name
+            if entry.is_symlink():
+                links.append(path)
+            elif entry.is_dir():
+                status = entry.stat()
+                seen.add((status.st_dev, status.st_ino))
+                pending.append(path)
+            elif entry.is_file():
+                status = entry.stat()
+                seen.add((status.st_dev, status.st_ino))
+                found.append(path)
+    return sorted(found, key=lambda path: relative_name(path, root))
+
+
+def follow(link: Path) -> os.stat_result | None:
+    """What a link leads to; None if that is nothing, or the link itself."""
+    try:
+        return link.stat()
+    except OSError:
+        return None
+
+
+def relative_name(path: Path, root: Path) -> bytes:
+    """The path within the root, the same on every system; b"." for the root itself."""
+    return os.fsencode(path.relative_to(root).as_posix())
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file or folder was being written when its process ended, or holds weights."""
+    return name.endswith((".partial", ".safetensors"))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a training run has written in a folder."""
+    if (folder / "checkpoint.safetensors").exists():
+        return True
+    path = folder / "options.json"
+    try:
+        if not path.is_file() or path.stat().st_size > BLOCK:
+            return False
+        options = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(options, dict) and options.keys() >= OPTIONS
+
+
+def is_cache(folder: Path) -> bool:
+    """Whether a folder says that all in it can be made again."""
+    return (folder / CACHE_TAG).is_file()
+
+
+class File(NamedTuple):
+    """A regular file, its size in bytes, and its first bytes, which may be a byte order mark."""
+
+    path: Path
+    size: int
+    start: bytes
+
+
+def look_at(path: Path) -> File:
+    """What is to be known of a file. Raises OSError if it cannot be read or is not a regular file."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(f"{path} is not a regular file")
+        return File(path, status.st_size, file.read(4))
+
+
+def fingerprint(files: dict[bytes, File]) -> str:
+    """By which a text is recognised: the number and bytes of its files, and a hash of their names, sizes and contents.
+
+    files: name -> file. The names are relative, so that a text may move. Up to 256 MiB in all, every byte counts; of a larger
+    text, blocks of 64 KiB are read that are evenly spread and make 256 MiB together, and the ends of every file.
+    """
+    total = sum(file.size for file in files.values())
+    stride = -(-total // WHOLE) * BLOCK
+    digest = hashlib.blake2b(digest_size=8)
+    for name, file in files.items():
+        digest.update(len(name).to_bytes(8, "little") + name + file.size.to_bytes(8, "little"))
+        with file.path.open("rb", buffering=0) as content:
+            for place in places(file.size, stride):
+                content.seek(place)
+                digest.update(content.read(BLOCK))
+    return f"{count_of(len(files), 'file')}, {total} bytes, {digest.hexdigest()}"
+
+
+def places(size: int, stride: int) -> Iterator[int]:
+    """Where to read a block of a file: at every stride, and at its end."""
+    yield from range(0, size, max(stride, BLOCK))
+    if stride > BLOCK and size > BLOCK:
+        yield size - BLOCK
+
+
+def count_of(number: int, noun: str) -> str:
+    """ "1 file", "12,345 files"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def amount(count: int) -> str:
+    """Bytes in the unit that suits them: "812 bytes", "11.6 MB"."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return count_of(count, "byte")

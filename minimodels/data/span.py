@@ -1,0 +1,83 @@
+"""Stretches of files, read where they lie.
+
+Nothing is mapped and nothing is loaded whole: a read costs the bytes that it returns, whatever the size of the file, and a file
+that has become shorter meanwhile gives an error instead of a signal that ends the process.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import itertools
+import os
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from minimodels.errors import InputError
+
+
+class Piece(NamedTuple):
+    """Items `start` to `stop` of a file: its bytes, or its tokens."""
+
+    path: Path
+    start: int
+    stop: int
+
+
+class Span:
+    """Pieces of files, seen as one array of items that is never copied whole.
+
+    ends: where each document ends in the span, ascending int64; by default each piece is a document.
+    """
+
+    def __init__(self, pieces: list[Piece], dtype: type = np.uint8, ends: np.ndarray | None = None):
+        self.pieces = [piece for piece in pieces if piece.start < piece.stop]
+        self.dtype = np.dtype(dtype)
+        self.stops = list(itertools.accumulate(piece.stop - piece.start for piece in self.pieces))
+        self.ends = np.array(self.stops, dtype=np.int64) if ends is None else ends
+
+    def __len__(self) -> int:
+        return self.stops[-1] if self.stops else 0
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        """The items from where.start to where.stop. Raises InputError if a file has become shorter or unreadable."""
+        start, stop = where.start, min(where.stop, len(self))
+        found = []
+        for index in range(bisect.bisect_right(self.stops, start), len(self.pieces)):
+            if start >= stop:
+                break
+            piece, end = self.pieces[index], min(stop, self.stops[index])
+            skipped = piece.stop - self.stops[index]  # from a place in the span to that in the file
+            found.append(read_items(piece.path, start + skipped, end - start, self.dtype))
+            start = end
+        if len(found) == 1:
+            return found[0]
+        return np.concatenate(found) if found else np.empty(0, self.dtype)
+
+
+def read_items(path: Path, start: int, count: int, dtype: np.dtype) -> np.ndarray:
+    """`count` items of a file, from item `start` on: read-only."""
+    start, count = start * dtype.itemsize, count * dtype.itemsize  # in bytes
+    try:
+        descriptor = open_file(path).fileno()
+        content = os.pread(descriptor, count, start)
+        while 0 < len(content) < count:  # one read returns at most 2 GB
+            more = os.pread(descriptor, count - len(content), start + len(content))
+            if not more:
+                break
+            content += more
+    except OSError as error:
+        raise InputError("data", str(path), f"a file that can be read ({error.strerror})") from None
+    if len(content) < count:
+        raise InputError(
+            "data", str(path), f"a file of {start + count} bytes or more, as it was; it has shrunk"
+        )
+    return np.frombuffer(content, dtype)
+
+
+@functools.lru_cache(256)  # a process may hold only so many open files
+def open_file(path: Path) -> BinaryIO:
+    """A file to read from at any place. It closes when it has left the cache and nobody reads from it."""
+    return path.open("rb", buffering=0)

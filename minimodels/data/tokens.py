@@ -1,0 +1,166 @@
+"""A text as tokens on disk: made once for a text and a tokenizer, in bounded memory, and read where they lie.
+
+The split into training and held-out text is made before, on the bytes. So every tokenizer is judged on the same text, and nats
+divided by the bytes that the tokens stand for compare models whose tokens differ.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from minimodels.data.cache import SPLITS, Writer, key_of, make_once, open_span
+from minimodels.data.corpus import Corpus, progress
+from minimodels.data.span import Span
+from minimodels.data.tokenizer import LibraryTokenizer
+from minimodels.errors import InputError
+
+PIECE = 2**14  # bytes that are tokenized as one; a longer document is cut at the ends of lines
+BATCH = 64  # pieces that are tokenized at once, by several threads
+SAMPLE = 2**27  # bytes of text that a tokenizer is trained on at most: its memory grows with them
+BLOCK = 2**20  # bytes of a sample that are read in one place
+
+
+def sample_text(span: Span, most: int = SAMPLE) -> Iterator[str]:
+    """The text of a span of bytes, or of blocks that are evenly spread and make `most` bytes."""
+    stride = BLOCK * max(1, -(-len(span) // max(most, 1)))
+    with progress(len(span), "reading for the tokenizer") as bar:
+        for start in range(0, len(span), stride):
+            yield span[start : start + BLOCK].tobytes().decode("utf-8", "replace")
+            bar.update(min(stride, len(span) - start))
+
+
+def tokenize(
+    corpus: Corpus, tokenizer: LibraryTokenizer, cache: Path
+) -> tuple[dict[str, Span], Span]:
+    """The tokens of both halves of a corpus, and the bytes that each held-out token stands for.
+
+    A document ends with the tokenizer's separator, if it has one, which stands for no byte.
+    """
+
+    def fill(writer: Writer) -> None:
+        total = sum(len(span) for span in corpus.spans.values())
+        with progress(total, "tokenizing") as bar:
+            for split in SPLITS:
+                pieces = cut_documents(corpus.spans[split])
+                while batch := list(itertools.islice(pieces, BATCH)):
+                    write_pieces(writer, split, batch, encoder, tokenizer.separator)
+                    bar.update(sum(len(raw) for raw, _ in batch))
+
+    encoder = Encoder(tokenizer)
+    dtype = np.uint16 if tokenizer.vocab <= 2**16 else np.uint32
+    key = key_of(corpus.key, tokenizer.fingerprint, tokenizer.separator)
+    folder = make_once(cache, f"tokens-{key}", dtype, fill)
+    spans = {split: open_span(folder, split) for split in SPLITS}
+    return spans, open_span(folder, "validation", "bytes")
+
+
+def write_pieces(
+    writer: Writer,
+    split: str,
+    pieces: list[tuple[bytes, bool]],
+    encoder: Encoder,
+    separator: int | None,
+) -> None:
+    """Append the tokens of pieces of documents; the bytes of each only if they are held out."""
+    texts = [raw for raw, _ in pieces]
+    found = encoder.with_sizes(texts) if split == "validation" else encoder.tokens(texts)
+    for (tokens, sizes), (_, ends) in zip(found, pieces, strict=True):
+        if ends and separator is not None:
+            tokens = np.append(tokens, separator)
+            sizes = None if sizes is None else np.append(sizes, 0)
+        writer.write(split, tokens, sizes)
+        if ends:
+            writer.end_document(split)
+
+
+def cut_documents(span: Span, most: int = PIECE) -> Iterator[tuple[bytes, bool]]:
+    """The documents of a span of bytes, in pieces of `most` bytes or less: (bytes, whether its document ends here)."""
+    start = 0
+    for end in span.ends.tolist():
+        while start < end:
+            raw = span[start : min(start + most, end)].tobytes()
+            if start + len(raw) < end:
+                raw = raw[: place_to_cut(raw)]
+            start += len(raw)
+            yield raw, start == end
+
+
+def place_to_cut(raw: bytes) -> int:
+    """Where to cut text that goes on: after its last line, before its last space, or else between two characters."""
+    place = raw.rfind(b"\n") + 1 or raw.rfind(b" ")
+    if place > 0:
+        return place
+    for place in range(len(raw), max(len(raw) - 4, 0), -1):
+        if raw[place - 1] < 0x80:
+            return place
+        if raw[place - 1] >= 0xC0:  # the first byte of a character, which may not be all there
+            return place - 1 or len(raw)
+    return len(raw)
+
+
+class Encoder:
+    """Turns bytes into tokens. Text that looks like a special token is text; a byte that is no UTF-8 becomes U+FFFD."""
+
+    def __init__(self, tokenizer: LibraryTokenizer):
+        self.library = type(tokenizer.tokenizer).from_str(tokenizer.content)
+        self.library.encode_special_tokens = True
+        known = tokenizer.token_bytes
+        self.sizes = np.array([len(known.get(token, b"")) for token in range(tokenizer.vocab)])
+        self.vocab = tokenizer.vocab
+
+    def tokens(self, pieces: list[bytes]) -> Iterable[tuple[np.ndarray, None]]:
+        """The tokens of each piece."""
+        for tokens in self.ids([decode(raw) for raw in pieces]):
+            yield tokens, None
+
+    def with_sizes(self, pieces: list[bytes]) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+        """The tokens of each piece, and how many of its bytes each stands for: together all of them."""
+        texts = [decode(raw) for raw in pieces]
+        for tokens, text, raw in zip(self.ids(texts), texts, pieces, strict=True):
+            sizes = self.sizes[tokens]
+            if sizes.sum() != len(raw):  # the tokenizer is not byte-level or changes the text
+                sizes = self.sizes_by_offsets(text, raw)
+            yield tokens, sizes
+
+    def ids(self, texts: list[str]) -> Iterable[np.ndarray]:
+        try:
+            found = self.library.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # the library raises nothing narrower
+            accepted = f"a tokenizer that can encode any text ({error})"
+            raise InputError("tokenizer", "tokenizer.json", accepted) from None
+        for encoding in found:
+            yield np.array(encoding.ids, dtype=np.int64)
+
+    def sizes_by_offsets(self, text: str, raw: bytes) -> np.ndarray:
+        """Each token stands for the bytes from the end of the one before to its own end, and the last for all that is left."""
+        encoding = self.library.encode(text, add_special_tokens=False)
+        if not encoding.ids:
+            return np.empty(0, np.int64)
+        ends = np.maximum.accumulate([end for _, end in encoding.offsets])
+        places = np.concatenate(([0], np.cumsum(widths(raw))))[ends]
+        places[-1] = len(raw)
+        return np.diff(places, prepend=0)
+
+
+INVALID = re.compile("[\udc80-\udcff]")
+
+
+def decode(raw: bytes) -> str:
+    """UTF-8 text, with U+FFFD for each byte that is none."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return INVALID.sub("\ufffd", raw.decode("utf-8", "surrogateescape"))
+
+
+def widths(raw: bytes) -> np.ndarray:
+    """How many bytes each character of decode(raw) has in raw."""
+    text = raw.decode("utf-8", "surrogateescape")
+    code = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    invalid = (code >= 0xDC80) & (code <= 0xDCFF)
+    return np.where(invalid, 1, 1 + (code >= 0x80) + (code >= 0x800) + (code >= 0x10000))
