@@ -1,110 +1,43 @@
 """Everything worth knowing about a machine in one command, the most valuable first.
 
     python -m benchmarks.all --minutes 9 --out benchmarks/results/h100
-    python -m benchmarks.all --minutes 9 --out benchmarks/results/h100 --resume     what did not fit in the time
+    python -m benchmarks.all --again benchmarks/results/h100 --minutes 4 --out benchmarks/results/h100-again
+    python -m benchmarks.all --dry --out runs/dry         every branch at toy sizes, on a CPU, in a minute or two
 
-Correctness first, then what the machine reaches at best, the kernels (on a CPU, last), training, throughput against context,
-pictures. Each step writes its file in the folder while it runs, so being cut off loses nothing; done.json says which steps have
-ended, and how.
+On a GPU the kernels check themselves first, all at once; a kernel that is wrong costs its own rows alone. Then one process
+times each operation against what else is installed, training with either path, and, in the time that is left, further sizes and
+the speed against context. Each row is written to rows.jsonl as soon as it is measured, so being cut off loses nothing. --again
+repeats what failed or found no time, and tries the scan's settings.
+
+On a CPU (benchmarks.steps) the benchmarks run one after the other; --resume goes on where they were cut off.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import tyro
-from minimodels.kernels import OPERATIONS
+from minimodels.kernels import INTERPRETED, OPERATIONS
 
 from minimodels import InputError
-from minimodels.command import pick_device, run_command
-from minimodels.files import write_json
+from minimodels.command import keep_freed_memory, pick_device, run_command
 from minimodels.measure import ceilings, environment
 
-Steps = dict[str, list[str]]  # name -> arguments of python
+from . import checks, races, steps, summary, sweep, whole
+from .journal import Journal
+from .session import Job, Session, work
 
-
-def steps(out: Path, gpu: bool, impl: str) -> Steps:
-    """What is done, in this order. Correctness comes first, for figures of a wrong result are worth nothing."""
-
-    def to(name: str, module: str, *arguments: str) -> list[str]:
-        return ["-m", f"benchmarks.{module}", *arguments, "--out", str(out / name)]
-
-    def throughput(name: str, *arguments: str) -> list[str]:
-        return to(name, "throughput", *(["--size", "small"] if gpu else []), *arguments)
-
-    kernels = {
-        f"kernels {name}": to("kernels.jsonl", "kernels", "--only", name) for name in OPERATIONS
-    }
-    ceilings = {"ceilings": to("", "all", "--only-ceilings")}
-    at_1024 = ["--match", "none", "--modes", "train", "--shortest", "1024", "--longest", "1024"]
-    models = ["--models", "transformer", "mamba"]
-    if not gpu:
-        paths = ["--impl", impl]
-        return {
-            "correctness": ["-m", "pytest", "-q", "-x", "tests/test_laws.py"],
-            **ceilings,
-            "parts": to("parts.jsonl", "parts"),
-            "training": throughput("training.jsonl", *paths, *at_1024, "--tokens", "2048"),
-            "crossover": throughput(
-                "crossover.jsonl",
-                *paths,
-                *models,
-                "--modes",
-                "train",
-                "prefill",
-                "--longest",
-                str(2**13),
-            ),
-            "throughput": throughput("throughput.jsonl", *paths),
-            "peers": to("peers.jsonl", "peers"),
-            **kernels,
-        }
-    once = ["--patience", "1", "--sweeps", "1", "--rounds", "5"]
-    kernels_used = impl != "torch"
-    training = ["--impl", "torch", *["triton"] * kernels_used, *once, *at_1024, "--tokens", "32768"]
-    fastest = ["--impl", "flash", "cudnn", "triton" if kernels_used else "torch", *once]
-    quick = ["--impl", "flash", "triton" if kernels_used else "torch", *once]
-
-    def crossover(mode: str, longest: int, *more: str) -> list[str]:
-        name, ways = f"crossover-{mode}.jsonl", quick if mode == "decode" else fastest
-        return throughput(name, *ways, *more, *models, "--modes", mode, "--longest", str(longest))
-
-    def every_model(mode: str, longest: int) -> list[str]:
-        return throughput(
-            f"throughput-{mode}.jsonl", *quick, "--modes", mode, "--longest", str(longest)
-        )
-
-    return {
-        **({"correctness": ["-m", "benchmarks.kernels", "--check-only"]} if kernels_used else {}),
-        **ceilings,
-        **kernels,
-        "training": throughput("training.jsonl", *training),
-        "crossover, train": crossover("train", 2**16),
-        "crossover, prefill": crossover("prefill", 2**17),
-        "crossover, decode": crossover("decode", 2**14, "--compile"),
-        "mixture-of-depths": to("parts.jsonl", "parts", "--only", "mod", "--device", "cuda"),
-        "throughput, train": every_model("train", 2**15),
-        "throughput, prefill": every_model("prefill", 2**16),
-        "throughput, decode": every_model("decode", 2**14),
-        "compiled": throughput(
-            "compiled.jsonl", *fastest, *at_1024, "--tokens", "32768", "--compile", *models
-        ),
-        "tests": [
-            "-m",
-            "pytest",
-            "-q",
-            "tests/test_kernel_laws.py",
-            *(f"tests/test_kernel_{name}.py" for name in OPERATIONS),
-        ],
-    }
+ROWS, CHECKS = "rows.jsonl", "checks.txt"
+CHECKED = 180.0  # seconds that all checks together may take
+CLOSING = 12.0  # seconds kept for the tables and pictures
+REPEATED = ("failed", "wrong", "cut off", "lost")  # how jobs end that --again repeats first
+MISSED = ("no time", "left out")  # and last
 
 
 @dataclass(frozen=True)
@@ -115,106 +48,134 @@ class Options:
     """folder for the results"""
     minutes: float = 9.0
     """when to stop"""
+    again: Path | None = None
+    """folder of an earlier session on a GPU: repeat what failed there, and what found no time"""
+    dry: bool = False
+    """try every branch at toy sizes on a CPU, with Triton's interpreter"""
     resume: bool = False
-    """leave out the steps that done.json says have ended well"""
+    """go on in the folder: what has ended is not repeated"""
     impl: str = "auto"
-    """auto (on a GPU the kernels, beside what PyTorch has) or torch (models without the kernels)"""
+    """on a CPU: auto, reference or torch"""
     device: str = "auto"
     """auto, cpu or cuda"""
-    only_ceilings: bool = False
-    """measure nothing but what the machine reaches at best"""
 
 
 def main(options: Options) -> None:
-    """One step after the other, each in its own process, until the time is over."""
+    """A session on a GPU, or its rehearsal; on a CPU, the benchmarks."""
     if not options.minutes > 0:
         raise InputError("minutes", options.minutes, "more than 0")
-    if options.impl not in ("auto", "torch"):
-        raise InputError("impl", options.impl, "auto, torch")
-    device = pick_device(options.device)
-    done_file = options.out / "done.json"
-    if done_file.exists() and not options.resume and not options.only_ceilings:
-        raise InputError(
-            "out", str(options.out), "a folder without done.json, or --resume to go on in it"
-        )
+    if options.impl not in ("auto", "reference", "torch"):
+        raise InputError("impl", options.impl, "auto, reference, torch")
+    if options.again and not (options.again / ROWS).exists():
+        raise InputError("again", str(options.again), f"a folder with {ROWS}")
+    device = torch.device("cpu") if options.dry else pick_device(options.device)
+    if device.type == "cpu" and not options.dry:
+        if options.again:
+            raise InputError("again", str(options.again), "a machine with a GPU, or --dry")
+        options.out.mkdir(parents=True, exist_ok=True)
+        steps.measure(options.out, options.minutes, options.resume, options.impl)
+    elif options.dry and not INTERPRETED:
+        interpret(options)
+    else:
+        measure(options, device)
+
+
+def interpret(options: Options) -> None:
+    """Replace this process by one whose Triton interprets, which must be decided before Triton is imported."""
+    hidden = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, *arguments_of(options)], {**os.environ, **hidden})
+
+
+def arguments_of(options: Options) -> list[str]:
+    """The command line that gives these options."""
+    flags = [f"--{name}" for name in ("dry", "resume") if getattr(options, name)]
+    again = ["--again", str(options.again)] if options.again else []
+    place = ["--out", str(options.out), "--minutes", str(options.minutes)]
+    return ["-m", "benchmarks.all", *place, *again, *flags, "--device", options.device]
+
+
+def measure(options: Options, device: torch.device) -> None:
+    """Check, measure, sum up."""
+    rows = options.out / ROWS
+    if rows.exists() and not options.resume:
+        raise InputError("out", str(options.out), f"a folder without {ROWS}, or --resume")
     options.out.mkdir(parents=True, exist_ok=True)
-    if options.only_ceilings:
-        limits = {**environment(device), **ceilings(device)}
-        write_json(options.out / "ceilings.json", limits)
-        print(limits)
-        return
+    keep_freed_memory()
     end = time.monotonic() + 60 * options.minutes
-    done = read_done(done_file)
-    gpu = device.type == "cuda"
-    plan = steps(options.out, gpu, options.impl)
-    for name in list(plan):
-        arguments, left = plan[name], end - time.monotonic()
-        if done.get(name, {}).get("status") == "done" or left < 10:
-            continue
-        print(f"--- {name}: {left / 60:.1f} minutes left", flush=True)
-        rows = Path(arguments[-1])
-        if (
-            name in done
-            and rows.suffix == ".jsonl"
-            and rows.exists()
-            and not name.startswith("kernels")
-        ):
-            rows.rename(rows.with_suffix(".cut.jsonl"))  # what it had measured when it was cut off
-        start = time.monotonic()
-        status = run(arguments, left, device)
-        done[name] = {"status": status, "seconds": round(time.monotonic() - start, 1)}
-        write_json(done_file, done)
-        print(f"--- {name}: {status}", flush=True)
-        if name == "correctness" and status.startswith("failed"):
-            torch_only = (
-                "; --impl torch times models without kernels, and those kernels that are right"
-                * gpu
-            )
-            raise InputError(
-                "correctness", status, f"results that are right; nothing was measured{torch_only}"
-            )
-    for name in ("throughput", "crossover"):
-        found = [
-            str(path)
-            for path in sorted(options.out.glob(f"{name}*.jsonl"))
-            if not path.stem.endswith(".cut")
-        ]
-        if found:
-            subprocess.run(
-                [sys.executable, "-m", "benchmarks.plot", *found, "--out", str(options.out / name)]
-            )
-    missing = [name for name in plan if done.get(name, {}).get("status") != "done"]
-    print(
-        "everything is done"
-        if not missing
-        else f"not done: {', '.join(missing)}; --resume does these, each from its start"
+    restart = partial(start_again, options, end)
+    journal = Journal(rows, end - CLOSING, environment(device), restart)
+    session = Session(journal, device, options.dry)
+    earlier = Journal(options.again / ROWS, end, {}).rows if options.again else []
+    check(session, earlier, options.out / CHECKS)
+    session.limits = ceilings(device)
+    journal.add(
+        "done", benchmark="machine", job="machine", said=f"{session.limits}", **session.limits
     )
+    work(remaining(plan(options.dry), earlier, journal.rows), session)
+    journal.end = end
+    summary.write(options.out, journal)
+    unfinished = dict.fromkeys(
+        row["job"] for row in journal.rows if row["status"] in REPEATED + MISSED
+    )
+    print(f"not measured: {', '.join(unfinished)}" if unfinished else "everything was measured")
 
 
-def run(arguments: list[str], seconds: float, device: torch.device) -> str:
-    """How the step ended; at the end of its time it is stopped with all that it has started."""
-    environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if device.type == "cpu" else {})}
-    with subprocess.Popen(
-        [sys.executable, *arguments], start_new_session=True, env=environment
-    ) as process:
-        try:
-            code = process.wait(seconds)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
-            os.killpg(process.pid, signal.SIGKILL)
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            return "cut off"
-    return "done" if code == 0 else f"failed with {code}"
+def plan(toy: bool) -> list[Job]:
+    """All jobs, the most valuable first; flex_attention last, because it compiles."""
+    return [
+        *races.jobs(races.FIRST),
+        *whole.training_jobs(),
+        *races.jobs(races.LATER),
+        *whole.context_jobs(toy),
+        *races.jobs(races.LAST),
+    ]
 
 
-def read_done(path: Path) -> dict:
-    """Which steps have ended, and how."""
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError("done.json", str(path), f"a JSON file ({error})") from None
+def remaining(jobs: list[Job], earlier: list[dict], rows: list[dict]) -> list[Job]:
+    """The jobs that have no rows. After an earlier session: what failed there, the sweep, and what it missed."""
+    if earlier:
+        ends = {
+            job.name: {row["status"] for row in earlier if row.get("job") == job.name}
+            for job in jobs
+        }
+        failed = [job for job in jobs if ends[job.name] & {*REPEATED}]
+        missed = [
+            job
+            for job in jobs
+            if job not in failed and (not ends[job.name] or ends[job.name] & {*MISSED})
+        ]
+        jobs = [*failed, *sweep.jobs(), *missed]
+    ended = {row.get("job") for row in rows}
+    return [job for job in jobs if job.name not in ended]
+
+
+def check(session: Session, earlier: list[dict], log: Path) -> None:
+    """Find out whose kernels may be timed. What the same code has checked before is not checked again."""
+    journal = session.journal
+    for row in earlier:
+        same = row.get("commit") == journal.common["commit"] and not row["commit"].endswith("+")
+        if row.get("benchmark") == "check" and row["status"] == "done" and same:
+            journal.add("done", benchmark="check", job=row["job"], operation=row["operation"])
+    known = {row["operation"] for row in journal.rows if row.get("benchmark") == "check"}
+    # the tests check all kernels in the interpreter, so that a rehearsal needs to run one check only
+    operations = [
+        name for name in (OPERATIONS[:1] if session.toy else OPERATIONS) if name not in known
+    ]
+    if operations:
+        checks.check(operations, min(CHECKED, journal.left() / 2), journal, log, session.device)
+    session.unproven = checks.unproven(journal.rows)
+
+
+def start_again(options: Options, end: float) -> None:
+    """Replace this process by one that goes on after what has been written."""
+    left = end - time.monotonic()
+    if left < 30:
+        print("no time to go on", flush=True)
+        os._exit(1)
+    rest = replace(options, minutes=left / 60, resume=True)
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *arguments_of(rest)])
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from minimodels.architectures.mod import MixtureOfDepths
 from minimodels.command import has_bfloat16
 from minimodels.training.optim import adamw
 
+from .training import training_step
+
 DECODED = 32  # tokens in a call of decode
 PIECE = 2**16  # tokens that are read at once to make a state for decoding
 BACKENDS = {
@@ -39,23 +41,14 @@ class Provider(NamedTuple):
     """a training step by torch.compile, decoding as a CUDA graph"""
 
 
-def train(model: LM, context: int, batch: int, provider: Provider) -> Callable[[], None]:
+def train(model: LM, context: int, batch: int, provider: Provider) -> Callable[[], Tensor]:
     """Forward, backward, clipping, AdamW."""
     device = model.embedding.weight.device
     optimizer = adamw(model, 1e-4, 0.1)
     tokens = torch.randint(model.embedding.num_embeddings, (batch, context + 1), device=device)
     loss_function = compiled(model, provider) if provider.compiled else model.loss
-
-    def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
-            loss, _ = loss_function(tokens[:, :-1], tokens[:, 1:])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        model.after_step()
-
-    return step
+    tokens, targets = tokens[:, :-1], tokens[:, 1:]
+    return partial(training_step, model, optimizer, tokens, targets, loss_function)
 
 
 def prefill(model: LM, context: int, batch: int, provider: Provider) -> Callable[[], tuple]:

@@ -34,6 +34,7 @@ from minimodels.ops.scan import scan
 from minimodels.training.optim import adamw
 
 from .gpt import GPT
+from .training import training_step
 
 CPU = torch.device("cpu")
 
@@ -256,17 +257,8 @@ def train_step(model: LM | GPT, batch: int, T: int, device: torch.device, compil
     optimizer = adamw(model, 1e-4, 0.1)
     loss_function = torch.compile(model.loss, fullgraph=True) if compiled else model.loss
     tokens = torch.randint(model.embedding.num_embeddings, (batch, T + 1), device=device)
-
-    def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device != CPU):
-            loss, _ = loss_function(tokens[:, :-1], tokens[:, 1:])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        model.after_step()
-
-    return step
+    tokens, targets = tokens[:, :-1], tokens[:, 1:]
+    return partial(training_step, model, optimizer, tokens, targets, loss_function)
 
 
 QUESTIONS = {

@@ -12,10 +12,11 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
@@ -23,9 +24,13 @@ from benchmarks.crossover import overtaking
 from minimodels import InputError
 from minimodels.command import run_command
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4b5563")
 STYLES = ("-", "--", ":", "-.")  # one per result file
 Rows = list[dict]
+Figures = Iterator[tuple[str, "Figure"]]  # with the name of the file
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ def main(options: Options) -> None:
     rows = [row for path in options.results for row in read(path)]
     folder = options.out or options.results[0].parent
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = [path for draw in PICTURES for path in draw(rows, folder)]
+    drawn = draw(rows, folder)
     if not drawn:
         raise InputError(
             "results",
@@ -54,6 +59,18 @@ def main(options: Options) -> None:
         )
     for path in drawn:
         print(path)
+
+
+def draw(
+    rows: Rows, folder: Path, formats: tuple[str, ...] = ("png", "svg"), most: int | None = None
+) -> list[Path]:
+    """Draw every kind of picture that the rows allow, at most so many, and return the files."""
+    figures = (figure for picture in PICTURES for figure in picture(rows))
+    return [
+        path
+        for name, figure in islice(figures, most)
+        for path in save(figure, folder / name, formats)
+    ]
 
 
 def read(path: Path) -> Rows:
@@ -67,7 +84,7 @@ def read(path: Path) -> Rows:
     return [{**row, "file": str(path)} for row in rows]
 
 
-def throughput(rows: Rows, folder: Path) -> list[Path]:
+def throughput(rows: Rows) -> Figures:
     """Tokens a second against context, a picture for each mode and batch."""
     pictures = defaultdict(list)
     for row in rows:
@@ -77,7 +94,6 @@ def throughput(rows: Rows, folder: Path) -> list[Path]:
             and not row["model"].endswith(" again")
         ):
             pictures[row["mode"], row["batch"] if row["mode"] == "decode" else 0].append(row)
-    paths = []
     for (mode, batch), picture in pictures.items():
         doing = {"train": "train", "prefill": "read", "decode": f"write (batch {batch})"}[mode]
         title = f"How many tokens a second does each architecture {doing}, as the context grows?"
@@ -86,8 +102,7 @@ def throughput(rows: Rows, folder: Path) -> list[Path]:
         axes.set_xscale("log", base=2)
         draw_lines(axes, picture, speeds)
         name = f"throughput-{mode}" + (f"-{batch}" if mode == "decode" else "")
-        paths += save(figure, folder / name)
-    return paths
+        yield name, figure
 
 
 def answer(rows: Rows) -> str:
@@ -99,13 +114,12 @@ def answer(rows: Rows) -> str:
     return "; ".join(dict.fromkeys(texts))
 
 
-def claims(rows: Rows, folder: Path) -> list[Path]:
+def claims(rows: Rows) -> Figures:
     """The curves of benchmarks.claims: mean over the seeds, and their spread."""
     pictures = defaultdict(list)
     for row in rows:
         if row.get("benchmark") == "claim" and row.get("x") is not None:
             pictures[row["claim"], row["panel"]].append(row)
-    paths = []
     for (claim, panel), picture in pictures.items():
         first = picture[0]
         figure, axes = canvas(first["question"], ends(picture), picture)
@@ -113,8 +127,7 @@ def claims(rows: Rows, folder: Path) -> list[Path]:
         if first.get("x_log"):
             axes.set_xscale("log", base=2)
         draw_lines(axes, picture, curve)
-        paths += save(figure, folder / f"{claim}-{panel}")
-    return paths
+        yield f"{claim}-{panel}", figure
 
 
 def curve(rows: Rows) -> list[tuple]:
@@ -219,13 +232,13 @@ def label_lines(axes) -> None:
         )  # fmt: skip
 
 
-def save(figure, path: Path) -> list[Path]:
-    """As PNG and as SVG."""
+def save(figure, path: Path, formats: tuple[str, ...] = ("png", "svg")) -> list[Path]:
+    """A file for each format."""
     from matplotlib import pyplot
 
     paths = [
-        path.with_name(path.name + suffix) for suffix in (".png", ".svg")
-    ]  # a dot in the name is no suffix
+        path.with_name(f"{path.name}.{suffix}") for suffix in formats
+    ]  # keeps a dot in the name
     for target in paths:  # the same rows give the same file
         figure.savefig(
             target, dpi=160, metadata={"Date": None} if target.suffix == ".svg" else None

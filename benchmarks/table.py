@@ -36,10 +36,10 @@ def main(options: Options) -> None:
         raise InputError("results", (), "one or more files of JSON rows")
     for path in options.results:
         rows = read(path)
-        found = [make(rows) for make in (throughput, peers, kernels, claims)]
+        found = [make(rows) for make in (throughput, training, peers, kernels, claims)]
         if not any(found):
             raise InputError(
-                "results", str(path), "rows of benchmarks.throughput, peers, kernels or claims"
+                "results", str(path), "rows of benchmarks.all, throughput, peers, kernels or claims"
             )
         for table in filter(None, found):
             print(table)
@@ -94,35 +94,64 @@ def peers(rows: Rows) -> str:
     return markdown(["model, against", *questions], lines) if lines else ""
 
 
-def kernels(rows: Rows) -> str:
-    """For the last case of each operation: what ours takes, the share of what the machine can copy or multiply, the memory, and
-    how many times longer the others take. Ours is the kernel, or where that was not timed the torch path."""
+def training(rows: Rows) -> str:
+    """Median tokens a second of training steps: a line for each model, a column for each path, and what the kernels gain."""
+    speeds, losses = defaultdict(dict), {}
+    for row in rows:
+        if row.get("benchmark") == "training" and "impl" in row:
+            timed = row["status"] == "done"
+            speed = row["tokens"] / statistics.median(row["seconds"]) if timed else row["status"]
+            speeds[row["base"]][row["impl"]] = speed
+            if timed:
+                losses[row["base"], row["impl"]] = f"{row['losses'][-1]:.4f}, {row['share']:.0%}"
+    lines = []
+    for model, by_path in speeds.items():
+        cells = [by_path.get(impl, "") for impl in ("torch", "triton")]
+        both = all(isinstance(cell, float) for cell in cells)
+        cells = [f"{cell:,.0f}" if isinstance(cell, float) else cell for cell in cells]
+        told = [losses.get((model, impl), "") for impl in ("torch", "triton")]
+        gain = f"{by_path['triton'] / by_path['torch']:.2f}x" if both else ""
+        lines.append([f"`{model}`", cells[0], told[0], cells[1], told[1], gain])
+    said = "loss, share of the matrix products"
+    head = ["training, tokens/s", "torch", said, "triton", said, "triton over torch"]
+    return markdown(head, lines) if lines else ""
+
+
+def kernels(rows: Rows, every: bool = False) -> str:
+    """For the last case of each operation, or `every` one: what ours takes, the share of what the machine can copy or multiply,
+    the memory, and how many times longer the others take. Ours is the kernel, or where that was not timed the torch path."""
     cases = defaultdict(dict)
     for row in rows:
-        if row.get("benchmark") == "kernels":
+        if row.get("benchmark") == "kernels" and row.get("seconds"):
             cases[row["operation"], row["direction"]].setdefault(row["case"], {})[
                 row["provider"]
             ] = row
     lines = []
     for (operation, direction), by_case in cases.items():
-        case, providers = list(by_case.items())[-1]
-        ours = next((name for name in ("triton", "torch") if name in providers), None)
-        if ours is None:
-            continue
-        row = providers[ours]
-        took = [
-            f"{statistics.median(row['seconds']) * 1e3:.2f} ms",
-            f"{row['rate'] / row['ceiling']:.0%} of {row['unit']}",
-        ]
-        took += [f"{row['bytes'] / 1e6:,.0f} MB"] if row["bytes"] is not None else []
-        timings = {name: other["seconds"] for name, other in providers.items()}
-        others = [
-            f"{name} {ratio(timings, ours, name)[0]:.2f}x" for name in providers if name != ours
-        ]
-        lines.append(
-            [f"`{operation}` {direction}", case, f"{ours} {', '.join(took)}", ", ".join(others)]
-        )
+        for case, providers in list(by_case.items())[0 if every else -1 :]:
+            ours = next((name for name in ("triton", "torch") if name in providers), None)
+            if ours is not None:
+                cells = against_others(providers, ours)
+                lines.append([f"`{operation}` {direction}", case, *cells])
     return markdown(["operation", "case", "ours", "others take"], lines) if lines else ""
+
+
+def against_others(providers: dict[str, dict], ours: str) -> list[str]:
+    """What ours takes, and how many times longer the others take. `providers`: the rows of one case by provider."""
+    row = providers[ours]
+    took = [
+        f"{statistics.median(row['seconds']) * 1e3:.2f} ms",
+        f"{row['rate'] / row['ceiling']:.0%} of {row['unit']}",
+    ]
+    took += [f"{row['bytes'] / 1e6:,.0f} MB"] if row["bytes"] is not None else []
+    texts = []
+    for name, other in providers.items():
+        # a slow provider was timed once, not in the same rounds
+        gain = statistics.median(other["seconds"]) / statistics.median(row["seconds"])
+        if len(other["seconds"]) == len(row["seconds"]):
+            gain = ratio({"ours": row["seconds"], "other": other["seconds"]}, "ours", "other")[0]
+        texts += [f"{name} {gain:.2f}x"] if name != ours else []
+    return [f"{ours} {', '.join(took)}", ", ".join(texts)]
 
 
 def claims(rows: Rows) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from minimodels import LM, Config
@@ -58,22 +58,14 @@ def train(
         tokens, targets = (part.to(device) for part in data.batch(seed, step, run.batch))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(run.lr, "cosine", step, run.steps // 20, step / run.steps)
-        with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
-            loss, _ = model.loss(tokens, targets)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        probe = (
-            (step + 1) * probes // run.steps > step * probes // run.steps
-        )  # as many, alike apart, the last at the end
-        overload = model.observations().get("overload") if probe else None
-        model.after_step()
+        training_step(model, optimizer, tokens, targets)
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds += time.perf_counter() - start
         bar.update(run.batch * run.context)
-        if probe:
+        # as many probes as asked for, evenly spaced, the last at the end
+        if (step + 1) * probes // run.steps > step * probes // run.steps:
+            overload = model.observations().get("overload")
             seen = (step + 1) * run.batch * run.context
             record = {"step": step + 1, "tokens": seen, "flops": flops * seen, "seconds": seconds}
             record |= evaluate(
@@ -82,6 +74,28 @@ def train(
             record |= {"overload": statistics.mean(overload)} if overload else {}
             records.append(record)
     return model, records
+
+
+def training_step(
+    model: LM,
+    optimizer: torch.optim.Optimizer,
+    tokens: Tensor,
+    targets: Tensor,
+    loss_function: Callable | None = None,
+) -> Tensor:
+    """One step as train.py makes it, in bf16 on a GPU that has it; returns the loss, detached.
+
+    tokens, targets: (B, T). loss_function: the model's, compiled.
+    """
+    device = tokens.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
+        loss, _ = (loss_function or model.loss)(tokens, targets)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    model.after_step()
+    return loss.detach()
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from benchmarks import (
     plot,
     routing,
     s4d,
+    steps,
     table,
     throughput,
     training,
@@ -456,30 +457,30 @@ def test_curves_are_drawn_from_logs(tmp_path):
     assert (training, validation) == (([5.0], [2 / math.log(2)]), ([5.0], [1 / math.log(2)]))
 
 
-def test_all_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+def test_a_cpu_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     plan = {
         "first": ["-c", "pass"],
         "second": ["-c", "raise SystemExit(3)"],
         "third": ["-c", "pass"],
     }
-    monkeypatch.setattr(everything, "steps", lambda *arguments: plan)
-    everything.main(everything.Options(out=tmp_path / "machine", minutes=1))
+    monkeypatch.setattr(steps, "steps", lambda *arguments: plan)
+    options = everything.Options(out=tmp_path / "machine", minutes=1, device="cpu")
+    everything.main(options)
     done = json.loads((tmp_path / "machine/done.json").read_text())
     assert [done[name]["status"] for name in plan] == ["done", "failed with 3", "done"]
     assert "not done: second" in capsys.readouterr().out
     with pytest.raises(InputError, match="--resume"):
-        everything.main(everything.Options(out=tmp_path / "machine"))
+        everything.main(options)
     plan["second"] = ["-c", "pass"]
     plan["first"] = ["-c", "raise SystemExit(1)"]  # is not run again
-    everything.main(everything.Options(out=tmp_path / "machine", resume=True))
+    everything.main(replace(options, resume=True))
     assert "everything is done" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
-def test_all_asks_for_what_there_is(gpu, tmp_path):
+def test_a_cpu_is_asked_for_what_there_is(tmp_path):
     """Every step of the plan is a command whose options exist."""
     for name, (module, *arguments) in (
-        (name, step[1:]) for name, step in everything.steps(tmp_path, gpu, "auto").items()
+        (name, step[1:]) for name, step in steps.steps(tmp_path, "torch").items()
     ):
         assert arguments, name
         if module != "pytest":
@@ -493,32 +494,22 @@ def test_all_asks_for_what_there_is(gpu, tmp_path):
 def test_a_step_is_stopped_with_what_it_started(tmp_path):
     child = "import time; time.sleep(1); open('alive', 'w')"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], cwd={str(tmp_path)!r})"
-    assert everything.run(["-c", parent], 0.4, torch.device("cpu")) == "cut off"
+    assert steps.run(["-c", parent], 0.4) == "cut off"
     time.sleep(1.2)
     assert not (tmp_path / "alive").exists()
-    assert everything.run(["-c", "raise SystemExit(2)"], 10, torch.device("cpu")) == "failed with 2"
+    assert steps.run(["-c", "raise SystemExit(2)"], 10) == "failed with 2"
 
 
-def test_nothing_is_measured_where_the_results_are_wrong(tmp_path, monkeypatch):
+def test_a_cpu_measures_nothing_if_the_results_are_wrong(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        everything,
+        steps,
         "steps",
         lambda *arguments: {"correctness": ["-c", "raise SystemExit(1)"], "x": ["-c", "pass"]},
     )
+    options = everything.Options(out=tmp_path / "machine", minutes=1, device="cpu")
     with pytest.raises(InputError, match="nothing was measured"):
-        everything.main(everything.Options(out=tmp_path / "machine", minutes=1))
+        everything.main(options)
     assert "x" not in json.loads((tmp_path / "machine/done.json").read_text())
-
-
-def test_without_kernels_none_is_asked_for(tmp_path):
-    plan = everything.steps(tmp_path, True, "torch")
-    models = [
-        argument
-        for name, step in plan.items()
-        if not name.startswith(("kernels", "tests"))
-        for argument in step
-    ]
-    assert "triton" not in models and "correctness" not in plan
 
 
 @pytest.mark.parametrize(
@@ -749,16 +740,15 @@ def test_tables_keep_apart_what_differs():
     assert "| triton 2000.00 ms, 50% of GB/s | torch 2.00x |" in shown
 
 
-def test_a_picture_has_a_line_for_each_model_and_file(monkeypatch):
-    figures = []
-    monkeypatch.setattr(plot, "save", lambda figure, path: figures.append(figure) or [])
+def test_a_picture_has_a_line_for_each_model_and_file():
     row = {"benchmark": "throughput", "mode": "prefill", "batch": 1, "tokens": 100}
-    plot.throughput([
+    drawn = plot.throughput([
         {**row, "model": model, "file": file, "context": context, "seconds": [scale, 2 * scale, 4 * scale]}
         for context in (512, 256) for file, scale in (("here", 1), ("there", 2))
         for model in ("mamba", "transformer", "transformer again")
-    ], Path())  # fmt: skip
-    (axes,) = figures[0].axes
+    ])  # fmt: skip
+    ((_, figure),) = drawn
+    (axes,) = figure.axes
     lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()]
     assert lines == [([256, 512], [50, 50])] * 2 + [([256, 512], [25, 25])] * 2
     assert [text.get_text() for text in axes.texts] == ["mamba", "transformer"]

@@ -1,0 +1,106 @@
+"""Are the kernels right? Every kernel checks itself in a process of its own, all at once, before anything is timed.
+
+The checks have a Triton cache of their own, so that what they tune while they compete for the machine decides nothing later.
+A check that fails, or that does not end in time, costs its own kernel alone: what needs it is left out by name.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from .journal import Journal
+
+
+def check(
+    operations: Iterable[str], seconds: float, journal: Journal, log: Path, device: torch.device
+) -> None:
+    """Write a row for each operation as soon as its check ends, and what the checks print into `log`."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "TRITON_CACHE_DIR": str(Path(folder) / "cache")}
+        if device.type == "cpu":
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+        outputs = {operation: Path(folder) / operation for operation in operations}
+        start = time.monotonic()
+        running = {name: launch(name, path, environment) for name, path in outputs.items()}
+        try:
+            while running:
+                took = time.monotonic() - start
+                for name in [*running]:
+                    code = running[name].poll()
+                    if code is not None or took > seconds:
+                        stop(running.pop(name))
+                        report(journal, name, code, took, last_line(outputs[name]))
+                time.sleep(0.05)
+        finally:
+            for process in running.values():
+                stop(process)
+        with log.open("a") as file:
+            for name, path in outputs.items():
+                file.write(f"--- {name}\n{path.read_text(errors='replace')}")
+
+
+def command(operation: str) -> list[str]:
+    """What checks an operation's kernel."""
+    return [sys.executable, "-m", f"minimodels.kernels.{operation}", "--check-only"]
+
+
+def launch(operation: str, output: Path, environment: dict[str, str]) -> subprocess.Popen:
+    """Start a check, in a group of its own that can be stopped together."""
+    with output.open("w") as file:
+        return subprocess.Popen(
+            command(operation),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End the process and all that it started, if they still run."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def report(journal: Journal, operation: str, code: int | None, took: float, said: str) -> None:
+    """Write how a check ended. `code` is its exit status, None if it had to be stopped."""
+    row = {"benchmark": "check", "job": f"check {operation}", "operation": operation}
+    row["took"] = round(took, 1)
+    if code == 0:
+        journal.add("done", **row)
+    elif code is None:
+        journal.add("cut off", **row, error=f"the check took more than {took:.0f} s")
+    else:
+        journal.add("wrong", **row, error=said)
+
+
+def last_line(path: Path) -> str:
+    """The last line of a file, which of a failed check is the error; empty if there is none."""
+    lines = path.read_text(errors="replace").strip().splitlines()
+    return lines[-1][:300] if lines else ""
+
+
+def unproven(rows: list[dict]) -> dict[str, str]:
+    """The operations whose kernels are not known to be right, and why: the last check of each decides, and whether it took the
+    GPU down."""
+    found = {}
+    for row in rows:
+        if row.get("benchmark") == "check" and row["status"] == "done":
+            found.pop(row["operation"], None)
+        elif row.get("benchmark") == "check":
+            found[row["operation"]] = f"{row['operation']}'s check: {row['status']}, {row['error']}"
+    for row in rows:
+        if row["status"] == "lost" and row.get("provider") == "triton":
+            found[row["operation"]] = f"{row['operation']}: it took the GPU down"
+    return found

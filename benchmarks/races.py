@@ -1,0 +1,242 @@
+"""How fast is each operation: its kernel against its torch path and what else is installed?
+
+A race is one operation at one size. Each provider's outputs and gradients are compared with those of the torch path first; only
+the times of those that agree count. Then the providers take turns, forward and backward.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from minimodels.measure import interleave, peak_bytes, synchronise
+
+from .session import Job, Session
+
+TOLERANCE = 1e-2  # of ‖result - expected‖ / ‖expected‖
+SLOW, SLOW_TOY = 0.7, 0.05  # seconds: what takes longer is timed once
+FIRST_CALLS = 60.0  # seconds that a provider may take to compile and tune both passes
+TURNS = 20.0  # seconds that all rounds of one direction may take
+
+Provider = Callable[..., object]
+
+
+def all_but_flex(module) -> dict:
+    """Every peer that the kernel file knows, but for flex_attention, which takes a minute to compile."""
+    return {name: peer for name, peer in module.PEERS.items() if name != "flex_attention"}
+
+
+def flex_alone(module) -> dict:
+    """flex_attention."""
+    return {name: peer for name, peer in module.PEERS.items() if name == "flex_attention"}
+
+
+def losses(module) -> dict:
+    """The loss's peers, returning it with its graph. Those of the kernel file run backward themselves."""
+    calls = {"plain": module.plain, "liger": module.liger(None)}
+    return {name: replace(module.PEERS[name], call=call) for name, call in calls.items()}
+
+
+@dataclass(frozen=True)
+class Race:
+    """An operation at one size."""
+
+    operation: str
+    """its kernel file says how inputs are made and which peers there are"""
+    full: tuple[int, ...]
+    """arguments of the kernel file's `maker` on a GPU"""
+    toy: tuple[int, ...]
+    """and where each branch is only tried"""
+    maker: str = "case"
+    """function of the kernel file that makes the case"""
+    peers: Callable[[object], dict] = all_but_flex
+    directions: tuple[str, ...] = ("forward", "backward")
+    """or ("both",), because some providers make the gradients in the forward pass"""
+
+    @property
+    def name(self) -> str:
+        kind = "" if self.peers is not flex_alone else " flex"
+        return f"{self.operation}{kind} {self.maker}({', '.join(map(str, self.full))})"
+
+
+FIRST = (
+    *(Race("selective_scan", (2**16, T, 1536), (16, 8, 32)) for T in (1024, 4096, 16384)),
+    *(Race("attention", (2**14, T, 16, d), (16, 16, 1, 16)) for T in (4096, 16384) for d in (64, 128)),
+    Race("grouped_mlp", (32768, 128, 8, 2048, 768), (8, 2, 1, 16, 16)),
+    Race("causal_conv1d", (16, 8192, 1536), (2, 8, 32)),
+    Race("rmsnorm", (2**27 // 768, 768), (4, 32)),
+    Race("attention", (2**17, 16, 128), (64, 2, 16), maker="decoding", directions=("forward",)),
+)  # fmt: skip
+LATER = (
+    Race("linear_cross_entropy", (8192, 2048, 50304), (8, 16, 32), peers=losses, directions=("both",)),
+    *(Race("attention", (2**14, 1024, 16, d), (16, 16, 1, 16)) for d in (64, 128)),
+    Race("grouped_mlp", (8192, 8, 2, 2048, 5632), (8, 2, 2, 16, 16)),
+    Race("rmsnorm", (2**15, 4096), (3, 16)),
+    Race("selective_scan", (2**16, 2**16, 1536), (9, 9, 32)),
+)  # fmt: skip
+LAST = (Race("attention", (2**14, 4096, 16, 64), (16, 16, 1, 16), peers=flex_alone),)
+
+
+def jobs(races: Iterable[Race]) -> list[Job]:
+    """A job for each race."""
+    return [Job(race.name, partial(run, race)) for race in races]
+
+
+def run(this: Race, session: Session) -> None:
+    """Compare all providers, then time those that are right."""
+    journal = session.journal
+    row = {"benchmark": "kernels", "job": this.name, "operation": this.operation}
+    module = importlib.import_module(f"minimodels.kernels.{this.operation}")
+    prepared = journal.attempt(row, partial(inputs_of, module, this, session.toy))
+    if prepared is None:
+        return
+    case, arguments = prepared
+    row |= {"case": case.label, "unit": case.unit, "ceiling": session.limits[case.unit]}
+    right, expected = {}, None
+    for name, (call, same, missing) in providers(module, this, session).items():
+        if missing:
+            status = "left out" if name == "triton" else "skipped"
+            journal.add(status, **row, provider=name, error=missing)
+            continue
+        own = {**row, "provider": name}
+        results = journal.attempt(own, partial(outcome, call, arguments), FIRST_CALLS)
+        if results is None and expected is None:
+            journal.add("left out", **row, error="the torch path failed: nothing to compare with")
+            return
+        if results is None:
+            continue
+        off = distance(results, expected) if same and expected is not None else None
+        expected = results if expected is None else expected
+        if off is not None and not off <= TOLERANCE:
+            journal.add("wrong", **own, off=off, error=f"off by {off:.1e}, allowed {TOLERANCE}")
+        else:
+            right[name] = call, off
+    del expected
+    for direction in this.directions:
+        work = case.backward if direction == "backward" else case.forward
+        take_turns(right, arguments, direction, {**row, "direction": direction}, work, session)
+
+
+def inputs_of(module, this: Race, toy: bool) -> tuple:
+    """The case, and the arguments that all providers share."""
+    torch.manual_seed(0)
+    case = getattr(module, this.maker)(*(this.toy if toy else this.full))
+    return case, case.inputs()
+
+
+def providers(module, this: Race, session: Session) -> dict[str, tuple]:
+    """By name: what to call, whether it computes the same as the torch path, which is the first, and why it cannot run."""
+    kernel = getattr(module, this.operation)
+    found = {
+        "torch": (partial(module.operation, impl="torch"), True, ""),
+        "triton": (kernel, True, session.refusal([this.operation])),
+    }
+    for name, peer in this.peers(module).items():
+        missing = ""
+        if importlib.util.find_spec(peer.module or peer.package.replace("-", "_")) is None:
+            missing = f"{peer.package} is not installed"
+        elif peer.gpu and session.device.type != "cuda":
+            missing = "needs a GPU"
+        found[name] = peer.call, peer.same, missing
+    return found
+
+
+def outcome(call: Provider, arguments: tuple) -> list[Tensor | None]:
+    """The output, and the gradients of a loss that weighs each of its numbers differently."""
+    output = first(call(*arguments))
+    wanted = wanted_of(arguments)
+    if not wanted:
+        return [output.detach()]
+    gradients = torch.autograd.grad(output, wanted, weights(output), allow_unused=True)
+    synchronise()
+    return [output.detach(), *gradients]
+
+
+def first(outputs: Tensor | tuple) -> Tensor:
+    """The output that all providers return."""
+    return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
+def wanted_of(arguments: tuple) -> list[Tensor]:
+    """The arguments that want gradients."""
+    return [part for part in arguments if isinstance(part, Tensor) and part.requires_grad]
+
+
+def weights(output: Tensor) -> Tensor:
+    """A gradient of the output, no two of its numbers alike; 1 for a loss."""
+    if not output.ndim:
+        return torch.ones_like(output)
+    rising = torch.linspace(-1, 1, output.numel(), device=output.device)
+    return rising.view(output.shape).to(output.dtype)
+
+
+def distance(results: list[Tensor | None], expected: list[Tensor | None]) -> float:
+    """The largest ‖result - expected‖ / ‖expected‖ of outputs and gradients; infinite if one is missing, or not a number."""
+    worst = 0.0
+    for result, wanted in zip(results, expected, strict=True):
+        if result is None and wanted is None:
+            continue
+        if result is None or wanted is None or result.shape != wanted.shape:
+            return math.inf
+        size = wanted.float().norm().clamp(min=1e-30)
+        off = float((result.float() - wanted.float()).norm() / size)
+        worst = max(worst, off if math.isfinite(off) else math.inf)
+    return worst
+
+
+def take_turns(
+    right: dict[str, tuple], arguments: tuple, direction: str, row: dict, work: float, session: Session
+) -> None:  # fmt: skip
+    """Time the providers in turn; one that is slow is timed once."""
+    calls, memory, seconds = {}, {}, {}
+    journal, device, slowest = session.journal, session.device, SLOW_TOY if session.toy else SLOW
+    for name, (call, _) in right.items():
+        own = {**row, "provider": name}
+        timed = journal.attempt(own, partial(warm, call, arguments, direction, device), TURNS)
+        if timed is not None:
+            calls[name], memory[name], seconds[name] = timed
+    slow = {name for name in calls if seconds[name][0] > slowest}
+    quick = {name: call for name, call in calls.items() if name not in slow}
+    turns = partial(interleave, quick, 5, 0 if session.toy else 0.04, warm=False)
+    seconds |= (journal.attempt(row, turns, TURNS) if quick else None) or {}
+    for name in calls:
+        if name in quick and len(seconds[name]) == 1:
+            continue  # its turns were cut off, as another row says
+        size = arguments[0].dtype.itemsize / 1e9 if row["unit"] == "GB/s" else 1e-12
+        rate = work * size / statistics.median(seconds[name])
+        told = {"seconds": seconds[name], "bytes": memory[name], "off": right[name][1]}
+        journal.add("done", **row, provider=name, rate=rate, **told)
+
+
+def warm(call: Provider, arguments: tuple, direction: str, device: torch.device) -> tuple:
+    """A call that does one pass in the direction, the bytes that it takes, and its seconds as a list of one."""
+    timed = passes(call, arguments, direction)
+    memory = peak_bytes(timed, device)
+    synchronise()
+    start = time.perf_counter()
+    timed()
+    synchronise()
+    return timed, memory, [time.perf_counter() - start]
+
+
+def passes(call: Provider, arguments: tuple, direction: str) -> Callable[[], object]:
+    """What is timed: the forward pass, the backward pass of a forward pass made before the clock starts, or both."""
+    wanted = wanted_of(arguments)
+    if direction == "forward":
+        return partial(torch.no_grad()(call), *arguments)
+    if direction == "both":
+        return lambda: torch.autograd.grad(first(call(*arguments)), wanted)
+    output = first(call(*arguments))
+    gradient = weights(output)
+    return lambda: torch.autograd.grad(
+        output, wanted, gradient, retain_graph=True, allow_unused=True
+    )
