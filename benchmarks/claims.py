@@ -73,9 +73,9 @@ class Claim:
 def copying(small: bool) -> Claim:
     """Mamba (arXiv:2312.00752) §4.1.1, table 1: S6 solves it, the time-invariant S4 does not."""
     task, context, steps = (
-        ("copying:tokens=4,vocab=8", 128, 1500)
+        ("copying(tokens=4, vocab=8)", 128, 1500)
         if small
-        else ("copying:tokens=16,vocab=16", 4096, 20_000)
+        else ("copying(tokens=16, vocab=16)", 4096, 20_000)
     )
     mamba = Config(layers="(mamba)*2", width=64)
     runs = [  # each at the rate that suits it
@@ -129,7 +129,9 @@ def induction(small: bool) -> Claim:
 def recall(small: bool) -> Claim:
     """Zoology (arXiv:2312.04927), Based (arXiv:2402.18668): recall is bought with state. Widths are alike, states are not."""
     task, context, steps = (
-        ("mqar:pairs=4,vocab=16", 24, 800) if small else ("mqar:pairs=64,vocab=8192", 512, 20_000)
+        ("mqar(pairs=4, vocab=16)", 24, 800)
+        if small
+        else ("mqar(pairs=64, vocab=8192)", 512, 20_000)
     )
     width, windows, state_sizes = (
         (64, (4, 8, 16), (1, 16)) if small else (128, (16, 64, 256), (1, 4, 16, 64))

@@ -760,7 +760,14 @@ def test_a_run_for_a_comparison_takes_the_steps_that_it_says():
     changed = []
     config = Config(layers="moe", width=16, router="sigmoid_bias", bias_step=0.1)
     run = training.Run(
-        "moe", config, "mqar:pairs=2,vocab=8", 8, steps=40, batch=2, lr=1e-2, change=changed.append
+        "moe",
+        config,
+        "mqar(pairs=2, vocab=8)",
+        8,
+        steps=40,
+        batch=2,
+        lr=1e-2,
+        change=changed.append,
     )
     trained, records = training.train(run, 5, 4, torch.device("cpu"), tqdm(disable=True))
     data = training.open_data(run.data, 8)
@@ -793,7 +800,7 @@ def test_a_run_for_a_comparison_takes_the_steps_that_it_says():
 
 
 def test_a_comparison_is_scored_on_held_out_batches_as_in_use():
-    data = training.open_data("mqar:pairs=2,vocab=8", 32)
+    data = training.open_data("mqar(pairs=2, vocab=8)", 32)
     torch.manual_seed(0)
     model = LM(
         Config(layers="mod(mlp)", width=16, vocab=8, tie_embeddings=False)

@@ -110,7 +110,7 @@ def test_stdlib_is_pythons_own_source_without_its_tests():
 
 
 def test_selective_copying_asks_for_what_is_not_noise():
-    tokens, targets = open_data("copying:tokens=4,vocab=8", 20).batch(0, 0, 50)
+    tokens, targets = open_data("copying(tokens=4, vocab=8)", 20).batch(0, 0, 50)
     assert tokens.shape == (50, 20)
     for row, answers in zip(tokens.tolist(), targets.tolist(), strict=True):
         assert row[16:] == [1] * 4
@@ -120,7 +120,7 @@ def test_selective_copying_asks_for_what_is_not_noise():
 
 
 def test_induction_asks_what_followed_the_special_token():
-    tokens, targets = open_data("induction:vocab=6", 12).batch(0, 0, 200)
+    tokens, targets = open_data("induction(vocab=6)", 12).batch(0, 0, 200)
     places = set()
     for row, answers in zip(tokens.tolist(), targets.tolist(), strict=True):
         assert row.count(5) == 2
@@ -132,7 +132,7 @@ def test_induction_asks_what_followed_the_special_token():
 
 
 def test_recall_asks_keys_for_their_values():
-    tokens, targets = open_data("mqar:pairs=5,vocab=40", 32).batch(0, 0, 100)
+    tokens, targets = open_data("mqar(pairs=5, vocab=40)", 32).batch(0, 0, 100)
     for row, answers in zip(tokens.tolist(), targets.tolist(), strict=True):
         pairs = dict(zip(row[0:10:2], row[1:10:2], strict=True))
         assert len(pairs) == 5
@@ -144,9 +144,9 @@ def test_recall_asks_keys_for_their_values():
 
 def test_tasks_repeat_on_a_seed_and_hold_out_validation():
     for name in (
-        "copying:tokens=4",
+        "copying(tokens=4)",
         "induction",
-        "mqar:pairs=4,vocab=64",
+        "mqar(pairs=4, vocab=64)",
         "overwrite",
         "parity",
         "s3",
@@ -160,15 +160,15 @@ def test_tasks_repeat_on_a_seed_and_hold_out_validation():
     "name, context, message",
     [
         ("no-such-file", 8, "data: 'no-such-file'"),
-        ("mqar:queries=4", 64, "pairs, vocab"),
-        ("mqar:pairs=x", 64, "pairs, vocab"),
-        ("mqar:pairs=40,vocab=64", 400, "80 or more"),
+        ("mqar(queries=4)", 64, "pairs, vocab"),
+        ("mqar(pairs=x)", 64, "data: mqar.pairs: 'x'.*a whole number from 1"),
+        ("mqar(pairs=40, vocab=64)", 400, "80 or more"),
         ("copying", 31, "context: 31"),
         ("induction", 2, "context: 2"),
-        ("overwrite:keys=40", 400, "80 or more"),
-        ("overwrite:keys=8", 23, "context: 23"),
-        ("parity:vocab=3", 8, "no option for parity"),
-        ("s3:", 0, "context: 0"),
+        ("overwrite(keys=40)", 400, "80 or more"),
+        ("overwrite(keys=8)", 23, "context: 23"),
+        ("parity(vocab=3)", 8, "no options"),
+        ("s3()", 0, "context: 0"),
     ],
 )
 def test_refuses(name, context, message):
@@ -220,7 +220,7 @@ def test_what_is_held_out_does_not_depend_on_where_the_folder_lies(folder):
 
 
 def test_recall_asks_for_most_keys_early_and_for_some_at_the_end():
-    _, targets = open_data("mqar:pairs=2,vocab=8", 64).batch(0, 0, 2000)
+    _, targets = open_data("mqar(pairs=2, vocab=8)", 64).batch(0, 0, 2000)
     asked = (targets != IGNORE).sum(0)
     assert asked.nonzero().flatten().tolist() == list(range(4, 64, 2))
     assert asked[4] > 5 * asked[40:].max()
@@ -231,9 +231,9 @@ def test_recall_asks_for_most_keys_early_and_for_some_at_the_end():
 def test_no_two_batches_are_alike(folder):
     for name in (
         str(folder),
-        "copying:tokens=4",
+        "copying(tokens=4)",
         "induction",
-        "mqar:pairs=4,vocab=64",
+        "mqar(pairs=4, vocab=64)",
         "overwrite",
         "s3",
     ):
@@ -244,13 +244,13 @@ def test_no_two_batches_are_alike(folder):
 
 
 def test_tasks_use_their_whole_vocabulary():
-    tokens, targets = open_data("copying:tokens=4,vocab=8", 20).batch(0, 0, 200)
+    tokens, targets = open_data("copying(tokens=4, vocab=8)", 20).batch(0, 0, 200)
     assert (
         set(targets[:, 16:].flatten().tolist())
         == set(tokens[:, :16].flatten().tolist()) - {0}
         == set(range(2, 8))
     )
-    tokens, _ = open_data("mqar:pairs=2,vocab=8", 20).batch(0, 0, 200)
+    tokens, _ = open_data("mqar(pairs=2, vocab=8)", 20).batch(0, 0, 200)
     assert set(tokens[:, 5::2].flatten().tolist()) == set(range(8))
 
 
@@ -262,7 +262,7 @@ def test_the_fingerprint_tells_whether_files_have_other_names(folder):
 
 def test_overwritten_keys_are_asked_for_their_last_value():
     for context in (31, 32):
-        tokens, targets = open_data("overwrite:keys=5,vocab=24", context).batch(0, 0, 100)
+        tokens, targets = open_data("overwrite(keys=5, vocab=24)", context).batch(0, 0, 100)
         assert tokens.shape == targets.shape == (100, context)
         changed = 0
         for row, answers in zip(tokens.tolist(), targets.tolist(), strict=True):
@@ -299,7 +299,13 @@ def test_s3_multiplies_permutations_in_their_order():
 
 
 def test_a_task_of_another_context_is_the_same_task():
-    for name in ("copying:tokens=4", "induction", "mqar:pairs=4,vocab=64", "overwrite", "parity"):
+    for name in (
+        "copying(tokens=4)",
+        "induction",
+        "mqar(pairs=4, vocab=64)",
+        "overwrite",
+        "parity",
+    ):
         longer = open_data(name, 32).batch(1, 2, 3, context=48)
         assert all(map(torch.equal, longer, open_data(name, 48).batch(1, 2, 3)))
 

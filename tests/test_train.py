@@ -165,7 +165,7 @@ def test_a_compiled_run_takes_the_same_steps(monkeypatch):
     "arguments",
     [
         ["--model", "transformer", "--schedule", "wsd"],
-        ["--model", "mamba", "--data", "copying:tokens=4"],
+        ["--model", "mamba", "--data", "copying(tokens=4)"],
         ["--model", "moe", "--router", "sigmoid_bias", "--bias-step", "0.1"],
         ["--model", "mod", "--accumulate", "2"],
         ["--model", "hybrid"],
@@ -251,7 +251,7 @@ def test_a_run_with_other_layers_than_its_preset_is_called_custom(tmp_path, monk
 
 
 def test_a_task_is_learnt_and_scored(tmp_path, monkeypatch, capsys):
-    run("--data", "mqar:pairs=2,vocab=8", "--steps", 5, *SMALL, monkeypatch=monkeypatch)
+    run("--data", "mqar(pairs=2, vocab=8)", "--steps", 5, *SMALL, monkeypatch=monkeypatch)
     said = capsys.readouterr().out
     assert "right" in said and "no sample" in said and "minimodels.sample" not in said
     assert 0 <= log(tmp_path / "runs/transformer")[-1]["accuracy"] <= 1
@@ -405,8 +405,8 @@ REFUSED = [
     (["--lr", "nan"], "lr: nan", "above 0"),
     (["--prompt", ""], "prompt: ''", "at least one character"),
     (["--eval-batches", str(10**30)], "eval_batches: 1000", "1 to 2147483647"),
-    (["--data", "mqar:pears=3"], "data: 'pears=3'", "pairs, vocab"),
-    (["--data", "mqar:pairs=" + "9" * 5000], "data: 'pairs=9", "pairs, vocab"),
+    (["--data", "mqar(pears=3)"], "data: 'pears=3'", "pairs, vocab"),
+    (["--data", "mqar(pairs=" + "9" * 5000 + ")"], "data: 'pairs=9", "pairs, vocab"),
 ]
 
 
@@ -723,7 +723,7 @@ def test_a_run_takes_the_steps_that_it_says(clip, tmp_path, monkeypatch):
     assert contents(tmp_path / "ours") == contents(tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", ["text", "mqar:pairs=2,vocab=8"])
+@pytest.mark.parametrize("name", ["text", "mqar(pairs=2, vocab=8)"])
 def test_validation_scores_every_held_out_batch_as_in_use(name):
     data = train.open_data(name, 32)
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """Synthetic tasks, each asking for one ability: the sequences that tell architectures apart at toy scale.
 
 A task makes its batches from (seed, step), like text, and its length is the context. Only the answers are targets; the metric
-is the fraction of them that is right. Parameters follow the name: `--data mqar:pairs=8,vocab=256`.
+is the fraction of them that is right. Parameters follow the name: `--data mqar(pairs=8, vocab=256)`.
 
 Recall asks what a state can store (copying, induction, mqar, overwrite); state tracking asks what it can compute (parity, s3).
 """
