@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import math
 import shlex
-import signal
 import sys
-import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,14 +26,19 @@ from minimodels.command import (
     has_bfloat16,
     keep_freed_memory,
     pick_device,
+    pick_threads,
+    refuse_several_processes,
     require_compiler,
     run_command,
+    stopped_by_signals,
 )
+from minimodels.data.source import Source
 from minimodels.data.tasks import Task
-from minimodels.data.text import Text, open_data
+from minimodels.data.text import open_data
 from minimodels.errors import InputError
+from minimodels.files import locked
 from minimodels.generate import Sampling, complete
-from minimodels.layers import choose
+from minimodels.layers import choose, operations
 from minimodels.ledger import ledger
 from minimodels.lm import LM
 from minimodels.training import checkpoint
@@ -47,6 +50,7 @@ from minimodels.training.step import set_learning_rate, training_step
 
 
 def main(options: Options) -> None:
+    refuse_several_processes()
     keep_freed_memory()
     device = pick_device(options.device)
     data = open_data(options.data, options.context)
@@ -54,131 +58,123 @@ def main(options: Options) -> None:
         accepted = f"{data.vocab} or more, because that many tokens are in the data"
         raise InputError("vocab", options.config.vocab, accepted)
     config = replace(options.config, vocab=options.config.vocab or data.vocab)
+    threads, why = pick_threads(options.threads, device)
+    options = replace(options, config=config, threads=threads)
 
     torch.manual_seed(options.seed)
     model = LM(config).to(device)
-    paths = {
-        name: choose(config.impl, name, device)
-        for m in model.modules()
-        for name in getattr(m, "operations", ())
-    }
     bfloat16 = has_bfloat16(device) if options.dtype == "auto" else options.dtype == "bfloat16"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
     optimizer = adamw(model, options.lr, options.weight_decay)
     loss_function = model.loss
     if options.compile:
         require_compiler(device)
-        torch._dynamo.config.capture_dynamic_output_shape_ops = (
-            True  # routed tokens are counted in the graph
-        )
+        # routed tokens are counted in the graph
+        torch._dynamo.config.capture_dynamic_output_shape_ops = True
         loss_function = torch.compile(model.loss, fullgraph=True)
 
     cost = ledger(config, options.context)
     tokens_per_step = options.batch_size * options.accumulate * options.context
     last_step = count_steps(options, tokens_per_step, cost.training_flops)
-    if options.resume:
-        run, done = options.resume, checkpoint.load(options.resume, model, optimizer)
-        if done.get("data", data.fingerprint) != data.fingerprint:
-            given = f"{options.data}: {data.fingerprint}"
-            raise InputError("data", given, f"what {run} was started with: {done['data']}")
-        forget_after(run, done["step"])
-    else:
-        run, done = new_folder(options), {"step": 0, "seconds": 0.0}
-    checkpoint.save_options(run, asdict(replace(options, config=config, out=None, resume=None)))
-    step = done["step"]
-    print(f"model    {label(options)}: {config.layers}")
-    print(f"ledger   {cost}")
-    chosen = ", ".join(f"{name}: {path}" for name, path in paths.items())
-    print(f"runs on  {device.type}, {'bfloat16 autocast' if bfloat16 else 'float32'}; {chosen}")
-    print(f"data     {options.data}, {tokens_per_step} tokens a step")
-    bounds = [f"{last_step} steps"] if last_step < math.inf else []
-    bounds += [f"{options.minutes} minutes"] if options.minutes else []
-    print(f"run      {run}, from step {step}, to {' or '.join(bounds)}", flush=True)
+    run = options.resume or new_folder(options)
+    with locked(run), stopped_by_signals() as stopped:
+        done = {"step": 0, "seconds": 0.0}
+        if options.resume:
+            done = checkpoint.load(run, model, optimizer)
+            if done.get("data", data.fingerprint) != data.fingerprint:
+                given = f"{options.data}: {data.fingerprint}"
+                raise InputError("data", given, f"what {run} was started with: {done['data']}")
+            forget_after(run, done["step"])
+        checkpoint.save_options(run, asdict(replace(options, out=None, resume=None)))
+        step = done["step"]
 
-    interrupted, at_interrupt = threading.Event(), signal.getsignal(signal.SIGINT)
+        paths = {name: choose(config.impl, name, device) for name in operations(model)}
+        chosen = ", ".join(f"{name}: {path}" for name, path in paths.items())
+        cpu = f", {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else ""
+        bounds = [f"{last_step} steps"] if last_step < math.inf else []
+        bounds += [f"{options.minutes} minutes"] if options.minutes else []
+        print(f"model    {label(options)}: {config.layers}")
+        print(f"ledger   {cost}")
+        print(
+            f"runs on  {device.type}{cpu}{f' ({why})' if why else ''}, {'bfloat16 autocast' if bfloat16 else 'float32'}; {chosen}"
+        )
+        print(f"data     {data.describe()}, {tokens_per_step} tokens a step")
+        print(f"run      {run}, from step {step}, to {' or '.join(bounds)}", flush=True)
 
-    def stop(*_):  # after the step; a second Ctrl-C does not wait for it
-        interrupted.set()
-        signal.signal(signal.SIGINT, at_interrupt)
+        bar_format = "{percentage:3.0f}% |{bar:20}| {elapsed}<{remaining} {postfix}"
+        bar = tqdm(total=1.0, bar_format=bar_format, mininterval=0.5)
+        start = time.perf_counter() - done["seconds"]
+        lap, lap_step = time.perf_counter(), step
+        losses = [
+            torch.tensor(loss, device=device) for loss in done.get("losses", [])
+        ]  # not yet logged
 
-    signal.signal(signal.SIGINT, stop)
-    bar_format = "{percentage:3.0f}% |{bar:20}| {elapsed}<{remaining} {postfix}"
-    bar = tqdm(total=1.0, bar_format=bar_format, mininterval=0.5)
-    start = time.perf_counter() - done["seconds"]
-    lap, lap_step = time.perf_counter(), step
-    losses = [
-        torch.tensor(loss, device=device) for loss in done.get("losses", [])
-    ]  # not yet in the log
+        def spent() -> dict[str, float]:
+            tokens, seconds = step * tokens_per_step, time.perf_counter() - start
+            flops = tokens * cost.training_flops
+            return {"step": step, "seconds": seconds, "tokens": tokens, "flops": flops}
 
-    def spent() -> dict[str, float]:
-        tokens, seconds = step * tokens_per_step, time.perf_counter() - start
-        return {
-            "step": step,
-            "seconds": seconds,
-            "tokens": tokens,
-            "flops": tokens * cost.training_flops,
-        }
+        def save() -> None:
+            pending = {"losses": [loss.item() for loss in losses], "data": data.fingerprint}
+            progress = {"step": step, "seconds": time.perf_counter() - start, **pending}
+            checkpoint.save(run, model, optimizer, progress)
 
-    def save() -> None:
-        pending = {"losses": [loss.item() for loss in losses], "data": data.fingerprint}
-        progress = {"step": step, "seconds": time.perf_counter() - start, **pending}
-        checkpoint.save(run, model, optimizer, progress)
+        def validate() -> str:
+            scores = evaluate(model, data, options.batch_size, options.eval_batches, autocast)
+            return report(run, spent(), scores)
 
-    def validate() -> str:
-        scores = evaluate(model, data, options.batch_size, options.eval_batches, autocast)
-        return report(run, spent(), scores)
-
-    while not interrupted.is_set():
-        seconds = time.perf_counter() - start
-        progress = max(step / last_step, seconds / 60 / options.minutes if options.minutes else 0)
-        if progress >= 1:
-            break
-        rate = learning_rate(options.lr, options.schedule, step, options.warmup, progress)
-        set_learning_rate(optimizer, rate)
-        micro_steps = range(step * options.accumulate, (step + 1) * options.accumulate)
-        batches = (data.batch(options.seed, micro, options.batch_size) for micro in micro_steps)
-        batches = [tuple(part.to(device) for part in batch) for batch in batches]
-        done_step = training_step(model, optimizer, batches, autocast, options.clip, loss_function)
-        losses += done_step.losses
-        step += 1
-        progress = max(step / last_step, progress)
-
-        if step % options.log_every == 0 or step == last_step:
-            mean = torch.stack(losses).mean().item()
-            speed = (step - lap_step) * tokens_per_step / (time.perf_counter() - lap)
-            lap, lap_step, losses = time.perf_counter(), step, []
-            measured = {
-                "loss": mean,
-                "grad_norm": done_step.norm.item(),
-                "lr": rate,
-                "tokens_per_second": speed,
-            }
-            layers = {
-                name: value.item()
-                for name, value in done_step.parts.items()
-                if name != "cross_entropy"
-            }
-            refuse_nan(model, step, run)
-            write_log(run, {**spent(), **measured, **layers, **model.observations()})
-            bar.set_postfix_str(
-                f"step {step}, loss {mean:.3f}, {speed:,.0f} tokens/s", refresh=False
+        while not stopped.is_set():
+            seconds = time.perf_counter() - start
+            progress = max(
+                step / last_step, seconds / 60 / options.minutes if options.minutes else 0
             )
-            bar.update(min(progress, 1.0) - bar.n)
-        if options.eval_every and step % options.eval_every == 0 and step < last_step:
-            refuse_nan(model, step, run)
-            said = validate()
-            save()
-            bar.write(said)
-            lap, lap_step = time.perf_counter(), step
-        if options.sample_every and step % options.sample_every == 0 and step < last_step:
-            bar.write(sample(model, data, options.prompt))
-            lap, lap_step = time.perf_counter(), step
+            if progress >= 1:
+                break
+            rate = learning_rate(options.lr, options.schedule, step, options.warmup, progress)
+            set_learning_rate(optimizer, rate)
+            micro_steps = range(step * options.accumulate, (step + 1) * options.accumulate)
+            batches = (data.batch(options.seed, micro, options.batch_size) for micro in micro_steps)
+            batches = [tuple(part.to(device) for part in batch) for batch in batches]
+            taken = training_step(model, optimizer, batches, autocast, options.clip, loss_function)
+            losses += taken.losses
+            step += 1
+            progress = max(step / last_step, progress)
 
-    bar.close()
-    refuse_nan(model, step, run)
-    save()
-    signal.signal(signal.SIGINT, at_interrupt)
-    if interrupted.is_set():
+            if step % options.log_every == 0 or step == last_step:
+                mean = torch.stack(losses).mean().item()
+                refuse_nan(model, mean, step, run)
+                speed = (step - lap_step) * tokens_per_step / (time.perf_counter() - lap)
+                lap, lap_step, losses = time.perf_counter(), step, []
+                record = {
+                    "loss": mean,
+                    "grad_norm": taken.norm.item(),
+                    "lr": rate,
+                    "tokens_per_second": speed,
+                }
+                record |= {
+                    name: value.item()
+                    for name, value in taken.parts.items()
+                    if name != "cross_entropy"
+                }
+                write_log(run, {**spent(), **record, **model.observations()})
+                bar.set_postfix_str(
+                    f"step {step}, loss {mean:.3f}, {speed:,.0f} tokens/s", refresh=False
+                )
+                bar.update(min(progress, 1.0) - bar.n)
+            if options.eval_every and step % options.eval_every == 0 and step < last_step:
+                refuse_nan(model, taken.losses[-1].item(), step, run)
+                said = validate()
+                save()
+                bar.write(said)
+                lap, lap_step = time.perf_counter(), step
+            if options.sample_every and step % options.sample_every == 0 and step < last_step:
+                bar.write(sample(model, data, options.prompt))
+                lap, lap_step = time.perf_counter(), step
+
+        bar.close()
+        refuse_nan(model, losses[-1].item() if losses else 0.0, step, run)
+        save()
+    if stopped.is_set():
         print(
             f"\ninterrupted at step {step} and saved; to continue: python train.py --resume {shlex.quote(str(run))}"
         )
@@ -198,9 +194,9 @@ def report(run: Path, spent: dict[str, float], scores: dict[str, float]) -> str:
     return f"step {spent['step']}: validation {bits}{scores['accuracy']:.1%} right"
 
 
-def sample(model: LM, data: Text | Task, prompt: str) -> str:
+def sample(model: LM, data: Source, prompt: str) -> str:
     """200 tokens of text, or why there are none."""
-    if not isinstance(data, Text):
+    if isinstance(data, Task):
         return "no sample: a task has answers, not text"
     model.eval()
     if not model.causal:
@@ -212,16 +208,18 @@ def sample(model: LM, data: Text | Task, prompt: str) -> str:
     return text
 
 
-def refuse_nan(model: LM, step: int, run: Path) -> None:
-    """Stop before a broken model is saved over a whole one."""
-    if not sum(parameter.detach().sum() for parameter in model.parameters()).isfinite():
+def refuse_nan(model: LM, loss: float, step: int, run: Path) -> None:
+    """Stop before a broken model is saved over a good one."""
+    weights = sum(parameter.detach().sum() for parameter in model.parameters())
+    if not (weights.isfinite() and math.isfinite(loss)):
         saved = (run / checkpoint.FILE).exists()
         kept = (
             f"the last checkpoint is good: --resume {shlex.quote(str(run))}"
             if saved
             else "nothing was saved"
         )
-        sys.exit(f"the weights are not finite at step {step}; a lower lr may help; {kept}")
+        what = "the loss is" if weights.isfinite() else "the weights are"
+        sys.exit(f"{what} not finite at step {step}; a lower lr may help; {kept}")
 
 
 if __name__ == "__main__":

@@ -1,30 +1,103 @@
-"""What every command line shares: errors told in one line, the device, the memory of the process."""
+"""What every command line shares: options, errors in one line, the device, threads and memory."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import difflib
 import errno
+import io
 import os
+import re
 import shutil
+import signal
 import sys
-from collections.abc import Callable
-from typing import NoReturn, TypeVar
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
+import tyro
 from tqdm import tqdm
 
-from minimodels.errors import InputError
+from minimodels.errors import InputError, describe
 
 Options = TypeVar("Options")
 
 
+def parse_options(
+    kind: type[Options],
+    description: str,
+    default: Options | None = None,
+    synonyms: Mapping[str, str] = {},
+    arguments: Sequence[str] | None = None,
+) -> Options:
+    """The command line as a dataclass. `synonyms`: what others call an option -> what to write here.
+
+    Raises InputError in place of tyro's message, which takes several lines.
+    """
+    given = {} if default is None else {"default": default}
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=arguments, description=description, **given)
+    except SystemExit as end:
+        if end.code in (0, None):
+            raise
+        raise command_line_error(said.getvalue(), kind, synonyms) from None
+
+
+def command_line_error(message: str, kind: type, synonyms: Mapping[str, str]) -> InputError:
+    """What tyro says of a command line, as one line of ours."""
+    lines = [line.strip("│ ").strip() for line in message.splitlines()]
+    text = " ".join(line for line in lines if line and not set(line) <= set("─╭╮╰╯"))
+    known = hints_of(kind)
+    if found := re.search(r"Unrecognized options: (-\S+?)(?:,? |$)", text):
+        name = found[1].lstrip("-").partition("=")[0].replace("-", "_")
+        close = difflib.get_close_matches(name, known, 3)
+        meant = (
+            [synonyms[name]]
+            if name in synonyms
+            else [f"--{each.replace('_', '-')}" for each in close]
+        )
+        accepted = f"did you mean {' or '.join(meant)}?" if meant else "an option that --help lists"
+        return InputError("option", found[1], accepted)
+    value = re.search(r"Error parsing -{0,2}([\w.-]+).*? from \[(.*?)\]", text)
+    choice = re.search(r"invalid choice '(.*?)' for argument '-{0,2}([\w.-]+)", text)
+    if value or choice:
+        name, given = (value[1], value[2].strip("'\"")) if value else (choice[2], choice[1])
+        hint = known.get(name.rpartition(".")[2].replace("-", "_"))
+        return InputError(
+            name.replace("-", "_"),
+            given,
+            "a value that --help describes" if hint is None else describe(hint),
+        )
+    return InputError(
+        "command line",
+        " ".join(sys.argv[1:])[:80],
+        text.partition("For full helptext")[0].strip(" ─"),
+    )
+
+
+def hints_of(kind: type) -> dict[str, Any]:
+    """The types of a dataclass's fields by name, those of dataclasses within included."""
+    found: dict[str, Any] = {}
+    hints = get_type_hints(kind, include_extras=True)
+    for field in fields(kind):
+        hint = hints[field.name]
+        base = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+        found |= hints_of(base) if is_dataclass(base) else {field.name: hint}
+    return found
+
+
 def run_command(main: Callable[[Options], None], options: Callable[[], Options]) -> None:
-    """Parse the options and run: bad input ends in one line on stderr and exit status 2."""
+    """Parse the options and run: bad input ends in one line on stderr, and exit status 2."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(
-                errors="replace"
-            )  # a terminal may lack characters that a model writes
+            # a terminal may lack characters that a model writes
+            stream.reconfigure(errors="replace")
     try:
         main(options())
     except InputError as error:
@@ -105,3 +178,66 @@ def keep_freed_memory() -> None:
     trim_threshold, mmap_max = -1, -4  # mallopt(3)
     libc.mallopt(trim_threshold, 2**31 - 1)
     libc.mallopt(mmap_max, 0)
+
+
+def pick_threads(asked: int | None, device: torch.device) -> tuple[int, str]:
+    """Set how many threads a CPU computes with, and say which and why: `asked`, or the fastest of all, half,
+    a quarter... On a shared or small machine fewer threads can be several times faster than all."""
+    most = torch.get_num_threads()
+    if asked is not None or device.type != "cpu" or most == 1:
+        torch.set_num_threads(asked or most)
+        return asked or most, ""
+    counts = [most]
+    while counts[-1] > 1:
+        counts.append(counts[-1] // 2)
+    seconds = {count: product_seconds(count) for count in counts}
+    best = min(counts, key=seconds.__getitem__)
+    if seconds[most] < 1.25 * seconds[best]:
+        best = most
+    torch.set_num_threads(best)
+    faster = seconds[most] / seconds[best]
+    return best, "" if best == most else f"{faster:.1f} times as fast as {most} on this machine now"
+
+
+def product_seconds(threads: int, budget: float = 0.1) -> float:
+    """Seconds of a small matrix product with so many threads: the least of those that fit in the budget."""
+    torch.set_num_threads(threads)
+    a, b = torch.ones(512, 256), torch.ones(256, 512)
+    a @ b
+    best, end = float("inf"), time.perf_counter() + budget
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        for _ in range(10):
+            a @ b
+        best = min(best, (time.perf_counter() - start) / 10)
+    return best
+
+
+def refuse_several_processes() -> None:
+    """Raise InputError if torchrun started several processes: each would train the same run."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world != "1":
+        raise InputError(
+            "WORLD_SIZE", world, "1, because a run is trained by one process: python train.py"
+        )
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C, SIGTERM or SIGHUP sets, so that a run can finish its step and save. A
+    second one ends the process at once, in a compiler too."""
+    stopped = threading.Event()
+
+    def stop(number, frame):
+        if stopped.is_set():
+            os.write(2, b"\nstopped at once; the last checkpoint is as it was\n")
+            os._exit(128 + number)
+        stopped.set()
+
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {name: signal.signal(getattr(signal, name), stop) for name in names}
+    try:
+        yield stopped
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from minimodels.errors import InputError
+
+LOCK = "lock"
 
 
 def read_json(path: Path, field: str | None = None) -> dict:
@@ -48,3 +51,33 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.replace(folder / path.name, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder: nobody else gets it until the block or the process ends.
+
+    Raises InputError that says which process holds it. Without file locks, as on Windows, nothing is held.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    try:
+        file = (folder / LOCK).open("a+")
+    except OSError as error:
+        raise InputError(
+            "folder", str(folder), f"one that can be written ({error.strerror})"
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise InputError("folder", str(folder), f"one that {holder} is not writing") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield

@@ -251,6 +251,12 @@ def choose(impl: str, operation: str, device: torch.device) -> str:
     return impl
 
 
+def operations(model: nn.Module) -> list[str]:
+    """The operations of a model for which `impl` chooses a path, each once."""
+    named = [name for module in model.modules() for name in getattr(module, "operations", ())]
+    return list(dict.fromkeys(named))
+
+
 # What a part of a model costs.
 
 

@@ -28,11 +28,12 @@ FILE = "checkpoint.safetensors"
 PARTS = ("model.", "optimizer.", "random.")
 
 
-def save(run: Path, model: LM, optimizer: torch.optim.Optimizer, progress: dict) -> None:
+def save(run: Path, model: LM, optimizer: torch.optim.Optimizer | None, progress: dict) -> None:
     """Write the whole state of a training run; `progress` is any JSON object. Raises InputError where it cannot be written."""
     tensors = {f"model.{name}": tensor for name, tensor in persistent_tensors(model).items()}
     for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
+        state = {} if optimizer is None else optimizer.state.get(parameter, {})
+        for key, value in state.items():
             tensors[f"optimizer.{name}.{key}"] = value
     tensors["random.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available() and next(model.parameters()).is_cuda:
@@ -148,6 +149,22 @@ def save_options(run: Path, options: dict) -> None:
         raise InputError(
             "out", str(run), f"a folder that can be written ({error.strerror})"
         ) from None
+
+
+def save_model(model: LM, folder: str | Path) -> None:
+    """Save a model that was trained in Python, so that load_model and minimodels.sample read it.
+
+    Raises InputError for a folder that is not new or empty, or cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError("folder", str(folder), "a new or empty folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError("folder", str(folder), f"a folder that can be made ({error})") from None
+    save_options(folder, {"config": asdict(model.config)})
+    save(folder, model, None, {"step": 0})
 
 
 def load_model(run: str | Path) -> LM:

@@ -17,9 +17,11 @@ from typing import Annotated, Literal
 
 import tyro
 
+from minimodels.architectures.registry import LAYERS, WRAPPERS
+from minimodels.command import parse_options
 from minimodels.config import Config
 from minimodels.errors import Count, InputError, NonNegative, Positive, Range, check_types
-from minimodels.files import read_json
+from minimodels.files import LOCK, read_json
 from minimodels.grammar import set_options
 from minimodels.presets import fitted, preset
 from minimodels.training.checkpoint import FILE as CHECKPOINT
@@ -72,6 +74,8 @@ class Options:
 
     device: str = "auto"
     """auto, cpu or cuda"""
+    threads: Count | None = None
+    """threads of a CPU; by default the fastest number in a short trial, which a resumed run keeps"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto (bfloat16 autocast on GPUs that have it), float32 or bfloat16"""
     compile: bool = False
@@ -101,13 +105,25 @@ class Options:
             raise InputError("prompt", self.prompt, "at least one character")
 
 
+SYNONYMS = {  # what other programs call an option -> what to write here
+    "learning_rate": "--lr", "batch": "--batch-size", "bs": "--batch-size", "micro_batch_size": "--batch-size",
+    "epochs": "--steps", "max_steps": "--steps", "max_iters": "--steps", "iters": "--steps",
+    "block_size": "--context", "seq_len": "--context", "sequence_length": "--context", "ctx": "--context",
+    "d_model": "--width", "n_embd": "--width", "hidden_size": "--width", "dim": "--width",
+    "grad_clip": "--clip", "wd": "--weight-decay", "output": "--out", "output_dir": "--out", "dataset": "--data",
+    "gradient_accumulation_steps": "--accumulate", "grad_accum": "--accumulate",
+    **{name: f"--set {layer}.{name}=VALUE" for layer, kind in {**WRAPPERS, **LAYERS}.items()
+       for name in kind.Options.__dataclass_fields__},
+    "n_layer": "--layers", "n_layers": "--layers", "num_layers": "--layers", "n_head": "--set attention.heads=VALUE",
+}  # fmt: skip
 TRAINING = {  # size -> the options that differ from the defaults
     "tiny": {},
     "small": {"context": 1024, "batch_size": 32, "lr": 6e-4, "warmup": 500, "eval_every": 1000},
 }
 DEFAULT_STEPS = {"tiny": 600, "small": 20_000}  # where no bound is given
 BOUNDS = ("steps", "tokens", "flops", "minutes")
-CHANGEABLE = {*BOUNDS, "device", "dtype", "compile", "eval_every", "eval_batches", "sample_every", "prompt",
+LEFT_BEHIND = {"options.json", "log.jsonl", LOCK}  # by a run that saved nothing
+CHANGEABLE = {*BOUNDS, "device", "threads", "dtype", "compile", "eval_every", "eval_batches", "sample_every", "prompt",
               "log_every", "resume"}  # fmt: skip
 
 
@@ -122,7 +138,7 @@ def parse(description: str) -> Options:
         return parse_resumed(Path(named.resume), description)
     model, size = named.model or "transformer", named.size or "tiny"
     default = Options(preset(model, size), model, size, **TRAINING[size])
-    options = tyro.cli(Options, default=default, description=description)
+    options = parse_options(Options, description, default, SYNONYMS)
     layers = options.config.layers
     if named.layers is not None:
         layers = fitted(layers, size)
@@ -134,7 +150,7 @@ def parse(description: str) -> Options:
 def parse_resumed(run: Path, description: str) -> Options:
     """The command line over the options of a run. Raises InputError for a change that it does not allow."""
     saved = read_options(run)
-    options = tyro.cli(Options, default=saved, description=description)
+    options = parse_options(Options, description, saved, SYNONYMS)
     layers = set_options(options.config.layers, options.set)
     options = replace(options, set=[], config=replace(options.config, layers=layers))
     accepted = f"what {run} was started with"
@@ -182,23 +198,22 @@ def label(options: Options) -> str:
 
 
 def new_folder(options: Options) -> Path:
-    """The folder of a new run, made: the one named, if it is new or empty, or the first free name."""
+    """The folder of a new run, made: the one named, if nothing in it can be lost, or the first free name."""
     named = options.out or Path("runs") / label(options)
     try:
         named.parent.mkdir(parents=True, exist_ok=True)
         if options.out is None:
             return make_first(named)
         named.mkdir(exist_ok=True)
-        if any(named.iterdir()):
-            more = (
-                f"; to go on with the run in it: --resume {shlex.quote(str(named))}"
-                * (named / CHECKPOINT).exists()
-            )
-            raise InputError("out", str(named), f"a new or empty folder{more}")
+        held = {path.name for path in named.iterdir()}
     except OSError as error:
-        raise InputError(
-            "out", str(named), f"a folder that can be made ({error.strerror})"
-        ) from None
+        accepted = f"a folder that can be made ({error.strerror})"
+        raise InputError("out", str(named), accepted) from None
+    if CHECKPOINT in held:
+        again = f"--resume {shlex.quote(str(named))} continues the run in it"
+        raise InputError("out", str(named), f"a new or empty folder; {again}")
+    if held - LEFT_BEHIND:
+        raise InputError("out", str(named), "a new or empty folder")
     return named
 
 
