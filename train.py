@@ -90,14 +90,13 @@ def main(options: Options) -> None:
 
         paths = {name: choose(config.impl, name, device) for name in operations(model)}
         chosen = ", ".join(f"{name}: {path}" for name, path in paths.items())
-        cpu = f", {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else ""
+        cpu = f", threads: {threads}{why and f' ({why})'}" if device.type == "cpu" else ""
         bounds = [f"{last_step} steps"] if last_step < math.inf else []
         bounds += [f"{options.minutes} minutes"] if options.minutes else []
         print(f"model    {label(options)}: {config.layers}")
         print(f"ledger   {cost}")
-        print(
-            f"runs on  {device.type}{cpu}{f' ({why})' if why else ''}, {'bfloat16 autocast' if bfloat16 else 'float32'}; {chosen}"
-        )
+        dtype = "bfloat16 autocast" if bfloat16 else "float32"
+        print(f"runs on  {device.type}{cpu}, {dtype}; {chosen}")
         print(f"data     {data.describe()}, {tokens_per_step} tokens a step")
         print(f"run      {run}, from step {step}, to {' or '.join(bounds)}", flush=True)
 

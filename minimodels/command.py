@@ -51,34 +51,32 @@ def parse_options(
 
 def command_line_error(message: str, kind: type, synonyms: Mapping[str, str]) -> InputError:
     """What tyro says of a command line, as one line of ours."""
-    lines = [line.strip("│ ").strip() for line in message.splitlines()]
-    text = " ".join(line for line in lines if line and not set(line) <= set("─╭╮╰╯"))
+    lines = [line.strip("│ ") for line in message.splitlines()]
+    text = " ".join(line for line in lines if line and line[0] not in "─╭╰")  # without the frame
     known = hints_of(kind)
     if found := re.search(r"Unrecognized options: (-\S+?)(?:,? |$)", text):
         name = found[1].lstrip("-").partition("=")[0].replace("-", "_")
         close = difflib.get_close_matches(name, known, 3)
-        meant = (
-            [synonyms[name]]
-            if name in synonyms
-            else [f"--{each.replace('_', '-')}" for each in close]
-        )
+        meant = [f"--{each.replace('_', '-')}" for each in close]
+        meant = [synonyms[name]] if name in synonyms else meant
         accepted = f"did you mean {' or '.join(meant)}?" if meant else "an option that --help lists"
         return InputError("option", found[1], accepted)
-    value = re.search(r"Error parsing -{0,2}([\w.-]+).*? from \[(.*?)\]", text)
-    choice = re.search(r"invalid choice '(.*?)' for argument '-{0,2}([\w.-]+)", text)
-    if value or choice:
-        name, given = (value[1], value[2].strip("'\"")) if value else (choice[2], choice[1])
-        hint = known.get(name.rpartition(".")[2].replace("-", "_"))
-        return InputError(
-            name.replace("-", "_"),
-            given,
-            "a value that --help describes" if hint is None else describe(hint),
-        )
-    return InputError(
-        "command line",
-        " ".join(sys.argv[1:])[:80],
-        text.partition("For full helptext")[0].strip(" ─"),
+    choice = re.search(
+        r"invalid choice '(?P<value>.*?)' for argument '-{0,2}(?P<name>[\w.-]+)", text
     )
+    parsed = re.search(
+        r"Error parsing -{0,2}(?P<name>[\w.-]+): .*?'(?P<value>[^']*)'(?:\]|\b| |$)", text
+    )
+    listed = re.search(
+        r"Error parsing -{0,2}(?P<name>[\w.-]+): .*? from \['?(?P<value>.*?)'?\]", text
+    )
+    if wrong := choice or listed or parsed:
+        name = wrong["name"].rpartition(".")[2].replace("-", "_")
+        accepted = describe(known[name]) if name in known else "a value that --help describes"
+        return InputError(name, wrong["value"], accepted)
+    given = " ".join(sys.argv[1:])[:80]
+    reason = text.partition("For full")[0].strip()
+    return InputError("command line", given, f"what --help lists ({reason})")
 
 
 def hints_of(kind: type) -> dict[str, Any]:

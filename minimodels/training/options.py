@@ -112,7 +112,7 @@ SYNONYMS = {  # what other programs call an option -> what to write here
     "d_model": "--width", "n_embd": "--width", "hidden_size": "--width", "dim": "--width",
     "grad_clip": "--clip", "wd": "--weight-decay", "output": "--out", "output_dir": "--out", "dataset": "--data",
     "gradient_accumulation_steps": "--accumulate", "grad_accum": "--accumulate",
-    **{name: f"--set {layer}.{name}=VALUE" for layer, kind in {**WRAPPERS, **LAYERS}.items()
+    **{name: f"--set {layer}.{name}=VALUE" for layer, kind in reversed({**LAYERS, **WRAPPERS}.items())
        for name in kind.Options.__dataclass_fields__},
     "n_layer": "--layers", "n_layers": "--layers", "num_layers": "--layers", "n_head": "--set attention.heads=VALUE",
 }  # fmt: skip

@@ -1,0 +1,286 @@
+"""What a newcomer meets: options, threads, folders, signals, and a checkout that is not installed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import minimodels
+from minimodels import (
+    LM,
+    Config,
+    InputError,
+    command,
+    complete,
+    generate,
+    ledger,
+    load_model,
+    preset,
+    save_model,
+)
+from minimodels.files import LOCK, locked
+from minimodels.training import options
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "--layers",
+    "mlp",
+    "--width",
+    "8",
+    "--context",
+    "16",
+    "--batch-size",
+    "2",
+    "--eval-batches",
+    "1",
+    "--threads",
+    "1",
+]
+
+
+def parse(*arguments: str, monkeypatch) -> options.Options:
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    return options.parse("")
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["--steps", "abc"], "steps: 'abc' is not accepted; accepted: a whole number"),
+        (["--steps", "0"], "steps: 0 is not accepted; accepted: 1 or more"),
+        (["--lr", "fast"], "lr: 'fast' is not accepted; accepted: a number above 0"),
+        (
+            ["--dtype", "float8"],
+            "dtype: 'float8' is not accepted; accepted: auto, float32, bfloat16",
+        ),
+        (["--learning-rate", "1"], "did you mean --lr"),
+        (["--block-size=64"], "did you mean --context"),
+        (["--heads", "8"], "did you mean --set attention.heads=VALUE"),
+        (["--widht", "8"], "did you mean --width"),
+        (
+            ["--tie-embeddings", "maybe"],
+            "what --help lists (Unrecognized options: maybe",
+        ),
+    ],
+)
+def test_a_wrong_option_is_one_line(given, message, monkeypatch):
+    with pytest.raises(InputError) as error:
+        parse(*given, monkeypatch=monkeypatch)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_options_of_layers_are_set(monkeypatch):
+    given = parse(
+        "--model",
+        "hybrid",
+        "--set",
+        "mamba.state_size=32",
+        "--set",
+        "moe.experts=4",
+        monkeypatch=monkeypatch,
+    )
+    assert (
+        given.config.layers
+        == preset("hybrid", "tiny", "mamba.state_size=32", "moe.experts=4").layers
+    )
+    assert options.label(given) == "custom"
+    given = parse(
+        "--size", "small", "--layers", "attention(heads=6) attention", monkeypatch=monkeypatch
+    )
+    assert given.config.layers == "attention(heads=6) attention(heads=12)"
+
+
+def test_threads_are_the_fastest_that_a_trial_found(monkeypatch):
+    before = torch.get_num_threads()
+    try:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+        for seconds, best in (({4: 8.0, 2: 1.0, 1: 2.0}, 2), ({4: 1.1, 2: 1.0, 1: 2.0}, 4)):
+            monkeypatch.setattr(command, "product_seconds", seconds.__getitem__)
+            found, why = command.pick_threads(None, torch.device("cpu"))
+            assert found == best
+            assert why == ("8.0 times as fast as 4 on this machine now" if best == 2 else "")
+        assert command.pick_threads(3, torch.device("cpu")) == (3, "")
+    finally:
+        monkeypatch.undo()
+        torch.set_num_threads(before)
+
+
+def test_a_product_is_timed_with_the_threads_asked_for():
+    before = torch.get_num_threads()
+    try:
+        assert 0 < command.product_seconds(1, 0.01) < 1
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    with locked(tmp_path):
+        assert str(os.getpid()) in (tmp_path / LOCK).read_text()
+        with (
+            pytest.raises(InputError, match=f"process {os.getpid()} on .* is not writing"),
+            locked(tmp_path),
+        ):
+            pass
+    with locked(tmp_path):
+        pass
+
+
+def test_a_run_that_saved_nothing_leaves_its_folder_usable(tmp_path, monkeypatch):
+    for name in ("options.json", "log.jsonl", LOCK):
+        (tmp_path / name).write_text("{}")
+    given = parse("--out", str(tmp_path), monkeypatch=monkeypatch)
+    assert options.new_folder(given) == tmp_path
+    (tmp_path / "thesis.txt").write_text("")
+    with pytest.raises(InputError, match="a new or empty folder"):
+        options.new_folder(given)
+    (tmp_path / "checkpoint.safetensors").write_text("")
+    with pytest.raises(InputError, match="--resume .* continues the run"):
+        options.new_folder(given)
+
+
+def run(*arguments: str, **environment: str) -> subprocess.Popen:
+    """train.py in a process of its own."""
+    text = subprocess.PIPE
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.Popen(
+        [sys.executable, "train.py", *arguments],
+        cwd=ROOT,
+        env=env,
+        stdout=text,
+        stderr=text,
+        text=True,
+    )
+
+
+def test_several_processes_are_refused():
+    process = run(*TINY, WORLD_SIZE="2")
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert said.startswith("error: WORLD_SIZE: '2'")
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves(number, tmp_path):
+    process = run(*TINY, "--steps", "1000000", "--log-every", "1", "--out", str(tmp_path / "run"))
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "log.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "and saved; to continue: python train.py --resume" in out
+    load_model(tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_is_not_saved(tmp_path):
+    """The weights may still be finite, and JSON has no NaN."""
+    arguments = [
+        "--layers",
+        "mamba",
+        "--width",
+        "8",
+        "--context",
+        "16",
+        "--lr",
+        "1e30",
+        "--warmup",
+        "0",
+        "--log-every",
+        "1",
+    ]
+    process = run(*arguments, "--steps", "5", "--threads", "1", "--out", str(tmp_path / "run"))
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "not finite at step" in said
+    assert "nothing was saved" in said
+    assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
+    for line in (
+        (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+        if (tmp_path / "run" / "log.jsonl").exists()
+        else []
+    ):
+        json.loads(line, parse_constant=pytest.fail)
+
+
+def test_a_checkout_runs_without_being_installed(tmp_path):
+    """minimodels.kernels is found beside minimodels."""
+    for folder in ("minimodels", "kernels"):
+        shutil.copytree(
+            ROOT / folder,
+            tmp_path / folder,
+            ignore=shutil.ignore_patterns("__pycache__", "kernels"),
+            symlinks=True,
+        )
+    code = "import minimodels.kernels as k; print(k.__file__)"
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert Path(found.stdout.strip()) == tmp_path / "kernels" / "__init__.py"
+
+
+def test_what_a_notebook_needs_is_exported():
+    for name in minimodels.__all__:
+        assert getattr(minimodels, name) is not None
+    assert ledger(preset("moe"), 8192).parameters > 1e6
+    assert minimodels.__version__
+
+
+def test_a_model_of_a_notebook_is_saved_and_loaded(tmp_path):
+    torch.manual_seed(0)
+    model = LM(Config(layers="A:=attention A mlp A", vocab=256, width=16)).eval()
+    save_model(model, tmp_path / "model")
+    loaded = load_model(str(tmp_path / "model")).eval()
+    tokens = torch.randint(256, (1, 9))
+    assert torch.equal(loaded(tokens)[0], model(tokens)[0])
+    with pytest.raises(InputError, match="a new or empty folder"):
+        save_model(model, tmp_path / "model")
+
+
+def test_text_in_text_out():
+    torch.manual_seed(0)
+    model = LM(Config(layers="attention mlp", vocab=256, width=16)).eval()
+    assert complete(model, "abc", 20, seed=1) == complete(model, "abc", 20, seed=1)
+    assert len({complete(model, "abc", 20) for _ in range(3)}) > 1  # each call draws anew
+    with pytest.raises(InputError, match="complete\\(model, text\\)"):
+        generate(model, "abc", 5)
+    with pytest.raises(InputError, match="at least one token"):
+        generate(model, [[]], 5)
+    with pytest.raises(InputError, match="at least one token"):
+        complete(model, "", 5)
+    wide = LM(Config(layers="mod(mlp)", vocab=256, width=16)).train()
+    with pytest.raises(InputError, match=r"in training mode.*model.eval\(\) first"):
+        generate(wide, [[1]], 5)
+
+
+def test_samples_of_one_prompt_differ_and_repeat_on_a_seed():
+    torch.manual_seed(0)
+    model = LM(Config(layers="mlp", vocab=256, width=16)).eval()
+    rows = torch.stack(list(generate(model, [[1, 2]] * 3, 10, seed=5)), dim=1)
+    assert len({tuple(row) for row in rows.tolist()}) == 3
+    for row in range(3):
+        alone = torch.stack(list(generate(model, [[1, 2]], 10, seed=5 + row)), dim=1)
+        assert torch.equal(alone[0], rows[row])
+
+
+def test_logits_that_are_not_finite_name_the_dtype_to_try():
+    model = LM(Config(layers="mlp", vocab=256, width=16)).half().eval()
+    model.norm.weight.data.fill_(float("inf"))
+    for temperature in (0.0, 1.0):
+        with pytest.raises(InputError, match="dtype: 'float16' is not accepted; accepted: float32"):
+            list(generate(model, [[1]], 1, minimodels.Sampling(temperature=temperature)))
