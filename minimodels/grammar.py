@@ -233,7 +233,8 @@ def excerpt(text: str, at: int, around: int = 60) -> str:
         + text[start : at + around]
         + ("..." if at + around < len(text) else "")
     )
-    return f"  {' '.join(shown.splitlines())}\n  {' ' * (at - start + 3 * bool(start))}^"
+    one_line = re.sub(r"\s", " ", shown)  # as many characters as before, so that the caret fits
+    return f"  {one_line}\n  {' ' * (at - start + 3 * bool(start))}^"
 
 
 # What a program describes.
@@ -269,6 +270,9 @@ def expand(program: Program, text: str = "", field: str = "layers") -> tuple[Cal
             raise InputError(
                 field, item.name, "a definition without itself", excerpt(text, item.at)
             )
+        if len(open_names) == DEEPEST:
+            accepted = f"definitions within definitions at most {DEEPEST} deep"
+            raise InputError(field, item.name, accepted, excerpt(text, item.at))
         shared, defined = program.definitions[item.name]
         found = one(defined, (*open_names, item.name))
         if not shared:
@@ -338,7 +342,9 @@ def set_options(
         if not found:
             raise InputError("set", setting, "LAYER.OPTION=VALUE, such as mamba.state_size=32")
         name, option, value = found.groups()
-        (read,) = parse_call(f"{name}({option}={value})", "set").options
+        read, *others = parse_call(f"{name}({option}={value})", "set").options
+        if others:
+            raise InputError("set", setting, "one option; --set is repeatable")
         program, hits = set_option(program, name, read, missing)
         if not hits:
             raise InputError(
@@ -461,9 +467,19 @@ def alternatives(hint: Any) -> tuple:
 
 def write_options(options: Any) -> tuple[Option, ...]:
     """The options that differ from their defaults, as they are written."""
+    hints = get_type_hints(type(options), include_extras=True)
     found = []
     for each in fields(options):
         value = getattr(options, each.name)
         if value != each.default:
-            found.append(Option(each.name, "none" if value is None else value))
+            found.append(Option(each.name, value_to_write(value, hints[each.name])))
     return tuple(found)
+
+
+def value_to_write(value: object, hint: Any) -> object:
+    """What read_value reads as this value."""
+    for note in get_args(hint):
+        for name, choice in note.choices.items() if isinstance(note, OneOf) else ():
+            if isinstance(value, choice):
+                return Call(name, options=write_options(value))
+    return "none" if value is None else value

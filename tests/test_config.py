@@ -1,59 +1,32 @@
-"""The layer grammar and what a configuration refuses."""
+"""What a whole model shares, the presets, and what they cost."""
 
-import re
+import dataclasses
 
 import pytest
+from minimodels.ledger.__main__ import Options, main
 
 from minimodels import LM, Config, InputError, preset
-from minimodels.config import parse_layers
-from minimodels.ledger import Options, ledger, main
-from minimodels.lm import LAYERS, WRAPPERS
-from minimodels.presets import PRESETS, SIZES
-
-
-@pytest.mark.parametrize(
-    "text, layers",
-    [
-        ("mamba", ("mamba",)),
-        ("(attention mlp)*2", ("attention", "mlp", "attention", "mlp")),
-        ("mamba*3 mlp", ("mamba", "mamba", "mamba", "mlp")),
-        ("((mamba)*2 mlp) * 2", ("mamba", "mamba", "mlp", "mamba", "mamba", "mlp")),
-        ("mod(attention mlp)*2", (("mod", ("attention", "mlp")),) * 2),
-        ("mlp mod(mamba mod(mlp))", ("mlp", ("mod", ("mamba", ("mod", ("mlp",)))))),
-    ],
-)
-def test_grammar(text, layers):
-    assert parse_layers(text) == layers
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "  ", "(mlp", "mlp)", "mlp**2", "mlp*0", "mlp*x", "mod()", "()", "*2", "mlp,mlp", "2"],
-)
-def test_grammar_refuses(text):
-    with pytest.raises(InputError, match="layers"):
-        Config(layers=text)
+from minimodels.grammar import parse, write
+from minimodels.ledger import ledger
+from minimodels.presets import PRESETS, SIZES, fitted, layers_of
 
 
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"width": 100, "heads": 3}, "heads: 3 .* divisor of width 100"),
-        ({"width": 12, "heads": 4}, "head_dim: 3"),
-        ({"kv_heads": 3}, "kv_heads: 3 .* divisor of heads 4"),
-        ({"capacity": 0.0}, "capacity: 0.0"),
-        ({"capacity": 1.5}, "capacity: 1.5"),
-        ({"capacity": float("nan")}, "capacity: nan"),
-        (
-            {"layers": "moe", "experts": 2, "experts_per_token": 3},
-            "experts_per_token: 3 .* 1 to experts 2",
-        ),
-        ({"experts": 0}, "experts: 0"),
-        ({"window": 0}, "window: 0"),
-        ({"router": "hash"}, "router: 'hash' .* softmax_topk"),
-        ({"impl": "cuda"}, "impl: 'cuda' .* auto"),
-        ({"mod_route": "topk"}, "mod_route: 'topk' .* predictor"),
-        ({"width": -1}, "width: -1"),
+        ({"width": -1}, "width: -1 .* a whole number from 1"),
+        ({"width": 16.0}, "width: 16.0 .* a whole number"),
+        ({"width": True}, "width: True"),
+        ({"vocab": -1}, "vocab: -1 .* from 0"),
+        ({"vocab": 2**31}, "vocab: 2147483648 .* to 2147483647"),
+        ({"norm_eps": float("nan")}, "norm_eps: nan .* a number of 0 or more"),
+        ({"norm_eps": -1e-9}, "norm_eps: -1e-09"),
+        ({"tie_embeddings": 1}, "tie_embeddings: 1 .* true or false"),
+        ({"impl": "cuda"}, "impl: 'cuda' .* auto, reference, torch, triton"),
+        ({"residual": "post_norm"}, "residual: 'post_norm' .* pre_norm"),
+        ({"objective": "masked"}, "objective: 'masked' .* next_token"),
+        ({"layers": ("mlp",)}, "layers: .* text"),
+        ({"layers": "mlp)"}, "layers: '\\)' .* a layer or the end"),
     ],
 )
 def test_refuses(fields, message):
@@ -61,30 +34,46 @@ def test_refuses(fields, message):
         Config(**fields)
 
 
-@pytest.mark.parametrize("layers", ["attention lstm", "mod", "mlp(attention)", "moe mod(rnn)"])
-def test_unknown_layer_names_the_known(layers):
-    with pytest.raises(
-        InputError,
-        match=re.escape(", ".join([*LAYERS, *(f"{wrapper}(...)" for wrapper in WRAPPERS)])),
-    ):
-        LM(Config(layers=layers))
+@pytest.mark.parametrize(
+    "layers, width, message",
+    [
+        ("attention(heads=3)", 100, "attention.heads: 3 .* divisor of width 100"),
+        ("attention", 12, "attention.head_dim: 3 .* even"),
+        ("mod(attention(kv_heads=3))", 16, "attention.kv_heads: 3 .* divisor of heads 4"),
+    ],
+)
+def test_what_does_not_fit_the_width_is_refused_when_the_model_is_built(layers, width, message):
+    config = Config(layers=layers, width=width)
+    with pytest.raises(InputError, match=message):
+        LM(config)
+    with pytest.raises(InputError, match=message):
+        ledger(config, 64)
+
+
+def test_heads_without_positions_need_be_neither_even_nor_divisors():
+    lm = LM(Config(layers="attention(heads=3, head_dim=5, rope_base=0)", width=10, vocab=7))
+    assert lm.layers[0].layer.q.weight.shape == (15, 10)
 
 
 def test_unknown_preset_names_the_known():
     with pytest.raises(InputError, match=f"model: 'gpt' .* {', '.join(PRESETS)}"):
         preset("gpt")
+    with pytest.raises(InputError, match="model: 'mamb' .* did you mean mamba"):
+        preset("mamb")
     with pytest.raises(InputError, match="size: 'huge' .* tiny, small"):
         preset("mamba", "huge")
     with pytest.raises(InputError, match="depth"):
         preset("mamba", depth=3)
+    with pytest.raises(InputError, match="set: 'attention.heads=2' .* mamba"):
+        preset("mamba", "tiny", "attention.heads=2")
 
 
 @pytest.mark.parametrize("model", PRESETS)
 @pytest.mark.parametrize("size", SIZES)
-def test_presets_stand_on_comparable_axes(model, size):
+def test_presets_have_comparable_costs(model, size):
     """At one size every preset but the routed-depth one costs about what the transformer does per token."""
     cost, transformer = (ledger(preset(name, size), 256) for name in (model, "transformer"))
-    if "mod(" in PRESETS[model](4):
+    if "mod(" in layers_of(model, size):
         assert cost.forward_flops < 0.7 * transformer.forward_flops
         assert cost.parameters == pytest.approx(transformer.parameters, rel=0.05)
     else:
@@ -103,27 +92,47 @@ def test_speedup_is_what_routing_saves():
 def test_what_initial_weights_are_scaled_by():
     config = Config(layers="moe mod(attention mlp)", width=192)
     assert config.depth == 3
-    assert config.init_std == pytest.approx(0.04)  # for 192 is a quarter of 768
+    assert config.init_std == pytest.approx(0.04)  # because 192 is a quarter of 768
 
 
 def test_presets_have_the_shape_of_their_size_unless_told_otherwise():
     small = preset("transformer", "small")
-    assert (small.width, small.heads, small.window, small.depth) == (768, 12, 1024, 24)
-    assert preset("transformer", "small", heads=6, width=96).width == 96
-    assert preset("transformer", "small", heads=6, width=96).heads == 6
+    assert (small.width, small.depth) == (768, 24)
+    assert small.layers == "(attention(heads=12) mlp)*12"
+    other = preset("transformer", "small", "attention.heads=6", width=96)
+    assert (other.width, other.layers) == (96, "(attention(heads=6) mlp)*12")
+    assert preset("transformer", layers="mlp").layers == "mlp"
+    hybrid = preset("hybrid", "tiny", "mamba.state_size=4", "moe.experts=2")
+    assert hybrid.layers.count("mamba(state_size=4)") == 3
+    assert hybrid.layers.count("moe(experts=2)") == 2
 
 
-def test_what_is_within_wrappers_is_refused_too():
-    for layers in ("moe", "mod(moe)"):
-        for router in ("softmax_topk", "sigmoid_bias"):
-            with pytest.raises(InputError, match="experts_per_token: 1"):
-                Config(layers=layers, experts_per_token=1, router=router)
-        Config(layers=layers, experts_per_token=1, router="softmax")
-    with pytest.raises(InputError, match="low less than high"):
-        Config(rope_scaling="llama3:factor=8,low=4,high=1,context=16")
-    LM(
-        Config(layers="attention", width=10, heads=3, head_dim=5, rope_base=0.0)
-    )  # no pairs, no divisor
+def test_a_size_sets_what_the_text_does_not():
+    assert fitted("mlp", "small") == "mlp"
+    text = "attention(heads=4) mod(attention)"
+    assert fitted(text, "small") == "attention(heads=4) mod(attention(heads=12))"
+    assert fitted("a=attention(heads=2) a", "small") == "a=attention(heads=2) a"
+
+
+@pytest.mark.parametrize("model", PRESETS)
+def test_presets_are_texts(model):
+    """What a preset is can be written, and read as the same model."""
+    config = preset(model)
+    again = dataclasses.replace(config, layers=write(parse(config.layers)))
+    assert again.calls == config.calls
+
+
+def test_configurations_of_the_same_layers_have_the_same_calls():
+    """Spaces, repeats and definitions do not matter; names, options and shared weights do."""
+    same = [
+        "(mlp mamba)*2",
+        "mlp mamba  mlp\nmamba",
+        "(mlp mamba) (mlp mamba)",
+        "a=mlp (a mamba)*2",
+    ]
+    assert len({Config(layers=text).calls for text in same}) == 1
+    other = ["(mamba mlp)*2", "(mlp mamba(expand=3))*2", "a:=mlp (a mamba)*2", "mod(mlp mamba)*2"]
+    assert len({Config(layers=text).calls for text in [*other, same[0]]}) == 5
 
 
 def test_a_trained_token_costs_three_passes_and_the_table_says_so(capsys):
@@ -143,3 +152,23 @@ def test_a_trained_token_costs_three_passes_and_the_table_says_so(capsys):
         f"{cost.active / 1e6:.2f}M",
         f"{cost.training_flops / 1e6:.1f}",
     ]
+
+
+def test_the_table_counts_layers_that_are_given(capsys):
+    main(Options(layers="A:=attention A mlp A", context=64))
+    _, row = capsys.readouterr().out.splitlines()
+    cost = ledger(Config(layers="A:=attention A mlp A"), 64)
+    assert row.startswith("A:=attention A mlp A  ")
+    assert f"{cost.parameters / 1e6:.2f}M" in row
+    for wrong, message in (({"context": 0}, "context: 0"), ({"layers": "lstm"}, "lstm")):
+        with pytest.raises(InputError, match=message):
+            main(Options(**wrong))
+
+
+def test_shared_layers_are_stored_once_and_computed_at_every_use():
+    one, shared, apart = (
+        ledger(Config(layers=text), 64) for text in ("attention", "A:=attention A A", "attention*2")
+    )
+    assert shared.parameters == one.parameters
+    assert shared.forward_flops == apart.forward_flops
+    assert shared.state_bytes == apart.state_bytes == 2 * one.state_bytes
