@@ -7,14 +7,10 @@ from models import CASES, SHAPE, make, same, tensors
 
 pytest.importorskip("triton", reason="the kernels need the package triton")
 
-from minimodels.kernels import INTERPRETED
-
 from minimodels import LM, Config
 from minimodels.sample import Sampling, generate
 
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED, reason="the laws run interpreted: TRITON_INTERPRET=1 where there is a GPU"
-)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 FEW = {"experts": 2, "experts_per_token": 1, "router": "softmax", "expert_width": 8}
 KERNEL_CASES = {
@@ -35,6 +31,40 @@ EQUAL_CASES = {
     **KERNEL_CASES,
     "expert choice": EXPERT_CHOICE,
 }  # which is not causal, and visits more than one expert a token
+
+
+@pytest.fixture(autouse=True)
+def on_the_kernels_device(monkeypatch):
+    """Models and inputs are made on the CPU, from its random numbers, and moved to where the kernels run."""
+    make_text = laws.text
+
+    def text(*arguments) -> torch.Tensor:
+        with torch.device("cpu"):
+            return make_text(*arguments).to(DEVICE)
+
+    monkeypatch.setattr(laws, "make", on_device)
+    monkeypatch.setattr(laws, "text", text)
+    with torch.device(DEVICE):
+        yield
+
+
+def on_device(*arguments, **options) -> torch.nn.Module:
+    with torch.device("cpu"):
+        return make(*arguments, **options).to(DEVICE)
+
+
+def model(**fields) -> torch.nn.Module:
+    torch.manual_seed(0)
+    with torch.device("cpu"):
+        return LM(Config(**{**SHAPE, **FEW, "vocab": 32, **fields})).double().to(DEVICE)
+
+
+def tokens() -> torch.Tensor:
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(32, (2, 5), generator=generator).to(DEVICE)
+
+
 LAWS = (laws.test_chunking, laws.test_causality, laws.test_batch_independence)
 
 
@@ -52,7 +82,7 @@ def test_reference_equals_triton(case, monkeypatch):
     monkeypatch.setattr(laws, "T", 9)
     results = {}
     for impl in ("reference", "triton"):
-        stack, x = make({**EQUAL_CASES[case], "impl": impl}), laws.text().requires_grad_()
+        stack, x = on_device({**EQUAL_CASES[case], "impl": impl}), laws.text().requires_grad_()
         with torch.no_grad():
             _, state = stack(x[:, :4])
         y, after = stack(x[:, 4:], state)
@@ -64,14 +94,12 @@ def test_reference_equals_triton(case, monkeypatch):
 @pytest.mark.parametrize("layers", ["attention mlp", "mamba", "attention moe"])
 def test_a_whole_model_trains_and_generates_on_kernels(layers):
     """Loss, every gradient and greedy text are those of the reference."""
-    tokens = torch.randint(32, (2, 5), generator=torch.Generator().manual_seed(0))
-    results = {}
+    given, results = tokens(), {}
     for impl in ("reference", "triton"):
-        torch.manual_seed(0)
-        lm = LM(Config(**{**SHAPE, **FEW, "layers": layers, "vocab": 32, "impl": impl})).double()
-        loss, _ = lm.loss(tokens[:, :-1], tokens[:, 1:])
+        lm = model(layers=layers, impl=impl)
+        loss, _ = lm.loss(given[:, :-1], given[:, 1:])
         gradients = torch.autograd.grad(loss, list(lm.parameters()))
-        text = torch.stack(list(generate(lm.eval(), [tokens[0]], 2, Sampling(temperature=0))))
+        text = torch.stack(list(generate(lm.eval(), [given[0]], 2, Sampling(temperature=0))))
         results[impl] = [loss, *gradients, text]
     for reference, kernel in zip(results["reference"], results["triton"], strict=True):
         same(kernel, reference, 1e-8)
@@ -81,12 +109,10 @@ def test_a_whole_model_trains_and_generates_on_kernels(layers):
     "layers", ["attention mlp", "mamba", "attention moe", "mod(attention mlp)"]
 )
 def test_a_whole_model_on_kernels_compiles_to_one_graph(layers):
-    tokens = torch.randint(32, (2, 5), generator=torch.Generator().manual_seed(0))
-    torch.manual_seed(0)
-    lm = LM(Config(**{**SHAPE, **FEW, "layers": layers, "vocab": 32, "impl": "triton"})).double()
-    expected, _ = lm.loss(tokens[:, :-1], tokens[:, 1:])
+    lm, given = model(layers=layers, impl="triton"), tokens()
+    expected, _ = lm.loss(given[:, :-1], given[:, 1:])
     torch.compiler.reset()
     loss, _ = torch.compile(lm.loss, fullgraph=True, backend="aot_eager")(
-        tokens[:, :-1], tokens[:, 1:]
+        given[:, :-1], given[:, 1:]
     )
     same(loss, expected)
