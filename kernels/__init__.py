@@ -3,7 +3,9 @@
     python -m minimodels.kernels.rmsnorm        checks an operation, times it, prints the share of the machine's limit reached
 
 A layer told `impl="triton"` calls `require` first, so that a choice which cannot be honoured is refused with its reason and
-nothing falls back silently. Without a GPU Triton can interpret kernels, slowly: set TRITON_INTERPRET=1 before Python starts.
+nothing falls back silently. A kernel adds nothing atomically, so that it gives the same bits each time in one process; another
+process may tune it to other blocks, which round differently. Without a GPU Triton can interpret kernels, slowly: set
+TRITON_INTERPRET=1 before Python starts.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ OPERATIONS = (
     "grouped_mlp",
     "linear_cross_entropy",
 )
+MULTIPLY = ("attention", "grouped_mlp")  # those whose kernels multiply matrices
 FASTER: frozenset[str] = (
     frozenset()
 )  # whose kernel "auto" takes on a GPU, for it was measured to be faster: none so far
@@ -40,8 +43,8 @@ if (
     REFUSED = f"Triton {version('triton')} interprets only with NumPy before 2.4, and {version('numpy')} is installed"
 
 
-def require(operation: str, device: torch.device) -> None:
-    """Raise InputError unless `operation` has a kernel that runs on `device`."""
+def require(operation: str, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    """Raise InputError unless `operation` has a kernel that runs on `device`, with tensors of a `dtype` if it is given."""
     accepted = "auto, reference or torch"
     if operation not in OPERATIONS:
         raise InputError("impl", "triton", f"{accepted}, for {operation} has no kernel")
@@ -52,3 +55,8 @@ def require(operation: str, device: torch.device) -> None:
         raise InputError("impl", "triton", f"{accepted}, for {reason}")
     if REFUSED:
         raise InputError("impl", "triton", f"{accepted}, for {REFUSED}")
+    if INTERPRETED and dtype == torch.bfloat16 and operation in MULTIPLY:
+        reason = (
+            "Triton's interpreter multiplies matrices of bfloat16 wrongly; it is right with float32"
+        )
+        raise InputError("impl", "triton", f"{accepted}, for {reason}")

@@ -21,12 +21,13 @@ at once. With dp_ij = dy_i · v_j and delta_i = dy_i · y_i:
 
 One kernel has a block of queries and sums dq over their keys; it goes first and leaves delta. The other has a block of keys
 and sums dk and dv over the queries of all heads that share them. Both compute s and dp, seven products for five: the price of
-adding nothing atomically, so that with the same blocks results do not differ from run to run. Exponentials are to base 2,
-which the hardware has. Blocks that no query sees are skipped, and only those that some of the queries see in part are masked.
-Where positions are given any slot may be empty: then every block is masked, and only the slots behind a query's own are known
-to be invisible. Where documents are told by their starts, the keys of a block of queries begin at its first document, and
-those of its last one are seen by all; the other way, the queries that see a block of keys end where the last document that it
-reaches does.
+adding nothing atomically, so that results are the same each time in one process (another may be tuned to other blocks).
+Exponentials are to base 2, which the hardware has.
+
+Blocks that no query sees are skipped, and only those that some of the queries see in part are masked. If positions are given,
+any slot may be empty: then every block is masked, and only the slots behind a query's own are known to be invisible. If starts
+are given, the keys of a block of queries begin at its first document, and only its last document's may go without a mask; the
+queries of a block of keys end with the last document that it reaches.
 
 Tensor cores multiply while the other units compute exponentials only if these do not wait for that product. So forward may
 start the next block's scores AHEAD of this block's softmax, for registers and one block of scores too many; backward starts dp
@@ -58,6 +59,7 @@ from functools import lru_cache, partial
 import torch
 import triton
 import triton.language as tl
+from minimodels.kernels import INTERPRETED, require
 from minimodels.kernels.common import (
     CHECKED,
     GPU,
@@ -66,13 +68,14 @@ from minimodels.kernels.common import (
     Case,
     Peer,
     command,
-    compare,
+    compare_all,
     dense,
     full,
     innermost,
     multiprocessors,
     on,
     report,
+    size_of,
     tuned,
 )
 from torch import Tensor
@@ -686,7 +689,7 @@ def sizes(q: Tensor, k: Tensor) -> tuple[int, ...]:
         G,
         T,
         S,
-        min(triton.next_power_of_2(T), 4096),
+        size_of(T),
         triton.next_power_of_2(S) if T <= FEW else 0,
     )
 
@@ -737,6 +740,7 @@ def attention(
 
     Raises ValueError on shapes or dtypes that disagree.
     """
+    require("attention", q.device, q.dtype)
     check_shapes(q, k, v, query_positions, key_positions, query_starts)
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: q {q.dtype}, k {k.dtype}, v {v.dtype} do not fit")
@@ -747,25 +751,36 @@ def attention(
 
 def check() -> None:
     """Outputs and gradients against the reference in fp64; on a GPU in bf16 and fp16 too."""
+
+    def inputs(B: int, H: int, G: int, T: int, S: int, d: int, *masks) -> tuple:
+        return torch.randn(B, H, T, d), torch.randn(B, G, S, d), torch.randn(B, G, S, d), *masks
+
+    odd = []
     shapes = (
         (1, 2, 1, 1, 1100, 64, None),
         (1, 2, 2, 1, 33, 64, None),
         (1, 2, 1, 37, 37, 24, None),
         (2, 4, 2, 20, 41, 16, 7),
     )
-    for B, H, G, T, S, d, window in shapes:
-        arguments = (torch.randn(B, H, T, d), torch.randn(B, G, S, d), torch.randn(B, G, S, d))
+    for *shape, window in shapes:
+        B, T, S = shape[0], *shape[3:5]
         places = torch.arange(S).repeat(B, 1) * 2
+        starts = torch.arange(S).repeat(B, 1)[:, S - T :] // 13 * 13
         for positions in ((None, None), (places[:, S - T :], places)):
-            compare(
-                attention,
-                reference,
-                (*arguments, *positions, window),
-                (*CHECKED, *[torch.float16] * GPU),
-            )
+            odd.append(inputs(*shape, *positions, window))
+        odd.append(inputs(*shape, None, None, window, starts))
+    T = 300 if GPU else 40
+    starts = torch.arange(T).repeat(2, 1) // 23 * 23
+    full = [inputs(2, 4, 2, T, T, d) for d in (64, 128)]
+    if INTERPRETED:  # on a GPU each would have to be compiled in every configuration
+        full = [inputs(2, 2, 1, T, T, 16), inputs(2, 2, 1, T, T, 16, None, None, 19, starts)]
+    kernels = forward_kernel, backward_queries_kernel, backward_keys_kernel
+    compare_all(kernels, attention, reference, odd, full, (*CHECKED, *[torch.float16] * GPU))
 
 
-reference = partial(operation, impl="reference")
+def reference(q, k, v, queries=None, keys=None, window=None, starts=None) -> Tensor:
+    """With the arguments in the kernel's order."""
+    return operation(q, k, v, queries, keys, window, "reference", starts)
 
 
 def backend(chosen: SDPBackend, *arguments) -> Tensor:

@@ -21,12 +21,11 @@ backward dx of a token takes no g from there on. A few tokens are loaded ahead o
     bias        (D,)           or None
     window      (B, W-1, D)    the inputs before x, None for zeros
     resets      (B, T)         bytes: 1 where a token begins a document; None: nowhere
+    size        ()             B · T as tuning goes by it: rounded up and bounded
     partial     (B · chunks, W+1, D)   each program's share of dweight, and of dbias in the last place
 """
 
 from __future__ import annotations
-
-from functools import partial
 
 import torch
 import triton
@@ -38,13 +37,14 @@ from minimodels.kernels.common import (
     Peer,
     as_bytes,
     command,
-    compare,
+    compare_all,
     dense,
     full,
     innermost,
     on,
     report,
     sigmoid,
+    size_of,
     tuned,
 )
 from torch import Tensor
@@ -142,10 +142,10 @@ def gradient(dy, p, SILU: tl.constexpr):
         return dy
 
 
-@tuned(CONFIGS, key=["D", "W"])
-@triton.jit
+@tuned(CONFIGS, key=["size", "D", "W"])
+@triton.jit(do_not_specialize=["size"])
 def forward_kernel(
-    X, WEIGHT, BIAS, WINDOW, RESETS, Y, T, D, batch_stride, time_stride,
+    X, WEIGHT, BIAS, WINDOW, RESETS, Y, T, D, size, batch_stride, time_stride,
     SILU: tl.constexpr, W: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One program, one block of channels, one chunk of one text."""
@@ -180,10 +180,10 @@ def forward_kernel(
             past = past[1:]
 
 
-@tuned(CONFIGS, key=["D", "W"])
-@triton.jit
+@tuned(CONFIGS, key=["size", "D", "W"])
+@triton.jit(do_not_specialize=["size"])
 def backward_kernel(
-    DY, X, WEIGHT, BIAS, WINDOW, RESETS, DX, DWINDOW, PARTIAL, T, D, batch_stride, time_stride,
+    DY, X, WEIGHT, BIAS, WINDOW, RESETS, DX, DWINDOW, PARTIAL, T, D, size, batch_stride, time_stride,
     SILU: tl.constexpr, W: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One program, one block of channels, dx of one chunk of one text. It walks W-1 tokens beyond, for dx_s needs g up to
@@ -258,11 +258,11 @@ def causal_conv1d_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None, resets: Tensor | None, activation: bool
 ) -> Tensor:  # fmt: skip
     """y (B, T, D)."""
-    x, (_, T, D), W = innermost(x), x.shape, weight.shape[1]
+    x, (batch, T, D), W = innermost(x), x.shape, weight.shape[1]
     y = x.new_empty(x.shape)
     with on(x):
         forward_kernel[lambda meta: grid(x, meta)](
-            x, *dense(weight, bias, window), as_bytes(resets), y, T, D, x.stride(0), x.stride(1),
+            x, *dense(weight, bias, window), as_bytes(resets), y, T, D, size_of(batch * T), x.stride(0), x.stride(1),
             activation, W, CHUNK, full(x),
         )  # fmt: skip
     return y
@@ -289,7 +289,7 @@ def causal_conv1d_backward(
     )
     with on(x):
         backward_kernel[lambda meta: grid(x, meta)](
-            dy, x, *dense(weight, bias, window), as_bytes(resets), dx, dwindow, sums, T, D,
+            dy, x, *dense(weight, bias, window), as_bytes(resets), dx, dwindow, sums, T, D, size_of(batch * T),
             x.stride(0), x.stride(1), activation, W, CHUNK, full(x),
         )  # fmt: skip
     total = sums.sum(0)  # (W+1, D)
@@ -361,19 +361,21 @@ def causal_conv1d(
 
 def check() -> None:
     """Outputs and gradients against the reference in fp64; on a GPU in bf16 too."""
-    for batch, T, D, W in ((2, 5, 33, 4), (1, CHUNK + 3, 130, 3)):
-        for activation in (False, True):
-            arguments = (
-                torch.randn(batch, T, D),
-                torch.randn(D, W),
-                torch.randn(D),
-                torch.randn(batch, W - 1, D),
-                None,
-            )
-            compare(causal_conv1d, reference, (*arguments, activation))
+
+    def inputs(batch: int, T: int, D: int, W: int, *rest) -> tuple:
+        x, window = torch.randn(batch, T, D), torch.randn(batch, W - 1, D)
+        return x, torch.randn(D, W), torch.randn(D), window, None, *rest
+
+    odd = [inputs(2, 5, 33, 4, activation) for activation in (False, True)]
+    for shape in ((2, 5, 33, 4), (1, CHUNK + 3, 130, 3)):
+        odd.append(inputs(*shape, True, torch.rand(shape[:2]) < 0.2))
+    full = [inputs(2, 300, 600, 4, True) if GPU else inputs(1, 9, 600, 4, True)]
+    compare_all((forward_kernel, backward_kernel), causal_conv1d, reference, odd, full)
 
 
-reference = partial(operation, impl="reference")
+def reference(x, weight, bias, window, lengths, activation, resets=None):
+    """With the arguments in the kernel's order."""
+    return operation(x, weight, bias, window, lengths, activation, "reference", resets)
 
 
 def cuda(x: Tensor, weight: Tensor, bias: Tensor, *_) -> Tensor:

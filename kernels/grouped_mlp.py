@@ -15,7 +15,7 @@ add two products to backward's six. With h = silu(g) ⊙ u, s = σ(g), r = out_e
 Every visit gets a slot, in the order of experts and then of tokens. How many an expert has is known to the GPU alone and the
 host never asks: it allocates slots for as many as there can be and launches as many programs as fill the machine. These walk
 tiles, blocks of an expert's slots × blocks of columns, as far as the offsets say, and gather rows of x and dy on the way.
-A kernel of its own sums what visits add to a token, expert after expert: no atomics, the same bits every time.
+A kernel of its own sums what visits add to a token, expert after expert, so that nothing is added atomically.
 
     name        shape
     x, y        (n, D)        n tokens
@@ -28,6 +28,7 @@ A kernel of its own sums what visits add to a token, expert after expert: no ato
     order       (slots,)      the slots by token and then by expert
     starts      (n + 1,)      token t has those at starts[t] to before starts[t + 1] of them
     g, u, h     (slots, I)    and dg, du
+    size        ()            n as tuning goes by it: rounded up and bounded
     parts       (slots, D)    what each visit adds to its token, in y or in dx
 """
 
@@ -41,18 +42,20 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from minimodels.kernels import require
 from minimodels.kernels.common import (
     GPU,
     TIMED,
     Case,
     Peer,
     command,
-    compare,
+    compare_all,
     full,
     multiprocessors,
     on,
     report,
     sigmoid,
+    size_of,
     tuned,
 )
 from torch import Tensor
@@ -63,7 +66,7 @@ from minimodels.ops.grouped_mlp import grouped_mlp as operation
 GROUP = tl.constexpr(
     8
 )  # blocks of slots: their rows and the weights they meet next come from the L2 cache
-KEY = ["D", "I", "E"]  # by which tiles are tuned
+KEY = ["size", "D", "I", "E"]  # by which tiles are tuned
 WIDTH = 128  # columns of every tile of r, however tuned: dgates is a sum of parts, one for each so many columns
 
 
@@ -131,9 +134,9 @@ def find(tile, until, OFFSETS, columns, ROWS: tl.constexpr):
     KEY,
     fitting,
 )
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def hidden_kernel(
-    X, GATE, UP, CELL, OFFSETS, G, U, H, D: tl.constexpr, I: tl.constexpr, E: tl.constexpr,
+    X, GATE, UP, CELL, OFFSETS, G, U, H, size, D: tl.constexpr, I: tl.constexpr, E: tl.constexpr,
     KEEP: tl.constexpr, FULL: tl.constexpr, BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -178,9 +181,9 @@ def hidden_kernel(
     KEY,
     fitting,
 )
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def parts_kernel(
-    P, WP, Q, WQ, GATES, CELL, OFFSETS, Y, D: tl.constexpr, I: tl.constexpr, E: tl.constexpr,
+    P, WP, Q, WQ, GATES, CELL, OFFSETS, Y, size, D: tl.constexpr, I: tl.constexpr, E: tl.constexpr,
     stride_i: tl.constexpr, stride_d: tl.constexpr,
     TWO: tl.constexpr, FULL: tl.constexpr, BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -241,9 +244,9 @@ def quarter(r, which: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     KEY,
     fitting,
 )
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def hidden_backward_kernel(
-    DY, OUT, GATES, CELL, OFFSETS, G, U, DG, DU, GH, DGATES, D: tl.constexpr, I: tl.constexpr, E: tl.constexpr, slots,
+    DY, OUT, GATES, CELL, OFFSETS, G, U, DG, DU, GH, DGATES, size, D: tl.constexpr, I: tl.constexpr, E: tl.constexpr, slots,
     FULL: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """dg, du, gates · h, which dout will need, and for dgates the sum of r ⊙ h over a block of columns."""
@@ -286,9 +289,9 @@ def hidden_backward_kernel(
     KEY,
     fitting,
 )
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def weights_backward_kernel(
-    P, X, CELL, OFFSETS, DW, D: tl.constexpr, I: tl.constexpr, E: tl.constexpr,
+    P, X, CELL, OFFSETS, DW, size, D: tl.constexpr, I: tl.constexpr, E: tl.constexpr,
     stride_i: tl.constexpr, stride_d: tl.constexpr,
     FULL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -352,13 +355,13 @@ def grouped_mlp_forward(
     x, gates, gate, up, out = (part.contiguous() for part in (x, gates, gate, up, out))
     (E, I, D), h = gate.shape, x.new_empty(len(cell), gate.shape[1])
     g, u = (torch.empty_like(h) if keep else h.new_empty(0) for _ in range(2))
-    parts, BLOCK_E = x.new_empty(len(cell), D), triton.next_power_of_2(E)
+    parts, BLOCK_E, size = x.new_empty(len(cell), D), triton.next_power_of_2(E), size_of(len(x))
     with on(x):
         hidden_kernel[lambda meta: persistent(x, 2 * meta["ROWS"] * meta["COLUMNS"])](
-            x, gate, up, cell, offsets, g, u, h, D, I, E, keep, full(x), BLOCK_E
+            x, gate, up, cell, offsets, g, u, h, size, D, I, E, keep, full(x), BLOCK_E
         )  # fmt: skip
         parts_kernel[lambda meta: persistent(x, meta["ROWS"] * meta["COLUMNS"])](
-            h, out, h, out, gates, cell, offsets, parts, D, I, E, 1, I, False, full(x), BLOCK_E
+            h, out, h, out, gates, cell, offsets, parts, size, D, I, E, 1, I, False, full(x), BLOCK_E
         )  # fmt: skip
     return sum_parts(parts, order, starts), g, u
 
@@ -372,6 +375,7 @@ def grouped_mlp_backward(
     dy, x, gates, gate, up, out = (part.contiguous() for part in (dy, x, gates, gate, up, out))
     (E, I, D), slots, BLOCK_E = gate.shape, len(cell), triton.next_power_of_2(gate.shape[0])
     dg, du, gh = (torch.empty_like(g) for _ in range(3))
+    size = size_of(len(x))
     dgates_parts = x.new_empty(
         triton.cdiv(I, WIDTH), slots, dtype=torch.promote_types(x.dtype, torch.float32)
     )
@@ -381,16 +385,16 @@ def grouped_mlp_backward(
     )
     with on(x):
         hidden_backward_kernel[lambda meta: persistent(x, meta["ROWS"] * WIDTH)](
-            dy, out, gates, cell, offsets, g, u, dg, du, gh, dgates_parts, D, I, E, slots, full(x), BLOCK_E
+            dy, out, gates, cell, offsets, g, u, dg, du, gh, dgates_parts, size, D, I, E, slots, full(x), BLOCK_E
         )  # fmt: skip
         parts_kernel[lambda meta: persistent(x, meta["ROWS"] * meta["COLUMNS"])](
-            dg, gate, du, up, gates, cell, offsets, parts, D, I, E, D, 1, True, full(x), BLOCK_E
+            dg, gate, du, up, gates, cell, offsets, parts, size, D, I, E, D, 1, True, full(x), BLOCK_E
         )  # fmt: skip
         for p, row, weight, strides in zip(
             (dg, du, gh), (x, x, dy), weights, ((D, 1), (D, 1), (1, I)), strict=True
         ):
             weights_backward_kernel[lambda meta: (E * triton.cdiv(I, meta["ROWS"]) * triton.cdiv(D, meta["COLUMNS"]),)](
-                p, row, cell, offsets, weight, D, I, E, *strides, full(x)
+                p, row, cell, offsets, weight, size, D, I, E, *strides, full(x)
             )  # fmt: skip
     dgates = gates.new_zeros(gates.numel() + 1)  # the last is where unused slots go
     dgates.scatter_(0, cell.long(), dgates_parts.sum(0).to(gates.dtype))
@@ -457,6 +461,7 @@ def grouped_mlp(
     If there are more than n · most the program stops, on a GPU by a device-side assertion.
     Raises ValueError on shapes or dtypes that disagree.
     """
+    require("grouped_mlp", x.device, x.dtype)
     check_shapes(x, gates, visits, gate, up, out)
     n, E = visits.shape
     if visits.dtype != torch.bool or n * E >= 2**31:
@@ -476,17 +481,24 @@ def grouped_mlp(
 
 def check() -> None:
     """Outputs and gradients against the reference in fp64; on a GPU in bf16 too."""
-    for n, E, K, D, I in ((11, 4, 2, 33, 20), (40, 3, 1, 16, 130)):
-        weights = (
-            torch.randn(E, I, D) / D**0.5,
-            torch.randn(E, I, D) / D**0.5,
+
+    def inputs(n: int, E: int, K: int, D: int, I: int) -> tuple:
+        gate, up = torch.randn(2, E, I, D).div(D**0.5).unbind(0)
+        visits = torch.rand(n, E).argsort(1) < K
+        return (
+            torch.randn(n, D),
+            torch.rand(n, E),
+            visits,
+            gate,
+            up,
             torch.randn(E, D, I) / I**0.5,
+            K,
         )
-        compare(
-            grouped_mlp,
-            reference,
-            (torch.randn(n, D), torch.rand(n, E), torch.rand(n, E).argsort(1) < K, *weights, K),
-        )
+
+    odd = [inputs(11, 4, 2, 33, 20), inputs(40, 3, 1, 16, 130)]
+    full = [inputs(600, 4, 2, 300, 270) if GPU else inputs(20, 2, 1, 33, 20)]
+    kernels = hidden_kernel, parts_kernel, hidden_backward_kernel, weights_backward_kernel
+    compare_all(kernels, grouped_mlp, reference, odd, full)
 
 
 reference = partial(operation, impl="reference")

@@ -53,6 +53,7 @@ from minimodels.kernels.common import (
     report,
 )
 from torch import Tensor
+from torch.torch_version import TorchVersion
 from torch.utils.flop_counter import register_flop_formula
 
 from minimodels.ops.linear_cross_entropy import IGNORE, check_shapes
@@ -60,6 +61,10 @@ from minimodels.ops.linear_cross_entropy import linear_cross_entropy as operatio
 
 COLUMNS = 4096  # at least, of a chunk: in the product for dx 8192 operations for the 8 bytes with which an element is added up
 WORK = 2**25  # logits of a chunk where there are few rows, so that a product fills the machine
+ADDS = TorchVersion(torch.__version__) >= (
+    2,
+    11,
+)  # whether addmm adds to fp32 what it multiplies in bf16
 BLOCK, WARPS = 4096, 4  # columns of a step: a thread has four loads of 16 bytes under way
 
 
@@ -163,10 +168,12 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a · b, where total may have more precision than its factors and the sum is made in it."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
-    elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:  # PyTorch has that product for GPUs alone
+    elif not a.is_cuda:  # PyTorch has products of a higher precision for GPUs alone
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
+    elif ADDS:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += torch.mm(a, b, out_dtype=total.dtype)
 
 
 # What PyTorch must know: shapes, derivative, FLOPs (recomputation included).
@@ -206,7 +213,7 @@ def _flops_backward(dloss, x, weight, targets, lse, out_shape=None):
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """As minimodels.loss.linear_cross_entropy: mean_t (logsumexp(W x_t) - (W x_t)_target) over the targets that are not IGNORE,
+    """As minimodels.ops.linear_cross_entropy: mean_t (logsumexp(W x_t) - (W x_t)_target) over the targets that are not IGNORE,
     in nats, a scalar in full precision; not a number where every target is IGNORE, or where one is no row of the weight.
 
     x (n, D); weight (V, D); targets (n,). Raises ValueError on shapes that disagree.

@@ -48,7 +48,6 @@ not.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
@@ -690,16 +689,19 @@ def selective_scan(
 def check() -> None:
     """Outputs and gradients against the reference in fp64; on a GPU in bf16 too, and over several chunks."""
     shapes = (
-        [(2, 701, 64, 16), (1, 260, 48, 16), (1, 67, 48, 33)]
+        [(2, 701, 64, 16), (1, 320, 48, 16), (1, 260, 48, 16), (1, 67, 48, 33)]
         if GPU
         else [(2, 9, 48, 16), (1, 8, 32, 16), (1, 5, 20, 33)]
     )
     for batch, T, D, N in (*shapes, (2, 1, 48, 16)):
-        for plain in (False, True):
-            compare(selective_scan, reference, arguments(batch, T, D, N, plain))
+        resets = torch.rand(batch, T) < 0.1
+        for given in (arguments(batch, T, D, N, plain=True), (*arguments(batch, T, D, N), resets)):
+            compare(selective_scan, reference, given)
 
 
-reference = partial(operation, impl="reference")
+def reference(x, delta, A, B, C, skip, z=None, bias=None, state=None, resets=None):
+    """With the arguments in the kernel's order."""
+    return operation(x, delta, A, B, C, skip, z, bias, state, "reference", resets)
 
 
 def arguments(batch: int, T: int, D: int, N: int, plain: bool = False) -> tuple:

@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("triton", reason="the kernels need the package triton")
 
 import minimodels.kernels.attention as kernels
+from minimodels.kernels import INTERPRETED
 from minimodels.kernels.attention import (
     attention,
     backward_keys_kernel,
@@ -21,6 +22,7 @@ from minimodels.kernels.attention import (
 )
 from minimodels.kernels.common import compare
 
+from minimodels.errors import InputError
 from minimodels.ops.attention import attention as reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -304,3 +306,12 @@ def test_wrong_positions_and_dtypes_are_refused():
                 path(q, k, v, queries, keys)
     with pytest.raises(ValueError, match="attention: q .*float32.* do not fit"):
         attention(q, k.half(), v.half())
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU multiplies bfloat16 rightly")
+def test_what_the_interpreter_computes_wrongly_is_refused():
+    q, k, v = (torch.zeros(1, 2, 5, 16, dtype=torch.bfloat16) for _ in range(3))
+    for call in (attention, partial(reference, impl="triton")):
+        with pytest.raises(InputError, match="^impl: 'triton' .* bfloat16 wrongly; .* float32$"):
+            call(q, k, v)
+    attention(q.float(), k.float(), v.float())

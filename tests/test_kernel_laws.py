@@ -1,6 +1,5 @@
-"""The laws of tests/test_laws.py with impl="triton", at lengths that the interpreter can walk, and whole models on kernels."""
-
-from functools import partial
+"""The laws of tests/test_laws.py with impl="triton", at lengths that the interpreter can walk, and whole
+models on kernels."""
 
 import pytest
 import test_laws as laws
@@ -9,14 +8,9 @@ from models import WIDTH, make, same, tensors
 
 pytest.importorskip("triton", reason="the kernels need the package triton")
 
-from minimodels.kernels import INTERPRETED
+from minimodels import LM, Config, Sampling, generate
 
-from minimodels import LM, Config
-from minimodels.sample import Sampling, generate
-
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED, reason="the laws run interpreted: TRITON_INTERPRET=1 where there is a GPU"
-)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 MOE = "moe(experts=2, experts_per_token=1, router=softmax, expert_width=8)"
 KERNEL_CASES = {
@@ -36,22 +30,54 @@ LAWS = (
 )
 
 
+@pytest.fixture(autouse=True)
+def on_the_kernels_device(monkeypatch):
+    """Models and inputs are made on the CPU, from its random numbers, and moved to where the kernels run."""
+    make_text = laws.text
+
+    def text(*arguments) -> torch.Tensor:
+        with torch.device("cpu"):
+            return make_text(*arguments).to(DEVICE)
+
+    monkeypatch.setattr(laws, "make", on_device)
+    monkeypatch.setattr(laws, "text", text)
+    with torch.device(DEVICE):
+        yield
+
+
 @pytest.fixture
-def on_kernels(monkeypatch):
-    """Layers take their kernels, and texts are so short that the interpreter can walk them."""
+def short(monkeypatch):
+    """Texts that the interpreter can walk."""
     monkeypatch.setattr(laws, "T", 5)
     monkeypatch.setattr(laws, "DOCUMENTS", ((1, 4), (3, 2), (2, 1)))
-    monkeypatch.setattr(laws, "make", partial(make, impl="triton"))
+
+
+def on_device(layers: str, impl: str = "triton", **options) -> torch.nn.Module:
+    """A stack whose layers take their kernels."""
+    with torch.device("cpu"):
+        return make(layers, impl=impl, **options).to(DEVICE)
+
+
+def model(layers: str, impl: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    with torch.device("cpu"):
+        return LM(Config(layers=layers, width=WIDTH, vocab=32, impl=impl)).double().to(DEVICE)
+
+
+def tokens() -> torch.Tensor:
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(32, (2, 5), generator=generator).to(DEVICE)
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__.removeprefix("test_"))
 @pytest.mark.parametrize("case", KERNEL_CASES)
-def test_law(law, case, on_kernels):
+def test_law(law, case, short):
     law(KERNEL_CASES[case])
 
 
 @pytest.mark.parametrize("case", KERNEL_CASES)
-def test_packing(case, on_kernels):
+def test_packing(case, short):
     laws.test_packing(KERNEL_CASES[case], training=False)
 
 
@@ -61,7 +87,7 @@ def test_reference_equals_triton(layers, monkeypatch):
     monkeypatch.setattr(laws, "T", 9)
     results = {}
     for impl in ("reference", "triton"):
-        stack, x = make(layers, impl=impl), laws.text().requires_grad_()
+        stack, x = on_device(layers, impl), laws.text().requires_grad_()
         with torch.no_grad():
             _, state = stack(x[:, :4])
         y, after = stack(x[:, 4:], state)
@@ -73,14 +99,12 @@ def test_reference_equals_triton(layers, monkeypatch):
 @pytest.mark.parametrize("layers", ["attention mlp", "mamba(state_size=4)", f"attention {MOE}"])
 def test_a_whole_model_trains_and_generates_on_kernels(layers):
     """Loss, every gradient and greedy text are those of the reference."""
-    tokens = torch.randint(32, (2, 5), generator=torch.Generator().manual_seed(0))
-    results = {}
+    given, results = tokens(), {}
     for impl in ("reference", "triton"):
-        torch.manual_seed(0)
-        lm = LM(Config(layers=layers, width=WIDTH, vocab=32, impl=impl)).double()
-        loss, _ = lm.loss(tokens[:, :-1], tokens[:, 1:])
+        lm = model(layers, impl)
+        loss, _ = lm.loss(given[:, :-1], given[:, 1:])
         gradients = torch.autograd.grad(loss, list(lm.parameters()))
-        text = torch.stack(list(generate(lm.eval(), [tokens[0]], 2, Sampling(temperature=0))))
+        text = torch.stack(list(generate(lm.eval(), [given[0]], 2, Sampling(temperature=0))))
         results[impl] = [loss, *gradients, text]
     for reference, kernel in zip(results["reference"], results["triton"], strict=True):
         same(kernel, reference, 1e-8)
@@ -90,12 +114,9 @@ def test_a_whole_model_trains_and_generates_on_kernels(layers):
     "layers", ["attention mlp", "mamba(state_size=4)", f"attention {MOE}", "mod(attention mlp)"]
 )
 def test_a_whole_model_on_kernels_compiles_to_one_graph(layers):
-    tokens = torch.randint(32, (2, 5), generator=torch.Generator().manual_seed(0))
-    torch.manual_seed(0)
-    lm = LM(Config(layers=layers, width=WIDTH, vocab=32, impl="triton")).double()
-    expected, _ = lm.loss(tokens[:, :-1], tokens[:, 1:])
+    lm, given = model(layers, "triton"), tokens()
+    expected, _ = lm.loss(given[:, :-1], given[:, 1:])
     torch.compiler.reset()
-    loss, _ = torch.compile(lm.loss, fullgraph=True, backend="aot_eager")(
-        tokens[:, :-1], tokens[:, 1:]
-    )
+    compiled = torch.compile(lm.loss, fullgraph=True, backend="aot_eager")
+    loss, _ = compiled(given[:, :-1], given[:, 1:])
     same(loss, expected)

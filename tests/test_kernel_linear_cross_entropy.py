@@ -1,5 +1,7 @@
 """The loss without its logits against its reference: loss and gradients; chunks, ignored targets, low precision, autocast."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -182,3 +184,24 @@ def test_wrong_shapes(shapes):
     x, weight, targets = (torch.zeros(shape, device=DEVICE) for shape in shapes)
     with pytest.raises(ValueError, match="linear_cross_entropy"):
         linear_cross_entropy(x, weight, targets.long())
+
+
+@pytest.mark.parametrize("adds", [False, True], ids=["PyTorch 2.9", "PyTorch 2.11"])
+def test_a_product_is_added_in_full_precision_by_what_pytorch_has(adds, monkeypatch):
+    """On a GPU, which the factors only claim to be on: before 2.11 addmm has no fp32 sum of bf16 products."""
+    called = []
+
+    def product(name):
+        def call(*parts, out_dtype, out=None):
+            called.append((name, out_dtype))
+            return torch.ones(2, 2)
+
+        return call
+
+    monkeypatch.setattr(module, "ADDS", adds)
+    for name in ("mm", "addmm"):
+        monkeypatch.setattr(torch, name, product(name))
+    factor, total = SimpleNamespace(dtype=torch.bfloat16, is_cuda=True), torch.zeros(2, 2)
+    module.add_product(total, factor, factor)
+    assert called == [("addmm" if adds else "mm", torch.float32)]
+    assert adds or total.eq(1).all()

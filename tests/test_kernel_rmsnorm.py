@@ -15,6 +15,8 @@ from minimodels.kernels.rmsnorm import rmsnorm
 
 from minimodels.layers import rmsnorm as rmsnorm_reference
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3, 5), (7, 33), (3, 64), (2, 100)])
 @pytest.mark.parametrize("add", [False, True], ids=["alone", "with an update"])
@@ -32,7 +34,7 @@ def test_rmsnorm(shape, add):
 def test_one_of_the_outputs_is_enough(used):
     torch.manual_seed(0)
     arguments = [
-        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        torch.randn(shape, dtype=torch.float64, device=DEVICE, requires_grad=True)
         for shape in ((3, 5), (5,), (3, 5))
     ]
     gradients = []
