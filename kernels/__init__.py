@@ -24,6 +24,7 @@ OPERATIONS = (
     "attention",
     "grouped_mlp",
     "linear_cross_entropy",
+    "delta_rule",
 )
 FASTER: frozenset[str] = (
     frozenset()
