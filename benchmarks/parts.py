@@ -1,9 +1,12 @@
 """Is each part as fast as it should be without a kernel of its own?
 
-    python -m benchmarks.parts                  all four questions, about four minutes on two CPU cores
-    python -m benchmarks.parts --only scan      one of them: scan, moe, mod, trainer
+    python -m benchmarks.parts                  all six questions, about six minutes on two CPU cores
+    python -m benchmarks.parts --only scan      one of them: scan, delta_rule, linear_scan, moe, mod, trainer
 
 - scan: the selective scan, forward and backward, against a loop over the tokens and against mambapy's parallel scan
+- delta_rule: chunks, with one gate a head or a channel, with and without erasing, against a loop over the tokens and against
+  PyTorch's fused causal attention of the same heads; time per token; memory
+- linear_scan: against a loop over the tokens
 - moe: routed experts against a dense MLP of equal active FLOPs, and against the loop over experts
 - mod: a training step of mixture-of-depths against the dense model, beside the speed-up that its FLOPs promise; and how much of
   a wrapped block is routing, gathering and scattering, which is all that a kernel for it could save
@@ -30,6 +33,8 @@ from minimodels.architectures.transformer import SwiGLU
 from minimodels.command import keep_freed_memory, pick_device, run_command
 from minimodels.ledger import ledger
 from minimodels.measure import check_writable, interleave, peak_memory, ratio, write
+from minimodels.ops.delta_rule import delta_rule
+from minimodels.ops.linear_scan import linear_scan
 from minimodels.ops.scan import scan
 from minimodels.training.optim import adamw
 
@@ -128,6 +133,132 @@ def measure_scan(device: torch.device) -> Iterator[dict]:
         yield from [
             {"part": "scan memory", "T": T, "provider": name, "bytes": size}
             for name, size in memory.items()
+        ]
+
+
+RULES = {  # whether there is a gate for each channel, and whether tokens erase
+    "decay": (False, False),
+    "delta": (False, True),
+    "decay of channels": (True, False),
+    "delta, decay of channels": (True, True),
+}
+
+
+def delta_inputs(
+    rule: str, T: int, device: torch.device = CPU, H: int = 8, K: int = 64
+) -> list[torch.Tensor | None]:
+    """q, k, v, g and e of a DeltaNet with rates in (0, 1), its keys of length 1."""
+    vector, erase = RULES[rule]
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, T, H, K, generator=generator)
+    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    beta = torch.rand(1, T, H, 1, generator=generator)
+    g = -0.1 * torch.rand(1, T, H, *([K] if vector else []), generator=generator)
+    inputs = [q, k, beta * v, g, beta * k if erase else None]
+    return [part if part is None else part.to(device).requires_grad_() for part in inputs]
+
+
+def train_rule(inputs: list[torch.Tensor | None], impl: str = "torch") -> list[torch.Tensor]:
+    """Forward and backward: y and the gradients."""
+    y, _ = delta_rule(*inputs, impl=impl)
+    wanted = [part for part in inputs if part is not None]
+    return [y, *torch.autograd.grad(y, wanted, inputs[2].detach())]
+
+
+def train_attention(inputs: list[torch.Tensor]) -> None:
+    y = F.scaled_dot_product_attention(*inputs, is_causal=True)
+    torch.autograd.grad(y, inputs, inputs[2].detach())
+
+
+def rule_once(rule: str, impl: str, T: int) -> None:
+    train_rule(delta_inputs(rule, T), impl)
+
+
+def attention_inputs(T: int, device: torch.device = CPU) -> list[torch.Tensor]:
+    parts = delta_inputs("decay", T, device)[:3]
+    return [part.detach().transpose(1, 2).contiguous().requires_grad_() for part in parts]
+
+
+def attention_once(T: int) -> None:
+    train_attention(attention_inputs(T))
+
+
+def measure_delta_rule(device: torch.device) -> Iterator[dict]:
+    print("delta rule, forward + backward, batch 1, 8 heads, keys and values of 64, fp32")
+    attention = {T: partial(train_attention, attention_inputs(T, device)) for T in (1024, 4096)}
+    for T in (1024, 4096):
+        for rule in RULES:
+            inputs = delta_inputs(rule, T, device)
+            providers = {"chunks": partial(train_rule, inputs), "attention": attention[T]}
+            if T == 1024:
+                providers["loop"] = partial(train_rule, inputs, "reference")
+                results = zip(providers["chunks"](), providers["loop"](), strict=True)
+                for actual, wanted in results:
+                    torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-3)
+            timings = interleave(providers)
+            cells = [f"{n} {statistics.median(s) * 1e3:.1f} ms" for n, s in timings.items()]
+            cells += [f"{m:.2f}x {name} ({low:.2f}-{high:.2f})"
+                      for name in providers if name != "chunks"
+                      for m, low, high in [ratio(timings, "chunks", name)]]  # fmt: skip
+            print(f"  T {T:5}, {rule:25} " + ", ".join(cells))
+            yield from [
+                {"part": "delta rule", "rule": rule, "T": T, "provider": n, "seconds": s}
+                for n, s in timings.items()
+            ]
+    lengths = (1024, 2048, 4096, 8192)
+    for rule in RULES:
+        timings = interleave(
+            {str(T): partial(train_rule, delta_inputs(rule, T, device)) for T in lengths}
+        )
+        cells = [f"{min(timings[str(T)]) * 1e6 / T:.1f} at {T}" for T in lengths]
+        print(f"  {rule:25} microseconds per token: " + ", ".join(cells))
+        yield from [
+            {"part": "delta rule linearity", "rule": rule, "T": T, "provider": "chunks",
+             "seconds": timings[str(T)]}
+            for T in lengths
+        ]  # fmt: skip
+    if device != CPU:
+        return
+    T = 4096
+    calls = {f"{rule}, chunks": partial(rule_once, rule, "torch", T) for rule in RULES}
+    calls |= {
+        f"{rule}, loop": partial(rule_once, rule, "reference", T) for rule in ("decay", "delta")
+    }
+    calls["attention"] = partial(attention_once, T)
+    sizes = {name: peak_memory(call) for name, call in calls.items()}
+    print(
+        f"  peak memory at T {T}, the inputs included: "
+        + ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in sizes.items())
+    )
+    yield from [
+        {"part": "delta rule memory", "T": T, "provider": name, "bytes": size}
+        for name, size in sizes.items()
+    ]
+
+
+def measure_linear_scan(device: torch.device) -> Iterator[dict]:
+    print("linear scan, forward + backward, batch 1, fp32")
+    for T, D in ((1024, 512), (4096, 512), (4096, 2048)):
+        generator = torch.Generator().manual_seed(0)
+        a, x = torch.rand(1, T, D, generator=generator), torch.randn(1, T, D, generator=generator)
+        a, x = a.to(device).requires_grad_(), x.to(device).requires_grad_()
+
+        def both_passes(impl, a=a, x=x):
+            h, _ = linear_scan(a, x, impl=impl)
+            return [h, *torch.autograd.grad(h, (a, x), x.detach())]
+
+        calls = {"pieces": partial(both_passes, "torch"), "loop": partial(both_passes, "reference")}
+        for actual, wanted in zip(*(call() for call in calls.values()), strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-3)
+        timings = interleave(calls)
+        median, low, high = ratio(timings, "pieces", "loop")
+        print(
+            f"  T {T:5}, D {D:5}: {statistics.median(timings['pieces']) * 1e3:.1f} ms, "
+            f"{median:.2f}x loop ({low:.2f}-{high:.2f})"
+        )
+        yield from [
+            {"part": "linear scan", "T": T, "D": D, "provider": name, "seconds": seconds}
+            for name, seconds in timings.items()
         ]
 
 
@@ -263,6 +394,8 @@ def train_step(model: LM | GPT, batch: int, T: int, device: torch.device, compil
 
 QUESTIONS = {
     "scan": measure_scan,
+    "delta_rule": measure_delta_rule,
+    "linear_scan": measure_linear_scan,
     "moe": measure_moe,
     "mod": measure_mod,
     "trainer": measure_trainer,
@@ -274,7 +407,7 @@ class Options:
     """Time the parts, side by side."""
 
     only: str = ""
-    """one question: scan, moe, mod or trainer; all by default"""
+    """one question: scan, delta_rule, linear_scan, moe, mod or trainer; all by default"""
     device: str = "cpu"
     """auto, cpu or cuda"""
     out: Path = Path("runs/benchmarks/parts.jsonl")
@@ -290,7 +423,7 @@ def main(options: Options) -> None:
         if options.only in ("", name):
             if name != "scan":  # which asks both ways
                 keep_freed_memory()  # for every provider, as train.py does
-            precision = {"dtype": "float32"} if name in ("scan", "moe") else {}
+            precision = {} if name in ("mod", "trainer") else {"dtype": "float32"}
             for row in measure(device):
                 rows.append({"benchmark": "parts", **precision, **row})
                 write(options.out, rows, device)

@@ -26,6 +26,7 @@ OPERATIONS = (
     "attention",
     "grouped_mlp",
     "linear_cross_entropy",
+    "delta_rule",
 )
 MULTIPLY = ("attention", "grouped_mlp")  # those whose kernels multiply matrices
 FASTER: frozenset[str] = (
