@@ -8,6 +8,7 @@ from minimodels.architectures.mamba import Mamba
 from minimodels.architectures.mamba2 import Mamba2
 from minimodels.architectures.mod import MixtureOfDepths
 from minimodels.architectures.moe import MoE
+from minimodels.architectures.retention import Retention
 from minimodels.architectures.short_convolution import ShortConvolution
 from minimodels.architectures.transformer import Attention, SwiGLU
 from minimodels.config import Config
@@ -21,6 +22,7 @@ LAYERS = {
     "mamba": Mamba,
     "moe": MoE,
     "mamba2": Mamba2,
+    "retention": Retention,
     "short_convolution": ShortConvolution,
 }
 WRAPPERS = {"mod": MixtureOfDepths}  # which hold other layers
