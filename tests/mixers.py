@@ -1,5 +1,7 @@
 """What the tests of the recurrent mixers share: layers of a text, the laws in short, copied weights, peers."""
 
+import inspect
+
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -151,6 +153,14 @@ def same_gradient(actual: torch.Tensor, expected: torch.Tensor, tolerance: float
     scale = expected.abs().max()
     assert scale > 0, name
     same(actual / scale, expected / scale, tolerance, name)
+
+
+def use_torch(monkeypatch, *modules):
+    """Let the functions of transformers' modules be those in plain torch, whatever packages of kernels are installed."""
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            if inspect.isfunction(value) and value.__module__ == module.__name__:
+                monkeypatch.setattr(module, name, inspect.unwrap(value))
 
 
 def randomise(module: nn.Module, seed: int = 3) -> nn.Module:

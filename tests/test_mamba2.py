@@ -13,10 +13,13 @@ from mixers import (
     random,
     randomise,
     same,
+    use_torch,
 )
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BambaConfig, DynamicCache, Mamba2Config
+from transformers.models.bamba import modeling_bamba
 from transformers.models.bamba.modeling_bamba import BambaMixer
+from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from minimodels.architectures.mamba2 import Mamba2, attention, recurrence
@@ -32,6 +35,11 @@ TEXTS = [
     "mamba2(heads=2, head_dim=4, state_size=4, bias=true, conv_bias=false)",
 ]
 laws = pytest.mark.parametrize("text", TEXTS)
+
+
+@pytest.fixture(autouse=True)
+def peers_in_torch(monkeypatch):
+    use_torch(monkeypatch, modeling_mamba2, modeling_bamba)
 
 
 @laws

@@ -11,8 +11,10 @@ from mixers import (
     random,
     randomise,
     same,
+    use_torch,
 )
 from transformers import Lfm2Config
+from transformers.models.lfm2 import modeling_lfm2
 from transformers.models.lfm2.modeling_lfm2 import Lfm2ShortConv
 
 from minimodels.architectures.short_convolution import recurrence
@@ -23,6 +25,11 @@ TEXTS = [
     "short_convolution(conv_width=7, bias=true)",
 ]
 laws = pytest.mark.parametrize("text", TEXTS)
+
+
+@pytest.fixture(autouse=True)
+def peers_in_torch(monkeypatch):
+    use_torch(monkeypatch, modeling_lfm2)
 
 
 @laws

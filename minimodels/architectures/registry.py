@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from minimodels.architectures.deltanet import DeltaNet
 from minimodels.architectures.mamba import Mamba
 from minimodels.architectures.mamba2 import Mamba2
 from minimodels.architectures.mod import MixtureOfDepths
@@ -23,6 +24,7 @@ LAYERS = {
     "moe": MoE,
     "mamba2": Mamba2,
     "retention": Retention,
+    "deltanet": DeltaNet,
     "short_convolution": ShortConvolution,
 }
 WRAPPERS = {"mod": MixtureOfDepths}  # which hold other layers
