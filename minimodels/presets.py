@@ -24,9 +24,16 @@ class Size(NamedTuple):
 
 SIZES = {
     "tiny": Size(4, 128, ("mamba2.state_size=64",)),
-    "small": Size(12, 768, ("attention.heads=12",)),
+    "small": Size(12, 768, ("attention.heads=12", "retention.heads=6", "deltanet.heads=6")),
 }
-MIXED = {"hybrid": "(mamba mlp mamba moe mamba mlp attention moe)*{quarter}"}
+MIXED = {  # and in the ratios of published models: Qwen3-Next, OLMo-Hybrid, Kimi Linear; Nemotron-H's has less attention
+    "hybrid": "(mamba mlp mamba moe mamba mlp attention moe)*{quarter}",
+    "qwen_next": "((deltanet(gate=scalar, output_gate=silu) moe)*3 attention(qk_norm=head) moe)*{quarter}",
+    "olmo_hybrid": "((deltanet(gate=scalar, beta_max=2, output_gate=silu) mlp)*3 attention(qk_norm=full) mlp)*{quarter}",
+    "kimi_linear": "((deltanet(gate=vector, output_gate=sigmoid, output_rank=head) moe)*3"
+    " attention(rope_base=0) moe)*{quarter}",
+    "nemotron_h": "(mamba2 mlp mamba2 mlp mamba2 attention(rope_base=0) mlp)*{quarter}",
+}
 PRESETS = {  # preset -> its layers, at n transformer blocks
     name: layers
     for kind in (*LAYERS.values(), *WRAPPERS.values())

@@ -1,5 +1,7 @@
 """What the tests of the recurrent mixers share: layers of a text, the laws in short, copied weights, peers."""
 
+import inspect
+
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -122,32 +124,28 @@ def check_packing(text: str):
             same(gradient, expected[name], 1e-8, f"{cuts}, {name}")
 
 
-@torch.no_grad()
-def copy_weights(layer: nn.Module, weights: dict[str, torch.Tensor]):
-    """Write weights into a layer: all of its parameters, each once, in its own shape."""
-    parameters = dict(layer.named_parameters())
-    assert set(parameters) == set(weights)
-    for name, parameter in parameters.items():
-        parameter.copy_(weights[name].detach().view(parameter.shape))
+def check_parity(ours: nn.Module, peer: nn.Module, layout, tolerance: float, call=None):
+    """Copies the peer's weights; then outputs are equal at odd lengths, and the gradients of the input and of all weights.
 
-
-def check_parity(ours: nn.Module, theirs, pairs: dict, tolerance: float):
-    """Equal outputs at odd lengths, and equal gradients of the input and of the weights.
-
-    theirs(x) calls the peer; `pairs` names our parameter -> the peer's tensors, which are joined by `torch.cat` if several.
+    layout(tensors by the peer's names) -> the same by our names, which is applied to weights and to their gradients; call(x)
+    calls the peer, if that is not peer(x).
     """
+    names, theirs = dict(ours.named_parameters()), dict(peer.named_parameters())
+    weights = layout(theirs)
+    assert set(names) == set(weights)
+    with torch.no_grad():
+        for name, parameter in names.items():
+            parameter.copy_(weights[name].view(parameter.shape))
     for length in (1, 7, 37, 71):
         x = random(2, length, WIDTH).to(next(ours.parameters()).dtype).requires_grad_()
-        y, expected = ours(x)[0], theirs(x)
+        y, expected = ours(x)[0], (call or peer)(x)
         same(y, expected, tolerance, f"outputs at length {length}")
-    wanted = {"x": x, **dict(ours.named_parameters())}
-    sources = [x, *(source for group in pairs.values() for source in group)]
-    found = gradients([y], wanted)
-    answer = list(gradients([expected], dict(enumerate(sources))).values())
-    same_gradient(found["x"], answer.pop(0), tolerance, "x")
-    for name, group in pairs.items():
-        joined = torch.cat([answer.pop(0).flatten() for _ in group])
-        same_gradient(found[name].flatten(), joined, tolerance, name)
+    found = gradients([y], {"x": x, **names})
+    answer = gradients([expected], {"x": x, **theirs})
+    same_gradient(found.pop("x"), answer.pop("x"), tolerance, "x")
+    answer = layout(answer)
+    for name, gradient in found.items():
+        same_gradient(gradient, answer[name].view(gradient.shape), tolerance, name)
 
 
 def same_gradient(actual: torch.Tensor, expected: torch.Tensor, tolerance: float, name: str):
@@ -155,6 +153,14 @@ def same_gradient(actual: torch.Tensor, expected: torch.Tensor, tolerance: float
     scale = expected.abs().max()
     assert scale > 0, name
     same(actual / scale, expected / scale, tolerance, name)
+
+
+def use_torch(monkeypatch, *modules):
+    """Let the functions of transformers' modules be those in plain torch, whatever packages of kernels are installed."""
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            if inspect.isfunction(value) and value.__module__ == module.__name__:
+                monkeypatch.setattr(module, name, inspect.unwrap(value))
 
 
 def randomise(module: nn.Module, seed: int = 3) -> nn.Module:

@@ -8,16 +8,18 @@ from mixers import (
     check_packing,
     check_padding,
     check_parity,
-    copy_weights,
     gradients,
     make,
     random,
     randomise,
     same,
+    use_torch,
 )
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BambaConfig, DynamicCache, Mamba2Config
+from transformers.models.bamba import modeling_bamba
 from transformers.models.bamba.modeling_bamba import BambaMixer
+from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from minimodels.architectures.mamba2 import Mamba2, attention, recurrence
@@ -33,6 +35,11 @@ TEXTS = [
     "mamba2(heads=2, head_dim=4, state_size=4, bias=true, conv_bias=false)",
 ]
 laws = pytest.mark.parametrize("text", TEXTS)
+
+
+@pytest.fixture(autouse=True)
+def peers_in_torch(monkeypatch):
+    use_torch(monkeypatch, modeling_mamba2, modeling_bamba)
 
 
 @laws
@@ -166,17 +173,6 @@ def test_refuses_options_that_do_not_fit(text, field):
         make(text)
 
 
-def pairs_of(peer) -> dict:
-    """Our parameters and the peer's, which have the same layout."""
-    names = ("in_proj", "conv1d", "norm", "out_proj")
-    pairs = {f"{name}.weight": [getattr(peer, name).weight] for name in names}
-    pairs |= {name: [getattr(peer, name)] for name in ("A_log", "dt_bias", "D")}
-    for name in ("in_proj", "conv1d", "out_proj"):
-        if getattr(peer, name).bias is not None:
-            pairs[f"{name}.bias"] = [getattr(peer, name).bias]
-    return pairs
-
-
 def published(groups: int = 1, **fields) -> Mamba2Mixer:
     config = Mamba2Config(
         hidden_size=16, num_heads=4, head_dim=8, state_size=6, n_groups=groups, expand=2,
@@ -197,9 +193,7 @@ def published(groups: int = 1, **fields) -> Mamba2Mixer:
 def test_parity_with_transformers(groups, fields, options):
     peer = published(groups, **fields)
     ours = make(f"mamba2(head_dim=8, state_size=6, groups={groups}{options})").float()
-    pairs = pairs_of(peer)
-    copy_weights(ours, {name: group[0] for name, group in pairs.items()})
-    check_parity(ours, peer, pairs, 2e-5)
+    check_parity(ours, peer, dict, 2e-5)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -213,9 +207,7 @@ def test_parity_with_bamba(groups):
     ours = make(
         f"mamba2(head_dim=8, state_size=6, groups={groups}, norm_eps={config.rms_norm_eps})"
     ).float()
-    pairs = pairs_of(peer)
-    copy_weights(ours, {name: group[0] for name, group in pairs.items()})
-    check_parity(ours, peer, pairs, 2e-5)
+    check_parity(ours, peer, dict, 2e-5)
 
 
 @torch.no_grad()
@@ -223,7 +215,7 @@ def test_decoding_is_the_prefill_that_transformers_computes():
     """Their one-token path ignores time_step_limit and so leaves their own prefill; ours does not."""
     peer = published(2, time_step_limit=(0.6, 0.9))
     ours = make("mamba2(head_dim=8, state_size=6, groups=2, step_min=0.6, step_max=0.9)").float()
-    copy_weights(ours, {name: group[0] for name, group in pairs_of(peer).items()})
+    ours.load_state_dict(peer.state_dict())
     x = random(2, 12, 16).float()
     prefill = peer(x)
     state, decoded = None, []

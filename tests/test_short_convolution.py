@@ -7,13 +7,14 @@ from mixers import (
     check_packing,
     check_padding,
     check_parity,
-    copy_weights,
     make,
     random,
     randomise,
     same,
+    use_torch,
 )
 from transformers import Lfm2Config
+from transformers.models.lfm2 import modeling_lfm2
 from transformers.models.lfm2.modeling_lfm2 import Lfm2ShortConv
 
 from minimodels.architectures.short_convolution import recurrence
@@ -24,6 +25,11 @@ TEXTS = [
     "short_convolution(conv_width=7, bias=true)",
 ]
 laws = pytest.mark.parametrize("text", TEXTS)
+
+
+@pytest.fixture(autouse=True)
+def peers_in_torch(monkeypatch):
+    use_torch(monkeypatch, modeling_lfm2)
 
 
 @laws
@@ -73,16 +79,9 @@ def test_parity_with_lfm2(width, bias):
     )  # fmt: skip
     peer = randomise(Lfm2ShortConv(config, 0)).double()
     ours = make(f"short_convolution(conv_width={width}, bias={str(bias).lower()})")
-    pairs = {
-        "in_proj.weight": [peer.in_proj.weight],
-        "conv1d.weight": [peer.conv.weight],
-        "out_proj.weight": [peer.out_proj.weight],
-    }
-    if bias:
-        pairs |= {
-            "in_proj.bias": [peer.in_proj.bias],
-            "conv1d.bias": [peer.conv.bias],
-            "out_proj.bias": [peer.out_proj.bias],
-        }
-    copy_weights(ours, {name: torch.cat(group) for name, group in pairs.items()})
-    check_parity(ours, peer, pairs, 1e-10)
+    check_parity(
+        ours,
+        peer,
+        lambda weights: {name.replace("conv.", "conv1d."): w for name, w in weights.items()},
+        1e-10,
+    )

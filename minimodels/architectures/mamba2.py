@@ -143,9 +143,8 @@ class Mamba2(nn.Module):
         if context.real is not None:  # a step of 0 leaves the state as it is
             delta = delta.masked_fill(~context.real.unsqueeze(-1), 0.0)
         A = -torch.exp(full_precision(self.A_log))
-        y, h = delta_rule(
-            C, B, delta.unsqueeze(-1) * x, delta * A, None, h, self.impl, context.resets
-        )
+        v = (delta.unsqueeze(-1) * x).to(xBC.dtype)
+        y, h = delta_rule(C, B, v, delta * A, None, h, self.impl, context.resets)
         y = y + full_precision(self.D).unsqueeze(-1) * x  # (B, T, H, P)
         y = self.gated(y.flatten(2), z)
         return self.out_proj(y.to(u.dtype)), Mamba2State(window, h)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
+from minimodels.architectures.deltanet import DeltaNet
 from minimodels.architectures.mamba import Mamba
 from minimodels.architectures.mamba2 import Mamba2
 from minimodels.architectures.mod import MixtureOfDepths
 from minimodels.architectures.moe import MoE
+from minimodels.architectures.retention import Retention
 from minimodels.architectures.short_convolution import ShortConvolution
 from minimodels.architectures.transformer import Attention, SwiGLU
 from minimodels.config import Config
@@ -21,6 +23,8 @@ LAYERS = {
     "mamba": Mamba,
     "moe": MoE,
     "mamba2": Mamba2,
+    "retention": Retention,
+    "deltanet": DeltaNet,
     "short_convolution": ShortConvolution,
 }
 WRAPPERS = {"mod": MixtureOfDepths}  # which hold other layers
