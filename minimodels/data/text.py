@@ -9,6 +9,7 @@ from minimodels.data.cache import Writer, default_cache, key_of, make_once
 from minimodels.data.corpus import Corpus, open_corpus
 from minimodels.data.documents import Documents
 from minimodels.data.mixture import Mixture, parse_mixture
+from minimodels.data.span import open_file
 from minimodels.data.tasks import TASKS, open_task
 from minimodels.data.tokenizer import (
     Bytes,
@@ -51,6 +52,7 @@ def open_data(
             raise InputError("tokenizer", given, f"bytes, not packed, because {name} is a task")
         return task
     cache = default_cache() if cache is None else cache
+    open_file.cache_clear()  # files may have been replaced since other data were opened
     mixture = parse_mixture(name)
     if mixture is None or Path(name).exists():
         corpus = open_named(name, field, cache)
