@@ -1,6 +1,7 @@
 """Text as people have it: in folders with links and leftovers, compressed, in records, with marks and broken bytes."""
 
 import codecs
+import errno
 import gzip
 import json
 import os
@@ -149,10 +150,10 @@ def test_a_file_that_shrinks_gives_one_error(tmp_path):
 def test_a_file_larger_than_memory_costs_what_is_read(tmp_path):
     file = tmp_path / "sparse"
     with file.open("wb") as sparse:
-        sparse.truncate(2**42)
-    span = Span([Piece(file, 0, 2**42)])
-    assert not span[2**41 : 2**41 + 100].any()
-    assert len(open_data.__globals__["Text"](span, span, 64).batch(0, 0, 2)[0]) == 2
+        sparse.truncate(2**40)
+    span = Span([Piece(file, 0, 2**40)])
+    assert not span[2**39 : 2**39 + 100].any()
+    assert len(Text(span, span, 64).batch(0, 0, 2)[0]) == 2
 
 
 def test_the_fingerprint_covers_contents_and_moves_with_the_text(folder):
@@ -491,6 +492,16 @@ def test_a_cache_that_cannot_be_written_is_told(prose, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="^cache: "):
         open_data(str(prose), 16, "bpe(vocab=300)", cache=tmp_path / "file")
+
+
+def test_a_full_disk_is_told(prose, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(minimodels.data.cache.Writer, "write", fail)
+    with pytest.raises(InputError, match="^cache: .*room for the text .No space left"):
+        open_data(str(prose), 16, "bpe(vocab=300)", cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("tokens-*/"))
 
 
 def test_an_interrupted_making_leaves_nothing(prose, tmp_path, monkeypatch):
@@ -841,6 +852,24 @@ def test_mixtures_are_read(text, parts):
 def test_mixtures_that_are_none(text, message):
     with pytest.raises(InputError, match=message):
         open_data(text, 8)
+
+
+PARTS = st.sampled_from(
+    ["a=1:", "mqar:", "pairs=4", "stdlib", "/", "..", "\0", " ", "x" * 300, "x/y"]
+)
+
+
+@few
+@given(st.lists(st.one_of(PARTS, st.text(max_size=4)), max_size=4).map("".join))
+def test_any_name_is_data_or_refused_in_one_line(tmp_path_factory, name):
+    folder = tmp_path_factory.mktemp("names")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setitem(sys.modules, "datasets", None)
+        try:
+            assert open_data(name, 64, cache=folder / "cache").describe()
+        except InputError as error:
+            assert len(str(error).splitlines()) == 1
 
 
 # a cache used by several

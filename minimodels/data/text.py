@@ -54,7 +54,7 @@ def open_data(
     cache = default_cache() if cache is None else cache
     open_file.cache_clear()  # files may have been replaced since other data were opened
     mixture = parse_mixture(name)
-    if mixture is None or Path(name).exists():
+    if mixture is None:
         corpus = open_named(name, field, cache)
         return open_text(
             corpus, context, pick_tokenizer(tokenizer, [corpus], [1.0], cache), cache, packed
