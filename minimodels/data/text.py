@@ -32,7 +32,7 @@ def open_data(
     context: int,
     tokenizer: str = "bytes",
     field: str = "text",
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     packed: bool = False,
 ):
     """The Text, Documents, Mixture or Task that a name stands for.
@@ -51,7 +51,7 @@ def open_data(
             given = f"{tokenizer}, packed" if packed else tokenizer
             raise InputError("tokenizer", given, f"bytes, not packed, because {name} is a task")
         return task
-    cache = default_cache() if cache is None else cache
+    cache = Path(cache) if cache else default_cache()
     open_file.cache_clear()  # files may have been replaced since other data were opened
     mixture = parse_mixture(name)
     if mixture is None:
