@@ -62,9 +62,9 @@ def open_corpus(name: str, field: str, cache: Path) -> Corpus:
     JSON lines and Parquet, by a hash of their text. Plain files are read where they lie; others are first made plain, in the
     cache. Raises InputError if there is nothing to read.
     """
-    if HUB_ID.fullmatch(name) and not Path(name).exists():
-        return open_hub(name, field, cache)
     try:
+        if HUB_ID.fullmatch(name) and not Path(name).exists():
+            return open_hub(name, field, cache)
         files = list_files(name)
         if not files:
             raise InputError("data", name, ACCEPTED)
@@ -74,7 +74,7 @@ def open_corpus(name: str, field: str, cache: Path) -> Corpus:
         newest = newest if total > WHOLE else 0
         if all(is_plain(file, field) for file in files.values()):
             return Corpus(split_files(files, name == "stdlib"), mark, said, f"{mark}, {newest}")
-    except OSError as error:
+    except (OSError, ValueError, RuntimeError) as error:  # ValueError: a name with a NUL
         raise InputError("data", name, f"files that can be read ({error})") from None
 
     def fill(writer: Writer) -> dict:

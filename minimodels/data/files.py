@@ -24,42 +24,54 @@ BLOCK = 2**16  # bytes that are read in one place of a larger text
 def find_files(root: Path) -> list[Path]:
     """The text files in a folder and the folders within, ordered by their paths.
 
-    Links are followed, but nothing is found twice and no cycle is entered: what lies in the folder itself comes first, links
-    to it later are passed over. Raises OSError if a folder cannot be listed.
+    Links are followed, but nothing is found twice and no cycle is entered: what lies in the folder itself comes first, and
+    links to it are passed over. Raises OSError if a folder cannot be listed.
     """
-    status = root.stat()
-    seen, found, links = {(status.st_dev, status.st_ino)}, [], []
-    pending = [root]
+    found, pending, links = [], [root], []
+    seen, linked = {identity(root.stat())}, set()  # `linked`: what was found through a link
     while pending or links:
-        if not pending:
+        if pending:
+            for entry in list_folder(pending.pop()):
+                path = Path(entry.path)
+                if entry.is_symlink():
+                    links.append(path)
+                elif identity(entry.stat()) not in linked:
+                    seen.add(identity(entry.stat()))
+                    take(path, entry.stat(), pending, found)
+        else:
             path = links.pop(0)
             status = follow(path)
-            if status is None or (status.st_dev, status.st_ino) in seen:
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            if stat.S_ISDIR(status.st_mode):
-                pending.append(path)
-            elif stat.S_ISREG(status.st_mode):
-                found.append(path)
-            continue
-        folder = pending.pop()
-        if is_run(folder) or is_cache(folder):
-            continue
-        for entry in sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name)):
-            if entry.name.startswith(".") or entry.name in SKIPPED or is_leftover(entry.name):
-                continue
-            path = folder / entry.name
-            if entry.is_symlink():
-                links.append(path)
-            elif entry.is_dir():
-                status = entry.stat()
-                seen.add((status.st_dev, status.st_ino))
-                pending.append(path)
-            elif entry.is_file():
-                status = entry.stat()
-                seen.add((status.st_dev, status.st_ino))
-                found.append(path)
+            if status is not None and identity(status) not in seen:
+                seen.add(identity(status))
+                linked.add(identity(status))
+                take(path, status, pending, found)
     return sorted(found, key=lambda path: relative_name(path, root))
+
+
+def list_folder(folder: Path) -> list[os.DirEntry]:
+    """What may be text in a folder, in order; nothing if a training run or a cache has written it."""
+    if is_run(folder) or (folder / CACHE_TAG).is_file():
+        return []
+    with os.scandir(folder) as entries:
+        kept = [
+            entry
+            for entry in entries
+            if not (entry.name.startswith(".") or entry.name in SKIPPED or is_leftover(entry.name))
+        ]
+    return sorted(kept, key=lambda entry: os.fsencode(entry.name))
+
+
+def take(path: Path, status: os.stat_result, folders: list[Path], files: list[Path]) -> None:
+    """Append a path to the folders or the files; devices, pipes and sockets are neither."""
+    if stat.S_ISDIR(status.st_mode):
+        folders.append(path)
+    elif stat.S_ISREG(status.st_mode):
+        files.append(path)
+
+
+def identity(status: os.stat_result) -> tuple[int, int]:
+    """By which a file is the same under all its names."""
+    return status.st_dev, status.st_ino
 
 
 def follow(link: Path) -> os.stat_result | None:
@@ -92,11 +104,6 @@ def is_run(folder: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(options, dict) and options.keys() >= OPTIONS
-
-
-def is_cache(folder: Path) -> bool:
-    """Whether a folder says that all in it can be made again."""
-    return (folder / CACHE_TAG).is_file()
 
 
 class File(NamedTuple):

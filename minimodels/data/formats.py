@@ -165,7 +165,7 @@ def open_stream(path: Path, compression: str) -> Iterator[tuple[io.BufferedReade
         encoding = encoding_of(stream.peek(4))
         if encoding != "utf-8":
             text = io.TextIOWrapper(stream, encoding=encoding, newline="\n")
-            stream = io.BufferedReader(Recoded(text), CHUNK)
+            stream = io.BufferedReader(Pulled(recode(text)), CHUNK)
         elif stream.peek(3).startswith(codecs.BOM_UTF8):
             stream.read(3)
         yield stream, raw
@@ -181,21 +181,45 @@ def decompress(raw: io.FileIO, compression: str) -> io.RawIOBase:
         except ImportError:
             missing = 'pip install "minimodels[data]"'
             raise InputError("zstandard", "not installed", missing) from None
-        return zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+        return Pulled(decompress_zstd(raw, zstandard.ZstdDecompressor()))
     return raw
 
 
-class Recoded(io.RawIOBase):
-    """Text in another encoding as a stream of UTF-8."""
+def decompress_zstd(raw: io.FileIO, library) -> Iterator[bytes]:
+    """The content of one frame after the other. Raises EOFError if the last one is not whole."""
+    frame = None
+    while content := raw.read(2**12):  # which may become 30,000 times as many
+        while content:
+            frame = frame or library.decompressobj()
+            yield frame.decompress(content)
+            content = b""
+            if frame.eof:
+                content, frame = frame.unused_data, None
+    if frame is not None:
+        raise EOFError("the file ends within a frame")
 
-    def __init__(self, text: io.TextIOWrapper):
-        self.text, self.rest = text, b""
+
+def recode(text: io.TextIOWrapper) -> Iterator[bytes]:
+    """Text in another encoding as UTF-8."""
+    while part := text.read(2**13):
+        yield part.encode("utf-8", "replace")
+
+
+class Pulled(io.RawIOBase):
+    """A stream of the bytes that an iterator gives."""
+
+    def __init__(self, parts: Iterator[bytes]):
+        self.parts, self.rest = parts, b""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:
-        self.rest = self.rest or self.text.read(8192).encode("utf-8", "replace")
+        while not self.rest:
+            part = next(self.parts, None)
+            if part is None:
+                return 0
+            self.rest = part
         part, self.rest = self.rest[: len(buffer)], self.rest[len(buffer) :]
         buffer[: len(part)] = part
         return len(part)

@@ -9,6 +9,7 @@ from minimodels.data.cache import Writer, default_cache, key_of, make_once
 from minimodels.data.corpus import Corpus, open_corpus
 from minimodels.data.documents import Documents
 from minimodels.data.mixture import Mixture, parse_mixture
+from minimodels.data.span import open_file
 from minimodels.data.tasks import is_task, open_task
 from minimodels.data.tokenizer import (
     Bytes,
@@ -31,7 +32,7 @@ def open_data(
     context: int,
     tokenizer: str = "bytes",
     field: str = "text",
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     packed: bool = False,
 ):
     """The Text, Documents, Mixture or Task that a name stands for.
@@ -50,9 +51,10 @@ def open_data(
             given = f"{tokenizer}, packed" if packed else tokenizer
             raise InputError("tokenizer", given, f"bytes, not packed, because {name} is a task")
         return task
-    cache = default_cache() if cache is None else cache
+    cache = Path(cache) if cache else default_cache()
+    open_file.cache_clear()  # files may have been replaced since other data were opened
     mixture = parse_mixture(name)
-    if mixture is None or Path(name).exists():
+    if mixture is None:
         corpus = open_named(name, field, cache)
         return open_text(
             corpus, context, pick_tokenizer(tokenizer, [corpus], [1.0], cache), cache, packed

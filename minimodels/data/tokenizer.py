@@ -54,18 +54,17 @@ class Bytes:
 
 
 class LibraryTokenizer:
-    """A tokenizer of the library `tokenizers` (extra `hub`). end: the tokens that end a text."""
+    """A tokenizer of the library `tokenizers` (extra `hub`).
 
-    def __init__(self, tokenizer, end: frozenset[int]):
+    end: the tokens that end a text. content: its tokenizer.json, which releases of the library may write differently.
+    """
+
+    def __init__(self, tokenizer, end: frozenset[int], content: str | None = None):
         self.tokenizer, self.end = tokenizer, end
+        self.content = tokenizer.to_str() if content is None else content
         self.vocab = max(tokenizer.get_vocab().values(), default=-1) + 1
         if self.vocab < 1:
             raise InputError("tokenizer.json", "no tokens", "a tokenizer with at least one token")
-
-    @functools.cached_property
-    def content(self) -> str:
-        """The whole tokenizer as JSON."""
-        return self.tokenizer.to_str()
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -144,20 +143,28 @@ class TokenizerFile(LibraryTokenizer):
     """
 
     def __init__(self, folder: Path, name: str = "tokenizer.json"):
-        library = require_tokenizers()
+        require_tokenizers()
         path = folder / name
         if not path.is_file():
             raise InputError("tokenizer.json", str(path), "a regular file that exists")
         try:
-            tokenizer = library.Tokenizer.from_file(str(path))
+            content = path.read_text(encoding="utf-8")
+            tokenizer = load_tokenizer(content)
         except Exception as error:  # the library raises nothing narrower
             raise InputError(
                 "tokenizer.json", str(path), f"a tokenizer of the library tokenizers ({error})"
             ) from None
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
         own = tokenizer.token_to_id(END)
-        super().__init__(tokenizer, read_end(folder) or frozenset([] if own is None else [own]))
+        end = read_end(folder) or frozenset([] if own is None else [own])
+        super().__init__(tokenizer, end, content)
+
+
+def load_tokenizer(content: str):
+    """The tokenizer of a tokenizer.json, without truncation and padding."""
+    tokenizer = require_tokenizers().Tokenizer.from_str(content)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def read_end(folder: Path) -> frozenset[int]:

@@ -16,7 +16,7 @@ import numpy as np
 from minimodels.data.cache import SPLITS, Writer, key_of, make_once, open_span
 from minimodels.data.corpus import Corpus, progress
 from minimodels.data.span import Span
-from minimodels.data.tokenizer import LibraryTokenizer
+from minimodels.data.tokenizer import LibraryTokenizer, load_tokenizer
 from minimodels.errors import InputError
 
 PIECE = 2**14  # bytes that are tokenized as one; a longer document is cut at the ends of lines
@@ -107,7 +107,7 @@ class Encoder:
     """Turns bytes into tokens. Text that looks like a special token is text; a byte that is no UTF-8 becomes U+FFFD."""
 
     def __init__(self, tokenizer: LibraryTokenizer):
-        self.library = type(tokenizer.tokenizer).from_str(tokenizer.content)
+        self.library = load_tokenizer(tokenizer.content)
         self.library.encode_special_tokens = True
         known = tokenizer.token_bytes
         self.sizes = np.array([len(known.get(token, b"")) for token in range(tokenizer.vocab)])
