@@ -237,6 +237,81 @@ def test_dtype_and_overrides_are_arguments(tmp_path):
     assert not any(buffer.any() for buffer in lm.buffers())
 
 
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [("float32", torch.float32), ("torch.float16", torch.float16), ("auto", torch.bfloat16)],
+)
+def test_dtype_as_text(dtype, expected, tmp_path):
+    folder = saved(theirs("llama").bfloat16(), tmp_path / "a")
+    assert from_pretrained(folder, dtype).embedding.weight.dtype == expected
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"dtype": "int8"}, {"dtype": torch.int8}, {"device": "cuda:99"}, {"device": "abacus"}]
+)
+def test_a_dtype_or_a_device_that_is_not_there(wrong, tmp_path):
+    folder = saved(theirs("llama"), tmp_path / "a")
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        from_pretrained(folder, **wrong)
+
+
+@pytest.mark.parametrize("name", ["llama", "mamba", "mixtral"])
+def test_a_model_saved_without_its_head(name, tmp_path):
+    """Its tensors lack the prefix; with a tied head nothing else is missing."""
+    model, tokens = theirs(name), text()
+    base = saved(model.base_model, tmp_path / "a")
+    reconfigure(base, tie_word_embeddings=True)
+    model.lm_head.weight.data = model.get_input_embeddings().weight.data
+    assert distance(from_pretrained(base)(tokens)[0], model(tokens).logits) < 1e-4
+    reconfigure(base, tie_word_embeddings=False)
+    with pytest.raises(InputError, match="wrong: lm_head.weight: missing"):
+        from_pretrained(base)
+
+
+def test_a_tied_matrix_stored_as_the_head_alone(tmp_path):
+    folder = saved(theirs("llama", 1), tmp_path / "a")
+    expected, _ = from_pretrained(folder)(text())
+    rewrite(
+        folder,
+        lambda tensors: tensors | {"lm_head.weight": tensors.pop("model.embed_tokens.weight")},
+    )
+    assert torch.equal(from_pretrained(folder)(text())[0], expected)
+
+
+IDLE = {
+    "unsloth_version": "2025.1", "unsloth_fixed": True, "_attn_implementation": "sdpa", "_name_or_path": "x",
+    "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "temperature": 0.6, "top_p": 0.9, "do_sample": True,
+    "max_length": 20, "repetition_penalty": 1.0, "partial_rotary_factor": 1.0, "transformers_version": "4.1",
+    "torch_dtype": "float32", "output_hidden_states": False, "resid_pdrop": 0.0, "chunk_size_feed_forward": 0,
+    "layer_types": ["full_attention"] * 2,
+}  # fmt: skip
+
+
+def test_entries_that_change_nothing_pass(tmp_path):
+    folder = saved(theirs("llama"), tmp_path / "a")
+    expected, _ = from_pretrained(folder)(text())
+    reconfigure(folder, **IDLE)
+    assert torch.equal(from_pretrained(folder)(text())[0], expected)
+
+
+def test_blocks_from_max_window_layers_on_have_the_window(tmp_path):
+    """In a file that does not list layer_types."""
+    folder = saved(theirs("qwen3", 2), tmp_path / "a")
+    entries = json.loads((folder / "config.json").read_text())
+    del entries["layer_types"]
+    (folder / "config.json").write_text(json.dumps(entries))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert distance(from_pretrained(folder)(text())[0], model(text()).logits) < 1e-4
+
+
+def test_a_model_of_bytes_has_a_tokenizer(tmp_path):
+    save_pretrained(LM(Config(width=16, layers="attention mlp")), tmp_path / "a")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
+    written = "é日 x\n"
+    assert tokenizer(written)["input_ids"] == list(written.encode())
+    assert tokenizer.decode(list(written.encode())) == written
+
+
 def test_shards_and_their_index(tmp_path):
     model, tokens = theirs("qwen3_moe"), text()
     model.save_pretrained(tmp_path / "a", max_shard_size="20KB")
@@ -297,11 +372,9 @@ def test_what_was_read_is_written_again(tmp_path):
     folder = saved(theirs("llama"), tmp_path / "a")
     reconfigure(folder, eos_token_id=5, max_position_embeddings=99)
     names = (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "generation_config.json",
-    )
+        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
+        "tokenizer.model", "added_tokens.json",
+    )  # fmt: skip
     for name in names:
         (folder / name).write_text(json.dumps({"of": name}))
     save_pretrained(from_pretrained(folder), tmp_path / "new" / "b")
@@ -467,6 +540,7 @@ def test_what_no_family_expresses_says_why(tmp_path):
     [
         ("llama", {"model_type": "bert"}, "model_type: 'bert' .* llama, mistral, qwen3, mamba"),
         ("llama", {"model_type": ["llama"]}, "model_type"),
+        ("mamba", {"model_type": None, "d_model": 32, "n_layer": 2}, "mamba-130m-hf"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act: 'gelu' .* 'silu'"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("llama", {"auto_map": {"AutoModel": "code.Model"}}, "auto_map"),
@@ -609,7 +683,18 @@ def test_an_id_is_fetched_from_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     from_pretrained("someone/llama", revision="v1")
     assert (asked["name"], asked["revision"]) == ("someone/llama", "v1")
-    assert not any("bin" in pattern or "py" in pattern for pattern in asked["patterns"])
+    wanted = [
+        "config.json",
+        "model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "tokenizer.model",
+    ]
+    others = ["consolidated.safetensors", "adapter_model.safetensors", "onnx/config.json", "pytorch_model.bin", "code.py",
+              "original/model.safetensors"]  # fmt: skip
+    fetched = huggingface_hub.utils.filter_repo_objects(
+        wanted + others, allow_patterns=asked["patterns"], ignore_patterns=asked["ignored"]
+    )
+    assert list(fetched) == wanted
     with pytest.raises(InputError, match=r"someone/other.*\(no such model\)"):
         from_pretrained("someone/other")
 

@@ -19,7 +19,7 @@ from minimodels.errors import InputError, nearest
 from minimodels.files import read_json
 from minimodels.grammar import MOST_LAYERS, Call, Option, read_options, set_options
 from minimodels.published.entries import Entries
-from minimodels.published.families import FAMILIES
+from minimodels.published.families import FAMILIES, HINTS
 from minimodels.published.family import Family, Role, Setting, entry_of
 from minimodels.published.text import call_of, write_layers
 
@@ -41,11 +41,21 @@ IDLE = re.compile(  # entries that say nothing of what a model computes, by what
 )
 
 
+def is_idle(name: str, value: object) -> bool:
+    """Whether an entry changes nothing in any model."""
+    if re.fullmatch(r".*(dropout|_drop|_pdrop)(_.*)?", name):
+        return value in (0, None)
+    if name == "layer_types":  # of a class that has only one type
+        return type(value) is list and all(each == "full_attention" for each in value)
+    return IDLE.fullmatch(name) is not None
+
+
 def family_of(entries: dict) -> Family:
     """The family that a config.json names."""
     name = entries.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise InputError("config.json model_type", name, ", ".join(FAMILIES))
+        hints = [hint for hint in map(lambda hint: hint(entries), HINTS) if hint]
+        raise InputError("config.json model_type", name, (hints or [", ".join(FAMILIES)])[0])
     return FAMILIES[name]
 
 
@@ -85,7 +95,7 @@ def read_config(
     unknown = {
         name: value
         for name, value in given.items()
-        if name not in {*given.asked, *family.idle} and not IDLE.fullmatch(name)
+        if name not in {*given.asked, *family.idle} and not is_idle(name, value)
     }
     if unknown:
         accepted = "entries known for this model_type, or named in `ignore` to be left out"

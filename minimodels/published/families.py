@@ -8,3 +8,5 @@ FAMILIES = {
     **mixtral.FAMILIES,
     **jamba.FAMILIES,
 }
+
+HINTS = (mamba.original_format,)  # entries of a config.json without model_type -> what to do, or ""

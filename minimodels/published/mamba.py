@@ -89,3 +89,10 @@ FAMILIES = {
         **SHARED,
     ),
 }
+
+
+def original_format(entries: dict) -> str:
+    """What to do with a file of the package mamba_ssm."""
+    if entries.get("model_type") or not {"d_model", "n_layer"} <= entries.keys():
+        return ""
+    return "a converted model: state-spaces publishes each under its name with -hf, such as mamba-130m-hf"

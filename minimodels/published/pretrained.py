@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError
 
+from minimodels.data.byte_level import save_bytes_tokenizer
 from minimodels.errors import InputError
 from minimodels.files import read_json, write_json
 from minimodels.lm import LM
@@ -114,12 +115,23 @@ def save_pretrained(model: LM, path: str | Path, shard_bytes: int = 5_000_000_00
             folder.mkdir()
             write_tensors(tensors, folder, shard_bytes)
             write_json(folder / CONFIG, entries)
-            for file in TOKENIZER if model.published else ():
-                if (model.published.folder / file).is_file():
-                    shutil.copyfile(model.published.folder / file, folder / file)
+            write_tokenizer(model, folder)
             os.replace(folder, path)
     except (OSError, SafetensorError) as error:
         raise InputError("path", str(path), f"a folder that can be written ({error})") from None
+
+
+def write_tokenizer(model: LM, folder: Path) -> None:
+    """The files of the model's tokenizer: those that it was published with, or its own, or that of plain bytes."""
+    tokenizer = getattr(model, "tokenizer", None)
+    if model.published:
+        for file in TOKENIZER:
+            if (model.published.folder / file).is_file():
+                shutil.copyfile(model.published.folder / file, folder / file)
+    elif tokenizer is not None:
+        tokenizer.save(folder)
+    elif (model.config.vocab or 256) >= 256:
+        save_bytes_tokenizer(folder / "tokenizer.json")
 
 
 def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -156,11 +168,13 @@ def locate(path_or_id: str | Path, revision: str | None = None) -> Path:
     except ImportError:
         accepted = 'a folder; for an id of the hub, pip install "minimodels[hub]"'
         raise InputError("path_or_id", name, accepted) from None
-    patterns = [CONFIG, "model*.safetensors", INDEX, *TOKENIZER]
     try:
         return Path(
             snapshot_download(
-                name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+                name,
+                revision=revision,
+                allow_patterns=[CONFIG, "*.safetensors", INDEX, *TOKENIZER],
+                ignore_patterns=["*/*", "consolidated*", "adapter_*"],
             )
         )
     except (OSError, ValueError, RuntimeError) as error:
