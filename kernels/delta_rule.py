@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from minimodels.kernels.common import (
     GPU,
     LOG2_E,
@@ -23,6 +21,8 @@ from minimodels.kernels.common import (
     on,
     report,
 )
+from torch import Tensor
+
 from minimodels.ops.delta_rule import check_shapes, flops, same_heads
 from minimodels.ops.delta_rule import delta_rule as operation
 

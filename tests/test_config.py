@@ -3,11 +3,11 @@
 import dataclasses
 
 import pytest
-from minimodels.ledger.__main__ import Options, main
 
 from minimodels import LM, Config, InputError, preset
 from minimodels.grammar import parse, write
 from minimodels.ledger import ledger
+from minimodels.ledger.__main__ import Options, main
 from minimodels.presets import PRESETS, SIZES, fitted, layers_of
 
 

@@ -1,13 +1,22 @@
-"""Checkpoints in the Hugging Face format."""
+"""Published models in the Hugging Face format, read and written.
 
+    model = from_pretrained("folder-or-hub/id")        an LM with the published weights
+    save_pretrained(model, "folder")                   what transformers.AutoModelForCausalLM loads
 
-def from_pretrained(*arguments, **options):
-    from minimodels.published.pretrained import from_pretrained as read
+    python -m minimodels.published RUN FOLDER          the same of a training run
 
-    return read(*arguments, **options)
+A family is one `model_type`. Each lineage of families has a file of tables (llama.py, mamba.py, ...), and
+families.py lists them all. The reader and the writer know a family by its table alone:
 
+    pretrained.py    from_pretrained, save_pretrained, the files beside the weights
+    config_json.py   config.json <-> Config, whose layers are a text
+    family.py        what a table says
+    entries.py       entries of config.json <-> options of layers
+    places.py        entries of config.json <-> which layer is where
+    tensors.py       tensors in safetensors files <-> parts of our layers
+    text.py          a short text for many layers
+"""
 
-def save_pretrained(*arguments, **options):
-    from minimodels.published.pretrained import save_pretrained as write
+from minimodels.published.pretrained import Published, from_pretrained, save_pretrained
 
-    return write(*arguments, **options)
+__all__ = ["Published", "from_pretrained", "save_pretrained"]

@@ -1,193 +1,257 @@
-"""What a config.json says, in the terms of this project, and back. The tables stand in minimodels/families.py.
+"""What a config.json says, as a Config, and back, by the table of a family.
 
-Nothing is passed over: an entry that no table names is refused, and what is written is read again and compared.
+Nothing is passed over: an entry that neither the table nor the rule of idle entries knows is refused, and
+what is written is read again and compared.
 """
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterable
 from dataclasses import fields, replace
-from pathlib import Path
+from typing import Any
 
-from minimodels.architectures.mamba import dt_rank
-from minimodels.architectures.moe import expert_width
-from minimodels.architectures.transformer import mlp_width
-from minimodels.config import Config, layer_names, parse_layers
-from minimodels.errors import InputError
-from minimodels.grammar import parse_scaling
-from minimodels.published.families import FAMILIES, IDLE, MEANINGS, ONLY, REQUIRED, Family
-from minimodels.published.layouts import Entries, read_rope, write_rope
+import torch
 
-SPELLINGS = {
-    "layers": parse_layers,
-    "rope_scaling": parse_scaling,
-}  # fields whose text can say the same in several ways
-OBJECTIVE = {"balance", "balance_loss", "z_loss"}  # fields that concern training and not the model
+from minimodels.architectures.registry import LAYERS, build
+from minimodels.config import Config
+from minimodels.errors import InputError, nearest
+from minimodels.files import read_json
+from minimodels.grammar import MOST_LAYERS, Call, Option, read_options, set_options
+from minimodels.published.entries import Entries
+from minimodels.published.families import FAMILIES, HINTS
+from minimodels.published.family import Family, Role, Setting, entry_of
+from minimodels.published.text import call_of, write_layers
+
+__all__ = ["family_of", "read_config", "read_json", "write_config"]
+
+NEUTRAL = {  # entries of any family -> the value at which they change nothing
+    "hidden_act": "silu", "attention_dropout": 0.0, "quantization_config": None, "auto_map": None, "rope_interleaved": False,
+    "partial_rotary_factor": 1.0, "is_encoder_decoder": False, "add_cross_attention": False, "is_decoder": False,
+}  # fmt: skip
+
+IDLE = re.compile(  # entries that say nothing of what a model computes, by what they are about
+    r"_.*|.*version.*|unsloth.*|transformers\..*|architectures|model_type|is_llama_config|task_specific_params"  # who wrote it
+    r"|(torch_)?dtype|use_cache|output_(?!.*scale).*|return_dict.*|torchscript|pretraining_tp|use_bfloat16"  # how it is run
+    r"|(.*_)?tokens?_ids?|tokenizer_class|prefix|max_position_embeddings"  # the text
+    r"|initializer_.*|router_aux_loss_coef|problem_type|(.*_)?loss_type|finetuning_task"  # training
+    r"|id2label|label2id|num_labels|pruned_heads|chunk_size_feed_forward|tie_encoder_decoder|cross_attention_hidden_size"
+    r"|(max|min)_(new_tokens|length)|do_sample|temperature|top_[kp]|typical_p|.*_penalty|num_beam.*|num_return_sequences"
+    r"|early_stopping|.*ngram_size|bad_words_ids|remove_invalid_values|suppress_tokens|begin_suppress_tokens|tf_legacy_loss"
+)
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in a file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(path.name, str(path), f"a file with a JSON object ({error})") from None
-    if not isinstance(content, dict):
-        raise InputError(path.name, str(path), "a file with a JSON object")
-    return content
+def is_idle(name: str, value: object) -> bool:
+    """Whether an entry changes nothing in any model."""
+    if re.fullmatch(r".*(dropout|_drop|_pdrop)(_.*)?", name):
+        return value in (0, None)
+    if name == "layer_types":  # of a class that has only one type
+        return type(value) is list and all(each == "full_attention" for each in value)
+    return IDLE.fullmatch(name) is not None
 
 
 def family_of(entries: dict) -> Family:
     """The family that a config.json names."""
     name = entries.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise InputError("config.json model_type", name, ", ".join(FAMILIES))
+        hints = [hint for hint in map(lambda hint: hint(entries), HINTS) if hint]
+        raise InputError("config.json model_type", name, (hints or [", ".join(FAMILIES)])[0])
     return FAMILIES[name]
 
 
+# Reading.
+
+
 def read_config(
-    entries: dict, family: Family, ignore: Iterable[str] = (), overrides: dict | None = None
+    entries: dict,
+    family: Family,
+    ignore: Iterable[str] = (),
+    settings: Iterable[str] = (),
+    overrides: dict | None = None,
 ) -> Config:
-    """The Config that a config.json describes. Raises InputError on an entry that is missing, unknown or not implemented."""
-    values = meaning(entries, family, ignore)
+    """The Config that a config.json describes, with options of layers and fields set otherwise.
+
+    Raises InputError, which names the entry, for one that is missing, unknown or not implemented.
+    """
     known = {field.name for field in fields(Config)}
     for name in overrides or ():
         if name not in known:
-            raise InputError("overrides", name, ", ".join(sorted(known)))
-    try:
-        return Config(**{**values, **(overrides or {})})
-    except InputError as error:
-        sources = [
-            entry
-            for entry, (targets, _) in family.entries.items()
-            if error.field in targets.split()
-        ]
-        raise InputError(
-            f"config.json {sources[0] if sources else error.field}", error.value, error.accepted
-        ) from None
-
-
-def meaning(entries: dict, family: Family, ignore: Iterable[str] = ()) -> dict[str, object]:
-    """The fields of Config that a family speaks of, with what its config.json says of them."""
-    entries = Entries(
+            raise InputError("overrides", name, nearest(name, sorted(known)))
+    given = Entries(
         {
             family.aliases.get(name, name): value
             for name, value in entries.items()
             if name not in ignore
         }
     )
-    for name, accepted in {**ONLY, **family.only}.items():
-        if entries.get(name, accepted) != accepted:
-            raise InputError(
-                f"config.json {name}", entries.get(name), f"{accepted!r}, or no such entry"
-            )
-    values = dict(family.fixed)
-    for name, (targets, absent) in family.entries.items():
-        value = entries.get(name, absent)
-        if value is REQUIRED or (
-            name in entries and type(value) is int and value < 1
-        ):  # 0 means something else in Config
-            raise InputError(
-                f"config.json {name}",
-                entries.get(name),
-                "1 or more" if name in entries else "a value",
-            )
-        meanings = MEANINGS.get(name, {})
-        if name in entries and True in meanings and type(value) is not bool:
-            raise InputError(f"config.json {name}", value, "true or false")
-        if isinstance(value, (str, int)):
-            value = meanings.get(value, value)
-        values |= dict.fromkeys(targets.split(), value)
-    if family.rope_base:
-        values |= read_rope(entries, family.rope_base)
-    if "experts" in values:  # as transformers balances them, and where it does
-        balanced, weight = (
-            entries.get("output_router_logits", False),
-            entries.get("router_aux_loss_coef", 0.0),
-        )
-        values |= {"balance": "pooled", "balance_loss": weight if balanced else 0.0, "z_loss": 0.0}
-    values |= family.layers(entries)
+    for name, accepted in {**NEUTRAL, **family.only}.items():
+        value = given.get(name, accepted)
+        if value != accepted:
+            raise InputError(f"config.json {name}", value, f"{accepted!r}, or no such entry")
+    for check in family.checks:
+        check(given)
+    shared = read_fields(given, family)
+    text = read_layers(given, family, shared)
     unknown = {
         name: value
-        for name, value in entries.items()
-        if name not in {*entries.asked, *IDLE, *family.idle}
+        for name, value in given.items()
+        if name not in {*given.asked, *family.idle} and not is_idle(name, value)
     }
     if unknown:
-        raise InputError(
-            "config.json",
-            unknown,
-            "entries known for this model_type, or named in `ignore` to be left out",
-        )
+        accepted = "entries known for this model_type, or named in `ignore` to be left out"
+        raise InputError("config.json", unknown, accepted)
+    config = replace(shared, layers=text)
+    check_layers(config, family)
+    text = set_options(config.layers, tuple(settings))
+    return replace(config, **{"layers": text, **(overrides or {})})
+
+
+def read_fields(entries: Entries, family: Family) -> Config:
+    """What a config.json says of the whole model, with any layers."""
+    values = read_settings(entries, family.fields)
+    try:
+        return Config(**values)
+    except InputError as error:
+        name = entry_of(family.fields, error.field)
+        raise InputError(f"config.json {name}", error.value, error.accepted) from None
+
+
+def read_layers(entries: Entries, family: Family, shared: Config) -> str:
+    """What it says of the layers, as text."""
+    count = entries.number(family.count, most=MOST_LAYERS // len(family.places))
+    columns = [place.read(entries, count) for place in family.places]
+    names = [name for block in zip(*columns, strict=True) for name in block]
+    calls = {}
+    for name in dict.fromkeys(names):
+        role = family.roles[name]
+        values = read_settings(entries, role.settings)
+        options = read_role(role, values)
+        calls[name] = call_of(role.layer, options, meaning_of_none(role, options, shared))
+    return write_layers([(name, calls[name]) for name in names])
+
+
+def read_settings(entries: Entries, settings: tuple[Setting, ...]) -> dict[str, object]:
+    """The values of all settings."""
+    values: dict[str, object] = {}
+    for setting in settings:
+        values |= setting.read(entries)
     return values
+
+
+def read_role(role: Role, values: dict[str, object]) -> Any:
+    """The options of a layer as its dataclass."""
+    given = [Option(name, "none" if value is None else value) for name, value in values.items()]
+    try:
+        return read_options(LAYERS[role.layer].Options, Call(role.layer, options=tuple(given)), "")
+    except InputError as error:
+        raise of_entry(error, role, values) from None
+
+
+def of_entry(error: InputError, role: Role, values: dict[str, object]) -> InputError:
+    """An error of a layer's option, or of an option within its value, as one of the entry that set it."""
+    name, _, option = error.field.rpartition(": ")[2].partition(".")
+    entry = role.entry_of(option)
+    for outer, value in values.items():
+        if isinstance(value, Call) and value.name == name:
+            entry = f"{role.entry_of(outer)} {option}"
+    return InputError(f"config.json {entry}", error.value, error.accepted)
+
+
+def meaning_of_none(role: Role, options: Any, shared: Config) -> dict[str, object]:
+    """Option -> what the layer takes None for."""
+    return {name: meaning(options, shared) for name, meaning in role.none.items()}
+
+
+def check_layers(config: Config, family: Family) -> None:
+    """Raise InputError, which names the entry, for options that do not fit each other."""
+    with torch.device("meta"):
+        for call in dict.fromkeys(config.calls):
+            try:
+                build(replace(config, layers=write_layers([("", call)])))
+            except InputError as error:
+                role = next(role for role in family.roles.values() if role.layer == call.name)
+                raise of_entry(error, role, {}) from None
+
+
+# Writing.
 
 
 def write_config(config: Config, origin: dict) -> tuple[str, dict]:
     """The first family that expresses a Config, that of `origin` before all others, and its config.json.
 
-    origin: the config.json that the model was read from, {} if none. Raises InputError if no family expresses the Config.
+    origin: the config.json that the model was read from, {} if none. Raises InputError if no family expresses
+    the Config.
     """
     differing = {}
     for name in sorted(FAMILIES, key=lambda name: name != origin.get("model_type")):
         try:
             return name, express(config, name, origin)
         except InputError as error:
-            differing[name] = error.field
+            differing[name] = error.field.removeprefix("config.json ")
     differences = ", ".join(f"{name} differs in {field}" for name, field in differing.items())
-    raise InputError("model", config.layers, f"what a published family expresses; {differences}")
+    accepted = f"what a published family expresses; {differences}"
+    raise InputError("model", config.layers, accepted)
 
 
 def express(config: Config, name: str, origin: dict) -> dict:
-    """The config.json of a family for a Config, beside what `origin` says. Raises InputError where it means another model."""
-    family, config = FAMILIES[name], explicit(config)
-    if origin.get("model_type") != name:
-        origin = {
-            "bos_token_id": None,
-            "eos_token_id": None,
-            "pad_token_id": None,
-        }  # for the classes have defaults
+    """The config.json of a family for a Config, besides what `origin` says. Raises InputError if it means another model."""
+    family, config = FAMILIES[name], replace(config, vocab=config.vocab or 256)
+    if origin.get("model_type") != name:  # the classes have defaults for these
+        origin = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     entries = {family.aliases.get(entry, entry): value for entry, value in origin.items()}
-    entries |= {"model_type": name, "architectures": [family.architecture]}
-    for entry, (targets, _) in family.entries.items():
-        value = getattr(config, targets.split()[0])
-        meanings = {ours: theirs for theirs, ours in MEANINGS.get(entry, {}).items()}
-        if True in meanings.values() and value not in meanings:
-            raise InputError(targets, value, ", ".join(meanings))
-        entries[entry] = meanings.get(value, value)
-    if family.rope_base:
-        entries = {
-            entry: value
-            for entry, value in entries.items()
-            if entry not in ("rope_theta", "rope_scaling")
-        }
-        entries |= write_rope(config.rope_base, config.rope_scaling)
-    if (
-        "moe" in layer_names(parse_layers(config.layers))
-        and config.balance_loss
-        and config.balance == "pooled"
-    ):
-        entries |= {"output_router_logits": True, "router_aux_loss_coef": config.balance_loss}
-    entries |= family.outline(parse_layers(config.layers), config.window)
-
-    spoken = meaning(entries, family)
-    again = explicit(Config(**spoken))
-    for field in spoken.keys() - OBJECTIVE:
-        told, meant = getattr(again, field), getattr(config, field)
-        if told != meant and (
-            field not in SPELLINGS or SPELLINGS[field](told) != SPELLINGS[field](meant)
-        ):
-            raise InputError(field, meant, str(told))
+    layers = assign(config, family)
+    blocks = len(layers) // len(family.places)
+    spoken = [*family.fields, *family.places]
+    spoken += [setting for role in family.roles.values() for setting in role.settings]
+    owned = {entry for each in spoken for entry in each.names}
+    entries = {entry: value for entry, value in entries.items() if entry not in owned}
+    entries |= {"model_type": name, "architectures": [family.architecture], family.count: blocks}
+    for setting in family.fields:
+        entries |= setting.write(vars(config))
+    for index, place in enumerate(family.places):
+        entries |= place.write([role for role, _ in layers[index :: len(family.places)]])
+    for role, options in dict(reversed(layers)).items():  # of each role its first layer
+        for setting in family.roles[role].settings:
+            entries |= setting.write(options)
+    compare(config, read_config(entries, family), family)
     return entries
 
 
-def explicit(config: Config) -> Config:
-    """The same with every field spelled out that stood for something else at 0."""
-    return replace(
-        config,
-        vocab=config.vocab or 256,
-        kv_heads=config.kv_heads or config.heads,
-        head_dim=config.head_dim or config.width // config.heads,
-        mlp_width=mlp_width(config),
-        expert_width=expert_width(config),
-        dt_rank=dt_rank(config),
-        mamba_norm_eps=config.mamba_norm_eps or config.norm_eps,
-    )
+def assign(config: Config, family: Family) -> list[tuple[str, dict[str, Any]]]:
+    """The role of each layer, and its options with None resolved. Raises InputError for layers in another order."""
+    found = []
+    if len(config.calls) % len(family.places):
+        raise InputError("layers", config.layers, f"blocks of {len(family.places)} layers")
+    for index, call in enumerate(config.calls):
+        place = family.places[index % len(family.places)]
+        roles = [name for name in place.roles if family.roles[name].layer == call.name]
+        if not roles or call.shared:
+            raise InputError("layers", call.name, ", ".join(place.roles))
+        options = read_options(LAYERS[call.name].Options, call, config.layers)
+        none = meaning_of_none(family.roles[roles[0]], options, config)
+        values = {
+            name: none.get(name) if value is None else value
+            for name, value in vars(options).items()
+        }
+        found.append((min(roles, key=lambda name: misfits(family.roles[name], values)), values))
+    return found
+
+
+def misfits(role: Role, values: dict[str, Any]) -> int:
+    """How many settings of a role do not fit a layer's options."""
+    return sum(not each.fits(values) for each in role.settings)
+
+
+def compare(config: Config, again: Config, family: Family) -> None:
+    """Raise InputError unless the two are one model."""
+    for field in fields(Config):
+        meant, said = getattr(config, field.name), getattr(again, field.name)
+        if meant != said and field.name not in ("layers", "impl"):
+            raise InputError(field.name, meant, str(said))
+    if [call.name for call in config.calls] != [call.name for call in again.calls]:
+        raise InputError("layers", config.layers, again.layers)
+    for (name, meant), (_, said) in zip(assign(config, family), assign(again, family), strict=True):
+        role = family.roles[name]
+        for option in meant:
+            if meant[option] != said[option] and option not in role.training:
+                raise InputError(f"{role.layer}.{option}", meant[option], str(said[option]))

@@ -5,6 +5,7 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from minimodels import LM, Config, InputError, from_pretrained, preset, save_pretrained
+from minimodels.grammar import Call, parse_call, set_options, write_value
 from minimodels.ops.linear_cross_entropy import IGNORE
-from minimodels.published import pretrained
-from minimodels.published.config_json import explicit
+from minimodels.published import __main__ as command
 from minimodels.published.families import FAMILIES
+from minimodels.published.text import write_layers
 from minimodels.sample import Sampling, generate
 from minimodels.training import checkpoint
 from minimodels.training.optim import adamw
@@ -216,7 +218,7 @@ def test_saved_by_us_and_loaded_by_them(name, number, tmp_path):
     with torch.no_grad():
         assert distance(lm(tokens)[0], model(tokens).logits) < 1e-4
     again = from_pretrained(tmp_path / "b")
-    assert explicit(again.config) == explicit(lm.config)
+    assert again.config == lm.config
     for part, parameter in lm.named_parameters():
         assert torch.equal(parameter, again.get_parameter(part)), part
 
@@ -227,10 +229,87 @@ def test_saved_by_us_and_loaded_by_them(name, number, tmp_path):
 def test_dtype_and_overrides_are_arguments(tmp_path):
     folder = saved(theirs("mixtral").bfloat16(), tmp_path / "a")
     assert {p.dtype for p in from_pretrained(folder).parameters()} == {torch.bfloat16}
-    lm = from_pretrained(folder, dtype=torch.float64, balance_loss=0.02, impl="reference")
+    lm = from_pretrained(
+        folder, dtype=torch.float64, set=["moe.balance_loss=0.02"], impl="reference"
+    )
     assert {p.dtype for p in lm.parameters()} == {torch.float64}
-    assert (lm.config.balance_loss, lm.config.impl) == (0.02, "reference")
+    assert (lm.layers[1].layer.options.balance_loss, lm.config.impl) == (0.02, "reference")
     assert not any(buffer.any() for buffer in lm.buffers())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [("float32", torch.float32), ("torch.float16", torch.float16), ("auto", torch.bfloat16)],
+)
+def test_dtype_as_text(dtype, expected, tmp_path):
+    folder = saved(theirs("llama").bfloat16(), tmp_path / "a")
+    assert from_pretrained(folder, dtype).embedding.weight.dtype == expected
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"dtype": "int8"}, {"dtype": torch.int8}, {"device": "cuda:99"}, {"device": "abacus"}]
+)
+def test_a_dtype_or_a_device_that_is_not_there(wrong, tmp_path):
+    folder = saved(theirs("llama"), tmp_path / "a")
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        from_pretrained(folder, **wrong)
+
+
+@pytest.mark.parametrize("name", ["llama", "mamba", "mixtral"])
+def test_a_model_saved_without_its_head(name, tmp_path):
+    """Its tensors lack the prefix; with a tied head nothing else is missing."""
+    model, tokens = theirs(name), text()
+    base = saved(model.base_model, tmp_path / "a")
+    reconfigure(base, tie_word_embeddings=True)
+    model.lm_head.weight.data = model.get_input_embeddings().weight.data
+    assert distance(from_pretrained(base)(tokens)[0], model(tokens).logits) < 1e-4
+    reconfigure(base, tie_word_embeddings=False)
+    with pytest.raises(InputError, match="wrong: lm_head.weight: missing"):
+        from_pretrained(base)
+
+
+def test_a_tied_matrix_stored_as_the_head_alone(tmp_path):
+    folder = saved(theirs("llama", 1), tmp_path / "a")
+    expected, _ = from_pretrained(folder)(text())
+    rewrite(
+        folder,
+        lambda tensors: tensors | {"lm_head.weight": tensors.pop("model.embed_tokens.weight")},
+    )
+    assert torch.equal(from_pretrained(folder)(text())[0], expected)
+
+
+IDLE = {
+    "unsloth_version": "2025.1", "unsloth_fixed": True, "_attn_implementation": "sdpa", "_name_or_path": "x",
+    "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "temperature": 0.6, "top_p": 0.9, "do_sample": True,
+    "max_length": 20, "repetition_penalty": 1.0, "partial_rotary_factor": 1.0, "transformers_version": "4.1",
+    "torch_dtype": "float32", "output_hidden_states": False, "resid_pdrop": 0.0, "chunk_size_feed_forward": 0,
+    "layer_types": ["full_attention"] * 2,
+}  # fmt: skip
+
+
+def test_entries_that_change_nothing_pass(tmp_path):
+    folder = saved(theirs("llama"), tmp_path / "a")
+    expected, _ = from_pretrained(folder)(text())
+    reconfigure(folder, **IDLE)
+    assert torch.equal(from_pretrained(folder)(text())[0], expected)
+
+
+def test_blocks_from_max_window_layers_on_have_the_window(tmp_path):
+    """In a file that does not list layer_types."""
+    folder = saved(theirs("qwen3", 2), tmp_path / "a")
+    entries = json.loads((folder / "config.json").read_text())
+    del entries["layer_types"]
+    (folder / "config.json").write_text(json.dumps(entries))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert distance(from_pretrained(folder)(text())[0], model(text()).logits) < 1e-4
+
+
+def test_a_model_of_bytes_has_a_tokenizer(tmp_path):
+    save_pretrained(LM(Config(width=16, layers="attention mlp")), tmp_path / "a")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
+    written = "é日 x\n"
+    assert tokenizer(written)["input_ids"] == list(written.encode())
+    assert tokenizer.decode(list(written.encode())) == written
 
 
 def test_shards_and_their_index(tmp_path):
@@ -293,11 +372,9 @@ def test_what_was_read_is_written_again(tmp_path):
     folder = saved(theirs("llama"), tmp_path / "a")
     reconfigure(folder, eos_token_id=5, max_position_embeddings=99)
     names = (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "generation_config.json",
-    )
+        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
+        "tokenizer.model", "added_tokens.json",
+    )  # fmt: skip
     for name in names:
         (folder / name).write_text(json.dumps({"of": name}))
     save_pretrained(from_pretrained(folder), tmp_path / "new" / "b")
@@ -310,28 +387,27 @@ def test_what_was_read_is_written_again(tmp_path):
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["b"]
 
 
-@pytest.mark.parametrize(
-    ("fields", "family"),
-    [
-        ({"layers": "(attention mlp)*2"}, "llama"),
-        ({"layers": "(window mlp)*2"}, "mistral"),
-        ({"layers": "(attention mlp)*2", "heads": 3, "head_dim": 8}, "mistral"),  # for Llama's class wants a divisor of 32
-        ({"layers": "(mamba mlp attention mlp)*2", "mamba_norm": "learned", "rope_base": 0.0, "router": "softmax",
-          "mlp_width": 48, "expert_width": 48, "balance": "pooled"}, "jamba"),
-        ({"layers": "attention mlp window mlp", "qk_norm": "head"}, "qwen3"),
-        ({"layers": "(mamba)*3"}, "mamba"),
-        ({"layers": "(mamba)*3", "mamba_norm": "plain"}, "falcon_mamba"),
-        ({"layers": "(attention moe)*2"}, "mixtral"),
-        ({"layers": "(attention moe)*2", "qk_norm": "full", "router": "softmax"}, "olmoe"),
-        ({"layers": "attention mlp attention moe", "qk_norm": "head"}, "qwen3_moe"),
-        ({"layers": "(window moe)*2", "qk_norm": "head"}, "qwen3_moe"),
-        ({"layers": "(mamba mlp mamba moe attention mlp)*2", "mamba_norm": "learned", "rope_base": 0.0, "router": "softmax",
-          "mlp_width": 48, "expert_width": 48}, "jamba"),
-    ],
-)  # fmt: skip
-def test_a_model_made_here_is_saved_as_the_family_that_it_is(fields, family, tmp_path):
+MADE = [  # layers, other fields -> the family that expresses them
+    ("(attention mlp)*2", "llama"),
+    ("(attention(window=5) mlp)*2", "mistral"),
+    ("(attention(heads=3, head_dim=8) mlp)*2", "mistral"),  # because Llama's class wants a divisor of 32
+    ("(mamba(norm=learned) mlp(width=48) attention(rope_base=0) mlp(width=48))*2", "jamba"),
+    ("attention(qk_norm=head) mlp attention(qk_norm=head, window=5) mlp", "qwen3"),
+    ("mamba*3", "mamba"),
+    ("mamba(norm=plain)*3", "falcon_mamba"),
+    ("(attention moe)*2", "mixtral"),
+    ("(attention(qk_norm=full) moe(router=softmax))*2", "olmoe"),
+    ("attention(qk_norm=head) mlp attention(qk_norm=head) moe", "qwen3_moe"),
+    ("(attention(qk_norm=head, window=5) moe)*2", "qwen3_moe"),
+    ("ssm=mamba(norm=learned) dense=mlp(width=48) routed=moe(router=softmax, expert_width=48)"
+     " (ssm dense ssm routed attention(rope_base=0) dense)*2", "jamba"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layers", "family"), MADE)
+def test_a_model_made_here_is_saved_as_the_family_that_it_is(layers, family, tmp_path):
     torch.manual_seed(0)
-    lm, tokens = LM(Config(width=32, vocab=V, window=5, **fields)).eval(), text()
+    lm, tokens = LM(Config(width=32, vocab=V, layers=layers)).eval(), text()
     save_pretrained(lm, tmp_path / "a")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
     assert model.config.model_type == family
@@ -339,57 +415,59 @@ def test_a_model_made_here_is_saved_as_the_family_that_it_is(fields, family, tmp
     assert (model.generation_config.eos_token_id, model.config.bos_token_id) == (None, None)
 
 
-OTHERWISE = {  # fields of Config that change what a model of some family computes -> another value
-    "norm_eps": 0.1, "tie_embeddings": False, "heads": 2, "kv_heads": 2, "head_dim": 4, "rope_base": 50.0,
-    "rope_scaling": "linear:factor=2", "qk_norm": "full", "attention_bias": True, "mlp_width": 24, "mlp_bias": True,
-    "window": 3, "expand": 3, "state_size": 4, "conv_width": 3, "dt_rank": 3, "conv_bias": False, "mamba_bias": True,
-    "mamba_norm": "plain", "mamba_norm_eps": 0.1, "experts": 5, "experts_per_token": 3, "expert_width": 24,
-    "shared_experts": 1, "router": "sigmoid_bias", "routed_scale": 2.0,
+OTHERWISE = {  # what changes a model of some family -> another value; LAYER.OPTION or a field of Config
+    "norm_eps": 0.1, "tie_embeddings": False, "attention.heads": 2, "attention.kv_heads": 2, "attention.head_dim": 4,
+    "attention.rope_base": 50.0, "attention.rope_scaling": "linear(factor=2)", "attention.qk_norm": "full",
+    "attention.bias": True, "attention.window": 3, "mlp.width": 24, "mlp.bias": True, "mamba.expand": 3,
+    "mamba.state_size": 4, "mamba.conv_width": 3, "mamba.rank": 3, "mamba.conv_bias": False, "mamba.bias": True,
+    "mamba.norm": "plain", "mamba.norm_eps": 0.1, "moe.experts": 5, "moe.experts_per_token": 3, "moe.expert_width": 24,
+    "moe.shared_experts": 1, "moe.router": "sigmoid_bias", "moe.routed_scale": 2.0,
 }  # fmt: skip
+BASES = [
+    "attention mlp",
+    "attention(window=5) moe(expert_width=32)",
+    "mamba",
+    "mamba(norm=learned) moe(router=softmax, expert_width=32) attention(rope_base=0) mlp(width=32)",
+]
 
 
-@pytest.mark.parametrize("field", OTHERWISE)
 @pytest.mark.parametrize(
-    "layers", ["attention mlp", "window moe", "mamba", "mamba moe attention mlp"]
+    ("what", "layers"),
+    [
+        (what, layers)
+        for what in OTHERWISE
+        for layers in BASES
+        if "." not in what or what.split(".")[0] in layers
+    ],
 )
-def test_no_field_is_lost(field, layers, tmp_path):
+def test_no_option_is_lost(what, layers, tmp_path):
     """Whatever is set, the folder gives the model's logits, or is refused."""
     torch.manual_seed(0)
-    jamba = {
-        "mamba_norm": "learned",
-        "rope_base": 0.0,
-        "router": "softmax",
-        "mlp_width": 32,
-        "expert_width": 32,
-    }
-    fields = {"width": 16, "layers": layers, "vocab": V, "window": 5, "expert_width": 32}
-    fields |= jamba if "mamba moe" in layers else {}
-    lm, tokens = LM(Config(**{**fields, field: OTHERWISE[field]})).eval(), text()
+    fields = {"width": 16, "vocab": V, "layers": layers}
+    if "." in what:
+        fields["layers"] = set_options(layers, [f"{what}={write_value(OTHERWISE[what])}"])
+    else:
+        fields[what] = OTHERWISE[what]
+    lm, tokens = LM(Config(**fields)).eval(), text()
     for parameter in lm.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     try:
         save_pretrained(lm, tmp_path / "a")
     except InputError as error:
-        assert f"differs in {'expert_width' if field == 'mlp_width' else field}" in str(
-            error
-        )  # which Jamba has equal
+        widths = {"mlp.width", "moe.expert_width"}  # which Jamba has equal
+        named = widths if what in widths else {what}
+        assert any(f"differs in {name}" in str(error) for name in named), error
     else:
-        assert (
-            distance(
-                lm(tokens)[0],
-                transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")(tokens).logits,
-            )
-            < 1e-4
-        )
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+        assert distance(lm(tokens)[0], model(tokens).logits) < 1e-4
 
 
 @pytest.mark.parametrize("router", ["sigmoid_bias", "expert_choice"])
 @pytest.mark.parametrize("qk_norm", ["full", "head"])
 def test_a_router_that_no_family_has_is_refused(router, qk_norm, tmp_path):
-    lm = LM(Config(width=16, layers="attention moe", qk_norm=qk_norm, router=router))
-    with pytest.raises(
-        InputError, match=f"{'olmoe' if qk_norm == 'full' else 'qwen3_moe'} differs in router"
-    ):
+    lm = LM(Config(width=16, layers=f"attention(qk_norm={qk_norm}) moe(router={router})"))
+    family = "olmoe" if qk_norm == "full" else "qwen3_moe"
+    with pytest.raises(InputError, match=f"{family} differs in moe.router"):
         save_pretrained(lm, tmp_path / "a")
 
 
@@ -413,16 +491,15 @@ def test_a_window_that_is_not_told_is_what_the_class_has(name, entries, tmp_path
     (folder / "config.json").write_text(json.dumps({**config, **entries}))
     class_has = transformers.AutoConfig.from_pretrained(folder)
     windowed = class_has.sliding_window if getattr(class_has, "use_sliding_window", True) else None
-    ours = from_pretrained(folder).config
-    assert ("window" in ours.layers) == (windowed is not None)
-    assert windowed is None or ours.window == windowed
+    windows = {layer.layer.window for layer in list(from_pretrained(folder).layers)[::2]}
+    assert windows == {windowed}
 
 
 @pytest.mark.parametrize(
-    "scaling", ["linear:factor=4", "llama3:factor=8,high=4,low=1,context=8192"]
+    "scaling", ["linear(factor=4)", "llama3(factor=8, high=4, low=1, context=8192)"]
 )
 def test_rope_scaling_however_it_is_written(scaling, tmp_path):
-    lm, tokens = LM(Config(width=16, heads=2, layers="attention mlp", rope_scaling=scaling)), text()
+    lm, tokens = LM(Config(width=16, layers=f"attention(rope_scaling={scaling}) mlp")), text()
     save_pretrained(lm, tmp_path / "a")
     torch.testing.assert_close(from_pretrained(tmp_path / "a")(tokens)[0], lm(tokens)[0])
 
@@ -463,14 +540,15 @@ def test_what_no_family_expresses_says_why(tmp_path):
     [
         ("llama", {"model_type": "bert"}, "model_type: 'bert' .* llama, mistral, qwen3, mamba"),
         ("llama", {"model_type": ["llama"]}, "model_type"),
+        ("mamba", {"model_type": None, "d_model": 32, "n_layer": 2}, "mamba-130m-hf"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act: 'gelu' .* 'silu'"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("llama", {"auto_map": {"AutoModel": "code.Model"}}, "auto_map"),
         ("llama", {"attention_dropout": 0.1}, "attention_dropout: 0.1"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type: 'yarn' .* default, linear, llama3"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta": 1}}, "beta"),
-        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": "2"}}, "rope_scaling"),
-        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": -2}}, "rope_scaling"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": "2"}}, "rope_parameters factor: '2'"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": -2}}, "rope_parameters factor: -2"),
         ("llama", {"rope_parameters": [1]}, "rope_parameters"),
         ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling: .* what rope_parameters says"),
         ("llama", {"rope_parameters": None, "rope_theta": "many"}, "rope_theta: 'many'"),
@@ -595,8 +673,9 @@ def test_an_id_is_fetched_from_the_hub(tmp_path, monkeypatch):
     folder = saved(theirs("llama"), tmp_path / "a")
     asked = {}
 
-    def download(name, revision, allow_patterns):
+    def download(name, revision, allow_patterns, ignore_patterns):
         asked.update(name=name, revision=revision, patterns=allow_patterns)
+        asked.update(ignored=ignore_patterns)
         if name != "someone/llama":
             raise OSError("no such model\nat all")
         return str(folder)
@@ -604,7 +683,18 @@ def test_an_id_is_fetched_from_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     from_pretrained("someone/llama", revision="v1")
     assert (asked["name"], asked["revision"]) == ("someone/llama", "v1")
-    assert not any("bin" in pattern or "py" in pattern for pattern in asked["patterns"])
+    wanted = [
+        "config.json",
+        "model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "tokenizer.model",
+    ]
+    others = ["consolidated.safetensors", "adapter_model.safetensors", "onnx/config.json", "pytorch_model.bin", "code.py",
+              "original/model.safetensors"]  # fmt: skip
+    fetched = huggingface_hub.utils.filter_repo_objects(
+        wanted + others, allow_patterns=asked["patterns"], ignore_patterns=asked["ignored"]
+    )
+    assert list(fetched) == wanted
     with pytest.raises(InputError, match=r"someone/other.*\(no such model\)"):
         from_pretrained("someone/other")
 
@@ -673,11 +763,11 @@ def test_a_rotation_told_the_older_way(tmp_path):
 
 def test_a_run_is_published_with_its_weights(tmp_path):
     torch.manual_seed(0)
-    lm, tokens = LM(Config(width=16, heads=2, layers="attention mlp", vocab=V)), text()
+    lm, tokens = LM(Config(width=16, layers="attention(heads=2) mlp", vocab=V)), text()
     (tmp_path / "run").mkdir()
     checkpoint.save(tmp_path / "run", lm, adamw(lm, 1e-3, 0.1), {"step": 1})
-    checkpoint.save_options(tmp_path / "run", {"config": vars(lm.config)})
-    pretrained.main(pretrained.Options(tmp_path / "run", tmp_path / "a"))
+    checkpoint.save_options(tmp_path / "run", {"config": asdict(lm.config)})
+    command.main(command.Options(tmp_path / "run", tmp_path / "a"))
     read = from_pretrained(tmp_path / "a")
     assert torch.equal(read(tokens)[0], lm(tokens)[0])
     assert not read.training
@@ -685,7 +775,7 @@ def test_a_run_is_published_with_its_weights(tmp_path):
 
 def test_the_index_tells_the_bytes(tmp_path):
     save_pretrained(
-        LM(Config(width=16, heads=2, layers="attention mlp")), tmp_path / "a", shard_bytes=20_000
+        LM(Config(width=16, layers="attention(heads=2) mlp")), tmp_path / "a", shard_bytes=20_000
     )
     told = json.loads((tmp_path / "a/model.safetensors.index.json").read_text())["metadata"][
         "total_size"
@@ -697,8 +787,32 @@ def test_the_index_tells_the_bytes(tmp_path):
 
 def test_the_weight_of_the_balance_is_written(tmp_path):
     save_pretrained(
-        LM(Config(width=16, layers="attention moe", balance="pooled", balance_loss=0.3)),
+        LM(Config(width=16, layers="attention moe(balance=pooled, balance_loss=0.3)")),
         tmp_path / "a",
     )
-    read = from_pretrained(tmp_path / "a").config
+    read = from_pretrained(tmp_path / "a").layers[1].layer.options
     assert (read.balance, read.balance_loss) == ("pooled", 0.3)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("g" * 7, "(attention mlp(width=96))*7"),
+        ("l", "attention(window=512) mlp(width=96)"),
+        (
+            ("l" * 5 + "g") * 2 + "ll",
+            "local=attention(window=512) dense=mlp(width=96) full=attention "
+            "((local dense)*5 full dense)*2 (local dense)*2",
+        ),
+    ],
+)
+def test_many_layers_are_a_short_text(pattern, expected):
+    """Which says the same layers."""
+    kinds = {
+        "l": ("local", parse_call("attention(window=512)", "")),
+        "g": ("full", Call("attention")),
+    }
+    mlp = ("dense", parse_call("mlp(width=96)", ""))
+    layers = [layer for letter in pattern for layer in (kinds[letter], mlp)]
+    assert write_layers(layers) == expected
+    assert Config(layers=expected).calls == tuple(call for _, call in layers)

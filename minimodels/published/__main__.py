@@ -1,0 +1,35 @@
+"""Save the model of a training run in the Hugging Face format, if a family has its layers.
+
+python -m minimodels.published RUN FOLDER
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from minimodels.command import run_command
+from minimodels.published import save_pretrained
+from minimodels.training.checkpoint import load_model
+
+
+@dataclass(frozen=True)
+class Options:
+    """Save the model of a training run in the Hugging Face format."""
+
+    run: tyro.conf.Positional[Path]
+    """folder of a training run"""
+    folder: tyro.conf.Positional[Path]
+    """folder to write, new or empty"""
+
+
+def main(options: Options) -> None:
+    """Read the run, write the folder."""
+    save_pretrained(load_model(options.run), options.folder)
+    print(f"saved in {options.folder}")
+
+
+if __name__ == "__main__":
+    run_command(main, lambda: tyro.cli(Options, description=__doc__))

@@ -1,0 +1,216 @@
+"""Entries of a config.json and the options that they set. Each kind of setting reads, and writes again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from minimodels.errors import InputError
+from minimodels.grammar import Call, Option
+
+REQUIRED = object()
+
+
+class Entries(dict):
+    """What a config.json says. It notes what it is asked for, so that no entry is passed over unseen."""
+
+    def __init__(self, entries: dict):
+        super().__init__({name: value for name, value in entries.items() if value is not None})
+        self.told = set(entries)  # null included
+        self.asked: set[str] = set()
+
+    def get(self, name: str, absent: Any = None) -> Any:
+        """The value of an entry, or `absent`."""
+        self.asked.add(name)
+        return super().get(name, absent)
+
+    def number(
+        self, name: str, absent: int | None = None, least: int = 1, most: int = 2**31 - 1
+    ) -> int:
+        """A whole number that config.json must, or may, have."""
+        value = self.get(name, absent)
+        if type(value) is not int or not least <= value <= most:
+            raise InputError(f"config.json {name}", value, f"a whole number from {least} to {most}")
+        return value
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An option and the entry that has its value."""
+
+    option: str
+    name: str
+    absent: object = REQUIRED
+    """the option if there is no such entry"""
+    words: dict[str, object] = field(default_factory=dict)
+    """values that mean something else here"""
+    least: int | None = None
+    told: bool = False
+    """a layer whose option is None has another role"""
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        return (self.option,)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def read(self, entries: Entries) -> dict[str, object]:
+        value = entries.get(self.name, self.absent)
+        if value is REQUIRED:
+            raise InputError(f"config.json {self.name}", None, "a value")
+        if self.least is not None and type(value) is int and value < self.least:
+            raise InputError(f"config.json {self.name}", value, f"{self.least} or more")
+        return {self.option: self.words.get(value, value) if isinstance(value, str) else value}
+
+    def write(self, values: dict[str, Any]) -> dict[str, object]:
+        return {self.name: values[self.option]}
+
+    def fits(self, values: dict[str, Any]) -> bool:
+        return not self.told or values[self.option] is not None
+
+
+@dataclass(frozen=True)
+class Flag:
+    """An option and the entry that chooses between two of its values."""
+
+    option: str
+    name: str
+    absent: bool
+    values: dict[bool, object]
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        return (self.option,)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def read(self, entries: Entries) -> dict[str, object]:
+        value = entries.get(self.name, self.absent)
+        if type(value) is not bool:
+            raise InputError(f"config.json {self.name}", value, "true or false")
+        return {self.option: self.values[value]}
+
+    def write(self, values: dict[str, Any]) -> dict[str, object]:
+        return {self.name: values[self.option] == self.values[True]}
+
+    def fits(self, values: dict[str, Any]) -> bool:
+        return True
+
+
+class Fixed:
+    """Options that are the same in all models of a family."""
+
+    names: tuple[str, ...] = ()
+
+    def __init__(self, **values: object):
+        self.values = values
+        self.options = tuple(values)
+
+    def read(self, entries: Entries) -> dict[str, object]:
+        return self.values
+
+    def write(self, values: dict[str, Any]) -> dict[str, object]:
+        return {}
+
+    def fits(self, values: dict[str, Any]) -> bool:
+        return all(values[option] == value for option, value in self.values.items())
+
+
+# Rotary positions.
+
+ROPE = {  # rope_type -> its parameters -> our options of rope_scaling
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low",
+        "high_freq_factor": "high",
+        "original_max_position_embeddings": "context",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The base and the scaling of rotary positions, in either way in which a config.json says them."""
+
+    base: float = 10_000.0
+    """rope_theta if it is absent"""
+    options = ("rope_base", "rope_scaling")
+    names = ("rope_parameters", "rope_theta", "rope_scaling")
+
+    def read(self, entries: Entries) -> dict[str, object]:
+        newer, older = entries.get("rope_parameters", {}), entries.get("rope_scaling", {})
+        if not isinstance(newer, dict) or not isinstance(older, dict):
+            raise InputError("config.json rope_parameters", newer or older, "a JSON object")
+        if newer and older and newer != older:
+            accepted = "what rope_parameters says, or no such entry"
+            raise InputError("config.json rope_scaling", older, accepted)
+        rope = {"rope_theta": entries.get("rope_theta", self.base), **older, **newer}
+        kind, theta = rope.pop("type", "default"), rope.pop("rope_theta")
+        kind = rope.pop("rope_type", kind)
+        if not isinstance(kind, str) or kind not in ROPE:
+            raise InputError("config.json rope_type", kind, ", ".join(ROPE))
+        if type(theta) not in (int, float) or not 0 < theta <= 1e300:
+            raise InputError("config.json rope_theta", theta, "a positive number up to 1e300")
+        if kind == "llama3":
+            trained = entries.get("max_position_embeddings")
+            rope.setdefault("original_max_position_embeddings", trained)
+        if sorted(rope) != sorted(ROPE[kind]):
+            accepted = ", ".join(ROPE[kind]) or "none"
+            raise InputError(f"config.json parameters of rope_type {kind}", sorted(rope), accepted)
+        given = tuple(Option(ours, rope[theirs]) for theirs, ours in ROPE[kind].items())
+        return {
+            "rope_base": float(theta),
+            "rope_scaling": Call(kind, options=given) if given else None,
+        }
+
+    def write(self, values: dict[str, Any]) -> dict[str, object]:
+        scaling = values["rope_scaling"]
+        kind = "default" if scaling is None else type(scaling).__name__.lower()
+        parameters = {theirs: getattr(scaling, ours) for theirs, ours in ROPE[kind].items()}
+        theta = float(values["rope_base"])
+        return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **parameters}}
+
+    def fits(self, values: dict[str, Any]) -> bool:
+        return True
+
+
+# Experts.
+
+
+class Balance:
+    """The balance loss of experts, as transformers takes it and when it does."""
+
+    options = ("balance", "balance_loss", "z_loss")
+    names: tuple[str, ...] = ()
+
+    def read(self, entries: Entries) -> dict[str, object]:
+        weight = entries.get("router_aux_loss_coef", 0.0)
+        balanced = entries.get("output_router_logits", False)
+        return {"balance": "pooled", "balance_loss": weight if balanced else 0.0, "z_loss": 0.0}
+
+    def write(self, values: dict[str, Any]) -> dict[str, object]:
+        weight = values["balance_loss"] if values["balance"] == "pooled" else 0
+        return {"output_router_logits": bool(weight)} | (
+            {"router_aux_loss_coef": weight} if weight else {}
+        )
+
+    def fits(self, values: dict[str, Any]) -> bool:
+        return True
+
+
+def divides(part: str, whole: str) -> Callable[[Entries], None]:
+    """The check that one entry divides another."""
+
+    def check(entries: Entries) -> None:
+        if entries.number(whole) % entries.number(part):
+            value = entries.number(part)
+            raise InputError(f"config.json {part}", value, f"a divisor of {whole} {entries[whole]}")
+
+    return check

@@ -1,0 +1,156 @@
+"""Which role each block has at one of its places, as config.json says it: read, and written again.
+
+What is written is checked by reading it, so a place need not foresee rows of layers that it cannot express.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minimodels.errors import InputError
+from minimodels.published.entries import Entries
+
+
+@dataclass(frozen=True)
+class Always:
+    """The same role in every block."""
+
+    role: str
+    names: tuple[str, ...] = ()
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return (self.role,)
+
+    def read(self, entries: Entries, count: int) -> list[str]:
+        return [self.role] * count
+
+    def write(self, roles: list[str]) -> dict[str, object]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Windowed:
+    """In every block a window, unless sliding_window is null, or use_sliding_window, if the class has it, is false."""
+
+    absent: int | None = None
+    """sliding_window if it is absent, in the class"""
+    switched: bool = False
+    """whether the class has use_sliding_window, which is false if it is absent"""
+    roles = ("full", "local")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("sliding_window", *("use_sliding_window",) * self.switched)
+
+    def read(self, entries: Entries, count: int) -> list[str]:
+        return ["local" if has_window(entries, self.absent, self.switched) else "full"] * count
+
+    def write(self, roles: list[str]) -> dict[str, object]:
+        switch = {"use_sliding_window": "local" in roles} if self.switched else {}
+        return {"sliding_window": None, **switch}  # the role writes the window that there is
+
+
+@dataclass(frozen=True)
+class LayerTypes:
+    """Each block's kind is listed; if not, those from max_window_layers on have the window."""
+
+    absent: int = 4096
+    roles = ("full", "local")
+    names = ("layer_types", "use_sliding_window", "sliding_window", "max_window_layers")
+
+    def read(self, entries: Entries, count: int) -> list[str]:
+        window = has_window(entries, self.absent, switched=True)
+        first = entries.number("max_window_layers", 28, least=0)
+        kinds = entries.get("layer_types")
+        if kinds is None:
+            first = first if window else count
+            return ["full" if i < first else "local" for i in range(count)]
+        roles = listed(kinds, count, {"full_attention": "full", "sliding_attention": "local"})
+        if "local" in roles and not window:
+            accepted = "a whole number, because layer_types has sliding_attention"
+            raise InputError("config.json sliding_window", None, accepted)
+        return roles
+
+    def write(self, roles: list[str]) -> dict[str, object]:
+        kinds = {"full": "full_attention", "local": "sliding_attention"}
+        return {
+            "layer_types": [kinds[role] for role in roles],
+            "use_sliding_window": "local" in roles,
+            "sliding_window": None,
+            "max_window_layers": len(roles),
+        }
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """Experts in every decoder_sparse_step-th block, except for those in mlp_only_layers."""
+
+    roles = ("dense", "experts")
+    names = ("decoder_sparse_step", "mlp_only_layers")
+
+    def read(self, entries: Entries, count: int) -> list[str]:
+        step = entries.number("decoder_sparse_step", 1)
+        dense = entries.get("mlp_only_layers", [])
+        if type(dense) is not list or not all(type(i) is int for i in dense):
+            raise InputError("config.json mlp_only_layers", dense, "a list of whole numbers")
+        routed = [(i + 1) % step == 0 and i not in dense for i in range(count)]
+        return ["experts" if each else "dense" for each in routed]
+
+    def write(self, roles: list[str]) -> dict[str, object]:
+        dense = [i for i, role in enumerate(roles) if role == "dense"]
+        return {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+
+
+@dataclass(frozen=True)
+class Periodic:
+    """One role in the blocks at `offset` in each `period`, another elsewhere."""
+
+    name: str
+    chosen: str
+    other: str
+    unless_one: str = ""
+    """an entry with a number of 1 if no block has the chosen role"""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return (self.chosen, self.other)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (f"{self.name}_layer_period", f"{self.name}_layer_offset")
+
+    def read(self, entries: Entries, count: int) -> list[str]:
+        period = entries.number(self.names[0])
+        offset = entries.number(self.names[1], least=0, most=period - 1)
+        none = self.unless_one and entries.number(self.unless_one) == 1
+        return [
+            self.chosen if i % period == offset and not none else self.other for i in range(count)
+        ]
+
+    def write(self, roles: list[str]) -> dict[str, object]:
+        at = [i for i, role in enumerate(roles) if role == self.chosen]
+        offset = at[0] if at else len(roles)
+        period = at[1] - offset if len(at) > 1 else len(roles) + 1
+        none = {self.unless_one: 1} if self.unless_one and not at else {}
+        return {self.names[0]: period, self.names[1]: offset, **none}
+
+
+def has_window(entries: Entries, absent: int | None, switched: bool) -> bool:
+    """Whether sliding_window is told and used; null is no window, and `absent` what the class has if it is not told."""
+    told = "sliding_window" in entries.told
+    window = entries.get("sliding_window", None if told else absent)
+    used = entries.get("use_sliding_window", False) if switched else True
+    return bool(used) and window is not None
+
+
+def listed(kinds: object, count: int, roles: dict[str, str]) -> list[str]:
+    """The roles that layer_types lists."""
+    if (
+        type(kinds) is not list
+        or len(kinds) != count
+        or not all(type(kind) is str and kind in roles for kind in kinds)
+    ):
+        accepted = f"{count} times one of {', '.join(roles)}"
+        raise InputError("config.json layer_types", kinds, accepted)
+    return [roles[kind] for kind in kinds]
