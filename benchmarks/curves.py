@@ -7,8 +7,8 @@ Axes: tokens, flops, seconds, step. Writes curves.png and curves.svg from the ru
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 
 import tyro
@@ -16,7 +16,9 @@ import tyro
 from minimodels import InputError
 from minimodels.command import run_command
 
-from .plot import COLOURS, canvas, label_lines, read, save
+from .drawing import amount, canvas, label_lines, looks, save, scale_axis
+from .plot import at, read
+from .verdict import verdict
 
 AXES = {
     "tokens": "training tokens",
@@ -44,28 +46,58 @@ def main(options: Options) -> None:
         raise InputError("axis", options.axis, ", ".join(AXES))
     if not options.runs:
         raise InputError("runs", (), "folders of training runs")
-    figure, axes = canvas(f"Which run learns fastest, counted in {AXES[options.axis]}?", "", [])
-    axes.set(xlabel=AXES[options.axis], ylabel="bits per predicted token (points: validation)")
-    for path, colour in zip(options.runs, cycle(COLOURS), strict=False):
+    logs = {}
+    for path in options.runs:
         rows = read(path / "log.jsonl" if path.is_dir() else path)
-        training, validation = points(rows, options.axis)
-        axes.plot(*training, color=colour, linewidth=0.8, alpha=0.5)
-        axes.plot(
-            *validation,
-            color=colour,
-            marker="o",
-            label=path.name.removesuffix(".jsonl").replace("$", r"\$"),
-        )
+        logs[name_of(path, logs)] = points(rows, options.axis)
+    axis = AXES[options.axis]
+    question = f"Which run learns fastest, counted in {axis}?"
+    figure, axes = canvas(question, answer(logs, axis), caption(logs, axis))
+    places = [place for curves in logs.values() for x, _ in curves for place in x]
+    losses = [loss for curves in logs.values() for _, y in curves for loss in y]
+    scale_axis(axes, "x", axis, places)
+    scale_axis(axes, "y", "bits per predicted token", losses)
+    for (name, (training, validation)), look in zip(
+        logs.items(), looks([*logs]).values(), strict=True
+    ):
+        colour, marker, style = look
+        axes.plot(*training, style, color=colour, linewidth=0.8, alpha=0.5)
+        axes.plot(*validation, style, color=colour, marker=marker, label=name)
     label_lines(axes)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for path in save(figure, options.out):
         print(path)
 
 
+def name_of(path: Path, taken: dict) -> str:
+    """The folder's name, or the log's; of several alike the whole path."""
+    name = path.name.removesuffix(".jsonl")
+    return str(path) if name in taken else name
+
+
+def answer(logs: dict, axis: str) -> str:
+    """Which validation is lowest at the last place that all runs reached."""
+    validated = {name: list(zip(*curves[1], strict=True)) for name, curves in logs.items()}
+    if not all(validated.values()):
+        return ""
+    curves = {name: [(x, y, [y]) for x, y in pairs] for name, pairs in validated.items()}
+    last = min(max(pairs)[0] for pairs in curves.values())
+    scores = {name: at(pairs, last) for name, pairs in curves.items()}
+    return verdict(scores, False, f"after {amount(last)} {axis}", "run", False)
+
+
+def caption(logs: dict, axis: str) -> str:
+    """How to read the picture, and how far each run went."""
+    reached = (f"{name} {amount(max(training[0]))}" for name, (training, _) in logs.items())
+    return (
+        f"thin: training; thick, with points: validation. Reached, in {axis}: {', '.join(reached)}"
+    )
+
+
 def points(rows: list[dict], axis: str) -> tuple[tuple[list, list], tuple[list, list]]:
     """(x, y) of training and of validation. In older logs a validation has the tokens and FLOPs of the training row before
     it."""
-    bit = 0.6931471805599453
+    bit = math.log(2)
     training, validation, spent = ([], []), ([], []), {}
     for row in rows:
         if "loss" in row:

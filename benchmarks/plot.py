@@ -10,6 +10,7 @@ spread over the rounds, the caption names device and commit.
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -24,11 +25,23 @@ from benchmarks.crossover import overtaking
 from minimodels import InputError
 from minimodels.command import run_command
 
+from .drawing import (
+    STYLES,
+    amount,
+    canvas,
+    label_lines,
+    level,
+    line,
+    looks,
+    save,
+    scale_axis,
+    sources,
+)
+from .verdict import overlap, score, unbroken, verdict
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4b5563")
-STYLES = ("-", "--", ":", "-.")  # one per result file
 Rows = list[dict]
 Figures = Iterator[tuple[str, "Figure"]]  # with the name of the file
 
@@ -88,29 +101,36 @@ def throughput(rows: Rows) -> Figures:
     """Tokens a second against context, a picture for each mode and batch."""
     pictures = defaultdict(list)
     for row in rows:
-        if (
-            row.get("benchmark") == "throughput"
-            and row["seconds"]
-            and not row["model"].endswith(" again")
-        ):
+        timed = row.get("benchmark") == "throughput" and row["seconds"]
+        if timed and not row["model"].endswith(" again"):
             pictures[row["mode"], row["batch"] if row["mode"] == "decode" else 0].append(row)
     for (mode, batch), picture in pictures.items():
         doing = {"train": "train", "prefill": "read", "decode": f"write (batch {batch})"}[mode]
         title = f"How many tokens a second does each architecture {doing}, as the context grows?"
-        figure, axes = canvas(title, answer(picture), picture)
-        axes.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="tokens/s")
-        axes.set_xscale("log", base=2)
+        figure, axes = canvas(title, overtaken(picture), sources(picture))
+        contexts = [row["context"] for row in picture]
+        scale_axis(axes, "x", "context, tokens", contexts, log=True)
+        rates = [row["tokens"] / seconds for row in picture for seconds in row["seconds"]]
+        scale_axis(axes, "y", "tokens a second", rates, log=True)
         draw_lines(axes, picture, speeds)
-        name = f"throughput-{mode}" + (f"-{batch}" if mode == "decode" else "")
-        yield name, figure
+        yield f"throughput-{mode}" + (f"-{batch}" if mode == "decode" else ""), figure
 
 
-def answer(rows: Rows) -> str:
-    """What the title asks, in words: where Mamba overtakes the transformer."""
+def overtaken(rows: Rows) -> str:
+    """Where Mamba overtakes the transformer, in words, and whether their spreads at the longest context leave a doubt."""
     texts = []
     for file in dict.fromkeys(row["file"] for row in rows):
-        if place := overtaking([row for row in rows if row["file"] == file]):
-            texts.append(str(place))
+        own = [row for row in rows if row["file"] == file]
+        if place := overtaking(own):
+            last, spreads = place.contexts[-1], defaultdict(list)
+            for row in own:
+                if row["context"] == last:
+                    spreads[row.get("base", row["model"])].append(row["seconds"])
+            mamba, other = (
+                min(spreads[name], key=statistics.median) for name in ("mamba", "transformer")
+            )
+            doubt = f"; at {last:,} their spreads overlap, so that neither is ahead there"
+            texts.append(str(place) + doubt * overlap(mamba, other))
     return "; ".join(dict.fromkeys(texts))
 
 
@@ -121,20 +141,45 @@ def claims(rows: Rows) -> Figures:
         if row.get("benchmark") == "claim" and row.get("x") is not None:
             pictures[row["claim"], row["panel"]].append(row)
     for (claim, panel), picture in pictures.items():
-        first = picture[0]
-        figure, axes = canvas(first["question"], ends(picture), picture)
-        axes.set(xlabel=first["x_label"], ylabel=first["y_label"])
-        if first.get("x_log"):
-            axes.set_xscale("log", base=2)
+        first, accuracy = picture[0], is_accuracy(picture[0])
+        figure, axes = canvas(first["question"], ends(picture), sources(picture))
+        logarithmic = bool(first.get("x_log"))
+        scale_axis(axes, "x", first["x_label"], [row["x"] for row in picture], log=logarithmic)
+        scale_axis(axes, "y", first["y_label"], [row["y"] for row in picture], share=accuracy)
+        if accuracy and (share := chance(first["data"])):
+            level(axes, share, f"chance, {share:.1%}")
         draw_lines(axes, picture, curve)
         yield f"{claim}-{panel}", figure
 
 
+def is_accuracy(row: dict) -> bool:
+    """Whether a claim's row counts right answers, of which more are better; other rows count bits or load."""
+    return row["y_label"] == "answers right"
+
+
+def chance(data: str) -> float | None:
+    """The share of a task's answers that guessing gets right; None of anything else than a task. data: as in --data."""
+    name, vocab = re.match(r"\w*", data).group(), re.search(r"vocab=(\d+)", data)
+    answers = {  # how many answers there are, given the vocabulary; the default vocabulary
+        "copying": (lambda size: size - 2, 16),  # neither noise nor the question
+        "induction": (lambda size: size - 1, 16),  # not the special token
+        "mqar": (lambda size: size // 2, 8192),  # values are half of it
+    }
+    if name not in answers:
+        return None
+    count, default = answers[name]
+    return 1 / count(int(vocab.group(1)) if vocab else default)
+
+
 def curve(rows: Rows) -> list[tuple]:
-    """The first point of every seed as one, the second, and so on: the median x (for seconds differ), the mean y, every y."""
+    """The first point of every seed as one, the second, and so on: the median x (for seconds differ), the mean y, every y. A
+    probe right before the end is left out, because the end is scored on more batches."""
     seeds = defaultdict(list)
     for row in rows:
         seeds[row["seed"]].append((row["x"], row["y"]))
+    for points in seeds.values():
+        if len(points) > 2 and points[-2][0] > 0.98 * points[-1][0]:
+            del points[-2]
     points = (tuple(zip(*group, strict=True)) for group in zip(*seeds.values(), strict=False))
     return [
         (statistics.median(places), statistics.mean(values), values) for places, values in points
@@ -142,42 +187,39 @@ def curve(rows: Rows) -> list[tuple]:
 
 
 def ends(rows: Rows) -> str:
-    """Where each line ends, in words: the mean over the seeds, and at which x, if a line says more than how training went."""
-    texts, places = [], set()
-    for model in dict.fromkeys(row["model"] for row in rows):
-        own = [row for row in rows if row["model"] == model]
-        last = max(row["x"] for row in own) if rows[0].get("x_log") else None
-        finals = {row["seed"]: row["y"] for row in own if last in (None, row["x"])}
-        texts.append((model, statistics.mean(finals.values()), last))
-        places.add(last)
-    if len(places) > 1:
-        return ", ".join(f"{model} {mean:.3g} at {last:,.0f}" for model, mean, last in texts)
-    (last,) = places
-    where = "at the end" if last is None else f"at {last:,.0f}"
-    return f"{where}: " + ", ".join(f"{model} {mean:.3g}" for model, mean, _ in texts)
+    """Who is ahead at the last place that all lines reach, in words. Of lines that do not share one, where each ends."""
+    models = dict.fromkeys(row["model"] for row in rows)
+    curves = {model: curve([row for row in rows if row["model"] == model]) for model in models}
+    lasts = {model: max(place for place, *_ in points) for model, points in curves.items()}
+    share, logarithmic = is_accuracy(rows[0]), rows[0].get("x_log")
+    if logarithmic and len({*lasts.values()}) > 1:
+        told = ((model, *max(points)[:2]) for model, points in curves.items())
+        texts = (f"{name} {score(mean, share)} at {place:,.0f}" for name, place, mean in told)
+        unit = rows[0]["x_label"]
+        return "; ".join(map(unbroken, texts)) + f" {unit}"
+    last = min(lasts.values())
+    scores = {model: at(points, last) for model, points in curves.items()}
+    same = max(lasts.values()) <= 1.02 * last
+    unit = rows[0]["x_label"].split(" (")[0]
+    where = (
+        f"at {last:,.0f}"
+        if logarithmic
+        else "at the end"
+        if same
+        else f"after {amount(last)} {unit}"
+    )
+    return verdict(scores, share, where, "seed", share)
 
 
-def canvas(title: str, subtitle: str, rows: Rows):
-    """A figure with its question, the answer below it, and where the figures come from."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("matplotlib", "not installed", 'pip install "minimodels[plot]"') from None
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "minimodels"
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 5.4), layout="constrained")
-    axes.set_title(title + (f"\n{subtitle}" if subtitle else ""), loc="left", fontsize=11)
-    sources = {
-        row["file"]: f"{row.get('device')}, torch {row.get('torch')}, commit {row.get('commit')}"
-        for row in rows
-    }
-    caption = "\n".join(f"{STYLES[i % 4]}  {source}" for i, source in enumerate(sources.values()))
-    figure.supxlabel(caption, fontsize=8, color="#666666", x=0.01, ha="left")
-    axes.grid(True, which="major", color="#e5e7eb")
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+def at(points: list[tuple], place: float) -> list[float]:
+    """What each sample of a curve is at a place, straight between its points; at its last point from there on."""
+    points = sorted(points)
+    if place >= points[-1][0]:
+        return list(points[-1][2])
+    after = next(i for i, point in enumerate(points) if point[0] > place)
+    (low, _, lows), (high, _, highs) = points[max(0, after - 1)], points[after]
+    part = (place - low) / (high - low) if high > low else 0.0
+    return [a + part * (b - a) for a, b in zip(lows, highs, strict=True)]
 
 
 def speeds(rows: Rows) -> list[tuple]:
@@ -189,62 +231,19 @@ def speeds(rows: Rows) -> list[tuple]:
 
 
 def draw_lines(axes, rows: Rows, points_of: Callable[[Rows], list[tuple]]) -> None:
-    """A line for each model and file, with the spread over the rounds, or seeds, as a band."""
-    models = list(dict.fromkeys(row["model"] for row in rows))
+    """A line for each model and file, with the spread over the rounds, or seeds, as a band. The style tells files apart if
+    there are several, otherwise the variants of an architecture."""
+    look = looks(list(dict.fromkeys(row["model"] for row in rows)))
     files = list(dict.fromkeys(row["file"] for row in rows))
-    for row_file, style in zip(files, cycle(STYLES), strict=False):
-        for model, colour in zip(models, cycle(COLOURS), strict=False):
-            named = any(drawn.get_label() == model for drawn in axes.get_lines())
+    named = set()
+    for row_file, file_style in zip(files, cycle(STYLES), strict=False):
+        for model, (colour, marker, style) in look.items():
             own = [row for row in rows if (row["model"], row["file"]) == (model, row_file)]
             if own:
-                line(axes, "" if named else model, sorted(points_of(own)), colour, style)
+                drawn = colour, marker, style if len(files) == 1 else file_style
+                line(axes, "" if model in named else model, sorted(points_of(own)), drawn)
+                named.add(model)
     label_lines(axes)
-
-
-def line(axes, name: str, points: list, colour: str, style: str) -> None:
-    """The centres as a line, all samples within the band."""
-    places, centres, samples = zip(*points, strict=True)
-    axes.plot(places, centres, style, color=colour, marker="o", markersize=3, label=name or None)
-    axes.fill_between(
-        places,
-        [min(v) for v in samples],
-        [max(v) for v in samples],
-        color=colour,
-        alpha=0.15,
-        linewidth=0,
-    )
-
-
-def label_lines(axes) -> None:
-    """Names at the ends of the lines, moved apart where they would meet."""
-    lines = [drawn for drawn in axes.get_lines() if not drawn.get_label().startswith("_")]
-    ends = [
-        (axes.transData.transform((drawn.get_xdata()[-1], drawn.get_ydata()[-1])), drawn)
-        for drawn in lines
-    ]
-    ends.sort(key=lambda end: end[0][1])
-    height = None
-    for (_, place_y), drawn in ends:
-        height = place_y if height is None else max(place_y, height + 14)
-        axes.annotate(
-            drawn.get_label(), (drawn.get_xdata()[-1], drawn.get_ydata()[-1]), xytext=(8, (height - place_y) * 0.72),
-            textcoords="offset points", color=drawn.get_color(), va="center", fontsize=9,
-        )  # fmt: skip
-
-
-def save(figure, path: Path, formats: tuple[str, ...] = ("png", "svg")) -> list[Path]:
-    """A file for each format."""
-    from matplotlib import pyplot
-
-    paths = [
-        path.with_name(f"{path.name}.{suffix}") for suffix in formats
-    ]  # keeps a dot in the name
-    for target in paths:  # the same rows give the same file
-        figure.savefig(
-            target, dpi=160, metadata={"Date": None} if target.suffix == ".svg" else None
-        )
-    pyplot.close(figure)
-    return paths
 
 
 PICTURES = (throughput, claims)

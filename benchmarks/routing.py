@@ -3,13 +3,14 @@
     python -m benchmarks.routing runs/mod "def f(x):"             coloured in the terminal
     python -m benchmarks.routing runs/hybrid "import os" --html routing.html
 
-A group's line colours the tokens that took the group; an expert layer's line colours each token by the expert whose output
-weighed most.
+A group's line colours the tokens that took the group, and says how many did; an expert layer's line colours each token by the
+expert whose output weighed most. A legend says which colour is which expert's.
 """
 
 from __future__ import annotations
 
 import html
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from minimodels.command import run_command
 from minimodels.data.tokenizer import Bytes
 from minimodels.training.checkpoint import load_model
 
+TAKEN = -1  # in the place of an expert's number: a group took the token
+TAKEN_COLOUR = "#d1d5db"
 COLOURS = (
     "#fca5a5",
     "#fdba74",
@@ -34,8 +37,9 @@ COLOURS = (
     "#93c5fd",
     "#c4b5fd",
     "#f9a8d4",
-    "#d4d4d8",
+    "#d6b48c",
 )
+Choices = list[int | None]  # of each token: the expert that weighs most, or TAKEN; None: passed by
 
 
 @dataclass(frozen=True)
@@ -65,21 +69,22 @@ def main(options: Options) -> None:
     if not layers:
         raise InputError("run", str(options.run), "a model with moe layers or mod(...) groups")
     characters = [chr(token) if 32 <= token < 127 else "·" for token in tokens.tolist()]
-    width = max(map(len, layers))
-    for name, colours in layers.items():
-        print(
-            f"{name:{width}} "
-            + "".join(paint(c, colour) for c, colour in zip(characters, colours, strict=True))
-        )
+    names = {name: f"{name}, {said(choices)}" for name, choices in layers.items()}
+    width = max(map(len, names.values()))
+    for name, choices in layers.items():
+        painted = (paint(c, colour(at)) for c, at in zip(characters, choices, strict=True))
+        print(f"{names[name]:{width}} {''.join(painted)}")
+    key = " ".join(paint(f" {text} ", mark) for text, mark in legend(layers).items())
+    print(f"{'':{width}} {key}")
     if options.html:
         options.html.write_text(page(options.text, characters, layers), encoding="utf-8")
         print(f"written to {options.html}")
 
 
 @torch.no_grad()
-def trace(model: LM, tokens: torch.Tensor, route: str = "") -> dict[str, list[str | None]]:
-    """For each router a colour per token, None where it was passed by. Tokens (T,)."""
-    found: dict[str, list[str | None]] = {}
+def trace(model: LM, tokens: torch.Tensor, route: str = "") -> dict[str, Choices]:
+    """What each router chose for each token. Tokens (T,)."""
+    found: dict[str, Choices] = {}
     restore: list[Callable[[], None]] = []
     for name, module in model.named_modules():
         if isinstance(module, MixtureOfDepths):
@@ -102,6 +107,7 @@ def trace(model: LM, tokens: torch.Tensor, route: str = "") -> dict[str, list[st
 
 def watch_depth(module: MixtureOfDepths, name: str, T: int, found: dict, restore: list) -> None:
     """Record which tokens take the group."""
+    found[name] = [None] * T
     select = module.select
 
     def recording(x, decision, positions):
@@ -113,7 +119,7 @@ def watch_depth(module: MixtureOfDepths, name: str, T: int, found: dict, restore
             )
             if is_real
         }
-        found[name] = [COLOURS[6] if place in taken else None for place in range(T)]
+        found[name] = [TAKEN if place in taken else None for place in range(T)]
         return index, real
 
     module.select = recording
@@ -123,6 +129,7 @@ def watch_depth(module: MixtureOfDepths, name: str, T: int, found: dict, restore
 def watch_experts(module: MoE, name: str, T: int, found: dict, restore: list) -> None:
     """Record the expert that weighs most for each token. Within a group only some tokens come, at their positions."""
     route, places = module.route, list(range(T))
+    found[name] = [None] * T  # which it stays where a group around the layer takes no token
 
     def arriving(module, arguments):
         if arguments[2] is not None:
@@ -131,9 +138,7 @@ def watch_experts(module: MoE, name: str, T: int, found: dict, restore: list) ->
     def recording(logits, K, bias):
         gates, visits, probabilities = route(logits, K, bias)
         best = dict(zip(places, (gates * visits).argmax(-1)[0].tolist(), strict=True))
-        found[name] = [
-            COLOURS[best[place] % len(COLOURS)] if place in best else None for place in range(T)
-        ]
+        found[name] = [best.get(place) for place in range(T)]
         return gates, visits, probabilities
 
     hook = module.register_forward_pre_hook(arriving)
@@ -141,30 +146,60 @@ def watch_experts(module: MoE, name: str, T: int, found: dict, restore: list) ->
     restore += [hook.remove, lambda: setattr(module, "route", route)]
 
 
-def paint(character: str, colour: str | None) -> str:
-    """A character on a coloured ground, for a terminal with 24-bit colours."""
-    if colour is None:
-        return character
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return f"\033[30;48;2;{red};{green};{blue}m{character}\033[0m"
+def colour(choice: int | None) -> str | None:
+    """Of the ground on which a token is shown; ten experts have one each, the next ten the same again."""
+    if choice is None:
+        return None
+    return TAKEN_COLOUR if choice == TAKEN else COLOURS[choice % len(COLOURS)]
 
 
-def page(text: str, characters: list[str], layers: dict[str, list[str | None]]) -> str:
+def said(choices: Choices) -> str:
+    """How many tokens a router chose."""
+    return f"{sum(choice is not None for choice in choices)} of {len(choices)} tokens"
+
+
+def legend(layers: dict[str, Choices]) -> dict[str, str]:
+    """What each colour says, of those that are shown; empty if none is."""
+    shown = {choice for choices in layers.values() for choice in choices if choice is not None}
+    experts = defaultdict(list)
+    for choice in sorted(shown - {TAKEN}):
+        experts[colour(choice)].append(choice)
+    marks = {f"expert {', '.join(map(str, numbers))}": mark for mark, numbers in experts.items()}
+    return ({"took the group": TAKEN_COLOUR} if TAKEN in shown else {}) | marks
+
+
+def paint(text: str, ground: str | None) -> str:
+    """Text on a coloured ground, for a terminal with 24-bit colours."""
+    if ground is None:
+        return text
+    red, green, blue = (int(ground[i : i + 2], 16) for i in (1, 3, 5))
+    return f"\033[30;48;2;{red};{green};{blue}m{text}\033[0m"
+
+
+def page(text: str, characters: list[str], layers: dict[str, Choices]) -> str:
     """The same as HTML."""
     rows = []
-    for name, colours in layers.items():
-        cells = "".join(
-            f'<span style="background:{colour}">{html.escape(c)}</span>'
-            if colour
-            else html.escape(c)
-            for c, colour in zip(characters, colours, strict=True)
-        )
-        rows.append(f"<tr><th>{html.escape(name)}</th><td><pre>{cells}</pre></td></tr>")
-    style = "body{font-family:sans-serif} th{text-align:left;padding-right:1em;font-weight:normal} pre{margin:2px}"
+    for name, choices in layers.items():
+        pairs = zip(characters, choices, strict=True)
+        cells = "".join(ground(character, colour(choice)) for character, choice in pairs)
+        head = html.escape(f"{name}, {said(choices)}")
+        rows.append(f"<tr><th>{head}</th><td><pre>{cells}</pre></td></tr>")
+    style = (
+        "body{font-family:sans-serif} th{text-align:left;padding-right:1em;font-weight:normal} "
+        "pre{margin:2px} p span{padding:2px 6px}"
+    )
+    key = " ".join(ground(name, mark) for name, mark in legend(layers).items())
     return (
         f'<!doctype html><meta charset="utf-8"><title>Routing</title><style>{style}</style>'
-        f"<p>Where each layer sent the tokens of: {html.escape(text)}</p><table>{''.join(rows)}</table>\n"
+        f"<p>Where each layer sent the tokens of: {html.escape(text)}</p>"
+        f"<p>{key}</p><table>{''.join(rows)}</table>\n"
     )
+
+
+def ground(text: str, background: str | None) -> str:
+    """Text on a coloured ground, as HTML."""
+    escaped = html.escape(text)
+    return f'<span style="background:{background}">{escaped}</span>' if background else escaped
 
 
 if __name__ == "__main__":

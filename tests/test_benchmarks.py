@@ -438,8 +438,8 @@ def test_routing_shows_what_the_routers_chose():
     depth, inner, outer = (
         shown[name] for name in ("mod layers.0", "moe layers.0.group.1.layer", "moe layers.1.layer")
     )
-    assert sum(colour is not None for colour in depth) == 5  # half of nine, rounded up
-    assert [colour is None for colour in depth] == [colour is None for colour in inner]
+    assert depth.count(routing.TAKEN) == 5  # half of nine, rounded up
+    assert [choice is None for choice in depth] == [choice is None for choice in inner]
     assert None not in outer
     before, _ = lm(tokens[None])
     assert torch.equal(lm(tokens[None])[0], before)  # nothing is left behind
@@ -629,10 +629,8 @@ def test_a_curve_joins_the_seeds_probe_by_probe():
         for x, y in points
     ]
     assert plot.curve(rows) == [(2, 4.5, (4, 5)), (4, 2.5, (3, 2))]
-    rows = [{**row, "model": "a"} for row in rows]
-    assert plot.ends([row for row in rows if row["x"] in (2, 6)]) == "at the end: a 2.5"
-    longer = [{"seed": 0, "x": 9, "y": 7, "model": "b"}]
-    assert plot.ends([{**row, "x_log": True} for row in rows[:2] + longer]) == "a 3 at 2, b 7 at 9"
+    kinked = [{"seed": 0, "x": x, "y": y} for x, y in ((50, 3), (99, 1), (100, 2))]
+    assert plot.curve(kinked) == [(50, 3, (3,)), (100, 2, (2,))]  # the end is scored on more
 
 
 @pytest.mark.parametrize("content", ["", "not JSON", "[1]\n", '{"benchmark": "none"}\n'])

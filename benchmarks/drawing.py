@@ -1,0 +1,211 @@
+"""How pictures look: a canvas with a question, its answer and a source; lines with a colour for each architecture; numbers that
+can be read."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+import zlib
+from itertools import cycle
+from pathlib import Path
+
+from minimodels import InputError
+
+COLOURS = {  # of an architecture, in every picture
+    "transformer": "#2563eb",
+    "mamba": "#dc2626",
+    "moe": "#059669",
+    "mod": "#d97706",
+    "hybrid": "#7c3aed",
+}
+COLOURS |= {name: COLOURS["transformer"] for name in ("attention", "dense")}
+OTHERS = ("#0891b2", "#ec4899", "#4b5563", "#84cc16", "#92400e", "#c026d3", "#111827")
+STYLES = ("-", "--", ":", "-.")
+STYLE_NAMES = ("solid", "dashed", "dotted", "dash-dotted")
+MARKERS = ("o", "s", "^", "D", "v")
+SCALES = {1e9: "billion", 1e12: "trillion", 1e15: "quadrillion", 1e18: "quintillion"}
+LINE, SMALL_LINE = 100, 150  # characters of a title and of a caption that fit into a line
+GAP = 13.0  # points between the names of two lines
+
+
+def pyplot():
+    """matplotlib's, drawing into files alone. Raises InputError if it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("matplotlib", "not installed", 'pip install "minimodels[plot]"') from None
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "minimodels"  # the same rows give the same file
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def canvas(question: str, answer: str, caption: str):
+    """A figure with its question, the answer below it, and at the bottom where the figures come from."""
+    figure, axes = pyplot().subplots(figsize=(9, 5.4), layout="constrained")
+    title = "\n".join(wrap(text, LINE) for text in (question, answer) if text)
+    source = "\n".join(wrap(text, SMALL_LINE) for text in caption.splitlines())
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    figure.supxlabel(source, fontsize=8, color="#666666", x=0.01, ha="left")
+    axes.grid(True, which="major", color="#e5e7eb")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def wrap(text: str, width: int) -> str:
+    """The text in lines that fit; a dollar is a dollar, not the start of a formula."""
+    return textwrap.fill(text, width, break_on_hyphens=False).replace("$", r"\$")
+
+
+def sources(rows: list[dict]) -> str:
+    """Where rows come from, a line for each file; of several files the style of their lines."""
+    found = {
+        row["file"]: f"{row.get('device')}, torch {row.get('torch')}, commit {row.get('commit')}"
+        for row in rows
+    }
+    if len(found) == 1:
+        return next(iter(found.values()))
+    named = zip(cycle(STYLE_NAMES), found.values(), strict=False)
+    return "\n".join(f"{style}: {source}" for style, source in named)
+
+
+def looks(names: list[str]) -> dict[str, tuple[str, str, str]]:
+    """Colour, marker and style of each name. Its architecture decides the colour, so that variants share it and differ in the
+    rest; a name without a known architecture takes a colour that its letters choose, or the next one if that is taken."""
+    found, taken, variants = {}, set(), {}
+    for name in names:
+        words = re.findall(r"[a-z0-9_]+", name.lower())
+        architecture = next((word for word in words if word in COLOURS), name)
+        if architecture in COLOURS:
+            colour = COLOURS[architecture]
+        else:
+            start = zlib.crc32(architecture.encode()) % len(OTHERS)
+            ring = OTHERS[start:] + OTHERS[:start]
+            colour = next((other for other in ring if other not in taken), ring[0])
+        variant = variants[colour] = variants.get(colour, -1) + 1
+        taken.add(colour)
+        found[name] = colour, MARKERS[variant % len(MARKERS)], STYLES[variant % len(STYLES)]
+    return found
+
+
+def unit_of(value: float) -> float:
+    """The largest of SCALES that is not above the value; 1 for a value below all."""
+    return max((scale for scale in SCALES if value >= scale), default=1)
+
+
+def amount(value: float) -> str:
+    """A number in a sentence, with three digits: 1.49 trillion, 614,000, 12.9."""
+    unit = unit_of(value)
+    rounded = float(f"{value / unit:.3g}")
+    return number(rounded) + (f" {SCALES[unit]}" if unit > 1 else "")
+
+
+def number(value: float) -> str:
+    """A number as people write it: 256, 1,024, 0.25; never 2^8 or 1e6."""
+    text = f"{value:,.6f}".rstrip("0").rstrip(".")
+    return "0" if text == "-0" else text
+
+
+def scale_axis(
+    axes, side: str, label: str, places: list[float], log: bool = False, share: bool = False
+) -> None:
+    """Label the axis of a side, x or y, and its ticks. `places`: the values on it, which are the ticks of a logarithmic x axis
+    if they are few; `share`: they are from 0 to 1, written as percent."""
+    from matplotlib import ticker
+
+    unit = unit_of(max(map(abs, places), default=0.0))
+    axis = getattr(axes, f"{side}axis")
+    axis.set_label_text(label + (f", {SCALES[unit]}s" if unit > 1 else ""))
+    if log:
+        getattr(axes, f"set_{side}scale")("log")
+        marks = sorted({*places})
+        narrow = marks[-1] < 10 * marks[0]
+        rounded = ticker.LogLocator(10, subs=(1, 1.5, 2, 3, 4, 5, 7) if narrow else (1, 2, 5))
+        measured = side == "x" and few(marks)
+        axis.set_major_locator(ticker.FixedLocator(marks) if measured else rounded)
+        axis.set_minor_locator(ticker.NullLocator())
+    plain = ticker.FuncFormatter(lambda value, _: number(value / unit))
+    axis.set_major_formatter(ticker.PercentFormatter(1, decimals=0) if share else plain)
+
+
+def few(marks: list[float]) -> bool:
+    """Whether the marks of a logarithmic axis are few and far enough from each other to be its ticks."""
+    pairs = zip(marks, marks[1:], strict=False)
+    return len(marks) <= 13 and all(b >= 1.4 * a for a, b in pairs)
+
+
+def line(axes, name: str, points: list, look: tuple[str, str, str]) -> None:
+    """Through the centres, with all samples within the band. points: (place, centre, samples)."""
+    places, centres, samples = zip(*points, strict=True)
+    colour, marker, style = look
+    axes.plot(places, centres, style, color=colour, marker=marker, markersize=4, label=name or None)
+    low, high = [min(values) for values in samples], [max(values) for values in samples]
+    axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def level(axes, height: float, name: str) -> None:
+    """A thin line across, such as what chance reaches, named at its left end."""
+    axes.axhline(height, color="#6b7280", linewidth=1, linestyle=(0, (1, 2)), label="_level")
+    place = axes.get_yaxis_transform()
+    offset = {"xytext": (4, 3), "textcoords": "offset points"}
+    axes.annotate(name, (0, height), xycoords=place, **offset, color="#6b7280", fontsize=8)
+
+
+def label_lines(axes) -> None:
+    """The names of the lines, in the margin on the right, where no line passes, each beside the end of its line if others leave
+    room."""
+    figure = axes.figure
+    lines = [drawn for drawn in axes.get_lines() if not drawn.get_label().startswith("_")]
+    figure.draw_without_rendering()  # settles where the axes are
+    ends = [
+        axes.transData.transform((drawn.get_xdata()[-1], drawn.get_ydata()[-1])) for drawn in lines
+    ]
+    box, point = axes.get_window_extent(), figure.dpi / 72
+    heights = spread([(height - box.y0) / point for _, height in ends], GAP, box.height / point)
+    for drawn, height in zip(lines, heights, strict=True):
+        axes.annotate(
+            drawn.get_label().replace("$", r"\$"), (1, 0), xycoords="axes fraction", xytext=(8, height),
+            textcoords="offset points", color=drawn.get_color(), va="center", fontsize=9,
+        )  # fmt: skip
+
+
+def spread(heights: list[float], gap: float, most: float) -> list[float]:
+    """The heights, moved apart until neighbours have the gap, each group no further than it must, and none above `most`."""
+    order = sorted(range(len(heights)), key=heights.__getitem__)
+    groups: list[list] = []  # [centre, members]
+    for index in order:
+        groups.append([heights[index], [index]])
+        while len(groups) > 1 and bottom(groups[-1], gap) < top(groups[-2], gap) + gap:
+            (low, first), (high, second) = groups[-2:]
+            size = len(first) + len(second)
+            middle = (low * len(first) + high * len(second)) / size
+            groups[-2:] = [[middle, first + second]]
+    moved = [0.0] * len(heights)
+    for group in groups:
+        for place, index in enumerate(group[1]):
+            moved[index] = bottom(group, gap) + place * gap
+    for index in reversed(order):
+        moved[index] = min(moved[index], most)
+        most = moved[index] - gap
+    return moved
+
+
+def bottom(group: list, gap: float) -> float:
+    """The height of a group's lowest member."""
+    return group[0] - gap * (len(group[1]) - 1) / 2
+
+
+def top(group: list, gap: float) -> float:
+    """The height of a group's highest member."""
+    return group[0] + gap * (len(group[1]) - 1) / 2
+
+
+def save(figure, path: Path, formats: tuple[str, ...] = ("png", "svg")) -> list[Path]:
+    """A file for each format; a dot in the name is kept."""
+    paths = [path.with_name(f"{path.name}.{suffix}") for suffix in formats]
+    for target in paths:
+        undated = {"Date": None} if target.suffix == ".svg" else None
+        figure.savefig(target, dpi=160, metadata=undated)
+    pyplot().close(figure)
+    return paths
