@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import textwrap
 import zlib
-from itertools import cycle
+from itertools import cycle, pairwise
 from pathlib import Path
 
 from minimodels import InputError
@@ -131,7 +131,7 @@ def scale_axis(
 
 def few(marks: list[float]) -> bool:
     """Whether the marks of a logarithmic axis are few and far enough from each other to be its ticks."""
-    pairs = zip(marks, marks[1:], strict=False)
+    pairs = pairwise(marks)
     return len(marks) <= 13 and all(b >= 1.4 * a for a, b in pairs)
 
 

@@ -200,7 +200,7 @@ class DeltaNet(nn.Module):
     def flops(self, context: int) -> float:
         """Forward FLOPs per token: projections, convolution, and the operation in chunks."""
         n, V = self.options.steps, self.V
-        C = rule.chunk_length(n * context, self.K)
+        C = rule.chunk_length(n * context)
         chunks = n * self.H * rule.flops(C, self.K, V, erase=True)
         maps = sum(flops(part, context) for part in self.children())
         return maps + 2 * self.conv1d.weight.numel() + chunks

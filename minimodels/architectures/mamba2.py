@@ -163,7 +163,7 @@ class Mamba2(nn.Module):
         """Forward FLOPs per token: projections, convolution, and the operation in chunks."""
         maps = (self.in_proj, self.conv1d, self.out_proj)
         N, P = self.options.state_size, self.options.head_dim
-        chunks = self.H * rule.flops(rule.chunk_length(context, N), N, P, erase=False)
+        chunks = self.H * rule.flops(rule.chunk_length(context), N, P, erase=False)
         return 2 * sum(part.weight.numel() for part in maps) + chunks
 
     def state_bytes(self, context: int, itemsize: int) -> float:
