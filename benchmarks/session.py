@@ -51,4 +51,4 @@ def work(jobs: list[Job], session: Session) -> None:
             job.run(session)
         except Exception as error:  # of what the job does not attempt itself, such as comparing
             journal.failed({"job": job.name}, error)
-            journal.tidy({"job": job.name})
+        journal.tidy({"job": job.name})

@@ -64,6 +64,7 @@ def test_a_rehearsal_runs_every_branch(tmp_path):
     assert all(row["seconds"] and len(row["losses"]) == 2 for row in trained)
     files = {path.name for path in out.iterdir()}
     pictures = {f"throughput-{mode}.png" for mode in ("train", "prefill", "decode-1")}
+    pictures.add("operations.png")
     assert files == {"rows.jsonl", "checks.txt", "tables.md", *pictures} and len(files) <= 8
     tables = (out / "tables.md").read_text()
     assert "| `selective_scan` backward |" in tables and "| `hybrid` |" in tables
