@@ -45,7 +45,7 @@ def work(jobs: list[Job], session: Session) -> None:
     for job in jobs:
         needed = 0.5 if session.toy else job.seconds
         if journal.left() < needed:
-            journal.add("no time", job=job.name, error=f"it takes {needed:.0f} s or more")
+            journal.add("no time", job=job.name, error=f"it takes {needed:g} s or more")
             continue
         try:
             job.run(session)
