@@ -83,7 +83,7 @@ class Journal:
         self.add(status, **row, error=f"{type(error).__name__}: {reason}")
 
     def tidy(self, row: dict) -> None:
-        """Free what the failed call left behind. A GPU that answers nothing more is lost to this process, which is replaced."""
+        """Free what a call left behind. A GPU that no longer answers is lost to this process, which is replaced."""
         gc.collect()
         try:
             synchronise()

@@ -37,6 +37,7 @@ from .drawing import (
     scale_axis,
     sources,
 )
+from .plot_operations import operations
 from .verdict import overlap, score, unbroken, verdict
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def main(options: Options) -> None:
         raise InputError(
             "results",
             [str(path) for path in options.results],
-            "rows of benchmarks.throughput or benchmarks.claims",
+            "rows of benchmarks.all, kernels, throughput or claims",
         )
     for path in drawn:
         print(path)
@@ -246,7 +247,7 @@ def draw_lines(axes, rows: Rows, points_of: Callable[[Rows], list[tuple]]) -> No
     label_lines(axes)
 
 
-PICTURES = (throughput, claims)
+PICTURES = (operations, throughput, claims)
 
 
 if __name__ == "__main__":

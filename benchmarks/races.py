@@ -14,8 +14,10 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 
 import torch
+from minimodels.kernels import OPERATIONS
 from torch import Tensor
 
 from minimodels.measure import interleave, peak_bytes, synchronise
@@ -46,49 +48,82 @@ def losses(module) -> dict:
     return {name: replace(module.PEERS[name], call=call) for name, call in calls.items()}
 
 
+def case(module, *sizes) -> object:
+    """The kernel file's own case of these sizes."""
+    return module.case(*sizes)
+
+
+def decoding(module, S: int, H: int, G: int, d: int) -> object:
+    """One query of H heads, of which H/G share each of the S keys and values: what it costs is to read these."""
+
+    def inputs() -> tuple:
+        sizes = (1, H, 1, d), (1, G, S, d), (1, G, S, d)
+        return tuple(torch.randn(size, **module.TIMED) for size in sizes)
+
+    label = f"decoding: B 1, H {H}, G {G}, S {S}, d {d}"
+    return SimpleNamespace(
+        label=label, inputs=inputs, forward=2 * G * S * d, backward=0, unit="GB/s"
+    )
+
+
+def paths(module, operation: str) -> tuple[Provider, Provider]:
+    """The torch path and the kernel."""
+    return partial(module.operation, impl="torch"), getattr(module, operation)
+
+
+def with_rate(module, operation: str) -> tuple[Provider, Provider]:
+    """The delta rule with a rate, as its peers take it."""
+    return tuple(partial(module.with_rate, impl=impl) for impl in ("torch", "triton"))
+
+
 @dataclass(frozen=True)
 class Race:
     """An operation at one size."""
 
     operation: str
     """its kernel file says how inputs are made and which peers there are"""
-    full: tuple[int, ...]
-    """arguments of the kernel file's `maker` on a GPU"""
-    toy: tuple[int, ...]
+    full: tuple[int | str, ...]
+    """sizes on a GPU, as `maker` takes them"""
+    toy: tuple[int | str, ...]
     """and where each branch is only tried"""
-    maker: str = "case"
-    """function of the kernel file that makes the case"""
+    maker: Callable[..., object] = case
+    """makes the case from the kernel file and the sizes"""
+    paths: Callable[..., tuple[Provider, Provider]] = paths
     peers: Callable[[object], dict] = all_but_flex
     directions: tuple[str, ...] = ("forward", "backward")
     """or ("both",), because some providers make the gradients in the forward pass"""
 
     @property
     def name(self) -> str:
-        kind = "" if self.peers is not flex_alone else " flex"
-        return f"{self.operation}{kind} {self.maker}({', '.join(map(str, self.full))})"
+        kind = " flex" if self.peers is flex_alone else ""
+        return f"{self.operation}{kind} {self.maker.__name__}({', '.join(map(str, self.full))})"
 
 
+GATED, TOY_GATED = ("gated delta", 2**16), ("gated delta", 16)
 FIRST = (
     *(Race("selective_scan", (2**16, T, 1536), (16, 8, 32)) for T in (1024, 4096, 16384)),
     *(Race("attention", (2**14, T, 16, d), (16, 16, 1, 16)) for T in (4096, 16384) for d in (64, 128)),
     Race("grouped_mlp", (32768, 128, 8, 2048, 768), (8, 2, 1, 16, 16)),
     Race("causal_conv1d", (16, 8192, 1536), (2, 8, 32)),
     Race("rmsnorm", (2**27 // 768, 768), (4, 32)),
-    Race("attention", (2**17, 16, 128), (64, 2, 16), maker="decoding", directions=("forward",)),
+    *(Race("attention", (2**17, H, G, 128), (64, 2 * H // G, 2, 16), decoding, directions=("forward",))
+      for H, G in ((16, 16), (32, 8))),
+    Race("delta_rule", (*GATED, 2048, 16, 16, 128, 128), (*TOY_GATED, 16, 1, 1, 16, 16), paths=with_rate),
 )  # fmt: skip
 LATER = (
     Race("linear_cross_entropy", (8192, 2048, 50304), (8, 16, 32), peers=losses, directions=("both",)),
     *(Race("attention", (2**14, 1024, 16, d), (16, 16, 1, 16)) for d in (64, 128)),
     Race("grouped_mlp", (8192, 8, 2, 2048, 5632), (8, 2, 2, 16, 16)),
     Race("rmsnorm", (2**15, 4096), (3, 16)),
+    Race("delta_rule", (*GATED, 2**16, 16, 16, 128, 128), (*TOY_GATED, 8, 1, 1, 16, 16), paths=with_rate),
     Race("selective_scan", (2**16, 2**16, 1536), (9, 9, 32)),
 )  # fmt: skip
 LAST = (Race("attention", (2**14, 4096, 16, 64), (16, 16, 1, 16), peers=flex_alone),)
 
 
 def jobs(races: Iterable[Race]) -> list[Job]:
-    """A job for each race."""
-    return [Job(race.name, partial(run, race)) for race in races]
+    """A job for each race of an operation that has a kernel."""
+    return [Job(race.name, partial(run, race)) for race in races if race.operation in OPERATIONS]
 
 
 def run(this: Race, session: Session) -> None:
@@ -99,8 +134,8 @@ def run(this: Race, session: Session) -> None:
     prepared = journal.attempt(row, partial(inputs_of, module, this, session.toy))
     if prepared is None:
         return
-    case, arguments = prepared
-    row |= {"case": case.label, "unit": case.unit, "ceiling": session.limits[case.unit]}
+    made, arguments = prepared
+    row |= {"case": made.label, "unit": made.unit, "ceiling": session.limits[made.unit]}
     right, expected = {}, None
     for name, (call, same, missing) in providers(module, this, session).items():
         if missing:
@@ -122,22 +157,22 @@ def run(this: Race, session: Session) -> None:
             right[name] = call, off
     del expected
     for direction in this.directions:
-        work = case.backward if direction == "backward" else case.forward
+        work = made.backward if direction == "backward" else made.forward
         take_turns(right, arguments, direction, {**row, "direction": direction}, work, session)
 
 
 def inputs_of(module, this: Race, toy: bool) -> tuple:
     """The case, and the arguments that all providers share."""
     torch.manual_seed(0)
-    case = getattr(module, this.maker)(*(this.toy if toy else this.full))
-    return case, case.inputs()
+    made = this.maker(module, *(this.toy if toy else this.full))
+    return made, made.inputs()
 
 
 def providers(module, this: Race, session: Session) -> dict[str, tuple]:
     """By name: what to call, whether it computes the same as the torch path, which is the first, and why it cannot run."""
-    kernel = getattr(module, this.operation)
+    torch_path, kernel = this.paths(module, this.operation)
     found = {
-        "torch": (partial(module.operation, impl="torch"), True, ""),
+        "torch": (torch_path, True, ""),
         "triton": (kernel, True, session.refusal([this.operation])),
     }
     for name, peer in this.peers(module).items():

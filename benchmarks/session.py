@@ -45,10 +45,10 @@ def work(jobs: list[Job], session: Session) -> None:
     for job in jobs:
         needed = 0.5 if session.toy else job.seconds
         if journal.left() < needed:
-            journal.add("no time", job=job.name, error=f"it takes {needed:.0f} s or more")
+            journal.add("no time", job=job.name, error=f"it takes {needed:g} s or more")
             continue
         try:
             job.run(session)
         except Exception as error:  # of what the job does not attempt itself, such as comparing
             journal.failed({"job": job.name}, error)
-            journal.tidy({"job": job.name})
+        journal.tidy({"job": job.name})

@@ -271,3 +271,43 @@ def test_experts_that_share_a_colour_share_a_place_in_the_legend():
     }
     assert routing.colour(12) == routing.colour(2) and routing.colour(None) is None
     assert len({*routing.COLOURS, routing.TAKEN_COLOUR}) == 11
+
+
+def test_operations_are_marked_at_their_share():
+    row = {"benchmark": "kernels", "operation": "scan", "direction": "forward", "ceiling": 10.0}
+    row |= {"file": "f", "unit": "GB/s"}
+    timed = {"torch": (2.0, [4.0, 5.0]), "triton": (8.0, [1.0, 1.2]), "peer": (5.0, [2.0])}
+    rows = [
+        {**row, "case": case, "provider": name, "rate": rate, "seconds": seconds}
+        for case in ("small", "large")
+        for name, (rate, seconds) in timed.items()
+    ]
+    rows.append({**row, "case": "failed", "provider": "triton", "status": "wrong"})
+    ((name, figure),) = plot.PICTURES[0](rows)
+    (axes,) = figure.axes
+    marks = {each.get_label(): each.get_offsets().tolist() for each in axes.collections}
+    assert marks == {
+        "triton": [[0.8, 0], [0.8, 1]],
+        "torch": [[0.2, 0], [0.2, 1]],
+        "peer": [[0.5, 0], [0.5, 1]],
+    }
+    labels = [tick.get_text() for tick in axes.get_yticklabels()]
+    assert labels == ["scan forward, large", "scan forward, small"] and name == "operations"
+    assert (
+        "triton is faster than torch in 2 of 2 cases, slower in 0." in figure._suptitle.get_text()
+    )
+    rows[1]["seconds"], rows[4]["seconds"] = [4.5, 4.6], [6.0, 7.0]
+    ((_, figure),) = plot.PICTURES[0](rows)
+    said = figure._suptitle.get_text()
+    assert "in 0 of 2 cases, slower in 1; in 1 the spreads overlap." in said
+    assert not list(plot.PICTURES[0]([{"benchmark": "claim"}]))
+
+
+def test_the_picture_of_operations_is_not_cut_off():
+    (figure,) = figures_of([RESULTS / "cpu/kernels.jsonl"]).values()
+    figure.draw_without_rendering()
+    (axes,), page = figure.axes, figure.get_window_extent()
+    boxes = [tick.get_window_extent() for tick in axes.get_yticklabels()]
+    boxes += [text.get_window_extent() for text in axes.get_legend().get_texts()]
+    assert all(box.x0 >= page.x0 and box.x1 <= page.x1 for box in boxes)
+    assert not any(one.overlaps(other) for one, other in itertools.pairwise(boxes[:5]))

@@ -20,6 +20,8 @@ from minimodels.presets import PRESETS
 
 pytest.importorskip("triton")
 CPU = torch.device("cpu")
+NORM = next(race for race in races.FIRST if race.operation == "rmsnorm")
+CONVOLUTION = next(race for race in races.FIRST if race.operation == "causal_conv1d")
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def code(text: str):
 
 def test_a_rehearsal_runs_every_branch(tmp_path):
     out = tmp_path / "dry"
-    command = [sys.executable, "-m", "benchmarks.all", "--dry", "--minutes", "6", "--out", str(out)]
+    command = [sys.executable, "-m", "benchmarks.all", "--dry", "--minutes", "9", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "everything was measured" in done.stdout, done.stderr
     rows = read_rows(out / "rows.jsonl")
@@ -64,6 +66,7 @@ def test_a_rehearsal_runs_every_branch(tmp_path):
     assert all(row["seconds"] and len(row["losses"]) == 2 for row in trained)
     files = {path.name for path in out.iterdir()}
     pictures = {f"throughput-{mode}.png" for mode in ("train", "prefill", "decode-1")}
+    pictures.add("operations.png")
     assert files == {"rows.jsonl", "checks.txt", "tables.md", *pictures} and len(files) <= 8
     tables = (out / "tables.md").read_text()
     assert "| `selective_scan` backward |" in tables and "| `hybrid` |" in tables
@@ -80,7 +83,7 @@ def test_a_wrong_kernel_loses_its_own_rows_alone(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "selective_scan", wrong_gradient)
     monkeypatch.setattr(checks, "command", code("pass"))
-    plan = races.jobs([races.FIRST[0], races.FIRST[-2]])
+    plan = races.jobs([races.FIRST[0], NORM])
     monkeypatch.setattr(everything, "plan", lambda toy: plan)
     everything.main(everything.Options(out=tmp_path / "a", dry=True))
     rows = read_rows(tmp_path / "a/rows.jsonl")
@@ -110,7 +113,7 @@ def test_a_failed_check_costs_its_kernel_alone(session, monkeypatch, tmp_path):
     assert list(session.unproven) == ["rmsnorm", "attention"]
     assert "looks bad" in session.unproven["rmsnorm"]
 
-    work(races.jobs([races.FIRST[-2], races.FIRST[-3]]), session)  # rmsnorm, causal_conv1d
+    work(races.jobs([NORM, CONVOLUTION]), session)  # rmsnorm, causal_conv1d
     rows = session.journal.rows
     assert statuses(rows, operation="rmsnorm", provider="triton") == {"left out"}
     assert statuses(rows, operation="rmsnorm", provider="torch") == {"done"}
@@ -140,6 +143,8 @@ def test_the_time_is_kept(tmp_path, monkeypatch):
     slow = Job("slow", lambda session: session.journal.attempt({"job": "slow"}, forever))
     monkeypatch.setattr(everything, "plan", lambda toy: [slow, *races.jobs(races.FIRST[:2])])
     monkeypatch.setattr(everything, "CLOSING", 1.0)
+    limits = {"GB/s": 1.0, "TFLOP/s": 1.0}
+    monkeypatch.setattr(everything, "ceilings", lambda device: limits)
     monkeypatch.setattr(checks, "command", code("pass"))
     start = time.monotonic()
     everything.main(everything.Options(out=tmp_path / "a", dry=True, minutes=6 / 60))
@@ -171,7 +176,7 @@ def test_a_provider_that_fails_or_lacks_memory_is_a_row(session, monkeypatch):
 
     peer = module.PEERS["transformers"]
     peers = {"a": replace(peer, call=lacks), "b": replace(peer, call=breaks), "c": peer}
-    race = replace(races.FIRST[-2], peers=lambda module: peers)
+    race = replace(NORM, peers=lambda module: peers)
     races.run(race, session)
     rows = session.journal.rows
     ends = {name: statuses(rows, provider=name) for name in ("torch", "triton", "a", "b", "c")}
@@ -182,7 +187,7 @@ def test_a_provider_that_fails_or_lacks_memory_is_a_row(session, monkeypatch):
 def test_nothing_is_compared_with_a_torch_path_that_fails(session, monkeypatch):
     module = importlib.import_module("minimodels.kernels.rmsnorm")
     monkeypatch.setattr(module, "operation", lambda *arguments, impl: 1 / 0)
-    races.run(races.FIRST[-2], session)
+    races.run(NORM, session)
     assert statuses(session.journal.rows) == {"failed", "left out"}
 
 
@@ -327,8 +332,17 @@ def test_what_is_missing_or_not_a_number_is_wrong():
         assert races.distance(results, [one]) == torch.inf
 
 
+def test_decoding_reads_the_keys_of_every_group_once():
+    module = importlib.import_module("minimodels.kernels.attention")
+    made = races.decoding(module, 32, 8, 2, 16)
+    q, k, v = made.inputs()
+    assert (q.shape, k.shape, v.shape) == ((1, 8, 1, 16), (1, 2, 32, 16), (1, 2, 32, 16))
+    assert made.forward == k.numel() + v.numel()
+
+
 def test_every_operation_races():
-    assert {race.operation for race in races.FIRST + races.LATER} == {*OPERATIONS}
+    assert {race.operation for race in races.FIRST + races.LATER} >= {*OPERATIONS}
+    assert not races.jobs([races.Race("no_such_kernel", (1,), (1,))])
     assert len({job.name for job in everything.plan(False)}) == len(everything.plan(False))
     assert [job.name for job in everything.plan(False)][-1].startswith("attention flex")
 
