@@ -29,8 +29,8 @@ class Config:
     impl: Literal["auto", "reference", "torch", "triton"] = "auto"
     """auto (torch, or a kernel measured to be faster), reference (the equations), torch (fast
     everywhere) or triton (kernels)"""
-    residual: Literal["pre_norm"] = "pre_norm"
-    """how a layer joins the residual stream; see RESIDUALS in minimodels/layers.py"""
+    residual: Literal["pre_norm", "post_norm", "sandwich"] = "pre_norm"
+    """how a layer joins the residual stream: a norm before it, behind it (OLMo 2) or both (Gemma)"""
     objective: Literal["next_token"] = "next_token"
     """what the model learns; see minimodels/objectives.py"""
 

@@ -206,7 +206,41 @@ class PreNorm(nn.Module):
         return x, update, state
 
 
-RESIDUALS = {"pre_norm": PreNorm}  # how a layer joins the residual stream, chosen once for a model
+class PostNorm(nn.Module):
+    """x + norm(layer(x)): the stream itself goes into the layer, and what is added to it has a known size (OLMo 2,
+    arXiv:2501.00656)."""
+
+    def __init__(self, config: Config, layer: nn.Module):
+        super().__init__()
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.layer = layer
+
+    def forward(self, x: Tensor, update: Tensor | None, state=None, context: Context | None = None):
+        x = x if update is None else x + update
+        update, state = self.layer(x, state, context)
+        return x, self.norm(update), state
+
+
+class Sandwich(nn.Module):
+    """x + after(layer(norm(x))), both norms (Gemma 2, arXiv:2408.00118)."""
+
+    operations = ("rmsnorm",)
+
+    def __init__(self, config: Config, layer: nn.Module):
+        super().__init__()
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.layer = layer
+        self.after = RMSNorm(config.width, config.norm_eps)
+        self.impl = config.impl
+
+    def forward(self, x: Tensor, update: Tensor | None, state=None, context: Context | None = None):
+        normed, x = rmsnorm(x, self.norm.weight, self.norm.eps, update, self.impl)
+        update, state = self.layer(normed, state, context)
+        return x, self.after(update), state
+
+
+# how a layer joins the residual stream, chosen once for a model
+RESIDUALS = {"pre_norm": PreNorm, "post_norm": PostNorm, "sandwich": Sandwich}
 
 
 class Stack(nn.ModuleList):

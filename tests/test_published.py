@@ -34,6 +34,8 @@ SIZE = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2}
 HEADS = {**SIZE, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 24}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 24, "beta_fast": 4.0,
+        "mscale": 1.0, "mscale_all_dim": 0.7}  # fmt: skip
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 AUXILIARY = {"output_router_logits": True, "router_aux_loss_coef": 0.3}
 
@@ -43,6 +45,7 @@ CASES = {  # model_type -> options of its configuration class
         {**HEADS, "num_key_value_heads": 4, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
         {**HEADS, "num_key_value_heads": 1, "rope_parameters": LLAMA3, "head_dim": 10, "num_hidden_layers": 3},
         {**HEADS, "rope_parameters": LINEAR, "rms_norm_eps": 1e-3},
+        {**HEADS, "rope_parameters": YARN, "head_dim": 12},
     ],
     "mistral": [
         {**HEADS, "sliding_window": 7},
@@ -54,6 +57,34 @@ CASES = {  # model_type -> options of its configuration class
         {**HEADS, "head_dim": 8, "attention_bias": True, "tie_word_embeddings": True},
         {**HEADS, "head_dim": 8, "num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 5,
          "max_window_layers": 1},
+    ],
+    "qwen2": [
+        HEADS,
+        {**HEADS, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1, "tie_word_embeddings": True},
+        {**HEADS, "num_key_value_heads": 1, "head_dim": 6, "rope_parameters": YARN},
+    ],
+    "smollm3": [
+        {**HEADS, "num_hidden_layers": 5},
+        {**HEADS, "no_rope_layers": [0, 1], "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+        {**HEADS, "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 5, "num_hidden_layers": 3},
+        {**HEADS, "no_rope_layers": [0, 1, 1], "use_sliding_window": True, "sliding_window": 30, "num_hidden_layers": 3,
+         "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    ],
+    "phi3": [
+        HEADS,
+        {**HEADS, "num_key_value_heads": 4, "sliding_window": 7, "partial_rotary_factor": 0.5, "tie_word_embeddings": True},
+        {**HEADS, "num_key_value_heads": 1, "head_dim": 12, "num_hidden_layers": 3},
+    ],
+    "olmo2": [
+        HEADS,
+        {**HEADS, "num_key_value_heads": 4, "attention_bias": True, "tie_word_embeddings": True},
+        {**HEADS, "rms_norm_eps": 1e-3, "num_hidden_layers": 3, "head_dim": 6, "rope_parameters": LINEAR},
+    ],
+    "olmo3": [
+        {**HEADS, "num_hidden_layers": 5, "sliding_window": 6},
+        {**HEADS, "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 30, "attention_bias": True,
+         "rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}},
+        {**HEADS, "layer_types": ["full_attention"] * 2, "tie_word_embeddings": True},
     ],
     "mamba": [
         SIZE,
@@ -393,6 +424,9 @@ MADE = [  # layers, other fields -> the family that expresses them
     ("(attention(heads=3, head_dim=8) mlp)*2", "mistral"),  # because Llama's class wants a divisor of 32
     ("(mamba(norm=learned) mlp(width=48) attention(rope_base=0) mlp(width=48))*2", "jamba"),
     ("attention(qk_norm=head) mlp attention(qk_norm=head, window=5) mlp", "qwen3"),
+    ("attention(bias=qkv) mlp attention(bias=qkv, window=5) mlp", "qwen2"),
+    ("attention mlp attention(rope_base=0) mlp attention(rope_base=0, window=3) mlp", "smollm3"),
+    ("(attention(rope_fraction=0.5) mlp)*2", "phi3"),
     ("mamba*3", "mamba"),
     ("mamba(norm=plain)*3", "falcon_mamba"),
     ("(attention moe)*2", "mixtral"),
@@ -496,7 +530,13 @@ def test_a_window_that_is_not_told_is_what_the_class_has(name, entries, tmp_path
 
 
 @pytest.mark.parametrize(
-    "scaling", ["linear(factor=4)", "llama3(factor=8, high=4, low=1, context=8192)"]
+    "scaling",
+    [
+        "linear(factor=4)",
+        "llama3(factor=8, high=4, low=1, context=8192)",
+        "yarn(factor=3)",
+        "yarn(factor=4, context=20, fast=8, slow=2, whole=false, attention_factor=1.1)",
+    ],
 )
 def test_rope_scaling_however_it_is_written(scaling, tmp_path):
     lm, tokens = LM(Config(width=16, layers=f"attention(rope_scaling={scaling}) mlp")), text()
@@ -538,14 +578,14 @@ def test_what_no_family_expresses_says_why(tmp_path):
 @pytest.mark.parametrize(
     ("name", "entries", "message"),
     [
-        ("llama", {"model_type": "bert"}, "model_type: 'bert' .* llama, mistral, qwen3, mamba"),
+        ("llama", {"model_type": "bert"}, "model_type: 'bert' .* llama, mistral, qwen3, qwen2"),
         ("llama", {"model_type": ["llama"]}, "model_type"),
         ("mamba", {"model_type": None, "d_model": 32, "n_layer": 2}, "mamba-130m-hf"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act: 'gelu' .* 'silu'"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("llama", {"auto_map": {"AutoModel": "code.Model"}}, "auto_map"),
         ("llama", {"attention_dropout": 0.1}, "attention_dropout: 0.1"),
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type: 'yarn' .* default, linear, llama3"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type: 'dynamic' .* default, linear"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta": 1}}, "beta"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": "2"}}, "rope_parameters factor: '2'"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": -2}}, "rope_parameters factor: -2"),

@@ -1,12 +1,18 @@
 """The modern decoder: attention and SwiGLU.
 
 Vaswani et al., "Attention Is All You Need", arXiv:1706.03762; with rotary positions (arXiv:2104.09864),
-grouped queries (arXiv:2305.13245), SwiGLU (arXiv:2002.05202) and, as options, QK-norm (Qwen3) and a sliding
-window (Mistral, arXiv:2310.06825).
+grouped queries (arXiv:2305.13245), SwiGLU (arXiv:2002.05202) and, as options, what attention became since:
+a sliding window (Mistral, arXiv:2310.06825), QK-norm (Qwen3), layers without positions (arXiv:2305.19466), an
+output gate (arXiv:2505.06708), a sink (gpt-oss, after arXiv:2309.17453) and a softcap (Gemma 2,
+arXiv:2408.00118).
 
 Each token asks (query) what each earlier token offers (key), and takes the softmax-weighted mean of what
 they carry (value). The layer must remember every key and every value, so its state grows with the text,
 unless a window bounds it. The MLP then works on each token alone.
+
+Why gates and sinks: the weights of a softmax sum to one, so a head that has nothing to say must still attend
+to something, and learns to attend to the first token. A gate lets it be silent; a sink is a key without a
+value that takes the weight.
 
     name        paper   shape
     x                   (B, T, D)      tokens of this chunk
@@ -14,6 +20,8 @@ unless a window bounds it. The MLP then works on each token alone.
     k, v        K, V    (B, G, S, d)   keys and values in G ≤ H heads: S ≥ T tokens, first those remembered
     positions           (B, T), (B, S) each token's index in its row's text; -1: nothing there
     starts              (B, T)         the position at which the token's document begins
+    sink                (H,)           a logit that takes part in a head's softmax and has no value
+    gate                (B, T, H·d)    a sigmoid of x on the heads' outputs, or (B, T, H)
 
 The equation itself is `attention` in minimodels/ops/attention.py; the memory that grows is in ops/cache.py.
 """
@@ -28,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimodels.config import Config
-from minimodels.errors import Count, InputError, NonNegative
+from minimodels.errors import Count, Fraction, InputError, NonNegative, Positive
 from minimodels.grammar import option
 from minimodels.layers import Context, Place, RMSNorm, linear
 from minimodels.ops.attention import attention
@@ -52,8 +60,9 @@ class Attention(nn.Module):
             None, "tokens that a token sees, itself included; by default all"
         )
         rope_base: NonNegative = option(
-            10_000.0, "base of the rotary angles; 0 leaves positions out"
+            10_000.0, "base of the rotary angles; 0 leaves positions out (arXiv:2305.19466)"
         )
+        rope_fraction: Fraction = option(1.0, "part of a head that is rotated, its first numbers")
         rope_scaling: Scaling = option(
             None, "slower angles for texts longer than those of training"
         )
@@ -61,18 +70,38 @@ class Attention(nn.Module):
             "none",
             "RMSNorm on queries and keys: none, head (each head, Qwen3), full (all heads, OLMoE)",
         )
-        bias: bool = option(False, "biases in the four projections")
+        bias: bool | Literal["qkv"] = option(
+            False, "biases in the four projections, or qkv: in all but the last (Qwen2)"
+        )
+        scale: Positive | None = option(None, "factor on the scores; by default 1 / sqrt(head_dim)")
+        softcap: Positive | None = option(
+            None,
+            "c: scores s become c tanh(s / c) (Gemma 2, arXiv:2408.00118); by default as they are",
+        )
+        sink: bool = option(
+            False, "a logit per head that takes part in the softmax and has no value (gpt-oss)"
+        )
+        gate: Literal["none", "head", "full"] = option(
+            "none",
+            "a sigmoid of the input on the output: none, head (one for each head) or full (one for each "
+            "number, arXiv:2505.06708)",
+        )
 
         def check(self, width: int) -> None:
             """Raise InputError for heads that do not fit the width or each other."""
             if not self.head_dim and width % self.heads:
                 raise InputError("heads", self.heads, f"a divisor of width {width}, or a head_dim")
-            if self.rope_base and (head_dim := self.head_dim or width // self.heads) % 2:
-                raise InputError(
-                    "head_dim", head_dim, "an even number, because rotation turns pairs"
-                )
+            rotated = self.rotated(width)
+            if self.rope_base and (rotated == 0 or rotated % 2):
+                field = "head_dim" if self.rope_fraction == 1 else "rope_fraction"
+                accepted = "an even number of rotated dimensions, because rotation turns pairs"
+                raise InputError(field, getattr(self, field) or rotated, accepted)
             if self.kv_heads and self.heads % self.kv_heads:
                 raise InputError("kv_heads", self.kv_heads, f"a divisor of heads {self.heads}")
+
+        def rotated(self, width: int) -> int:
+            """How many numbers of a head are rotated."""
+            return int((self.head_dim or width // self.heads) * self.rope_fraction)
 
     def __init__(self, options: Options, config: Config, place: Place = Place()):
         super().__init__()
@@ -81,17 +110,21 @@ class Attention(nn.Module):
         self.heads, self.kv_heads = options.heads, options.kv_heads or options.heads
         self.head_dim = options.head_dim or config.width // options.heads
         self.window, self.scaling = options.window, scaling_text(options.rope_scaling)
+        self.rotated = options.rotated(config.width)
         q_width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
         D, std = config.width, config.init_std
-        self.q = linear(D, q_width, std, options.bias)
-        self.k = linear(D, kv_width, std, options.bias)
-        self.v = linear(D, kv_width, std, options.bias)
-        self.out = linear(q_width, D, std / config.depth**0.5, options.bias)
+        self.q = linear(D, q_width, std, bool(options.bias))
+        self.k = linear(D, kv_width, std, bool(options.bias))
+        self.v = linear(D, kv_width, std, bool(options.bias))
+        self.out = linear(q_width, D, std / config.depth**0.5, options.bias is True)
         self.q_norm = self.k_norm = None
         if options.qk_norm != "none":
             full = options.qk_norm == "full"
             self.q_norm = RMSNorm(q_width if full else self.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(kv_width if full else self.head_dim, config.norm_eps)
+        self.sink = nn.Parameter(torch.zeros(self.heads)) if options.sink else None
+        gates = {"none": 0, "head": self.heads, "full": q_width}[options.gate]
+        self.gate = linear(D, gates, std) if gates else None
 
     def forward(
         self, x: Tensor, state: AttentionState | None = None, context: Context | None = None
@@ -124,28 +157,37 @@ class Attention(nn.Module):
         if self.options.rope_base:
             angles = self.angles(turned, context.cache)
             q, k = rotate(q, *angles), rotate(k, *angles)
+        if self.options.scale is not None:
+            q = q * (self.options.scale * self.head_dim**0.5)
 
         joined, after = carry(state, AttentionState(k, v, positions, seen), self.window)  # S keys
         y = attention(
             q, joined.keys, joined.values, positions, joined.positions,
-            window=self.window, impl=self.impl, query_starts=starts,
+            window=self.window, impl=self.impl, query_starts=starts, sink=self.sink, softcap=self.options.softcap,
         )  # (B, H, T, d)  # fmt: skip
-        return self.out(y.transpose(1, 2).flatten(2)), after
+        y = y.transpose(1, 2)  # (B, T, H, d)
+        if self.gate is not None:
+            y = y * torch.sigmoid(self.gate(x)).view(B, T, self.heads, -1)
+        return self.out(y.flatten(2)), after
 
     def angles(self, positions: Tensor, cache: dict) -> tuple[Tensor, Tensor]:
         """As rotary, computed once for all layers that turn alike."""
-        key = ("rotary", self.head_dim, self.options.rope_base, self.scaling)
+        key = ("rotary", self.rotated, self.options.rope_base, self.scaling)
         if key not in cache:
             cache[key] = rotary(positions, *key[1:])
         return cache[key]
 
     def flops(self, context: int) -> float:
         """Forward FLOPs per token: projections, and QKᵀ and PV with every key, masked ones included."""
-        keys, w = context, self.window
+        rows, keys, d, w = context, context, self.head_dim, self.window
         if w is not None and context > 2 * w:  # then in blocks of w tokens, the last one filled up
-            keys = 2 * w * w * -(-context // w) / context
-        projections = sum(part.weight.numel() for part in (self.q, self.k, self.v, self.out))
-        return 2 * projections + 4 * self.heads * self.head_dim * keys
+            rows, keys = w * -(-context // w), 2 * w
+        if self.sink is not None and self.options.softcap is None:
+            # one more key and dimension, and one more query if causality masks
+            rows, keys, d = rows + (w is None or context <= w), keys + 1, d + 1
+        maps = [part for part in (self.q, self.k, self.v, self.out, self.gate) if part is not None]
+        projections = sum(part.weight.numel() for part in maps)
+        return 2 * projections + 4 * self.heads * d * keys * rows / context
 
     def state_bytes(self, context: int, itemsize: int) -> float:
         """Bytes of keys and values remembered per sequence after `context` tokens."""

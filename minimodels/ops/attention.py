@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
+from minimodels.errors import InputError
 from minimodels.layers import choose
 
 MASK = 2**25  # entries of a mask that are made at a time: longer chunks take blocks of queries
@@ -23,6 +25,8 @@ def attention(
     window: int | None = None,
     impl: str = "auto",
     query_starts: Tensor | None = None,
+    sink: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """softmax(QKᵀ/√d) V (equation 1) over the keys that each query sees, each of the G key heads shared by H/G query heads.
 
@@ -30,17 +34,29 @@ def attention(
     row, -1 where there is nothing; or None, where the keys are S tokens in a row, at 0 to S - 1. query_starts (B, T), where
     each query's document begins, in the same coordinates as the keys' positions, ascending along a row; None: every document
     began before the first key. A query sees the keys from its document's start up to its own position, and of these the last
-    `window` positions. Returns (B, H, T, d); what it holds for a query at -1 is meaningless.
-    Raises ValueError on shapes that disagree.
+    `window` positions. sink (H,): a logit that takes its part in each softmax and has no value. softcap c: scores s become
+    c tanh(s / c). Returns (B, H, T, d); what it holds for a query at -1 is meaningless.
+    Raises ValueError on shapes that disagree, InputError for a kernel that has no sink or softcap.
     """
     check_shapes(q, k, v, query_positions, key_positions, query_starts)
     path = choose(impl, "attention", q.device)
+    weigh = partial(weighted_mean, sink=sink, softcap=softcap)
+    if path == "triton" and (sink is not None or softcap is not None):
+        if impl != "auto":
+            accepted = (
+                "auto, reference or torch, because the kernel has neither sinks nor a softcap"
+            )
+            raise InputError("impl", impl, accepted)
+        path = "torch"
     if path == "triton":
         from minimodels.kernels.attention import attention as kernel
 
         return kernel(q, k, v, query_positions, key_positions, window, query_starts)
-    operation = reference if path == "reference" else fused
-    return operation(q, k, v, query_positions, key_positions, window, query_starts)
+    if path == "reference":
+        return reference(
+            q, k, v, query_positions, key_positions, window, query_starts, sink, softcap
+        )
+    return fused(q, k, v, query_positions, key_positions, window, query_starts, weigh)
 
 
 def check_shapes(
@@ -71,15 +87,22 @@ def reference(
     keys: Tensor | None,
     window: int | None,
     starts: Tensor | None,
+    sink: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """The equation, with every score in memory."""
     (H, d), G = q.shape[1::2], k.shape[1]
     queries, keys = positions_of(q, k, queries, keys)
     k, v = (repeat(part, "B G S d -> B (G group) S d", group=H // G) for part in (k, v))
     scores = (q @ k.transpose(-1, -2)) * d**-0.5  # (B, H, T, S)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~sees(queries, keys, window, starts), float("-inf"))
+    if sink is not None:
+        scores = torch.cat((scores, sink.view(-1, 1, 1).expand_as(scores[..., :1])), dim=-1)
     full = torch.promote_types(q.dtype, torch.float32)
-    return scores.softmax(-1, dtype=full).to(v.dtype) @ v
+    weights = scores.softmax(-1, dtype=full)[..., : k.shape[2]]
+    return weights.to(v.dtype) @ v
 
 
 def sees(queries: Tensor, keys: Tensor, window: int | None, starts: Tensor | None = None) -> Tensor:
@@ -107,6 +130,67 @@ def positions_of(
 # The torch path: PyTorch's fused attention, with the least that has to be masked.
 
 
+def weighted_mean(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None = None,
+    causal: bool = False,
+    sink: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention over the keys that are visible (..., T, S), or over those up to the query's own if `causal`, for T = S.
+
+    A sink is one more key in front of the others, so that PyTorch's fused operation serves it: a dimension more gives it the
+    score that the query's head has learned, and every other key a zero there.
+    """
+    if softcap is not None:
+        return capped(q, k, v, visible, causal, sink, softcap)
+    shared = q.shape[1] != k.shape[1]
+    if sink is None:
+        return F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal, enable_gqa=shared)
+    (B, H, T, d), scale = q.shape, q.shape[-1] ** -0.5
+    logits = (sink / scale).to(q.dtype).view(1, H, 1, 1).expand(B, H, T, 1)
+    q, k, v = torch.cat((q, logits), -1), F.pad(k, (0, 1, 1, 0)), F.pad(v, (0, 1, 1, 0))
+    k = k + F.pad(k.new_ones(1, 1), (d, 0, 0, k.shape[2] - 1))  # 1 in the sink's last dimension
+    if causal:  # one more query keeps the diagonal in place
+        q = F.pad(q, (0, 0, 1, 0))
+    if visible is not None:
+        visible = F.pad(visible, (1, 0), value=True)
+    y = F.scaled_dot_product_attention(
+        q, k, v, visible, is_causal=causal, scale=scale, enable_gqa=shared
+    )
+    return y[:, :, int(causal) :, :d]
+
+
+def capped(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, causal: bool, sink: Tensor | None, softcap: float
+) -> Tensor:  # fmt: skip
+    """As weighted_mean, with a softcap, which no fused operation has: scores are in memory for a block of queries at a time."""
+    (B, H, T, d), (G, S) = q.shape, k.shape[1:3]
+    q = rearrange(q, "B (G group) T d -> B G group T d", G=G)
+    sinks = None if sink is None else sink.view(G, -1, 1, 1)
+    k, v = k.unsqueeze(2), v.unsqueeze(2)
+    rows, outputs = max(1, MASK // (B * H * S)), []
+    for start in range(0, T, rows):
+        block = slice(start, start + rows)
+        scores = softcap * torch.tanh((q[..., block, :] @ k.mT) * (d**-0.5 / softcap))
+        seen = visible
+        if causal:
+            keys = torch.arange(S, device=q.device)
+            seen = (keys <= keys[block, None])[None, None]  # (1, 1, T, S)
+        elif visible is not None:
+            seen = visible[..., block, :]
+        if seen is not None:
+            scores = scores.masked_fill(~seen.unsqueeze(2), float("-inf"))
+        if sinks is not None:
+            scores = torch.cat((scores, sinks.expand_as(scores[..., :1])), dim=-1)
+        full = torch.promote_types(q.dtype, torch.float32)
+        weights = scores.softmax(-1, dtype=full)[..., :S].to(v.dtype)
+        outputs.append((weights @ v).flatten(1, 2))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
 def fused(
     q: Tensor,
     k: Tensor,
@@ -115,21 +199,21 @@ def fused(
     keys: Tensor | None,
     window: int | None,
     starts: Tensor | None,
+    weigh: Callable[..., Tensor] = weighted_mean,
 ) -> Tensor:
-    """As attention."""
+    """As attention; `weigh` is weighted_mean with a sink or a softcap, if there are any."""
     T, S = q.shape[2], k.shape[2]
-    sdpa = partial(F.scaled_dot_product_attention, enable_gqa=q.shape[1] != k.shape[1])
     if starts is not None and S == T and not (q.is_cuda or torch.compiler.is_compiling()):
         lengths = document_lengths(q, queries, starts)
         if lengths is not None:
-            return by_document(q, k, v, queries, window, lengths)
+            return by_document(q, k, v, queries, window, lengths, weigh)
     if starts is None and S == T and (window is None or (queries is None and T <= window)):
         # padding comes after every token, so the causal mask hides it
-        return sdpa(q, k, v, is_causal=True)
+        return weigh(q, k, v, causal=True)
     if starts is None and queries is None and T == 1 and (window is None or S <= window):
-        return sdpa(q, k, v)
+        return weigh(q, k, v)
     if window is not None and T > 2 * window:
-        return banded(q, k, v, queries, keys, window, starts)
+        return banded(q, k, v, queries, keys, window, starts, weigh)
     queries, keys = positions_of(q, k, queries, keys)
     rows = max(1, MASK // (S * len(keys if starts is None else q)))
     outputs = []
@@ -138,7 +222,7 @@ def fused(
         visible = sees(
             queries[:, at], keys[:, :end], window, None if starts is None else starts[:, at]
         )
-        outputs.append(sdpa(q[:, :, at], k[:, :, :end], v[:, :, :end], attn_mask=visible))
+        outputs.append(weigh(q[:, :, at], k[:, :, :end], v[:, :, :end], visible))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
@@ -159,7 +243,8 @@ def document_lengths(q: Tensor, positions: Tensor | None, starts: Tensor) -> lis
 
 
 def by_document(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, window: int | None, lengths: list[list[int]]
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, window: int | None, lengths: list[list[int]],
+    weigh: Callable[..., Tensor] = weighted_mean,
 ) -> Tensor:  # fmt: skip
     """Attention within each document alone: the cost is that of the documents, not of a row."""
     rows = []
@@ -168,7 +253,7 @@ def by_document(
         documents = zip(*(x[b : b + 1].split(parts, dim=2) for x in (q, k, v)), strict=True)
         at = [None] * len(parts) if positions is None else positions[b : b + 1].split(parts, dim=1)
         outputs = [
-            fused(*document, place, place, window, None)
+            fused(*document, place, place, window, None, weigh)
             for document, place in zip(documents, at, strict=True)
         ]
         rows.append(torch.cat(outputs, dim=2))
@@ -183,6 +268,7 @@ def banded(
     keys: Tensor | None,
     window: int,
     starts: Tensor | None,
+    weigh: Callable[..., Tensor] = weighted_mean,
 ) -> Tensor:
     """Attention within a window at a cost linear in T: each block of `window` tokens sees itself and the block before, which
     for the first one is what is remembered.
@@ -215,10 +301,7 @@ def banded(
         window,
         None if starts is None else lines(of_queries, starts, 0),
     )
-    shared = q.shape[1] != k.shape[1]
-    y = F.scaled_dot_product_attention(
-        of_queries(q), of_keys(k), of_keys(v), attn_mask=visible, enable_gqa=shared
-    )
+    y = weigh(of_queries(q), of_keys(k), of_keys(v), visible)
     return rearrange(y, "(B n) H w d -> B H (n w) d", B=B)[:, :, :T]
 
 

@@ -49,8 +49,33 @@ class Llama3:
             raise InputError("low", self.low, f"less than high, {self.high}")
 
 
-SCALINGS = {"linear": Linear, "llama3": Llama3}
-Scaling = Annotated[Linear | Llama3 | None, OneOf(SCALINGS)]
+@dataclass(frozen=True)
+class Yarn:
+    """Slow frequencies divided, fast ones kept, a ramp between, and scores sharpened (arXiv:2309.00071)."""
+
+    factor: Positive = option(8.0, "by which the slow frequencies are divided")
+    context: Count = option(4096, "tokens of context in training")
+    fast: Positive = option(
+        32.0, "frequencies that turn more often than this within `context` stay as they are"
+    )
+    slow: Positive = option(
+        1.0, "frequencies that turn fewer times than this are divided by the whole factor"
+    )
+    whole: bool = option(True, "the ramp begins and ends at whole pairs")
+    attention_factor: Positive | None = option(
+        None, "factor on queries and keys; by default 0.1 ln(factor) + 1"
+    )
+
+    @property
+    def attention(self) -> float:
+        """The factor on queries and keys, which sharpens the scores by its square."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+
+SCALINGS = {"linear": Linear, "llama3": Llama3, "yarn": Yarn}
+Scaling = Annotated[Linear | Llama3 | Yarn | None, OneOf(SCALINGS)]
 
 
 @torch.library.custom_op("minimodels::rotary", mutates_args=())
@@ -67,9 +92,11 @@ def rotary(
     exponents = (
         torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     )
-    frequencies = slow((base**exponents).reciprocal(), scaling)  # (d/2,)
+    frequencies, factor = scaled(base**exponents, base, scaling)  # (d/2,)
     signed = torch.cat((-frequencies, frequencies))  # (d,); cos is even, and sin takes the sign
     angles = positions.contiguous().unsqueeze(-1) * signed  # (..., d)
+    if factor != 1.0:
+        return angles.cos() * factor, angles.sin() * factor
     return angles.cos(), angles.sin()
 
 
@@ -77,6 +104,17 @@ def rotary(
 def _(positions, head_dim, base, scaling=""):
     shape = (*positions.shape, head_dim)
     return tuple(positions.new_empty(shape, dtype=torch.float32) for _ in range(2))
+
+
+def scaled(periods: Tensor, base: float, scaling: str) -> tuple[Tensor, float]:
+    """The rotary frequencies of periods base^(2j/d) (d/2,), and the factor on what is turned."""
+    call = parse_call(scaling, "rope_scaling") if scaling else None
+    if call is None or call.name != "yarn":
+        return slow(periods.reciprocal(), scaling), 1.0
+    options = read_options(Yarn, call, scaling, "rope_scaling")
+    kept = 1 - yarn_ramp(len(periods), base, options).to(periods.device)
+    slowed = (options.factor * periods).reciprocal()  # rounded as transformers does
+    return slowed * (1 - kept) + periods.reciprocal() * kept, options.attention
 
 
 def slow(frequencies: Tensor, scaling: str) -> Tensor:
@@ -93,12 +131,30 @@ def slow(frequencies: Tensor, scaling: str) -> Tensor:
     return (1 - kept) * slowed + kept * frequencies
 
 
+def yarn_ramp(pairs: int, base: float, options: Yarn) -> Tensor:
+    """How much each frequency is slowed, 0 to 1: (pairs,)."""
+
+    def pair(turns: float) -> float:  # the pair that turns so often within the context of training
+        return pairs * math.log(options.context / (turns * 2 * math.pi)) / math.log(base)
+
+    first, last = pair(options.fast), pair(options.slow)
+    if options.whole:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * pairs - 1)
+    if first == last:
+        last += 0.001
+    return ((torch.arange(pairs, dtype=torch.float32) - first) / (last - first)).clamp(0, 1)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_j, x_{j+d/2}) of the last dimension by its angle."""
+    """Turn each pair (x_j, x_{j+d/2}) by its angle, among the first d of the last dimension if it is wider than the angles."""
+    width = cos.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat((rotate(x[..., :width], cos, sin), x[..., width:]), dim=-1)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
 
-def scaling_text(scaling: Linear | Llama3 | None) -> str:
+def scaling_text(scaling: Linear | Llama3 | Yarn | None) -> str:
     """A scaling as text, which rotary takes: "" for None."""
     if scaling is None:
         return ""

@@ -84,14 +84,15 @@ def read_config(
             if name not in ignore
         }
     )
-    for name, accepted in {**NEUTRAL, **family.only}.items():
-        value = given.get(name, accepted)
-        if value != accepted:
-            raise InputError(f"config.json {name}", value, f"{accepted!r}, or no such entry")
+    for name, accepted in family.only.items():
+        require(given, name, accepted)
     for check in family.checks:
         check(given)
     shared = read_fields(given, family)
     text = read_layers(given, family, shared)
+    for name, accepted in NEUTRAL.items():
+        if name not in given.asked:
+            require(given, name, accepted)
     unknown = {
         name: value
         for name, value in given.items()
@@ -104,6 +105,13 @@ def read_config(
     check_layers(config, family)
     text = set_options(config.layers, tuple(settings))
     return replace(config, **{"layers": text, **(overrides or {})})
+
+
+def require(entries: Entries, name: str, accepted: object) -> None:
+    """Raise InputError if an entry has another value than the one that is implemented."""
+    value = entries.get(name, accepted)
+    if value != accepted:
+        raise InputError(f"config.json {name}", value, f"{accepted!r}, or no such entry")
 
 
 def read_fields(entries: Entries, family: Family) -> Config:
@@ -212,7 +220,7 @@ def express(config: Config, name: str, origin: dict) -> dict:
         entries |= place.write([role for role, _ in layers[index :: len(family.places)]])
     for role, options in dict(reversed(layers)).items():  # of each role its first layer
         for setting in family.roles[role].settings:
-            entries |= setting.write(options)
+            merge(entries, setting.write(options))
     compare(config, read_config(entries, family), family)
     return entries
 
@@ -235,6 +243,15 @@ def assign(config: Config, family: Family) -> list[tuple[str, dict[str, Any]]]:
         }
         found.append((min(roles, key=lambda name: misfits(family.roles[name], values)), values))
     return found
+
+
+def merge(entries: dict, more: dict) -> None:
+    """Add entries, objects into the object that is there."""
+    for name, value in more.items():
+        if isinstance(value, dict) and isinstance(entries.get(name), dict):
+            merge(entries[name], value)
+        else:
+            entries[name] = value
 
 
 def misfits(role: Role, values: dict[str, Any]) -> int:

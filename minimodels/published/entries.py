@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minimodels.errors import InputError
-from minimodels.grammar import Call, Option
 
 REQUIRED = object()
 
@@ -119,66 +118,6 @@ class Fixed:
 
     def fits(self, values: dict[str, Any]) -> bool:
         return all(values[option] == value for option, value in self.values.items())
-
-
-# Rotary positions.
-
-ROPE = {  # rope_type -> its parameters -> our options of rope_scaling
-    "default": {},
-    "linear": {"factor": "factor"},
-    "llama3": {
-        "factor": "factor",
-        "low_freq_factor": "low",
-        "high_freq_factor": "high",
-        "original_max_position_embeddings": "context",
-    },
-}
-
-
-@dataclass(frozen=True)
-class Rope:
-    """The base and the scaling of rotary positions, in either way in which a config.json says them."""
-
-    base: float = 10_000.0
-    """rope_theta if it is absent"""
-    options = ("rope_base", "rope_scaling")
-    names = ("rope_parameters", "rope_theta", "rope_scaling")
-
-    def read(self, entries: Entries) -> dict[str, object]:
-        newer, older = entries.get("rope_parameters", {}), entries.get("rope_scaling", {})
-        if not isinstance(newer, dict) or not isinstance(older, dict):
-            raise InputError("config.json rope_parameters", newer or older, "a JSON object")
-        if newer and older and newer != older:
-            accepted = "what rope_parameters says, or no such entry"
-            raise InputError("config.json rope_scaling", older, accepted)
-        rope = {"rope_theta": entries.get("rope_theta", self.base), **older, **newer}
-        kind, theta = rope.pop("type", "default"), rope.pop("rope_theta")
-        kind = rope.pop("rope_type", kind)
-        if not isinstance(kind, str) or kind not in ROPE:
-            raise InputError("config.json rope_type", kind, ", ".join(ROPE))
-        if type(theta) not in (int, float) or not 0 < theta <= 1e300:
-            raise InputError("config.json rope_theta", theta, "a positive number up to 1e300")
-        if kind == "llama3":
-            trained = entries.get("max_position_embeddings")
-            rope.setdefault("original_max_position_embeddings", trained)
-        if sorted(rope) != sorted(ROPE[kind]):
-            accepted = ", ".join(ROPE[kind]) or "none"
-            raise InputError(f"config.json parameters of rope_type {kind}", sorted(rope), accepted)
-        given = tuple(Option(ours, rope[theirs]) for theirs, ours in ROPE[kind].items())
-        return {
-            "rope_base": float(theta),
-            "rope_scaling": Call(kind, options=given) if given else None,
-        }
-
-    def write(self, values: dict[str, Any]) -> dict[str, object]:
-        scaling = values["rope_scaling"]
-        kind = "default" if scaling is None else type(scaling).__name__.lower()
-        parameters = {theirs: getattr(scaling, ours) for theirs, ours in ROPE[kind].items()}
-        theta = float(values["rope_base"])
-        return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **parameters}}
-
-    def fits(self, values: dict[str, Any]) -> bool:
-        return True
 
 
 # Experts.

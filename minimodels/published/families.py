@@ -1,12 +1,13 @@
 """All families, in the order in which a model made here tries them. A family joins in its lineage's file."""
 
-from minimodels.published import jamba, llama, mamba, mixtral
+from minimodels.published import jamba, llama, mamba, mixtral, olmo
 
 FAMILIES = {
     **llama.FAMILIES,
     **mamba.FAMILIES,
     **mixtral.FAMILIES,
     **jamba.FAMILIES,
+    **olmo.FAMILIES,
 }
 
 HINTS = (mamba.original_format,)  # entries of a config.json without model_type -> what to do, or ""

@@ -81,6 +81,14 @@ class Role:
         kept = tuple(each for each in self.settings if not said.intersection(each.options))
         return replace(self, settings=(*kept, *settings), parts={**self.parts, **parts})
 
+    def storing(self, parts: dict[str, Mapping | str]) -> Role:
+        """The role with other names of all parts."""
+        return replace(self, parts=parts)
+
+    def norms(self, **residual: Mapping | str) -> Role:
+        """The role with other norms on the residual stream."""
+        return replace(self, residual=residual)
+
     def entry_of(self, option: str) -> str:
         """The entry of config.json that sets an option."""
         return entry_of(self.settings, option)

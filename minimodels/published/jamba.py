@@ -16,7 +16,7 @@ FAMILIES = {
         "JambaForCausalLM",
         FIELDS,
         {
-            "full": MISTRAL.having(Fixed(head_dim=None, rope_base=0.0, rope_scaling=None)),
+            "full": MISTRAL.having(Fixed(head_dim=None, rope_base=0.0, rope_scaling=None, rope_fraction=1.0)),
             "ssm": replace(
                 MAMBA.having(
                     Entry("expand", "mamba_expand"),

@@ -1,13 +1,16 @@
 """Llama and the decoders that follow it: attention with rotary positions and SwiGLU, each after a norm.
 
-Llama, arXiv:2302.13971; Mistral, arXiv:2310.06825; Qwen3, arXiv:2505.09388.
+Llama, arXiv:2302.13971; Mistral, arXiv:2310.06825; Qwen2, arXiv:2407.10671; Qwen3, arXiv:2505.09388; SmolLM3;
+Phi-3, arXiv:2404.14219.
 """
 
 from __future__ import annotations
 
-from minimodels.published.entries import Entry, Fixed, Rope, divides
+from minimodels.published.entries import Entry, Fixed, divides
 from minimodels.published.family import Family, Role
-from minimodels.published.places import Always, LayerTypes, Windowed
+from minimodels.published.places import Always, LayerTypes, SomeUnturned, Windowed
+from minimodels.published.rope import Rope
+from minimodels.published.tensors import Fused
 
 FIELDS = (
     Entry("vocab", "vocab_size", least=1),
@@ -39,6 +42,7 @@ ATTENTION = Role(
 )
 QK_NORM = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 WINDOW = Entry("window", "sliding_window", 4096, told=True)
+SOME_WINDOW = Entry("window", "sliding_window", told=True)
 MLP = Role(
     "mlp",
     settings=(Entry("width", "intermediate_size"),),
@@ -58,6 +62,13 @@ QWEN3 = ATTENTION.having(
     Entry("head_dim", "head_dim"),
     Fixed(qk_norm="head"),
     **QK_NORM,
+)
+KV_HEADS = Entry("kv_heads", "num_key_value_heads")
+QWEN2 = ATTENTION.having(KV_HEADS, Fixed(bias="qkv"))
+SMOLLM3 = ATTENTION.having(KV_HEADS, Rope(2_000_000.0))
+UNTURNED = SMOLLM3.having(Fixed(rope_base=0.0, rope_scaling=None, rope_fraction=1.0))
+PHI3 = ATTENTION.having(Fixed(bias=False), Rope(partial=True)).storing(
+    {"q k v": Fused("self_attn.qkv_proj"), "out": "self_attn.o_proj"}
 )
 
 FAMILIES = {
@@ -81,6 +92,38 @@ FAMILIES = {
         FIELDS,
         {"full": QWEN3, "local": QWEN3.having(WINDOW), "dense": MLP},
         (LayerTypes(), Always("dense")),
+        **DECODER,
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        FIELDS,
+        {"full": QWEN2, "local": QWEN2.having(WINDOW), "dense": MLP},
+        (LayerTypes(), Always("dense")),
+        **DECODER,
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        (*FIELDS[:-1], Entry("tie_embeddings", "tie_word_embeddings", True)),
+        {
+            "full": SMOLLM3,
+            "nope": UNTURNED,
+            "local": SMOLLM3.having(SOME_WINDOW),
+            "local_nope": UNTURNED.having(SOME_WINDOW),
+            "dense": MLP.having(Entry("bias", "mlp_bias", False)),
+        },
+        (SomeUnturned(), Always("dense")),
+        **DECODER,
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        FIELDS,
+        {
+            "full": PHI3,
+            "local": PHI3.having(SOME_WINDOW),
+            "dense": MLP.storing({"gate up": Fused("mlp.gate_up_proj"), "out": "mlp.down_proj"}),
+        },
+        (Windowed(), Always("dense")),
+        idle=("original_max_position_embeddings",),
         **DECODER,
     ),
 }

@@ -5,7 +5,7 @@ Mixtral, arXiv:2401.04088; OLMoE, arXiv:2409.02060; Qwen3 MoE, arXiv:2505.09388.
 
 from __future__ import annotations
 
-from minimodels.published.entries import Balance, Entry, Fixed, Flag, Rope
+from minimodels.published.entries import Balance, Entry, Fixed, Flag
 from minimodels.published.family import Family, Role
 from minimodels.published.llama import (
     ATTENTION,
@@ -18,6 +18,7 @@ from minimodels.published.llama import (
     WINDOW,
 )
 from minimodels.published.places import Always, Sparse, Windowed
+from minimodels.published.rope import Rope
 
 EXPERTS = Role(
     "moe",

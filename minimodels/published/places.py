@@ -6,6 +6,7 @@ What is written is checked by reading it, so a place need not foresee rows of la
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from minimodels.errors import InputError
 from minimodels.published.entries import Entries
@@ -53,32 +54,90 @@ class Windowed:
 
 @dataclass(frozen=True)
 class LayerTypes:
-    """Each block's kind is listed; if not, those from max_window_layers on have the window."""
+    """Each block's kind is listed; if not, it follows from a period, or from max_window_layers."""
 
-    absent: int = 4096
+    absent: int | None = 4096
+    """sliding_window if it is absent, in the class"""
+    switched: bool = True
+    """whether the class has use_sliding_window, and max_window_layers, from which on blocks have the window"""
+    full_every: int = 0
+    """otherwise the last of so many blocks has no window"""
     roles = ("full", "local")
-    names = ("layer_types", "use_sliding_window", "sliding_window", "max_window_layers")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        switches = ("use_sliding_window", "max_window_layers")
+        return ("layer_types", "sliding_window", *(switches if self.switched else ()))
 
     def read(self, entries: Entries, count: int) -> list[str]:
-        window = has_window(entries, self.absent, switched=True)
-        first = entries.number("max_window_layers", 28, least=0)
+        window = has_window(entries, self.absent, self.switched)
         kinds = entries.get("layer_types")
-        if kinds is None:
-            first = first if window else count
-            return ["full" if i < first else "local" for i in range(count)]
-        roles = listed(kinds, count, {"full_attention": "full", "sliding_attention": "local"})
+        roles = self.unlisted(entries, count, window)
+        if kinds is not None:
+            known = {"full_attention": "full", "sliding_attention": "local"}
+            roles = listed(kinds, count, known)
         if "local" in roles and not window:
             accepted = "a whole number, because layer_types has sliding_attention"
             raise InputError("config.json sliding_window", None, accepted)
         return roles
 
+    def unlisted(self, entries: Entries, count: int, window: bool) -> list[str]:
+        """The roles if no layer_types are told."""
+        if not self.switched:
+            return ["local" if (i + 1) % self.full_every else "full" for i in range(count)]
+        first = entries.number("max_window_layers", 28, least=0)
+        return ["local" if window and i >= first else "full" for i in range(count)]
+
     def write(self, roles: list[str]) -> dict[str, object]:
         kinds = {"full": "full_attention", "local": "sliding_attention"}
-        return {
-            "layer_types": [kinds[role] for role in roles],
-            "use_sliding_window": "local" in roles,
+        switches = {
             "sliding_window": None,
+            "use_sliding_window": "local" in roles,
             "max_window_layers": len(roles),
+        }
+        listed = {"layer_types": [kinds[role] for role in roles]}
+        return listed | (switches if self.switched else {})
+
+
+@dataclass(frozen=True)
+class SomeUnturned:
+    """Positions in the blocks where no_rope_layers has a 1; a window where layer_types says so, by default in the others."""
+
+    roles = ("full", "nope", "local", "local_nope")
+    names = (
+        "no_rope_layers",
+        "layer_types",
+        "use_sliding_window",
+        "sliding_window",
+        "no_rope_layer_interval",
+    )
+
+    def read(self, entries: Entries, count: int) -> list[str]:
+        step = entries.number("no_rope_layer_interval", 4)
+        turned = entries.get("no_rope_layers", [int((i + 1) % step != 0) for i in range(count)])
+        if type(turned) is not list or len(turned) != count or any(i not in (0, 1) for i in turned):
+            raise InputError("config.json no_rope_layers", turned, f"{count} times 0 or 1")
+        window = has_window(entries, None, switched=True)
+        known = {"full_attention": False, "sliding_attention": True}
+        kinds = entries.get("layer_types")
+        local = [window and not i for i in turned] if kinds is None else listed(kinds, count, known)
+        if any(local) and not window:
+            local = [False] * count  # the class has no window then, whatever layer_types says
+        names = {
+            (1, False): "full",
+            (0, False): "nope",
+            (1, True): "local",
+            (0, True): "local_nope",
+        }
+        return [names[turn, bool(near)] for turn, near in zip(turned, local, strict=True)]
+
+    def write(self, roles: list[str]) -> dict[str, object]:
+        local = [role.startswith("local") for role in roles]
+        return {
+            "no_rope_layers": [int(not role.endswith("nope")) for role in roles],
+            "layer_types": ["sliding_attention" if near else "full_attention" for near in local],
+            "use_sliding_window": any(local),
+            "sliding_window": None,
         }
 
 
@@ -144,7 +203,7 @@ def has_window(entries: Entries, absent: int | None, switched: bool) -> bool:
     return bool(used) and window is not None
 
 
-def listed(kinds: object, count: int, roles: dict[str, str]) -> list[str]:
+def listed(kinds: object, count: int, roles: dict[str, Any]) -> list[Any]:
     """The roles that layer_types lists."""
     if (
         type(kinds) is not list

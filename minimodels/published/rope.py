@@ -1,0 +1,122 @@
+"""Rotary positions as a config.json says them, in either way, and for each type of layer if the family has several."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from minimodels.errors import InputError
+from minimodels.grammar import Call, Option
+from minimodels.published.entries import Entries
+
+SHARED = {"factor": "factor", "original_max_position_embeddings": "context"}
+TYPES = {  # rope_type -> its parameters -> our options of rope_scaling
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {**SHARED, "low_freq_factor": "low", "high_freq_factor": "high"},
+    "yarn": {
+        **SHARED,
+        "beta_fast": "fast",
+        "beta_slow": "slow",
+        "truncate": "whole",
+        "attention_factor": "attention_factor",
+    },
+}
+OPTIONAL = ("beta_fast", "beta_slow", "truncate", "attention_factor")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The base and the scaling of rotary positions, and the part of a head that they turn."""
+
+    base: float = 10_000.0
+    """the base if no entry says it"""
+    layer_type: str = ""
+    """the key in rope_parameters, if the family has several types of layers"""
+    theta: str = "rope_theta"
+    """the older entry of the base"""
+    scaled: bool = True
+    """whether the older entry rope_scaling concerns these layers"""
+    partial: bool = False
+    """whether the class turns a part of a head if it is told so"""
+    options = ("rope_base", "rope_scaling", "rope_fraction")
+    names = (
+        "rope_parameters",
+        "rope_theta",
+        "rope_scaling",
+        "partial_rotary_factor",
+        "rope_local_base_freq",
+    )
+
+    def read(self, entries: Entries) -> dict[str, object]:
+        rope = self.parameters(entries)
+        kind, theta = rope.pop("type", "default"), rope.pop("rope_theta")
+        kind, fraction = rope.pop("rope_type", kind), rope.pop("partial_rotary_factor")
+        if not isinstance(kind, str) or kind not in TYPES:
+            raise InputError("config.json rope_type", kind, ", ".join(TYPES))
+        if type(theta) not in (int, float) or not 0 < theta <= 1e300:
+            raise InputError("config.json rope_theta", theta, "a positive number up to 1e300")
+        if fraction != 1 and not self.partial:
+            raise InputError("config.json partial_rotary_factor", fraction, "1.0, or no such entry")
+        if kind in ("llama3", "yarn"):
+            trained = entries.get("max_position_embeddings")
+            rope.setdefault("original_max_position_embeddings", trained)
+        if kind == "yarn":
+            sharpen(rope)
+        needed = set(TYPES[kind]).difference(OPTIONAL)
+        if not needed <= rope.keys() <= set(TYPES[kind]):
+            accepted = ", ".join(TYPES[kind]) or "none"
+            raise InputError(f"config.json parameters of rope_type {kind}", sorted(rope), accepted)
+        given = tuple(
+            Option(ours, rope[theirs]) for theirs, ours in TYPES[kind].items() if theirs in rope
+        )
+        scaling = Call(kind, options=given) if given else None
+        return {"rope_base": float(theta), "rope_scaling": scaling, "rope_fraction": fraction}
+
+    def parameters(self, entries: Entries) -> dict[str, Any]:
+        """What both ways say, the newer before the older."""
+        newer, older = entries.get("rope_parameters", {}), entries.get("rope_scaling", {})
+        if not isinstance(newer, dict) or not isinstance(older, dict):
+            raise InputError("config.json rope_parameters", newer or older, "a JSON object")
+        if newer and older and newer != older:
+            accepted = "what rope_parameters says, or no such entry"
+            raise InputError("config.json rope_scaling", older, accepted)
+        if self.layer_type:
+            top, newer = newer, newer.get(self.layer_type) or {}
+            if newer.get("rope_type") == "yarn" and isinstance(newer, dict):
+                newer = {**newer, "truncate": top.get("truncate", True)}  # as the class reads it
+        rope = {
+            "rope_theta": entries.get(self.theta, self.base) if self.theta else self.base,
+            "partial_rotary_factor": entries.get("partial_rotary_factor", 1.0),
+            **(older if self.scaled else {}),
+            **newer,
+        }
+        return {name: value for name, value in rope.items() if value is not None}
+
+    def write(self, values: dict[str, Any]) -> dict[str, object]:
+        scaling = values["rope_scaling"]
+        kind = "default" if scaling is None else type(scaling).__name__.lower()
+        rope = {"rope_type": kind, "rope_theta": float(values["rope_base"])}
+        for theirs, ours in TYPES[kind].items():
+            if getattr(scaling, ours) is not None:
+                rope[theirs] = getattr(scaling, ours)
+        if self.partial:
+            rope["partial_rotary_factor"] = values["rope_fraction"]
+        return {"rope_parameters": {self.layer_type: rope} if self.layer_type else rope}
+
+    def fits(self, values: dict[str, Any]) -> bool:
+        return values["rope_base"] != 0
+
+
+def sharpen(rope: dict[str, Any]) -> None:
+    """Put the ratio that DeepSeek's two factors have in the place of attention_factor."""
+    scales = [rope.pop(name, None) for name in ("mscale", "mscale_all_dim")]
+    numbers = [*scales, rope.get("factor")]
+    if "attention_factor" in rope or not all(
+        type(number) in (int, float) and number for number in numbers
+    ):
+        return
+    grown = max(math.log(rope["factor"]), 0.0)
+    above, below = (0.1 * scale * grown + 1.0 for scale in scales)
+    rope["attention_factor"] = above / below
