@@ -209,7 +209,7 @@ class Retention(nn.Module):
     def flops(self, context: int) -> float:
         """Forward FLOPs per token: projections, and the operation in chunks."""
         V = self.V + (self.options.norm == "sum")
-        chunks = self.H * rule.flops(rule.chunk_length(context, self.K), self.K, V, erase=False)
+        chunks = self.H * rule.flops(rule.chunk_length(context), self.K, V, erase=False)
         return sum(flops(part, context) for part in self.children()) + chunks
 
     def state_bytes(self, context: int, itemsize: int) -> float:
