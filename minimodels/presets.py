@@ -24,7 +24,11 @@ class Size(NamedTuple):
 
 SIZES = {
     "tiny": Size(4, 128, ("mamba2.state_size=64",)),
-    "small": Size(12, 768, ("attention.heads=12", "retention.heads=6", "deltanet.heads=6")),
+    "small": Size(
+        12,
+        768,
+        ("attention.heads=12", "mamba2.heads=24", "retention.heads=6", "deltanet.heads=6"),
+    ),
 }
 MIXED = {  # and in the ratios of published models: Qwen3-Next, OLMo-Hybrid, Kimi Linear; Nemotron-H's has less attention
     "hybrid": "(mamba mlp mamba moe mamba mlp attention moe)*{quarter}",

@@ -29,8 +29,8 @@ from minimodels.layers import flops, state_bytes
 from minimodels.ops.delta_rule import delta_rule
 
 TEXTS = [
-    "mamba2(head_dim=8, state_size=4)",
-    "mamba2(head_dim=4, state_size=6, groups=2, norm=norm_gate, step_min=0.3, step_max=0.9)",
+    "mamba2(state_size=4)",
+    "mamba2(heads=8, state_size=6, groups=2, norm=norm_gate, step_min=0.3, step_max=0.9)",
     "mamba2(heads=3, head_dim=5, state_size=4, groups=3, norm=none, conv_width=1)",
     "mamba2(heads=2, head_dim=4, state_size=4, bias=true, conv_bias=false)",
 ]
@@ -103,7 +103,7 @@ def test_layer_equals_recurrence(text):
     v, B, C = F.silu(xBC).split((E, G * N, G * N), dim=-1)
     v, B, C = v.unflatten(2, (H, -1)), B.unflatten(2, (G, N)), C.unflatten(2, (G, N))
     delta = F.softplus(dt + layer.dt_bias).clamp(options.step_min, options.step_max)
-    h = x.new_zeros(2, H, N, options.head_dim)
+    h = x.new_zeros(2, H, N, layer.P)
     y, h = recurrence(v, delta, -layer.A_log.exp(), B, C, h)
     y, gate = (y + layer.D[:, None] * v).flatten(2), F.silu(z)
 
@@ -125,7 +125,7 @@ def test_layer_equals_recurrence(text):
 
 def test_limits_hold_in_decoding_too():
     """A lower limit above all steps: the decay is the limit's, token by token as in one piece."""
-    layer = make("mamba2(head_dim=8, state_size=4, step_min=50, step_max=60)")
+    layer = make("mamba2(state_size=4, step_min=50, step_max=60)")
     before, x = random(2, 9, 16), random(2, 1, 16, seed=2)
     _, state = layer(before)
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_limits_hold_in_decoding_too():
 @torch.no_grad()
 def test_initialisation_is_the_papers():
     torch.manual_seed(0)
-    layer = Mamba2(Mamba2.Options(head_dim=2), Config(width=256, layers="mamba2*4"))
+    layer = Mamba2(Mamba2.Options(heads=256), Config(width=256, layers="mamba2*4"))
     assert 1 <= layer.A_log.exp().min() < 1.3 < 15.7 < layer.A_log.exp().max() <= 16
     step = F.softplus(layer.dt_bias)
     assert 0.00099 < step.min() < 0.0013 < 0.08 < step.max() < 0.101
@@ -163,8 +163,8 @@ def test_costs_are_those_of_a_pass(text, length):
 @pytest.mark.parametrize(
     "text, field",
     [
-        ("mamba2(head_dim=5)", "head_dim"),
-        ("mamba2(head_dim=8, groups=3)", "groups"),
+        ("mamba2(heads=5)", "heads"),
+        ("mamba2(groups=3)", "groups"),
         ("mamba2(heads=3, head_dim=5, step_min=2, step_max=1)", "step_max"),
     ],
 )
@@ -192,7 +192,7 @@ def published(groups: int = 1, **fields) -> Mamba2Mixer:
 )
 def test_parity_with_transformers(groups, fields, options):
     peer = published(groups, **fields)
-    ours = make(f"mamba2(head_dim=8, state_size=6, groups={groups}{options})").float()
+    ours = make(f"mamba2(state_size=6, groups={groups}{options})").float()
     check_parity(ours, peer, dict, 2e-5)
 
 
@@ -204,9 +204,7 @@ def test_parity_with_bamba(groups):
         num_attention_heads=2, num_key_value_heads=2,
     )  # fmt: skip
     peer = randomise(BambaMixer(config, 0)).eval()
-    ours = make(
-        f"mamba2(head_dim=8, state_size=6, groups={groups}, norm_eps={config.rms_norm_eps})"
-    ).float()
+    ours = make(f"mamba2(state_size=6, groups={groups}, norm_eps={config.rms_norm_eps})").float()
     check_parity(ours, peer, dict, 2e-5)
 
 
@@ -214,7 +212,7 @@ def test_parity_with_bamba(groups):
 def test_decoding_is_the_prefill_that_transformers_computes():
     """Their one-token path ignores time_step_limit and so leaves their own prefill; ours does not."""
     peer = published(2, time_step_limit=(0.6, 0.9))
-    ours = make("mamba2(head_dim=8, state_size=6, groups=2, step_min=0.6, step_max=0.9)").float()
+    ours = make("mamba2(state_size=6, groups=2, step_min=0.6, step_max=0.9)").float()
     ours.load_state_dict(peer.state_dict())
     x = random(2, 12, 16).float()
     prefill = peer(x)

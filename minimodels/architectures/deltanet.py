@@ -220,9 +220,8 @@ def micro_steps(
     """
     n = k.shape[2]
     if n > 1:
-        q = F.pad(q.unsqueeze(2), (0, 0, 0, 0, n - 1, 0))  # (B, T, n, G, K), 0 before the last
-        g = F.pad(g.unsqueeze(2), (0, 0) * (g.ndim - 2) + (0, n - 1))  # 0 behind the first
-        q, g = q.flatten(1, 2), g.flatten(1, 2)
+        q = torch.stack([torch.zeros_like(q)] * (n - 1) + [q], dim=2).flatten(1, 2)
+        g = torch.stack([g] + [torch.zeros_like(g)] * (n - 1), dim=2).flatten(1, 2)
     return q, k.flatten(1, 2), v.flatten(1, 2), g, e.flatten(1, 2)
 
 
@@ -245,10 +244,8 @@ def recurrence(
     for t in range(q.shape[1]):
         S = alpha[:, t].unsqueeze(-1) * S
         for j in range(k.shape[2]):
-            key, value = (
-                k[:, t, j].unsqueeze(-1),
-                v[:, t, j].unsqueeze(-2),
-            )  # (B, H, K, 1), (B, H, 1, V)
+            key = k[:, t, j].unsqueeze(-1)  # (B, H, K, 1)
+            value = v[:, t, j].unsqueeze(-2)  # (B, H, 1, V)
             rate = beta[:, t, j, :, None, None]
             S = (identity - rate * key @ key.mT) @ S + rate * key @ value
         outputs.append((q[:, t].unsqueeze(-2) @ S).squeeze(-2))

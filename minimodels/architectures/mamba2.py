@@ -67,11 +67,13 @@ class Mamba2(nn.Module):
 
     @dataclass(frozen=True)
     class Options:
-        heads: Count | None = option(None, "H; by default expand · width / head_dim")
-        head_dim: Count = option(64, "P, channels of a head")
+        heads: Count = option(4, "H, heads")
+        head_dim: Count | None = option(
+            None, "P, channels of a head; by default expand · width / heads"
+        )
         state_size: Count = option(128, "N, numbers of state per channel")
         groups: Count = option(1, "G, groups of heads that share B and C")
-        expand: Count = option(2, "inner width over the model's width, if heads are not given")
+        expand: Count = option(2, "inner width over the model's width, if head_dim is not given")
         conv_width: Count = option(4, "W, taps of the causal convolution")
         conv_bias: bool = option(True, "a bias in the convolution")
         bias: bool = option(False, "biases in the input and the output projection")
@@ -85,12 +87,11 @@ class Mamba2(nn.Module):
 
         def check(self, width: int) -> None:
             """Raise InputError for heads that do not fit the width or the groups, and for limits in disorder."""
-            if not self.heads and self.expand * width % self.head_dim:
-                inner = self.expand * width
-                raise InputError("head_dim", self.head_dim, f"a divisor of {inner}, or heads too")
-            heads = self.heads or self.expand * width // self.head_dim
-            if heads % self.groups:
-                raise InputError("groups", self.groups, f"a divisor of the {heads} heads")
+            inner = self.expand * width
+            if not self.head_dim and inner % self.heads:
+                raise InputError("heads", self.heads, f"a divisor of {inner}, or a head_dim")
+            if self.heads % self.groups:
+                raise InputError("groups", self.groups, f"a divisor of heads {self.heads}")
             if self.step_max is not None and self.step_max < self.step_min:
                 raise InputError("step_max", self.step_max, f"at least step_min, {self.step_min}")
 
@@ -98,9 +99,9 @@ class Mamba2(nn.Module):
         super().__init__()
         options.check(config.width)
         self.options, self.impl = options, config.impl
-        P, N, G = options.head_dim, options.state_size, options.groups
-        H = options.heads or options.expand * config.width // P
-        self.H, self.E = H, H * P
+        H, N, G = options.heads, options.state_size, options.groups
+        self.P = options.head_dim or options.expand * config.width // H
+        self.H, self.E = H, H * self.P
         convolved = self.E + 2 * G * N
         self.in_proj = nn.Linear(config.width, self.E + convolved + H, bias=options.bias)
         # holds the weights; causal_conv1d does the work
@@ -162,8 +163,8 @@ class Mamba2(nn.Module):
     def flops(self, context: int) -> float:
         """Forward FLOPs per token: projections, convolution, and the operation in chunks."""
         maps = (self.in_proj, self.conv1d, self.out_proj)
-        N, P = self.options.state_size, self.options.head_dim
-        chunks = self.H * rule.flops(rule.chunk_length(context), N, P, erase=False)
+        N, C = self.options.state_size, rule.chunk_length(context)
+        chunks = self.H * rule.flops(C, N, self.P, erase=False)
         return 2 * sum(part.weight.numel() for part in maps) + chunks
 
     def state_bytes(self, context: int, itemsize: int) -> float:
