@@ -10,16 +10,8 @@ from itertools import cycle, pairwise
 from pathlib import Path
 
 from minimodels import InputError
+from minimodels.colours import COLOURS, OTHERS
 
-COLOURS = {  # of an architecture, in every picture
-    "transformer": "#2563eb",
-    "mamba": "#dc2626",
-    "moe": "#059669",
-    "mod": "#d97706",
-    "hybrid": "#7c3aed",
-}
-COLOURS |= {name: COLOURS["transformer"] for name in ("attention", "dense")}
-OTHERS = ("#0891b2", "#ec4899", "#4b5563", "#84cc16", "#92400e", "#c026d3", "#111827")
 STYLES = ("-", "--", ":", "-.")
 STYLE_NAMES = ("solid", "dashed", "dotted", "dash-dotted")
 MARKERS = ("o", "s", "^", "D", "v")

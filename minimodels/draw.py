@@ -1,0 +1,327 @@
+"""A picture of any model: its blocks in order, repeats folded, and what each holds and costs.
+
+    python -m minimodels.draw --model hybrid                      hybrid.svg and hybrid.png
+    python -m minimodels.draw --layers "(mamba mlp)*3 attention mlp" --out mine
+    python -m minimodels.draw --config FOLDER/config.json         a published model
+
+Each row is a layer: its options, its parameters (of all its uses together), its share of the FLOPs of a
+token, and what it remembers of a text as long as the context.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import tyro
+from torch import nn
+
+from minimodels.colours import COLOURS, OTHERS
+from minimodels.command import run_command
+from minimodels.config import Config
+from minimodels.errors import Count, InputError, check_types
+from minimodels.files import read_json
+from minimodels.grammar import Call, Group, parse, write_value
+from minimodels.layers import Stack, flops, parts, state_bytes
+from minimodels.ledger import ledger
+from minimodels.lm import LM
+from minimodels.presets import SIZES, fitted, preset
+from minimodels.published.config_json import family_of, read_config
+
+ROW, GROUP, INDENT, WIDTH = 0.62, 0.34, 0.28, 10.0  # inches
+HEIGHTS = {"layer": ROW, "open": ROW, "close": 0.2}
+
+
+class Cost(NamedTuple):
+    """What all uses of one call in the text cost together."""
+
+    uses: int
+    parameters: int  # of a shared layer once
+    flops: float  # forward, per token
+    state: float  # bytes
+    shapes: str  # of its matrices
+
+
+class Row(NamedTuple):
+    """A line of the picture: a layer, or where a group or wrapper begins or ends."""
+
+    kind: str  # layer, open or close
+    depth: int
+    call: Call | None = None
+    times: int = 1
+    name: str = ""  # of a shared layer
+
+
+def costs(config: Config, context: int) -> dict[int, Cost]:
+    """The costs of each call of the text, by its place in the text."""
+    with torch.device("meta"):
+        model = LM(config)
+    found: dict[int, list] = defaultdict(lambda: [0, 0, 0.0, 0.0, ""])
+    seen: set[int] = set()
+
+    def add(stack: Stack, calls: tuple[Call, ...], share: float, length: int) -> None:
+        for block, call in zip(stack, calls, strict=True):
+            entry = found[call.at]
+            entry[0] += 1
+            entry[1] += 0 if id(block) in seen else sum(p.numel() for p in block.parameters())
+            entry[2] += share * flops(block, length)
+            entry[3] += state_bytes(block, length, 4)
+            entry[4] = shapes(block)
+            seen.add(id(block))
+            if call.layers:
+                inner = next(part for part in parts(block) if isinstance(part, Stack))
+                routed = getattr(block, "routed", lambda tokens: tokens)(length)
+                add(inner, call.layers, share * routed / length, routed)
+
+    add(model.layers, config.calls, 1.0, context)
+    return {at: Cost(*entry) for at, entry in found.items()}
+
+
+def shapes(block: nn.Module) -> str:
+    """The matrices of a layer, those of one shape together: "q, k, v, out 128×128"."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for name, parameter in block.named_parameters():
+        name = name.removeprefix("layer.").removesuffix(".weight")
+        if parameter.ndim > 1 and not name.startswith("group."):
+            names["×".join(map(str, parameter.shape))].append(name)
+    return "; ".join(f"{', '.join(each)} {shape}" for shape, each in names.items())
+
+
+def rows(text: str) -> list[Row]:
+    """The lines of the picture, from the text: groups and repeats stay folded."""
+    program = parse(text)
+
+    def visit(item: Call | Group, depth: int, times: int = 1, name: str = "") -> list[Row]:
+        if isinstance(item, Group) and len(item.items) == 1:
+            return visit(item.items[0], depth, times * item.count, name)
+        if isinstance(item, Group) and times * item.count == 1:
+            return [row for each in item.items for row in visit(each, depth, 1, name)]
+        if isinstance(item, Group):
+            inside = [row for each in item.items for row in visit(each, depth + 1)]
+            return [
+                Row("open", depth, None, times * item.count, name),
+                *inside,
+                Row("close", depth),
+            ]
+        if item.name in program.definitions:
+            shared, defined = program.definitions[item.name]
+            return visit(defined, depth, times, item.name if shared else name)
+        if item.layers:
+            inside = [row for each in item.layers for row in visit(each, depth + 1)]
+            return [Row("open", depth, item, times, name), *inside, Row("close", depth, item)]
+        return [Row("layer", depth, item, times, name)]
+
+    return [row for item in program.items for row in visit(item, 0)]
+
+
+def draw(config: Config, context: int, title: str, files: list[Path]) -> None:
+    """Write the picture of a model into files; their suffixes name the formats.
+
+    Raises InputError if matplotlib is not installed or a file cannot be written.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("matplotlib", "not installed", 'pip install "minimodels[plot]"') from None
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "minimodels"  # the same model gives the same file
+    from matplotlib import pyplot
+
+    found, lines = costs(config, context), rows(config.layers)
+    total, head = ledger(config, context), config.width * (config.vocab or 256)
+    height = sum(HEIGHTS[row.kind] if row.call or row.kind == "close" else GROUP for row in lines)
+    height += 2 * ROW + 1.4
+    figure = pyplot.figure(figsize=(WIDTH, height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, WIDTH), ylim=(0, height))
+    axes.axis("off")
+    axes.text(0.2, height - 0.3, title, fontsize=13, weight="bold", va="center")
+    axes.text(0.2, height - 0.62, str(total), fontsize=9, color="#444444", va="center")
+    top = height - 1.05
+    for x, name in ((5.3, "parameters"), (7.4, "share of the FLOPs"), (9.8, "state")):
+        axes.text(
+            x,
+            top,
+            name,
+            fontsize=8,
+            color="#666666",
+            ha="right" if name != "share of the FLOPs" else "center",
+        )
+    y = top - 0.15
+    embedding = f"{config.vocab or 256} × {config.width}"
+    y = draw_plain(axes, y, f"embedding  {embedding}", head, None)
+    opened = []
+    for row in lines:
+        if row.kind == "open":
+            opened.append(y - (ROW if row.call else GROUP))
+        if row.kind == "close":
+            draw_bracket(axes, row, opened.pop(), y)
+            y -= HEIGHTS["close"]
+        else:
+            y = draw_row(axes, y, row, found, total)
+    tied = "the embedding's matrix" if config.tie_embeddings else embedding
+    draw_plain(
+        axes,
+        y,
+        f"norm, head  {tied}",
+        0 if config.tie_embeddings else head,
+        2 * head / total.forward_flops,
+    )
+    try:
+        for file in files:
+            stamp = {"Date": None} if file.suffix == ".svg" else None
+            figure.savefig(file, dpi=130, metadata=stamp)
+    except OSError as error:
+        raise InputError(
+            "out", str(files[0]), f"a file that can be written ({error.strerror})"
+        ) from None
+    finally:
+        pyplot.close(figure)
+
+
+def draw_plain(axes, y: float, text: str, parameters: int, share: float | None) -> float:
+    """A line that is no layer."""
+    axes.text(0.2, y - ROW / 2, text, fontsize=9, va="center", color="#444444")
+    axes.text(
+        5.3,
+        y - ROW / 2,
+        short(parameters) if parameters else "",
+        fontsize=9,
+        va="center",
+        ha="right",
+    )
+    if share is not None:
+        draw_share(axes, y, share, "#9ca3af")
+    return y - ROW
+
+
+def draw_row(axes, y: float, row: Row, found: dict[int, Cost], total) -> float:
+    """One line; returns the height at which the next begins."""
+    from matplotlib.patches import FancyBboxPatch
+
+    left, colour = 0.2 + INDENT * row.depth, colour_of(row)
+    times = f" × {row.times}" if row.times > 1 else ""
+    if row.call is None:
+        shared = f"{row.name}, one set of weights, " if row.name else ""
+        axes.text(
+            left,
+            y - 0.16,
+            f"{shared}{row.times} times",
+            fontsize=9,
+            weight="bold",
+            color=colour,
+            va="center",
+        )
+        return y - GROUP
+    cost, middle = found[row.call.at], y - ROW / 2
+    style = (0, (3, 2)) if row.name else "-"
+    box = FancyBboxPatch(
+        (left, y - ROW + 0.06), 4.2 - left, ROW - 0.12, boxstyle="round,pad=0,rounding_size=0.06",
+        facecolor=f"{colour}22", edgecolor=colour, linestyle=style, linewidth=1.4,
+    )  # fmt: skip
+    axes.add_patch(box)
+    shared = f"   {row.name}: one set of weights, {cost.uses} uses" if row.name else ""
+    axes.text(
+        left + 0.1,
+        middle + 0.1,
+        f"{row.call.name}{times}{shared}",
+        fontsize=10,
+        weight="bold",
+        va="center",
+    )
+    options = ", ".join(f"{each.name}={write_value(each.value)}" for each in row.call.options)
+    text = textwrap.shorten(
+        "; ".join(filter(None, (options, cost.shapes))), 74 - 5 * row.depth, placeholder=" ..."
+    )
+    axes.text(left + 0.1, middle - 0.12, text, fontsize=7, color="#444444", va="center")
+    axes.text(5.3, middle, short(cost.parameters), fontsize=9, va="center", ha="right")
+    draw_share(axes, y, cost.flops / total.forward_flops, colour)
+    state = f"{cost.state / 1024:,.0f} KiB" if cost.state else "none"
+    axes.text(9.8, middle, state, fontsize=9, va="center", ha="right")
+    return y - ROW
+
+
+def draw_bracket(axes, row: Row, top: float, bottom: float) -> None:
+    """A line along what a group or wrapper holds."""
+    left = 0.25 + INDENT * row.depth
+    axes.plot(
+        [left, left, left + 0.15], [top, bottom - 0.06, bottom - 0.06], color=colour_of(row), lw=1.4
+    )
+
+
+def colour_of(row: Row) -> str:
+    """The colour of a layer's architecture; grey for a group."""
+    return COLOURS.get(row.call.name, OTHERS[0]) if row.call else "#6b7280"
+
+
+def draw_share(axes, y: float, share: float, colour: str) -> None:
+    """A bar and its percentage."""
+    axes.barh(y - ROW / 2, 2.2 * share, height=0.22, left=6.0, color=colour, alpha=0.85)
+    axes.text(6.05 + 2.2 * share, y - ROW / 2, f" {share:.0%}", fontsize=8.5, va="center")
+
+
+def short(count: float) -> str:
+    """A number of parameters in three digits: 384, 66.0K, 1.31M, 7.62B."""
+    for unit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count >= unit:
+            return f"{count / unit:.3g}{suffix}"
+    return f"{count:.0f}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Draw a model."""
+
+    model: str = ""
+    """a preset; by default transformer, if neither layers nor a config is given"""
+    layers: str = ""
+    """layers as text, at the width of `size`"""
+    config: Path | None = None
+    """config.json of a published model"""
+    size: str = "tiny"
+    """tiny or small"""
+    context: Count = 1024
+    """tokens of context at which FLOPs and state are counted"""
+    out: str = ""
+    """the pictures' name without a suffix; by default the model's"""
+
+    def __post_init__(self):
+        check_types(self)
+        given = [name for name in ("model", "layers", "config") if getattr(self, name)]
+        if len(given) > 1:
+            raise InputError(
+                given[1],
+                getattr(self, given[1]),
+                f"one of model, layers and config, and {given[0]} is given",
+            )
+        if self.size not in SIZES:
+            raise InputError("size", self.size, ", ".join(SIZES))
+
+
+def main(options: Options) -> None:
+    """Write the SVG and the PNG."""
+    if options.config:
+        entries = read_json(options.config, "config")
+        config, title = (
+            read_config(entries, family_of(entries)),
+            options.config.resolve().parent.name,
+        )
+    elif options.layers:
+        config = preset("transformer", options.size, layers=fitted(options.layers, options.size))
+        title = options.layers
+    else:
+        title = options.model or "transformer"
+        config = preset(title, options.size)
+    name = options.out or re.sub(r"\W+", "-", title).strip("-")[:60]
+    files = [Path(f"{name}.{suffix}") for suffix in ("svg", "png")]
+    draw(config, options.context, textwrap.shorten(title, 70), files)
+    print(f"drawn in {' and '.join(map(str, files))}")
+
+
+if __name__ == "__main__":
+    run_command(main, lambda: tyro.cli(Options, description=__doc__))

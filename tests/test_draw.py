@@ -1,0 +1,85 @@
+"""Pictures of models: what they count is what the ledger counts."""
+
+import pytest
+
+from minimodels import Config, InputError, ledger, preset
+from minimodels.draw import Options, costs, main, rows, shapes, short
+from minimodels.lm import LM
+
+TEXT = "local=attention(window=5) A:=attention(kv_heads=2) ((local mlp)*2 A mlp)*3 mod(attention moe, capacity=0.25)"
+
+
+@pytest.mark.parametrize("layers", [TEXT, preset("hybrid").layers, preset("mod").layers])
+def test_rows_add_up_to_the_ledger(layers):
+    config = Config(layers=layers, vocab=256, width=32)
+    total, found = ledger(config, 64), costs(config, 64)
+    outer = [
+        row.call.at
+        for row in rows(layers)
+        if row.call and row.kind != "close" and row.depth == depth_of(row, layers)
+    ]
+    embedding, norm = 256 * 32, 32
+    assert sum(found[at].parameters for at in outer) + embedding + norm == total.parameters
+    assert sum(found[at].flops for at in outer) + 2 * embedding == pytest.approx(
+        total.forward_flops
+    )
+    assert sum(found[at].state for at in outer) == total.state_bytes
+
+
+def depth_of(row, layers) -> int:
+    """The depth of a row that is in no wrapper: the groups around it alone."""
+    inside = 0
+    for each in rows(layers):
+        if each is row:
+            return row.depth if inside == 0 else -1
+        if each.call is not None and each.kind in ("open", "close"):
+            inside += 1 if each.kind == "open" else -1
+    return -1
+
+
+def test_repeats_stay_folded_and_shared_layers_say_so():
+    lines = rows(TEXT)
+    assert [row.times for row in lines if row.kind == "open"] == [3, 2, 1]
+    assert [row.call.name for row in lines if row.kind == "layer"] == [
+        "attention",
+        "mlp",
+        "attention",
+        "mlp",
+        "attention",
+        "moe",
+    ]
+    (shared,) = [row for row in lines if row.name]
+    assert shared.name == "A"
+    assert costs(Config(layers=TEXT, width=32), 64)[shared.call.at].uses == 3
+    assert len(rows("(attention mlp)*48")) == 4
+
+
+def test_shapes_are_those_of_the_matrices():
+    (block,) = LM(Config(layers="attention(kv_heads=2)", width=32)).layers
+    assert shapes(block) == "q, out 32×32; k, v 16×32"
+
+
+@pytest.mark.parametrize(
+    "count, text", [(384, "384"), (65_984, "66K"), (1_314_000, "1.31M"), (7.62e9, "7.62B")]
+)
+def test_numbers_have_three_digits(count, text):
+    assert short(count) == text
+
+
+@pytest.mark.parametrize("given", [{"model": "mod"}, {"layers": TEXT}])
+def test_the_command_writes_both_files(given, tmp_path):
+    main(Options(**given, context=64, out=str(tmp_path / "picture")))
+    first = (tmp_path / "picture.svg").read_bytes()
+    assert b"</svg>" in first
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    main(Options(**given, context=64, out=str(tmp_path / "picture")))
+    assert (tmp_path / "picture.svg").read_bytes() == first  # the same model gives the same file
+
+
+def test_wrong_options_are_refused(tmp_path):
+    with pytest.raises(
+        InputError, match="layers: 'mlp' is not accepted; accepted: one of model, layers and config"
+    ):
+        Options(model="mod", layers="mlp")
+    with pytest.raises(InputError, match="config: .*none.json"):
+        main(Options(config=tmp_path / "none.json"))
