@@ -13,11 +13,7 @@ TEXT = "local=attention(window=5) A:=attention(kv_heads=2) ((local mlp)*2 A mlp)
 def test_rows_add_up_to_the_ledger(layers):
     config = Config(layers=layers, vocab=256, width=32)
     total, found = ledger(config, 64), costs(config, 64)
-    outer = [
-        row.call.at
-        for row in rows(layers)
-        if row.call and row.kind != "close" and row.depth == depth_of(row, layers)
-    ]
+    outer = outermost(layers)
     embedding, norm = 256 * 32, 32
     assert sum(found[at].parameters for at in outer) + embedding + norm == total.parameters
     assert sum(found[at].flops for at in outer) + 2 * embedding == pytest.approx(
@@ -26,15 +22,17 @@ def test_rows_add_up_to_the_ledger(layers):
     assert sum(found[at].state for at in outer) == total.state_bytes
 
 
-def depth_of(row, layers) -> int:
-    """The depth of a row that is in no wrapper: the groups around it alone."""
-    inside = 0
-    for each in rows(layers):
-        if each is row:
-            return row.depth if inside == 0 else -1
-        if each.call is not None and each.kind in ("open", "close"):
-            inside += 1 if each.kind == "open" else -1
-    return -1
+def outermost(layers: str) -> set[int]:
+    """The places of the calls that are in no wrapper."""
+    found, inside = set(), 0
+    for row in rows(layers):
+        if row.kind == "close":
+            inside -= row.call is not None
+            continue
+        if row.call is not None and not inside:
+            found.add(row.call.at)
+        inside += row.call is not None and row.kind == "open"
+    return found
 
 
 def test_repeats_stay_folded_and_shared_layers_say_so():
