@@ -186,6 +186,21 @@ def test_wrong_shapes(shapes):
         linear_cross_entropy(x, weight, targets.long())
 
 
+@pytest.mark.parametrize("scale", [1, 20, 80])
+def test_gradients_at_large_logits_are_as_good_as_those_of_the_plain_loss(scale, small):
+    """All logits share a large part, which the softmax does not see: a rounded logsumexp would be off by its last digit."""
+    torch.manual_seed(0)
+    x, targets = torch.randn(40, 8), torch.randint(200, (40,))
+    x[:, 0] = scale
+    weight = torch.randn(200, 8)
+    weight[:, 0] = 1
+    exact = gradients(reference, x, weight, targets, torch.float64)
+    plain, kernel = (gradients(f, x, weight, targets) for f in (reference, linear_cross_entropy))
+    for name, low, ours, true in zip("loss dx dweight".split(), plain, kernel, exact, strict=True):
+        error, allowed = ((part - true).norm() for part in (ours, low))
+        assert error <= 3 * allowed + 1e-7 * true.norm(), name
+
+
 @pytest.mark.parametrize("adds", [False, True], ids=["PyTorch 2.9", "PyTorch 2.11"])
 def test_a_product_is_added_in_full_precision_by_what_pytorch_has(adds, monkeypatch):
     """On a GPU, which the factors only claim to be on: before 2.11 addmm has no fp32 sum of bf16 products."""

@@ -34,6 +34,9 @@ def attention(
     Raises ValueError on shapes that disagree.
     """
     check_shapes(q, k, v, query_positions, key_positions, query_starts)
+    masked = window is not None or query_positions is not None or query_starts is not None
+    if impl == "auto" and not masked and q.shape[2] == k.shape[2]:
+        impl = "torch"  # cuDNN and FlashAttention know the causal mask; what they do not know is the kernel's
     path = choose(impl, "attention", q.device)
     if path == "triton":
         from minimodels.kernels.attention import attention as kernel
