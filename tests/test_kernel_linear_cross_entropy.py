@@ -186,14 +186,13 @@ def test_wrong_shapes(shapes):
         linear_cross_entropy(x, weight, targets.long())
 
 
-@pytest.mark.parametrize("scale", [1, 20, 80])
+@pytest.mark.parametrize("scale", [1, 20])
 def test_gradients_at_large_logits_are_as_good_as_those_of_the_plain_loss(scale, small):
-    """All logits share a large part, which the softmax does not see: a rounded logsumexp would be off by its last digit."""
+    """Where the right token is nearly certain, all of its gradient lies in digits that a rounded logsumexp has lost."""
     torch.manual_seed(0)
-    x, targets = torch.randn(40, 8), torch.randint(200, (40,))
-    x[:, 0] = scale
-    weight = torch.randn(200, 8)
-    weight[:, 0] = 1
+    x, weight = torch.randn(40, 8), torch.randn(200, 8)
+    x *= scale / (x @ weight.t()).std()
+    targets = (x @ weight.t()).argmax(1)
     exact = gradients(reference, x, weight, targets, torch.float64)
     plain, kernel = (gradients(f, x, weight, targets) for f in (reference, linear_cross_entropy))
     for name, low, ours, true in zip("loss dx dweight".split(), plain, kernel, exact, strict=True):
