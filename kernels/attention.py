@@ -9,9 +9,9 @@ What it must cost: half of the T² pairs are visible, and each takes 2d operatio
 4·B·H·T²/2·d forward. Backward takes four products of that kind and the scores again, 2.5 times as much. The memory sees q, k, v
 and y, T/4 operations a byte in bf16: beyond T of about a thousand the tensor cores bound it. Next to them the exponentials, one
 a pair: a Hopper SM makes 16 of them a clock, or 4096 operations of products, so that they take as long as forward's two
-products at d = 64 and half as long at 128. Decoding, T = 1, is bound by reading k and v, once for each head that shares them
-though mostly from the L2 cache. As B·H programs would leave most of the machine idle, the keys of a few queries are dealt out
-to several programs, whose y are joined by their lse.
+products at d = 64 and half as long at 128. Decoding, T = 1, is bound by reading k and v. There the H/G heads that share keys
+are PACKED, as if they were queries of one head: they fill a block together, and k and v are read once. As B·G programs would
+leave most of the machine idle, the keys of a few queries are dealt out to several programs, whose y are joined by their lse.
 
 Forward, a block of queries walks over its keys with the softmax of those met so far: Σ exp(s - high) v, Σ exp(s - high) and the
 highest score, by whose growth both sums are scaled down. It leaves lse = log Σ_j exp(s_ij), from which backward has every p_ij
@@ -128,9 +128,15 @@ def store(P, x, start, stride, rows, d: tl.constexpr, LENGTH: tl.constexpr, WIDT
 
 
 @triton.jit
-def query_places(QUERIES, start, T, S, LENGTH: tl.constexpr):
+def query_index(start, LENGTH: tl.constexpr, PACKED: tl.constexpr):
+    """Which of the T queries each row of a block is: where heads are PACKED there is one, number 0."""
+    i = tl.arange(0, LENGTH)
+    return i * 0 if PACKED else start + i
+
+
+@triton.jit
+def query_places(QUERIES, i, T, S):
     """Where the queries of a block stand."""
-    i = start + tl.arange(0, LENGTH)
     if QUERIES is None:
         return S - T + i
     else:
@@ -138,12 +144,11 @@ def query_places(QUERIES, start, T, S, LENGTH: tl.constexpr):
 
 
 @triton.jit
-def start_places(STARTS, start, T, LENGTH: tl.constexpr):
+def start_places(STARTS, i, T):
     """Where the documents of a block's queries begin; for those behind the last query, nowhere."""
     if STARTS is None:
         return None
     else:
-        i = start + tl.arange(0, LENGTH)
         return tl.load(STARTS + i, i < T, 0x7FFFFFFF).to(tl.int32)
 
 
@@ -322,24 +327,25 @@ def blocks(*sizes: tuple[int, int, int, int], **also) -> list[triton.Config]:
 @triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
     Q, K, V, QUERIES, KEYS, STARTS, Y, LSE, q_strides, k_strides, v_strides, y_strides, B, H, G, T, S, size, span, window,
-    d: tl.constexpr, SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, DEAL: tl.constexpr,
+    d: tl.constexpr, SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, DEAL: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One program, BLOCK_T queries of one head, and all their keys or those DEALt out to it; those with the most keys start
-    first, all heads abreast."""
+    first, all heads abreast. PACKED: T is H/G and H is G, for one query of all heads that share their keys."""
     row, block = tl.program_id(0) % (B * H), tl.program_id(0) // (B * H)
     start = (tl.cdiv(T, BLOCK_T) - 1 - block) * BLOCK_T
     batch, head = (row // H).to(tl.int64), (row % H).to(tl.int64)
     key_head = head // (H // G)
     K += batch * k_strides[0] + key_head * k_strides[1]
     V += batch * v_strides[0] + key_head * v_strides[1]
+    index, queries = query_index(start, BLOCK_T, PACKED), 1 if PACKED else T
     if KEYS is not None:
-        QUERIES += batch * T
+        QUERIES += batch * queries
         KEYS += batch * S
     if STARTS is not None:
-        STARTS += batch * T
-    query = query_places(QUERIES, start, T, S, BLOCK_T)[:, None]
-    first = column_of(start_places(STARTS, start, T, BLOCK_T))
+        STARTS += batch * queries
+    query = query_places(QUERIES, index, queries, S)[:, None]
+    first = column_of(start_places(STARTS, index, queries))
     q = tile(
         Q + batch * q_strides[0] + head * q_strides[1],
         start,
@@ -355,7 +361,10 @@ def forward_kernel(
     high = tl.full(
         (BLOCK_T,), -1e38, FULL
     )  # finite, so that a row that has seen nothing subtracts no infinities
-    bounds = keys_of(start, T, S, window, KEYS, STARTS, BLOCK_T, BLOCK_S)
+    if PACKED:
+        bounds = keys_of(0, 1, S, window, KEYS, STARTS, 1, BLOCK_S)
+    else:
+        bounds = keys_of(start, T, S, window, KEYS, STARTS, BLOCK_T, BLOCK_S)
     if DEAL:
         bounds = dealt(bounds, BLOCK_S)
     ahead = scores(q, K, bounds[0], k_strides[2], S, d, FULL, WIDTH, BLOCK_S, True) if AHEAD else 0
@@ -449,8 +458,9 @@ def backward_queries_kernel(
         KEYS += batch * S
     if STARTS is not None:
         STARTS += batch * T
-    query = query_places(QUERIES, start, T, S, BLOCK_T)[:, None]
-    first = column_of(start_places(STARTS, start, T, BLOCK_T))
+    index = query_index(start, BLOCK_T, False)
+    query = query_places(QUERIES, index, T, S)[:, None]
+    first = column_of(start_places(STARTS, index, T))
     dy = tile(
         DY + batch * dy_strides[0] + head * dy_strides[1],
         start,
@@ -530,8 +540,8 @@ def towards_keys(
             delta = tl.load(DELTA + head * T + i, i < T, 0.0)
             s = tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=FULL)
             if EDGE:
-                query = query_places(QUERIES, start, T, S, BLOCK_T)[None, :]
-                first = row_of(start_places(STARTS, start, T, BLOCK_T))
+                query = query_places(QUERIES, i, T, S)[None, :]
+                first = row_of(start_places(STARTS, i, T))
                 s = hide(s, query, first, key[:, None], window)
             dp = tl.dot(v, tl.trans(dy), input_precision="ieee", out_dtype=FULL)
             p = tl.exp2(s * (SCALE * LOG2_E) - lse[None, :])
@@ -618,11 +628,40 @@ def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, queries: Tensor | None, keys: Tensor | None, starts: Tensor | None, window: int | None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y and lse."""
-    (B, H, T, d), S = q.shape, k.shape[2]
     q, k, v = map(innermost, (q, k, v))
     queries, keys, starts = dense(queries, keys, starts)
-    y, lse = heads_like(q), q.new_empty(B, H, T, dtype=torch.promote_types(q.dtype, torch.float32))
-    parts = parts_of(q, S if window is None or keys is not None else min(S, T + window))
+    y, lse = (
+        heads_like(q),
+        q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32)),
+    )
+    packed = q.shape[2] == 1 and q.shape[1] > k.shape[1]
+    forward(
+        *(pack(x, k) if packed else x for x in (q, y, lse)),
+        k,
+        v,
+        queries,
+        keys,
+        starts,
+        window,
+        packed,
+    )
+    return y, lse
+
+
+def pack(x: Tensor, k: Tensor) -> Tensor:
+    """One query's heads as queries of the key head that they share: (B, H, 1, ...) -> (B, G, H/G, ...), the same memory."""
+    return x[:, :, 0].unflatten(1, (k.shape[1], -1))
+
+
+def forward(
+    q: Tensor, y: Tensor, lse: Tensor, k: Tensor, v: Tensor,
+    queries: Tensor | None, keys: Tensor | None, starts: Tensor | None, window: int | None, packed: bool,
+) -> None:  # fmt: skip
+    """Fill in y and lse."""
+    (B, H, T, d), S = q.shape, k.shape[2]
+    few = packed or T <= FEW
+    met = S if window is None or keys is not None else min(S, T + window)
+    parts = parts_of(q, met) if few else 1
     y_parts, lse_parts = (
         (y[None], lse)
         if parts == 1
@@ -631,20 +670,19 @@ def attention_forward(
     with on(q):
         forward_kernel[lambda meta: (B * H * triton.cdiv(T, meta["BLOCK_T"]), parts)](
             q, k, v, queries, keys, starts, y_parts, lse_parts, q.stride(), k.stride(), v.stride(), y_parts.stride(),
-            *sizes(q, k), window, **constants(q), DEAL=parts > 1,
+            *sizes(q, k, few), window, **constants(q), DEAL=parts > 1, PACKED=packed,
         )  # fmt: skip
         if parts > 1:
             join_kernel[(B * H * T,)](
                 y_parts, lse_parts, y, lse, y.stride(), B, H, T, d, parts, triton.next_power_of_2(d)
             )
-    return y, lse
 
 
 def parts_of(q: Tensor, met: int) -> int:
     """Among how many programs, a power of two, the keys are dealt out that the queries of a head meet: as many as fill the
-    machine, each with KEYS_EACH or more. 1 for more than a FEW queries."""
-    (B, H, T), fill = q.shape[:3], 2 * multiprocessors(q)
-    return 1 if T > FEW else 2 ** max(0, min(fill // (B * H), met // KEYS_EACH).bit_length() - 1)
+    machine, each with KEYS_EACH or more."""
+    (B, H), fill = q.shape[:2], 2 * multiprocessors(q)
+    return 2 ** max(0, min(fill // (B * H), met // KEYS_EACH).bit_length() - 1)
 
 
 @torch.library.custom_op("minimodels::attention_backward", mutates_args=())
@@ -661,7 +699,7 @@ def attention_backward(
         slots = torch.arange(S, device=q.device, dtype=starts.dtype).repeat(B, 1)
         ends = torch.searchsorted(starts, slots, right=True)
     dq, dk, dv, delta = heads_like(q), heads_like(k), heads_like(v), torch.empty_like(lse)
-    known = (*sizes(q, k), window)
+    known = (*sizes(q, k, T <= FEW), window)
     with on(q):
         backward_queries_kernel[lambda meta: (B * H * triton.cdiv(T, meta["BLOCK_T"]),)](
             q, k, v, queries, keys, starts, y, dy, lse, delta, dq,
@@ -680,7 +718,7 @@ def heads_like(x: Tensor) -> Tensor:
     return x.new_empty(B, T, H, d).transpose(1, 2)
 
 
-def sizes(q: Tensor, k: Tensor) -> tuple[int, ...]:
+def sizes(q: Tensor, k: Tensor, few: bool) -> tuple[int, ...]:
     """B, H, G, T, S, size and span: T and S roughly, as far as they matter for the tuning."""
     (B, H, T), (G, S) = q.shape[:3], k.shape[1:3]
     return (
@@ -690,7 +728,7 @@ def sizes(q: Tensor, k: Tensor) -> tuple[int, ...]:
         T,
         S,
         size_of(T),
-        triton.next_power_of_2(S) if T <= FEW else 0,
+        triton.next_power_of_2(S) if few else 0,
     )
 
 
@@ -837,13 +875,14 @@ def case(tokens: int, T: int, H: int, d: int) -> Case:
     return Case(f"B {B}, H {H}, T {T}, d {d}", inputs, work, 2.5 * work, "TFLOP/s")
 
 
-def decoding(S: int, H: int, d: int) -> Case:
+def decoding(S: int, H: int, G: int, d: int) -> Case:
     """One query, whose keys and values are read."""
 
     def inputs() -> tuple:
-        return tuple(torch.randn(1, T, H, d, **TIMED).transpose(1, 2) for T in (1, S, S))
+        shapes = (1, H), (S, G), (S, G)
+        return tuple(torch.randn(1, T, heads, d, **TIMED).transpose(1, 2) for T, heads in shapes)
 
-    return Case(f"decoding: B 1, H {H}, S {S}, d {d}", inputs, 2 * H * S * d, 0)
+    return Case(f"decoding: B 1, H {H}, G {G}, S {S}, d {d}", inputs, 2 * G * S * d, 0)
 
 
 def example(
@@ -867,14 +906,16 @@ EXAMPLES = [
     example(case(512, 256, 4, 128), window=100),
     example(case(512, 256, 4, 128), positions=True),
     example(case(512, 256, 4, 128), documents=True),
-    example(decoding(4096, 4, 128)),
-    example(decoding(4096, 4, 128), positions=True),
+    example(decoding(4096, 4, 4, 128)),
+    example(decoding(4096, 4, 4, 128), positions=True),
+    example(decoding(4096, 32, 8, 128)),
 ]
 
 
 if __name__ == "__main__":
     lengths = (1024, 4096, 16384) if GPU else (256, 1024, 4096)
-    cases = [decoding(2**17, 16, 128) if GPU else decoding(4096, 4, 64)]
+    shapes = [(2**17, 16, 16, 128), (2**17, 32, 8, 128)] if GPU else [(4096, 4, 4, 64)]
+    cases = [decoding(*shape) for shape in shapes]
     cases += (
         [case(16384, T, 16, d) for d in (64, 128) for T in lengths]
         if GPU

@@ -13,7 +13,7 @@ place in backward (4); at D = 2048 that is about a tenth and a fifth of the time
 
 Two ways to have dweight without (n, V), by count:
 
-    vocabulary chunks (here)    lse first, so backward makes the chunk's logits again: 4 products. dweight of a chunk is one
+    vocabulary chunks (here)    Σ exp first, so backward makes the chunk's logits again: 4 products. dweight of a chunk is one
                                 product over all rows, summed inside it; dx is added up in fp32, 8·n·D bytes a chunk. Beyond
                                 inputs and gradients it holds n · (4·D + 2·chunk) bytes
     row chunks (the torch path, Liger)    gradients in forward: 3 products. dweight is added up, 8·V·D bytes in fp32 a chunk,
@@ -29,7 +29,8 @@ logits' chunk alone, 2·n·D bytes.) Given the memory, row chunks take up to a q
     weight      (V, D)          of the head
     targets     (n,)            int64 below V; IGNORE where nothing is to be predicted
     logits      (n, chunk)      of one chunk of the vocabulary, rows padded to a multiple of 64; in backward g takes their place
-    lse         (n,)            log Σ exp, fp32
+    top, total  (n,)            lse = top + log(total), where top is the largest logit; fp32. exp(z - lse) = exp(z - top)/total
+                                loses nothing where logits are large: z - top is exact nearby, and lse would be rounded
 """
 
 from __future__ import annotations
@@ -70,19 +71,17 @@ BLOCK, WARPS = 4096, 4  # columns of a step: a thread has four loads of 16 bytes
 
 @triton.jit
 def forward_kernel(
-    LOGITS, TARGETS, LSE, WANTED, first, columns, stride,
+    LOGITS, TARGETS, TOP, TOTAL, WANTED, first, columns, stride,
     BEGIN: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program, one row: add the chunk whose first column is `first` to lse, and note the target's logit if it is there."""
+    """One program, one row: add the chunk whose first column is `first` to top and total, and note the target's logit if it is
+    there."""
     row = tl.program_id(0).to(tl.int64)
     LOGITS += row * stride
     column = tl.arange(0, BLOCK)
-    top, total = (
-        tl.full((), float("-inf"), FULL),
-        tl.full((), 0, FULL),
-    )  # Σ exp so far is total · exp(top)
+    top, total = tl.full((), float("-inf"), FULL), tl.full((), 0, FULL)
     if not BEGIN:
-        top, total = tl.load(LSE + row), total + 1
+        top, total = tl.load(TOP + row), tl.load(TOTAL + row)
     for start in range(0, columns, BLOCK):
         logit = tl.load(LOGITS + start + column, start + column < columns, float("-inf")).to(FULL)
         higher = tl.maximum(top, tl.max(logit))
@@ -90,7 +89,8 @@ def forward_kernel(
             tl.exp2((logit - higher) * LOG2_E)
         )
         top = higher
-    tl.store(LSE + row, top + tl.log(total))
+    tl.store(TOP + row, top)
+    tl.store(TOTAL + row, total)
     target = tl.load(TARGETS + row) - first
     here = (target >= 0) & (target < columns)
     tl.store(WANTED + row, tl.load(LOGITS + target, here, 0.0).to(FULL), here)
@@ -98,7 +98,7 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    LOGITS, TARGETS, LSE, SHARE, first, columns, stride, ignore, FULL: tl.constexpr, BLOCK: tl.constexpr
+    LOGITS, TARGETS, TOP, TOTAL, SHARE, first, columns, stride, ignore, FULL: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """One program, one block of a row: g in place of the logits."""
     row = tl.program_id(0).to(tl.int64)
@@ -107,44 +107,44 @@ def backward_kernel(
     target = tl.load(TARGETS + row)
     share = tl.where(target == ignore, 0.0, tl.load(SHARE))
     LOGITS += row * stride
-    p = tl.exp2((tl.load(LOGITS + column, inside, 0.0).to(FULL) - tl.load(LSE + row)) * LOG2_E)
+    p = tl.exp2((tl.load(LOGITS + column, inside, 0.0).to(FULL) - tl.load(TOP + row)) * LOG2_E)
+    p /= tl.load(TOTAL + row)
     tl.store(LOGITS + column, (p - tl.where(column == target - first, 1.0, 0.0)) * share, inside)
 
 
 @torch.library.custom_op("minimodels::linear_cross_entropy_forward", mutates_args=())
 def linear_cross_entropy_forward(
     x: Tensor, weight: Tensor, targets: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The loss and lse."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, top and total."""
     targets = targets.contiguous()
     precision = torch.promote_types(x.dtype, torch.float32)
-    lse, wanted = (
-        x.new_empty(len(x), dtype=precision),
-        x.new_full((len(x),), float("nan"), dtype=precision),
-    )
+    top, total = (x.new_empty(len(x), dtype=precision) for _ in range(2))
+    wanted = torch.full_like(top, float("nan"))
     for at, logits in chunks(x, weight):
         with on(x):
             forward_kernel[(len(x),)](
-                logits, targets, lse, wanted, at.start, logits.shape[1], logits.stride(0), at.start == 0, full(x), BLOCK,
+                logits, targets, top, total, wanted, at.start, logits.shape[1], logits.stride(0), at.start == 0, full(x), BLOCK,
                 num_warps=WARPS,
             )  # fmt: skip
     present = targets != IGNORE
-    return torch.where(present, lse - wanted, 0.0).sum() / present.sum(), lse
+    loss = torch.where(present, top - wanted + total.log(), 0.0).sum() / present.sum()
+    return loss, top, total
 
 
 @torch.library.custom_op("minimodels::linear_cross_entropy_backward", mutates_args=())
 def linear_cross_entropy_backward(
-    dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor
+    dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, top: Tensor, total: Tensor
 ) -> tuple[Tensor, Tensor]:
     """dx and dweight."""
     targets = targets.contiguous()
     share = dloss / (targets != IGNORE).sum()
-    dx, dweight = lse.new_zeros(x.shape), weight.new_empty(weight.shape)
+    dx, dweight = top.new_zeros(x.shape), weight.new_empty(weight.shape)
     for at, logits in chunks(x, weight):
         n, columns = logits.shape
         with on(x):
             backward_kernel[(n, triton.cdiv(columns, BLOCK))](
-                logits, targets, lse, share, at.start, columns, logits.stride(0), IGNORE, full(x), BLOCK, num_warps=WARPS
+                logits, targets, top, total, share, at.start, columns, logits.stride(0), IGNORE, full(x), BLOCK, num_warps=WARPS
             )  # fmt: skip
         torch.mm(logits.t(), x, out=dweight[at])
         add_product(dx, logits, weight[at])
@@ -181,21 +181,21 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 @linear_cross_entropy_forward.register_fake
 def _(x, weight, targets):
-    lse = x.new_empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
-    return lse.new_empty(()), lse
+    top = x.new_empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+    return top.new_empty(()), top, torch.empty_like(top)
 
 
 @linear_cross_entropy_backward.register_fake
-def _(dloss, x, weight, targets, lse):
+def _(dloss, x, weight, targets, top, total):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output[1])
-    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _differentiate(ctx, dloss, _):
+def _differentiate(ctx, dloss, *_):
     return *linear_cross_entropy_backward(dloss, *ctx.saved_tensors), None
 
 
@@ -208,7 +208,7 @@ def _flops_forward(x, weight, targets, out_shape=None):
 
 
 @register_flop_formula(torch.ops.minimodels.linear_cross_entropy_backward)
-def _flops_backward(dloss, x, weight, targets, lse, out_shape=None):
+def _flops_backward(dloss, x, weight, targets, *_, out_shape=None):
     return 6 * x[0] * weight[0] * weight[1]
 
 

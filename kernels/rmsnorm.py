@@ -5,10 +5,16 @@
 
 What it must cost: x, update, y and total each cross the memory once, 8 bytes an element in bf16 (4 without update), and
 hardly any arithmetic; so it is as fast as a copy of that many bytes, if everything happens while a row is in registers.
+Under autocast the stream is in fp32 and y in bf16, as the linear maps behind it read it: a y in fp32 would cost 2 bytes more
+here and 6 for each of them (attention has three, the MLP two), which cast it again.
 Backward reads dy, total and, if later layers send one, dtotal, and writes dx: 6 or 8 bytes. With n = r · total,
 r = 1/sqrt(mean(total²) + eps), and g = weight · dy:
 
     dx = dupdate = r · (g - n · mean(g · n)) + dtotal          dweight = Σ_rows dy · n
+
+A program of backward takes many rows, and loads the next two while it computes one. At D = 1024 it compiles for Hopper to 56
+registers and 12 KB of shared memory, so that an SM runs 8 programs, 32 warps, with 24 rows under way; without loads ahead it
+was 4 programs and 4 rows.
 
     name        shape
     x, update   (..., D)    one row per token
@@ -41,7 +47,13 @@ from minimodels.kernels.common import (
 )
 from torch import Tensor
 
+from minimodels.layers import norm_dtype
 from minimodels.layers import rmsnorm as operation
+
+WARPS = 32  # of an SM that backward fills: what 64 registers a thread leave room for
+STAGES = tl.constexpr(
+    3
+)  # rows under way in a program of backward: the next two are loaded while one is computed
 
 
 @triton.jit
@@ -73,7 +85,7 @@ def backward_kernel(
     weight = tl.load(WEIGHT + column, inside, 0.0).to(FULL)
     dweight = tl.zeros((BLOCK,), FULL)
     width = tl.cast(D, tl.int64)  # for offsets beyond 2^31
-    for row in range(program, rows, tl.num_programs(0)):
+    for row in tl.range(program, rows, tl.num_programs(0), num_stages=STAGES):
         at = row * width + column
         dy = tl.load(DY + at, inside, 0.0).to(FULL)
         rstd = tl.load(RSTD + row)
@@ -89,15 +101,13 @@ def backward_kernel(
 
 @torch.library.custom_op("minimodels::rmsnorm_forward", mutates_args=())
 def rmsnorm_forward(
-    x: Tensor, update: Tensor | None, weight: Tensor, eps: float
+    x: Tensor, update: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, total (empty without update) and rstd."""
+    """y in a dtype, total (empty without update) and rstd."""
     x, D = x.contiguous(), x.shape[-1]
     rows = x.numel() // D
-    y, rstd = (
-        torch.empty_like(x),
-        x.new_empty(rows, dtype=torch.promote_types(x.dtype, torch.float32)),
-    )
+    y = torch.empty_like(x, dtype=dtype)
+    rstd = x.new_empty(rows, dtype=torch.promote_types(x.dtype, torch.float32))
     total = x.new_empty(0) if update is None else torch.empty_like(x)
     BLOCK = triton.next_power_of_2(D)
     with on(x):
@@ -113,9 +123,9 @@ def rmsnorm_backward(
 ) -> tuple[Tensor, Tensor]:
     """dx, which is dupdate too, and dweight."""
     dy, D = dy.contiguous(), total.shape[-1]
-    rows, count = total.numel() // D, 4 * multiprocessors(total)
+    rows, BLOCK = total.numel() // D, triton.next_power_of_2(D)
+    count = multiprocessors(total) * max(1, min(8, WARPS // warps(BLOCK)))
     dx, dweight = torch.empty_like(total), rstd.new_empty(count, D)
-    BLOCK = triton.next_power_of_2(D)
     with on(dy):
         backward_kernel[(count,)](
             dy, *dense(dtotal), total, weight, rstd, dx, dweight, rows, D, full(total), BLOCK, num_warps=warps(BLOCK)
@@ -132,10 +142,10 @@ def warps(block: int) -> int:
 
 
 @rmsnorm_forward.register_fake
-def _(x, update, weight, eps):
+def _(x, update, weight, eps, dtype):
     rstd = x.new_empty(x.numel() // x.shape[-1], dtype=torch.promote_types(x.dtype, torch.float32))
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return y, x.new_empty(0) if update is None else torch.empty_like(y), rstd
+    total = x.new_empty(0 if update is None else x.shape)
+    return x.new_empty(x.shape, dtype=dtype), total, rstd
 
 
 @rmsnorm_backward.register_fake
@@ -144,18 +154,19 @@ def _(dy, dtotal, total, weight, rstd):
 
 
 def _save(ctx, inputs, output):
-    x, update, weight, _ = inputs
+    x, update, weight, _, _ = inputs
     _, total, rstd = output
-    ctx.add = update is not None
+    ctx.add, ctx.update = update is not None, None if update is None else update.dtype
     ctx.set_materialize_grads(False)  # a gradient of zeros would have to be read
     ctx.save_for_backward(total if ctx.add else x.contiguous(), weight, rstd)
 
 
 def _differentiate(ctx, dy, dtotal, _):
     if dy is None:  # only the sum is used
-        return dtotal, dtotal, None, None
+        return dtotal, dtotal, None, None, None
     dx, dweight = rmsnorm_backward(dy, dtotal if ctx.add else None, *ctx.saved_tensors)
-    return dx, dx if ctx.add else None, dweight, None
+    dupdate = None if ctx.update is None else dx.to(ctx.update)
+    return dx, dupdate, dweight, None, None
 
 
 rmsnorm_forward.register_autograd(_differentiate, setup_context=_save)
@@ -164,12 +175,12 @@ rmsnorm_forward.register_autograd(_differentiate, setup_context=_save)
 def rmsnorm(
     x: Tensor, weight: Tensor, eps: float, update: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As minimodels.layers.rmsnorm: the normalised sum, and the sum. x, update (..., D) of one dtype; weight (D,)."""
+    """As minimodels.layers.rmsnorm: the normalised sum, and the sum, in x's dtype. x, update (..., D); weight (D,)."""
     if weight.shape != x.shape[-1:] or (update is not None and update.shape != x.shape):
         raise ValueError(
             f"rmsnorm: x {tuple(x.shape)}, weight {tuple(weight.shape)} and the update do not fit"
         )
-    y, total, _ = rmsnorm_forward(x, update, weight, eps)
+    y, total, _ = rmsnorm_forward(x, update, weight, eps, norm_dtype(x))
     return y, x if update is None else total
 
 

@@ -76,6 +76,7 @@ from torch import Tensor
 from minimodels.architectures.mamba import check_shapes
 from minimodels.architectures.mamba import selective_scan as operation
 
+REGISTERS = 64  # of a thread of the forward kernels, at most: 32 warps an SM for 23; at N = 16 they cost 4 % of instructions
 INTERVAL = 64  # steps between the states that are kept for backward
 STEPS = 4  # of a group, at most: their loads are in flight together, and backward recomputes their states into registers
 

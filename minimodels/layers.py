@@ -173,7 +173,10 @@ class RMSNorm(nn.Module):
 def rmsnorm(
     x: Tensor, weight: Tensor, eps: float, update: Tensor | None = None, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """RMSNorm of x + update, and x + update itself: x, update (..., D), weight (D,) -> two (..., D)."""
+    """RMSNorm of x + update, and x + update itself: x, update (..., D), weight (D,) -> two (..., D).
+
+    Under autocast the norm comes in its precision: each of the linear maps that read it would have to cast it otherwise.
+    """
     path = choose(impl, "rmsnorm", x.device)
     if path == "triton":
         from minimodels.kernels.rmsnorm import rmsnorm as kernel
@@ -182,10 +185,17 @@ def rmsnorm(
     x = x if update is None else x + update
     if path == "reference":
         full = full_precision(x)
-        return (full * torch.rsqrt(full.square().mean(-1, keepdim=True) + eps)).to(
-            x.dtype
-        ) * weight, x
-    return F.rms_norm(x, weight.shape, weight, eps), x
+        y = (full * torch.rsqrt(full.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    else:
+        y = F.rms_norm(x, weight.shape, weight, eps)
+    return y.to(norm_dtype(x)), x
+
+
+def norm_dtype(x: Tensor) -> torch.dtype:
+    """The precision of x's norm: that of autocast where x is in fp32 under it, else that of x."""
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
 class PreNorm(nn.Module):

@@ -103,6 +103,25 @@ def test_shared_keys(H, G):
     check(*parts(1, H, G, 17, 19, 16), window=18)
 
 
+@pytest.mark.parametrize("H, G", [(6, 2), (20, 1)])
+@pytest.mark.parametrize("window", [None, 30], ids=lambda window: f"window {window}")
+@pytest.mark.parametrize("masks", ["in a row", "positions", "documents"])
+@pytest.mark.parametrize("dealt", [False, True], ids=["", "dealt out"])
+def test_decoding_heads_that_share_keys(monkeypatch, H, G, window, masks, dealt):
+    """They stand at one position: a mask that counted them as tokens in a row would show the last head the most."""
+    if dealt:
+        monkeypatch.setattr(kernels, "KEYS_EACH", 16)
+        monkeypatch.setattr(kernels, "multiprocessors", lambda q: 8)
+    places = starts = None
+    if masks == "positions":
+        places = torch.arange(75).repeat(2, 1) * 2
+        places[1, 30:] = -1
+    if masks == "documents":
+        starts = torch.tensor([[11], [70]])
+    last = None if places is None else places[:, -1:]
+    check(*parts(2, H, G, 1, 75, 16), last, places, window, starts)
+
+
 @pytest.mark.parametrize("d", [17, 24, 64, 100, 256])
 def test_widths(d):
     check(*parts(2, 1, 1, 9, 18, d))

@@ -48,6 +48,26 @@ def test_one_of_the_outputs_is_enough(used):
         same(kernel, reference)
 
 
+@pytest.mark.parametrize("add", [False, True], ids=["alone", "with an update"])
+def test_under_autocast_the_norm_has_its_precision_and_the_stream_keeps_its_own(add):
+    torch.manual_seed(0)
+    x, weight, update = (torch.randn(shape, device=DEVICE) for shape in ((7, 33), (33,), (7, 33)))
+    results = {}
+    for impl in ("reference", "torch", "triton"):
+        given = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        more = update.bfloat16().requires_grad_() if add else None  # as a linear map leaves it
+        with torch.autocast(DEVICE, torch.bfloat16):
+            y, total = rmsnorm_reference(*given, 1e-5, more, impl)
+        assert (y.dtype, total.dtype) == (torch.bfloat16, torch.float32), impl
+        wanted = given + [more] * add
+        gradients = torch.autograd.grad(y.float().square().sum() + total.sum(), wanted)
+        assert [part.dtype for part in gradients] == [part.dtype for part in wanted]
+        results[impl] = [y, total, *gradients]
+    for impl in ("torch", "triton"):
+        for one, other in zip(results[impl], results["reference"], strict=True):
+            assert (one - other).float().norm() < 1e-2 * other.float().norm(), impl
+
+
 def test_it_compiles_for_a_gpu():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "minimodels.kernels.compile", "rmsnorm"]

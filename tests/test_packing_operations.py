@@ -347,3 +347,19 @@ def test_shapes_that_do_not_fit_are_refused():
             selective_scan(*scanned(), impl, resets=begins)
         with pytest.raises(ValueError, match="attention: query_starts"):
             attention(*qkv(), impl=impl, query_starts=starts()[:, 1:])
+
+
+def test_auto_leaves_plain_causal_attention_to_pytorch(monkeypatch):
+    """Where a kernel was measured to be faster, it takes windows, positions, documents and decoding."""
+    asked = []
+    monkeypatch.setattr(
+        attention_module, "choose", lambda impl, *_: asked.append(impl) or "reference"
+    )
+    places = torch.arange(T).repeat(ROWS, 1)
+    attention(*qkv())
+    assert asked.pop() == "torch"
+    attention(*qkv(1))
+    attention(*qkv(), window=3)
+    attention(*qkv(), places, places)
+    attention(*qkv(), query_starts=starts())
+    assert asked == ["auto"] * 4

@@ -39,6 +39,9 @@ def attention(
     Raises ValueError on shapes that disagree, InputError for a kernel that has no sink or softcap.
     """
     check_shapes(q, k, v, query_positions, key_positions, query_starts)
+    masked = window is not None or query_positions is not None or query_starts is not None
+    if impl == "auto" and not masked and q.shape[2] == k.shape[2]:
+        impl = "torch"  # cuDNN and FlashAttention know the causal mask; what they do not know is the kernel's
     path = choose(impl, "attention", q.device)
     weigh = partial(weighted_mean, sink=sink, softcap=softcap)
     if path == "triton" and (sink is not None or softcap is not None):
