@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from minimodels.kernels.common import (
     GPU,
     LOG2_E,
@@ -23,6 +21,8 @@ from minimodels.kernels.common import (
     on,
     report,
 )
+from torch import Tensor
+
 from minimodels.ops.delta_rule import check_shapes, flops, same_heads
 from minimodels.ops.delta_rule import delta_rule as operation
 
@@ -549,8 +549,8 @@ def delta_rule_backward(
             q, k, dy, U, W, Z, WR, totals, doc, edges, dedges, dv, *sizes, **c
         )
         keys_kernel[(chunks, batch * H, blocks)](
-            q, k, e, U, dy, Z, totals, doc, edges, dedges, dq, dk, de, dg, batch, *sizes, **c
-        )
+            q, k, e, U, dy, Z, totals, doc, edges, dedges, dq, dk, de, dg, batch, *sizes, **c, num_warps=8, num_stages=1,
+        )  # fmt: skip
     dg = dg if c["GATES"] > 1 else dg.sum(0)
     if resets is not None:
         dg = dg.masked_fill(resets[:, :, None, None], 0)
@@ -568,7 +568,7 @@ def prepare(k, v, e, totals, doc, c, X) -> tuple[Tensor, Tensor | None, Tensor |
     batch, T, H, _ = v.shape
     U, W = torch.empty_like(v), v.new_empty(batch, T, H, k.shape[3])
     prepare_kernel[(triton.cdiv(T, c["C"]), batch * H)](
-        k, e, v, totals, doc, U, W, X, T, H, k.shape[2], **c
+        k, e, v, totals, doc, U, W, X, T, H, k.shape[2], **c, num_warps=8
     )
     return U, W, X
 
@@ -581,8 +581,9 @@ def walk(
     widths = {"WIDTH": max(16, triton.next_power_of_2(K)), "BLOCK_V": min(c["BLOCK_V"], 32)}
     c = {name: part for name, part in c.items() if name != "BLOCK_K"} | widths
     state_kernel[(triton.cdiv(V, c["BLOCK_V"]), batch * H)](
-        keys, values, W, keys_too, values_too, totals, doc, first, edges, last, *sizes, reverse, **c
-    )
+        keys, values, W, keys_too, values_too, totals, doc, first, edges, last, *sizes, reverse, **c,
+        num_warps=8 if c["GATES"] > 1 else 4, num_stages=2,
+    )  # fmt: skip
 
 
 def sums_of(g: Tensor, resets: Tensor | None, C: int) -> Tensor:
