@@ -27,9 +27,6 @@ from minimodels.ops.delta_rule import check_shapes, flops, same_heads
 from minimodels.ops.delta_rule import delta_rule as operation
 
 CHUNK = 64  # C, tokens of a chunk: 16, 32 or 64
-LOWEST = tl.constexpr(
-    -1200.0
-)  # a log2-decay that is 0 in every precision: no sum of gates is infinite
 
 
 # The pieces of a chunk. Every kernel works on tokens t of one head, C of them from `first` on. d are key channels, n value
@@ -202,6 +199,7 @@ def sums_kernel(G, DOC, SUMS, T, N, C: tl.constexpr, BLOCK: tl.constexpr, FULL: 
     """Sums of log2-decays from the start of each chunk, or of a document in it, whose first token's gate does not count."""
     first, batch = tl.program_id(0) * C, tl.program_id(1).to(tl.int64)
     n = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    LOWEST: tl.constexpr = -1200.0 if FULL == tl.float64 else -160.0  # exp2 is 0, sums are finite
     total = tl.zeros((BLOCK,), FULL)
     for t in range(first, tl.minimum(first + C, T)):
         at = (batch * T + t) * N + n
@@ -476,7 +474,10 @@ def keys_kernel(
         dq += own * k
         dk += own * q
         at, real = places(batch, t, T, head, H, d, K)
-        dg = product(tl.where(later, 1.0, 0.0), dG, FULL, FULL, PRECISION)
+        EXACT: tl.constexpr = (
+            "ieee" if FULL == tl.float64 else "tf32x3"
+        )  # because dG is a difference
+        dg = product(tl.where(later, 1.0, 0.0), dG, FULL, FULL, EXACT)
         tl.store(DG + at, dg, real)
     at, real = places(batch, t, T, head, H, d, K)
     tl.store(DQ + at, dq, real)
@@ -568,7 +569,7 @@ def prepare(k, v, e, totals, doc, c, X) -> tuple[Tensor, Tensor | None, Tensor |
     batch, T, H, _ = v.shape
     U, W = torch.empty_like(v), v.new_empty(batch, T, H, k.shape[3])
     prepare_kernel[(triton.cdiv(T, c["C"]), batch * H)](
-        k, e, v, totals, doc, U, W, X, T, H, k.shape[2], **c, num_warps=8
+        k, e, v, totals, doc, U, W, X, T, H, k.shape[2], **c
     )
     return U, W, X
 
@@ -607,6 +608,10 @@ def constants(v: Tensor, k: Tensor, g: Tensor) -> dict[str, object]:
     (T, K), V = k.shape[1::2], v.shape[3]
     block = lambda width: max(16, min(64, triton.next_power_of_2(width)))  # noqa: E731
     types = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+    precisions = {
+        torch.float64: "ieee",
+        torch.float32: "tf32x3",
+    }  # for others tf32 is finer than they are
     return {
         "K": K,
         "V": V,
@@ -616,7 +621,7 @@ def constants(v: Tensor, k: Tensor, g: Tensor) -> dict[str, object]:
         "BLOCK_V": block(V),
         "TYPE": types.get(v.dtype, full(v)),
         "FULL": full(v),
-        "PRECISION": "ieee" if v.dtype == torch.float64 else "tf32x3",
+        "PRECISION": precisions.get(v.dtype, "tf32"),
     }
 
 
