@@ -25,6 +25,7 @@ OPERATIONS = (
     "grouped_mlp",
     "linear_cross_entropy",
     "delta_rule",
+    "linear_scan",
 )
 FASTER: frozenset[str] = (
     frozenset()
