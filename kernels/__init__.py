@@ -27,6 +27,7 @@ OPERATIONS = (
     "grouped_mlp",
     "linear_cross_entropy",
     "delta_rule",
+    "linear_scan",
 )
 MULTIPLY = ("attention", "grouped_mlp")  # those whose kernels multiply matrices
 FASTER: frozenset[str] = (

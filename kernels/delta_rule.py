@@ -27,9 +27,6 @@ from minimodels.ops.delta_rule import check_shapes, flops, same_heads
 from minimodels.ops.delta_rule import delta_rule as operation
 
 CHUNK = 64  # C, tokens of a chunk: 16, 32 or 64
-LOWEST = tl.constexpr(
-    -1200.0
-)  # a log2-decay that is 0 in every precision: no sum of gates is infinite
 
 
 # The pieces of a chunk. Every kernel works on tokens t of one head, C of them from `first` on. d are key channels, n value
@@ -202,6 +199,7 @@ def sums_kernel(G, DOC, SUMS, T, N, C: tl.constexpr, BLOCK: tl.constexpr, FULL: 
     """Sums of log2-decays from the start of each chunk, or of a document in it, whose first token's gate does not count."""
     first, batch = tl.program_id(0) * C, tl.program_id(1).to(tl.int64)
     n = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    LOWEST: tl.constexpr = -1200.0 if FULL == tl.float64 else -160.0  # exp2 is 0, sums are finite
     total = tl.zeros((BLOCK,), FULL)
     for t in range(first, tl.minimum(first + C, T)):
         at = (batch * T + t) * N + n
@@ -476,7 +474,10 @@ def keys_kernel(
         dq += own * k
         dk += own * q
         at, real = places(batch, t, T, head, H, d, K)
-        dg = product(tl.where(later, 1.0, 0.0), dG, FULL, FULL, PRECISION)
+        EXACT: tl.constexpr = (
+            "ieee" if FULL == tl.float64 else "tf32x3"
+        )  # because dG is a difference
+        dg = product(tl.where(later, 1.0, 0.0), dG, FULL, FULL, EXACT)
         tl.store(DG + at, dg, real)
     at, real = places(batch, t, T, head, H, d, K)
     tl.store(DQ + at, dq, real)
@@ -549,8 +550,8 @@ def delta_rule_backward(
             q, k, dy, U, W, Z, WR, totals, doc, edges, dedges, dv, *sizes, **c
         )
         keys_kernel[(chunks, batch * H, blocks)](
-            q, k, e, U, dy, Z, totals, doc, edges, dedges, dq, dk, de, dg, batch, *sizes, **c
-        )
+            q, k, e, U, dy, Z, totals, doc, edges, dedges, dq, dk, de, dg, batch, *sizes, **c, num_warps=8, num_stages=1,
+        )  # fmt: skip
     dg = dg if c["GATES"] > 1 else dg.sum(0)
     if resets is not None:
         dg = dg.masked_fill(resets[:, :, None, None], 0)
@@ -581,8 +582,9 @@ def walk(
     widths = {"WIDTH": max(16, triton.next_power_of_2(K)), "BLOCK_V": min(c["BLOCK_V"], 32)}
     c = {name: part for name, part in c.items() if name != "BLOCK_K"} | widths
     state_kernel[(triton.cdiv(V, c["BLOCK_V"]), batch * H)](
-        keys, values, W, keys_too, values_too, totals, doc, first, edges, last, *sizes, reverse, **c
-    )
+        keys, values, W, keys_too, values_too, totals, doc, first, edges, last, *sizes, reverse, **c,
+        num_warps=8 if c["GATES"] > 1 else 4, num_stages=2,
+    )  # fmt: skip
 
 
 def sums_of(g: Tensor, resets: Tensor | None, C: int) -> Tensor:
@@ -606,6 +608,10 @@ def constants(v: Tensor, k: Tensor, g: Tensor) -> dict[str, object]:
     (T, K), V = k.shape[1::2], v.shape[3]
     block = lambda width: max(16, min(64, triton.next_power_of_2(width)))  # noqa: E731
     types = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+    precisions = {
+        torch.float64: "ieee",
+        torch.float32: "tf32x3",
+    }  # for others tf32 is finer than they are
     return {
         "K": K,
         "V": V,
@@ -615,7 +621,7 @@ def constants(v: Tensor, k: Tensor, g: Tensor) -> dict[str, object]:
         "BLOCK_V": block(V),
         "TYPE": types.get(v.dtype, full(v)),
         "FULL": full(v),
-        "PRECISION": "ieee" if v.dtype == torch.float64 else "tf32x3",
+        "PRECISION": precisions.get(v.dtype, "tf32"),
     }
 
 
