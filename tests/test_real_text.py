@@ -22,7 +22,7 @@ import minimodels.data.files
 import minimodels.data.tokens
 from minimodels.data.documents import Documents, Part, pack
 from minimodels.data.files import find_files, fingerprint, look_at
-from minimodels.data.formats import read_records, read_text
+from minimodels.data.formats import read_hub, read_records, read_text
 from minimodels.data.mixture import Mixture, parse_mixture
 from minimodels.data.span import Piece, Span
 from minimodels.data.text import Text, open_data
@@ -399,6 +399,25 @@ def test_a_data_set_of_the_hub_is_streamed_once(tmp_path, monkeypatch):
         open_data("owner/other", 8, cache=tmp_path)
 
 
+def test_a_missing_file_is_no_data_set(tmp_path, monkeypatch):
+    """Nothing is asked of the network if the folder is there and the file in it is not."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match="pip install datasets"):
+        open_data("texts/x.txt", 8, cache=tmp_path / "cache")
+    (tmp_path / "texts").mkdir()
+    with pytest.raises(InputError, match="a folder with files"):
+        open_data("texts/x.txt", 8, cache=tmp_path / "cache")
+
+
+def test_data_sets_are_read_as_the_library_reads_them(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own/er").mkdir(parents=True)  # the library takes folders for data sets too
+    write_records(tmp_path / "own/er/train.jsonl", ["abc", "d"])
+    assert list(read_hub("own/er", "text")) == [b"abc\n", b"d\n"]
+
+
 # tokens
 
 tokenizers = pytest.importorskip("tokenizers", reason="tokens need the extra `hub`")
@@ -759,6 +778,14 @@ def test_validation_of_documents(documents):
     targets = sum(batch[1].ne(IGNORE).sum().item() for batch in once)
     assert data.validation_targets(4, 3) == data.validation_bytes(4, 3) == targets
     assert data.bytes_per_token(4, 3) == 1
+
+
+def test_documents_without_targets_are_refused(tmp_path):
+    for number in range(250):
+        (tmp_path / f"{number}").write_bytes(b"x")
+    with pytest.raises(InputError, match="data: .*none with two tokens"):
+        open_data(str(tmp_path), 8, packed=True)
+    assert open_data(str(tmp_path), 2).batch(0, 0, 2)[0].shape == (2, 2)
 
 
 def test_bytes_of_packed_tokens(prose, tmp_path):
