@@ -507,6 +507,18 @@ def test_tokens_are_made_once_and_again_if_they_are_damaged(prose, tmp_path, mon
     assert not list((tmp_path / "cache").glob("*.partial"))
 
 
+def test_damaged_ends_of_documents_are_told(prose, tmp_path):
+    open_data(str(prose), 16, "bpe(vocab=300)", cache=tmp_path / "cache")
+    (ends,) = (tmp_path / "cache").glob("tokens-*/training.ends")
+    content = np.fromfile(ends, np.int64)
+    for place in (3, -1):
+        wrong = content.copy()
+        wrong[place] += 10**9
+        wrong.tofile(ends)
+        with pytest.raises(InputError, match="^cache: .*damaged"):
+            open_data(str(prose), 16, "bpe(vocab=300)", cache=tmp_path / "cache")
+
+
 def test_a_cache_that_cannot_be_written_is_told(prose, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="^cache: "):

@@ -150,6 +150,9 @@ def open_span(folder: Path, split: str, kind: str = "bin") -> Span:
     count = path.stat().st_size // np.dtype(dtype).itemsize if path.exists() else 0
     ends = folder / f"{split}.ends"
     ends = np.fromfile(ends, np.int64) if ends.exists() else np.empty(0, np.int64)
+    last = ends[-1] if len(ends) else 0
+    if last != count or (np.diff(ends, prepend=0) < 1).any():
+        raise InputError("cache", str(folder), "a folder as it was made; this one is damaged")
     return Span([Piece(path, 0, count)], dtype, ends)
 
 
