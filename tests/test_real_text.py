@@ -3,6 +3,7 @@
 import codecs
 import errno
 import gzip
+import itertools
 import json
 import os
 import random
@@ -284,6 +285,22 @@ def test_json_lines_give_one_document_a_record(tmp_path):
     data = open_data(str(write_records(tmp_path / "y.jsonl", ["ab" * 50] * 3)), 4, cache=tmp_path)
     assert everything(data) == (b"ab" * 50 + b"\n") * 3
     assert "3 documents with 303 bytes of text" in data.describe()
+
+
+def test_few_records_are_split_by_position_and_stay_documents(tmp_path):
+    texts = [f"{number:03} " * (1 + number % 9) for number in range(150)]
+    path = write_records(tmp_path / "x.jsonl", texts)
+    data = open_data(str(path), 8, cache=tmp_path / "cache", packed=True)
+    found = []
+    for span in data.spans.values():
+        content = span[0 : len(span)].tobytes().decode()
+        found.append([content[a:b] for a, b in itertools.pairwise([0, *span.ends.tolist()])])
+    training, validation = found
+    assert len(data.spans["validation"]) == len("".join(texts) + "\n" * 150) // 20
+    joined = training[:-1] + [training[-1] + validation[0]] + validation[1:]  # one is cut
+    if training[-1].endswith("\n"):
+        joined = training + validation
+    assert sorted(joined) == [f"{text}\n" for text in texts]
 
 
 def test_many_records_are_split_by_their_content(tmp_path):
