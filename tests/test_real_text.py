@@ -297,7 +297,7 @@ def test_few_records_are_split_by_position_and_stay_documents(tmp_path):
         found.append([content[a:b] for a, b in itertools.pairwise([0, *span.ends.tolist()])])
     training, validation = found
     assert len(data.spans["validation"]) == len("".join(texts) + "\n" * 150) // 20
-    joined = training[:-1] + [training[-1] + validation[0]] + validation[1:]  # one is cut
+    joined = [*training[:-1], training[-1] + validation[0], *validation[1:]]  # one is cut
     if training[-1].endswith("\n"):
         joined = training + validation
     assert sorted(joined) == [f"{text}\n" for text in texts]
