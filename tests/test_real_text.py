@@ -27,6 +27,7 @@ from minimodels.data.formats import read_hub, read_records, read_text
 from minimodels.data.mixture import Mixture, parse_mixture
 from minimodels.data.span import Piece, Span
 from minimodels.data.text import Text, open_data
+from minimodels.data.tokenizer import LibraryTokenizer
 from minimodels.data.tokens import Encoder, cut_documents, decode, sample_text, widths
 from minimodels.errors import InputError
 from minimodels.ops.linear_cross_entropy import IGNORE
@@ -625,44 +626,39 @@ def test_broken_bytes_are_counted_one_by_one(raw):
 
 @pytest.fixture(scope="module")
 def encoders():
-    """Of a byte-level tokenizer, of one that changes the text before, and of one with words and a space before each."""
+    """Of byte-level tokenizers, one of them plain and two that change the text before, and of others that put a space before
+    each word, or drop spaces and what they do not know."""
+    library = tokenizers
     texts = ["the quick brown fox añade 日本\n " * 20]
+    level = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made = []
-    for normalizer, level in [
-        (None, True),
-        (tokenizers.normalizers.Lowercase(), True),
-        (tokenizers.normalizers.NFKD(), True),
-        (None, False),
+    for normalizer, splitter, decoder in [
+        (None, level, library.decoders.ByteLevel()),
+        (library.normalizers.Lowercase(), level, library.decoders.ByteLevel()),
+        (library.normalizers.NFKD(), level, library.decoders.ByteLevel()),
+        (None, library.pre_tokenizers.Metaspace(), library.decoders.Metaspace()),
+        (None, library.pre_tokenizers.Whitespace(), library.decoders.Fuse()),
     ]:
-        tokenizer = tokenizers.Tokenizer(
-            tokenizers.models.BPE(unk_token=None if level else "<unk>", byte_fallback=False)
-        )
-        if normalizer:
+        tokenizer = library.Tokenizer(library.models.BPE())
+        if normalizer is not None:
             tokenizer.normalizer = normalizer
-        part = (
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-            if level
-            else tokenizers.pre_tokenizers.Metaspace()
-        )
-        tokenizer.pre_tokenizer = part
-        tokenizer.decoder = (
-            tokenizers.decoders.ByteLevel() if level else tokenizers.decoders.Metaspace()
-        )
-        trainer = tokenizers.trainers.BpeTrainer(
+        tokenizer.pre_tokenizer, tokenizer.decoder = splitter, decoder
+        trainer = library.trainers.BpeTrainer(
             vocab_size=330,
-            special_tokens=[] if level else ["<unk>"],
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet() if level else [],
+            initial_alphabet=level.alphabet() if splitter is level else [],
             show_progress=False,
         )
         tokenizer.train_from_iterator(texts, trainer)
-        made.append(Encoder(minimodels.data.tokenizer.LibraryTokenizer(tokenizer, frozenset())))
+        made.append(Encoder(LibraryTokenizer(tokenizer, frozenset())))
     return made
 
 
 @few
 @given(
     raw=st.one_of(
-        st.binary(max_size=40), st.text(max_size=20).map(str.encode), st.just("ﬁné Ⅷ <s>".encode())
+        st.binary(max_size=40),
+        st.text(max_size=20).map(str.encode),
+        st.sampled_from(["ﬁné Ⅷ <s>".encode(), b" the fox \n"]),
     )
 )
 def test_tokens_stand_for_all_bytes_whatever_the_tokenizer(encoders, raw):
@@ -748,25 +744,20 @@ def test_rows_hold_whole_documents(documents):
     assert seen >= 16
 
 
-def test_documents_longer_than_the_context_are_cut(documents):
-    data = open_data(str(documents), 16, packed=True)
-    places = set()
-    for tokens, targets in split_rows(data.batch(0, 0, 256)):
-        (number,) = (
-            {tokens[0]}
-            if tokens[:2] != tokens[:1] and len(tokens) > 1 and tokens[1] == 0
-            else {None}
-        )
-        if number is None:  # a later part, which begins with a place less one
-            first = tokens[0] + 1
-            assert first in (16, 32)
-            assert tokens == list(range(first - 1, first - 1 + len(tokens)))
-            assert len(tokens) == 16 or targets[-1] == IGNORE
-            places.add(first)
-        assert targets[:-1] == tokens[1:]
-        assert targets[-1] in (IGNORE, tokens[-1] + 1)
-        assert targets[-1] == IGNORE or len(tokens) == 16
-    assert places == {16, 32}
+def test_documents_longer_than_the_context_are_cut(tmp_path):
+    for number in range(250):
+        (tmp_path / f"{number}").write_bytes(bytes(range(1, 41)))
+    data = open_data(str(tmp_path), 16, packed=True)
+    found = {
+        (tuple(tokens), tuple(targets)) for tokens, targets in split_rows(data.batch(0, 0, 64))
+    }
+    assert found == {
+        (tuple(range(1, 17)), tuple(range(2, 18))),
+        (tuple(range(17, 33)), tuple(range(18, 34))),
+        (tuple(range(33, 41)), (*range(34, 41), IGNORE)),
+    }
+    targets = torch.cat([batch[1].flatten() for batch in data.validation(4, 3)])
+    assert data.validation_targets(4, 3) == targets.ne(IGNORE).sum()
 
 
 def test_batches_of_documents_are_a_function_of_seed_and_step(documents):
@@ -857,6 +848,17 @@ def test_rows_come_from_the_parts_by_their_weights(mixture):
     again = open_data(mixture, 16)
     assert all(map(torch.equal, data.batch(5, 7, 8), again.batch(5, 7, 8)))
     assert data.batch(5, 7, 8, context=4)[0].shape == (8, 4)
+
+
+@few
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=6), st.integers(1, 100))
+def test_shares_of_a_mixture_are_all_rows(weights, rows):
+    part = types.SimpleNamespace(context=8, vocab=256, tokenizer=None, fingerprint="")
+    names = dict(enumerate(weights))
+    shares = Mixture(dict.fromkeys(names, part), names).shares(rows)
+    assert sum(shares) == rows
+    for share, weight in zip(shares, weights, strict=True):
+        assert abs(share - rows * weight / sum(weights)) <= 1.01
 
 
 def test_validation_of_a_mixture(mixture):
