@@ -944,10 +944,10 @@ def test_processes_wait_for_the_one_that_makes_tokens(prose, tmp_path):
     children = [context.Process(target=child) for _ in range(3)]
     for process in children:
         process.start()
-    found = [results.get() for _ in children]
     for process in children:
-        process.join()
+        process.join(120)
         assert process.exitcode == 0
+    found = [results.get() for _ in children]
     assert found[0] == found[1] == found[2]
     assert len(list((tmp_path / "cache").glob("tokens-*/"))) == 1
 
