@@ -3,6 +3,7 @@
 import codecs
 import errno
 import gzip
+import itertools
 import json
 import os
 import random
@@ -22,10 +23,11 @@ import minimodels.data.files
 import minimodels.data.tokens
 from minimodels.data.documents import Documents, Part, pack
 from minimodels.data.files import find_files, fingerprint, look_at
-from minimodels.data.formats import read_records, read_text
+from minimodels.data.formats import read_hub, read_records, read_text
 from minimodels.data.mixture import Mixture, parse_mixture
 from minimodels.data.span import Piece, Span
 from minimodels.data.text import Text, open_data
+from minimodels.data.tokenizer import LibraryTokenizer
 from minimodels.data.tokens import Encoder, cut_documents, decode, sample_text, widths
 from minimodels.errors import InputError
 from minimodels.ops.linear_cross_entropy import IGNORE
@@ -286,6 +288,22 @@ def test_json_lines_give_one_document_a_record(tmp_path):
     assert "3 documents with 303 bytes of text" in data.describe()
 
 
+def test_few_records_are_split_by_position_and_stay_documents(tmp_path):
+    texts = [f"{number:03} " * (1 + number % 9) for number in range(150)]
+    path = write_records(tmp_path / "x.jsonl", texts)
+    data = open_data(str(path), 8, cache=tmp_path / "cache", packed=True)
+    found = []
+    for span in data.spans.values():
+        content = span[0 : len(span)].tobytes().decode()
+        found.append([content[a:b] for a, b in itertools.pairwise([0, *span.ends.tolist()])])
+    training, validation = found
+    assert len(data.spans["validation"]) == len("".join(texts) + "\n" * 150) // 20
+    joined = [*training[:-1], training[-1] + validation[0], *validation[1:]]  # one is cut
+    if training[-1].endswith("\n"):
+        joined = training + validation
+    assert sorted(joined) == [f"{text}\n" for text in texts]
+
+
 def test_many_records_are_split_by_their_content(tmp_path):
     texts = [f"document {number} " * 5 for number in range(400)]
     path = write_records(tmp_path / "x.jsonl", texts * 2)
@@ -399,6 +417,25 @@ def test_a_data_set_of_the_hub_is_streamed_once(tmp_path, monkeypatch):
         open_data("owner/other", 8, cache=tmp_path)
 
 
+def test_a_missing_file_is_no_data_set(tmp_path, monkeypatch):
+    """Nothing is asked of the network if the folder is there and the file in it is not."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match="pip install datasets"):
+        open_data("texts/x.txt", 8, cache=tmp_path / "cache")
+    (tmp_path / "texts").mkdir()
+    with pytest.raises(InputError, match="a folder with files"):
+        open_data("texts/x.txt", 8, cache=tmp_path / "cache")
+
+
+def test_data_sets_are_read_as_the_library_reads_them(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own/er").mkdir(parents=True)  # the library takes folders for data sets too
+    write_records(tmp_path / "own/er/train.jsonl", ["abc", "d"])
+    assert list(read_hub("own/er", "text")) == [b"abc\n", b"d\n"]
+
+
 # tokens
 
 tokenizers = pytest.importorskip("tokenizers", reason="tokens need the extra `hub`")
@@ -486,6 +523,18 @@ def test_tokens_are_made_once_and_again_if_they_are_damaged(prose, tmp_path, mon
         assert all(map(torch.equal, opened().batch(0, 0, 8), before))
         assert bool(made) == (damage != "none")
     assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+def test_damaged_ends_of_documents_are_told(prose, tmp_path):
+    open_data(str(prose), 16, "bpe(vocab=300)", cache=tmp_path / "cache")
+    (ends,) = (tmp_path / "cache").glob("tokens-*/training.ends")
+    content = np.fromfile(ends, np.int64)
+    for place in (3, -1):
+        wrong = content.copy()
+        wrong[place] += 10**9
+        wrong.tofile(ends)
+        with pytest.raises(InputError, match="^cache: .*damaged"):
+            open_data(str(prose), 16, "bpe(vocab=300)", cache=tmp_path / "cache")
 
 
 def test_a_cache_that_cannot_be_written_is_told(prose, tmp_path):
@@ -577,44 +626,39 @@ def test_broken_bytes_are_counted_one_by_one(raw):
 
 @pytest.fixture(scope="module")
 def encoders():
-    """Of a byte-level tokenizer, of one that changes the text before, and of one with words and a space before each."""
+    """Of byte-level tokenizers, one of them plain and two that change the text before, and of others that put a space before
+    each word, or drop spaces and what they do not know."""
+    library = tokenizers
     texts = ["the quick brown fox añade 日本\n " * 20]
+    level = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made = []
-    for normalizer, level in [
-        (None, True),
-        (tokenizers.normalizers.Lowercase(), True),
-        (tokenizers.normalizers.NFKD(), True),
-        (None, False),
+    for normalizer, splitter, decoder in [
+        (None, level, library.decoders.ByteLevel()),
+        (library.normalizers.Lowercase(), level, library.decoders.ByteLevel()),
+        (library.normalizers.NFKD(), level, library.decoders.ByteLevel()),
+        (None, library.pre_tokenizers.Metaspace(), library.decoders.Metaspace()),
+        (None, library.pre_tokenizers.Whitespace(), library.decoders.Fuse()),
     ]:
-        tokenizer = tokenizers.Tokenizer(
-            tokenizers.models.BPE(unk_token=None if level else "<unk>", byte_fallback=False)
-        )
-        if normalizer:
+        tokenizer = library.Tokenizer(library.models.BPE())
+        if normalizer is not None:
             tokenizer.normalizer = normalizer
-        part = (
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-            if level
-            else tokenizers.pre_tokenizers.Metaspace()
-        )
-        tokenizer.pre_tokenizer = part
-        tokenizer.decoder = (
-            tokenizers.decoders.ByteLevel() if level else tokenizers.decoders.Metaspace()
-        )
-        trainer = tokenizers.trainers.BpeTrainer(
+        tokenizer.pre_tokenizer, tokenizer.decoder = splitter, decoder
+        trainer = library.trainers.BpeTrainer(
             vocab_size=330,
-            special_tokens=[] if level else ["<unk>"],
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet() if level else [],
+            initial_alphabet=level.alphabet() if splitter is level else [],
             show_progress=False,
         )
         tokenizer.train_from_iterator(texts, trainer)
-        made.append(Encoder(minimodels.data.tokenizer.LibraryTokenizer(tokenizer, frozenset())))
+        made.append(Encoder(LibraryTokenizer(tokenizer, frozenset())))
     return made
 
 
 @few
 @given(
     raw=st.one_of(
-        st.binary(max_size=40), st.text(max_size=20).map(str.encode), st.just("ﬁné Ⅷ <s>".encode())
+        st.binary(max_size=40),
+        st.text(max_size=20).map(str.encode),
+        st.sampled_from(["ﬁné Ⅷ <s>".encode(), b" the fox \n"]),
     )
 )
 def test_tokens_stand_for_all_bytes_whatever_the_tokenizer(encoders, raw):
@@ -700,25 +744,20 @@ def test_rows_hold_whole_documents(documents):
     assert seen >= 16
 
 
-def test_documents_longer_than_the_context_are_cut(documents):
-    data = open_data(str(documents), 16, packed=True)
-    places = set()
-    for tokens, targets in split_rows(data.batch(0, 0, 256)):
-        (number,) = (
-            {tokens[0]}
-            if tokens[:2] != tokens[:1] and len(tokens) > 1 and tokens[1] == 0
-            else {None}
-        )
-        if number is None:  # a later part, which begins with a place less one
-            first = tokens[0] + 1
-            assert first in (16, 32)
-            assert tokens == list(range(first - 1, first - 1 + len(tokens)))
-            assert len(tokens) == 16 or targets[-1] == IGNORE
-            places.add(first)
-        assert targets[:-1] == tokens[1:]
-        assert targets[-1] in (IGNORE, tokens[-1] + 1)
-        assert targets[-1] == IGNORE or len(tokens) == 16
-    assert places == {16, 32}
+def test_documents_longer_than_the_context_are_cut(tmp_path):
+    for number in range(250):
+        (tmp_path / f"{number}").write_bytes(bytes(range(1, 41)))
+    data = open_data(str(tmp_path), 16, packed=True)
+    found = {
+        (tuple(tokens), tuple(targets)) for tokens, targets in split_rows(data.batch(0, 0, 64))
+    }
+    assert found == {
+        (tuple(range(1, 17)), tuple(range(2, 18))),
+        (tuple(range(17, 33)), tuple(range(18, 34))),
+        (tuple(range(33, 41)), (*range(34, 41), IGNORE)),
+    }
+    targets = torch.cat([batch[1].flatten() for batch in data.validation(4, 3)])
+    assert data.validation_targets(4, 3) == targets.ne(IGNORE).sum()
 
 
 def test_batches_of_documents_are_a_function_of_seed_and_step(documents):
@@ -761,6 +800,14 @@ def test_validation_of_documents(documents):
     assert data.bytes_per_token(4, 3) == 1
 
 
+def test_documents_without_targets_are_refused(tmp_path):
+    for number in range(250):
+        (tmp_path / f"{number}").write_bytes(b"x")
+    with pytest.raises(InputError, match="data: .*none with two tokens"):
+        open_data(str(tmp_path), 8, packed=True)
+    assert open_data(str(tmp_path), 2).batch(0, 0, 2)[0].shape == (2, 2)
+
+
 def test_bytes_of_packed_tokens(prose, tmp_path):
     data = open_data(str(prose), 24, "bpe(vocab=300)", cache=tmp_path / "cache", packed=True)
     targets = torch.cat([batch[1].flatten() for batch in data.validation(4, 3)])
@@ -801,6 +848,17 @@ def test_rows_come_from_the_parts_by_their_weights(mixture):
     again = open_data(mixture, 16)
     assert all(map(torch.equal, data.batch(5, 7, 8), again.batch(5, 7, 8)))
     assert data.batch(5, 7, 8, context=4)[0].shape == (8, 4)
+
+
+@few
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=6), st.integers(1, 100))
+def test_shares_of_a_mixture_are_all_rows(weights, rows):
+    part = types.SimpleNamespace(context=8, vocab=256, tokenizer=None, fingerprint="")
+    names = dict(enumerate(weights))
+    shares = Mixture(dict.fromkeys(names, part), names).shares(rows)
+    assert sum(shares) == rows
+    for share, weight in zip(shares, weights, strict=True):
+        assert abs(share - rows * weight / sum(weights)) <= 1.01
 
 
 def test_validation_of_a_mixture(mixture):
@@ -886,10 +944,10 @@ def test_processes_wait_for_the_one_that_makes_tokens(prose, tmp_path):
     children = [context.Process(target=child) for _ in range(3)]
     for process in children:
         process.start()
-    found = [results.get() for _ in children]
     for process in children:
-        process.join()
+        process.join(120)
         assert process.exitcode == 0
+    found = [results.get() for _ in children]
     assert found[0] == found[1] == found[2]
     assert len(list((tmp_path / "cache").glob("tokens-*/"))) == 1
 

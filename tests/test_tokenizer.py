@@ -92,6 +92,7 @@ HE, LLO, A, BROKEN = 2, 3, 5 + 0x41, 5 + 0x80
         ([1, HE, LLO, 1, HE], "hello he"),
         ([HE, A, BROKEN, HE, HE], "heA\ufffd he he"),
         ([BROKEN, HE], "\ufffd he"),
+        ([4, HE], " he"),
         ([A, HE], "A he"),
         (
             [HE, BROKEN, BROKEN, BROKEN, 5 + 0xE6, 5 + 0x97, 5 + 0xA5, LLO],
@@ -211,6 +212,16 @@ def test_a_trained_tokenizer_is_that_of_other_programs(tmp_path):
     again = open_tokenizer(str(tmp_path))
     assert (again.fingerprint, again.end) == (tokenizer.fingerprint, {0})
     assert "".join(again.stream(again.encode(HOSTILE), [0])) == HOSTILE
+
+
+def test_documents_end_with_a_token_of_the_tokenizer(folder, tmp_path):
+    assert TokenizerFile(folder).separator == 1  # </s>
+    for name, ends in (("other", [999, 7]), ("none", [999])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+        (tmp_path / name / "config.json").write_text(json.dumps({"eos_token_id": ends}))
+    assert TokenizerFile(tmp_path / "other").separator == 7
+    assert TokenizerFile(tmp_path / "none").separator == 1
 
 
 def test_tokenizers_are_named():

@@ -56,9 +56,9 @@ class Writer:
         """Append items to a document, and how many bytes each stands for."""
         content = items.astype(self.dtype, copy=False).tobytes()
         self.checksum = zlib.crc32(content, self.checksum)
-        self.file(split, "bin").write(content)
+        self.append(split, "bin", content)
         if sizes is not None:
-            self.file(split, "bytes").write(sizes.astype(np.uint32).tobytes())
+            self.append(split, "bytes", sizes.astype(np.uint32).tobytes())
         self.counts[split] += len(items)
 
     def end_document(self, split: str) -> None:
@@ -66,13 +66,14 @@ class Writer:
         if self.counts[split] > self.last_end[split]:
             self.last_end[split] = self.counts[split]
             self.documents[split] += 1
-            self.file(split, "ends").write(np.int64(self.counts[split]).tobytes())
+            self.append(split, "ends", np.int64(self.counts[split]).tobytes())
 
-    def file(self, split: str, kind: str):
+    def append(self, split: str, kind: str, content: bytes) -> None:
+        """Write at the end of a file, which is opened when it gets its first bytes."""
         name = f"{split}.{kind}"
         if name not in self.files:
             self.files[name] = (self.folder / name).open("wb", buffering=2**20)
-        return self.files[name]
+        self.files[name].write(content)
 
     def close(self) -> None:
         for file in self.files.values():
@@ -149,6 +150,9 @@ def open_span(folder: Path, split: str, kind: str = "bin") -> Span:
     count = path.stat().st_size // np.dtype(dtype).itemsize if path.exists() else 0
     ends = folder / f"{split}.ends"
     ends = np.fromfile(ends, np.int64) if ends.exists() else np.empty(0, np.int64)
+    last = ends[-1] if len(ends) else 0
+    if last != count or (np.diff(ends, prepend=0) < 1).any():
+        raise InputError("cache", str(folder), "a folder as it was made; this one is damaged")
     return Span([Piece(path, 0, count)], dtype, ends)
 
 

@@ -63,30 +63,42 @@ def open_corpus(name: str, field: str, cache: Path) -> Corpus:
     cache. Raises InputError if there is nothing to read.
     """
     try:
-        if HUB_ID.fullmatch(name) and not Path(name).exists():
+        if is_hub_id(name):
             return open_hub(name, field, cache)
         files = list_files(name)
         if not files:
             raise InputError("data", name, ACCEPTED)
         mark, total = fingerprint(files), sum(file.size for file in files.values())
-        said = f"{count_of(len(files), 'file')}, {amount(total)}"
         newest = max(file.path.stat().st_mtime_ns for file in files.values())
-        newest = newest if total > WHOLE else 0
-        if all(is_plain(file, field) for file in files.values()):
-            return Corpus(split_files(files, name == "stdlib"), mark, said, f"{mark}, {newest}")
     except (OSError, ValueError, RuntimeError) as error:  # ValueError: a name with a NUL
         raise InputError("data", name, f"files that can be read ({error})") from None
+    said = f"{count_of(len(files), 'file')}, {amount(total)}"
+    overlooked = newest if total > WHOLE else 0  # only a sample of a large text is in its mark
+    if all(is_plain(file, field) for file in files.values()):
+        return Corpus(split_files(files, name == "stdlib"), mark, said, f"{mark}, {overlooked}")
+    mark = f"{mark}, field {field!r}"
+    key = f"{mark}, {overlooked}"
+    folder = make_plain(name, files, key, field, cache)
+    return Corpus(read_prepared(folder), mark, f"{said}, {describe_prepared(folder)}", key)
+
+
+def make_plain(name: str, files: dict[bytes, File], key: str, field: str, cache: Path) -> Path:
+    """The folder of the cache with the documents of files that are not plain text."""
 
     def fill(writer: Writer) -> dict:
-        with progress(total, f"reading {name}") as bar:
+        with progress(sum(file.size for file in files.values()), f"reading {name}") as bar:
             for relative, file in files.items():
                 write_file(writer, file.path, is_held_out(relative), field, bar)
         return hold_out(writer)
 
-    mark = f"{mark}, field {field!r}"
-    folder = make_once(cache, f"text-{key_of(mark, newest)}", np.uint8, fill)
-    description = f"{said}, {describe_prepared(folder)}"
-    return Corpus(read_prepared(folder), mark, description, f"{mark}, {newest}")
+    return make_once(cache, f"text-{key_of(key)}", np.uint8, fill)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can only be a data set of the hub: it names no file, and no folder that could have held one."""
+    return (
+        bool(HUB_ID.fullmatch(name)) and not Path(name).exists() and not Path(name).parent.is_dir()
+    )
 
 
 def list_files(name: str) -> dict[bytes, File]:

@@ -47,10 +47,11 @@ class Documents(Text):
         self.validation_rows = functools.lru_cache(2)(self.pack_validation)
 
     def require(self, context: int) -> None:
-        """Raise InputError if either half of the text has no two tokens to predict one from the other."""
+        """Raise InputError if either half of the text has no document with a token to predict."""
         for name, span in self.spans.items():
-            if len(span) < 2:
-                raise InputError("data", f"{len(span)} tokens of {name} text", "2 tokens or more")
+            if np.diff(span.ends, prepend=0).max(initial=0) < 2:
+                given = f"{len(span.ends)} documents of {name} text, none with two tokens"
+                raise InputError("data", given, "documents of 2 tokens or more")
 
     def describe(self) -> str:
         documents = sum(len(span.ends) for span in self.spans.values())

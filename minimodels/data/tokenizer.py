@@ -75,7 +75,8 @@ class LibraryTokenizer:
     def separator(self) -> int | None:
         """The token to put at the end of a document; None if no token is known to end one."""
         named = [self.tokenizer.token_to_id(name) for name in ENDS]
-        return next((token for token in (*sorted(self.end), *named) if token is not None), None)
+        known = [token for token in (*sorted(self.end), *named) if token is not None]
+        return next((token for token in known if 0 <= token < self.vocab), None)
 
     def encode(self, text: str) -> Tensor:
         """The tokens of a text, with those that the tokenizer puts before or behind it: (T,) int64."""
@@ -92,12 +93,11 @@ class LibraryTokenizer:
         for token in itertools.chain(prompt.tolist(), tokens):
             content = self.token_bytes.get(token)
             if content is None:
-                content = self.text_of(token, begun, previous)
-                yield text.decode(b"", final=True) + content
-                previous = token
+                yield text.decode(b"", final=True) + self.text_of(token, begun, previous)
+                begun, previous = True, token
             else:
                 yield text.decode(content)
-            begun = begun or bool(content)
+                begun = begun or bool(content)
         yield text.decode(b"", final=True)
 
     def text_of(self, token: int, begun: bool, previous: int | None) -> str:

@@ -21,7 +21,7 @@ from minimodels.errors import InputError
 
 PIECE = 2**14  # bytes that are tokenized as one; a longer document is cut at the ends of lines
 BATCH = 64  # pieces that are tokenized at once, by several threads
-SAMPLE = 2**27  # bytes of text that a tokenizer is trained on at most: its memory grows with them
+SAMPLE = 2**26  # bytes of text that a tokenizer is trained on at most: its memory grows with them
 BLOCK = 2**20  # bytes of a sample that are read in one place
 
 
