@@ -60,6 +60,8 @@ class LayerTypes:
     """sliding_window if it is absent, in the class"""
     switched: bool = True
     """whether the class has use_sliding_window, and max_window_layers, from which on blocks have the window"""
+    alternating: bool = False
+    """whether instead every second block before max_window_layers has the window"""
     full_every: int = 0
     """otherwise the last of so many blocks has no window"""
     roles = ("full", "local")
@@ -86,7 +88,10 @@ class LayerTypes:
         if not self.switched:
             return ["local" if (i + 1) % self.full_every else "full" for i in range(count)]
         first = entries.number("max_window_layers", 28, least=0)
-        return ["local" if window and i >= first else "full" for i in range(count)]
+        local = [
+            (i < first and i % 2 == 0) if self.alternating else i >= first for i in range(count)
+        ]
+        return ["local" if window and near else "full" for near in local]
 
     def write(self, roles: list[str]) -> dict[str, object]:
         kinds = {"full": "full_attention", "local": "sliding_attention"}
