@@ -113,13 +113,13 @@ class Changed:
 
 
 class Offset(Changed):
-    """A norm's weights less 1, because the norm multiplies by 1 + w."""
+    """A norm's weights less 1, because the norm multiplies by 1 + w. In 16 bits 1 + w has fewer digits than w."""
 
     def to_file(self, tensor: Tensor) -> Tensor:
-        return tensor - 1
+        return (tensor.double() - 1).to(tensor.dtype)
 
     def from_file(self, tensor: Tensor) -> Tensor:
-        return tensor + 1
+        return tensor.double() + 1
 
 
 class Transposed(Changed):
