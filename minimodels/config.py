@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from minimodels.errors import Count, Natural, NonNegative, check_types
+from minimodels.errors import Count, Natural, NonNegative, Positive, check_types
 from minimodels.grammar import Call, count_layers, expand, parse
 
 IMPLS = ("auto", "reference", "torch", "triton")
@@ -31,6 +31,14 @@ class Config:
     everywhere) or triton (kernels)"""
     residual: Literal["pre_norm", "post_norm", "sandwich"] = "pre_norm"
     """how a layer joins the residual stream: a norm before it, behind it (OLMo 2) or both (Gemma)"""
+    embedding_scale: Positive = 1.0
+    """factor on the embeddings (Gemma: the square root of the width)"""
+    residual_scale: Positive = 1.0
+    """factor on what each layer adds to the residual stream (Granite)"""
+    logit_scale: Positive = 1.0
+    """factor on the logits"""
+    logit_softcap: Positive | None = None
+    """c: logits s become c tanh(s / c) (Gemma 2); by default as they are"""
     objective: Literal["next_token"] = "next_token"
     """what the model learns; see minimodels/objectives.py"""
 

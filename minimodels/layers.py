@@ -207,13 +207,13 @@ class PreNorm(nn.Module):
     def __init__(self, config: Config, layer: nn.Module):
         super().__init__()
         self.norm = RMSNorm(config.width, config.norm_eps)
-        self.layer = layer
+        self.layer, self.scale = layer, config.residual_scale
         self.impl = config.impl
 
     def forward(self, x: Tensor, update: Tensor | None, state=None, context: Context | None = None):
         normed, x = rmsnorm(x, self.norm.weight, self.norm.eps, update, self.impl)
         update, state = self.layer(normed, state, context)
-        return x, update, state
+        return x, scaled(update, self.scale), state
 
 
 class PostNorm(nn.Module):
@@ -223,12 +223,12 @@ class PostNorm(nn.Module):
     def __init__(self, config: Config, layer: nn.Module):
         super().__init__()
         self.norm = RMSNorm(config.width, config.norm_eps)
-        self.layer = layer
+        self.layer, self.scale = layer, config.residual_scale
 
     def forward(self, x: Tensor, update: Tensor | None, state=None, context: Context | None = None):
         x = x if update is None else x + update
         update, state = self.layer(x, state, context)
-        return x, self.norm(update), state
+        return x, scaled(self.norm(update), self.scale), state
 
 
 class Sandwich(nn.Module):
@@ -239,14 +239,14 @@ class Sandwich(nn.Module):
     def __init__(self, config: Config, layer: nn.Module):
         super().__init__()
         self.norm = RMSNorm(config.width, config.norm_eps)
-        self.layer = layer
+        self.layer, self.scale = layer, config.residual_scale
         self.after = RMSNorm(config.width, config.norm_eps)
         self.impl = config.impl
 
     def forward(self, x: Tensor, update: Tensor | None, state=None, context: Context | None = None):
         normed, x = rmsnorm(x, self.norm.weight, self.norm.eps, update, self.impl)
         update, state = self.layer(normed, state, context)
-        return x, self.after(update), state
+        return x, scaled(self.after(update), self.scale), state
 
 
 # how a layer joins the residual stream, chosen once for a model
@@ -277,6 +277,13 @@ def linear(inputs: int, outputs: int, std: float, bias: bool = False) -> nn.Line
     if bias:
         nn.init.zeros_(layer.bias)
     return layer
+
+
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """x times a factor that has been rounded to x's precision, as published models have it."""
+    if factor == 1.0:
+        return x
+    return x * torch.full((), factor, dtype=x.dtype, device=x.device)
 
 
 def full_precision(x: Tensor) -> Tensor:

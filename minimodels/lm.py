@@ -9,13 +9,14 @@ state       list           one state per layer
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimodels.architectures.registry import build
 from minimodels.config import Config
 from minimodels.errors import InputError
-from minimodels.layers import Context, Record, RMSNorm, flops, linear
+from minimodels.layers import Context, Record, RMSNorm, flops, linear, scaled
 from minimodels.objectives import OBJECTIVES
 
 
@@ -82,13 +83,14 @@ class LM(nn.Module):
                 "None, because a layer routes over the whole sequence: eval(), or another router"
             )
             raise InputError("state", "carried", accepted)
-        context.embedded = self.embedding(tokens)
+        context.embedded = scaled(self.embedding(tokens), self.config.embedding_scale)
         x, state = self.layers(context.embedded, state, context)
-        return self.norm(x), state
+        return scaled(self.norm(x), self.config.logit_scale), state
 
     def logits(self, x: Tensor) -> Tensor:
         """What the head makes of `features`: (..., D) -> (..., V)."""
-        return F.linear(x, self.head_weight)
+        logits, cap = F.linear(x, self.head_weight), self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @property
     def head_weight(self) -> Tensor:

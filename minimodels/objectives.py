@@ -8,11 +8,12 @@ context's record, as layers do.
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimodels.config import Config
-from minimodels.layers import Context
-from minimodels.ops.linear_cross_entropy import linear_cross_entropy
+from minimodels.layers import Context, full_precision
+from minimodels.ops.linear_cross_entropy import IGNORE, linear_cross_entropy
 
 
 class NextToken(nn.Module):
@@ -23,6 +24,9 @@ class NextToken(nn.Module):
         self.impl = config.impl
 
     def forward(self, model: nn.Module, x: Tensor, targets: Tensor, context: Context) -> Tensor:
+        if model.config.logit_softcap is not None:  # which the joint operation does not have
+            logits = full_precision(model.logits(x)).flatten(0, 1)
+            return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE)
         return linear_cross_entropy(
             x.flatten(0, 1), model.head_weight, targets.flatten(), self.impl
         )

@@ -18,6 +18,7 @@ from minimodels.grammar import Call, parse_call, set_options, write_value
 from minimodels.ops.linear_cross_entropy import IGNORE
 from minimodels.published import __main__ as command
 from minimodels.published.families import FAMILIES
+from minimodels.published.tensors import Offset
 from minimodels.published.text import write_layers
 from minimodels.sample import Sampling, generate
 from minimodels.training import checkpoint
@@ -32,6 +33,7 @@ transformers.logging.disable_progress_bar()
 V, T = 67, 37
 SIZE = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2}
 HEADS = {**SIZE, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40}
+SQUARE = {**HEADS, "hidden_size": 36, "head_dim": 8}  # whose root is exact in single precision
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 24}  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 24, "beta_fast": 4.0,
@@ -86,6 +88,23 @@ CASES = {  # model_type -> options of its configuration class
          "rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}},
         {**HEADS, "layer_types": ["full_attention"] * 2, "tie_word_embeddings": True},
     ],
+    "gemma2": [
+        {**SQUARE, "sliding_window": 6, "num_hidden_layers": 3},
+        {**SQUARE, "attn_logit_softcapping": None, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 7,
+         "sliding_window": 5, "attention_bias": True},
+        {**SQUARE, "attn_logit_softcapping": 2.0, "final_logit_softcapping": None, "tie_word_embeddings": False,
+         "layer_types": ["full_attention"] * 2, "num_key_value_heads": 1},
+    ],
+    "gemma3_text": [
+        {**SQUARE, "sliding_window": 6, "num_hidden_layers": 7},
+        {**SQUARE, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 7, "attention_bias": True, "sliding_window": 5,
+         "layer_types": ["full_attention", "sliding_attention"], "attn_logit_softcapping": 2.0,
+         "rope_parameters": {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}},
+    ],
+    "granite": [
+        {**HEADS, "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 4.0},
+        {**HEADS, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "attention_multiplier": 0.5},
+    ],
     "mamba": [
         SIZE,
         {**SIZE, "tie_word_embeddings": False, "use_bias": True, "use_conv_bias": False, "state_size": 5, "conv_kernel": 3},
@@ -112,6 +131,21 @@ CASES = {  # model_type -> options of its configuration class
          "head_dim": 12, "num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3], "attention_bias": True},
         {**HEADS, "num_experts": 3, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "use_sliding_window": True,
          "sliding_window": 6, "tie_word_embeddings": True},
+    ],
+    "qwen2_moe": [
+        {**HEADS, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+         "shared_expert_intermediate_size": 16, **AUXILIARY},
+        {**HEADS, "num_experts": 3, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "qkv_bias": False,
+         "shared_expert_intermediate_size": 20, "num_hidden_layers": 4, "decoder_sparse_step": 2, "tie_word_embeddings": True},
+        {**HEADS, "num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 8, "norm_topk_prob": True,
+         "shared_expert_intermediate_size": 8, "num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 6,
+         "max_window_layers": 3, "mlp_only_layers": [0]},
+    ],
+    "gpt_oss": [
+        {**HEADS, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6, **AUXILIARY},
+        {**HEADS, "head_dim": 12, "num_local_experts": 5, "num_experts_per_tok": 3, "attention_bias": False,
+         "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+         "layer_types": ["full_attention", "sliding_attention", "full_attention"], "num_hidden_layers": 3},
     ],
     "jamba": [
         {**HEADS, "num_hidden_layers": 4, "attn_layer_period": 3, "attn_layer_offset": 1, "num_experts": 3, **AUXILIARY},
@@ -218,7 +252,10 @@ def test_loss_and_gradient_of_every_parameter(name, number, tmp_path):
     assert abs(loss.item() - output.loss.item()) < 1e-6
     for parameter in model.parameters():
         parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    expected = dict(from_pretrained(saved(model, tmp_path / "gradients")).named_parameters())
+    with pytest.MonkeyPatch.context() as patch:  # the gradient of 1 + w is that of w
+        patch.setattr(Offset, "from_file", lambda self, tensor: tensor)
+        read = from_pretrained(saved(model, tmp_path / "gradients"))
+    expected = dict(read.named_parameters())
     for part, parameter in lm.named_parameters():
         assert distance(parameter.grad, expected[part]) < 1e-7 * max(
             1, expected[part].abs().max().item()
@@ -343,6 +380,35 @@ def test_a_model_of_bytes_has_a_tokenizer(tmp_path):
     assert tokenizer.decode(list(written.encode())) == written
 
 
+def test_experts_of_four_bits_are_unpacked(tmp_path):
+    """As transformers unpacks them; saved again they are of 16 bits."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    folder = saved(theirs("gpt_oss").bfloat16(), tmp_path / "a")
+    reconfigure(folder, intermediate_size=64, quantization_config={"quant_method": "mxfp4"})
+    wanted = {}
+
+    def pack(tensors):
+        for name in [name for name in tensors if name.endswith(("up_proj", "down_proj"))]:
+            del tensors[name]
+            outputs, inputs = (128, 32) if "gate_up" in name else (32, 64)
+            blocks = torch.randint(256, (4, outputs, inputs // 32, 16), dtype=torch.uint8)
+            scales = torch.randint(120, 130, (4, outputs, inputs // 32), dtype=torch.uint8)
+            tensors |= {name + "_blocks": blocks, name + "_scales": scales}
+            wanted[name] = convert_moe_packed_tensors(blocks, scales)
+        for name in [name for name in tensors if name.endswith("gate_up_proj_bias")]:
+            tensors[name] = torch.zeros(4, 128, dtype=torch.bfloat16)
+        return tensors
+
+    rewrite(folder, pack)
+    lm = from_pretrained(folder)
+    assert lm.layers[1].layer.gate.dtype == torch.bfloat16
+    save_pretrained(lm, tmp_path / "b")
+    stored = load_file(tmp_path / "b" / "model.safetensors")
+    assert wanted and all(torch.equal(stored[name], tensor) for name, tensor in wanted.items())
+    assert "quantization_config" not in json.loads((tmp_path / "b" / "config.json").read_text())
+
+
 def test_shards_and_their_index(tmp_path):
     model, tokens = theirs("qwen3_moe"), text()
     model.save_pretrained(tmp_path / "a", max_shard_size="20KB")
@@ -431,6 +497,9 @@ MADE = [  # layers, other fields -> the family that expresses them
     ("mamba(norm=plain)*3", "falcon_mamba"),
     ("(attention moe)*2", "mixtral"),
     ("(attention(qk_norm=full) moe(router=softmax))*2", "olmoe"),
+    ("(attention(bias=qkv) moe(router=softmax, shared_experts=1, shared_width=24, shared_gate=true))*2", "qwen2_moe"),
+    ("a=moe(expert_bias=true, activation=clamped) attention(sink=true) a attention(sink=true, window=3) a",
+     "gpt_oss"),
     ("attention(qk_norm=head) mlp attention(qk_norm=head) moe", "qwen3_moe"),
     ("(attention(qk_norm=head, window=5) moe)*2", "qwen3_moe"),
     ("ssm=mamba(norm=learned) dense=mlp(width=48) routed=moe(router=softmax, expert_width=48)"
@@ -455,7 +524,10 @@ OTHERWISE = {  # what changes a model of some family -> another value; LAYER.OPT
     "attention.bias": True, "attention.window": 3, "mlp.width": 24, "mlp.bias": True, "mamba.expand": 3,
     "mamba.state_size": 4, "mamba.conv_width": 3, "mamba.rank": 3, "mamba.conv_bias": False, "mamba.bias": True,
     "mamba.norm": "plain", "mamba.norm_eps": 0.1, "moe.experts": 5, "moe.experts_per_token": 3, "moe.expert_width": 24,
-    "moe.shared_experts": 1, "moe.router": "sigmoid_bias", "moe.routed_scale": 2.0,
+    "moe.shared_experts": 1, "moe.router": "sigmoid_bias", "moe.routed_scale": 2.0, "moe.expert_bias": True,
+    "moe.activation": "gelu", "attention.rope_fraction": 0.5, "attention.scale": 0.3, "attention.softcap": 5.0,
+    "attention.sink": True, "attention.gate": "head", "mlp.activation": "gelu", "residual": "sandwich",
+    "embedding_scale": 3.0, "residual_scale": 0.3, "logit_scale": 0.4, "logit_softcap": 2.0,
 }  # fmt: skip
 BASES = [
     "attention mlp",

@@ -43,6 +43,7 @@ class MoE(nn.Module):
     paper = "Shazeer et al., arXiv:1701.06538; Fedus et al., arXiv:2101.03961"
     presets = {"moe": "(attention moe)*{n}"}
     operations = ("grouped_mlp",)
+    no_weight_decay = ("gate_bias", "up_bias", "out_bias")
 
     @dataclass(frozen=True)
     class Options:
@@ -71,6 +72,16 @@ class MoE(nn.Module):
         z_loss: NonNegative = option(0.001, "weight of the router's z-loss (DeepSeek-V3 has none)")
         bias_step: NonNegative = option(0.001, "step of sigmoid_bias's selection bias")
         bias: bool = option(False, "biases in the shared experts")
+        expert_bias: bool = option(False, "biases in the router and the routed experts (gpt-oss)")
+        activation: Literal["silu", "gelu", "clamped"] = option(
+            "silu", "silu (SwiGLU), gelu (GEGLU) or clamped (gpt-oss), of all experts"
+        )
+        shared_width: Count | None = option(
+            None, "hidden width of the shared experts together; by default that of so many experts"
+        )
+        shared_gate: bool = option(
+            False, "a sigmoid of the input on the shared experts' output (Qwen2 MoE)"
+        )
 
         def __post_init__(self):
             if self.experts_per_token > self.experts:
@@ -89,16 +100,20 @@ class MoE(nn.Module):
         E, D = options.experts, config.width
         I = options.expert_width or -(-default_width(D) // visited)
         std = config.init_std
-        self.router = linear(D, E, std)
+        self.router = linear(D, E, std, options.expert_bias)
         self.gate = nn.Parameter(torch.empty(E, I, D).normal_(std=std))
         self.up = nn.Parameter(torch.empty(E, I, D).normal_(std=std))
         self.out = nn.Parameter(torch.empty(E, D, I).normal_(std=std / config.depth**0.5))
-        shared = (
-            SwiGLU.Options(options.shared_experts * I, options.bias)
-            if options.shared_experts
-            else None
-        )
-        self.shared = None if shared is None else SwiGLU(shared, config, place)
+        self.gate_bias = self.up_bias = self.out_bias = self.shared = self.shared_gate = None
+        if options.expert_bias:
+            self.gate_bias = nn.Parameter(torch.zeros(E, I))
+            self.up_bias = nn.Parameter(torch.zeros(E, I))
+            self.out_bias = nn.Parameter(torch.zeros(E, D))
+        if options.shared_experts:
+            width = options.shared_width or options.shared_experts * I
+            shared = SwiGLU.Options(width, options.bias, options.activation)
+            self.shared = SwiGLU(shared, config, place)
+            self.shared_gate = linear(D, 1, std) if options.shared_gate else None
         self.register_buffer("bias", torch.zeros(E) if self.route is sigmoid_bias else None)
         self.register_buffer(
             "visited", torch.zeros(E), persistent=False
@@ -117,11 +132,15 @@ class MoE(nn.Module):
         )  # experts may choose a token often
         gates = self.options.routed_scale * gates
         flat = (part.flatten(0, 1) for part in (x, gates, visits))  # (n, D), (n, E), (n, E)
-        y = grouped_mlp(*flat, self.gate, self.up, self.out, most, self.impl).view_as(
-            x
-        )  # (B, T, D)
+        biases = (self.gate_bias, self.up_bias, self.out_bias) if self.options.expert_bias else None
+        y = grouped_mlp(
+            *flat, self.gate, self.up, self.out, most, self.impl, biases, self.options.activation
+        ).view_as(x)  # (B, T, D)
         if self.shared is not None:
-            y = y + self.shared(x)[0]
+            shared, _ = self.shared(x)
+            if self.shared_gate is not None:
+                shared = torch.sigmoid(self.shared_gate(x)) * shared
+            y = y + shared
         return y, None
 
     def account(
@@ -171,17 +190,21 @@ class MoE(nn.Module):
     def flops_of(self, visited: int, context: int) -> float:
         """Forward FLOPs per token that visits so many routed experts."""
         one_expert = 3 * self.out[0].numel()
-        shared = 0 if self.shared is None else flops(self.shared, context)
+        maps = [part for part in (self.shared, self.shared_gate) if part is not None]
+        shared = sum(flops(part, context) for part in maps)
         return 2 * (self.router.weight.numel() + visited * one_expert) + shared
 
     def inactive_parameters(self) -> float:
         """Parameters of the experts that a token does not visit."""
-        return (1 - self.options.experts_per_token / self.options.experts) * 3 * self.out.numel()
+        biases = (self.gate_bias, self.up_bias, self.out_bias) if self.options.expert_bias else ()
+        routed = 3 * self.out.numel() + sum(bias.numel() for bias in biases)
+        return (1 - self.options.experts_per_token / self.options.experts) * routed
 
 
 def full_precision_linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    """What a linear layer without a bias makes of x, in full precision even if either is in less."""
-    return nn.functional.linear(full_precision(x), full_precision(layer.weight))
+    """What a linear layer makes of x, in full precision even if either is in less."""
+    bias = None if layer.bias is None else full_precision(layer.bias)
+    return nn.functional.linear(full_precision(x), full_precision(layer.weight), bias)
 
 
 def imbalance(fraction: Tensor, probability: Tensor) -> Tensor:

@@ -32,13 +32,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimodels.config import Config
 from minimodels.errors import Count, Fraction, InputError, NonNegative, Positive
 from minimodels.grammar import option
 from minimodels.layers import Context, Place, RMSNorm, linear
+from minimodels.ops.activation import GATED
 from minimodels.ops.attention import attention
 from minimodels.ops.cache import AttentionState, carry
 from minimodels.ops.rotary import Scaling, rotary, rotate, scaling_text
@@ -211,16 +211,20 @@ class SwiGLU(nn.Module):
             None, "hidden width; by default 8/3 of the model's, in steps of 32"
         )
         bias: bool = option(False, "biases in the three projections")
+        activation: Literal["silu", "gelu", "clamped"] = option(
+            "silu", "silu (SwiGLU), gelu (GEGLU, Gemma) or clamped (gpt-oss)"
+        )
 
     def __init__(self, options: Options, config: Config, place: Place = Place()):
         super().__init__()
         hidden = options.width or default_width(config.width)
+        self.activation = GATED[options.activation]
         self.gate = linear(config.width, hidden, config.init_std, options.bias)
         self.up = linear(config.width, hidden, config.init_std, options.bias)
         self.out = linear(hidden, config.width, config.init_std / config.depth**0.5, options.bias)
 
     def forward(self, x: Tensor, state: None = None, context: Context | None = None):
-        return self.out(F.silu(self.gate(x)) * self.up(x)), None
+        return self.out(self.activation(self.gate(x), self.up(x))), None
 
 
 def default_width(width: int) -> int:

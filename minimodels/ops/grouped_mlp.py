@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from minimodels.errors import InputError
 from minimodels.layers import choose
+from minimodels.ops.activation import GATED
 
 
 def grouped_mlp(
@@ -19,22 +21,33 @@ def grouped_mlp(
     out: Tensor,
     most: int | None = None,
     impl: str = "auto",
+    biases: tuple[Tensor, Tensor, Tensor] | None = None,
+    activation: str = "silu",
 ) -> Tensor:
     """y_t = Σ_e visits_te · gates_te · out_e (silu(gate_e x_t) ⊙ up_e x_t).
 
     x (n, D); gates (n, E); visits (n, E) bool; gate, up (E, I, D); out (E, D, I); most: how many experts a token visits at
     most, None for E. The kernel takes memory for n · most visits, so that nobody waits for the GPU to count them.
+    biases: of the three products, (E, I) twice and (E, D). activation: one of GATED, instead of silu.
     Returns (n, D).
-    Raises ValueError on shapes that disagree.
+    Raises ValueError on shapes that disagree, InputError for a kernel that has no biases or another activation.
     """
     check_shapes(x, gates, visits, gate, up, out)
     path = choose(impl, "grouped_mlp", x.device)
+    if path == "triton" and (biases is not None or activation != "silu"):
+        if impl != "auto":
+            accepted = "auto, reference or torch, because the kernel has neither biases nor activations but silu"
+            raise InputError("impl", impl, accepted)
+        path = "torch"
+    act = GATED[activation]
     if path == "reference":
         y = torch.zeros_like(x)
         for e in range(len(gate)):
             (token,) = visits[:, e].nonzero(as_tuple=True)
             rows = x[token]  # (A_e, D)
-            expert = F.linear(F.silu(F.linear(rows, gate[e])) * F.linear(rows, up[e]), out[e])
+            of_gate, of_up, of_out = biases_of(biases, e, rows.dtype)
+            hidden = act(F.linear(rows, gate[e], of_gate), F.linear(rows, up[e], of_up))
+            expert = F.linear(hidden, out[e], of_out)
             y = y.index_add(0, token, (expert * gates[token, e, None]).to(y.dtype))
         return y
     dtype = x.dtype
@@ -51,9 +64,21 @@ def grouped_mlp(
         visits.sum(0),
         x.index_select(0, token),
     )  # (E,), (A, D); x[token] has a slower derivative
-    hidden = F.silu(grouped_linear(rows, gate, counts)) * grouped_linear(rows, up, counts)  # (A, I)
-    y = grouped_linear(hidden, out, counts) * gates[token, expert, None].to(hidden.dtype)  # (A, D)
+    parts = [grouped_linear(rows, weight, counts) for weight in (gate, up)]  # (A, I) twice
+    of_gate, of_up, of_out = biases_of(biases, expert, rows.dtype)
+    if biases is not None:
+        parts = [part + bias for part, bias in zip(parts, (of_gate, of_up), strict=True)]
+    hidden = act(*parts)  # (A, I)
+    y = grouped_linear(hidden, out, counts)  # (A, D)
+    y = (y if of_out is None else y + of_out) * gates[token, expert, None].to(hidden.dtype)
     return torch.zeros_like(x, dtype=dtype).index_add(0, token, y.to(dtype))
+
+
+def biases_of(
+    biases: tuple[Tensor, Tensor, Tensor] | None, expert: Tensor | int, dtype: torch.dtype
+) -> list[Tensor | None]:
+    """The three biases of one expert, or of each visit's expert."""
+    return [None] * 3 if biases is None else [bias[expert].to(dtype) for bias in biases]
 
 
 def check_shapes(

@@ -26,7 +26,7 @@ from minimodels.published.text import call_of, write_layers
 __all__ = ["family_of", "read_config", "read_json", "write_config"]
 
 NEUTRAL = {  # entries of any family -> the value at which they change nothing
-    "hidden_act": "silu", "attention_dropout": 0.0, "quantization_config": None, "auto_map": None, "rope_interleaved": False,
+    "hidden_act": "silu", "attention_dropout": 0.0, "auto_map": None, "rope_interleaved": False,
     "partial_rotary_factor": 1.0, "is_encoder_decoder": False, "add_cross_attention": False, "is_decoder": False,
 }  # fmt: skip
 
@@ -48,6 +48,11 @@ def is_idle(name: str, value: object) -> bool:
     if name == "layer_types":  # of a class that has only one type
         return type(value) is list and all(each == "full_attention" for each in value)
     return IDLE.fullmatch(name) is not None
+
+
+def is_packed(quantised: object) -> bool:
+    """Whether experts are stored in MXFP4, which is unpacked."""
+    return isinstance(quantised, dict) and quantised.get("quant_method") == "mxfp4"
 
 
 def family_of(entries: dict) -> Family:
@@ -90,6 +95,8 @@ def read_config(
         check(given)
     shared = read_fields(given, family)
     text = read_layers(given, family, shared)
+    if not is_packed(given.get("quantization_config")):
+        require(given, "quantization_config", None)
     for name, accepted in NEUTRAL.items():
         if name not in given.asked:
             require(given, name, accepted)
@@ -214,6 +221,7 @@ def express(config: Config, name: str, origin: dict) -> dict:
     owned = {entry for each in spoken for entry in each.names}
     entries = {entry: value for entry, value in entries.items() if entry not in owned}
     entries |= {"model_type": name, "architectures": [family.architecture], family.count: blocks}
+    entries.pop("quantization_config", None)
     for setting in family.fields:
         entries |= setting.write(vars(config))
     for index, place in enumerate(family.places):

@@ -47,6 +47,8 @@ class Entry:
     least: int | None = None
     told: bool = False
     """a layer whose option is None has another role"""
+    null: bool = False
+    """whether null says None, instead of what an absent entry says"""
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -57,7 +59,8 @@ class Entry:
         return (self.name,)
 
     def read(self, entries: Entries) -> dict[str, object]:
-        value = entries.get(self.name, self.absent)
+        none = self.null and self.name in entries.told
+        value = entries.get(self.name, None if none else self.absent)
         if value is REQUIRED:
             raise InputError(f"config.json {self.name}", None, "a value")
         if self.least is not None and type(value) is int and value < self.least:
@@ -96,6 +99,37 @@ class Flag:
 
     def write(self, values: dict[str, Any]) -> dict[str, object]:
         return {self.name: values[self.option] == self.values[True]}
+
+    def fits(self, values: dict[str, Any]) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Computed:
+    """An option that is a function of an entry's number, which has an inverse."""
+
+    option: str
+    name: str
+    absent: object
+    read_as: Callable[[float], float]
+    written_as: Callable[[float], float]
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        return (self.option,)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def read(self, entries: Entries) -> dict[str, object]:
+        value = entries.get(self.name, self.absent)
+        if type(value) not in (int, float) or not 0 < value < 1e300:
+            raise InputError(f"config.json {self.name}", value, "a number above 0")
+        return {self.option: self.read_as(value)}
+
+    def write(self, values: dict[str, Any]) -> dict[str, object]:
+        return {self.name: self.written_as(values[self.option])}
 
     def fits(self, values: dict[str, Any]) -> bool:
         return True

@@ -1,12 +1,12 @@
 """Llama and the decoders that follow it: attention with rotary positions and SwiGLU, each after a norm.
 
 Llama, arXiv:2302.13971; Mistral, arXiv:2310.06825; Qwen2, arXiv:2407.10671; Qwen3, arXiv:2505.09388; SmolLM3;
-Phi-3, arXiv:2404.14219.
+Granite 3; Phi-3, arXiv:2404.14219.
 """
 
 from __future__ import annotations
 
-from minimodels.published.entries import Entry, Fixed, divides
+from minimodels.published.entries import Computed, Entry, Fixed, divides
 from minimodels.published.family import Family, Role
 from minimodels.published.places import Always, LayerTypes, SomeUnturned, Windowed
 from minimodels.published.rope import Rope
@@ -38,6 +38,9 @@ ATTENTION = Role(
     none={
         "kv_heads": lambda options, config: options.heads,
         "head_dim": lambda options, config: config.width // options.heads,
+        "scale": lambda options, config: (
+            (options.head_dim or config.width // options.heads) ** -0.5
+        ),
     },
 )
 QK_NORM = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
@@ -112,6 +115,21 @@ FAMILIES = {
             "dense": MLP.having(Entry("bias", "mlp_bias", False)),
         },
         (SomeUnturned(), Always("dense")),
+        **DECODER,
+    ),
+    "granite": Family(
+        "GraniteForCausalLM",
+        (
+            *FIELDS,
+            Entry("embedding_scale", "embedding_multiplier", 1.0),
+            Entry("residual_scale", "residual_multiplier", 1.0),
+            Computed("logit_scale", "logits_scaling", 1.0, lambda x: 1 / x, lambda x: 1 / x),
+        ),
+        {
+            "full": ATTENTION.having(Entry("scale", "attention_multiplier", 1.0)),
+            "dense": MLP.having(Entry("bias", "mlp_bias", False)),
+        },
+        (Always("full"), Always("dense")),
         **DECODER,
     ),
     "phi3": Family(

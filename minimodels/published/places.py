@@ -60,14 +60,19 @@ class LayerTypes:
     """sliding_window if it is absent, in the class"""
     switched: bool = True
     """whether the class has use_sliding_window, and max_window_layers, from which on blocks have the window"""
+    alternating: bool = False
+    """whether instead every second block before max_window_layers has the window"""
     full_every: int = 0
     """otherwise the last of so many blocks has no window"""
+    period: str = ""
+    """an older entry that says how many"""
     roles = ("full", "local")
 
     @property
     def names(self) -> tuple[str, ...]:
         switches = ("use_sliding_window", "max_window_layers")
-        return ("layer_types", "sliding_window", *(switches if self.switched else ()))
+        more = switches if self.switched else (self.period,) if self.period else ()
+        return ("layer_types", "sliding_window", *more)
 
     def read(self, entries: Entries, count: int) -> list[str]:
         window = has_window(entries, self.absent, self.switched)
@@ -84,9 +89,14 @@ class LayerTypes:
     def unlisted(self, entries: Entries, count: int, window: bool) -> list[str]:
         """The roles if no layer_types are told."""
         if not self.switched:
-            return ["local" if (i + 1) % self.full_every else "full" for i in range(count)]
+            every = self.full_every
+            every = entries.number(self.period, every) if self.period else every
+            return ["local" if (i + 1) % every else "full" for i in range(count)]
         first = entries.number("max_window_layers", 28, least=0)
-        return ["local" if window and i >= first else "full" for i in range(count)]
+        local = [
+            (i < first and i % 2 == 0) if self.alternating else i >= first for i in range(count)
+        ]
+        return ["local" if window and near else "full" for near in local]
 
     def write(self, roles: list[str]) -> dict[str, object]:
         kinds = {"full": "full_attention", "local": "sliding_attention"}

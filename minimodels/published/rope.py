@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from minimodels.errors import InputError
@@ -40,6 +40,8 @@ class Rope:
     """whether the older entry rope_scaling concerns these layers"""
     partial: bool = False
     """whether the class turns a part of a head if it is told so"""
+    untold: dict[str, Any] = field(default_factory=dict)
+    """rope_parameters if there are none"""
     options = ("rope_base", "rope_scaling", "rope_fraction")
     names = (
         "rope_parameters",
@@ -82,6 +84,8 @@ class Rope:
         if newer and older and newer != older:
             accepted = "what rope_parameters says, or no such entry"
             raise InputError("config.json rope_scaling", older, accepted)
+        if not newer and not older:
+            newer = self.untold
         if self.layer_type:
             top, newer = newer, newer.get(self.layer_type) or {}
             if newer.get("rope_type") == "yarn" and isinstance(newer, dict):

@@ -75,6 +75,22 @@ class Fused:
             tensor.copy_(part)
 
 
+@dataclass(frozen=True)
+class Interleaved:
+    """Several parts as one tensor, the first slice of each, then the second of each."""
+
+    name: str
+    dim: int = 0
+
+    def write(self, name: str, tensors: list[Tensor]) -> dict[str, Tensor]:
+        return {name: torch.stack(tensors, self.dim + 1).flatten(self.dim, self.dim + 1)}
+
+    def read(self, name: str, stored: Callable[[str], Tensor], tensors: list[Tensor]) -> None:
+        parts = stored(name).unflatten(self.dim, (-1, len(tensors)))
+        for tensor, part in zip(tensors, parts.unbind(self.dim + 1), strict=True):
+            tensor.copy_(part)
+
+
 class Changed:
     """What another mapping stores, changed by a function that has an inverse."""
 
@@ -97,13 +113,13 @@ class Changed:
 
 
 class Offset(Changed):
-    """A norm's weights less 1, because the norm multiplies by 1 + w."""
+    """A norm's weights less 1, because the norm multiplies by 1 + w. In 16 bits 1 + w has fewer digits than w."""
 
     def to_file(self, tensor: Tensor) -> Tensor:
-        return tensor - 1
+        return (tensor.double() - 1).to(tensor.dtype)
 
     def from_file(self, tensor: Tensor) -> Tensor:
-        return tensor + 1
+        return tensor.double() + 1
 
 
 class Transposed(Changed):
@@ -198,6 +214,40 @@ class Stored(NamedTuple):
         return self.file.get_tensor(self.name)
 
 
+class Packed(NamedTuple):
+    """A tensor in MXFP4 (OCP Microscaling Formats 1.0): numbers of 4 bits, 32 of which share a power of 2.
+
+    blocks (E, out, in / 32, 16) have two numbers a byte, the low bits first; scales (E, out, in / 32). It is read as
+    (E, in, out).
+    """
+
+    blocks: Stored
+    scales: Stored
+    dtype = "BF16"
+
+    @property
+    def shape(self) -> list[int]:
+        experts, outputs, groups, _ = self.blocks.shape
+        return [experts, 32 * groups, outputs]
+
+    def read(self) -> Tensor:
+        blocks, exponents = self.blocks.read(), self.scales.read().int() - 127
+        magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.bfloat16)
+        values = torch.cat((magnitudes, -magnitudes))
+        numbers = torch.stack((values[(blocks & 15).int()], values[(blocks >> 4).int()]), dim=-1)
+        return torch.ldexp(numbers.flatten(-2), exponents.unsqueeze(-1)).flatten(-2).mT
+
+
+def unpack(files: dict[str, Stored]) -> dict[str, Stored | Packed]:
+    """The tensors with those in MXFP4 as one each instead of blocks and scales."""
+    found: dict[str, Stored | Packed] = dict(files)
+    for name in [name for name in files if name.endswith("_blocks")]:
+        whole = name.removesuffix("_blocks")
+        if f"{whole}_scales" in files and len(files[name].shape) == 4:
+            found[whole] = Packed(found.pop(name), found.pop(f"{whole}_scales"))
+    return found
+
+
 def open_tensors(folder: Path, opened: ExitStack) -> dict[str, Stored]:
     """All tensors of a folder's safetensors files, single or sharded."""
     names = [WEIGHTS]
@@ -228,7 +278,7 @@ def open_tensors(folder: Path, opened: ExitStack) -> dict[str, Stored]:
 def rename_tensors(files: dict[str, Stored], family: Family, tied: bool) -> dict[str, Stored]:
     """The stored tensors by the names used here, however the file spells them: older names, a model saved without
     its head and hence without the prefix, a tied matrix under the head's name alone."""
-    files = {family.aliases.get(name, name): stored for name, stored in files.items()}
+    files = {family.aliases.get(name, name): stored for name, stored in unpack(files).items()}
     head, embedding = weight_of(family, "head"), weight_of(family, "embedding")
     if not any(name.startswith(family.prefix) for name in files):
         files = {

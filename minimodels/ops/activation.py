@@ -1,0 +1,26 @@
+"""What a gated MLP makes of its gate and of what passes through it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def silu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) ⊙ up (SwiGLU, arXiv:2002.05202)."""
+    return F.silu(gate) * up
+
+
+def gelu(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) ⊙ up, the function approximated by a tanh (GEGLU, Gemma)."""
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def clamped(gate: Tensor, up: Tensor) -> Tensor:
+    """gate σ(1.702 gate) ⊙ (up + 1), where nothing is beyond 7 (gpt-oss)."""
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+GATED = {function.__name__: function for function in (silu, gelu, clamped)}
