@@ -40,6 +40,25 @@ CASES = {
         "moe(experts=4, balance=pooled)*2",
         "moe(experts=4, router=sigmoid_bias, shared_experts=1, bias=true)",
     ],
+    "mamba2": [
+        "mamba2(state_size=4)",
+        "mamba2(heads=2, state_size=4, groups=2, norm=norm_gate, step_min=0.05, step_max=0.2)",
+        "mamba2(state_size=4, norm=none, bias=true, conv_bias=false)",
+    ],
+    "retention": [
+        "retention",
+        "retention(feature_map=elu, rope_base=0, decay=none, norm=sum, gate=none)",
+        "retention(feature_map=silu, rope_base=0, decay=layers, scale=false, norm=full, gate=sigmoid)*2",
+        "retention(rope_base=0, decay=channels)",
+    ],
+    "deltanet": [
+        "deltanet",
+        "deltanet(heads=2, key_heads=1, gate=scalar, output_gate=silu)",
+        "deltanet(gate=vector, output_gate=sigmoid, output_rank=head)",
+        "deltanet(gate=vector, gate_bound=5, conv_width=1)",
+        "deltanet(beta_max=2, steps=2)",
+    ],
+    "short_convolution": ["short_convolution", "short_convolution(conv_width=4, bias=true)"],
     "mod": [
         "mod(attention mlp, capacity=0.3)",
         "mod(attention mlp, capacity=0.3, route=router)",
@@ -47,7 +66,7 @@ CASES = {
         "mod(attention mod(mamba mlp, capacity=0.5), capacity=0.5)",
     ],
 }
-REPRESENTATIVES = ["attention(window=5)", "mamba(state_size=4)", "moe(experts=4)"]
+REPRESENTATIVES = ["attention(window=5)", "mamba(state_size=4)", "moe(experts=4)", "deltanet"]
 SHARED = [
     "A:=attention A mlp A",
     "A:=mamba(state_size=4) A mod(A, capacity=0.75)",
@@ -55,7 +74,10 @@ SHARED = [
 ]
 WRAPPED = [f"mod({layer}, capacity=0.75)" for layer in REPRESENTATIVES]
 NAMES = [texts[0] for texts in CASES.values()]
-MODELS = {name: layers.format(n=4, twice=8, half=2, quarter=1) for name, layers in PRESETS.items()}
+MODELS = {  # the presets that mix layers
+    name: PRESETS[name].format(n=2, twice=4, half=2, quarter=1)
+    for name in ("transformer", "moe", "mod", "hybrid", "olmo_hybrid")
+}
 ALL = list(
     dict.fromkeys(
         [text for texts in CASES.values() for text in texts]

@@ -33,6 +33,12 @@ law = pytest.mark.parametrize("layers", ALL)
 once = pytest.mark.parametrize("layers", NAMES)
 
 
+@pytest.fixture(autouse=True)
+def short_chunks_of_the_delta_rule(monkeypatch):
+    """Chunks of 8 tokens, so that a text of 23 has several."""
+    monkeypatch.setattr("minimodels.ops.delta_rule.CHUNK", 8)
+
+
 def test_every_layer_obeys_the_laws():
     assert list(CASES) == [*LAYERS, *WRAPPERS]
     for name, texts in CASES.items():
