@@ -22,7 +22,7 @@ import minimodels.data.cache
 import minimodels.data.files
 import minimodels.data.tokens
 from minimodels.data.documents import Documents, Part, pack
-from minimodels.data.files import find_files, fingerprint, look_at
+from minimodels.data.files import find_files, fingerprint, inspect_file
 from minimodels.data.formats import read_hub, read_records, read_text
 from minimodels.data.mixture import Mixture, parse_mixture
 from minimodels.data.span import Piece, Span
@@ -136,7 +136,7 @@ def test_special_files_are_refused_or_passed_over(folder, tmp_path):
     with pytest.raises(InputError, match="^data: "):
         open_data(str(tmp_path / "self"), 8)
     with pytest.raises(OSError, match="regular"):
-        look_at(folder / "fifo")
+        inspect_file(folder / "fifo")
 
 
 def test_a_file_that_shrinks_gives_one_error(tmp_path):
@@ -174,7 +174,7 @@ def test_of_a_large_text_the_fingerprint_reads_a_sample(folder, monkeypatch):
     (folder / "large").write_bytes(content)
 
     def mark():
-        return fingerprint({b"large": look_at(folder / "large")})
+        return fingerprint({b"large": inspect_file(folder / "large")})
 
     before, seen = mark(), 0
     for place in range(10_000):

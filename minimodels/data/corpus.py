@@ -19,8 +19,8 @@ from minimodels.data.files import (
     count_of,
     find_files,
     fingerprint,
+    inspect_file,
     is_leftover,
-    look_at,
     relative_name,
 )
 from minimodels.data.formats import (
@@ -68,18 +68,20 @@ def open_corpus(name: str, field: str, cache: Path) -> Corpus:
         files = list_files(name)
         if not files:
             raise InputError("data", name, ACCEPTED)
-        mark, total = fingerprint(files), sum(file.size for file in files.values())
+        digest, total = fingerprint(files), sum(file.size for file in files.values())
         newest = max(file.path.stat().st_mtime_ns for file in files.values())
     except (OSError, ValueError, RuntimeError) as error:  # ValueError: a name with a NUL
         raise InputError("data", name, f"files that can be read ({error})") from None
-    said = f"{count_of(len(files), 'file')}, {amount(total)}"
-    overlooked = newest if total > WHOLE else 0  # only a sample of a large text is in its mark
+    summary = f"{count_of(len(files), 'file')}, {amount(total)}"
+    overlooked = newest if total > WHOLE else 0  # only a sample of a large text is in its digest
     if all(is_plain(file, field) for file in files.values()):
-        return Corpus(split_files(files, name == "stdlib"), mark, said, f"{mark}, {overlooked}")
-    mark = f"{mark}, field {field!r}"
-    key = f"{mark}, {overlooked}"
+        return Corpus(
+            split_files(files, name == "stdlib"), digest, summary, f"{digest}, {overlooked}"
+        )
+    digest = f"{digest}, field {field!r}"
+    key = f"{digest}, {overlooked}"
     folder = make_plain(name, files, key, field, cache)
-    return Corpus(read_prepared(folder), mark, f"{said}, {describe_prepared(folder)}", key)
+    return Corpus(read_prepared(folder), digest, f"{summary}, {describe_prepared(folder)}", key)
 
 
 def make_plain(name: str, files: dict[bytes, File], key: str, field: str, cache: Path) -> Path:
@@ -114,7 +116,8 @@ def list_files(name: str) -> dict[bytes, File]:
         else:
             found = find_files(root) if name and root.is_dir() else []
     return {
-        name: look_at(path) for name, path in sorted((relative_name(f, root), f) for f in found)
+        name: inspect_file(path)
+        for name, path in sorted((relative_name(f, root), f) for f in found)
     }
 
 
@@ -207,8 +210,8 @@ def open_hub(name: str, field: str, cache: Path) -> Corpus:
     folder = make_once(cache, f"text-{key_of(name, field)}", np.uint8, fill)
     about = read_about(folder)
     size = sum(about["items"].values())
-    mark = f"{name}, {size} bytes, {about['checksum']:08x}, field {field!r}"
-    return Corpus(read_prepared(folder), mark, describe_prepared(folder), mark)
+    digest = f"{name}, {size} bytes, {about['checksum']:08x}, field {field!r}"
+    return Corpus(read_prepared(folder), digest, describe_prepared(folder), digest)
 
 
 def counted(records: Iterable[bytes], bar: tqdm) -> Iterator[bytes]:

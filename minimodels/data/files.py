@@ -37,14 +37,14 @@ def find_files(root: Path) -> list[Path]:
                     links.append(path)
                 elif identity(entry.stat()) not in linked:
                     seen.add(identity(entry.stat()))
-                    take(path, entry.stat(), pending, found)
+                    append_by_kind(path, entry.stat(), pending, found)
         else:
             path = links.pop(0)
             status = follow(path)
             if status is not None and identity(status) not in seen:
                 seen.add(identity(status))
                 linked.add(identity(status))
-                take(path, status, pending, found)
+                append_by_kind(path, status, pending, found)
     return sorted(found, key=lambda path: relative_name(path, root))
 
 
@@ -61,7 +61,9 @@ def list_folder(folder: Path) -> list[os.DirEntry]:
     return sorted(kept, key=lambda entry: os.fsencode(entry.name))
 
 
-def take(path: Path, status: os.stat_result, folders: list[Path], files: list[Path]) -> None:
+def append_by_kind(
+    path: Path, status: os.stat_result, folders: list[Path], files: list[Path]
+) -> None:
     """Append a path to the folders or the files; devices, pipes and sockets are neither."""
     if stat.S_ISDIR(status.st_mode):
         folders.append(path)
@@ -114,7 +116,7 @@ class File(NamedTuple):
     start: bytes
 
 
-def look_at(path: Path) -> File:
+def inspect_file(path: Path) -> File:
     """What is to be known of a file. Raises OSError if it cannot be read or is not a regular file."""
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
         status = os.fstat(file.fileno())

@@ -64,7 +64,7 @@ def encoding_of(start: bytes) -> str:
 def read_text(path: Path, field: str, advance: Advance) -> Iterator[bytes]:
     """The UTF-8 text of one plain file, in chunks of about 1 MiB."""
     compression, _ = kind_of(path, field)
-    with told(path), open_stream(path, compression) as (stream, raw):
+    with readable_errors(path), open_stream(path, compression) as (stream, raw):
         while chunk := stream.read(CHUNK):
             yield chunk
             advance(raw.tell())
@@ -73,7 +73,7 @@ def read_text(path: Path, field: str, advance: Advance) -> Iterator[bytes]:
 def read_records(path: Path, field: str, advance: Advance) -> Iterator[bytes]:
     """The documents of a file of JSON lines or a Parquet file: what each record has in `field`, as UTF-8."""
     compression, format = kind_of(path, field)
-    with told(path):
+    with readable_errors(path):
         if format == "json":
             yield from read_json_lines(path, compression, field, advance)
         elif compression:
@@ -165,7 +165,7 @@ def open_stream(path: Path, compression: str) -> Iterator[tuple[io.BufferedReade
         encoding = encoding_of(stream.peek(4))
         if encoding != "utf-8":
             text = io.TextIOWrapper(stream, encoding=encoding, newline="\n")
-            stream = io.BufferedReader(Pulled(recode(text)), CHUNK)
+            stream = io.BufferedReader(IteratorStream(recode(text)), CHUNK)
         elif stream.peek(3).startswith(codecs.BOM_UTF8):
             stream.read(3)
         yield stream, raw
@@ -181,7 +181,7 @@ def decompress(raw: io.FileIO, compression: str) -> io.RawIOBase:
         except ImportError:
             missing = 'pip install "minimodels[data]"'
             raise InputError("zstandard", "not installed", missing) from None
-        return Pulled(decompress_zstd(raw, zstandard.ZstdDecompressor()))
+        return IteratorStream(decompress_zstd(raw, zstandard.ZstdDecompressor()))
     return raw
 
 
@@ -205,7 +205,7 @@ def recode(text: io.TextIOWrapper) -> Iterator[bytes]:
         yield part.encode("utf-8", "replace")
 
 
-class Pulled(io.RawIOBase):
+class IteratorStream(io.RawIOBase):
     """A stream of the bytes that an iterator gives."""
 
     def __init__(self, parts: Iterator[bytes]):
@@ -226,7 +226,7 @@ class Pulled(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def told(path: Path) -> Iterator[None]:
+def readable_errors(path: Path) -> Iterator[None]:
     """Tell in one line what is wrong with a file."""
     try:
         yield

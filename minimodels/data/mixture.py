@@ -30,11 +30,11 @@ class Mixture(Source):
     def describe(self) -> str:
         """Each part with its share of the rows."""
         total = sum(self.weights.values())
-        said = [
+        summaries = [
             f"{name} {self.weights[name] / total:.0%}: {part.describe()}"
             for name, part in self.parts.items()
         ]
-        return " | ".join(said)
+        return " | ".join(summaries)
 
     def batch(
         self,
