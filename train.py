@@ -53,7 +53,12 @@ def main(options: Options) -> None:
     refuse_several_processes()
     keep_freed_memory()
     device = pick_device(options.device)
-    data = open_data(options.data, options.context)
+    # a resumed run has kept its tokenizer
+    kept = options.resume is not None and options.tokenizer != "bytes"
+    tokenizer = str(options.resume) if kept else options.tokenizer
+    data = open_data(
+        options.data, options.context, tokenizer, options.field, options.cache, options.pack
+    )
     if 0 < options.config.vocab < data.vocab:
         accepted = f"{data.vocab} or more, because that many tokens are in the data"
         raise InputError("vocab", options.config.vocab, accepted)
@@ -63,6 +68,7 @@ def main(options: Options) -> None:
 
     torch.manual_seed(options.seed)
     model = LM(config).to(device)
+    model.tokenizer = None if isinstance(data, Task) else data.tokenizer
     bfloat16 = has_bfloat16(device) if options.dtype == "auto" else options.dtype == "bfloat16"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
     optimizer = adamw(model, options.lr, options.weight_decay)
@@ -85,6 +91,8 @@ def main(options: Options) -> None:
                 given = f"{options.data}: {data.fingerprint}"
                 raise InputError("data", given, f"what {run} was started with: {done['data']}")
             forget_after(run, done["step"])
+        elif not isinstance(data, Task):
+            data.tokenizer.save(run)
         checkpoint.save_options(run, asdict(replace(options, out=None, resume=None)))
         step = done["step"]
 

@@ -71,7 +71,8 @@ def main(options: Options) -> None:
                 "model", options.model, f"a run on text; {run['data']} has answers, not text"
             )
         context = run.get("context")
-        model, tokenizer = load_model(folder).to(device, dtype).eval(), Bytes()
+        model = load_model(folder).to(device, dtype).eval()
+        tokenizer = model.tokenizer or Bytes()
     else:
         model = from_pretrained(options.model, dtype, device, ignore=options.ignore)
         tokenizer = TokenizerFile(model.published.folder)

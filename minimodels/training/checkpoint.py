@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minimodels.config import Config
+from minimodels.data.tokenizer import TokenizerFile
 from minimodels.errors import InputError
 from minimodels.files import atomic_write, read_json, write_json
 from minimodels.lm import LM
@@ -168,14 +169,16 @@ def save_model(model: LM, folder: str | Path) -> None:
 
 
 def load_model(run: str | Path) -> LM:
-    """The trained model of a run, on the CPU. Raises InputError if there is none."""
+    """The trained model of a run, with its tokenizer, on the CPU. Raises InputError if there is none."""
     run = Path(run)
+    options = read_json(run / "options.json", "run")
     try:
-        config = Config(**read_json(run / "options.json", "run")["config"])
+        model = LM(Config(**options["config"]))
     except (KeyError, TypeError) as error:
         raise InputError("run", str(run), f"the folder of a training run ({error})") from None
-    model = LM(config)
     load(run, model)
+    if options.get("tokenizer", "bytes") != "bytes":
+        model.tokenizer = TokenizerFile(run)
     return model
 
 

@@ -42,7 +42,17 @@ class Options:
     set: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
     """LAYER.OPTION=VALUE, such as mamba.state_size=32, in all layers of that name; repeatable"""
     data: str = "stdlib"
-    """stdlib (Python's own source), a file, a folder, or a task: copying, induction, mqar(pairs=8, vocab=256)"""
+    """stdlib (Python's own source), a file, a folder, a mixture ("code=0.7:DIR prose=0.3:FILE"), an id of
+    the Hugging Face hub, or a task: copying, induction, mqar(pairs=8, vocab=256), overwrite, parity, s3"""
+
+    tokenizer: str = "bytes"
+    """bytes, bpe(vocab=8192), which is trained on the run's own text, or a tokenizer.json"""
+    pack: bool = False
+    """rows of whole documents, which do not see each other, in place of windows cut at random"""
+    field: str = "text"
+    """what to read of JSON lines and Parquet"""
+    cache: str = ""
+    """folder of tokens and of what is unpacked; by default ~/.cache/minimodels"""
 
     steps: Number | None = None
     """bound: optimizer steps; 600 for tiny and 20,000 for small if no bound is given"""
@@ -122,9 +132,11 @@ TRAINING = {  # size -> the options that differ from the defaults
 }
 DEFAULT_STEPS = {"tiny": 600, "small": 20_000}  # where no bound is given
 BOUNDS = ("steps", "tokens", "flops", "minutes")
-LEFT_BEHIND = {"options.json", "log.jsonl", LOCK}  # by a run that saved nothing
-CHANGEABLE = {*BOUNDS, "device", "threads", "dtype", "compile", "eval_every", "eval_batches", "sample_every", "prompt",
-              "log_every", "resume"}  # fmt: skip
+LEFT_BEHIND = {"options.json", "log.jsonl", "tokenizer.json", LOCK}  # by a run that saved nothing
+CHANGEABLE = {
+    *BOUNDS, "data", "cache", "device", "threads", "dtype", "compile", "eval_every", "eval_batches",
+    "sample_every", "prompt", "log_every", "resume",
+}  # fmt: skip
 
 
 def parse(description: str) -> Options:
