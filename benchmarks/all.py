@@ -115,9 +115,7 @@ def measure(options: Options, device: torch.device) -> None:
     work(remaining(plan(options.dry), earlier, journal.rows), session)
     journal.end = end
     summary.write(options.out, journal)
-    unfinished = dict.fromkeys(
-        row["job"] for row in journal.rows if row["status"] in REPEATED + MISSED
-    )
+    unfinished = unmeasured(journal.rows, REPEATED + MISSED)
     print(f"not measured: {', '.join(unfinished)}" if unfinished else "everything was measured")
 
 
@@ -135,19 +133,23 @@ def plan(toy: bool) -> list[Job]:
 def remaining(jobs: list[Job], earlier: list[dict], rows: list[dict]) -> list[Job]:
     """The jobs that have no rows. After an earlier session: what failed there, the sweep, and what it missed."""
     if earlier:
-        ends = {
-            job.name: {row["status"] for row in earlier if row.get("job") == job.name}
-            for job in jobs
-        }
-        failed = [job for job in jobs if ends[job.name] & {*REPEATED}]
-        missed = [
-            job
-            for job in jobs
-            if job not in failed and (not ends[job.name] or ends[job.name] & {*MISSED})
-        ]
-        jobs = [*failed, *sweep.jobs(), *missed]
+        failed, missed = unmeasured(earlier, REPEATED), unmeasured(earlier, MISSED)
+        begun = {row.get("job") for row in earlier}
+        again = [job for job in jobs if job.name in failed]
+        late = [job for job in jobs if job.name in missed or job.name not in begun]
+        jobs = [*again, *sweep.jobs(), *(job for job in late if job not in again)]
     ended = {row.get("job") for row in rows}
     return [job for job in jobs if job.name not in ended]
+
+
+def unmeasured(rows: list[dict], statuses: tuple[str, ...]) -> dict[str, None]:
+    """The jobs in which something of ours ended in one of these ways. A peer that failed would fail again."""
+    ours = ("torch", "triton")
+    return dict.fromkeys(
+        row["job"]
+        for row in rows
+        if row["status"] in statuses and row.get("provider", "triton") in ours
+    )
 
 
 def check(session: Session, earlier: list[dict], log: Path) -> None:
