@@ -1,4 +1,5 @@
-"""Pictures: colours that stay, numbers that can be read, names beside their lines, answers that claim no more than they may."""
+"""Pictures: colours that stay, numbers that can be read, names beside their lines, answers that
+claim no more than they may."""
 
 import itertools
 import json
@@ -243,7 +244,7 @@ def test_routing_has_a_legend_and_says_how_many(tmp_path, monkeypatch, capsys):
         routing.trace(model, Bytes().encode("some text"), "topk"),
     )
     legend = routing.legend(layers)
-    assert list(legend)[0] == "took the group" and len(legend) >= 2
+    assert next(iter(legend)) == "took the group" and len(legend) >= 2
     for name, mark in legend.items():
         assert routing.paint(f" {name} ", mark) in shown
         assert f'<span style="background:{mark}">{name}</span>' in page.read_text()

@@ -1,4 +1,5 @@
-"""The session that measures a GPU, rehearsed at toy sizes: every branch runs, and what goes wrong costs its own rows alone."""
+"""The session that measures a GPU, rehearsed at toy sizes: every branch runs, and what goes wrong
+costs its own rows alone."""
 
 import importlib
 import json
