@@ -1,15 +1,17 @@
 """Everything worth knowing about a machine in one command, the most valuable first.
 
     python -m benchmarks.all --minutes 9 --out benchmarks/results/h100
-    python -m benchmarks.all --again benchmarks/results/h100 --minutes 4 --out benchmarks/results/h100-again
-    python -m benchmarks.all --dry --out runs/dry         every branch at toy sizes, on a CPU, in a minute or two
+    python -m benchmarks.all --again benchmarks/results/h100 --minutes 4 --out runs/again
+    python -m benchmarks.all --dry --out runs/dry     every branch at toy sizes on a CPU, in a minute
 
-On a GPU the kernels check themselves first, all at once; a kernel that is wrong costs its own rows alone. Then one process
-times each operation against what else is installed, training with either path, and, in the time that is left, further sizes and
-the speed against context. Each row is written to rows.jsonl as soon as it is measured, so being cut off loses nothing. --again
-repeats what failed or found no time, and tries the scan's settings.
+On a GPU the kernels check themselves first, all at once; a kernel that is wrong costs its own rows
+alone. Then one process times each operation against what else is installed, training with either
+path, and, in the time that is left, further sizes and the speed against context. Each row is
+written to rows.jsonl as soon as it is measured, so being cut off loses nothing. --again repeats
+what failed or found no time, and tries the scan's settings.
 
-On a CPU (benchmarks.steps) the benchmarks run one after the other; --resume goes on where they were cut off.
+On a CPU (benchmarks.steps) the benchmarks run one after the other; --resume goes on where they were
+cut off.
 """
 
 from __future__ import annotations
@@ -81,7 +83,8 @@ def main(options: Options) -> None:
 
 
 def interpret(options: Options) -> None:
-    """Replace this process by one whose Triton interprets, which must be decided before Triton is imported."""
+    """Replace this process by one whose Triton interprets, which must be decided before Triton is
+    imported."""
     hidden = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, *arguments_of(options)], {**os.environ, **hidden})
@@ -115,9 +118,7 @@ def measure(options: Options, device: torch.device) -> None:
     work(remaining(plan(options.dry), earlier, journal.rows), session)
     journal.end = end
     summary.write(options.out, journal)
-    unfinished = dict.fromkeys(
-        row["job"] for row in journal.rows if row["status"] in REPEATED + MISSED
-    )
+    unfinished = unmeasured(journal.rows, REPEATED + MISSED)
     print(f"not measured: {', '.join(unfinished)}" if unfinished else "everything was measured")
 
 
@@ -133,32 +134,39 @@ def plan(toy: bool) -> list[Job]:
 
 
 def remaining(jobs: list[Job], earlier: list[dict], rows: list[dict]) -> list[Job]:
-    """The jobs that have no rows. After an earlier session: what failed there, the sweep, and what it missed."""
+    """The jobs that have no rows. After an earlier session: what failed there, the sweep, and what
+    it missed."""
     if earlier:
-        ends = {
-            job.name: {row["status"] for row in earlier if row.get("job") == job.name}
-            for job in jobs
-        }
-        failed = [job for job in jobs if ends[job.name] & {*REPEATED}]
-        missed = [
-            job
-            for job in jobs
-            if job not in failed and (not ends[job.name] or ends[job.name] & {*MISSED})
-        ]
-        jobs = [*failed, *sweep.jobs(), *missed]
+        failed, missed = unmeasured(earlier, REPEATED), unmeasured(earlier, MISSED)
+        begun = {row.get("job") for row in earlier}
+        again = [job for job in jobs if job.name in failed]
+        late = [job for job in jobs if job.name in missed or job.name not in begun]
+        jobs = [*again, *sweep.jobs(), *(job for job in late if job not in again)]
     ended = {row.get("job") for row in rows}
     return [job for job in jobs if job.name not in ended]
 
 
+def unmeasured(rows: list[dict], statuses: tuple[str, ...]) -> dict[str, None]:
+    """The jobs in which something of ours ended in one of these ways. A peer that failed would fail
+    again."""
+    ours = ("torch", "triton")
+    return dict.fromkeys(
+        row["job"]
+        for row in rows
+        if row["status"] in statuses and row.get("provider", "triton") in ours
+    )
+
+
 def check(session: Session, earlier: list[dict], log: Path) -> None:
-    """Find out whose kernels may be timed. What the same code has checked before is not checked again."""
+    """Find out whose kernels may be timed. What the same code has checked before is not checked
+    again."""
     journal = session.journal
     for row in earlier:
         same = row.get("commit") == journal.common["commit"] and not row["commit"].endswith("+")
         if row.get("benchmark") == "check" and row["status"] == "done" and same:
             journal.add("done", benchmark="check", job=row["job"], operation=row["operation"])
     known = {row["operation"] for row in journal.rows if row.get("benchmark") == "check"}
-    # the tests check all kernels in the interpreter, so that a rehearsal needs to run one check only
+    # the tests check all kernels in the interpreter, so that one check is enough for a rehearsal
     operations = [
         name for name in (OPERATIONS[:1] if session.toy else OPERATIONS) if name not in known
     ]

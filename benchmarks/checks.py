@@ -1,7 +1,9 @@
-"""Are the kernels right? Every kernel checks itself in a process of its own, all at once, before anything is timed.
+"""Are the kernels right? Every kernel checks itself in a process of its own, all at once, before
+anything is timed.
 
-The checks have a Triton cache of their own, so that what they tune while they compete for the machine decides nothing later.
-A check that fails, or that does not end in time, costs its own kernel alone: what needs it is left out by name.
+The checks have a Triton cache of their own, so that what they tune while they compete for the
+machine decides nothing later. A check that fails, or that does not end in time, costs its own
+kernel alone: what needs it is left out by name.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from .journal import Journal
 def check(
     operations: Iterable[str], seconds: float, journal: Journal, log: Path, device: torch.device
 ) -> None:
-    """Write a row for each operation as soon as its check ends, and what the checks print into `log`."""
+    """Write a row for each operation as soon as its check ends, and what the checks print into
+    `log`."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "TRITON_CACHE_DIR": str(Path(folder) / "cache")}
         if device.type == "cpu":
@@ -92,8 +95,8 @@ def last_line(path: Path) -> str:
 
 
 def unproven(rows: list[dict]) -> dict[str, str]:
-    """The operations whose kernels are not known to be right, and why: the last check of each decides, and whether it took the
-    GPU down."""
+    """The operations whose kernels are not known to be right, and why: the last check of each
+    decides, and whether it took the GPU down."""
     found = {}
     for row in rows:
         if row.get("benchmark") == "check" and row["status"] == "done":

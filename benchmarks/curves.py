@@ -95,8 +95,8 @@ def caption(logs: dict, axis: str) -> str:
 
 
 def points(rows: list[dict], axis: str) -> tuple[tuple[list, list], tuple[list, list]]:
-    """(x, y) of training and of validation. In older logs a validation has the tokens and FLOPs of the training row before
-    it."""
+    """(x, y) of training and of validation. In older logs a validation has the tokens and FLOPs of
+    the training row before it."""
     bit = math.log(2)
     training, validation, spent = ([], []), ([], []), {}
     for row in rows:

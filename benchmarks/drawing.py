@@ -1,5 +1,5 @@
-"""How pictures look: a canvas with a question, its answer and a source; lines with a colour for each architecture; numbers that
-can be read."""
+"""How pictures look: a canvas with a question, its answer and a source; lines with a colour for
+each architecture; numbers that can be read."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def pyplot():
 
 
 def canvas(question: str, answer: str, caption: str):
-    """A figure with its question, the answer below it, and at the bottom where the figures come from."""
+    """A figure with its question, the answer below it, and at the bottom where the figures come
+    from."""
     figure, axes = pyplot().subplots(figsize=(9, 5.4), layout="constrained")
     title = "\n".join(wrap(text, LINE) for text in (question, answer) if text)
     source = "\n".join(wrap(text, SMALL_LINE) for text in caption.splitlines())
@@ -63,8 +64,9 @@ def sources(rows: list[dict]) -> str:
 
 
 def looks(names: list[str]) -> dict[str, tuple[str, str, str]]:
-    """Colour, marker and style of each name. Its architecture decides the colour, so that variants share it and differ in the
-    rest; a name without a known architecture takes a colour that its letters choose, or the next one if that is taken."""
+    """Colour, marker and style of each name. Its architecture decides the colour, so that variants
+    share it and differ in the rest; a name without a known architecture takes a colour that its
+    letters choose, or the next one if that is taken."""
     found, taken, variants = {}, set(), {}
     for name in names:
         words = re.findall(r"[a-z0-9_]+", name.lower())
@@ -102,8 +104,9 @@ def number(value: float) -> str:
 def scale_axis(
     axes, side: str, label: str, places: list[float], log: bool = False, share: bool = False
 ) -> None:
-    """Label the axis of a side, x or y, and its ticks. `places`: the values on it, which are the ticks of a logarithmic x axis
-    if they are few; `share`: they are from 0 to 1, written as percent."""
+    """Label the axis of a side, x or y, and its ticks. `places`: the values on it, which are the
+    ticks of a logarithmic x axis if they are few; `share`: they are from 0 to 1, written as
+    percent."""
     from matplotlib import ticker
 
     unit = unit_of(max(map(abs, places), default=0.0))
@@ -122,7 +125,8 @@ def scale_axis(
 
 
 def few(marks: list[float]) -> bool:
-    """Whether the marks of a logarithmic axis are few and far enough from each other to be its ticks."""
+    """Whether the marks of a logarithmic axis are few and far enough from each other to be its
+    ticks."""
     pairs = pairwise(marks)
     return len(marks) <= 13 and all(b >= 1.4 * a for a, b in pairs)
 
@@ -145,8 +149,8 @@ def level(axes, height: float, name: str) -> None:
 
 
 def label_lines(axes) -> None:
-    """The names of the lines, in the margin on the right, where no line passes, each beside the end of its line if others leave
-    room."""
+    """The names of the lines, in the margin on the right, where no line passes, each beside the end
+    of its line if others leave room."""
     figure = axes.figure
     lines = [drawn for drawn in axes.get_lines() if not drawn.get_label().startswith("_")]
     figure.draw_without_rendering()  # settles where the axes are
@@ -163,7 +167,8 @@ def label_lines(axes) -> None:
 
 
 def spread(heights: list[float], gap: float, most: float) -> list[float]:
-    """The heights, moved apart until neighbours have the gap, each group no further than it must, and none above `most`."""
+    """The heights, moved apart until neighbours have the gap, each group no further than it must,
+    and none above `most`."""
     order = sorted(range(len(heights)), key=heights.__getitem__)
     groups: list[list] = []  # [centre, members]
     for index in order:

@@ -1,7 +1,8 @@
 """The record of a measuring session with a time budget: every row is on disk as soon as it is made.
 
-A session does one job after the other. Whatever goes wrong in a job becomes a row too: a provider that fails, that runs out of
-memory or time, or that takes the GPU down with it. So nothing that was measured is lost, and the next job still runs.
+A session does one job after the other. Whatever goes wrong in a job becomes a row too: a provider
+that fails, that runs out of memory or time, or that takes the GPU down with it. So nothing that was
+measured is lost, and the next job still runs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from minimodels.command import is_out_of_memory
 from minimodels.measure import synchronise
 
-GRACE = 15.0  # seconds that a call may still hang after its time is over, before the process is replaced
+GRACE = 15.0  # seconds that a call may hang after its time is over, before the process is replaced
 
 Result = TypeVar("Result")
 
@@ -34,8 +35,8 @@ class OutOfTime(BaseException):
 class Journal:
     """Rows as JSON lines in a file, and the time that is left.
 
-    path: the file; end: when the session must be over, by time.monotonic(); common: what every row says; restart: replaces this
-    process by one that goes on, called when the GPU no longer answers.
+    path: the file; end: when the session must be over, by time.monotonic(); common: what every row
+    says; restart: replaces this process by one that goes on, called when the GPU no longer answers.
     """
 
     def __init__(
@@ -59,7 +60,8 @@ class Journal:
     def attempt(
         self, row: dict, call: Callable[[], Result], seconds: float = 60.0
     ) -> Result | None:
-        """The call's result. If it fails or takes longer than `seconds`, or than what is left, None, and a row says so."""
+        """The call's result. If it fails or takes longer than `seconds`, or than what is left,
+        None, and a row says so."""
         allowed = max(0.1, min(seconds, self.left()))
         watch = threading.Timer(allowed + GRACE, self.give_up, (row,))
         watch.daemon = True
@@ -83,7 +85,8 @@ class Journal:
         self.add(status, **row, error=f"{type(error).__name__}: {reason}")
 
     def tidy(self, row: dict) -> None:
-        """Free what a call left behind. A GPU that no longer answers is lost to this process, which is replaced."""
+        """Free what a call left behind. A GPU that no longer answers is lost to this process, which
+        is replaced."""
         gc.collect()
         try:
             synchronise()

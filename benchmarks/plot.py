@@ -1,10 +1,10 @@
 """Draw measured rows: one picture per question, from JSON alone.
 
     python -m benchmarks.plot benchmarks/results/cpu/throughput.jsonl
-    python -m benchmarks.plot here.jsonl there.jsonl --out pictures           several devices or commits in one picture
+    python -m benchmarks.plot here.jsonl there.jsonl --out pictures      several devices in one picture
 
-Each picture is written as PNG and SVG. Its title is the question and the answer; lines carry their names, a band shows the
-spread over the rounds, the caption names device and commit.
+Each picture is written as PNG and SVG. Its title is the question and the answer; lines carry their
+names, a band shows the spread over the rounds, the caption names device and commit.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def throughput(rows: Rows) -> Figures:
 
 
 def overtaken(rows: Rows) -> str:
-    """Where Mamba overtakes the transformer, in words, and whether their spreads at the longest context leave a doubt."""
+    """Where Mamba overtakes the transformer, in words, and whether their spreads at the longest
+    context leave a doubt."""
     texts = []
     for file in dict.fromkeys(row["file"] for row in rows):
         own = [row for row in rows if row["file"] == file]
@@ -154,12 +155,14 @@ def claims(rows: Rows) -> Figures:
 
 
 def is_accuracy(row: dict) -> bool:
-    """Whether a claim's row counts right answers, of which more are better; other rows count bits or load."""
+    """Whether a claim's row counts right answers, of which more are better; other rows count bits
+    or load."""
     return row["y_label"] == "answers right"
 
 
 def chance(data: str) -> float | None:
-    """The share of a task's answers that guessing gets right; None of anything else than a task. data: as in --data."""
+    """The share of a task's answers that guessing gets right; None of anything else than a task.
+    data: as in --data."""
     name, vocab = re.match(r"\w*", data).group(), re.search(r"vocab=(\d+)", data)
     answers = {  # how many answers there are, given the vocabulary; the default vocabulary
         "copying": (lambda size: size - 2, 16),  # neither noise nor the question
@@ -173,8 +176,9 @@ def chance(data: str) -> float | None:
 
 
 def curve(rows: Rows) -> list[tuple]:
-    """The first point of every seed as one, the second, and so on: the median x (for seconds differ), the mean y, every y. A
-    probe right before the end is left out, because the end is scored on more batches."""
+    """The first point of every seed as one, the second, and so on: the median x (for seconds
+    differ), the mean y, every y. A probe right before the end is left out, because the end is
+    scored on more batches."""
     seeds = defaultdict(list)
     for row in rows:
         seeds[row["seed"]].append((row["x"], row["y"]))
@@ -188,7 +192,8 @@ def curve(rows: Rows) -> list[tuple]:
 
 
 def ends(rows: Rows) -> str:
-    """Who is ahead at the last place that all lines reach, in words. Of lines that do not share one, where each ends."""
+    """Who is ahead at the last place that all lines reach, in words. Of lines that do not share
+    one, where each ends."""
     models = dict.fromkeys(row["model"] for row in rows)
     curves = {model: curve([row for row in rows if row["model"] == model]) for model in models}
     lasts = {model: max(place for place, *_ in points) for model, points in curves.items()}
@@ -213,7 +218,8 @@ def ends(rows: Rows) -> str:
 
 
 def at(points: list[tuple], place: float) -> list[float]:
-    """What each sample of a curve is at a place, straight between its points; at its last point from there on."""
+    """What each sample of a curve is at a place, straight between its points; at its last point
+    from there on."""
     points = sorted(points)
     if place >= points[-1][0]:
         return list(points[-1][2])
@@ -232,8 +238,8 @@ def speeds(rows: Rows) -> list[tuple]:
 
 
 def draw_lines(axes, rows: Rows, points_of: Callable[[Rows], list[tuple]]) -> None:
-    """A line for each model and file, with the spread over the rounds, or seeds, as a band. The style tells files apart if
-    there are several, otherwise the variants of an architecture."""
+    """A line for each model and file, with the spread over the rounds, or seeds, as a band. The
+    style tells files apart if there are several, otherwise the variants of an architecture."""
     look = looks(list(dict.fromkeys(row["model"] for row in rows)))
     files = list(dict.fromkeys(row["file"] for row in rows))
     named = set()

@@ -1,4 +1,5 @@
-"""One picture of all operations: how near does each provider come to what the machine can copy or multiply?"""
+"""One picture of all operations: how near does each provider come to what the machine can copy or
+multiply?"""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ ROW = 0.24  # inches
 
 
 def operations(rows: list[dict]):
-    """The picture, if any operation was timed: a line for each case and direction, a mark for each provider."""
+    """The picture, if any operation was timed: a line for each case and direction, a mark for each
+    provider."""
     cases = defaultdict(dict)
     for row in rows:
         if row.get("benchmark") == "kernels" and row.get("seconds"):
@@ -60,7 +62,8 @@ def draw(axes, cases: dict[str, dict[str, dict]]) -> None:
 
 
 def ahead(cases: list[dict[str, dict]]) -> str:
-    """In how many cases the kernel is ahead of the torch path, or without kernels the torch path of the reference."""
+    """In how many cases the kernel is ahead of the torch path, or without kernels the torch path of
+    the reference."""
     ours, other = (
         ("triton", "torch") if any("triton" in case for case in cases) else ("torch", "reference")
     )
@@ -77,4 +80,5 @@ def ahead(cases: list[dict[str, dict]]) -> str:
     if not won + lost + open_:
         return "Nothing was timed beside another."
     undecided = f"; in {open_} the spreads overlap" if open_ else ""
-    return f"{ours} is faster than {other} in {won} of {won + lost + open_} cases, slower in {lost}{undecided}."
+    cases_in_all = won + lost + open_
+    return f"{ours} is faster than {other} in {won} of {cases_in_all} cases, slower in {lost}{undecided}."

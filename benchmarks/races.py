@@ -1,7 +1,8 @@
 """How fast is each operation: its kernel against its torch path and what else is installed?
 
-A race is one operation at one size. Each provider's outputs and gradients are compared with those of the torch path first; only
-the times of those that agree count. Then the providers take turns, forward and backward.
+A race is one operation at one size. Each provider's outputs and gradients are compared with those
+of the torch path first; only the times of those that agree count. Then the providers take turns,
+forward and backward.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ Provider = Callable[..., object]
 
 
 def all_but_flex(module) -> dict:
-    """Every peer that the kernel file knows, but for flex_attention, which takes a minute to compile."""
+    """Every peer that the kernel file knows, but for flex_attention, which takes a minute to
+    compile."""
     return {name: peer for name, peer in module.PEERS.items() if name != "flex_attention"}
 
 
@@ -43,7 +45,8 @@ def flex_alone(module) -> dict:
 
 
 def losses(module) -> dict:
-    """The loss's peers, returning it with its graph. Those of the kernel file run backward themselves."""
+    """The loss's peers, returning it with its graph. Those of the kernel file run backward
+    themselves."""
     calls = {"plain": module.plain, "liger": module.liger(None)}
     return {name: replace(module.PEERS[name], call=call) for name, call in calls.items()}
 
@@ -54,7 +57,8 @@ def case(module, *sizes) -> object:
 
 
 def decoding(module, S: int, H: int, G: int, d: int) -> object:
-    """One query of H heads, of which H/G share each of the S keys and values: what it costs is to read these."""
+    """One query of H heads, of which H/G share each of the S keys and values: what it costs is to
+    read these."""
 
     def inputs() -> tuple:
         sizes = (1, H, 1, d), (1, G, S, d), (1, G, S, d)
@@ -169,7 +173,8 @@ def inputs_of(module, this: Race, toy: bool) -> tuple:
 
 
 def providers(module, this: Race, session: Session) -> dict[str, tuple]:
-    """By name: what to call, whether it computes the same as the torch path, which is the first, and why it cannot run."""
+    """By name: what to call, whether it computes the same as the torch path, which is the first,
+    and why it cannot run."""
     torch_path, kernel = this.paths(module, this.operation)
     found = {
         "torch": (torch_path, True, ""),
@@ -215,7 +220,8 @@ def weights(output: Tensor) -> Tensor:
 
 
 def distance(results: list[Tensor | None], expected: list[Tensor | None]) -> float:
-    """The largest ‖result - expected‖ / ‖expected‖ of outputs and gradients; infinite if one is missing, or not a number."""
+    """The largest ‖result - expected‖ / ‖expected‖ of outputs and gradients; infinite if one is
+    missing, or not a number."""
     worst = 0.0
     for result, wanted in zip(results, expected, strict=True):
         if result is None and wanted is None:
@@ -253,7 +259,8 @@ def take_turns(
 
 
 def warm(call: Provider, arguments: tuple, direction: str, device: torch.device) -> tuple:
-    """A call that does one pass in the direction, the bytes that it takes, and its seconds as a list of one."""
+    """A call that does one pass in the direction, the bytes that it takes, and its seconds as a
+    list of one."""
     timed = passes(call, arguments, direction)
     memory = peak_bytes(timed, device)
     synchronise()
@@ -264,7 +271,8 @@ def warm(call: Provider, arguments: tuple, direction: str, device: torch.device)
 
 
 def passes(call: Provider, arguments: tuple, direction: str) -> Callable[[], object]:
-    """What is timed: the forward pass, the backward pass of a forward pass made before the clock starts, or both."""
+    """What is timed: the forward pass, the backward pass of a forward pass made before the clock
+    starts, or both."""
     wanted = wanted_of(arguments)
     if direction == "forward":
         return partial(torch.no_grad()(call), *arguments)

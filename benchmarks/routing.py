@@ -3,8 +3,9 @@
     python -m benchmarks.routing runs/mod "def f(x):"             coloured in the terminal
     python -m benchmarks.routing runs/hybrid "import os" --html routing.html
 
-A group's line colours the tokens that took the group, and says how many did; an expert layer's line colours each token by the
-expert whose output weighed most. A legend says which colour is which expert's.
+A group's line colours the tokens that took the group, and says how many did; an expert layer's line
+colours each token by the expert whose output weighed most. A legend says which colour is which
+expert's.
 """
 
 from __future__ import annotations
@@ -127,7 +128,8 @@ def watch_depth(module: MixtureOfDepths, name: str, T: int, found: dict, restore
 
 
 def watch_experts(module: MoE, name: str, T: int, found: dict, restore: list) -> None:
-    """Record the expert that weighs most for each token. Within a group only some tokens come, at their positions."""
+    """Record the expert that weighs most for each token. Within a group only some tokens come, at
+    their positions."""
     route, places = module.route, list(range(T))
     found[name] = [None] * T  # which it stays where a group around the layer takes no token
 
@@ -147,7 +149,8 @@ def watch_experts(module: MoE, name: str, T: int, found: dict, restore: list) ->
 
 
 def colour(choice: int | None) -> str | None:
-    """Of the ground on which a token is shown; ten experts have one each, the next ten the same again."""
+    """Of the ground on which a token is shown; ten experts have one each, the next ten the same
+    again."""
     if choice is None:
         return None
     return TAKEN_COLOUR if choice == TAKEN else COLOURS[choice % len(COLOURS)]

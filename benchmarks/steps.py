@@ -1,6 +1,8 @@
-"""What is measured on a CPU: the benchmarks one after the other, each in a process of its own, until the time is over.
+"""What is measured on a CPU: the benchmarks one after the other, each in a process of its own,
+until the time is over.
 
-Each writes its file in the folder while it runs, so that nothing is lost when it is cut off; done.json says how each ended.
+Each writes its file in the folder while it runs, so that nothing is lost when it is cut off;
+done.json says how each ended.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ Steps = dict[str, list[str]]  # name -> arguments of python
 
 
 def steps(out: Path, impl: str) -> Steps:
-    """What is done, in this order. Correctness comes first, because figures of a wrong result are worth nothing."""
+    """What is done, in this order. Correctness comes first, because figures of a wrong result are
+    worth nothing."""
 
     def to(name: str, module: str, *arguments: str) -> list[str]:
         return ["-m", f"benchmarks.{module}", *arguments, "--out", str(out / name)]
@@ -74,7 +77,8 @@ def measure(out: Path, minutes: float, resume: bool, impl: str) -> None:
 
 
 def keep_cut(name: str, rows: Path) -> None:
-    """Rename what a step had measured when it was cut off. The kernels share a file, in which they replace their own rows."""
+    """Rename what a step had measured when it was cut off. The kernels share a file, in which they
+    replace their own rows."""
     if rows.suffix == ".jsonl" and rows.exists() and not name.startswith("kernels"):
         rows.rename(rows.with_suffix(".cut.jsonl"))
 

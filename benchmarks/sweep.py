@@ -1,7 +1,8 @@
 """Which settings make the selective scan fastest? Its kernel file lists those to try.
 
-`SWEEP` in minimodels.kernels.selective_scan is a list of (name, settings). A setting with the name of a constant of that file,
-such as STEPS, replaces the constant; any other, such as num_warps or maxnreg, is an option for launching the file's kernels.
+`SWEEP` in minimodels.kernels.selective_scan is a list of (name, settings). A setting with the name
+of a constant of that file, such as STEPS, replaces the constant; any other, such as num_warps or
+maxnreg, is an option for launching the file's kernels.
 """
 
 from __future__ import annotations

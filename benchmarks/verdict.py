@@ -10,10 +10,14 @@ def overlap(one: list[float], other: list[float]) -> bool:
     return max(min(one), min(other)) <= min(max(one), max(other))
 
 
-def verdict(scores: dict[str, list[float]], higher: bool, where: str, samples: str, share: bool) -> str:  # fmt: skip
-    """Who is ahead, in words, with all means; nobody, if the spread of another reaches into that of the best.
+def verdict(
+    scores: dict[str, list[float]], higher: bool, where: str, samples: str, share: bool
+) -> str:
+    """Who is ahead, in words, with all means; nobody, if the spread of another reaches into that of
+    the best.
 
-    scores: by name, the values of each seed or round, which `samples` names; higher: whether more is better.
+    scores: by name, the values of each seed or round, which `samples` names; higher: whether more
+    is better.
     """
     means = {name: sum(values) / len(values) for name, values in scores.items()}
     means = dict(sorted(means.items(), key=lambda item: item[1], reverse=higher))

@@ -1,8 +1,9 @@
 """Whole models in a measuring session: tokens a second of training, then against context.
 
-Every preset is trained for a few steps with the torch path and with the kernels, from the same weights on the same tokens. A
-kernel path whose losses differ from those of the torch path is named and not timed. Against context, the transformer and Mamba
-are timed by benchmarks.throughput, one context after the other.
+Every preset is trained for a few steps with the torch path and with the kernels, from the same
+weights on the same tokens. A kernel path whose losses differ from those of the torch path is named
+and not timed. Against context, the transformer and Mamba are timed by benchmarks.throughput, one
+context after the other.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def training_jobs() -> list[Job]:
 
 
 def train(name: str, session: Session) -> None:
-    """Tokens a second of training steps of one preset, with either path, and the losses of the first steps."""
+    """Tokens a second of training steps of one preset, with either path, and the losses of the
+    first steps."""
     batch, context = (1, 8) if session.toy else (32, 1024)
     row = {
         "benchmark": "training",
@@ -103,7 +105,8 @@ def train(name: str, session: Session) -> None:
 def start(
     config: Config, batch: int, context: int, session: Session
 ) -> tuple[Callable[[], Tensor], list[float], int | None]:
-    """A call that makes one training step, the losses of the steps made so far, and the bytes that a step takes."""
+    """A call that makes one training step, the losses of the steps made so far, and the bytes that
+    a step takes."""
     torch.manual_seed(0)
     model = LM(config).to(session.device)
     optimizer = adamw(model, 1e-4, 0.1)

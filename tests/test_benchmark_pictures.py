@@ -1,4 +1,5 @@
-"""Pictures: colours that stay, numbers that can be read, names beside their lines, answers that claim no more than they may."""
+"""Pictures: colours that stay, numbers that can be read, names beside their lines, answers that
+claim no more than they may."""
 
 import itertools
 import json

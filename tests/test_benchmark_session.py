@@ -1,4 +1,5 @@
-"""The session that measures a GPU, rehearsed at toy sizes: every branch runs, and what goes wrong costs its own rows alone."""
+"""The session that measures a GPU, rehearsed at toy sizes: every branch runs, and what goes wrong
+costs its own rows alone."""
 
 import importlib
 import json
@@ -263,6 +264,7 @@ def test_again_repeats_what_failed_then_sweeps_then_does_what_was_missed():
     ends = {"right": "done", "late": "no time", "failed": "wrong", "unchecked": "left out"}
     earlier = [{"job": job, "status": status} for job, status in ends.items()]
     earlier += [{"job": "failed", "status": "done"}, {"job": "right", "status": "skipped"}]
+    earlier.append({"job": "right", "status": "failed", "provider": "liger"})  # and would again
     names = [job.name for job in everything.remaining(jobs, earlier, [])]
     swept = [job.name for job in sweep.jobs()]
     assert names == ["failed", *swept, "late", "never", "unchecked"]
