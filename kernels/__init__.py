@@ -29,7 +29,6 @@ OPERATIONS = (
     "delta_rule",
     "linear_scan",
 )
-MULTIPLY = ("attention", "grouped_mlp")  # those whose kernels multiply matrices
 FASTER: frozenset[str] = (
     frozenset()
 )  # whose kernel "auto" takes on a GPU, for it was measured to be faster: none so far
@@ -45,20 +44,24 @@ if (
     REFUSED = f"Triton {version('triton')} interprets only with NumPy before 2.4, and {version('numpy')} is installed"
 
 
-def require(operation: str, device: torch.device, dtype: torch.dtype | None = None) -> None:
-    """Raise InputError unless `operation` has a kernel that runs on `device`, with tensors of a `dtype` if it is given."""
-    accepted = "auto, reference or torch"
+ACCEPTED = "auto, reference or torch"
+
+
+def require(operation: str, device: torch.device) -> None:
+    """Raise InputError unless `operation` has a kernel that runs on `device`."""
     if operation not in OPERATIONS:
-        raise InputError("impl", "triton", f"{accepted}, for {operation} has no kernel")
+        raise InputError("impl", "triton", f"{ACCEPTED}, for {operation} has no kernel")
     if not INSTALLED:
-        raise InputError("impl", "triton", f"{accepted}, for the package triton is not installed")
+        raise InputError("impl", "triton", f"{ACCEPTED}, for the package triton is not installed")
     if device.type != "cuda" and not INTERPRETED:
         reason = f"Triton compiles only for a GPU and the device is {device.type}; TRITON_INTERPRET=1 interprets it, slowly"
-        raise InputError("impl", "triton", f"{accepted}, for {reason}")
+        raise InputError("impl", "triton", f"{ACCEPTED}, for {reason}")
     if REFUSED:
-        raise InputError("impl", "triton", f"{accepted}, for {REFUSED}")
-    if INTERPRETED and dtype == torch.bfloat16 and operation in MULTIPLY:
-        reason = (
-            "Triton's interpreter multiplies matrices of bfloat16 wrongly; it is right with float32"
-        )
-        raise InputError("impl", "triton", f"{accepted}, for {reason}")
+        raise InputError("impl", "triton", f"{ACCEPTED}, for {REFUSED}")
+
+
+def require_product(dtype: torch.dtype) -> None:
+    """Raise InputError if Triton would multiply matrices of a `dtype` wrongly, as its interpreter does in bfloat16."""
+    if INTERPRETED and dtype == torch.bfloat16:
+        reason = "its interpreter multiplies matrices of bfloat16 wrongly; it is right with float32"
+        raise InputError("impl", "triton", f"{ACCEPTED}, for {reason}")

@@ -59,7 +59,7 @@ from functools import lru_cache, partial
 import torch
 import triton
 import triton.language as tl
-from minimodels.kernels import INTERPRETED, require
+from minimodels.kernels import INTERPRETED, require_product
 from minimodels.kernels.common import (
     CHECKED,
     GPU,
@@ -778,7 +778,7 @@ def attention(
 
     Raises ValueError on shapes or dtypes that disagree.
     """
-    require("attention", q.device, q.dtype)
+    require_product(q.dtype)
     check_shapes(q, k, v, query_positions, key_positions, query_starts)
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: q {q.dtype}, k {k.dtype}, v {v.dtype} do not fit")

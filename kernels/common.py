@@ -253,6 +253,8 @@ class Options:
     """rounds of interleaved timings"""
     check_only: bool = False
     """compare with the reference and time nothing"""
+    sweep: bool = False
+    """time the kernel alone, as it is and in its other variants"""
 
 
 def report(
@@ -262,6 +264,7 @@ def report(
     cases: list[Case],
     peers: dict[str, Peer],
     check: Callable,
+    variants: Callable[[], Iterator[str]] | None = None,
 ) -> Callable:
     """The command of a kernel file: `check` first, then forward and backward of every case, providers in turn, and the memory
     that they take. `operation` is that of the architecture, with an argument `impl`; compiled it is timed in the last case.
@@ -280,17 +283,19 @@ def report(
             sys.exit(1 if wrong else 0)
         if options.rounds < 1:
             raise InputError("rounds", options.rounds, "1 or more")
-        if options.out:
-            forget(options.out, name)
+        if options.sweep and variants is None:
+            raise InputError("sweep", True, "an operation that has variants: selective_scan")
+        if options.sweep and not GPU and not INTERPRETED:
+            raise InputError("sweep", True, "a machine with a GPU")
         keep_freed_memory()  # as train.py does
         device = torch.device(TIMED["device"])
-        common = environment(device)
+        rows = Rows(options.out, environment(device), name + " sweep" * options.sweep)
+        if options.sweep:
+            if not wrong:
+                sweep(kernel, cases, variants, rows, options.rounds)
+            return
         torch_path, installed = partial(operation, impl="torch"), available(peers)
         for case in cases:
-            limits = ceilings(device)  # anew, for a shared machine drifts
-            print(
-                f"{common['device']}: copy {limits['GB/s']:.3g} GB/s, matrix products {limits['TFLOP/s']:.3g} TFLOP/s"
-            )
             torch._dynamo.reset()  # which would compile for any size after a second one
             compiled = (
                 {"torch.compile": torch.compile(torch_path, dynamic=False)}
@@ -301,37 +306,95 @@ def report(
             plain = {} if GPU else {"reference": partial(operation, impl="reference")}
             # the torch path comes first, because the others are compared with it
             providers = {"torch": torch_path, **ours, **plain, **compiled, **installed}
+            others = {peer for peer, what in peers.items() if not what.same}
+            limits = ceilings(device)  # measured again, because a shared machine drifts
+            print(
+                f"{rows.common['device']}: copy {limits['GB/s']:.3g} GB/s, matrix products {limits['TFLOP/s']:.3g} TFLOP/s"
+            )
+            time_case(case, providers, others, rows, limits, options.rounds)
+
+    return main
+
+
+def time_case(
+    case: Case,
+    providers: dict[str, Callable],
+    others: set[str],
+    rows: Rows,
+    limits: dict[str, float],
+    rounds: int,
+) -> None:
+    """Time a case's forward and backward pass, and write the rows."""
+    for direction, work in (("forward", case.forward), ("backward", case.backward)):
+        if not work:
+            continue
+        timings, memory = time_providers(providers, others, case.inputs, direction, rounds)
+        for provider, seconds in timings.items():
+            rows.add(case, direction, work, provider, seconds, memory[provider], limits[case.unit])
+
+
+def sweep(
+    kernel: Callable,
+    cases: list[Case],
+    variants: Callable[[], Iterator[str]],
+    rows: Rows,
+    rounds: int,
+) -> None:
+    """Time the kernel in each of its variants. The first is the one that was checked; another whose results are not its, or
+    that fails, is named and left out."""
+    limits, expected = ceilings(torch.device(TIMED["device"])), {}
+    for variant in variants():
+        for case in cases:
             for direction, work in (("forward", case.forward), ("backward", case.backward)):
                 if not work:
                     continue
-                others = {peer for peer, what in peers.items() if not what.same}
-                timings, memory = time_providers(
-                    providers, others, case.inputs, direction, options.rounds
-                )
-                for provider, seconds in timings.items():
-                    median = statistics.median(seconds)
-                    rate = (
-                        work
-                        * (TIMED["dtype"].itemsize / 1e9 if case.unit == "GB/s" else 1e-12)
-                        / median
-                    )
+                try:
+                    torch.manual_seed(0)
+                    call = prepare(kernel, case.inputs(), direction)
+                    results = tensors(call())  # compiles
+                    agree(results, expected.setdefault((case.label, direction), results))
+                    seconds = interleave({variant: call}, rounds, 0.05 if GPU else 0.2, warm=False)
+                except Exception as error:  # the compiler or the GPU may raise anything
+                    reason = (str(error).splitlines() or [""])[0]
                     print(
-                        f"  {case.label:40} {direction:8} {provider:14} {median * 1e3:9.3f} ms {rate:8.3g} {case.unit} "
-                        f"{rate / limits[case.unit]:5.0%} of the machine's {(memory[provider] or 0) / 1e6:8,.0f} MB"
+                        f"  {variant}: left out, for it failed ({type(error).__name__}: {reason})"
                     )
-                    row = {
-                        "benchmark": "kernels",
-                        "operation": name,
-                        "case": case.label,
-                        "direction": direction,
-                    }
-                    row |= {"provider": provider, "seconds": seconds, "bytes": memory[provider]}
-                    row |= {"rate": rate, "unit": case.unit, "ceiling": limits[case.unit]}
-                    if options.out:
-                        with options.out.open("a") as file:
-                            file.write(json.dumps({**common, **row}) + "\n")
+                    continue
+                ceiling = limits[case.unit]
+                rows.add(case, direction, work, variant, seconds[variant], None, ceiling)
 
-    return main
+
+class Rows:
+    """Prints what was measured, and appends it to a file, if there is one, in the place of the operation's earlier rows."""
+
+    def __init__(self, out: Path | None, common: dict, operation: str):
+        self.out, self.common, self.operation = out, common, operation
+        if out:
+            forget(out, operation)
+
+    def add(
+        self,
+        case: Case,
+        direction: str,
+        work: float,
+        provider: str,
+        seconds: list[float],
+        memory: int | None,
+        ceiling: float,
+    ) -> None:
+        median = statistics.median(seconds)
+        scale = TIMED["dtype"].itemsize / 1e9 if case.unit == "GB/s" else 1e-12
+        rate = work * scale / median
+        print(
+            f"  {case.label:40} {direction:8} {provider:14} {median * 1e3:9.3f} ms {rate:8.3g} {case.unit} "
+            f"{rate / ceiling:5.0%} of the machine's {(memory or 0) / 1e6:8,.0f} MB"
+        )
+        row = {"benchmark": "kernels", "operation": self.operation, "case": case.label}
+        row |= {"direction": direction, "provider": provider, "seconds": seconds, "bytes": memory}
+        row |= {"rate": rate, "unit": case.unit, "ceiling": ceiling}
+        if self.out:
+            with self.out.open("a") as file:
+                file.write(json.dumps({**self.common, **row}) + "\n")
 
 
 def find_fault(name: str, check: Callable) -> str:

@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from minimodels.kernels import require
+from minimodels.kernels import require_product
 from minimodels.kernels.common import (
     GPU,
     TIMED,
@@ -461,7 +461,7 @@ def grouped_mlp(
     If there are more than n · most the program stops, on a GPU by a device-side assertion.
     Raises ValueError on shapes or dtypes that disagree.
     """
-    require("grouped_mlp", x.device, x.dtype)
+    require_product(x.dtype)
     check_shapes(x, gates, visits, gate, up, out)
     n, E = visits.shape
     if visits.dtype != torch.bool or n * E >= 2**31:

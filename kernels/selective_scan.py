@@ -12,6 +12,15 @@ exponentials alone take an SM 32 clocks, compiles to 130 (Triton 3.6) or 140 (3.
 issues 4 a clock: 33 or 35 clocks; 19 of them are special functions, 2 clocks each: 38. Backward it is 640 instructions, 160
 clocks. (`kernels.compile` prints those of a round, which is 4 steps; backward has two inner loops.)
 
+What the compiler's report says, at N = 16 under Triton 3.9, and what only a GPU can decide (`--sweep` times both):
+
+    forward     87 registers, 137 instructions a step, 23 warps an SM: a plan of 32 takes two waves. With 64 registers they
+                are 143 and 32 warps, for 24 bytes spilled: chosen
+    backward    255 registers, 80 bytes spilled, 637 instructions, 50 of them special, 8 warps an SM: as it is
+                in groups of two steps: 249, nothing spilled, 639, 46 special, 8 warps; and twice the scratch, or shorter
+                intervals and more `starts`
+                the same with 168 registers: 124 bytes spilled, 665, 12 warps; and a half more scratch again
+
     name           shape
     x, delta, z    (B, T, D)    signal, step size before softplus and bias, gate
     A, rate        (D, N)       decay rates, negative; rate is log2(e) A, so that each decay is one exp2
@@ -47,7 +56,8 @@ not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -76,9 +86,15 @@ from torch import Tensor
 from minimodels.architectures.mamba import check_shapes
 from minimodels.architectures.mamba import selective_scan as operation
 
-REGISTERS = 64  # of a thread of the forward kernels, at most: 32 warps an SM for 23; at N = 16 they cost 4 % of instructions
+# What a sweep may change (--sweep).
 INTERVAL = 64  # steps between the states that are kept for backward
-STEPS = 4  # of a group, at most: their loads are in flight together, and backward recomputes their states into registers
+STEPS = 4  # of a group, at most: their loads are in flight together, and
+BACKWARD_STEPS = 4  # backward recomputes their states into registers
+REGISTERS = 64  # of a thread, at most, in the forward kernels up to N = 16; None: as many as the compiler likes
+BACKWARD_REGISTERS = None  # in the backward kernel
+WHOLE = 8  # walks an SM with which time is left whole
+FILL = 32  # walks an SM that a split aims at
+RESIDENT = 8  # programs of the backward kernel that an SM holds
 
 
 def log1p_series(degree: int) -> tl.constexpr:
@@ -444,7 +460,7 @@ def selective_scan_forward(
     )
     starts[:, 0] = 0 if state is None else state
     z_batch, z_row = (0, 0) if z is None else z.stride()[:2]
-    sizes = sizes_of(x, N, interval)
+    sizes = sizes_of(x, N, interval, STEPS, REGISTERS if N <= 16 else None)
     with on(x):
         if chunks > 1:
             local, total = (
@@ -490,7 +506,7 @@ def selective_scan_backward(
         precise.new_empty(batch, intervals, D),
     )
     dB, dC = precise.new_empty(teams, batch, T, N), precise.new_empty(teams, batch, T, N)
-    sizes = sizes_of(x, N, interval)
+    sizes = sizes_of(x, N, interval, BACKWARD_STEPS, BACKWARD_REGISTERS)
     z_batch, z_row = (0, 0) if z is None else z.stride()[:2]
     scratch = precise.new_empty(
         teams * batch * chunks * triton.cdiv(interval, sizes["STEPS"]),
@@ -567,11 +583,13 @@ def prepare(
     )
 
 
-def sizes_of(x: Tensor, N: int, interval: int) -> dict[str, object]:
+def sizes_of(
+    x: Tensor, N: int, interval: int, steps: int, registers: int | None
+) -> dict[str, object]:
     """What the kernels are compiled for. `STEPS`: as many as 64 registers a lane hold the states of; `RAGGED`: whether some
     group of steps is not full."""
     (_, T, D), width = x.shape, triton.next_power_of_2(N)
-    steps = min(STEPS, 64 * 32 // (width * block(N)))
+    steps = min(steps, 64 * 32 // (width * block(N)))
     sizes = {
         "D": D,
         "N": N,
@@ -580,6 +598,7 @@ def sizes_of(x: Tensor, N: int, interval: int) -> dict[str, object]:
         "STEPS": steps,
         "FULL": full(x),
         "num_warps": 1,
+        "maxnreg": None if x.dtype == torch.float64 else registers,
     }
     return {**sizes, "RAGGED": bool(T % steps or interval % steps)}
 
@@ -600,16 +619,14 @@ def plan(x: Tensor, N: int, interval: int) -> tuple[int, int, int, int, int]:
 def divide(walks: int, intervals: int, multiprocessors: int) -> tuple[int, int]:
     """Intervals to a chunk and blocks to a program of the backward pass, given the walks: blocks of channels times batch.
 
-    A walk is one warp's work. Two for each of an SM's four schedulers are enough to leave time whole, for a split costs
-    the forward pass its exponentials twice; where there are fewer, chunks make it about 32 warps an SM. An SM
-    holds 8 programs of the backward pass: what exceeds that is better spent on sums over more channels.
+    A walk is one warp's work. Two for each of an SM's four schedulers (WHOLE) are enough to leave time whole, because a split
+    costs the forward pass its exponentials twice; if there are fewer, chunks make it about 32 warps an SM (FILL). An SM holds
+    8 programs of the backward pass (RESIDENT): what exceeds that is better spent on sums over more channels.
     """
-    span = (
-        intervals
-        if walks >= 8 * multiprocessors
-        else max(1, intervals * walks // (32 * multiprocessors))
-    )
-    return span, triton.cdiv(walks * triton.cdiv(intervals, span), 8 * multiprocessors)
+    span = intervals
+    if walks < WHOLE * multiprocessors:
+        span = max(1, intervals * walks // (FILL * multiprocessors))
+    return span, triton.cdiv(walks * triton.cdiv(intervals, span), RESIDENT * multiprocessors)
 
 
 # What PyTorch must know: shapes, derivative.
@@ -748,6 +765,34 @@ def accelerated_scan(decay: Tensor, new: Tensor) -> Tensor:
     return rearrange(scan(decay, new), "b (d n) t -> b t d n", n=N_TIMED)
 
 
+VARIANTS = [  # the chosen settings, and others that may be faster
+    {},
+    {"REGISTERS": None},
+    {"REGISTERS": 96},
+    {"WHOLE": 4},
+    {"WHOLE": 16},
+    {"INTERVAL": 32},
+    {"BACKWARD_STEPS": 2},
+    {"BACKWARD_STEPS": 2, "INTERVAL": 32},
+    {"BACKWARD_STEPS": 2, "INTERVAL": 32, "BACKWARD_REGISTERS": 168, "RESIDENT": 12},
+    {"BACKWARD_STEPS": 2, "INTERVAL": 16, "BACKWARD_REGISTERS": 168, "RESIDENT": 12},
+]
+
+
+def variants() -> Iterator[str]:
+    """Set each of VARIANTS in turn, and yield its name."""
+    module = sys.modules[__name__]
+    for variant in VARIANTS:
+        before = {name: getattr(module, name) for name in variant}
+        try:
+            for name, value in variant.items():
+                setattr(module, name, value)
+            yield ", ".join(f"{name} {value}" for name, value in variant.items()) or "as it is"
+        finally:
+            for name, value in before.items():
+                setattr(module, name, value)
+
+
 N_TIMED = 16
 PEERS = {
     "mamba_ssm": Peer("mamba_ssm", mamba_ssm),
@@ -782,4 +827,6 @@ if __name__ == "__main__":
         if GPU
         else [case(T, T, 512) for T in (256, 1024, 4096)]
     )
-    command(report("selective_scan", selective_scan, operation, cases, PEERS, check), __doc__)
+    command(
+        report("selective_scan", selective_scan, operation, cases, PEERS, check, variants), __doc__
+    )

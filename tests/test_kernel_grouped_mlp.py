@@ -5,9 +5,11 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need the package triton")
 
+from minimodels.kernels import INTERPRETED
 from minimodels.kernels.common import compare
 from minimodels.kernels.grouped_mlp import grouped_mlp
 
+from minimodels.errors import InputError
 from minimodels.ops.grouped_mlp import grouped_mlp as grouped_mlp_reference
 
 
@@ -165,3 +167,11 @@ def test_wrong_arguments(parts):
     ):
         with pytest.raises(ValueError, match="grouped_mlp"):
             grouped_mlp(*wrong)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU multiplies bfloat16 rightly")
+def test_what_the_interpreter_computes_wrongly_is_refused():
+    x, gates, visits, *weights = arguments(5, 3, 4, 6, top(5, 3, 1))
+    low = (part.bfloat16() for part in weights)
+    with pytest.raises(InputError, match="^impl: 'triton' .* bfloat16 wrongly; .* float32$"):
+        grouped_mlp(x.bfloat16(), gates, visits, *low)

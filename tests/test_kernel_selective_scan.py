@@ -218,6 +218,22 @@ def test_division():
             assert 1 <= span <= intervals and walks * -(-intervals // span) / share <= 8 * 132
 
 
+def test_variants():
+    """What a sweep sets is set back, and every variant computes the same."""
+    names = sorted(set().union(*module.VARIANTS))
+    before = [getattr(module, name) for name in names]
+    torch.manual_seed(10)
+    given = tuple(arguments(1, 35, 3, 2))
+    expected = module.selective_scan(*given)
+    seen = set()
+    for variant in module.variants():
+        seen.add(variant)
+        for one, other in zip(module.selective_scan(*given), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert len(seen) == len(module.VARIANTS)
+    assert [getattr(module, name) for name in names] == before
+
+
 def test_compiled():
     torch.manual_seed(7)
     given = [part.requires_grad_() for part in arguments(1, 3, 4, 2)]
