@@ -20,10 +20,6 @@ KINDS = {
 }
 
 
-def reference(q, k, v, g, e, state, resets):
-    return operation(q, k, v, g, e, state, impl="reference", resets=resets)
-
-
 def arguments(
     T: int, K: int = 5, V: int = 3, G: int = 1, H: int = 1, batch: int = 1, resets=(), **kind
 ) -> tuple:
@@ -61,7 +57,7 @@ def chunks(monkeypatch):
 @pytest.mark.parametrize("T", [1, 15, 33])
 def test_delta_rule(T, kind):
     torch.manual_seed(T)
-    compare(module.delta_rule, reference, arguments(T, **KINDS[kind]))
+    compare(module.delta_rule, module.reference, arguments(T, **KINDS[kind]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,14 +66,14 @@ def test_chunks_of_several_blocks(monkeypatch, C, kind):
     """The inverse is joined from two and from four blocks of 16."""
     monkeypatch.setattr(module, "CHUNK", C)
     torch.manual_seed(C)
-    equal(module.delta_rule, reference, arguments(C + 3, **KINDS[kind]))
+    equal(module.delta_rule, module.reference, arguments(C + 3, **KINDS[kind]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_of_channels(kind):
     """Keys and values of two blocks, the second ragged; two heads of one group."""
     torch.manual_seed(3)
-    equal(module.delta_rule, reference, arguments(3, 70, 80, 1, 2, **KINDS[kind]))
+    equal(module.delta_rule, module.reference, arguments(3, 70, 80, 1, 2, **KINDS[kind]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,7 +81,7 @@ def test_documents(kind):
     """One begins at once, one at a chunk's edge, two within a chunk, one with the last token; one row has none."""
     torch.manual_seed(4)
     given = arguments(35, batch=2, resets=(0, 16, 20, 21, 34), **KINDS[kind])
-    equal(module.delta_rule, reference, given)
+    equal(module.delta_rule, module.reference, given)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,7 +112,7 @@ def test_strong_gates(kind, gate):
     given = arguments(20, **KINDS[kind])
     given[3][:, 5] = gate
     given[3][:, 16:] = gate
-    compare(module.delta_rule, reference, given)
+    compare(module.delta_rule, module.reference, given)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -127,7 +123,7 @@ def test_padding(kind):
     for part in (given[1], given[3], given[4]):
         if part is not None:
             part[:, 20:] = 0
-    equal(module.delta_rule, reference, given)
+    equal(module.delta_rule, module.reference, given)
     for part in (given[1], given[3], given[4]):
         if part is not None:
             part.zero_()
@@ -154,14 +150,14 @@ def test_each_output_alone(weight_y, weight_state):
             for weight, output in zip((weight_y, weight_state), rule(*given), strict=True)
         )
 
-    equal(weighed(module.delta_rule), weighed(reference), arguments(18))
+    equal(weighed(module.delta_rule), weighed(module.reference), arguments(18))
 
 
 def test_heads_with_erase_vectors_of_their_own():
     torch.manual_seed(10)
     q, k, v, g, e, state, resets = arguments(17, G=1, H=2)
     e = torch.cat((e, -0.5 * e), dim=2)
-    equal(module.delta_rule, reference, (q, k, v, g, e, state, resets))
+    equal(module.delta_rule, module.reference, (q, k, v, g, e, state, resets))
 
 
 def test_same_bits_twice():

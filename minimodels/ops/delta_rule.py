@@ -27,8 +27,9 @@ The fast path cuts time into chunks of C tokens. With α = exp(g), a chunk that 
     Y = q̄ S + A U           S' = ᾱ S + k̄ᵀ U
 
 where the bar means: q_i and e_i decayed from the chunk's start to i, k_j from j to the chunk's end, ᾱ the whole chunk's decay.
-Only the lines with S wait for the chunk before. Every decay is a product of numbers in [0, 1], so nothing overflows and
-a decay of 0, which a reset is, needs no special case.
+Only the lines with S wait for the chunk before. With one gate a head, a decay is exp(G_i - G_j) with G the sums of g, and what
+is masked is masked before the exponential. With one gate a channel, it is a product of numbers in [0, 1], made by joining
+blocks of tokens in pairs. So no exponent is positive and nothing overflows, however strong a gate is.
 
 The gradient R of the state obeys the same rule backwards with k and e exchanged, so the backward pass is chunked alike. It
 saves the inputs and the states between chunks, and computes the rest again.
@@ -46,11 +47,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from minimodels.layers import choose, full_precision
 
-CHUNK = 32  # C, a power of two. On a CPU 64 took 0 to 45 % longer, and 16 with keys of 128 numbers 5 to 15 %
-WORK = (
-    2**11
-)  # tokens times heads that are computed at once: on a CPU their tensors stay in the cache
-GPU_WORK = 2**17  # on a GPU each operation is a launch, so it should be large
+# C, a power of two. On a CPU 64 took 0 to 45 % longer, and 16 with keys of 128 numbers 5 to 15 %.
+CHUNK = 32
+# Tokens times heads that are computed at once: on a CPU few, so that their tensors stay in the cache; on a GPU many, because
+# each operation is a launch.
+WORK, GPU_WORK = 2**11, 2**17
 
 
 def delta_rule(
@@ -149,16 +150,16 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """The rule, one token after the other; also the step of decoding. Arguments as delta_rule's, S is the state."""
     heads = v.shape[2] // k.shape[2]
-    q, k, e = (part if part is None else part.repeat_interleave(heads, 2) for part in (q, k, e))
+    if heads > 1:
+        q, k, e = (x if x is None else x.repeat_interleave(heads, 2) for x in (q, k, e))
     decay = decays(g, resets)  # (B, T, H, 1 | K)
-    e = torch.zeros_like(k) if e is None else e
+    erase = [None] * k.shape[1] if e is None else e.unbind(1)
     outputs = []
     # unbind, because indexing [:, t] would make the backward pass quadratic in T
-    for q_t, k_t, v_t, a_t, e_t in zip(
-        *(part.unbind(1) for part in (q, k, v, decay, e)), strict=True
-    ):
-        S = a_t.unsqueeze(-1) * S  # (1), (B, H, K, V)
-        u = v_t - (e_t.unsqueeze(-2) @ S).squeeze(-2)  # (2), (B, H, V)
+    tokens = zip(*(x.unbind(1) for x in (q, k, v, decay)), erase, strict=True)
+    for q_t, k_t, v_t, decay_t, e_t in tokens:
+        S = decay_t.unsqueeze(-1) * S  # (1), (B, H, K, V)
+        u = v_t if e_t is None else v_t - (e_t.unsqueeze(-2) @ S).squeeze(-2)  # (2), (B, H, V)
         S = S + k_t.unsqueeze(-1) * u.unsqueeze(-2)  # (3)
         outputs.append((q_t.unsqueeze(-2) @ S).squeeze(-2))  # (4), (B, H, V)
     return torch.stack(outputs, dim=1), S
@@ -212,8 +213,8 @@ def delta_rule_forward(
             U, W = chunk.inverse @ U, chunk.inverse @ chunk.reads[..., 1, :]  # W (N, P, C, K)
             states[1:] = 0
             carry(states, chunk.total, chunk.writes, U, W)
-        y_ = chunk.reads[..., 0, :] @ states[:-1] + chunk.scores[..., 0, :] @ U
-        y[:, now] = unchunked(y_, y[:, now])
+        outputs = chunk.reads[..., 0, :] @ states[:-1] + chunk.scores[..., 0, :] @ U
+        y[:, now] = unchunked(outputs, y[:, now])
     return y, final_state.copy_(boundaries[-1]), boundaries
 
 
@@ -261,7 +262,7 @@ def delta_rule_backward(
         R = dstates[0]
         errors = errors.flatten(2, 3)  # (N, P, C J, V)
         differentiate = differentiate_scalar if g.shape[3] == 1 else differentiate_vector
-        drows, dk_, dg_ = differentiate(
+        drows, dk_now, dg_now = differentiate(
             chunk,
             (errors @ U.mT).view_as(chunk.scores),
             (errors @ states[:-1].mT).view_as(chunk.reads),
@@ -270,8 +271,8 @@ def delta_rule_backward(
         )
         for whole, part in zip((dq, de), drows.unbind(3), strict=False):
             whole[:, now] = unchunked(part, whole[:, now])
-        dk[:, now], dv[:, now] = unchunked(dk_, dk[:, now]), unchunked(dV, dv[:, now])
-        dg[:, now] = unchunked(dg_, dg[:, now])
+        dk[:, now], dv[:, now] = unchunked(dk_now, dk[:, now]), unchunked(dV, dv[:, now])
+        dg[:, now] = unchunked(dg_now, dg[:, now])
     if resets is not None:
         dg[resets] = 0
     return dq, dk, dv, dg, de, dinitial.copy_(R.view_as(dinitial))
@@ -317,8 +318,10 @@ def prepare(
         starts = chunked(resets[:, now, None].expand(-1, -1, g.shape[1] // len(q)), C)  # (N, P, C)
         document = starts.cumsum(2)
         same = same * (document.unsqueeze(3) == document.unsqueeze(2))
-    weigh = weigh_scalar if g.shape[3] == 1 else weigh_vector
-    scores, reads, writes, total, kept = weigh(rows, k, g, same, starts)
+    if g.shape[3] == 1:
+        scores, reads, writes, total, kept = weigh_scalar(rows, k, g, same, starts)
+    else:
+        scores, reads, writes, total, kept = weigh_vector(rows, k, g, starts)
     inverse = None
     if e is not None:
         identity = torch.eye(C, dtype=k.dtype, device=k.device).expand(*scores.shape[:2], C, C)
@@ -335,12 +338,11 @@ def weigh_scalar(
     group, then the decays between all pairs of tokens, of which those that look ahead or into another document are 0."""
     if starts is not None:
         g = g.masked_fill(starts.unsqueeze(3), 0.0)
-    g = g.clamp(
-        min=1.2 * math.log(torch.finfo(g.dtype).tiny)
-    )  # whose exponential is 0: no larger sums
+    lowest = 1.2 * math.log(torch.finfo(g.dtype).tiny)  # its exponential is 0
+    g = g.clamp(min=lowest)  # sums lose digits if they are larger
     G = same @ g  # (N, P, C, 1) sum of g since the chunk or the document began
     between = (G - G.mT).masked_fill_(same == 0, -math.inf).exp_()  # (N, P, C, C)
-    since = G.exp()  # the chunk's start
+    since = G.exp()  # the decay from the chunk's start
     if starts is not None:
         since = since.masked_fill(starts.cumsum(2).unsqueeze(3) > 0, 0.0)
     scores = (rows.flatten(2, 3) @ k.mT).view(*rows.shape[:4], -1)  # (N, P/R, C, J, C)
@@ -352,6 +354,11 @@ def weigh_scalar(
 def differentiate_scalar(
     c: Chunks, dscores: Tensor, dreads: Tensor, dwrites: Tensor, end: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of rows, k and g from those of scores, reads and writes, in place of which it works, and from `end`
+    (N, P, K, 1), that of the log of the state behind the chunk.
+
+    A sum of gates G_i is in everything that i reads and, negated, in what it writes; g_t is in G_i for all i >= t.
+    """
     ((between, since),) = c.kept
     dscores[:, :, :, 1:].diagonal(dim1=2, dim2=4).zero_()  # E ends below the diagonal
     inner = (dscores * c.scores).sum(3)  # (N, P, C, C)
@@ -360,14 +367,13 @@ def differentiate_scalar(
     group = c.k.shape[1]
     dscores = grouped(dscores.mul_(between.unsqueeze(3)), group).flatten(2, 3)  # (N, P/R, C J, C)
     drows = (dscores @ c.k).view_as(c.rows) + grouped(dreads.mul_(since.unsqueeze(3)), group)
-    dk = dscores.mT @ c.rows.flatten(2, 3) + grouped(
-        dwrites.mul_(between[:, :, -1, :, None]), group
-    )
+    dwrites.mul_(between[:, :, -1, :, None])
+    dk = dscores.mT @ c.rows.flatten(2, 3) + grouped(dwrites, group)
     return drows, dk, c.same.mT @ dG.unsqueeze(3)
 
 
 def weigh_vector(
-    rows: Tensor, k: Tensor, g: Tensor, same: Tensor, starts: Tensor | None
+    rows: Tensor, k: Tensor, g: Tensor, starts: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list]:
     """The same for one gate a channel: g (N, P, C, K), R = 1. Blocks of 1, 2, 4, ... tokens are joined in pairs: what is read
     has decayed from its block's start, what is written to its block's end, and their product is a pair's scores."""
@@ -380,12 +386,10 @@ def weigh_vector(
     reads, writes, total = rows * decay.unsqueeze(3), k.clone(), decay
     length = 1
     while length < C:
-        early, late = (
-            halves(writes, length)[0],
-            halves(reads, length)[1],
-        )  # (NPb, h, K), (NPb, h, J, K)
-        first, second = halves(total, 1)  # (NPb, 1, K) each
-        left, right = late.flatten(1, 2).clone(), early.clone()  # (NPb, h J, K) and (NPb, h, K)
+        early = halves(writes, length)[0]  # (pairs, length, K)
+        late = halves(reads, length)[1]  # (pairs, length, J, K)
+        first, second = halves(total, 1)  # (pairs, 1, K) each
+        left, right = late.flatten(1, 2).clone(), early.clone()
         square(scores, length).copy_((left @ right.mT).view(N * P, -1, length, J, length))
         kept.append((left, right, first, second))
         late *= first.unsqueeze(2)
@@ -404,21 +408,19 @@ def differentiate_vector(
     for left, right, first, second in reversed(levels):
         length //= 2
         early, late = halves(dwrites, length)[0], halves(dreads, length)[1]
-        block = square(dscores, length).reshape(len(left), -1, length)  # (NPb, h J, h)
+        block = square(dscores, length).reshape(len(left), -1, length)  # (pairs, length J, length)
         late.mul_(first.unsqueeze(2)).add_((block @ right).view_as(late))
         early.mul_(second).add_(block.mT @ left)
     drows = dreads * decay.unsqueeze(3)
     dG = (c.rows * drows).sum(3) - c.k * dwrites
     dG[:, :, -1] += end.squeeze(3)
-    own = (
-        dscores[:, :, :, 0].diagonal(dim1=2, dim2=3).unsqueeze(3)
-    )  # of q_i k_i, which does not decay
+    own = dscores[:, :, :, 0].diagonal(dim1=2, dim2=3).unsqueeze(3)  # q_i k_i does not decay
     drows[:, :, :, 0] += own * c.k
     return drows, dwrites + own * c.rows[:, :, :, 0], c.same.mT @ dG
 
 
 def halves(x: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """The first and the second of each pair of blocks: (N, P, C, ...) -> two views (N P C / 2 length, length, ...)."""
+    """The first and the second of each pair of blocks: (N, P, C, ...) -> two views (pairs, length, ...)."""
     return x.view(-1, 2, length, *x.shape[3:]).unbind(1)
 
 
