@@ -16,9 +16,11 @@ from mixers import (
     use_torch,
 )
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BambaConfig, DynamicCache, Mamba2Config
+from transformers import BambaConfig, DynamicCache, FalconH1Config, Mamba2Config
 from transformers.models.bamba import modeling_bamba
 from transformers.models.bamba.modeling_bamba import BambaMixer
+from transformers.models.falcon_h1 import modeling_falcon_h1
+from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1Mixer
 from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
@@ -39,7 +41,7 @@ laws = pytest.mark.parametrize("text", TEXTS)
 
 @pytest.fixture(autouse=True)
 def peers_in_torch(monkeypatch):
-    use_torch(monkeypatch, modeling_mamba2, modeling_bamba)
+    use_torch(monkeypatch, modeling_mamba2, modeling_bamba, modeling_falcon_h1)
 
 
 @laws
@@ -206,6 +208,27 @@ def test_parity_with_bamba(groups):
     peer = randomise(BambaMixer(config, 0)).eval()
     ours = make(f"mamba2(state_size=6, groups={groups}, norm_eps={config.rms_norm_eps})").float()
     check_parity(ours, peer, dict, 2e-5)
+
+
+@pytest.mark.parametrize(
+    "fields, norm",
+    [
+        ({"mamba_rms_norm": False}, "none"),
+        ({"mamba_rms_norm": True, "mamba_norm_before_gate": True}, "norm_gate"),
+        ({"mamba_rms_norm": True, "mamba_norm_before_gate": False}, "gate_norm"),
+    ],
+)
+def test_parity_with_falcon_h1(fields, norm):
+    """Its norm is left out, or comes before or after the gate."""
+    config = FalconH1Config(
+        hidden_size=16, mamba_n_heads=4, mamba_d_head=5, mamba_d_ssm=20, mamba_d_state=6, mamba_n_groups=2,
+        mamba_chunk_size=8, num_hidden_layers=1, vocab_size=8, num_attention_heads=2, num_key_value_heads=2, **fields,
+    )  # fmt: skip
+    peer = randomise(FalconH1Mixer(config, 0)).eval()
+    peer.mup_vector = 1.0  # the model around it sets its multipliers
+    eps = config.rms_norm_eps
+    text = f"mamba2(heads=4, head_dim=5, state_size=6, groups=2, norm={norm}, norm_eps={eps})"
+    check_parity(make(text).float(), peer, dict, 2e-5)
 
 
 @torch.no_grad()
