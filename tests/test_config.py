@@ -3,11 +3,11 @@
 import dataclasses
 
 import pytest
-from minimodels.ledger.__main__ import Options, main
 
 from minimodels import LM, Config, InputError, preset
 from minimodels.grammar import parse, write
 from minimodels.ledger import ledger
+from minimodels.ledger.__main__ import Options, main
 from minimodels.presets import PRESETS, SIZES, fitted, layers_of
 
 
@@ -23,8 +23,8 @@ from minimodels.presets import PRESETS, SIZES, fitted, layers_of
         ({"norm_eps": -1e-9}, "norm_eps: -1e-09"),
         ({"tie_embeddings": 1}, "tie_embeddings: 1 .* true or false"),
         ({"impl": "cuda"}, "impl: 'cuda' .* auto, reference, torch, triton"),
-        ({"residual": "post_norm"}, "residual: 'post_norm' .* pre_norm"),
-        ({"objective": "masked"}, "objective: 'masked' .* next_token"),
+        ({"residual": "no_norm"}, "residual: 'no_norm' .* pre_norm"),
+        ({"objective": "guess"}, "objective: 'guess' .* next_token"),
         ({"layers": ("mlp",)}, "layers: .* text"),
         ({"layers": "mlp)"}, "layers: '\\)' .* a layer or the end"),
     ],
