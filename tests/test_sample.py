@@ -2,18 +2,19 @@
 
 import pytest
 import torch
-from models import SHAPE, same
+from models import same
+from small import small
 
 from minimodels import LM, InputError, preset
+from minimodels.generate import Sampling, complete, generate, keep, pick
 from minimodels.presets import PRESETS
-from minimodels.sample import Sampling, generate, keep, pick
 
 GREEDY = Sampling(temperature=0)
 
 
 def model(name: str) -> LM:
     torch.manual_seed(0)
-    lm = LM(preset(name, **{**SHAPE, "capacity": 0.5}, vocab=32)).eval()
+    lm = LM(preset(name, "tiny", *small(name), width=16, vocab=32)).eval()
     for parameter in lm.parameters():
         parameter.data.add_(0.2 * torch.randn_like(parameter))
     return lm.double()
@@ -43,7 +44,7 @@ def test_a_prompt_in_a_batch_is_continued_as_alone(name, sampling):
     for row, prompt in enumerate(prompts):
         assert (
             together[row].tolist()
-            == continued(lm, [prompt], 10, sampling=sampling, seed=3)[0].tolist()
+            == continued(lm, [prompt], 10, sampling=sampling, seed=3 + row)[0].tolist()
         )
 
 
@@ -54,6 +55,25 @@ def test_a_seed_draws_the_same_text():
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_without_a_seed_every_text_is_another():
+    lm, loose = model("transformer"), Sampling(temperature=2.0)
+    once, again = (continued(lm, [[0, 1, 2]] * 2, 20, sampling=loose) for _ in range(2))
+    assert not torch.equal(once, again)
+    seeded = continued(lm, [[0, 1, 2]] * 2, 20, sampling=loose, seed=1)
+    for rows in (once, seeded):  # nor are two rows of one batch the same
+        assert not torch.equal(rows[0], rows[1])
+
+
+def test_text_in_text_out():
+    torch.manual_seed(0)
+    lm = LM(preset("transformer", width=16)).eval()
+    text = complete(lm, "abc", 12, GREEDY)
+    tokens = continued(lm, [list(b"abc")], 12, sampling=GREEDY)[0]
+    assert text == bytes(tokens.tolist()).decode(errors="replace")
+    assert complete(lm, "abc", 0) == ""
+    assert complete(lm, "abc", 20, seed=1) == complete(lm, "abc", 20, seed=1)
 
 
 def kept(probabilities, **options) -> list[bool]:
@@ -128,11 +148,11 @@ def test_refuses_prompts():
     for prompts in ([1, 2], [[1.0]], [[]]):
         with pytest.raises(InputError, match="prompt:"):
             generate(lm, prompts, 1)
-    with pytest.raises(InputError, match="not causal"):
-        next(generate(model("mod").train(), [torch.arange(3)], 1))
-    lm = LM(preset("moe", router="expert_choice", vocab=32)).eval()
-    with pytest.raises(InputError, match="not causal"):
-        next(generate(lm, [torch.arange(3)], 1))
+    with pytest.raises(InputError, match="in training mode.*eval"):
+        generate(model("mod").train(), [torch.arange(3)], 1)
+    lm = LM(preset("moe", "tiny", "moe.router=expert_choice", vocab=32)).eval()
+    with pytest.raises(InputError, match="not causal.* route over the whole sequence"):
+        generate(lm, [torch.arange(3)], 1)
 
 
 def test_no_temperature_is_too_small():
@@ -155,6 +175,12 @@ def test_low_precision_draws_what_full_precision_does(top_p):
         for given in (logits, logits.float())
     ]
     assert torch.equal(*drawn)
+
+
+def test_logits_that_are_not_finite_are_refused():
+    for broken in (float("nan"), float("inf")):
+        with pytest.raises(InputError, match="dtype: 'float16'"):
+            pick(torch.tensor([[0.0, broken]]).half(), GREEDY, [torch.Generator()])
 
 
 def test_filters_come_after_the_temperature():

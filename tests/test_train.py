@@ -16,17 +16,19 @@ import pytest
 import torch
 from models import scored
 from safetensors import safe_open
+from small import small
 
 import minimodels.sample
 import train
 from minimodels import LM, Config, InputError, preset
 from minimodels.command import run_command
+from minimodels.files import LOCK, atomic_write
 from minimodels.presets import PRESETS
 from minimodels.training.optim import adamw, learning_rate
 from minimodels.training.options import make_first
 
 SMALL = (
-    "--width 32 --heads 2 --experts 4 --context 32 --batch-size 2 --warmup 5 --eval-batches 1 --eval-every 0 --log-every 1 "
+    "--width 32 --context 32 --batch-size 2 --warmup 5 --eval-batches 1 --eval-every 0 --log-every 1 "
     "--device cpu"
 ).split()
 
@@ -35,6 +37,11 @@ SMALL = (
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_bytes(bytes(range(32, 127)) * 60)
+
+
+def settings(model: str) -> list[str]:
+    """The arguments that make a preset small."""
+    return [argument for each in small(model) for argument in ("--set", each)]
 
 
 def run(*arguments, monkeypatch) -> None:
@@ -57,8 +64,8 @@ def log(folder) -> list[dict]:
 @pytest.mark.parametrize("model", PRESETS)
 def test_main_path(model, tmp_path, monkeypatch, capsys):
     """Every preset trains, validates, samples and leaves its folder; sampling from it repeats on a seed."""
-    run("--model", model, "--data", "text", "--steps", 40, "--lr", 0.01, "--prompt", "abc", *SMALL, "--device", "auto",
-        monkeypatch=monkeypatch)  # fmt: skip
+    run("--model", model, *settings(model), "--data", "text", "--steps", 40, "--lr", 0.01, "--prompt", "abc", *SMALL,
+        "--device", "auto", "--out", f"runs/{model}", monkeypatch=monkeypatch)  # fmt: skip
     printed = capsys.readouterr().out
     for word in (
         "ledger",
@@ -72,6 +79,7 @@ def test_main_path(model, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "runs" / model
     assert sorted(file.name for file in folder.iterdir()) == [
         "checkpoint.safetensors",
+        LOCK,
         "log.jsonl",
         "options.json",
     ]
@@ -132,7 +140,7 @@ def test_a_compiled_run_takes_the_same_steps(monkeypatch):
         torch.compile(lambda x: x.sin() + 1)(torch.ones(2))
     except Exception as error:
         pytest.skip(f"torch.compile does not work here, as without a C++ compiler: {error}")
-    layers = "mamba moe mod(window mlp) attention"
+    layers = "mamba(state_size=4) moe(experts=4) mod(attention(window=8) mlp) attention"
     for name, chosen in {"plain": [], "compiled": ["--compile"]}.items():
         run(
             "--layers",
@@ -166,9 +174,10 @@ def test_a_compiled_run_takes_the_same_steps(monkeypatch):
     [
         ["--model", "transformer", "--schedule", "wsd"],
         ["--model", "mamba", "--data", "copying(tokens=4)"],
-        ["--model", "moe", "--router", "sigmoid_bias", "--bias-step", "0.1"],
+        ["--model", "moe", "--set", "moe.router=sigmoid_bias", "--set", "moe.bias_step=0.1"],
         ["--model", "mod", "--accumulate", "2"],
         ["--model", "hybrid"],
+        ["--layers", "A:=attention A mlp A"],
     ],
     ids=lambda arguments: arguments[1],
 )
@@ -341,7 +350,7 @@ def test_runs_that_start_at_once_take_a_name_each(tmp_path):
 
 
 def test_decay_touches_matrices_only():
-    model = LM(preset("hybrid", qk_norm="head"))
+    model = LM(preset("hybrid", "tiny", "attention.qk_norm=head"))
     names = {parameter: name for name, parameter in model.named_parameters()}
     decayed, kept = (
         {names[p] for p in group["params"]} for group in adamw(model, 1e-3, 0.1).param_groups
@@ -352,52 +361,60 @@ def test_decay_touches_matrices_only():
     assert "layers.0.layer.in_proj.weight" in decayed
 
 
+SET = ("--set",)
+ROPE = "attention.rope_scaling="
+MOD, MOE = ("--model", "mod", *SET), ("--model", "moe", *SET)
 REFUSED = [
-    (["--model", "gpt"], "model: 'gpt'", "transformer, mamba, moe, mod, hybrid"),
+    (["--model", "gpt"], "model: 'gpt'", ", ".join(PRESETS)),
     (["--size", "huge"], "size: 'huge'", "tiny, small"),
     (
         ["--layers", "attention lstm"],
         "layers: 'lstm'",
-        "attention, window, mlp, mamba, moe, mod(...)",
+        "attention, mlp, mamba",
     ),
-    (["--layers", "(attention"], "layers: '(attention'", "groups and repeats"),
-    (["--width", "100", "--heads", "3"], "heads: 3", "divisor of width 100"),
-    (["--capacity", "0"], "capacity: 0.0", "(0, 1]"),
-    (["--capacity", "1.01"], "capacity: 1.01", "(0, 1]"),
+    (["--layers", "(attention"], "layers: 'the end of the text'", 'here ")"'),
+    (["--width", "100", *SET, "attention.heads=3"], "attention.heads: 3", "divisor of width 100"),
+    ([*MOD, "mod.capacity=0"], "mod.capacity: 0", "a fraction above 0, at most 1"),
+    ([*MOD, "mod.capacity=1.01"], "mod.capacity: 1.01", "a fraction above 0, at most 1"),
     (
-        ["--model", "moe", "--experts", "2", "--experts-per-token", "3"],
-        "experts_per_token: 3",
+        [*MOE, "moe.experts=2", *SET, "moe.experts_per_token=3"],
+        "moe.experts_per_token: 3",
         "1 to experts 2",
     ),
+    ([*SET, "heads=3"], "set: 'heads=3'", "LAYER.OPTION=VALUE, such as mamba.state_size=32"),
+    ([*SET, "mamba.expand=1"], "set: 'mamba.expand=1'", "a layer of the model: attention, mlp"),
+    ([*SET, "attention.head=3"], "layers: attention: 'head'", "did you mean heads?"),
+    (["--heads", "8"], "option: '--heads'", "did you mean --set attention.heads=VALUE?"),
     (["--data", "missing"], "data: 'missing'", "stdlib, a file, a folder"),
     (["--data", "empty"], "data: '0 bytes of training text'", "context + 1"),
     (["--data", "short"], "data: ", "context + 1"),
-    (["--out", "taken"], "out: 'taken'", "a new or empty folder\n"),  # there is nothing to resume
-    (["--resume", "nowhere"], "resume: 'nowhere'", "the folder of a training run"),
+    (["--out", "taken"], "out: 'taken'", "a new or empty folder"),
+    (["--resume", "nowhere"], "resume: 'nowhere/options.json'", "a JSON object (no such file)"),
     (["--device", "warp"], "device: 'warp'", "auto, cpu"),
     (["--impl", "triton", "--device", "cpu"], "impl: 'triton'", "auto, reference or torch"),
     (["--vocab", "100"], "vocab: 100", "256 or more"),
     (["--schedule", "linear"], "schedule: 'linear'", "cosine, wsd, constant"),
-    (["--dtype", "int8"], "dtype: 'int8'", "auto, float32 or bfloat16"),
-    (["--steps", "0"], "steps: 0", "above 0"),
+    (["--dtype", "int8"], "dtype: 'int8'", "auto, float32, bfloat16"),
+    (["--steps", "0"], "steps: 0", "1 or more"),
     (["--tokens", "inf"], "tokens: inf", "above 0"),
     (["--out", "text/run"], "out: 'text/run'", "a folder that can be made"),
-    (["--layers", "mlp*99999999"], "layers: 'mlp*99999999'", "at most 10000 layers"),
-    (["--layers", "mlp*" + "9" * 5000], "layers: 'mlp*9999", "groups and repeats"),
-    (["--layers", "(" * 3000], "layers: '((((", "nested at most 50 deep"),
-    (["--layers", "mod(" * 51 + "mlp" + ")" * 51], "layers: 'mod(", "nested at most 50 deep"),
-    (["--rope-scaling", ":"], "rope_scaling: ':'", "linear:factor=NUMBER"),
-    (["--rope-scaling", "linear:factor=four"], "rope_scaling: 'linear", "linear:factor=NUMBER"),
+    (["--layers", "mlp*99999999"], "layers: 'mlp*99999999...'", "at most 10000 layers"),
+    (["--layers", "mlp*" + "9" * 5000], "layers: '9999", "a whole number of 1 or more"),
+    (["--layers", "(" * 3000], "layers: '('", "nested at most 50 deep"),
+    (["--layers", "mod(" * 51 + "mlp" + ")" * 51], "layers: '('", "nested at most 50 deep"),
+    ([*SET, ROPE + ":"], "set: ':'", "a number, true, false or a word"),
     (
-        ["--rope-scaling", "linear:factor=4,factor=5"],
-        "rope_scaling: 'linear",
-        "linear:factor=NUMBER",
+        [*SET, ROPE + "wavy"],
+        "layers: attention.rope_scaling: 'wavy'",
+        "none or linear(factor=...)",
     ),
+    ([*SET, ROPE + "linear(factor=four)"], "layers: linear.factor: 'four'", "a number above 0"),
+    ([*SET, ROPE + "linear(factor=4, factor=5)"], "set: 'factor'", "each option once"),
     (["--seed", str(10**30)], "seed: 1", "below 2^63"),
     (
-        ["--model", "moe", "--experts-per-token", "1"],
-        "experts_per_token: 1",
-        "2 or more, or router softmax",
+        [*MOE, "moe.experts_per_token=1"],
+        "moe.experts_per_token: 1",
+        "2 or more, or router=softmax",
     ),
     (["--data", "x" * 5000], "data: 'xxx", "files that can be read"),
     (["--minutes", "-1"], "minutes: -1.0", "above 0"),
@@ -405,8 +422,12 @@ REFUSED = [
     (["--lr", "nan"], "lr: nan", "above 0"),
     (["--prompt", ""], "prompt: ''", "at least one character"),
     (["--eval-batches", str(10**30)], "eval_batches: 1000", "1 to 2147483647"),
-    (["--data", "mqar(pears=3)"], "data: 'pears=3'", "pairs, vocab"),
-    (["--data", "mqar(pairs=" + "9" * 5000 + ")"], "data: 'pairs=9", "pairs, vocab"),
+    (["--data", "mqar(pears=3)"], "data: mqar: 'pears'", "did you mean pairs? pairs, vocab"),
+    (
+        ["--data", "mqar(pairs=" + "9" * 5000 + ")"],
+        "data: mqar.pairs: inf",
+        "a whole number from 1",
+    ),
 ]
 
 
@@ -414,23 +435,27 @@ REFUSED = [
     "arguments, field, accepted", REFUSED, ids=[" ".join(row[0])[:60] for row in REFUSED]
 )
 def test_bad_input_is_one_line(arguments, field, accepted, tmp_path, monkeypatch, capsys):
-    """Each names the field, the value and what is accepted, exits with status 2, and leaves nothing behind."""
+    """Each names the field, the value and what is accepted, exits with status 2, and leaves nothing behind.
+    Below may be a piece of the text that was read, with a caret."""
     (tmp_path / "empty").touch()
     (tmp_path / "short").write_bytes(b"abc")
     (tmp_path / "taken").mkdir()
-    (tmp_path / "taken/options.json").write_text("mine")
+    (tmp_path / "taken/notes").write_text("mine")
     monkeypatch.setattr("minimodels.kernels.INTERPRETED", False)  # as outside of the tests
     if "--data" not in arguments:
         arguments = ["--data", "text", *arguments]
+    arguments = ["--steps", "1", *arguments]  # so that what is not refused ends soon
     with pytest.raises(SystemExit) as exit:
         run(*arguments, monkeypatch=monkeypatch)
     error = capsys.readouterr().err
     assert exit.value.code == 2
-    assert error.count("\n") == 1
-    assert field in error
-    assert accepted in error
+    line, *excerpt = error.splitlines()
+    assert not excerpt or (len(excerpt) == 2 and excerpt[1].strip() == "^")
+    assert field in line
+    assert accepted in line
+    assert "--resume" not in line  # there is nothing to resume
     assert not (tmp_path / "runs").exists()
-    assert (tmp_path / "taken/options.json").read_text() == "mine"
+    assert (tmp_path / "taken/notes").read_text() == "mine"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="refuses a GPU only where there is none")
@@ -494,15 +519,16 @@ def test_refuses_to_resume_what_is_damaged_or_another_run(tmp_path, monkeypatch,
         assert message in error
         assert (tmp_path / "run/checkpoint.safetensors").read_bytes() == content
     (tmp_path / "run/checkpoint.safetensors").write_bytes(whole)
-    for change in (["--width", "16"], ["--data", "stdlib"], ["--lr", "1"], ["--seed", "5"]):
+    for field, value in {"width": 16, "data": "stdlib", "lr": 1, "seed": 5}.items():
         with pytest.raises(SystemExit):
-            run("--resume", "run", *change, monkeypatch=monkeypatch)
-        assert f"error: {change[0][2:]}: " in capsys.readouterr().err
+            run("--resume", "run", f"--{field}", value, monkeypatch=monkeypatch)
+        named = "config: 'width 16 for 32'" if field == "width" else f"{field}: "
+        assert f"error: {named}" in capsys.readouterr().err
 
 
 def test_says_that_memory_is_lacking(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
-        run("--data", "text", "--width", 2**30, "--heads", 2, monkeypatch=monkeypatch)
+        run("--data", "text", "--width", 2**30, monkeypatch=monkeypatch)
     assert exit.value.code == 1
     assert re.fullmatch(
         r"out of memory: a smaller .* \(.*tried to allocate.*\)\n", capsys.readouterr().err
@@ -524,7 +550,7 @@ def test_a_full_disk_is_one_line(capsys):
 
 def test_a_file_that_fails_half_way_is_as_it_was(tmp_path):
     (tmp_path / "file").write_text("before")
-    with pytest.raises(KeyboardInterrupt), train.checkpoint.whole(tmp_path / "file") as partial:
+    with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "file") as partial:
         partial.write_text("aft")
         raise KeyboardInterrupt
     assert (tmp_path / "file").read_text() == "before"
@@ -537,7 +563,7 @@ def test_what_a_killed_save_left_goes_away(tmp_path, monkeypatch):
     (left / ".tmp123").write_text("half")  # as safetensors names it
     train.checkpoint.save(
         tmp_path / "run",
-        model := LM(Config(layers="mlp", width=8, heads=1)),
+        model := LM(Config(layers="mlp", width=8)),
         adamw(model, 1e-3, 0.1),
         {"step": 1},
     )
@@ -598,7 +624,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
 
 def test_refuses_moments_of_another_shape(tmp_path):
     torch.manual_seed(0)
-    model = LM(Config(vocab=7, width=8, heads=2, layers="mlp"))
+    model = LM(Config(vocab=7, width=8, layers="mlp"))
     optimizer = adamw(model, 1e-3, 0.1)
     model.loss(torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3, dtype=torch.int64))[
         0
@@ -677,7 +703,7 @@ def test_refuses_weights_that_are_not_finite(tmp_path, monkeypatch):
     assert not (tmp_path / "run/checkpoint.safetensors").exists()
 
 
-def test_refuses_a_prompt_outside_the_vocabulary(tmp_path, monkeypatch, capsys):
+def test_a_run_on_a_task_continues_no_text(tmp_path, monkeypatch, capsys):
     run("--data", "induction", "--steps", 1, "--out", "run", *SMALL, monkeypatch=monkeypatch)
     monkeypatch.setattr(sys, "argv", ["sample", "run", "--prompt", "a"])
     with pytest.raises(SystemExit) as exit:
@@ -685,13 +711,14 @@ def test_refuses_a_prompt_outside_the_vocabulary(tmp_path, monkeypatch, capsys):
             minimodels.sample.main, lambda: minimodels.sample.tyro.cli(minimodels.sample.Options)
         )
     assert exit.value.code == 2
-    assert "prompt: [97] is not accepted; accepted: token ids 0 to 15" in capsys.readouterr().err
+    assert "model: 'run' is not accepted; accepted: a run on text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("clip", [0.3, 0])
 def test_a_run_takes_the_steps_that_it_says(clip, tmp_path, monkeypatch):
     """Its data in order, accumulated, then clipped, at the scheduled rate; all written out here, to the same bits."""
-    arguments = "--layers|attention moe|--router|sigmoid_bias|--bias-step|0.1|--data|text|--steps|3|--accumulate|2|--seed|4"
+    layers = "attention moe(experts=4, router=sigmoid_bias, bias_step=0.1)"
+    arguments = f"--layers|{layers}|--data|text|--steps|3|--accumulate|2|--seed|4"
     arguments = [*arguments.split("|"), "--weight-decay", 0.5, "--clip", clip, "--out", "run"]
     run(*arguments, *SMALL, monkeypatch=monkeypatch)
     config, data = train.checkpoint.load_model(tmp_path / "run").config, train.open_data("text", 32)
@@ -730,9 +757,8 @@ def test_validation_scores_every_held_out_batch_as_in_use(name):
     config = Config(
         layers="mod(mlp)", width=16, vocab=data.vocab, tie_embeddings=False
     )  # a tied head repeats its token
-    options = train.Options(config, batch_size=4, eval_batches=8)
-    model = LM(options.config)
-    scores = train.evaluate(model, data, options, torch.autocast("cpu", enabled=False))
+    model = LM(config)
+    scores = train.evaluate(model, data, 4, 8, torch.autocast("cpu", enabled=False))
     train.sample(model, data, "a")
     assert model.training
     nats, accuracy = scored(model, data.validation(4, 8))
@@ -763,7 +789,7 @@ def test_the_type_asked_for_is_computed_in(monkeypatch, capsys):
         *SMALL,
         monkeypatch=monkeypatch,
     )
-    assert "cpu, bfloat16 autocast" in capsys.readouterr().out
+    assert re.search(r"runs on  cpu.*, bfloat16 autocast; ", capsys.readouterr().out)
 
 
 def test_rates_over_a_run():
@@ -816,18 +842,96 @@ def test_decay_is_what_is_asked_for():
 
 def test_a_checkpoint_is_of_one_configuration(tmp_path, monkeypatch):
     """Also where all shapes agree; and one from before a field was there has that field's default."""
-    model = LM(Config(layers="window", width=8, heads=1, window=4))
+    model = LM(Config(layers="attention(window=4)", width=8))
     train.checkpoint.save(tmp_path, model, adamw(model, 1e-3, 0.1), {"step": 1})
-    with pytest.raises(InputError, match="differing: window 4 for 5"):
-        train.checkpoint.load(tmp_path, LM(replace(model.config, window=5)))
+    other = replace(model.config, layers="attention(window=5)")
+    differing = r"differing: layers 'attention\(window=4\)' for 'attention\(window=5\)'"
+    with pytest.raises(InputError, match=differing):
+        train.checkpoint.load(tmp_path, LM(other))
+    with pytest.raises(InputError, match="differing: norm_eps 1e-05 for 1e-06"):
+        train.checkpoint.load(tmp_path, LM(replace(model.config, norm_eps=1e-6)))
     with monkeypatch.context() as patch:
         patch.setattr(
             train.checkpoint,
             "asdict",
-            lambda config: {k: v for k, v in vars(config).items() if k != "balance"},
+            lambda config: {"layers": config.layers, "width": config.width},
         )
         train.checkpoint.save(tmp_path, model, adamw(model, 1e-3, 0.1), {"step": 1})
     train.checkpoint.load(tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    "saved, wanted, same",
+    [
+        ("(mlp)*2", "mlp mlp", True),
+        ("mlp  mod( attention mlp,capacity = 0.5 )", "mlp mod(attention mlp, capacity=0.5)", True),
+        ("a=mlp a*2", "mlp*2", True),
+        ("A:=mlp A A", "mlp mlp", False),
+        ("mlp mlp", "A:=mlp A A", False),
+        ("attention(heads=2)", "attention", False),
+    ],
+)
+def test_checkpoints_compare_what_texts_describe(saved, wanted, same, tmp_path):
+    """Spaces, repeats and definitions do not matter."""
+    model = LM(Config(layers=saved, width=8))
+    train.checkpoint.save(tmp_path, model, None, {"step": 1})
+    other = LM(Config(layers=wanted, width=8))
+    if same:
+        train.checkpoint.load(tmp_path, other)
+        tokens = torch.arange(5)[None]
+        assert torch.equal(model.eval()(tokens)[0], other.eval()(tokens)[0])
+    else:
+        with pytest.raises(InputError, match="differing: layers"):
+            train.checkpoint.load(tmp_path, other)
+
+
+def test_a_shared_layer_is_saved_once(tmp_path):
+    """Its weights and its moments, under the name of its first use; loaded, it is shared again."""
+    torch.manual_seed(0)
+    config = Config(layers="A:=attention A mlp A", width=8, vocab=7)
+    model, other = LM(config), LM(config)
+    optimizer = adamw(model, 1e-3, 0.1)
+    model.loss(*torch.zeros(2, 1, 3, dtype=torch.int64))[0].backward()
+    optimizer.step()
+    train.checkpoint.save(tmp_path, model, optimizer, {"step": 1})
+    kept = contents(tmp_path)
+    names = {name.removeprefix("model.") for name in kept if name.startswith("model.")}
+    assert names == set(dict(model.named_parameters()))
+    assert not any(".layers.2." in f".{name}" for name in kept)
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert f"optimizer.layers.0.layer.q.weight.{name}" in kept
+    again = adamw(other, 1e-3, 0.1)
+    train.checkpoint.load(tmp_path, other, again)
+    tokens = torch.arange(5)[None]
+    assert torch.equal(model(tokens)[0], other(tokens)[0])
+    assert other.layers[0] is other.layers[2]
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(optimizer.state[mine]["exp_avg_sq"], again.state[theirs]["exp_avg_sq"])
+
+
+def test_a_run_is_resumed_with_the_same_layers_in_other_words(tmp_path, monkeypatch, capsys):
+    """Layers and settings are compared as what they describe; the run keeps going with what was saved."""
+    layers = "(mlp  attention( heads=2 ))*2"
+    run(
+        "--layers",
+        layers,
+        "--data",
+        "text",
+        "--steps",
+        2,
+        "--out",
+        "run",
+        *SMALL,
+        monkeypatch=monkeypatch,
+    )
+    again = ["--layers", "mlp attention(heads=2) mlp attention(heads=2)"]
+    run("--resume", "run", *again, "--steps", 3, monkeypatch=monkeypatch)
+    run("--resume", "run", "--set", "attention.heads=2", "--steps", 4, monkeypatch=monkeypatch)
+    assert log(tmp_path / "run")[-1]["step"] == 4
+    for change in (["--layers", "(mlp attention)*2"], ["--set", "attention.heads=4"]):
+        with pytest.raises(SystemExit):
+            run("--resume", "run", *change, monkeypatch=monkeypatch)
+        assert 'error: config: "layers' in capsys.readouterr().err
 
 
 def test_a_validation_on_the_way_is_checkpointed_and_no_part_of_the_speed(tmp_path, monkeypatch):
@@ -870,7 +974,7 @@ def test_a_validation_on_the_way_is_checkpointed_and_no_part_of_the_speed(tmp_pa
 
 
 def test_damage_anywhere_is_seen(tmp_path):
-    model = LM(Config(layers="mlp", width=8, heads=1))
+    model = LM(Config(layers="mlp", width=8))
     optimizer = adamw(model, 1e-3, 0.1)
     model.loss(*torch.zeros(2, 1, 3, dtype=torch.int64))[0].backward()
     optimizer.step()
@@ -889,7 +993,7 @@ def test_damage_anywhere_is_seen(tmp_path):
 
 def test_a_file_is_replaced_and_not_written_over(tmp_path):
     for content in ("before", "after"):
-        with train.checkpoint.whole(tmp_path / "file") as partial:
+        with atomic_write(tmp_path / "file") as partial:
             partial.write_text(content)
         if content == "before":
             os.link(tmp_path / "file", tmp_path / "same")
