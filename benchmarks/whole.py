@@ -12,16 +12,16 @@ from collections.abc import Callable
 from functools import cache, partial
 
 import torch
-from torch import Tensor
 
 from minimodels import LM, Config, preset
 from minimodels.ledger import ledger
 from minimodels.measure import interleave, peak_bytes
 from minimodels.training.optim import adamw
+from minimodels.training.step import Step, training_step
 
 from . import throughput
 from .session import Job, Session
-from .training import training_step
+from .training import CLIP, precision
 
 STEPS = 4  # of which the losses are compared, before any is timed
 TOLERANCE = 1e-2  # of |loss - expected| / expected
@@ -102,14 +102,15 @@ def train(name: str, session: Session) -> None:
 
 def start(
     config: Config, batch: int, context: int, session: Session
-) -> tuple[Callable[[], Tensor], list[float], int | None]:
+) -> tuple[Callable[[], Step], list[float], int | None]:
     """A call that makes one training step, the losses of the steps made so far, and the bytes that a step takes."""
     torch.manual_seed(0)
     model = LM(config).to(session.device)
     optimizer = adamw(model, 1e-4, 0.1)
     tokens = torch.randint(256, (batch, context + 1)).to(session.device)
-    call = partial(training_step, model, optimizer, tokens[:, :-1], tokens[:, 1:])
-    losses = [float(call()) for _ in range(2 if session.toy else STEPS)]
+    batches = [(tokens[:, :-1], tokens[:, 1:])]
+    call = partial(training_step, model, optimizer, batches, precision(session.device), CLIP)
+    losses = [float(sum(call().parts.values())) for _ in range(2 if session.toy else STEPS)]
     return call, losses, None if session.toy else peak_bytes(call, session.device)
 
 
