@@ -288,7 +288,9 @@ def decisions(model: LM, run: Run, device: torch.device) -> dict[str, float]:
     for tokens, _ in open_data(run.data, run.context).validation(run.batch, SCORED):
         model(tokens.to(device), record=record)
     model.train()
-    return {name: torch.stack(seen).mean().item() for name, seen in record.observed.items()}
+    return {
+        name: torch.stack(seen).double().mean().item() for name, seen in record.observed.items()
+    }
 
 
 @dataclass(frozen=True)
