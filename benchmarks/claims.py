@@ -15,7 +15,6 @@ GPU `--impl triton` trains with the kernels.
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -31,14 +30,14 @@ from minimodels import LM, Config, InputError, preset
 from minimodels.architectures.mod import MixtureOfDepths
 from minimodels.command import keep_freed_memory, pick_device, run_command
 from minimodels.data.text import open_data
-from minimodels.layers import choose
+from minimodels.layers import Context, Record, choose
 from minimodels.ledger import ledger
 from minimodels.measure import check_writable, write
-from minimodels.presets import PRESETS
+from minimodels.presets import PRESETS, fitted
 
 from . import table
 from .s4d import forget_selection
-from .training import SCORED, Run, evaluate, train
+from .training import SCORED, Run, score, train
 
 
 @dataclass
@@ -77,7 +76,7 @@ def copying(small: bool) -> Claim:
         if small
         else ("copying(tokens=16, vocab=16)", 4096, 20_000)
     )
-    mamba = Config(layers="(mamba)*2", width=64)
+    mamba = Config(layers="mamba*2", width=64)
     runs = [  # each at the rate that suits it
         Run("mamba", mamba, task, context, steps, lr=4e-3),
         Run("time-invariant", mamba, task, context, steps, lr=1e-2, change=forget_selection),
@@ -91,25 +90,19 @@ def copying(small: bool) -> Claim:
 def induction(small: bool) -> Claim:
     """Mamba §4.1.2, table 2: trained at 256, Mamba extrapolates to 2^20, attention hardly doubles its length."""
     context, steps, longest = (64, 750, 64) if small else (256, 20_000, 4096)
-    shape = {"width": 64, "heads": 4}
+    mamba = Config(layers="mamba*2", width=64)
+    attention = Config(layers="(attention(heads=4) mlp)*2", width=64)
     runs = [
-        Run("mamba", Config(layers="(mamba)*2", **shape), "induction", context, steps, lr=4e-3),
+        Run("mamba", mamba, "induction", context, steps, lr=4e-3),
         # at Mamba's rate it does not learn at all, and it takes longer
-        Run(
-            "attention",
-            Config(layers="(attention mlp)*2", **shape),
-            "induction",
-            context,
-            2 * steps,
-            lr=1e-3,
-        ),
+        Run("attention", attention, "induction", context, 2 * steps, lr=1e-3),
     ]
 
     def lengths(model: LM, run: Run, device: torch.device) -> Iterator[dict[str, float]]:
         multiple = 1
         while multiple <= longest:
             tested, batch = open_data("induction", context * multiple), max(1, 64 // multiple)
-            found = evaluate(model, tested, device, batch, max(2, 64 // batch))
+            found = score(model, tested, batch, max(2, 64 // batch))
             yield {"length": context * multiple, "right": found["accuracy"]}
             multiple *= 2
 
@@ -136,26 +129,20 @@ def recall(small: bool) -> Claim:
     width, windows, state_sizes = (
         (64, (4, 8, 16), (1, 16)) if small else (128, (16, 64, 256), (1, 4, 16, 64))
     )
-    shape = {"width": width, "heads": 2}
-    models = [("attention", steps, Config(layers="(attention mlp)*2", **shape))]
-    models += [
-        ("window", steps, Config(layers="(window mlp)*2", window=window, **shape))
-        for window in windows
-    ]
     longer = 5 * steps // 2  # Mamba takes more steps to find out how
-    models += [
-        ("mamba", longer, Config(layers="(mamba)*2", state_size=size, **shape))
-        for size in state_sizes
-    ]
+    models = [("attention", steps, "(attention(heads=2) mlp)*2")]
+    models += [("window", steps, f"(attention(heads=2, window={w}) mlp)*2") for w in windows]
+    models += [("mamba", longer, f"mamba(state_size={size})*2") for size in state_sizes]
     runs = [
-        Run(name, config, task, context, steps, batch=64, lr=4e-3) for name, steps, config in models
+        Run(name, Config(layers, width=width), task, context, steps, batch=64, lr=4e-3)
+        for name, steps, layers in models
     ]
 
     def state(model: LM, run: Run, device: torch.device) -> Iterator[dict[str, float]]:
         data = open_data(task, context)
         yield {
             "state": ledger(run.config, context).state_bytes,
-            "right": evaluate(model, data, device, 64, SCORED)["accuracy"],
+            "right": score(model, data, 64, SCORED)["accuracy"],
         }
 
     panel = Panel(
@@ -180,15 +167,13 @@ def depth(small: bool) -> Claim:
     size, context, steps, batch = ("tiny", 128, 300, 8) if small else ("small", 1024, 5000, 32)
     dense = preset("transformer", size)
     mod = preset("mod", size)
-    halved = replace(
-        dense, layers=f"(attention mlp)*{dense.depth // 4}"
-    )  # mod with the groups that it routes to left out
+    # mod without the groups that it routes to
+    halved = replace(dense, layers=fitted(f"(attention mlp)*{dense.depth // 4}", size))
+    by_router = preset("mod", size, "mod.route=router")
     runs = [
         Run("dense", dense, "stdlib", context, steps, batch),
         Run("mod, predictor", mod, "stdlib", context, steps, batch),
-        Run(
-            "mod, auxiliary loss", replace(mod, mod_route="router"), "stdlib", context, steps, batch
-        ),
+        Run("mod, auxiliary loss", by_router, "stdlib", context, steps, batch),
         Run("mod, random", mod, "stdlib", context, steps, batch, change=route_at_random),
         Run("dense, half as deep", halved, "stdlib", context, steps, batch),
     ]
@@ -209,25 +194,18 @@ def depth(small: bool) -> Claim:
 def balance(small: bool) -> Claim:
     """Switch; ST-MoE (arXiv:2202.08906); DeepSeek-V3 (arXiv:2412.19437); expert choice (arXiv:2202.09368)."""
     size, context, steps, batch = ("tiny", 128, 300, 8) if small else ("small", 1024, 5000, 32)
+    no_loss = ("moe.balance_loss=0", "moe.z_loss=0")
+    bias = ("moe.balance_loss=0.0001", "moe.z_loss=0", f"moe.bias_step={0.01 if small else 0.001}")
     ways = {
-        "none": {"balance_loss": 0.0, "z_loss": 0.0},
-        "auxiliary loss": {"z_loss": 0.0},
-        "auxiliary and z-loss": {},
-        "bias": {
-            "router": "sigmoid_bias",
-            "balance_loss": 0.0001,
-            "z_loss": 0.0,
-            "bias_step": 0.01 if small else 0.001,
-        },
-        "expert choice (not causal)": {
-            "router": "expert_choice",
-            "balance_loss": 0.0,
-            "z_loss": 0.0,
-        },
+        "none": no_loss,
+        "auxiliary loss": ("moe.z_loss=0",),
+        "auxiliary and z-loss": (),
+        "bias": ("moe.router=sigmoid_bias", *bias),
+        "expert choice (not causal)": ("moe.router=expert_choice", *no_loss),
     }
     runs = [
-        Run(name, preset("moe", size, **fields), "stdlib", context, steps, batch)
-        for name, fields in ways.items()
+        Run(name, preset("moe", size, *settings), "stdlib", context, steps, batch)
+        for name, settings in ways.items()
     ]
     overload = Panel(
         "overload",
@@ -268,11 +246,12 @@ CLAIMS = {
 def route_at_random(model: LM) -> None:
     """Let chance choose the tokens of each mixture-of-depths group, in training and after."""
 
-    def select(self: MixtureOfDepths, scores: Tensor, decision: Tensor, positions: Tensor):
+    def select(
+        self: MixtureOfDepths, scores: Tensor, decision: Tensor, positions: Tensor, context: Context
+    ):
         present = positions >= 0
         chance = torch.rand(present.shape, device=present.device).masked_fill(~present, -1)
         index = chance.topk(self.routed(present.shape[1])).indices.sort(1).values
-        self.auxiliary_losses, self.observed = {}, {}
         return index, present.gather(1, index)
 
     for module in model.modules():
@@ -286,30 +265,32 @@ def routes(model: LM, run: Run, device: torch.device) -> Iterator[dict[str, floa
     data = open_data(run.data, run.context)
     if not groups or run.change is route_at_random:
         return
-
-    def score(route: str) -> dict[str, float]:
+    for topk in (True, False):  # its own decision last, which leaves the model as it was
         for group in groups:
-            group.route = route
-        seen: list[dict[str, list]] = []  # one entry per batch
+            group.topk = topk
         start = time.perf_counter()
-        found = evaluate(
-            model, data, device, run.batch, SCORED, watch=lambda: seen.append(model.observations())
-        )
+        bits = score(model, data, run.batch, SCORED)["bits"]
         speed = SCORED * run.batch * run.context / (time.perf_counter() - start)
-        told = {
-            f"route_{name}": statistics.mean(statistics.mean(batch[name]) for batch in seen)
-            for name in seen[0]
-        }
-        return {
-            "route": route,
-            "route_bits": found["bits"],
+        yield {
+            "route": "topk" if topk else groups[0].options.route,
+            "route_bits": bits,
             "route_tokens_per_second": speed,
-            **told,
+            **{f"route_{name}": mean for name, mean in decisions(model, run, device).items()},
         }
 
-    yield from [
-        score(route) for route in ("topk", run.config.mod_route)
-    ]  # its own last, which leaves the model as it was
+
+@torch.no_grad()
+def decisions(model: LM, run: Run, device: torch.device) -> dict[str, float]:
+    """What mixture-of-depths observes on the batches that a model is judged by: means over batches and
+    layers."""
+    record = Record()
+    model.eval()
+    for tokens, _ in open_data(run.data, run.context).validation(run.batch, SCORED):
+        model(tokens.to(device), record=record)
+    model.train()
+    return {
+        name: torch.stack(seen).double().mean().item() for name, seen in record.observed.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minimodels import LM, Config
-from minimodels.architectures.mod import MixtureOfDepths
+from minimodels.architectures.mod import MixtureOfDepths, score
 from minimodels.command import has_bfloat16
 from minimodels.training.optim import adamw
+from minimodels.training.step import Step, training_step
 
-from .training import training_step
+from .training import CLIP, precision
 
 DECODED = 32  # tokens in a call of decode
 PIECE = 2**16  # tokens that are read at once to make a state for decoding
@@ -41,14 +42,14 @@ class Provider(NamedTuple):
     """a training step by torch.compile, decoding as a CUDA graph"""
 
 
-def train(model: LM, context: int, batch: int, provider: Provider) -> Callable[[], Tensor]:
+def train(model: LM, context: int, batch: int, provider: Provider) -> Callable[[], Step]:
     """Forward, backward, clipping, AdamW."""
     device = model.embedding.weight.device
     optimizer = adamw(model, 1e-4, 0.1)
     tokens = torch.randint(model.embedding.num_embeddings, (batch, context + 1), device=device)
     loss_function = compiled(model, provider) if provider.compiled else model.loss
-    tokens, targets = tokens[:, :-1], tokens[:, 1:]
-    return partial(training_step, model, optimizer, tokens, targets, loss_function)
+    batches, autocast = [(tokens[:, :-1], tokens[:, 1:])], precision(device)
+    return partial(training_step, model, optimizer, batches, autocast, CLIP, loss_function)
 
 
 def prefill(model: LM, context: int, batch: int, provider: Provider) -> Callable[[], tuple]:
@@ -127,15 +128,16 @@ class AtCapacity(nn.Module):
         self.decide, self.capacity = decide, capacity
 
     def forward(self, x: Tensor) -> Tensor:
-        decision = self.decide(x)
-        return self.capacity - torch.rand_like(decision) + 0 * decision
+        decision = score(self.decide, x)  # (B, T)
+        return (self.capacity - torch.rand_like(decision) + 0 * decision).unsqueeze(-1)
 
 
 def at_capacity(model: LM) -> LM:
     """Make every mixture-of-depths take its share of the tokens."""
     for module in model.modules():
         if isinstance(module, MixtureOfDepths):
-            module.predictor = AtCapacity(module.predictor or module.router, module.capacity)
+            decide, capacity = module.predictor or module.router, module.options.capacity
+            module.predictor = AtCapacity(decide, capacity)
     return model
 
 

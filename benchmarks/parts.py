@@ -18,7 +18,7 @@ from __future__ import annotations
 import importlib.util
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -31,15 +31,17 @@ from minimodels.architectures.mamba import recurrence
 from minimodels.architectures.moe import MoE
 from minimodels.architectures.transformer import SwiGLU
 from minimodels.command import keep_freed_memory, pick_device, run_command
+from minimodels.layers import Context
 from minimodels.ledger import ledger
 from minimodels.measure import check_writable, interleave, peak_memory, ratio, write
 from minimodels.ops.delta_rule import delta_rule
 from minimodels.ops.linear_scan import linear_scan
 from minimodels.ops.scan import scan
 from minimodels.training.optim import adamw
+from minimodels.training.step import training_step
 
 from .gpt import GPT
-from .training import training_step
+from .training import CLIP, precision
 
 CPU = torch.device("cpu")
 
@@ -263,13 +265,13 @@ def measure_linear_scan(device: torch.device) -> Iterator[dict]:
 
 
 def measure_moe(device: torch.device) -> list[dict]:
-    config = Config(width=512, experts=8, experts_per_token=2)
+    config, options = Config(width=512), MoE.Options(experts=8, experts_per_token=2)
     x = torch.randn(8, 512, 512, device=device, requires_grad=True)
     gradient = torch.randn_like(x)
     layers = {
-        "dense": SwiGLU(config),
-        "routed": MoE(config),
-        "loop": MoE(Config(width=512, experts=8, experts_per_token=2, impl="reference")),
+        "dense": SwiGLU(SwiGLU.Options(), config),
+        "routed": MoE(options, config),
+        "loop": MoE(options, replace(config, impl="reference")),
     }
     layers = {name: layer.to(device) for name, layer in layers.items()}
     layers["loop"].load_state_dict(layers["routed"].state_dict())
@@ -342,15 +344,16 @@ def wrapped_block(width: int, batch: int, T: int, device: torch.device) -> dict:
 
     return {
         "block": partial(both_passes, block, every),
-        "group alone": partial(both_passes, block.group, chosen, None, positions),
+        # a context for each call, because it keeps the angles of the positions
+        "group alone": lambda: both_passes(block.group, chosen, None, Context(positions)),
     }
 
 
 def measure_trainer(device: torch.device) -> list[dict]:
     torch.manual_seed(0)
-    config = Config(width=128, heads=4, layers="(attention mlp)*4", vocab=65)
+    config = Config(width=128, layers="(attention(heads=4) mlp)*4", vocab=65)
     square = torch.randn(2048, 2048, device=device, dtype=None if device == CPU else torch.bfloat16)
-    models = {"ours": LM(config), "GPT-2": GPT(config, context=64)}
+    models = {"ours": LM(config), "GPT-2": GPT(config, heads=4, context=64)}
     providers = {name: train_step(model, 12, 64, device) for name, model in models.items()}
     providers |= {
         f"{name}, compiled": train_step(model, 12, 64, device, True)
@@ -388,8 +391,8 @@ def train_step(model: LM | GPT, batch: int, T: int, device: torch.device, compil
     optimizer = adamw(model, 1e-4, 0.1)
     loss_function = torch.compile(model.loss, fullgraph=True) if compiled else model.loss
     tokens = torch.randint(model.embedding.num_embeddings, (batch, T + 1), device=device)
-    tokens, targets = tokens[:, :-1], tokens[:, 1:]
-    return partial(training_step, model, optimizer, tokens, targets, loss_function)
+    batches, autocast = [(tokens[:, :-1], tokens[:, 1:])], precision(device)
+    return partial(training_step, model, optimizer, batches, autocast, CLIP, loss_function)
 
 
 QUESTIONS = {

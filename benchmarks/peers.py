@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from minimodels import InputError, from_pretrained
 from minimodels.command import keep_freed_memory, run_command
+from minimodels.generate import Sampling, generate
 from minimodels.measure import check_writable, interleave, ratio, write
 from minimodels.ops.linear_cross_entropy import IGNORE
-from minimodels.sample import Sampling, generate
 
 D, DEPTH, H, V, WIDE = 256, 4, 4, 256, 704
 SHAPE = {"vocab_size": V, "hidden_size": D, "num_hidden_layers": DEPTH}

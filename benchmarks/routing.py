@@ -3,18 +3,19 @@
     python -m benchmarks.routing runs/mod "def f(x):"             coloured in the terminal
     python -m benchmarks.routing runs/hybrid "import os" --html routing.html
 
-A group's line colours the tokens that took the group, and says how many did; an expert layer's line
-colours each token by the expert whose output weighed most. A legend says which colour is which
-expert's.
+A group's line colours the tokens that took the group, and says how many did; an expert layer's line colours each token by the
+expert whose output weighed most. A legend says which colour is which expert's.
 """
 
 from __future__ import annotations
 
 import html
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import tyro
@@ -24,6 +25,7 @@ from minimodels.architectures.mod import MixtureOfDepths
 from minimodels.architectures.moe import MoE
 from minimodels.command import run_command
 from minimodels.data.tokenizer import Bytes
+from minimodels.layers import Record, Stack
 from minimodels.training.checkpoint import load_model
 
 TAKEN = -1  # in the place of an expert's number: a group took the token
@@ -85,72 +87,59 @@ def main(options: Options) -> None:
 @torch.no_grad()
 def trace(model: LM, tokens: torch.Tensor, route: str = "") -> dict[str, Choices]:
     """What each router chose for each token. Tokens (T,)."""
-    found: dict[str, Choices] = {}
-    restore: list[Callable[[], None]] = []
-    for name, module in model.named_modules():
-        if isinstance(module, MixtureOfDepths):
-            watch_depth(module, f"mod {name}", len(tokens), found, restore)
-            module.route = route or module.route
-        elif isinstance(module, MoE):
-            watch_experts(module, f"moe {name}", len(tokens), found, restore)
-    try:
-        model(tokens[None])
-    finally:
-        for undo in restore:
-            undo()
-    return dict(
-        sorted(
-            found.items(),
-            key=lambda item: [int(part) if part.isdigit() else 0 for part in item[0].split(".")],
-        )
-    )
+    routers = [part for part in model.modules() if isinstance(part, (MixtureOfDepths, MoE))]
+    record, best = Record(traces={}), []  # best: of each pass through experts, in their order
+    with ExitStack() as stack:
+        for part in routers:
+            if isinstance(part, MoE):
+                stack.enter_context(patch.object(part, "route", watched(part.route, best)))
+            elif route == "topk":
+                stack.enter_context(patch.object(part, "topk", True))
+        model(tokens[None], record=record)
+    taken = (chosen[0].tolist() for chosen in record.traces.get("taken", []))
+    T = len(tokens)
+    found = place_choices(model.layers, "layers", range(T), taken, iter(best))
+    return {name: [choices.get(place) for place in range(T)] for name, choices in found.items()}
 
 
-def watch_depth(module: MixtureOfDepths, name: str, T: int, found: dict, restore: list) -> None:
-    """Record which tokens take the group."""
-    found[name] = [None] * T
-    select = module.select
+def watched(route: Callable, best: list[list[int]]) -> Callable:
+    """A router of experts that also notes, for each token of the first row, the expert that weighs most."""
 
-    def recording(x, decision, positions):
-        index, real = select(x, decision, positions)
-        taken = {
-            place
-            for place, is_real in zip(
-                positions[0][index[0]].tolist(), real[0].tolist(), strict=True
-            )
-            if is_real
-        }
-        found[name] = [TAKEN if place in taken else None for place in range(T)]
-        return index, real
-
-    module.select = recording
-    restore.append(lambda: module.__dict__.pop("select"))
-
-
-def watch_experts(module: MoE, name: str, T: int, found: dict, restore: list) -> None:
-    """Record the expert that weighs most for each token. Within a group only some tokens come, at
-    their positions."""
-    route, places = module.route, list(range(T))
-    found[name] = [None] * T  # which it stays where a group around the layer takes no token
-
-    def arriving(module, arguments):
-        if arguments[2] is not None:
-            places[:] = arguments[2][0].tolist()
-
-    def recording(logits, K, bias):
-        gates, visits, probabilities = route(logits, K, bias)
-        best = dict(zip(places, (gates * visits).argmax(-1)[0].tolist(), strict=True))
-        found[name] = [best.get(place) for place in range(T)]
+    def watching(*arguments):
+        gates, visits, probabilities = route(*arguments)
+        best.append((gates * visits).argmax(-1)[0].tolist())
         return gates, visits, probabilities
 
-    hook = module.register_forward_pre_hook(arriving)
-    module.route = recording
-    restore += [hook.remove, lambda: setattr(module, "route", route)]
+    return watching
+
+
+def place_choices(
+    layers: Stack,
+    name: str,
+    places: Sequence[int],
+    taken: Iterator[list[bool]],
+    best: Iterator[list[int]],
+) -> dict[str, dict[int, int]]:
+    """Of each router, place in the text -> choice.
+
+    places: the tokens that the layers see. taken, best: the choices of groups and of experts, in the
+    order in which the layers ran. A layer that sees no token does not run.
+    """
+    found: dict[str, dict[int, int]] = {}
+    for i, block in enumerate(layers):
+        if isinstance(block, MixtureOfDepths):
+            marks = next(taken) if places else []
+            inner = [place for place, mark in zip(places, marks, strict=True) if mark]
+            found[f"mod {name}.{i}"] = dict.fromkeys(inner, TAKEN)
+            found |= place_choices(block.group, f"{name}.{i}.group", inner, taken, best)
+        elif isinstance(block.layer, MoE):
+            experts = next(best) if places else []
+            found[f"moe {name}.{i}.layer"] = dict(zip(places, experts, strict=True))
+    return found
 
 
 def colour(choice: int | None) -> str | None:
-    """Of the ground on which a token is shown; ten experts have one each, the next ten the same
-    again."""
+    """Of the ground on which a token is shown; ten experts have one each, the next ten the same again."""
     if choice is None:
         return None
     return TAKEN_COLOUR if choice == TAKEN else COLOURS[choice % len(COLOURS)]

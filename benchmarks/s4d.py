@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimodels.architectures.mamba import Mamba
-from minimodels.layers import full_precision
+from minimodels.layers import Context, full_precision
 from minimodels.ops.convolution import causal_conv1d
 
 
@@ -58,7 +58,7 @@ class S4D(nn.Module):
         powers = torch.exp(exponent.unsqueeze(-1) * torch.arange(T, device=A.device))  # (D, N/2, T)
         return 2 * (C.unsqueeze(1) @ powers).squeeze(1).real
 
-    def forward(self, u: Tensor, state: None = None, positions: None = None, memo: None = None):
+    def forward(self, u: Tensor, state: None = None, context: Context | None = None):
         x, z = self.in_proj(u).chunk(2, dim=-1)  # (B, T, D) each
         x, _ = causal_conv1d(
             x, self.conv1d.weight.squeeze(1), self.conv1d.bias, None, activation=True

@@ -2,7 +2,7 @@
 
     python -m benchmarks.throughput                                       every preset, training step, prefill and decode
     python -m benchmarks.throughput --models transformer mamba --modes train --longest 16384
-    python -m benchmarks.throughput --layers "mamba mlp window mlp" --impl reference torch
+    python -m benchmarks.throughput --layers "mamba mlp attention(window=128) mlp" --impl reference torch
     python -m benchmarks.throughput --models transformer --modes train --impl flash cudnn triton --compile
 
 Models are matched on one axis (`--match`): each is made as wide as gives it the transformer's parameters, active parameters or
@@ -16,12 +16,10 @@ Given several paths, each model is timed with each, and the crossover is that of
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -30,6 +28,7 @@ import torch
 import tyro
 
 from minimodels import LM, Config, InputError, preset
+from minimodels.architectures.registry import LAYERS
 from minimodels.command import (
     has_bfloat16,
     keep_freed_memory,
@@ -37,10 +36,11 @@ from minimodels.command import (
     require_compiler,
     run_command,
 )
+from minimodels.grammar import Call, names_in, parse, read_options, set_options
 from minimodels.layers import choose
 from minimodels.ledger import Ledger, ledger
 from minimodels.measure import ceilings, check_writable, interleave, peak_bytes, synchronise, write
-from minimodels.presets import PRESETS
+from minimodels.presets import PRESETS, fitted
 
 from .crossover import overtaking
 from .modes import BACKENDS, DECODED, MODES, Provider, run
@@ -50,9 +50,12 @@ AXES: dict[str, Callable[[Ledger], float]] = {
     "active": lambda cost: cost.active,
     "flops": lambda cost: cost.forward_flops,
 }
-FIRST = (
-    256  # the context at which the models are matched, and the shortest unless another is asked for
-)
+FIRST = 256  # context at which the models are matched, and the shortest unless another is asked for
+HEADS = {  # layer -> options that are its width / heads by default
+    "attention": ("head_dim",),
+    "retention": ("head_dim", "value_dim"),
+    "deltanet": ("head_dim",),
+}
 
 
 @dataclass(frozen=True)
@@ -204,12 +207,11 @@ def providers(configs: dict[str, Config], options: Options, mode: str) -> dict[s
     for compiled in (False, True) if options.compile and mode in suffixes else (False,):
         for impl in options.impl:
             for base, config in configs.items():
-                names = re.findall(r"\w+", config.layers)
-                if impl in BACKENDS and not {"attention", "window"} & set(names):
+                names = names_in(parse(config.layers))
+                if impl in BACKENDS and "attention" not in names:
                     continue
-                if (
-                    compiled and mode == "decode" and {"moe", "mod"} & set(names)
-                ):  # which wait for the GPU to count
+                waits = bool({"moe", "mod"} & names)  # for the GPU to count
+                if compiled and mode == "decode" and waits:
                     continue
                 way = f", {impl}" * (len(options.impl) > 1) + suffixes.get(mode, "") * compiled
                 config = replace(config, impl="torch" if impl in BACKENDS else impl)
@@ -221,7 +223,8 @@ def matched(options: Options) -> dict[str, Config]:
     """The models by name, as wide as makes them cost on the axis what the transformer does; and the table of their costs."""
     base = preset("transformer", options.size)
     configs = {name: preset(name, options.size) for name in options.models}
-    configs |= {layers: replace(base, layers=layers) for layers in options.layers}
+    for layers in options.layers:
+        configs[layers] = replace(base, layers=fitted(layers, options.size))
     if options.match != "none":
         configs = {
             name: match(config, base, AXES[options.match]) for name, config in configs.items()
@@ -236,23 +239,58 @@ def match(config: Config, base: Config, axis: Callable[[Ledger], float]) -> Conf
     """The width, a multiple of 8, at which the model comes closest to the base on the axis.
 
     Its heads keep their size, and the rank of Mamba's step size is a multiple of 8 too, as tensor cores want it. Widths that a
-    layer of it refuses are left out.
+    layer of it refuses are left out. Raises InputError if they refuse all.
     """
-    head_dim, target = config.head_dim or config.width // config.heads, axis(ledger(base, FIRST))
-    candidates = []
-    for width in range(8, 4 * base.width + 1, 8):
-        with suppress(InputError):
-            candidates.append(
-                replace(config, width=width, head_dim=head_dim, dt_rank=8 * -(-width // 128))
-            )
-    # costs grow with the width
-    first = bisect_left(
-        candidates, target, hi=len(candidates) - 1, key=lambda c: axis(ledger(c, FIRST))
-    )
-    return min(
-        candidates[max(0, first - 1) : first + 1],
-        key=lambda c: abs(axis(ledger(c, FIRST)) - target),
-    )
+    target, config = axis(ledger(base, FIRST)), keep_heads(config)
+    widths, refusals = range(8, 4 * base.width + 1, 8), []
+
+    @cache
+    def cost(width: int) -> float | None:
+        try:
+            return axis(ledger(at_width(config, width), FIRST))
+        except InputError as error:
+            refusals.append(error)
+            return None
+
+    def next_cost(width: int) -> float:
+        """Of the first width from this one on that is not refused. Costs grow with the width."""
+        costs = map(cost, range(width, widths.stop, 8))
+        return next((found for found in costs if found is not None), math.inf)
+
+    first = bisect_left(widths, target, key=next_cost)
+    sides = (reversed(widths[:first]), widths[first:])
+    nearest = [next((width for width in side if cost(width) is not None), None) for side in sides]
+    candidates = [width for width in nearest if width is not None]
+    if not candidates:
+        raise refusals[0]
+    return at_width(config, min(candidates, key=lambda width: abs(cost(width) - target)))
+
+
+def keep_heads(config: Config) -> Config:
+    """The model with the sizes of its heads in its text, so that they stay at another width."""
+    layers = config.layers
+    for name, sizes in HEADS.items():
+        calls = [call for call in every_call(config.calls) if call.name == name]
+        options = [read_options(LAYERS[name].Options, call, config.layers) for call in calls]
+        for size in sizes:
+            heads = {each.heads for each in options if getattr(each, size) is None}
+            if len(heads) > 1:
+                accepted = f"as many in each layer, or {size} in each; or --match none"
+                raise InputError(f"layers: {name}.heads", sorted(heads), accepted)
+            settings = [f"{name}.{size}={config.width // count}" for count in heads]
+            layers = set_options(layers, settings, missing=True)
+    return replace(config, layers=layers)
+
+
+def every_call(calls: tuple[Call, ...]) -> list[Call]:
+    """The calls, and those inside of wrappers."""
+    return [found for call in calls for found in (call, *every_call(call.layers))]
+
+
+def at_width(config: Config, width: int) -> Config:
+    """The model at another width."""
+    ranks = [f"mamba.rank={8 * -(-width // 128)}"] * ("mamba" in names_in(parse(config.layers)))
+    return replace(config, width=width, layers=set_options(config.layers, ranks))
 
 
 def measure_point(

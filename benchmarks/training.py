@@ -9,21 +9,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from minimodels import LM, Config
 from minimodels.command import has_bfloat16
-from minimodels.data.tasks import Task
-from minimodels.data.text import Text, open_data
+from minimodels.data.source import Source
+from minimodels.data.text import open_data
 from minimodels.ledger import ledger
-from minimodels.ops.linear_cross_entropy import tally
+from minimodels.ops.linear_cross_entropy import IGNORE
+from minimodels.training.evaluate import evaluate
 from minimodels.training.optim import adamw, learning_rate
+from minimodels.training.step import set_learning_rate, training_step
 
-PROBED, SCORED = (
-    4,
-    64,
-)  # batches by which a model is judged: while it trains, where a few do, and at the end
+CLIP = 1.0  # largest norm of a gradient
+
+PROBED, SCORED = 4, 64  # batches by which a model is judged: while it trains, and at the end
 
 
 @dataclass
@@ -52,13 +52,13 @@ def train(
     model.to(device)
     optimizer = adamw(model, run.lr, 0.1)
     flops = ledger(model.config, run.context).training_flops
-    records, seconds = [], 0.0
+    records, seconds, autocast = [], 0.0, precision(device)
     for step in range(run.steps):
         start = time.perf_counter()
-        tokens, targets = (part.to(device) for part in data.batch(seed, step, run.batch))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(run.lr, "cosine", step, run.steps // 20, step / run.steps)
-        training_step(model, optimizer, tokens, targets)
+        batch = tuple(part.to(device) for part in data.batch(seed, step, run.batch))
+        rate = learning_rate(run.lr, "cosine", step, run.steps // 20, step / run.steps)
+        set_learning_rate(optimizer, rate)
+        training_step(model, optimizer, [batch], autocast, CLIP)
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds += time.perf_counter() - start
@@ -68,53 +68,27 @@ def train(
             overload = model.observations().get("overload")
             seen = (step + 1) * run.batch * run.context
             record = {"step": step + 1, "tokens": seen, "flops": flops * seen, "seconds": seconds}
-            record |= evaluate(
-                model, data, device, run.batch, SCORED if step + 1 == run.steps else PROBED
-            )
+            batches = SCORED if step + 1 == run.steps else PROBED
+            record |= score(model, data, run.batch, batches)
+            record |= {"targets": count_targets(data, run.batch, batches)}
             record |= {"overload": statistics.mean(overload)} if overload else {}
             records.append(record)
     return model, records
 
 
-def training_step(
-    model: LM,
-    optimizer: torch.optim.Optimizer,
-    tokens: Tensor,
-    targets: Tensor,
-    loss_function: Callable | None = None,
-) -> Tensor:
-    """One step as train.py makes it, in bf16 on a GPU that has it; returns the loss, detached.
-
-    tokens, targets: (B, T). loss_function: the model's, compiled.
-    """
-    device = tokens.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
-        loss, _ = (loss_function or model.loss)(tokens, targets)
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    model.after_step()
-    return loss.detach()
+def score(model: LM, data: Source, batch: int, batches: int) -> dict[str, float]:
+    """Bits per target and the fraction that is right, in evaluation mode and full precision, always on
+    the same batches."""
+    full = torch.autocast(model.embedding.weight.device.type, enabled=False)
+    found = evaluate(model, data, batch, batches, full)
+    return {"bits": found["validation_loss"] / math.log(2), "accuracy": found["accuracy"]}
 
 
-@torch.no_grad()
-def evaluate(
-    model: LM,
-    data: Text | Task,
-    device: torch.device,
-    batch: int,
-    batches: int,
-    watch: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """Bits per target, the fraction that is right and the number of targets, in evaluation mode, on the same batches always;
-    `watch` is called after each."""
-    model.eval()
-    total = 0.0
-    for tokens, targets in data.validation(batch, batches):
-        logits, _ = model(tokens.to(device))
-        watch()
-        total += tally(logits, targets.to(device))
-    model.train()
-    loss, right, count = total.tolist()
-    return {"bits": loss / count / math.log(2), "accuracy": right / count, "targets": int(count)}
+def count_targets(data: Source, batch: int, batches: int) -> int:
+    """The targets that `score` judges by."""
+    return sum(int((targets != IGNORE).sum()) for _, targets in data.validation(batch, batches))
+
+
+def precision(device: torch.device) -> torch.autocast:
+    """What a model trains in: bf16 on a GPU that has it, as with train.py."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))

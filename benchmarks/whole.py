@@ -19,10 +19,11 @@ from minimodels import LM, Config, preset
 from minimodels.ledger import ledger
 from minimodels.measure import interleave, peak_bytes
 from minimodels.training.optim import adamw
+from minimodels.training.step import training_step
 
 from . import throughput
 from .session import Job, Session
-from .training import training_step
+from .training import CLIP, precision
 
 STEPS = 4  # of which the losses are compared, before any is timed
 TOLERANCE = 1e-2  # of |loss - expected| / expected
@@ -105,13 +106,17 @@ def train(name: str, session: Session) -> None:
 def start(
     config: Config, batch: int, context: int, session: Session
 ) -> tuple[Callable[[], Tensor], list[float], int | None]:
-    """A call that makes one training step, the losses of the steps made so far, and the bytes that
-    a step takes."""
+    """A call that makes one training step and returns its loss, the losses of the steps made so far, and
+    the bytes that a step takes."""
     torch.manual_seed(0)
     model = LM(config).to(session.device)
     optimizer = adamw(model, 1e-4, 0.1)
     tokens = torch.randint(256, (batch, context + 1)).to(session.device)
-    call = partial(training_step, model, optimizer, tokens[:, :-1], tokens[:, 1:])
+    batches, autocast = [(tokens[:, :-1], tokens[:, 1:])], precision(session.device)
+
+    def call() -> Tensor:
+        return sum(training_step(model, optimizer, batches, autocast, CLIP).parts.values())
+
     losses = [float(call()) for _ in range(2 if session.toy else STEPS)]
     return call, losses, None if session.toy else peak_bytes(call, session.device)
 

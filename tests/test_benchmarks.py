@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import importlib
+import itertools
 import json
 import math
 import time
@@ -29,6 +30,7 @@ from benchmarks import (
     parts,
     peers,
     plot,
+    positions,
     routing,
     s4d,
     steps,
@@ -39,9 +41,11 @@ from benchmarks import (
 from benchmarks.crossover import crossover, overtaking
 from minimodels import LM, Config, InputError, measure, preset
 from minimodels.data.tokenizer import Bytes
+from minimodels.layers import Record
 from minimodels.ledger import ledger
 from minimodels.measure import interleave, ratio
 from minimodels.ops.convolution import causal_conv1d
+from minimodels.training.checkpoint import save_model
 
 
 def rows_of(path) -> list[dict]:
@@ -129,12 +133,17 @@ def test_a_wrapped_block_and_its_group_alone():
 
 
 @pytest.mark.parametrize("axis", throughput.AXES)
-@pytest.mark.parametrize("model", ["mamba", "moe", "mod", "hybrid"])
+@pytest.mark.parametrize("model", ["mamba", "moe", "mod", "hybrid", "retnet", "kimi_linear"])
 def test_models_are_matched_on_the_axis(axis, model):
     base, of = preset("transformer"), throughput.AXES[axis]
     matched = throughput.match(preset(model), base, of)
     assert of(ledger(matched, 256)) == pytest.approx(of(ledger(base, 256)), rel=0.11)
-    assert matched.head_dim == base.width // base.heads and matched.dt_rank % 8 == 0
+    for call in throughput.every_call(matched.calls):
+        options = {option.name: option.value for option in call.options}
+        if call.name == "mamba":
+            assert options["rank"] % 8 == 0
+        for size in throughput.HEADS.get(call.name, ()):
+            assert options[size] == base.width // 4  # heads
     for width in (matched.width - 8, matched.width + 8):
         other = of(ledger(throughput.replace(matched, width=width), 256))
         assert abs(other - of(ledger(base, 256))) >= abs(
@@ -142,16 +151,40 @@ def test_models_are_matched_on_the_axis(axis, model):
         )
 
 
+def test_widths_that_a_layer_refuses_are_left_out():
+    base, of = preset("transformer"), throughput.AXES["parameters"]
+    layers = "mamba2(head_dim=128, state_size=16) mlp"  # whose inner width is a multiple of 128
+    matched = throughput.match(Config(layers, width=100), base, of)
+    others = [of(ledger(replace(matched, width=width), 256)) for width in range(64, 513, 64)]
+    target = of(ledger(base, 256))
+    assert abs(of(ledger(matched, 256)) - target) == min(abs(other - target) for other in others)
+    with pytest.raises(InputError, match="nothing"):
+        throughput.match(Config("attention nothing"), base, of)
+
+
+def test_heads_keep_their_size_in_every_part_of_the_text():
+    kept = throughput.keep_heads(
+        Config("A=attention(heads=2) A mod(attention(heads=8, head_dim=6) mlp)", width=48)
+    )
+    heads = [call for call in throughput.every_call(kept.calls) if call.name == "attention"]
+    assert [{option.name: option.value for option in call.options} for call in heads] == [
+        {"heads": 2, "head_dim": 24},
+        {"heads": 8, "head_dim": 6},
+    ]
+    with pytest.raises(InputError, match=r"attention.heads: \[2, 8\] .* head_dim in each"):
+        throughput.keep_heads(Config("attention(heads=2) attention(heads=8)", width=48))
+
+
 def test_throughput_writes_rows_that_plot_draws(tmp_path, capsys):
     out = tmp_path / "throughput.jsonl"
     throughput.main(
-        throughput.Options(models=("transformer", "mamba"), layers=("window mlp",), longest=512, tokens=256, rounds=1, sweeps=2,
-                           decode_batch=2, device="cpu", out=out)
+        throughput.Options(models=("transformer", "mamba"), layers=("attention(window=128) mlp",), longest=512,
+                           tokens=256, rounds=1, sweeps=2, decode_batch=2, device="cpu", out=out)
     )  # fmt: skip
     rows = rows_of(out)
     assert {row["mode"] for row in rows} == {"train", "prefill", "decode"}
     assert {row["context"] for row in rows} == {256, 512}
-    assert {"transformer", "transformer again", "mamba", "window mlp"} == {
+    assert {"transformer", "transformer again", "mamba", "attention(window=128) mlp"} == {
         row["model"] for row in rows
     }
     for row in rows:
@@ -218,7 +251,7 @@ def test_decoding_is_captured_where_nothing_waits_for_the_gpu(monkeypatch):
         torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: captures.append("replay"))
     )
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
-    model = LM(Config(width=16, heads=2, layers="attention mamba"))
+    model = LM(Config(width=16, layers="attention(heads=2) mamba"))
     gone = weakref.ref(model.embedding.weight)
     call = modes.decode(model, 8, 2, modes.Provider("x", model.config, "torch", True))
     del model
@@ -298,9 +331,11 @@ def test_what_does_not_fit_beside_others_is_timed_alone(monkeypatch):
 
 def test_mixture_of_depths_is_timed_at_its_capacity():
     torch.manual_seed(0)
-    model = modes.at_capacity(LM(preset("mod", capacity=0.25)).eval())
-    model(torch.zeros(8, 256, dtype=torch.int64))
-    assert all(abs(share - 0.25) < 0.05 for share in model.observations()["routed"])
+    model = modes.at_capacity(LM(preset("mod", "tiny", "mod.capacity=0.25")).eval())
+    record = Record()
+    model(torch.zeros(8, 256, dtype=torch.int64), record=record)
+    assert len(record.observed["routed"]) == 2
+    assert all(abs(share - 0.25) < 0.05 for share in record.observed["routed"])
 
 
 @pytest.mark.parametrize("claim", claims.CLAIMS)
@@ -343,20 +378,32 @@ def test_a_claim_leaves_rows_that_plot_draws(claim, tmp_path, monkeypatch, capsy
 
 
 def test_routing_decisions_are_those_of_all_batches_scored(monkeypatch):
-    told = iter([[0.1], [0.3], [0.2], [0.6]])  # of two batches with either route
-    monkeypatch.setattr(claims, "SCORED", 2)
-    monkeypatch.setattr(LM, "observations", lambda model: {"routed": next(told)})
-    run = claims.Run(
-        "mod, predictor", preset("mod", "tiny", width=16, heads=2, vocab=256), "stdlib", 16, 1, 2
-    )
-    oracle, causal = claims.routes(LM(run.config), run, torch.device("cpu"))
-    assert oracle["route_routed"] == pytest.approx(0.2)
-    assert causal["route_routed"] == pytest.approx(0.4)
+    monkeypatch.setattr(claims, "SCORED", 3)
+    config = preset("mod", "tiny", "attention.heads=2", width=16, vocab=256)
+    run = claims.Run("mod, predictor", config, "stdlib", 16, 1, 2)
+    torch.manual_seed(0)
+    model = LM(run.config)
+    for router in model.routers:  # so that they do not treat all tokens alike
+        for parameter in router.predictor.parameters():
+            torch.nn.init.normal_(parameter)
+    oracle, causal = claims.routes(model, run, torch.device("cpu"))
+    assert model.training and model.eval().causal  # as it was before
+    for told, topk in ((oracle, True), (causal, False)):
+        shares = []
+        for tokens, _ in training.open_data("stdlib", 16).validation(2, 3):
+            record = Record()
+            for router in model.routers:
+                router.topk = topk
+            model(tokens, record=record)
+            shares += [share.item() for share in record.observed["routed"]]
+        assert len(shares) == 6 and len({*shares[::2]}) > 1  # two groups, and batches that differ
+        assert told["route_routed"] == pytest.approx(sum(shares) / 6)
+    assert "route_accuracy" in oracle and "route_accuracy" not in causal
 
 
 def test_gpt_is_causal_and_of_the_size_that_is_told():
-    config = Config(width=128, heads=4, layers="(attention mlp)*4", vocab=65)
-    model, tokens = gpt.GPT(config, context=64), torch.randint(65, (2, 64))
+    config = Config(width=128, layers="(attention(heads=4) mlp)*4", vocab=65)
+    model, tokens = gpt.GPT(config, heads=4, context=64), torch.randint(65, (2, 64))
     sizes = [sum(parameter.numel() for parameter in m.parameters()) for m in (model, LM(config))]
     assert sizes[0] / sizes[1] == pytest.approx(0.99, abs=0.001)
     targets = torch.full((2, 64), -100)
@@ -370,7 +417,7 @@ def test_gpt_is_causal_and_of_the_size_that_is_told():
 
 def test_without_selection_mamba_is_a_time_invariant_recurrence():
     torch.manual_seed(0)
-    lm = LM(Config(layers="mamba", width=16, state_size=6)).double()
+    lm = LM(Config(layers="mamba(state_size=6)", width=16)).double()
     s4d.forget_selection(lm)
     (layer,) = (module for module in lm.double().modules() if isinstance(module, s4d.S4D))
     x, A = (
@@ -431,7 +478,7 @@ def test_what_cannot_run_is_told_from_what_does_not_fit():
 def test_routing_shows_what_the_routers_chose():
     torch.manual_seed(0)
     lm, tokens = (
-        LM(Config(layers="mod(attention moe) moe", width=16, capacity=0.5)).eval(),
+        LM(Config(layers="mod(attention moe, capacity=0.5) moe", width=16)).eval(),
         Bytes().encode("some text"),
     )
     shown = routing.trace(lm, tokens, "topk")
@@ -441,8 +488,9 @@ def test_routing_shows_what_the_routers_chose():
     assert depth.count(routing.TAKEN) == 5  # half of nine, rounded up
     assert [choice is None for choice in depth] == [choice is None for choice in inner]
     assert None not in outer
-    before, _ = lm(tokens[None])
-    assert torch.equal(lm(tokens[None])[0], before)  # nothing is left behind
+    assert (
+        routing.trace(lm, tokens)["mod layers.0"] != depth and lm.causal
+    )  # nothing is left behind
     assert "<script" not in routing.page("<script>", ["<"] * 9, shown)
 
 
@@ -455,6 +503,61 @@ def test_curves_are_drawn_from_logs(tmp_path):
     assert (tmp_path / "lr0.1.svg").exists()
     training, validation = curves.points([{**row, "file": "x"} for row in log], "flops")
     assert (training, validation) == (([5.0], [2 / math.log(2)]), ([5.0], [1 / math.log(2)]))
+
+
+def test_the_loss_by_position_is_that_of_each_token(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = LM(Config(layers="attention(window=5) mod(mlp)", width=16, vocab=256))
+    save_model(model, tmp_path / "run")
+    about = json.loads((tmp_path / "run/options.json").read_text())
+    about |= {"data": "stdlib", "context": 8}
+    (tmp_path / "run/options.json").write_text(json.dumps(about))
+    out = tmp_path / "rows.jsonl"
+    options = positions.Options(
+        runs=(tmp_path / "run",), batch_size=3, batches=2, device="cpu", out=out
+    )
+    positions.main(options)
+    rows = rows_of(out)
+    bounds = [(row["first"], row["last"]) for row in rows]
+    assert bounds == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 5), (6, 7),
+                      (8, 10), (11, 15), (16, 22), (23, 31)]  # fmt: skip
+    assert all((row["context"], row["longest"]) == (8, 32) for row in rows)
+    losses = []  # of each token, as if it were the only target
+    model.eval()
+    for tokens, targets in training.open_data("stdlib", 32).validation(3, 2):
+        logits = model(tokens)[0]
+        losses += [
+            [F.cross_entropy(logits[b, t], targets[b, t]).item() for t in range(32)]
+            for b in range(3)
+        ]
+    for row in rows:
+        part = [each for loss in losses for each in loss[row["first"] : row["last"] + 1]]
+        assert row["targets"] == len(part)
+        assert row["bits_per_byte"] == pytest.approx(sum(part) / len(part) / math.log(2), rel=1e-5)
+    assert f"{rows[-1]['bits_per_byte']:.4f}" in capsys.readouterr().out
+
+    positions.main(replace(options, longest=6, per_doubling=1))
+    assert [row["last"] for row in rows_of(out)] == [0, 1, 3, 5]
+    about["data"] = "induction"
+    (tmp_path / "run/options.json").write_text(json.dumps(about))
+    with pytest.raises(InputError, match="a run on text; induction is a task"):
+        positions.main(options)
+    del about["context"]
+    (tmp_path / "run/options.json").write_text(json.dumps(about))
+    with pytest.raises(InputError, match="the folder of a training run"):
+        positions.main(options)
+
+
+@pytest.mark.parametrize("context", [1, 3, 100, 256])
+@pytest.mark.parametrize("longest", [1, 99, 100, 256, 1000])
+def test_no_bin_reaches_over_the_trained_context(context, longest):
+    for per_doubling in (1, 2, 3):
+        edges = positions.bins(context, longest, per_doubling)
+        assert edges == sorted(set(edges)) and (edges[0], edges[-1]) == (0, longest)
+        assert context in edges or context > longest
+        assert all(
+            stop <= max(start + 1, 2 * start + 1) for start, stop in itertools.pairwise(edges)
+        )
 
 
 def test_a_cpu_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
@@ -564,6 +667,8 @@ def test_a_cpu_measures_nothing_if_the_results_are_wrong(tmp_path, monkeypatch):
         (peers.main, peers.Options(only="gpt"), "only: 'gpt' .* llama"),
         (plot.main, plot.Options(results=()), "results"),
         (curves.main, curves.Options(runs=(), axis="money"), "axis: 'money' .* tokens"),
+        (positions.main, positions.Options(runs=()), "runs: .* folders of training runs"),
+        (positions.main, positions.Options(runs=(Path("never"),)), "run: 'never/options.json'"),
     ],
 )
 def test_bad_input_is_refused(main, options, message):
@@ -756,7 +861,7 @@ def test_a_picture_has_a_line_for_each_model_and_file():
 
 def test_a_run_for_a_comparison_takes_the_steps_that_it_says():
     changed = []
-    config = Config(layers="moe", width=16, router="sigmoid_bias", bias_step=0.1)
+    config = Config(layers="moe(router=sigmoid_bias, bias_step=0.1)", width=16)
     run = training.Run(
         "moe",
         config,
@@ -803,20 +908,20 @@ def test_a_comparison_is_scored_on_held_out_batches_as_in_use():
     model = LM(
         Config(layers="mod(mlp)", width=16, vocab=8, tie_embeddings=False)
     )  # a tied head repeats its token
-    scores = training.evaluate(model, data, torch.device("cpu"), 4, 8)
+    scores = training.score(model, data, 4, 8)
     assert model.training
     nats, accuracy = scored(model, data.validation(4, 8))
-    assert scores == pytest.approx(
-        {"bits": nats / math.log(2), "accuracy": accuracy, "targets": 64}
-    )
+    assert scores == pytest.approx({"bits": nats / math.log(2), "accuracy": accuracy})
+    assert training.count_targets(data, 4, 8) == 64
 
 
 def test_a_mode_does_the_work_that_its_rows_count(monkeypatch):
-    seen, features, config = [], LM.features, Config(width=16, heads=2, layers="attention")
+    seen, features = [], LM.features
+    config = Config(width=16, layers="attention(heads=2)")
 
-    def watched(model, tokens, state=None, positions=None):
+    def watched(model, tokens, state=None, context=None):
         seen.append((tuple(tokens.shape), state))
-        return features(model, tokens, state, positions)
+        return features(model, tokens, state, context)
 
     monkeypatch.setattr(LM, "features", watched)
     monkeypatch.setattr(modes, "PIECE", 16)
@@ -879,7 +984,7 @@ def test_each_model_has_its_own_peak(monkeypatch):
     peaks = iter((1, 2))
     monkeypatch.setattr(throughput, "peak_bytes", lambda call, device: next(peaks))
     given = {
-        name: modes.Provider(name, Config(layers=name, width=16, heads=2), "torch")
+        name: modes.Provider(name, Config(layers=name, width=16), "torch")
         for name in ("mlp", "mamba")
     }
     rows = throughput.measure_point(
