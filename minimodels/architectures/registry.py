@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from minimodels.architectures.latent_attention import LatentAttention
 from minimodels.architectures.mamba import Mamba
 from minimodels.architectures.mod import MixtureOfDepths
 from minimodels.architectures.moe import MoE
@@ -18,6 +19,7 @@ LAYERS = {
     "mlp": SwiGLU,
     "mamba": Mamba,
     "moe": MoE,
+    "latent_attention": LatentAttention,
 }
 WRAPPERS = {"mod": MixtureOfDepths}  # which hold other layers
 
