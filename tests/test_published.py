@@ -150,6 +150,11 @@ CASES = {  # model_type -> options of its configuration class
          "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
          "layer_types": ["full_attention", "sliding_attention", "full_attention"], "num_hidden_layers": 3},
     ],
+    "diffllama": [
+        {**HEADS, "num_hidden_layers": 3},
+        {**HEADS, "num_key_value_heads": 4, "tie_word_embeddings": True, "attention_bias": True, "head_dim": 6,
+         "rope_parameters": YARN},
+    ],
     "deepseek_v2": [
         {**LATENT, "first_k_dense_replace": 1, "num_hidden_layers": 3},
         {**LATENT, "q_lora_rank": None, "attention_bias": True, "mlp_bias": True, "n_shared_experts": 1,
@@ -232,6 +237,7 @@ def without_casts_to_single():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "to", lifted_to)
         patch.setattr(torch.Tensor, "type", lifted_type)
+        patch.setattr(torch, "sum", lambda x, dim=None, dtype=None: x.sum(dim))
         # which rounds its cosines in another way than cos does
         patch.setattr(torch, "polar", lambda one, angles: torch.complex(angles.cos(), angles.sin()))
         patch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else single(x))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from minimodels.architectures.differential_attention import DifferentialAttention
 from minimodels.architectures.latent_attention import LatentAttention
 from minimodels.architectures.mamba import Mamba
 from minimodels.architectures.mod import MixtureOfDepths
@@ -20,6 +21,7 @@ LAYERS = {
     "mamba": Mamba,
     "moe": MoE,
     "latent_attention": LatentAttention,
+    "differential_attention": DifferentialAttention,
 }
 WRAPPERS = {"mod": MixtureOfDepths}  # which hold other layers
 

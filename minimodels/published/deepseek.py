@@ -14,7 +14,7 @@ from minimodels.published.family import Family, Role
 from minimodels.published.llama import DECODER, FIELDS, MLP
 from minimodels.published.mixtral import EXPERTS
 from minimodels.published.places import Leading
-from minimodels.published.rope import Rope
+from minimodels.published.rope import WholeRope
 
 
 class Heads:
@@ -37,14 +37,13 @@ class Heads:
         return True
 
 
-class LatentRope(Rope):
+class LatentRope(WholeRope):
     """Rotary positions, whose scaling by yarn also scales the scores, by mscale_all_dim."""
 
-    options = (*Rope.options[:2], "scale")
+    options = (*WholeRope.options, "scale")
 
     def read(self, entries: Entries) -> dict[str, object]:
         found = super().read(entries)
-        del found["rope_fraction"]
         rope = self.parameters(entries)
         sharper = rope.get("mscale_all_dim")
         usual = (entries.number("qk_nope_head_dim") + entries.number("qk_rope_head_dim")) ** -0.5
