@@ -9,6 +9,7 @@ constant factor; one begins where the context of training ends. A row holds the 
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,7 @@ def measure(folder: Path, options: Options, device: torch.device) -> list[dict]:
     return [
         {**shared, "first": first, "last": stop - 1, "targets": windows * (stop - first),
          "bits_per_byte": nats[first:stop].mean().item() / byte}
-        for first, stop in zip(edges, edges[1:], strict=False)
+        for first, stop in itertools.pairwise(edges)
     ]  # fmt: skip
 
 

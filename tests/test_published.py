@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from minimodels import LM, Config, InputError, from_pretrained, preset, save_pretrained
@@ -39,6 +38,10 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_f
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 24, "beta_fast": 4.0,
         "mscale": 1.0, "mscale_all_dim": 0.7}  # fmt: skip
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+LATENT = {
+    **HEADS, "num_key_value_heads": 4, "q_lora_rank": 10, "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4,
+    "v_head_dim": 5, "n_routed_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
+}  # fmt: skip
 AUXILIARY = {"output_router_logits": True, "router_aux_loss_coef": 0.3}
 
 CASES = {  # model_type -> options of its configuration class
@@ -147,6 +150,23 @@ CASES = {  # model_type -> options of its configuration class
          "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
          "layer_types": ["full_attention", "sliding_attention", "full_attention"], "num_hidden_layers": 3},
     ],
+    "diffllama": [
+        {**HEADS, "num_hidden_layers": 3},
+        {**HEADS, "num_key_value_heads": 4, "tie_word_embeddings": True, "attention_bias": True, "head_dim": 6,
+         "rope_parameters": YARN},
+    ],
+    "deepseek_v2": [
+        {**LATENT, "first_k_dense_replace": 1, "num_hidden_layers": 3},
+        {**LATENT, "q_lora_rank": None, "attention_bias": True, "mlp_bias": True, "n_shared_experts": 1,
+         "routed_scaling_factor": 1.7, "rope_parameters": YARN, "first_k_dense_replace": 1},
+        {**LATENT, "tie_word_embeddings": True, "v_head_dim": 14, "num_experts_per_tok": 1, "rope_parameters": LINEAR},
+    ],
+    "deepseek_v3": [
+        {**LATENT, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_hidden_layers": 3},
+        {**LATENT, "n_group": 1, "topk_group": 1, "q_lora_rank": None, "attention_bias": True, "first_k_dense_replace": 0,
+         "n_shared_experts": 2, "rope_parameters": {**YARN, "attention_factor": 1.2}, "tie_word_embeddings": True},
+        {**LATENT, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 5, "v_head_dim": 14, "rope_parameters": YARN},
+    ],
     "jamba": [
         {**HEADS, "num_hidden_layers": 4, "attn_layer_period": 3, "attn_layer_offset": 1, "num_experts": 3, **AUXILIARY},
         {**HEADS, "num_hidden_layers": 3, "attn_layer_period": 2, "attn_layer_offset": 0, "num_experts": 4,
@@ -194,7 +214,12 @@ def text(batch: int = 2, seed: int = 1) -> torch.Tensor:
 @contextlib.contextmanager
 def without_casts_to_single():
     """Inside, fp64 stays fp64 in transformers too, which otherwise computes norms, routers and scans in fp32 at any dtype."""
-    to, single, softmax = torch.Tensor.to, torch.Tensor.float, F.softmax
+    to, single, softmax, type_of = (
+        torch.Tensor.to,
+        torch.Tensor.float,
+        torch.Tensor.softmax,
+        torch.Tensor.type,
+    )
 
     def lifted_to(x, *args, **kwargs):
         if x.dtype == torch.float64 and (
@@ -203,13 +228,20 @@ def without_casts_to_single():
             return x
         return to(x, *args, **kwargs)
 
-    def lifted_softmax(x, dim=None, dtype=None, **kwargs):
-        return softmax(x, dim=dim, dtype=None if x.dtype == torch.float64 else dtype, **kwargs)
+    def lifted_softmax(x, dim=None, dtype=None):
+        return softmax(x, dim=dim, dtype=None if x.dtype == torch.float64 else dtype)
+
+    def lifted_type(x, dtype=None):
+        return x if x.dtype == torch.float64 and dtype == torch.float32 else type_of(x, dtype)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "to", lifted_to)
+        patch.setattr(torch.Tensor, "type", lifted_type)
+        patch.setattr(torch, "sum", lambda x, dim=None, dtype=None: x.sum(dim))
+        # which rounds its cosines in another way than cos does
+        patch.setattr(torch, "polar", lambda one, angles: torch.complex(angles.cos(), angles.sin()))
         patch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else single(x))
-        patch.setattr(F, "softmax", lifted_softmax)
+        patch.setattr(torch.Tensor, "softmax", lifted_softmax)
         yield
 
 

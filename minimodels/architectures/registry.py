@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from minimodels.architectures.deltanet import DeltaNet
+from minimodels.architectures.differential_attention import DifferentialAttention
+from minimodels.architectures.latent_attention import LatentAttention
 from minimodels.architectures.mamba import Mamba
 from minimodels.architectures.mamba2 import Mamba2
 from minimodels.architectures.mod import MixtureOfDepths
@@ -26,6 +28,8 @@ LAYERS = {
     "retention": Retention,
     "deltanet": DeltaNet,
     "short_convolution": ShortConvolution,
+    "latent_attention": LatentAttention,
+    "differential_attention": DifferentialAttention,
 }
 WRAPPERS = {"mod": MixtureOfDepths}  # which hold other layers
 

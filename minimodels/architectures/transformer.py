@@ -40,7 +40,7 @@ from minimodels.grammar import option
 from minimodels.layers import Context, Place, RMSNorm, linear
 from minimodels.ops.activation import GATED
 from minimodels.ops.attention import attention
-from minimodels.ops.cache import AttentionState, carry
+from minimodels.ops.cache import AttentionState, advance, carry
 from minimodels.ops.rotary import Scaling, rotary, rotate, scaling_text
 
 
@@ -131,21 +131,8 @@ class Attention(nn.Module):
     ):
         context = context or Context()
         B, T, _ = x.shape
-        positions, starts, seen = (
-            context.positions,
-            context.starts,
-            0 if state is None else state.seen,
-        )
-        if positions is None and isinstance(
-            seen, int
-        ):  # no gaps, no padding: the same in every row
-            turned = torch.arange(seen, seen + T, device=x.device)  # (T,)
-            seen = seen + T
-        else:
-            if positions is None:
-                positions = seen[:, None] + torch.arange(T, device=x.device)  # (B, T)
-            turned = (positions if starts is None else positions - starts).unsqueeze(1)  # (B, 1, T)
-            seen = (positions.amax(1) + 1).clamp(min=seen)  # (B,)
+        seen, starts = 0 if state is None else state.seen, context.starts
+        positions, turned, seen = advance(seen, x, context.positions, starts)
 
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.q_norm is not None:  # a norm may leave autocast's precision

@@ -31,6 +31,23 @@ class AttentionState(NamedTuple):
     )
 
 
+def advance(
+    seen: Tensor | int, x: Tensor, positions: Tensor | None, starts: Tensor | None
+) -> tuple[Tensor | None, Tensor, Tensor | int]:
+    """Where a chunk x (B, T, D) is: its positions, those within each document for rotation, and the position after it.
+
+    The positions are None, and the third a number, if all rows are texts without gaps or padding; those for rotation are
+    (T,) then, else (B, 1, T).
+    """
+    T = x.shape[1]
+    if positions is None and isinstance(seen, int):  # the same in every row
+        return None, torch.arange(seen, seen + T, device=x.device), seen + T
+    if positions is None:
+        positions = seen[:, None] + torch.arange(T, device=x.device)  # (B, T)
+    turned = (positions if starts is None else positions - starts).unsqueeze(1)  # (B, 1, T)
+    return positions, turned, (positions.amax(1) + 1).clamp(min=seen)
+
+
 def carry(
     before: AttentionState | None, now: AttentionState, window: int | None
 ) -> tuple[AttentionState, AttentionState]:
@@ -72,8 +89,10 @@ def compact(state: AttentionState, window: int | None, count: bool = True) -> At
         positions, order = positions.sort(
             dim=1, stable=True
         )  # empty slots first: what is dropped is dropped there
-        index, empty = order[:, None, :, None].expand_as(keys), (positions < 0)[:, None, :, None]
-        keys, values = (part.gather(2, index).masked_fill(empty, 0) for part in (keys, values))
+        index, empty = order[:, None, :, None], (positions < 0)[:, None, :, None]
+        keys, values = (
+            part.gather(2, index.expand_as(part)).masked_fill(empty, 0) for part in (keys, values)
+        )
         if count:
             keep = min(keep, int((positions >= 0).sum(1).amax()))
     if keep < slots:  # cloned, for a view would keep what is dropped in memory

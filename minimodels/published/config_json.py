@@ -6,6 +6,7 @@ what is written is read again and compared.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import fields, replace
@@ -100,10 +101,12 @@ def read_config(
     for name, accepted in NEUTRAL.items():
         if name not in given.asked:
             require(given, name, accepted)
+    settings_of_roles = [each for role in family.roles.values() for each in role.settings]
+    spoken = {name for setting in settings_of_roles for name in setting.names}  # in other models
     unknown = {
         name: value
         for name, value in given.items()
-        if name not in {*given.asked, *family.idle} and not is_idle(name, value)
+        if name not in {*given.asked, *spoken, *family.idle} and not is_idle(name, value)
     }
     if unknown:
         accepted = "entries known for this model_type, or named in `ignore` to be left out"
@@ -267,16 +270,23 @@ def misfits(role: Role, values: dict[str, Any]) -> int:
     return sum(not each.fits(values) for each in role.settings)
 
 
+def differ(one: object, other: object) -> bool:
+    """Whether two values mean different models; numbers that were computed may differ in their last digits."""
+    if type(one) is float and type(other) is float:
+        return not math.isclose(one, other, rel_tol=1e-12)
+    return one != other
+
+
 def compare(config: Config, again: Config, family: Family) -> None:
     """Raise InputError unless the two are one model."""
     for field in fields(Config):
         meant, said = getattr(config, field.name), getattr(again, field.name)
-        if meant != said and field.name not in ("layers", "impl"):
+        if differ(meant, said) and field.name not in ("layers", "impl"):
             raise InputError(field.name, meant, str(said))
     if [call.name for call in config.calls] != [call.name for call in again.calls]:
         raise InputError("layers", config.layers, again.layers)
     for (name, meant), (_, said) in zip(assign(config, family), assign(again, family), strict=True):
         role = family.roles[name]
         for option in meant:
-            if meant[option] != said[option] and option not in role.training:
+            if differ(meant[option], said[option]) and option not in role.training:
                 raise InputError(f"{role.layer}.{option}", meant[option], str(said[option]))

@@ -1,7 +1,7 @@
 """Llama and the decoders that follow it: attention with rotary positions and SwiGLU, each after a norm.
 
 Llama, arXiv:2302.13971; Mistral, arXiv:2310.06825; Qwen2, arXiv:2407.10671; Qwen3, arXiv:2505.09388; SmolLM3;
-Granite 3; Phi-3, arXiv:2404.14219.
+Granite 3; the Differential Transformer, arXiv:2410.05258; Phi-3, arXiv:2404.14219.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from minimodels.published.entries import Computed, Entry, Fixed, divides
 from minimodels.published.family import Family, Role
 from minimodels.published.places import Always, LayerTypes, SomeUnturned, Windowed
-from minimodels.published.rope import Rope
+from minimodels.published.rope import Rope, WholeRope
 from minimodels.published.tensors import Fused
 
 FIELDS = (
@@ -73,6 +73,23 @@ UNTURNED = SMOLLM3.having(Fixed(rope_base=0.0, rope_scaling=None, rope_fraction=
 PHI3 = ATTENTION.having(Fixed(bias=False), Rope(partial=True)).storing(
     {"q k v": Fused("self_attn.qkv_proj"), "out": "self_attn.o_proj"}
 )
+DIFFERENTIAL = Role(
+    "differential_attention",
+    settings=(
+        Entry("heads", "num_attention_heads"),
+        Entry("kv_heads", "num_key_value_heads", None),
+        Entry("head_dim", "head_dim", None),
+        Entry("bias", "attention_bias", False),
+        WholeRope(),
+        Fixed(version="v1"),
+    ),
+    parts={
+        **ATTENTION.parts,
+        **{f"lambda_{each}": f"self_attn.lambda_{each}" for each in ("q1", "k1", "q2", "k2")},
+    },
+    residual=ATTENTION.residual,
+    none={option: ATTENTION.none[option] for option in ("kv_heads", "head_dim")},
+)
 
 FAMILIES = {
     "llama": Family(
@@ -115,6 +132,14 @@ FAMILIES = {
             "dense": MLP.having(Entry("bias", "mlp_bias", False)),
         },
         (SomeUnturned(), Always("dense")),
+        **DECODER,
+    ),
+    "diffllama": Family(
+        "DiffLlamaForCausalLM",
+        FIELDS,
+        {"mixer": DIFFERENTIAL, "dense": MLP},
+        (Always("mixer"), Always("dense")),
+        idle=("lambda_std_dev",),
         **DECODER,
     ),
     "granite": Family(

@@ -49,10 +49,6 @@ EXPERTS = Role(
     },
     training=("balance", "balance_loss", "z_loss", "bias_step"),
 )
-UNUSED = (  # by some rows of blocks
-    "max_window_layers", "intermediate_size", "moe_intermediate_size", "num_experts", "num_experts_per_tok", "norm_topk_prob",
-    "shared_expert_intermediate_size",
-)  # fmt: skip
 MIXTRAL = MISTRAL.having(Rope(1_000_000.0))
 QWEN3_MOE = QWEN3.having(Entry("head_dim", "head_dim", None))
 OLMOE = ATTENTION.having(Fixed(head_dim=None, qk_norm="full"), **QK_NORM)
@@ -131,7 +127,6 @@ FAMILIES = {
             ),
         },
         (LayerTypes(alternating=True), Sparse()),
-        idle=UNUSED,
         aliases={"num_local_experts": "num_experts"},
         **DECODER,
     ),
@@ -158,7 +153,7 @@ FAMILIES = {
             "experts": EXPERTS.having(Entry("expert_width", "moe_intermediate_size")),
         },
         (Windowed(absent=4096, switched=True), Sparse()),
-        idle=UNUSED,
+        idle=("max_window_layers",),
         aliases={"num_local_experts": "num_experts"},
         **DECODER,
     ),

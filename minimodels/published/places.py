@@ -172,6 +172,31 @@ class Sparse:
 
 
 @dataclass(frozen=True)
+class Leading:
+    """One role in the first blocks, as many as an entry says, and another in the rest."""
+
+    name: str
+    first: str
+    other: str
+    absent: int
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return (self.first, self.other)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def read(self, entries: Entries, count: int) -> list[str]:
+        first = min(count, entries.number(self.name, self.absent, least=0))
+        return [self.first] * first + [self.other] * (count - first)
+
+    def write(self, roles: list[str]) -> dict[str, object]:
+        return {self.name: roles.index(self.other) if self.other in roles else len(roles)}
+
+
+@dataclass(frozen=True)
 class Periodic:
     """One role in the blocks at `offset` in each `period`, another elsewhere."""
 

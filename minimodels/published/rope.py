@@ -113,6 +113,17 @@ class Rope:
         return values["rope_base"] != 0
 
 
+class WholeRope(Rope):
+    """The same for layers that have no option for a part of a head."""
+
+    options = Rope.options[:2]
+
+    def read(self, entries: Entries) -> dict[str, object]:
+        found = super().read(entries)
+        del found["rope_fraction"]
+        return found
+
+
 def sharpen(rope: dict[str, Any]) -> None:
     """Put the ratio that DeepSeek's two factors have in the place of attention_factor."""
     scales = [rope.pop(name, None) for name in ("mscale", "mscale_all_dim")]

@@ -1,0 +1,189 @@
+"""Multi-head latent attention: one small vector per token is remembered instead of all heads' keys and values.
+
+DeepSeek-V2, arXiv:2405.04434, section 2.1; DeepSeek-V3, arXiv:2412.19437.
+
+A token's keys and values are linear maps of a latent of rank r, the same for all heads, so the latent is all
+that has to be remembered. Rotation does not pass through such a map, so a second, narrow key carries the
+positions; all heads share it. In training keys and values are expanded from the latents. In decoding the map
+to the keys moves into the query and the map to the values behind the sum, so that each head attends to the
+latents themselves, and nothing is expanded.
+
+    name        paper       shape
+    x           h           (B, T, D)
+    latent      c^KV        (B, S, r)           after its norm
+    key         k^R         (B, S, d_r)         rotated, shared by all heads
+    memory                  (B, 1, S, r + d_r)  both, which is the state
+    plain       q^C, k^C    (B, H, T or S, d)   the parts of queries and keys that are not rotated
+    turned      q^R         (B, H, T, d_r)
+    values      v^C         (B, H, S, d_v)
+
+The absorbed form is the expanded one with other brackets: q·(U c) = (Uᵀ q)·c and Σ p (V c) = V (Σ p c). It
+takes more operations per pair of tokens and none per remembered token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minimodels.config import Config
+from minimodels.errors import Count, InputError, NonNegative, Positive
+from minimodels.grammar import option
+from minimodels.layers import Context, Place, RMSNorm, flops, linear
+from minimodels.ops.attention import attention
+from minimodels.ops.cache import AttentionState, advance, carry
+from minimodels.ops.rotary import Scaling, rotary, rotate, scaling_text
+
+
+class LatentAttention(nn.Module):
+    """Causal self-attention that remembers one latent and one rotary key per token, for all heads."""
+
+    paper = "DeepSeek-AI, arXiv:2405.04434"
+    operations = ("attention",)
+
+    @dataclass(frozen=True)
+    class Options:
+        heads: Count = option(4, "H, heads")
+        head_dim: Count | None = option(
+            None, "d, of queries and keys without rotation; by default width / heads"
+        )
+        rope_dim: Count | None = option(
+            None,
+            "d_r, width of the rotary key; by default head_dim, because half of it costs quality",
+        )
+        value_dim: Count | None = option(None, "d_v, width of a value; by default head_dim")
+        kv_rank: Count | None = option(None, "r, width of the latent; by default width / 4")
+        q_rank: Count | None = option(
+            None, "width of a latent of the queries; by default they have none"
+        )
+        rope_base: NonNegative = option(
+            10_000.0, "base of the rotary angles; 0 leaves positions out (Kimi Linear)"
+        )
+        rope_scaling: Scaling = option(
+            None, "slower angles for texts longer than those of training"
+        )
+        scale: Positive | None = option(
+            None, "factor on the scores; by default 1 / sqrt(head_dim + rope_dim)"
+        )
+        norm_eps: NonNegative = option(1e-6, "epsilon of the latents' norms")
+        bias: bool = option(False, "biases in the maps to the latents and in the output projection")
+
+    def __init__(self, options: Options, config: Config, place: Place = Place()):
+        super().__init__()
+        if not options.head_dim and config.width % options.heads:
+            accepted = f"a divisor of width {config.width}, or a head_dim"
+            raise InputError("heads", options.heads, accepted)
+        D, H, std = config.width, options.heads, config.init_std
+        self.options, self.impl, self.heads = options, config.impl, H
+        self.plain = options.head_dim or D // H
+        self.turned = options.rope_dim or self.plain
+        self.value = options.value_dim or self.plain
+        self.rank = options.kv_rank or max(1, D // 4)
+        if self.turned % 2:
+            accepted = "an even number, because rotation turns pairs"
+            raise InputError("rope_dim", self.turned, accepted)
+        self.scaling = scaling_text(options.rope_scaling)
+        self.scale = options.scale or (self.plain + self.turned) ** -0.5
+        q_width = H * (self.plain + self.turned)
+        self.q_down = self.q_norm = None
+        if options.q_rank:
+            self.q_down = linear(D, options.q_rank, std, options.bias)
+            self.q_norm = RMSNorm(options.q_rank, options.norm_eps)
+        self.q = linear(options.q_rank or D, q_width, std)
+        self.kv_down = linear(D, self.rank + self.turned, std, options.bias)
+        self.kv_norm = RMSNorm(self.rank, options.norm_eps)
+        self.kv_up = linear(self.rank, H * (self.plain + self.value), std)
+        self.out = linear(H * self.value, D, std / config.depth**0.5, options.bias)
+
+    def forward(
+        self, x: Tensor, state: AttentionState | None = None, context: Context | None = None
+    ):
+        context = context or Context()
+        B, T, _ = x.shape
+        seen, starts = 0 if state is None else state.seen, context.starts
+        positions, at, seen = advance(seen, x, context.positions, starts)
+
+        low = x if self.q_down is None else self.q_norm(self.q_down(x)).to(x.dtype)
+        q = self.q(low).view(B, T, self.heads, -1).transpose(1, 2)  # (B, H, T, d + d_r)
+        plain, turned = q.split((self.plain, self.turned), dim=-1)
+        latent, key = self.kv_down(x).split((self.rank, self.turned), dim=-1)
+        latent = self.kv_norm(latent).to(key.dtype)  # a norm may leave autocast's precision
+        key = key.unsqueeze(1)  # (B, 1, T, d_r)
+        if self.options.rope_base:
+            angles = self.angles(at, context.cache)
+            turned, key = (rotate(pairs_apart(part), *angles) for part in (turned, key))
+
+        memory = torch.cat((latent.unsqueeze(1), key), dim=-1)  # (B, 1, T, r + d_r)
+        now = AttentionState(memory, memory.new_empty(B, 1, T, 0), positions, seen)
+        joined, after = carry(state, now, None)  # S tokens
+        absorb = state is not None and self.absorbing_saves(T, joined.keys.shape[2])
+        form = self.absorbed if absorb else self.expanded
+        y = form(plain, turned, joined.keys, positions, joined.positions, starts)  # (B, H, T, d_v)
+        return self.out(y.transpose(1, 2).flatten(2)), after
+
+    def expanded(
+        self, plain: Tensor, turned: Tensor, memory: Tensor, queries: Tensor | None, keys: Tensor | None,
+        starts: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """Attention over keys and values made from the latents: equations (10) to (19) of DeepSeek-V2."""
+        B, _, S, _ = memory.shape
+        latent, key = memory.squeeze(1).split((self.rank, self.turned), dim=-1)
+        up = self.kv_up(latent).view(B, S, self.heads, -1).transpose(1, 2)
+        k, v = up.split((self.plain, self.value), dim=-1)
+        k = torch.cat((k, key.unsqueeze(1).expand(-1, self.heads, -1, -1)), dim=-1)
+        q = torch.cat((plain, turned), dim=-1)
+        return self.attend(q, k, v, queries, keys, starts)
+
+    def absorbed(
+        self, plain: Tensor, turned: Tensor, memory: Tensor, queries: Tensor | None, keys: Tensor | None,
+        starts: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """The same over the latents themselves, which are all heads' keys and values."""
+        up = self.kv_up.weight.view(self.heads, -1, self.rank)  # (H, d + d_v, r)
+        to_keys, to_values = up.split((self.plain, self.value), dim=1)
+        q = torch.cat((plain @ to_keys.to(plain.dtype), turned), dim=-1)  # (B, H, T, r + d_r)
+        y = self.attend(q, memory, memory, queries, keys, starts)[..., : self.rank]
+        return y @ to_values.mT.to(y.dtype)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: Tensor | None, keys: Tensor | None, starts: Tensor | None
+    ) -> Tensor:  # fmt: skip
+        """The operation, for values of another width than the keys': the narrower ones are filled with zeros."""
+        width = max(q.shape[-1], v.shape[-1])
+        filled = [
+            F.pad(part, (0, width - part.shape[-1]))
+            for part in (q * (self.scale * width**0.5), k, v)
+        ]
+        y = attention(*filled, queries, keys, impl=self.impl, query_starts=starts)
+        return y[..., : v.shape[-1]]
+
+    def absorbing_saves(self, T: int, S: int) -> bool:
+        """Whether the absorbed form takes fewer operations for a chunk of T tokens that sees S."""
+        up = self.rank * (self.plain + self.value)
+        expanded = S * up + T * S * (self.plain + self.turned + self.value)
+        return T * up + T * S * (2 * self.rank + self.turned) < expanded
+
+    def angles(self, positions: Tensor, cache: dict) -> tuple[Tensor, Tensor]:
+        """As rotary, computed once for all layers that turn alike."""
+        key = ("rotary", self.turned, self.options.rope_base, self.scaling)
+        if key not in cache:
+            cache[key] = rotary(positions, *key[1:])
+        return cache[key]
+
+    def flops(self, context: int) -> float:
+        """Forward FLOPs per token of the expanded form: maps, and QKᵀ and PV with every key, masked ones included."""
+        maps = [part for part in self.children() if isinstance(part, nn.Linear)]
+        width = max(self.plain + self.turned, self.value)
+        return sum(flops(part, context) for part in maps) + 4 * self.heads * width * context
+
+    def state_bytes(self, context: int, itemsize: int) -> float:
+        """Bytes of latents and rotary keys remembered per sequence after `context` tokens."""
+        return context * (self.rank + self.turned) * itemsize
+
+
+def pairs_apart(x: Tensor) -> Tensor:
+    """Pairs that lie side by side, as in DeepSeek's weights, put into the halves that `rotate` turns."""
+    return x.unflatten(-1, (-1, 2)).mT.flatten(-2)
