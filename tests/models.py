@@ -26,6 +26,8 @@ CASES = {
         "attention(rope_scaling=llama3(factor=8, low=1, high=4, context=16))",
         "attention(window=5)",
         "attention(window=1)",
+        "attention(rope_fraction=0.5, scale=0.3, softcap=5, bias=qkv)",
+        "attention(window=5, sink=true, gate=head)",
     ],
     "mlp": ["mlp", "mlp(bias=true)"],
     "mamba": [
@@ -59,6 +61,14 @@ CASES = {
         "deltanet(beta_max=2, steps=2)",
     ],
     "short_convolution": ["short_convolution", "short_convolution(conv_width=4, bias=true)"],
+    "latent_attention": [
+        "latent_attention(heads=2, head_dim=8, rope_dim=4, value_dim=6, kv_rank=8)",
+        "latent_attention(heads=2, head_dim=8, rope_dim=4, value_dim=6, kv_rank=8, q_rank=6)",
+    ],
+    "differential_attention": [
+        "differential_attention",
+        "differential_attention(heads=4, kv_heads=2, version=v1)",
+    ],
     "mod": [
         "mod(attention mlp, capacity=0.3)",
         "mod(attention mlp, capacity=0.3, route=router)",
