@@ -28,9 +28,10 @@ What it must cost in bf16 with K = V = 128, per token and head: forward reads q,
 bounds it. These kernels also write U, W and the states and read them again, 4.4 KB in all with e (3.1 KB without), because
 between them the chunks wait for each other.
 
-Compiled for Hopper (Triton 3.9), registers of a thread: sums 25, prepare 163 (238 with a gate for each channel), state 128 to
-221, outputs 136 to 252, errors 136 to 240, values 155 to 226, keys 220 to 255. Nothing spills but keys with e and a gate for
-each channel, 250 bytes. This has not run on a GPU.
+Compiled for Hopper (Triton 3.9), registers of a thread with keys of 128 numbers: sums 25, prepare 163 (238 with a gate for each
+channel), state 122 to 221, outputs 159 to 252, errors 136 to 240, values 155 to 226, keys 220 to 255. Only keys spills, with a
+gate for each channel: 16 bytes without e and 250 with it. (With keys of 256 state spills up to 80.) The assembler expects no
+loss. This has not run on a GPU.
 
     name            shape
     sums            (B, T, H, 1 | K)            G, in fp32
@@ -619,11 +620,12 @@ def walk(
 ) -> None:
     """Run state_kernel, forward or in reverse."""
     batch, H, K, V = first.shape
-    widths = {"WIDTH": max(16, triton.next_power_of_2(K)), "BLOCK_V": min(c["BLOCK_V"], 32)}
+    columns = min(c["BLOCK_V"], 32 if K <= 128 else 16)  # of S, which has K rows, in a program
+    widths = {"WIDTH": max(16, triton.next_power_of_2(K)), "BLOCK_V": columns}
     c = {name: part for name, part in c.items() if name != "BLOCK_K"} | widths
     state_kernel[(triton.cdiv(V, c["BLOCK_V"]), batch * H)](
         keys, values, W, keys_too, values_too, totals, doc, first, edges, last, *sizes, reverse, **c,
-        num_warps=8 if c["GATES"] > 1 else 4, num_stages=2,
+        num_warps=8 if c["GATES"] > 1 else 4, num_stages=2 if K <= 128 else 1,
     )  # fmt: skip
 
 
@@ -839,13 +841,14 @@ def example(*sizes: int, **kind: bool) -> Callable[[], tuple]:
     return inputs
 
 
-# what minimodels.kernels.compile launches: every kind, one with documents, and one whose keys and values fill no block
+# what minimodels.kernels.compile launches: every kind; documents, and keys and values that fill no block; the widest keys
 EXAMPLES = [
     example(2, 4096, 1, 16, 128, 64, erase=False),
     example(2, 4096, 16, 16, 128, 128),
     example(2, 4096, 16, 16, 128, 128, vector=True),
     example(2, 4096, 16, 16, 128, 128, vector=True, erase=False),
     example(2, 300, 2, 4, 96, 80, packed=True),
+    example(1, 512, 2, 2, 256, 256, vector=True),
 ]
 
 
