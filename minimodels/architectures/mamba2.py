@@ -5,8 +5,8 @@ Duality", arXiv:2405.21060.
 
 Mamba lets every channel and every number of its state decay at a rate of its own; Mamba-2 gives all numbers of a
 head one rate. So the decay between two tokens is a number, and the layer can be computed as a masked attention
-matrix, which is fast on matrix units. Because each head then shares its input and output matrices over 64 channels,
-the state can be eight times as large as Mamba's at the same cost.
+matrix, which is fast on matrix units. Because all channels of a head also share what is written and what is read, the
+state can be eight times as large as Mamba's at the same cost.
 
     name        paper   shape
     u                   (B, T, width)  input of the layer

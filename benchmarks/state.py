@@ -1,0 +1,144 @@
+"""What can a fixed state compute, and can it replace what it holds? On a CPU in minutes, on a GPU in full.
+
+    python -m benchmarks.state tracking     parity and permutations of three: who follows a state, and how far beyond training?
+    python -m benchmarks.state overwrite    keys that come back with new values: does the old value leave?
+
+Options, rows and pictures are those of `python -m benchmarks.claims`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import tyro
+
+from minimodels import LM, Config
+from minimodels.command import run_command
+from minimodels.data.text import open_data
+
+from . import claims
+from .claims import Claim, Panel
+from .training import Run, score
+
+MULTIPLES = (1, 2, 4, 8)  # of the trained length, at which a trained model is tried
+
+
+def tracking(small: bool) -> Claim:
+    """Grazzi et al. (arXiv:2411.12537): eigenvalues in [0, 1] cannot follow a parity, those in [-1, 1] can. Siems et al.
+    (arXiv:2502.10297): one reflection a token follows a parity, two follow the permutations of three things.
+
+    Every layer stands alone, because several layers can do part of it by depth.
+    """
+    width, context, steps = (32, 32, 300) if small else (128, 64, 5000)
+    models = {
+        "attention": "attention(heads=2) mlp",
+        "mamba": "mamba",
+        "mamba2": "mamba2(heads=2, state_size=16)",
+        "deltanet, beta < 1": "deltanet(heads=2)",
+        "deltanet, beta < 2": "deltanet(heads=2, beta_max=2)",
+        "deltaproduct": "deltanet(heads=2, beta_max=2, steps=2)",
+    }
+    runs = [
+        Run(name, Config(layers=layers, width=width), "parity", context, steps, 64, lr=3e-3)
+        for name, layers in models.items()
+    ]
+    width, context, steps = (64, 16, 700) if small else (128, 32, 10_000)
+    models = {
+        "mamba2": "mamba2(heads=4, state_size=16)",
+        "deltanet, beta < 2": "deltanet(heads=4, beta_max=2)",
+        "deltaproduct": "deltanet(heads=4, beta_max=2, steps=2)",
+    }
+    runs += [
+        Run(name, Config(layers=layers, width=width), "s3", context, steps, 64, lr=5e-3)
+        for name, layers in models.items()
+    ]
+    panels = [
+        Panel(
+            task,
+            f"{task}_length",
+            f"{task}_right",
+            "position in the text (trained up to the first)",
+            label,
+            x_log=True,
+        )
+        for task, label in (
+            ("parity", "parities right, by chance 1/2"),
+            ("s3", "permutations right, by chance 1/6"),
+        )
+    ]
+    return Claim(
+        "Who can follow a state that every token changes?", runs, panels, at_end=by_position
+    )
+
+
+@torch.no_grad()
+def by_position(model: LM, run: Run, device: torch.device) -> Iterator[dict[str, float]]:
+    """The share of right answers among the latter half of a text of the trained length, and of longer ones."""
+    longest = MULTIPLES[-1] * run.context
+    right = torch.zeros(longest, device=device)
+    model.eval()
+    for tokens, targets in open_data(run.data, longest).validation(64, 4):
+        logits, _ = model(tokens.to(device))
+        right += (logits.argmax(-1) == targets.to(device)).float().mean(0) / 4
+    model.train()
+    for multiple in MULTIPLES:
+        length = multiple * run.context
+        share = right[length // 2 : length].mean().item()
+        yield {f"{run.data}_length": length, f"{run.data}_right": share}
+
+
+def overwrite(small: bool) -> Claim:
+    """Schlag et al. (arXiv:2102.11174): a state that only adds keeps old values; the delta rule replaces them.
+
+    All models have two layers, of which the first can bring a key and its value together.
+    """
+    keys, vocab, context, steps, width = (
+        (8, 32, 64, 300, 64) if small else (32, 256, 512, 10_000, 128)
+    )
+    models = {
+        "attention": "(attention(heads=2) mlp)*2",
+        "linear attention": "short_convolution retention(heads=2, rope_base=0, decay=none)",
+        "gla": "short_convolution retention(heads=2, rope_base=0, decay=channels)",
+        "mamba2": "mamba2(heads=2, state_size=32)*2",
+        "deltanet": "deltanet(heads=2)*2",
+        "gated deltanet": "deltanet(heads=2, gate=scalar, output_gate=silu)*2",
+    }
+    runs = [
+        Run(
+            name,
+            Config(layers=layers, width=width),
+            f"overwrite(keys={keys}, vocab={vocab})",
+            context,
+            steps,
+            lr=3e-3,
+        )
+        for name, layers in models.items()
+    ]
+
+    def rewritten(model: LM, run: Run, device: torch.device) -> Iterator[dict[str, float]]:
+        """Right answers against how many values a key was given before its last one."""
+        for times in (0, 1, 2, 4, 8):
+            tested = open_data(run.data, 2 * (times + 1) * keys + keys)
+            found = score(model, tested, 64, 8)
+            yield {"overwritten": times, "right": found["accuracy"]}
+
+    panels = [
+        Panel("learning", "step", "accuracy", "training steps", "answers right"),
+        Panel(
+            "overwriting",
+            "overwritten",
+            "right",
+            "how often a key was overwritten, on average",
+            "answers right",
+        ),
+    ]
+    return Claim("Can a memory replace what it holds?", runs, panels, at_end=rewritten)
+
+
+STATE = {claim.__name__: claim for claim in (tracking, overwrite)}
+
+
+if __name__ == "__main__":
+    claims.CLAIMS = STATE
+    run_command(claims.main, lambda: tyro.cli(claims.Options, description=__doc__))
