@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -89,7 +90,7 @@ def measure(folder: Path, options: Options, device: torch.device) -> list[dict]:
     return [
         {**shared, "first": first, "last": stop - 1, "targets": windows * (stop - first),
          "bits_per_byte": nats[first:stop].mean().item() / byte}
-        for first, stop in zip(edges, edges[1:], strict=False)
+        for first, stop in pairwise(edges)
     ]  # fmt: skip
 
 

@@ -104,7 +104,8 @@ def train(name: str, session: Session) -> None:
 def start(
     config: Config, batch: int, context: int, session: Session
 ) -> tuple[Callable[[], Tensor], list[float], int | None]:
-    """A call that makes one training step and returns its loss; the losses of the steps made so far; the bytes that one takes."""
+    """A call that makes one training step and returns its loss, the losses of the steps made so far, and
+    the bytes that a step takes."""
     torch.manual_seed(0)
     model = LM(config).to(session.device)
     optimizer = adamw(model, 1e-4, 0.1)
