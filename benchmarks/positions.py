@@ -9,9 +9,9 @@ constant factor; one begins where the context of training ends. A row holds the 
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -90,7 +90,7 @@ def measure(folder: Path, options: Options, device: torch.device) -> list[dict]:
     return [
         {**shared, "first": first, "last": stop - 1, "targets": windows * (stop - first),
          "bits_per_byte": nats[first:stop].mean().item() / byte}
-        for first, stop in itertools.pairwise(edges)
+        for first, stop in pairwise(edges)
     ]  # fmt: skip
 
 
