@@ -38,7 +38,7 @@ from minimodels.config import Config
 from minimodels.errors import Count, Fraction, InputError, NonNegative, Positive
 from minimodels.grammar import option
 from minimodels.layers import Context, Place, RMSNorm, linear
-from minimodels.ops.activation import GATED
+from minimodels.ops.activation import GATED, PLAIN
 from minimodels.ops.attention import attention
 from minimodels.ops.cache import AttentionState, advance, carry
 from minimodels.ops.rotary import Scaling, rotary, rotate, scaling_text
@@ -195,22 +195,37 @@ class SwiGLU(nn.Module):
     @dataclass(frozen=True)
     class Options:
         width: Count | None = option(
-            None, "hidden width; by default 8/3 of the model's, in steps of 32"
+            None,
+            "hidden width; by default 8/3 of the model's, in steps of 32, without a gate 4 times it",
         )
-        bias: bool = option(False, "biases in the three projections")
+        bias: bool = option(False, "biases in the projections")
         activation: Literal["silu", "gelu", "clamped"] = option(
             "silu", "silu (SwiGLU), gelu (GEGLU, Gemma) or clamped (gpt-oss)"
         )
+        gated: bool = option(True, "whether a gate multiplies; false: W_out act(W_up x) (GPT-2)")
+
+        def __post_init__(self):
+            if not self.gated and self.activation not in PLAIN:
+                accepted = f"{', '.join(PLAIN)}, because gated is false"
+                raise InputError("activation", self.activation, accepted)
+
+        def hidden(self, width: int) -> int:
+            """The hidden width in a model of a width."""
+            return self.width or (default_width(width) if self.gated else 4 * width)
 
     def __init__(self, options: Options, config: Config, place: Place = Place()):
         super().__init__()
-        hidden = options.width or default_width(config.width)
-        self.activation = GATED[options.activation]
-        self.gate = linear(config.width, hidden, config.init_std, options.bias)
+        hidden, gated = options.hidden(config.width), options.gated
+        self.activation = (GATED if gated else PLAIN)[options.activation]
+        self.gate = None
+        if gated:
+            self.gate = linear(config.width, hidden, config.init_std, options.bias)
         self.up = linear(config.width, hidden, config.init_std, options.bias)
         self.out = linear(hidden, config.width, config.init_std / config.depth**0.5, options.bias)
 
     def forward(self, x: Tensor, state: None = None, context: Context | None = None):
+        if self.gate is None:
+            return self.out(self.activation(self.up(x))), None
         return self.out(self.activation(self.gate(x), self.up(x))), None
 
 

@@ -119,6 +119,8 @@ class Family:
     """how the names of a block begin after the prefix, with its number as {}"""
     whole: dict[str, Mapping | str]
     """the parts outside of the blocks, by their complete names"""
+    leading: tuple[str, ...] = ()
+    """roles of layers before the blocks"""
     count: str = "num_hidden_layers"
     """the entry that says how many blocks there are"""
     only: dict[str, object] = field(default_factory=dict)

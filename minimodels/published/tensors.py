@@ -154,8 +154,11 @@ def bindings(model: LM, family: Family, roles: list[str]) -> list[Binding]:
     own = {name: t for name, t in model.state_dict().items() if not name.startswith("layers.")}
     found = bind(own, family.whole, "")
     for index, (name, layer) in enumerate(zip(roles, model.layers, strict=True)):
-        role = family.roles[name]
-        block = family.prefix + family.block.format(index // len(family.places))
+        role, row = family.roles[name], index - len(family.leading)
+        if row < 0:
+            found += bind(layer.state_dict(), role.parts, family.prefix)
+            continue
+        block = family.prefix + family.block.format(row // len(family.places))
         state = layer.state_dict()
         inside = {k.removeprefix("layer."): t for k, t in state.items() if k.startswith("layer.")}
         outside = {k: t for k, t in state.items() if not k.startswith("layer.")}
