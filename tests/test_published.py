@@ -165,12 +165,16 @@ CASES = {  # model_type -> options of its configuration class
         {**LATENT, "q_lora_rank": None, "attention_bias": True, "mlp_bias": True, "n_shared_experts": 1,
          "routed_scaling_factor": 1.7, "rope_parameters": YARN, "first_k_dense_replace": 1},
         {**LATENT, "tie_word_embeddings": True, "v_head_dim": 14, "num_experts_per_tok": 1, "rope_parameters": LINEAR},
+        {**LATENT, "n_routed_experts": 6, "topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2,
+         "num_experts_per_tok": 3},
     ],
     "deepseek_v3": [
         {**LATENT, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_hidden_layers": 3},
         {**LATENT, "n_group": 1, "topk_group": 1, "q_lora_rank": None, "attention_bias": True, "first_k_dense_replace": 0,
          "n_shared_experts": 2, "rope_parameters": {**YARN, "attention_factor": 1.2}, "tie_word_embeddings": True},
         {**LATENT, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 5, "v_head_dim": 14, "rope_parameters": YARN},
+        {**LATENT, "n_group": 4, "topk_group": 2, "n_routed_experts": 12, "num_experts_per_tok": 4,
+         "first_k_dense_replace": 1},
     ],
     "jamba": [
         {**HEADS, "num_hidden_layers": 4, "attn_layer_period": 3, "attn_layer_offset": 1, "num_experts": 3, **AUXILIARY},
@@ -390,6 +394,16 @@ IDLE = {
     "torch_dtype": "float32", "output_hidden_states": False, "resid_pdrop": 0.0, "chunk_size_feed_forward": 0,
     "layer_types": ["full_attention"] * 2,
 }  # fmt: skip
+
+
+def test_blocks_that_predict_further_tokens_are_left_out(tmp_path):
+    folder = saved(theirs("deepseek_v3"), tmp_path / "a")
+    expected, _ = from_pretrained(folder)(text())
+    rewrite(folder, lambda tensors: tensors | {"model.layers.3.eh_proj.weight": torch.ones(2, 2)})
+    assert torch.equal(from_pretrained(folder)(text())[0], expected)
+    rewrite(folder, lambda tensors: tensors | {"model.layers.2.eh_proj.weight": torch.ones(2, 2)})
+    with pytest.raises(InputError, match="model.layers.2.eh_proj.weight: surplus"):
+        from_pretrained(folder)
 
 
 def test_entries_that_change_nothing_pass(tmp_path):

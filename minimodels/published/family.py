@@ -129,5 +129,7 @@ class Family:
     """entries that change nothing here: they concern initialisation, or how and not what is computed"""
     aliases: dict[str, str] = field(default_factory=dict)
     """another name of an entry or of a tensor -> the name used here"""
+    more_blocks: bool = False
+    """whether files may have blocks behind the last one, which are left out: those that predict further tokens"""
     checks: tuple[Callable[[Entries], None], ...] = ()
     """what the class refuses, besides what our layers refuse"""
