@@ -21,6 +21,7 @@ value that takes the weight.
     positions           (B, T), (B, S) each token's index in its row's text; -1: nothing there
     starts              (B, T)         the position at which the token's document begins
     sink                (H,)           a logit that takes part in a head's softmax and has no value
+    mix                 (2,)           shares of a layer's own values and of the first layer's
     gate                (B, T, H·d)    a sigmoid of x on the heads' outputs, or (B, T, H)
 
 The equation itself is `attention` in minimodels/ops/attention.py; the memory that grows is in ops/cache.py.
@@ -81,6 +82,9 @@ class Attention(nn.Module):
         sink: bool = option(
             False, "a logit per head that takes part in the softmax and has no value (gpt-oss)"
         )
+        value_residual: bool = option(
+            False, "values mixed with those of the model's first such layer (arXiv:2410.17897)"
+        )
         gate: Literal["none", "head", "full"] = option(
             "none",
             "a sigmoid of the input on the output: none, head (one for each head) or full (one for each "
@@ -125,6 +129,7 @@ class Attention(nn.Module):
         self.sink = nn.Parameter(torch.zeros(self.heads)) if options.sink else None
         gates = {"none": 0, "head": self.heads, "full": q_width}[options.gate]
         self.gate = linear(D, gates, std) if gates else None
+        self.mix = nn.Parameter(torch.full((2,), 0.5)) if options.value_residual else None
 
     def forward(
         self, x: Tensor, state: AttentionState | None = None, context: Context | None = None
@@ -141,6 +146,10 @@ class Attention(nn.Module):
         k, v = (
             x.view(B, T, self.kv_heads, self.head_dim).transpose(1, 2) for x in (k, v)
         )  # (B, G, T, d)
+        if self.mix is not None:  # only this chunk's: those before are mixed in the memory
+            first = context.cache.setdefault(("values", *v.shape[1::2]), v)
+            own, other = self.mix.to(v.dtype)
+            v = own * v + other * first
         if self.options.rope_base:
             angles = self.angles(turned, context.cache)
             q, k = rotate(q, *angles), rotate(k, *angles)
