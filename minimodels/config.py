@@ -23,7 +23,9 @@ class Config:
     width: Count = 128
     """D, width of the residual stream"""
     norm_eps: NonNegative = 1e-5
-    """epsilon of every RMSNorm"""
+    """epsilon of every norm"""
+    norm: Literal["rms", "layer"] = "rms"
+    """norm of the residual stream: RMSNorm, or LayerNorm with biases (GPT-2)"""
     tie_embeddings: bool = True
     """use the embedding matrix as the output head too"""
     impl: Literal["auto", "reference", "torch", "triton"] = "auto"

@@ -22,6 +22,7 @@ Place. Besides, a class has
 
 and may have
 
+- `on_stream`: True for a layer that works on the residual stream itself, as a wrapper does
 - `causal`: whether no token depends on a later one in the present mode, if that is not always so
 - `after_step()`: called once after each optimizer step
 - `no_weight_decay`: the names of its matrices that do not decay
@@ -198,6 +199,24 @@ def norm_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+NORMS = {"rms": RMSNorm, "layer": nn.LayerNorm}  # of the residual stream, chosen once for a model
+
+
+def make_norm(config: Config) -> nn.Module:
+    """A norm of the residual stream."""
+    return NORMS[config.norm](config.width, config.norm_eps)
+
+
+def norm_of_sum(
+    norm: nn.Module, x: Tensor, update: Tensor | None, impl: str
+) -> tuple[Tensor, Tensor]:
+    """norm(x + update), and x + update itself."""
+    if isinstance(norm, RMSNorm):
+        return rmsnorm(x, norm.weight, norm.eps, update, impl)
+    x = x if update is None else x + update
+    return norm(x), x
+
+
 class PreNorm(nn.Module):
     """x + layer(norm(x)). The sum is left to the next norm, so that one kernel reads both: what goes in
     and comes out is x and the `update` that is still to be added to it."""
@@ -206,12 +225,12 @@ class PreNorm(nn.Module):
 
     def __init__(self, config: Config, layer: nn.Module):
         super().__init__()
-        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.norm = make_norm(config)
         self.layer, self.scale = layer, config.residual_scale
         self.impl = config.impl
 
     def forward(self, x: Tensor, update: Tensor | None, state=None, context: Context | None = None):
-        normed, x = rmsnorm(x, self.norm.weight, self.norm.eps, update, self.impl)
+        normed, x = norm_of_sum(self.norm, x, update, self.impl)
         update, state = self.layer(normed, state, context)
         return x, scaled(update, self.scale), state
 
@@ -222,7 +241,7 @@ class PostNorm(nn.Module):
 
     def __init__(self, config: Config, layer: nn.Module):
         super().__init__()
-        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.norm = make_norm(config)
         self.layer, self.scale = layer, config.residual_scale
 
     def forward(self, x: Tensor, update: Tensor | None, state=None, context: Context | None = None):
@@ -238,13 +257,13 @@ class Sandwich(nn.Module):
 
     def __init__(self, config: Config, layer: nn.Module):
         super().__init__()
-        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.norm = make_norm(config)
         self.layer, self.scale = layer, config.residual_scale
-        self.after = RMSNorm(config.width, config.norm_eps)
+        self.after = make_norm(config)
         self.impl = config.impl
 
     def forward(self, x: Tensor, update: Tensor | None, state=None, context: Context | None = None):
-        normed, x = rmsnorm(x, self.norm.weight, self.norm.eps, update, self.impl)
+        normed, x = norm_of_sum(self.norm, x, update, self.impl)
         update, state = self.layer(normed, state, context)
         return x, scaled(self.after(update), self.scale), state
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from minimodels.architectures.registry import build
 from minimodels.config import Config
 from minimodels.errors import InputError
-from minimodels.layers import Context, Record, RMSNorm, flops, linear, scaled
+from minimodels.layers import Context, Record, flops, linear, make_norm, scaled
 from minimodels.objectives import OBJECTIVES
 
 
@@ -36,7 +36,7 @@ class LM(nn.Module):
         nn.init.normal_(self.embedding.weight, std=config.init_std)
         self.layers = build(config)
         self.routers = [module for module in self.layers.modules() if hasattr(module, "causal")]
-        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.norm = make_norm(config)
         # None: the embedding's matrix is the head's too
         self.head = (
             None

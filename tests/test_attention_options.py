@@ -117,6 +117,34 @@ def test_biases_on_queries_keys_and_values_alone():
     ]
 
 
+@torch.no_grad()
+def test_values_are_mixed_with_those_of_the_first_layer():
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+
+    def stack(option):
+        torch.manual_seed(0)
+        return build(Config(width=16, layers=f"(attention{option} mlp)*3")).double()
+
+    mixed, plain = stack("(value_residual=true)"), stack("")
+    plain.load_state_dict(mixed.state_dict(), strict=False)
+    for layer in list(mixed)[::2]:
+        layer.layer.mix.copy_(torch.tensor([1.0, 0.0]))
+    same(mixed(x)[0], plain(x)[0])
+    mixed[2].layer.mix.copy_(torch.tensor([0.25, 0.75]))
+    seen = []
+    hooks = [
+        each[i].layer.v.register_forward_hook(lambda *a: seen.append(a[2]))
+        for each in (mixed,)
+        for i in (0, 2)
+    ]
+    expected, _ = mixed(x)
+    for hook in hooks:
+        hook.remove()
+    values = 0.25 * seen[1] + 0.75 * seen[0]
+    plain[2].layer.v.register_forward_hook(lambda *_: values)
+    same(plain(x)[0], expected)
+
+
 def test_a_scale_is_that_of_the_scores():
     x = torch.randn(1, 9, 16, dtype=torch.float64)
     scaled, plain = layer("attention(scale=0.25)"), layer("attention")

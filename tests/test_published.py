@@ -150,6 +150,11 @@ CASES = {  # model_type -> options of its configuration class
          "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
          "layer_types": ["full_attention", "sliding_attention", "full_attention"], "num_hidden_layers": 3},
     ],
+    "gpt2": [
+        {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 61},
+        {"vocab_size": V, "n_embd": 24, "n_layer": 3, "n_head": 2, "n_positions": 40, "n_inner": 40,
+         "tie_word_embeddings": False, "layer_norm_epsilon": 1e-3},
+    ],
     "diffllama": [
         {**HEADS, "num_hidden_layers": 3},
         {**HEADS, "num_key_value_heads": 4, "tie_word_embeddings": True, "attention_bias": True, "head_dim": 6,
@@ -160,12 +165,16 @@ CASES = {  # model_type -> options of its configuration class
         {**LATENT, "q_lora_rank": None, "attention_bias": True, "mlp_bias": True, "n_shared_experts": 1,
          "routed_scaling_factor": 1.7, "rope_parameters": YARN, "first_k_dense_replace": 1},
         {**LATENT, "tie_word_embeddings": True, "v_head_dim": 14, "num_experts_per_tok": 1, "rope_parameters": LINEAR},
+        {**LATENT, "n_routed_experts": 6, "topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2,
+         "num_experts_per_tok": 3},
     ],
     "deepseek_v3": [
         {**LATENT, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_hidden_layers": 3},
         {**LATENT, "n_group": 1, "topk_group": 1, "q_lora_rank": None, "attention_bias": True, "first_k_dense_replace": 0,
          "n_shared_experts": 2, "rope_parameters": {**YARN, "attention_factor": 1.2}, "tie_word_embeddings": True},
         {**LATENT, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 5, "v_head_dim": 14, "rope_parameters": YARN},
+        {**LATENT, "n_group": 4, "topk_group": 2, "n_routed_experts": 12, "num_experts_per_tok": 4,
+         "first_k_dense_replace": 1},
     ],
     "jamba": [
         {**HEADS, "num_hidden_layers": 4, "attn_layer_period": 3, "attn_layer_offset": 1, "num_experts": 3, **AUXILIARY},
@@ -387,6 +396,16 @@ IDLE = {
 }  # fmt: skip
 
 
+def test_blocks_that_predict_further_tokens_are_left_out(tmp_path):
+    folder = saved(theirs("deepseek_v3"), tmp_path / "a")
+    expected, _ = from_pretrained(folder)(text())
+    rewrite(folder, lambda tensors: tensors | {"model.layers.3.eh_proj.weight": torch.ones(2, 2)})
+    assert torch.equal(from_pretrained(folder)(text())[0], expected)
+    rewrite(folder, lambda tensors: tensors | {"model.layers.2.eh_proj.weight": torch.ones(2, 2)})
+    with pytest.raises(InputError, match="model.layers.2.eh_proj.weight: surplus"):
+        from_pretrained(folder)
+
+
 def test_entries_that_change_nothing_pass(tmp_path):
     folder = saved(theirs("llama"), tmp_path / "a")
     expected, _ = from_pretrained(folder)(text())
@@ -525,6 +544,8 @@ MADE = [  # layers, other fields -> the family that expresses them
     ("attention(bias=qkv) mlp attention(bias=qkv, window=5) mlp", "qwen2"),
     ("attention mlp attention(rope_base=0) mlp attention(rope_base=0, window=3) mlp", "smollm3"),
     ("(attention(rope_fraction=0.5) mlp)*2", "phi3"),
+    ("(differential_attention(version=v1) mlp)*2", "diffllama"),
+    ("latent_attention mlp(width=40) latent_attention moe(router=softmax, shared_experts=2)", "deepseek_v2"),
     ("mamba*3", "mamba"),
     ("mamba(norm=plain)*3", "falcon_mamba"),
     ("(attention moe)*2", "mixtral"),
@@ -537,6 +558,40 @@ MADE = [  # layers, other fields -> the family that expresses them
     ("ssm=mamba(norm=learned) dense=mlp(width=48) routed=moe(router=softmax, expert_width=48)"
      " (ssm dense ssm routed attention(rope_base=0) dense)*2", "jamba"),
 ]  # fmt: skip
+
+
+GPT2 = "learned_positions(context=50) (attention(rope_base=0, bias=true) mlp(gated=false, activation=gelu, bias=true))*2"
+MADE_WITH = [
+    ("(attention(qk_norm=full) mlp)*2", {"residual": "post_norm"}, "olmo2"),
+    ("(attention mlp)*2", {"residual_scale": 0.3, "logit_scale": 0.7}, "granite"),
+    ("(attention(head_dim=6, softcap=9.0) mlp(activation=gelu))*2",
+     {"residual": "sandwich", "embedding_scale": 32**0.5, "logit_softcap": 7.0}, "gemma2"),
+    (GPT2, {"norm": "layer"}, "gpt2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layers", "fields", "family"), MADE_WITH)
+def test_fields_of_a_model_made_here_are_saved(layers, fields, family, tmp_path):
+    torch.manual_seed(0)
+    lm, tokens = LM(Config(width=32, vocab=V, layers=layers, **fields)).eval(), text()
+    for parameter in lm.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    save_pretrained(lm, tmp_path / "a")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert model.config.model_type == family
+    assert distance(lm(tokens)[0], model(tokens).logits) < 1e-4
+
+
+def test_a_text_beyond_the_learned_positions_is_refused():
+    lm = LM(Config(width=32, vocab=V, layers=GPT2, norm="layer")).eval()
+    tokens = torch.zeros(2, 51, dtype=torch.int64)
+    with pytest.raises(InputError, match="at most 50 tokens"):
+        lm(tokens)
+    _, state = lm(tokens[:, :50])
+    with pytest.raises(InputError, match="at most 50 tokens"):
+        lm(tokens[:, :1], state)
+    with pytest.raises(InputError, match="at most 50 tokens"):
+        lm(tokens, positions=torch.arange(51).expand(2, -1))
 
 
 @pytest.mark.parametrize(("layers", "family"), MADE)
@@ -558,7 +613,8 @@ OTHERWISE = {  # what changes a model of some family -> another value; LAYER.OPT
     "mamba.norm": "plain", "mamba.norm_eps": 0.1, "moe.experts": 5, "moe.experts_per_token": 3, "moe.expert_width": 24,
     "moe.shared_experts": 1, "moe.router": "sigmoid_bias", "moe.routed_scale": 2.0, "moe.expert_bias": True,
     "moe.activation": "gelu", "attention.rope_fraction": 0.5, "attention.scale": 0.3, "attention.softcap": 5.0,
-    "attention.sink": True, "attention.gate": "head", "mlp.activation": "gelu", "residual": "sandwich",
+    "attention.sink": True, "attention.gate": "head", "mlp.activation": "gelu", "residual": "sandwich", "norm": "layer",
+    "mlp.gated": False,
     "embedding_scale": 3.0, "residual_scale": 0.3, "logit_scale": 0.4, "logit_softcap": 2.0,
 }  # fmt: skip
 BASES = [

@@ -23,6 +23,7 @@ How the experts are computed together is in minimodels/ops/grouped_mlp.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -59,6 +60,10 @@ class MoE(nn.Module):
             "softmax_topk (Mixtral), softmax (Switch, OLMoE), sigmoid_bias (DeepSeek-V3) or expert_choice, "
             "which is not causal",
         )
+        groups: Count = option(
+            1, "groups of experts, of which each token visits a few (DeepSeek-V3: 8)"
+        )
+        groups_per_token: Count = option(1, "how many groups (DeepSeek-V3: 4)")
         routed_scale: NonNegative = option(
             1.0, "factor on the routed experts' weights (DeepSeek-V3: 2.5)"
         )
@@ -92,10 +97,30 @@ class MoE(nn.Module):
                 accepted = "2 or more, or router=softmax: a single gate is always 1 and teaches the router nothing"
                 raise InputError("experts_per_token", self.experts_per_token, accepted)
 
+            if self.groups > 1:
+                self.check_groups()
+
+        def check_groups(self) -> None:
+            """Raise InputError for groups that do not fit the router, the experts or each other."""
+            size, least = self.experts // self.groups, GROUPED.get(self.router)
+            if least is None:
+                accepted = f"1, because only these routers have groups: {', '.join(GROUPED)}"
+                raise InputError("groups", self.groups, accepted)
+            if self.experts % self.groups or size < least:
+                accepted = f"a divisor of experts {self.experts}, with {least} or more in a group"
+                raise InputError("groups", self.groups, accepted)
+            least = -(-self.experts_per_token // size)
+            if not least <= self.groups_per_token <= self.groups:
+                accepted = f"{least} to {self.groups}"
+                raise InputError("groups_per_token", self.groups_per_token, accepted)
+
     def __init__(self, options: Options, config: Config, place: Place = Place()):
         super().__init__()
         self.options, self.impl = options, config.impl
         self.route, self.causal = ROUTERS[options.router], options.router != "expert_choice"
+        if options.groups > 1:
+            groups = (options.groups, options.groups_per_token)
+            self.route = partial(self.route, groups=groups)
         visited = options.experts_per_token + options.shared_experts
         E, D = options.experts, config.width
         I = options.expert_width or -(-default_width(D) // visited)
@@ -114,7 +139,8 @@ class MoE(nn.Module):
             shared = SwiGLU.Options(width, options.bias, options.activation)
             self.shared = SwiGLU(shared, config, place)
             self.shared_gate = linear(D, 1, std) if options.shared_gate else None
-        self.register_buffer("bias", torch.zeros(E) if self.route is sigmoid_bias else None)
+        biased = options.router == "sigmoid_bias"
+        self.register_buffer("bias", torch.zeros(E) if biased else None)
         self.register_buffer(
             "visited", torch.zeros(E), persistent=False
         )  # since the last optimizer step
@@ -175,7 +201,7 @@ class MoE(nn.Module):
     @torch.no_grad()
     def after_step(self):
         """Move the selection bias against the load (DeepSeek-V3 §2.1.2), and count visits from 0 again."""
-        if self.route is sigmoid_bias:
+        if self.bias is not None:
             self.bias += self.options.bias_step * torch.sign(self.visited.mean() - self.visited)
         self.visited.zero_()
 
@@ -230,18 +256,23 @@ def softmax_topk(logits: Tensor, K: int, bias: Tensor | None, starts: Tensor | N
     return logits.masked_fill(~visits, float("-inf")).softmax(-1), visits, logits.softmax(-1)
 
 
-def softmax(logits: Tensor, K: int, bias: Tensor | None, starts: Tensor | None):
+def softmax(
+    logits: Tensor, K: int, bias: Tensor | None, starts: Tensor | None, groups: tuple[int, int] = (1, 1)
+):  # fmt: skip
     """Switch (K = 1) and OLMoE: the probabilities as they are. Divided by their sum, the single gate of
-    K = 1 would have no gradient."""
+    K = 1 would have no gradient. A group of experts is as good as its best one (DeepSeek-V2)."""
     probabilities = logits.softmax(-1)
-    return probabilities, top(probabilities, K), probabilities
+    visits = top(within_groups(probabilities, *groups, GROUPED["softmax"]), K)
+    return probabilities, visits, probabilities
 
 
-def sigmoid_bias(logits: Tensor, K: int, bias: Tensor, starts: Tensor | None):
-    """DeepSeek-V3: the bias, which has no gradient, helps to select and is not part of the gates. V3
-    selects within the best groups of experts only, and takes its balance loss per sequence; not here."""
+def sigmoid_bias(
+    logits: Tensor, K: int, bias: Tensor, starts: Tensor | None, groups: tuple[int, int] = (1, 1)
+):  # fmt: skip
+    """DeepSeek-V3: the bias, which has no gradient, helps to select and is not part of the gates. A group of
+    experts is as good as its two best. V3 takes its balance loss per sequence; not here."""
     scores = logits.sigmoid()
-    visits = top(scores + bias, K)
+    visits = top(within_groups(scores + bias, *groups, GROUPED["sigmoid_bias"]), K)
     gates = scores / ((scores * visits).sum(-1, keepdim=True) + 1e-20)
     return gates, visits, scores / (scores.sum(-1, keepdim=True) + 1e-20)
 
@@ -259,9 +290,19 @@ def expert_choice(logits: Tensor, K: int, bias: Tensor | None, starts: Tensor | 
     return probabilities, top(probabilities.mT, capacity).mT, probabilities
 
 
+GROUPED = {"softmax": 1, "sigmoid_bias": 2}  # router -> how many experts a group is judged by
 ROUTERS = {
     router.__name__: router for router in (softmax_topk, softmax, sigmoid_bias, expert_choice)
 }
+
+
+def within_groups(scores: Tensor, groups: int, kept: int, best: int) -> Tensor:
+    """Scores (B, T, E), -inf outside of each token's best groups; a group counts the sum of its `best` best experts."""
+    if groups == 1:
+        return scores
+    parts = scores.unflatten(-1, (groups, -1))  # (B, T, groups, E / groups)
+    worth = parts.topk(best, dim=-1).values.sum(-1)  # (B, T, groups)
+    return parts.masked_fill(~top(worth, kept).unsqueeze(-1), float("-inf")).flatten(-2)
 
 
 def top(scores: Tensor, count: int) -> Tensor:

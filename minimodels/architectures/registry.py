@@ -7,6 +7,7 @@ from torch import nn
 from minimodels.architectures.deltanet import DeltaNet
 from minimodels.architectures.differential_attention import DifferentialAttention
 from minimodels.architectures.latent_attention import LatentAttention
+from minimodels.architectures.learned_positions import LearnedPositions
 from minimodels.architectures.mamba import Mamba
 from minimodels.architectures.mamba2 import Mamba2
 from minimodels.architectures.mod import MixtureOfDepths
@@ -30,6 +31,7 @@ LAYERS = {
     "short_convolution": ShortConvolution,
     "latent_attention": LatentAttention,
     "differential_attention": DifferentialAttention,
+    "learned_positions": LearnedPositions,
 }
 WRAPPERS = {"mod": MixtureOfDepths}  # which hold other layers
 
@@ -65,12 +67,18 @@ def build_block(config: Config, call: Call, index: int, shared: dict[str, nn.Mod
     try:
         if call.name in WRAPPERS:
             return kind(options, config, place, build_stack(config, call.layers, index, shared))
-        return RESIDUALS[config.residual](config, kind(options, config, place))
+        layer = kind(options, config, place)
+        return layer if on_stream(kind) else RESIDUALS[config.residual](config, layer)
     except InputError as error:
         if error.excerpt:  # of a layer within
             raise
         field, shown = f"layers: {call.name}.{error.field}", excerpt(config.layers, call.at)
         raise InputError(field, error.value, error.accepted, shown) from None
+
+
+def on_stream(kind: type[nn.Module]) -> bool:
+    """Whether a layer works on the residual stream itself, without a norm and a sum around it."""
+    return getattr(kind, "on_stream", False)
 
 
 def find(call: Call, text: str) -> type[nn.Module]:

@@ -21,6 +21,7 @@ value that takes the weight.
     positions           (B, T), (B, S) each token's index in its row's text; -1: nothing there
     starts              (B, T)         the position at which the token's document begins
     sink                (H,)           a logit that takes part in a head's softmax and has no value
+    mix                 (2,)           shares of a layer's own values and of the first layer's
     gate                (B, T, H·d)    a sigmoid of x on the heads' outputs, or (B, T, H)
 
 The equation itself is `attention` in minimodels/ops/attention.py; the memory that grows is in ops/cache.py.
@@ -38,7 +39,7 @@ from minimodels.config import Config
 from minimodels.errors import Count, Fraction, InputError, NonNegative, Positive
 from minimodels.grammar import option
 from minimodels.layers import Context, Place, RMSNorm, linear
-from minimodels.ops.activation import GATED
+from minimodels.ops.activation import GATED, PLAIN
 from minimodels.ops.attention import attention
 from minimodels.ops.cache import AttentionState, advance, carry
 from minimodels.ops.rotary import Scaling, rotary, rotate, scaling_text
@@ -80,6 +81,9 @@ class Attention(nn.Module):
         )
         sink: bool = option(
             False, "a logit per head that takes part in the softmax and has no value (gpt-oss)"
+        )
+        value_residual: bool = option(
+            False, "values mixed with those of the model's first such layer (arXiv:2410.17897)"
         )
         gate: Literal["none", "head", "full"] = option(
             "none",
@@ -125,6 +129,7 @@ class Attention(nn.Module):
         self.sink = nn.Parameter(torch.zeros(self.heads)) if options.sink else None
         gates = {"none": 0, "head": self.heads, "full": q_width}[options.gate]
         self.gate = linear(D, gates, std) if gates else None
+        self.mix = nn.Parameter(torch.full((2,), 0.5)) if options.value_residual else None
 
     def forward(
         self, x: Tensor, state: AttentionState | None = None, context: Context | None = None
@@ -141,6 +146,10 @@ class Attention(nn.Module):
         k, v = (
             x.view(B, T, self.kv_heads, self.head_dim).transpose(1, 2) for x in (k, v)
         )  # (B, G, T, d)
+        if self.mix is not None:  # only this chunk's: those before are mixed in the memory
+            first = context.cache.setdefault(("values", *v.shape[1::2]), v)
+            own, other = self.mix.to(v.dtype)
+            v = own * v + other * first
         if self.options.rope_base:
             angles = self.angles(turned, context.cache)
             q, k = rotate(q, *angles), rotate(k, *angles)
@@ -195,22 +204,37 @@ class SwiGLU(nn.Module):
     @dataclass(frozen=True)
     class Options:
         width: Count | None = option(
-            None, "hidden width; by default 8/3 of the model's, in steps of 32"
+            None,
+            "hidden width; by default 8/3 of the model's, in steps of 32, without a gate 4 times it",
         )
-        bias: bool = option(False, "biases in the three projections")
+        bias: bool = option(False, "biases in the projections")
         activation: Literal["silu", "gelu", "clamped"] = option(
             "silu", "silu (SwiGLU), gelu (GEGLU, Gemma) or clamped (gpt-oss)"
         )
+        gated: bool = option(True, "whether a gate multiplies; false: W_out act(W_up x) (GPT-2)")
+
+        def __post_init__(self):
+            if not self.gated and self.activation not in PLAIN:
+                accepted = f"{', '.join(PLAIN)}, because gated is false"
+                raise InputError("activation", self.activation, accepted)
+
+        def hidden(self, width: int) -> int:
+            """The hidden width in a model of a width."""
+            return self.width or (default_width(width) if self.gated else 4 * width)
 
     def __init__(self, options: Options, config: Config, place: Place = Place()):
         super().__init__()
-        hidden = options.width or default_width(config.width)
-        self.activation = GATED[options.activation]
-        self.gate = linear(config.width, hidden, config.init_std, options.bias)
+        hidden, gated = options.hidden(config.width), options.gated
+        self.activation = (GATED if gated else PLAIN)[options.activation]
+        self.gate = None
+        if gated:
+            self.gate = linear(config.width, hidden, config.init_std, options.bias)
         self.up = linear(config.width, hidden, config.init_std, options.bias)
         self.out = linear(hidden, config.width, config.init_std / config.depth**0.5, options.bias)
 
     def forward(self, x: Tensor, state: None = None, context: Context | None = None):
+        if self.gate is None:
+            return self.out(self.activation(self.up(x))), None
         return self.out(self.activation(self.gate(x), self.up(x))), None
 
 

@@ -24,3 +24,11 @@ def clamped(gate: Tensor, up: Tensor) -> Tensor:
 
 
 GATED = {function.__name__: function for function in (silu, gelu, clamped)}
+
+
+def tanh_gelu(x: Tensor) -> Tensor:
+    """gelu(x), approximated by a tanh."""
+    return F.gelu(x, approximate="tanh")
+
+
+PLAIN = {"silu": F.silu, "gelu": tanh_gelu}  # of an MLP without a gate

@@ -138,7 +138,8 @@ def read_layers(entries: Entries, family: Family, shared: Config) -> str:
     """What it says of the layers, as text."""
     count = entries.number(family.count, most=MOST_LAYERS // len(family.places))
     columns = [place.read(entries, count) for place in family.places]
-    names = [name for block in zip(*columns, strict=True) for name in block]
+    blocks = [name for block in zip(*columns, strict=True) for name in block]
+    names = [*family.leading, *blocks]
     calls = {}
     for name in dict.fromkeys(names):
         role = family.roles[name]
@@ -218,7 +219,8 @@ def express(config: Config, name: str, origin: dict) -> dict:
         origin = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     entries = {family.aliases.get(entry, entry): value for entry, value in origin.items()}
     layers = assign(config, family)
-    blocks = len(layers) // len(family.places)
+    rows = layers[len(family.leading) :]
+    blocks = len(rows) // len(family.places)
     spoken = [*family.fields, *family.places]
     spoken += [setting for role in family.roles.values() for setting in role.settings]
     owned = {entry for each in spoken for entry in each.names}
@@ -228,7 +230,7 @@ def express(config: Config, name: str, origin: dict) -> dict:
     for setting in family.fields:
         entries |= setting.write(vars(config))
     for index, place in enumerate(family.places):
-        entries |= place.write([role for role, _ in layers[index :: len(family.places)]])
+        entries |= place.write([role for role, _ in rows[index :: len(family.places)]])
     for role, options in dict(reversed(layers)).items():  # of each role its first layer
         for setting in family.roles[role].settings:
             merge(entries, setting.write(options))
@@ -239,13 +241,15 @@ def express(config: Config, name: str, origin: dict) -> dict:
 def assign(config: Config, family: Family) -> list[tuple[str, dict[str, Any]]]:
     """The role of each layer, and its options with None resolved. Raises InputError for layers in another order."""
     found = []
-    if len(config.calls) % len(family.places):
+    first = len(family.leading)
+    if len(config.calls) < first or (len(config.calls) - first) % len(family.places):
         raise InputError("layers", config.layers, f"blocks of {len(family.places)} layers")
     for index, call in enumerate(config.calls):
-        place = family.places[index % len(family.places)]
-        roles = [name for name in place.roles if family.roles[name].layer == call.name]
+        names = family.leading[index : index + 1]
+        names = names or family.places[(index - first) % len(family.places)].roles
+        roles = [name for name in names if family.roles[name].layer == call.name]
         if not roles or call.shared:
-            raise InputError("layers", call.name, ", ".join(place.roles))
+            raise InputError("layers", call.name, ", ".join(names))
         options = read_options(LAYERS[call.name].Options, call, config.layers)
         none = meaning_of_none(family.roles[roles[0]], options, config)
         values = {

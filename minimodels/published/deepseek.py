@@ -1,6 +1,6 @@
 """DeepSeek-V2, arXiv:2405.04434, and DeepSeek-V3, arXiv:2412.19437: latent attention, many experts, some shared.
 
-Both choose experts among all of them here: a choice within groups of experts is not implemented.
+Blocks that predict further tokens are left out when a file is read.
 """
 
 from __future__ import annotations
@@ -63,6 +63,33 @@ class LatentRope(WholeRope):
         return written
 
 
+class Groups:
+    """Groups of experts, which topk_method switches on."""
+
+    options = ("groups", "groups_per_token")
+    names = ("n_group", "topk_group", "topk_method")
+
+    def read(self, entries: Entries) -> dict[str, object]:
+        method = entries.get("topk_method", "greedy")
+        if method not in ("greedy", "group_limited_greedy"):
+            accepted = "greedy or group_limited_greedy"
+            raise InputError("config.json topk_method", method, accepted)
+        told = {
+            option: entries.get(name)
+            for option, name in zip(self.options, self.names[:2], strict=True)
+        }
+        return dict.fromkeys(self.options, 1) if method == "greedy" else told
+
+    def write(self, values: dict[str, Any]) -> dict[str, object]:
+        method = "greedy" if values["groups"] == 1 else "group_limited_greedy"
+        return dict(
+            zip(self.names, (values["groups"], values["groups_per_token"], method), strict=True)
+        )
+
+    def fits(self, values: dict[str, Any]) -> bool:
+        return True
+
+
 LATENT = Role(
     "latent_attention",
     settings=(
@@ -117,12 +144,15 @@ ROUTED = EXPERTS.having(
 V3 = ROUTED.having(
     Entry("shared_experts", "n_shared_experts", 1),
     Entry("routed_scale", "routed_scaling_factor", 2.5),
+    Entry("groups", "n_group", 8),
+    Entry("groups_per_token", "topk_group", 4),
     Fixed(router="sigmoid_bias"),
     bias="mlp.gate.e_score_correction_bias",
 )
 V2 = ROUTED.having(
     Entry("shared_experts", "n_shared_experts", 2),
     Entry("bias", "mlp_bias", False),
+    Groups(),
     Fixed(router="softmax"),
 )
 IDLE = (
@@ -151,8 +181,7 @@ FAMILIES = {
         FIELDS,
         {**ROLES, "dense": MLP.having(Entry("bias", "mlp_bias", False)), "experts": V2},
         (Queries(), Leading("first_k_dense_replace", "dense", "experts", 0)),
-        only={"topk_method": "greedy"},
-        idle=(*IDLE, "n_group", "topk_group", "norm_topk_prob", "scoring_func"),
+        idle=(*IDLE, "norm_topk_prob", "scoring_func"),
         aliases={"num_experts": "n_routed_experts"},
         **DECODER,
     ),
@@ -162,9 +191,9 @@ FAMILIES = {
         {**ROLES, "dense": MLP, "experts": V3},
         (Queries(), Leading("first_k_dense_replace", "dense", "experts", 3)),
         only={
-            "norm_topk_prob": True, "rope_interleave": True, "n_group": 1, "topk_group": 1, "scoring_func": "sigmoid",
-            "topk_method": "noaux_tc",
+            "norm_topk_prob": True, "rope_interleave": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
         },
+        more_blocks=True,
         idle=IDLE,
         aliases={"num_local_experts": "n_routed_experts"},
         **DECODER,

@@ -1,6 +1,6 @@
 """All families, in the order in which a model made here tries them. A family joins in its lineage's file."""
 
-from minimodels.published import deepseek, gemma, jamba, llama, mamba, mixtral, olmo
+from minimodels.published import deepseek, gemma, gpt2, jamba, llama, mamba, mixtral, olmo
 
 FAMILIES = {
     **llama.FAMILIES,
@@ -10,6 +10,7 @@ FAMILIES = {
     **olmo.FAMILIES,
     **gemma.FAMILIES,
     **deepseek.FAMILIES,
+    **gpt2.FAMILIES,
 }
 
 HINTS = (mamba.original_format,)  # entries of a config.json without model_type -> what to do, or ""

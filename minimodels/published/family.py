@@ -119,6 +119,8 @@ class Family:
     """how the names of a block begin after the prefix, with its number as {}"""
     whole: dict[str, Mapping | str]
     """the parts outside of the blocks, by their complete names"""
+    leading: tuple[str, ...] = ()
+    """roles of layers before the blocks"""
     count: str = "num_hidden_layers"
     """the entry that says how many blocks there are"""
     only: dict[str, object] = field(default_factory=dict)
@@ -127,5 +129,7 @@ class Family:
     """entries that change nothing here: they concern initialisation, or how and not what is computed"""
     aliases: dict[str, str] = field(default_factory=dict)
     """another name of an entry or of a tensor -> the name used here"""
+    more_blocks: bool = False
+    """whether files may have blocks behind the last one, which are left out: those that predict further tokens"""
     checks: tuple[Callable[[Entries], None], ...] = ()
     """what the class refuses, besides what our layers refuse"""

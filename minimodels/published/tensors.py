@@ -154,8 +154,11 @@ def bindings(model: LM, family: Family, roles: list[str]) -> list[Binding]:
     own = {name: t for name, t in model.state_dict().items() if not name.startswith("layers.")}
     found = bind(own, family.whole, "")
     for index, (name, layer) in enumerate(zip(roles, model.layers, strict=True)):
-        role = family.roles[name]
-        block = family.prefix + family.block.format(index // len(family.places))
+        role, row = family.roles[name], index - len(family.leading)
+        if row < 0:
+            found += bind(layer.state_dict(), role.parts, family.prefix)
+            continue
+        block = family.prefix + family.block.format(row // len(family.places))
         state = layer.state_dict()
         inside = {k.removeprefix("layer."): t for k, t in state.items() if k.startswith("layer.")}
         outside = {k: t for k, t in state.items() if not k.startswith("layer.")}
@@ -294,6 +297,13 @@ def weight_of(family: Family, part: str) -> str:
     return mapping(family.whole[part]).name + ".weight"
 
 
+def block_of(name: str, family: Family) -> int:
+    """The number of the block that a stored tensor belongs to; -1 for none."""
+    pattern = re.escape(family.prefix + family.block).replace(re.escape("{}"), r"(\d+)")
+    found = re.match(pattern, name)
+    return int(found[1]) if found else -1
+
+
 def check_tensors(
     files: dict[str, Stored], wanted: dict[str, Tensor], family: Family, folder: Path
 ) -> None:
@@ -305,9 +315,11 @@ def check_tensors(
             raise InputError("config.json tie_word_embeddings", True, accepted)
         del files[head]
     wrong = [f"{name}: missing" for name in wanted.keys() - files.keys()]
+    last = max((block_of(name, family) for name in wanted), default=-1)
     for name, stored in files.items():
         if name not in wanted:
-            wrong += [] if DERIVED.fullmatch(name) else [f"{name}: surplus"]
+            left_out = family.more_blocks and block_of(name, family) > last
+            wrong += [] if left_out or DERIVED.fullmatch(name) else [f"{name}: surplus"]
         elif stored.shape != list(wanted[name].shape):
             wrong.append(f"{name}: {stored.shape} for {list(wanted[name].shape)}")
         elif stored.dtype not in DTYPES:
