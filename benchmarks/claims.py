@@ -33,7 +33,7 @@ from minimodels.data.text import open_data
 from minimodels.layers import Context, Record, choose
 from minimodels.ledger import ledger
 from minimodels.measure import check_writable, write
-from minimodels.presets import PRESETS, fitted
+from minimodels.presets import MAIN, fitted
 
 from . import table
 from .s4d import forget_selection
@@ -222,7 +222,7 @@ def balance(small: bool) -> Claim:
 def presets(small: bool) -> Claim:
     """The presets of this project, on one text."""
     size, context, steps, batch = ("tiny", 128, 250, 8) if small else ("small", 1024, 5000, 32)
-    runs = [Run(name, preset(name, size), "stdlib", context, steps, batch) for name in PRESETS]
+    runs = [Run(name, preset(name, size), "stdlib", context, steps, batch) for name in MAIN]
     return Claim(
         "Which architecture learns fastest?", runs, [TEXT["tokens"], TEXT["flops"], TEXT["seconds"]]
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import html
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,30 +87,17 @@ def main(options: Options) -> None:
 @torch.no_grad()
 def trace(model: LM, tokens: torch.Tensor, route: str = "") -> dict[str, Choices]:
     """What each router chose for each token. Tokens (T,)."""
-    routers = [part for part in model.modules() if isinstance(part, (MixtureOfDepths, MoE))]
-    record, best = Record(traces={}), []  # best: of each pass through experts, in their order
+    record = Record(traces={})
     with ExitStack() as stack:
-        for part in routers:
-            if isinstance(part, MoE):
-                stack.enter_context(patch.object(part, "route", watched(part.route, best)))
-            elif route == "topk":
+        for part in model.modules():
+            if isinstance(part, MixtureOfDepths) and route == "topk":
                 stack.enter_context(patch.object(part, "topk", True))
         model(tokens[None], record=record)
     taken = (chosen[0].tolist() for chosen in record.traces.get("taken", []))
+    best = (gates[0].argmax(-1).tolist() for gates in record.traces.get("gates", []))
     T = len(tokens)
-    found = place_choices(model.layers, "layers", range(T), taken, iter(best))
+    found = place_choices(model.layers, "layers", range(T), taken, best)
     return {name: [choices.get(place) for place in range(T)] for name, choices in found.items()}
-
-
-def watched(route: Callable, best: list[list[int]]) -> Callable:
-    """A router of experts that also notes, for each token of the first row, the expert that weighs most."""
-
-    def watching(*arguments):
-        gates, visits, probabilities = route(*arguments)
-        best.append((gates * visits).argmax(-1)[0].tolist())
-        return gates, visits, probabilities
-
-    return watching
 
 
 def place_choices(
@@ -132,7 +119,7 @@ def place_choices(
             inner = [place for place, mark in zip(places, marks, strict=True) if mark]
             found[f"mod {name}.{i}"] = dict.fromkeys(inner, TAKEN)
             found |= place_choices(block.group, f"{name}.{i}.group", inner, taken, best)
-        elif isinstance(block.layer, MoE):
+        elif isinstance(getattr(block, "layer", None), MoE):
             experts = next(best) if places else []
             found[f"moe {name}.{i}.layer"] = dict(zip(places, experts, strict=True))
     return found

@@ -40,7 +40,7 @@ from minimodels.grammar import Call, names_in, parse, read_options, set_options
 from minimodels.layers import choose
 from minimodels.ledger import Ledger, ledger
 from minimodels.measure import ceilings, check_writable, interleave, peak_bytes, synchronise, write
-from minimodels.presets import PRESETS, fitted
+from minimodels.presets import MAIN, PRESETS, fitted
 
 from .crossover import overtaking
 from .modes import BACKENDS, DECODED, MODES, Provider, run
@@ -62,7 +62,7 @@ HEADS = {  # layer -> options that are its width / heads by default
 class Options:
     """Time whole models against the length of their context."""
 
-    models: tuple[str, ...] = tuple(PRESETS)
+    models: tuple[str, ...] = MAIN
     """presets"""
     layers: tuple[str, ...] = ()
     """further models, each in the grammar of layers"""

@@ -45,6 +45,9 @@ PRESETS = {  # preset -> its layers, at n transformer blocks
 } | MIXED
 
 
+MAIN = ("transformer", "mamba", "moe", "mod", "hybrid")  # which every comparison shows by default
+
+
 def layers_of(model: str, size: str) -> str:
     """The layers of a preset as text. Raises InputError for another model or size."""
     if model not in PRESETS:

@@ -69,6 +69,7 @@ CASES = {
         "differential_attention",
         "differential_attention(heads=4, kv_heads=2, version=v1)",
     ],
+    "learned_positions": ["learned_positions(context=160) attention(rope_base=0)"],
     "mod": [
         "mod(attention mlp, capacity=0.3)",
         "mod(attention mlp, capacity=0.3, route=router)",

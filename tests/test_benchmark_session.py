@@ -17,7 +17,7 @@ from benchmarks import checks, journal, races, summary, sweep, table, whole
 from benchmarks.journal import Journal, OutOfTime, limit, read_rows
 from benchmarks.session import Job, Session, work
 from minimodels import InputError
-from minimodels.presets import PRESETS
+from minimodels.presets import MAIN
 
 pytest.importorskip("triton")
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ def test_a_rehearsal_runs_every_branch(tmp_path):
         assert all(row["off"] < races.TOLERANCE for row in timed if row["provider"] == "triton")
     trained = [row for row in rows if row["benchmark"] == "training"]
     assert {row["model"] for row in trained} == {
-        f"{name}, {impl}" for name in PRESETS for impl in ("torch", "triton")
+        f"{name}, {impl}" for name in MAIN for impl in ("torch", "triton")
     }
     assert all(row["seconds"] and len(row["losses"]) == 2 for row in trained)
     files = {path.name for path in out.iterdir()}

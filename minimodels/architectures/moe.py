@@ -152,6 +152,8 @@ class MoE(nn.Module):
             gates, visits, probabilities = self.route(
                 logits, self.options.experts_per_token, self.bias, context.starts
             )
+        context.record.trace("visits", visits)
+        context.record.trace("gates", gates * visits)
         self.account(logits, visits, probabilities, context)
         most = (
             self.options.experts_per_token if self.causal else None
@@ -196,7 +198,6 @@ class MoE(nn.Module):
         load = fraction / fraction.sum().clamp(min=1e-9)
         record.observe("load", load)
         record.observe("overload", load.amax() * load.numel())  # E times the largest share
-        record.trace("visits", visits)
 
     @torch.no_grad()
     def after_step(self):
