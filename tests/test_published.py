@@ -19,7 +19,7 @@ from minimodels.grammar import Call, parse_call, set_options, write_value
 from minimodels.ops.linear_cross_entropy import IGNORE
 from minimodels.published import __main__ as command
 from minimodels.published.families import FAMILIES
-from minimodels.published.tensors import Offset
+from minimodels.published.mappings import Offset
 from minimodels.published.text import write_layers
 from minimodels.sample import Sampling, generate
 from minimodels.training import checkpoint
