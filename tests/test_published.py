@@ -3,10 +3,12 @@
 import contextlib
 import copy
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from minimodels.grammar import Call, parse_call, set_options, write_value
 from minimodels.ops.linear_cross_entropy import IGNORE
 from minimodels.published import __main__ as command
 from minimodels.published.families import FAMILIES
-from minimodels.published.tensors import Offset
+from minimodels.published.mappings import Offset
 from minimodels.published.text import write_layers
 from minimodels.sample import Sampling, generate
 from minimodels.training import checkpoint
@@ -189,11 +191,16 @@ every = pytest.mark.parametrize(
 )
 
 
-def theirs(name: str, number: int = 0, seed: int = 0):
+def theirs(name: str, number: int = 0):
+    """One of the models of CASES."""
+    return model_of(name, CASES[name][number])
+
+
+def model_of(name: str, options: dict):
     """A model of the published class, its weights so large that every part has its say."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     no_special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    config = transformers.AutoConfig.for_model(name, **CASES[name][number], **no_special)
+    config = transformers.AutoConfig.for_model(name, **options, **no_special)
     config._experts_implementation = "eager"  # the only one that computes in fp64
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -1016,3 +1023,117 @@ def test_many_layers_are_a_short_text(pattern, expected):
     layers = [layer for letter in pattern for layer in (kinds[letter], mlp)]
     assert write_layers(layers) == expected
     assert Config(layers=expected).calls == tuple(call for _, call in layers)
+
+
+# Configurations that nobody chose: for each family a space of entries, from which some are drawn.
+
+DECODERS = {
+    "hidden_size": [24, 32, 40], "num_hidden_layers": [1, 2, 4], "num_attention_heads": [2, 4], "num_key_value_heads": [1, 2],
+    "head_dim": [4, 8, 12], "intermediate_size": [8, 33], "tie_word_embeddings": [True, False], "rms_norm_eps": [1e-6, 1e-2],
+    "rope_parameters": [LINEAR, YARN, LLAMA3, {"rope_type": "default", "rope_theta": 77.0}],
+}  # fmt: skip
+WHOLE = {entry: values for entry, values in DECODERS.items() if entry != "head_dim"}
+BIASED = {"attention_bias": [True, False]}
+WINDOWS = {"sliding_window": [1, 4, 20, 50]}
+SWITCHED = {**WINDOWS, "use_sliding_window": [True, False], "max_window_layers": [0, 1, 3]}
+CHOICE = {"num_experts_per_tok": [1, 2, 3]}
+ROTATED = {
+    "rope_parameters": [
+        {
+            "full_attention": LINEAR,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 9.0},
+        },
+        {"full_attention": YARN, "sliding_attention": YARN},
+    ]
+}
+SCALARS = {
+    "query_pre_attn_scalar": [5, 256], "attn_logit_softcapping": [None, 3.0], "final_logit_softcapping": [None, 2.0],
+    "hidden_size": [16, 36],
+}  # fmt: skip
+RANKS = {
+    "q_lora_rank": [None, 6], "kv_lora_rank": [4, 10], "qk_nope_head_dim": [2, 8], "qk_rope_head_dim": [2, 6],
+    "v_head_dim": [2, 8], "num_attention_heads": [4], "num_key_value_heads": [4],
+    "first_k_dense_replace": [0, 1, 9], "moe_intermediate_size": [8, 20], "n_shared_experts": [1, 2],
+    "routed_scaling_factor": [0.5, 2.0], "n_routed_experts": [8], "num_experts_per_tok": [1, 2, 4],
+}  # fmt: skip
+SPACES = {  # model_type -> entry -> values
+    "llama": {**DECODERS, **BIASED, "mlp_bias": [True, False]},
+    "mistral": {**DECODERS, **WINDOWS},
+    "qwen3": {**DECODERS, **BIASED, **SWITCHED},
+    "qwen2": {**DECODERS, **SWITCHED},
+    "smollm3": {**DECODERS, **BIASED, **WINDOWS, "use_sliding_window": [True, False],
+                "no_rope_layer_interval": [1, 2, 3], "mlp_bias": [True, False]},
+    "phi3": {**DECODERS, **WINDOWS, "rope_parameters": [None], "partial_rotary_factor": [0.5, 1.0], "head_dim": [8, 16]},
+    "olmo2": {**DECODERS, **BIASED},
+    "olmo3": {**DECODERS, **BIASED, **WINDOWS, **ROTATED},
+    "granite": {**DECODERS, **BIASED, "embedding_multiplier": [1.0, 7.0], "residual_multiplier": [0.2, 1.0],
+                "logits_scaling": [1.0, 6.0], "attention_multiplier": [0.1, 1.0], "mlp_bias": [True, False]},
+    "diffllama": {**DECODERS, **BIASED, "num_key_value_heads": [2]},
+    "gemma2": {**DECODERS, **BIASED, **WINDOWS, **SCALARS},
+    "gemma3_text": {**DECODERS, **BIASED, **WINDOWS, **SCALARS, **ROTATED},
+    "gpt2": {"n_embd": [16, 24], "n_layer": [1, 3], "n_head": [1, 2, 4], "n_inner": [None, 30], "n_positions": [T, 99],
+             "tie_word_embeddings": [True, False], "layer_norm_epsilon": [1e-6, 1e-2]},
+    "mixtral": {**DECODERS, **CHOICE, **WINDOWS, "num_local_experts": [3, 8], "num_experts_per_tok": [2, 3]},
+    "olmoe": {**DECODERS, **BIASED, **CHOICE, "num_experts": [3, 8], "norm_topk_prob": [True, False], "head_dim": [None],
+              "num_experts_per_tok": [2, 3]},
+    "qwen2_moe": {**DECODERS, **CHOICE, **SWITCHED, "num_experts": [3, 8], "moe_intermediate_size": [8, 20],
+                  "decoder_sparse_step": [1, 2, 9], "shared_expert_intermediate_size": [8, 12], "qkv_bias": [True, False]},
+    "qwen3_moe": {**DECODERS, **BIASED, **CHOICE, **WINDOWS, "num_experts": [3, 8], "moe_intermediate_size": [8, 20],
+                  "decoder_sparse_step": [1, 2, 9], "use_sliding_window": [True, False]},
+    "gpt_oss": {**DECODERS, **BIASED, **WINDOWS, "num_local_experts": [3, 8], "num_experts_per_tok": [2, 3]},
+    "deepseek_v2": {**WHOLE, **BIASED, **RANKS, "mlp_bias": [True, False], "n_group": [2, 4], "topk_group": [2],
+                    "topk_method": ["greedy", "group_limited_greedy"]},
+    "deepseek_v3": {**WHOLE, **BIASED, **RANKS, "n_group": [1, 2, 4], "topk_group": [1], "num_experts_per_tok": [2]},
+    "mamba": {"hidden_size": [16, 30], "num_hidden_layers": [1, 3], "state_size": [1, 5], "expand": [1, 2],
+              "conv_kernel": [2, 4], "time_step_rank": ["auto", 3], "use_bias": [True, False], "use_conv_bias": [True, False]},
+}  # fmt: skip
+SPACES["falcon_mamba"] = {**SPACES["mamba"], "mixer_rms_eps": [1e-6, 1e-2]}
+SPACES["jamba"] = {
+    "hidden_size": [16, 32], "num_hidden_layers": [1, 4], "attn_layer_period": [2, 3], "attn_layer_offset": [0, 1],
+    "expert_layer_period": [2, 3], "expert_layer_offset": [0, 1], "num_experts": [1, 3], "mamba_d_state": [3, 8],
+    "mamba_conv_bias": [True, False], "mamba_proj_bias": [True, False], "tie_word_embeddings": [True, False],
+    "num_experts_per_tok": [1, 2], "mamba_expand": [1, 2], "mamba_dt_rank": [2, 5],
+}  # fmt: skip
+DRAWN = int(os.environ.get("MINIMODELS_DRAWN", "2"))  # configurations of each family
+
+
+def draw(name: str, seed: int) -> dict:
+    """A configuration of a family; what the class itself refuses is drawn again."""
+    random = Random(f"{name} {seed}")
+    while True:
+        drawn = {
+            entry: random.choice(values)
+            for entry, values in SPACES[name].items()
+            if random.random() < 0.7 or "group" in entry or entry == "n_routed_experts"
+        }
+        try:
+            options = {**CASES[name][0], **drawn}
+            options.pop("output_router_logits", None)
+            model_of(name, options)
+        except (ValueError, RuntimeError, TypeError, KeyError, ZeroDivisionError, AttributeError):
+            continue
+        return options
+
+
+def test_every_family_has_a_space():
+    assert SPACES.keys() == CASES.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("seed", range(DRAWN))
+@pytest.mark.parametrize("name", SPACES)
+def test_drawn_configurations(name, seed, tmp_path):
+    """Logits in double precision from their files, and the same model from ours."""
+    options, tokens = draw(name, seed), text()
+    model = double(model_of(name, options))
+    with torch.no_grad(), without_casts_to_single():
+        expected = model(tokens).logits
+    lm = from_pretrained(saved(model, tmp_path / "a"))
+    assert distance(lm(tokens)[0], expected) < 1e-8, options
+    save_pretrained(lm, tmp_path / "b")
+    again = from_pretrained(tmp_path / "b")
+    assert again.config == lm.config, options
+    assert torch.equal(again(tokens)[0], lm(tokens)[0]), options
+    back = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "b", dtype=torch.float32, experts_implementation="eager"
+    )
+    assert distance(lm(tokens)[0], back(tokens).logits) < 1e-3, options

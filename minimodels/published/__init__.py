@@ -13,6 +13,8 @@ families.py lists them all. The reader and the writer know a family by its table
     family.py        what a table says
     entries.py       entries of config.json <-> options of layers
     places.py        entries of config.json <-> which layer is where
+    mappings.py      how parts of our layers are stored: stacked, fused, transposed, ...
+    rope.py          rotary positions
     tensors.py       tensors in safetensors files <-> parts of our layers
     text.py          a short text for many layers
 """

@@ -10,9 +10,9 @@ from typing import Any
 from minimodels.published.entries import Computed, Entries, Entry, Fixed
 from minimodels.published.family import Family
 from minimodels.published.llama import ATTENTION, FIELDS, KV_HEADS, MLP, QK_NORM, WINDOW
+from minimodels.published.mappings import Offset
 from minimodels.published.places import Always, LayerTypes
 from minimodels.published.rope import Rope
-from minimodels.published.tensors import Offset
 
 
 class RootOfWidth:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from minimodels.published.entries import Entry, Fixed
 from minimodels.published.family import Family, Role
+from minimodels.published.mappings import Fused, Transposed
 from minimodels.published.places import Always
-from minimodels.published.tensors import Fused, Transposed
 
 FAMILIES = {
     "gpt2": Family(

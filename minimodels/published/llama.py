@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from minimodels.published.entries import Computed, Entry, Fixed, divides
 from minimodels.published.family import Family, Role
+from minimodels.published.mappings import Fused
 from minimodels.published.places import Always, LayerTypes, SomeUnturned, Windowed
 from minimodels.published.rope import Rope, WholeRope
-from minimodels.published.tensors import Fused
 
 FIELDS = (
     Entry("vocab", "vocab_size", least=1),

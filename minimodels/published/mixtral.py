@@ -19,9 +19,9 @@ from minimodels.published.llama import (
     QWEN3,
     WINDOW,
 )
+from minimodels.published.mappings import Interleaved, Transposed
 from minimodels.published.places import Always, LayerTypes, Sparse, Windowed
 from minimodels.published.rope import Rope
-from minimodels.published.tensors import Interleaved, Transposed
 
 EXPERTS = Role(
     "moe",

@@ -1,15 +1,9 @@
-"""Tensors in safetensors files and the parts of our model that they are.
-
-A mapping says how parts of ours are stored. Each writes, and reads what it wrote; they can be put inside one
-another, such as Transposed(Fused("attn.c_attn")).
-"""
+"""Tensors in safetensors files and the parts of our model that they are: bound, read, checked and written."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,121 +16,13 @@ from minimodels.errors import InputError
 from minimodels.files import read_json, write_json
 from minimodels.lm import LM
 from minimodels.published.family import Family, Mapping
+from minimodels.published.mappings import mapping
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DERIVED = re.compile(  # tensors in older files that follow from config.json
     r".*\.(rotary_emb\.inv_freq|attn\.(masked_)?bias)"
 )
-
-# How parts are stored.
-
-
-@dataclass(frozen=True)
-class Plain:
-    """As it is."""
-
-    name: str
-
-    def write(self, name: str, tensors: list[Tensor]) -> dict[str, Tensor]:
-        return {name: tensors[0]}
-
-    def read(self, name: str, stored: Callable[[str], Tensor], tensors: list[Tensor]) -> None:
-        tensors[0].copy_(stored(name))
-
-
-@dataclass(frozen=True)
-class Stacked:
-    """Each expert for itself, with its number instead of "*"."""
-
-    name: str
-
-    def write(self, name: str, tensors: list[Tensor]) -> dict[str, Tensor]:
-        return {name.replace("*", str(e)): expert for e, expert in enumerate(tensors[0])}
-
-    def read(self, name: str, stored: Callable[[str], Tensor], tensors: list[Tensor]) -> None:
-        for e, expert in enumerate(tensors[0]):
-            expert.copy_(stored(name.replace("*", str(e))))
-
-
-@dataclass(frozen=True)
-class Fused:
-    """Several parts as one tensor, one after the other."""
-
-    name: str
-    dim: int = 0
-
-    def write(self, name: str, tensors: list[Tensor]) -> dict[str, Tensor]:
-        return {name: torch.cat(tensors, self.dim)}
-
-    def read(self, name: str, stored: Callable[[str], Tensor], tensors: list[Tensor]) -> None:
-        sizes = [tensor.shape[self.dim] for tensor in tensors]
-        for tensor, part in zip(tensors, stored(name).split(sizes, self.dim), strict=True):
-            tensor.copy_(part)
-
-
-@dataclass(frozen=True)
-class Interleaved:
-    """Several parts as one tensor, the first slice of each, then the second of each."""
-
-    name: str
-    dim: int = 0
-
-    def write(self, name: str, tensors: list[Tensor]) -> dict[str, Tensor]:
-        return {name: torch.stack(tensors, self.dim + 1).flatten(self.dim, self.dim + 1)}
-
-    def read(self, name: str, stored: Callable[[str], Tensor], tensors: list[Tensor]) -> None:
-        parts = stored(name).unflatten(self.dim, (-1, len(tensors)))
-        for tensor, part in zip(tensors, parts.unbind(self.dim + 1), strict=True):
-            tensor.copy_(part)
-
-
-class Changed:
-    """What another mapping stores, changed by a function that has an inverse."""
-
-    def __init__(self, stored_as: Mapping | str):
-        self.inner = mapping(stored_as)
-        self.name = self.inner.name
-
-    def to_file(self, tensor: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def from_file(self, tensor: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def write(self, name: str, tensors: list[Tensor]) -> dict[str, Tensor]:
-        written = self.inner.write(name, tensors)
-        return {key: self.to_file(tensor) for key, tensor in written.items()}
-
-    def read(self, name: str, stored: Callable[[str], Tensor], tensors: list[Tensor]) -> None:
-        self.inner.read(name, lambda key: self.from_file(stored(key)), tensors)
-
-
-class Offset(Changed):
-    """A norm's weights less 1, because the norm multiplies by 1 + w. In 16 bits 1 + w has fewer digits than w."""
-
-    def to_file(self, tensor: Tensor) -> Tensor:
-        return (tensor.double() - 1).to(tensor.dtype)
-
-    def from_file(self, tensor: Tensor) -> Tensor:
-        return tensor.double() + 1
-
-
-class Transposed(Changed):
-    """Matrices with inputs before outputs."""
-
-    def to_file(self, tensor: Tensor) -> Tensor:
-        return tensor.mT if tensor.ndim > 1 else tensor
-
-    from_file = to_file
-
-
-def mapping(stored_as: Mapping | str) -> Mapping:
-    """A mapping; text is the name of a tensor that is stored as it is, or for each expert if it has a "*"."""
-    if not isinstance(stored_as, str):
-        return stored_as
-    return Stacked(stored_as) if "*" in stored_as else Plain(stored_as)
-
 
 # The model's own tensors.
 
