@@ -26,10 +26,12 @@ CASES = {
         "attention(rope_scaling=llama3(factor=8, low=1, high=4, context=16))",
         "attention(window=5)",
         "attention(window=1)",
-        "attention(rope_fraction=0.5, scale=0.3, softcap=5, bias=qkv)",
-        "attention(window=5, sink=true, gate=head)",
+        "attention(bias=qkv, scale=0.3, rope_fraction=0.5, rope_scaling=yarn(factor=4, context=16))",
+        "attention(kv_heads=2, softcap=2.0, sink=true, gate=full)",
+        "attention(window=5, softcap=2.0, sink=true, gate=head)",
+        "attention(value_residual=true) attention(value_residual=true, kv_heads=2)",
     ],
-    "mlp": ["mlp", "mlp(bias=true)"],
+    "mlp": ["mlp", "mlp(bias=true)", "mlp(gated=false, activation=gelu)"],
     "mamba": [
         "mamba(state_size=4)",
         "mamba(state_size=4, conv_width=1)",
@@ -41,6 +43,8 @@ CASES = {
         "moe(experts=4, router=softmax, experts_per_token=1)",
         "moe(experts=4, balance=pooled)*2",
         "moe(experts=4, router=sigmoid_bias, shared_experts=1, bias=true)",
+        "moe(experts=4, expert_bias=true, activation=clamped)",
+        "moe(experts=4, shared_experts=1, shared_width=24, shared_gate=true, groups=2)",
     ],
     "mamba2": [
         "mamba2(state_size=4)",
@@ -62,8 +66,8 @@ CASES = {
     ],
     "short_convolution": ["short_convolution", "short_convolution(conv_width=4, bias=true)"],
     "latent_attention": [
-        "latent_attention(heads=2, head_dim=8, rope_dim=4, value_dim=6, kv_rank=8)",
-        "latent_attention(heads=2, head_dim=8, rope_dim=4, value_dim=6, kv_rank=8, q_rank=6)",
+        "latent_attention",
+        "latent_attention(q_rank=6, kv_rank=5, head_dim=3, rope_dim=2, value_dim=7, bias=true)",
     ],
     "differential_attention": [
         "differential_attention",

@@ -123,7 +123,7 @@ def save_pretrained(model: LM, path: str | Path, shard_bytes: int = 5_000_000_00
 
 def write_tokenizer(model: LM, folder: Path) -> None:
     """The files of the model's tokenizer: those that it was published with, or its own, or that of plain bytes."""
-    tokenizer = getattr(model, "tokenizer", None)
+    tokenizer = model.tokenizer
     if model.published:
         for file in TOKENIZER:
             if (model.published.folder / file).is_file():
