@@ -69,6 +69,7 @@ def main(options: Options) -> None:
     torch.manual_seed(options.seed)
     model = LM(config).to(device)
     model.tokenizer = None if isinstance(data, Task) else data.tokenizer
+    paths = {name: choose(config.impl, name, device) for name in operations(model)}
     bfloat16 = has_bfloat16(device) if options.dtype == "auto" else options.dtype == "bfloat16"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
     optimizer = adamw(model, options.lr, options.weight_decay)
@@ -91,12 +92,11 @@ def main(options: Options) -> None:
                 given = f"{options.data}: {data.fingerprint}"
                 raise InputError("data", given, f"what {run} was started with: {done['data']}")
             forget_after(run, done["step"])
-        elif not isinstance(data, Task):
+        elif options.tokenizer != "bytes":
             data.tokenizer.save(run)
         checkpoint.save_options(run, asdict(replace(options, out=None, resume=None)))
         step = done["step"]
 
-        paths = {name: choose(config.impl, name, device) for name in operations(model)}
         chosen = ", ".join(f"{name}: {path}" for name, path in paths.items())
         cpu = f", threads: {threads}{why and f' ({why})'}" if device.type == "cpu" else ""
         bounds = [f"{last_step} steps"] if last_step < math.inf else []

@@ -16,7 +16,7 @@ from minimodels.data.tasks import TASKS
 from minimodels.data.text import open_data
 from minimodels.data.tokenizer import Bytes
 from minimodels.ops.linear_cross_entropy import IGNORE
-from minimodels.presets import PRESETS
+from minimodels.presets import MAIN
 
 pytest.importorskip("matplotlib")
 RESULTS = Path(__file__).parent.parent / "benchmarks/results"
@@ -93,9 +93,9 @@ def test_an_architecture_has_one_colour_in_all_pictures():
         for figure in figures_of([path]).values():
             for drawn in figure.axes[0].get_lines():
                 found.setdefault(drawn.get_label(), set()).add(drawn.get_color())
-    for name in PRESETS:
+    for name in MAIN:
         assert found[name] == {drawing.COLOURS[name]}
-    assert len({drawing.COLOURS[name] for name in PRESETS}) == len(PRESETS)
+    assert len({drawing.COLOURS[name] for name in MAIN}) == len(MAIN)
     assert found["attention"] == found["dense"] == found["transformer"]
 
 

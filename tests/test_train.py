@@ -23,7 +23,7 @@ import train
 from minimodels import LM, Config, InputError, preset
 from minimodels.command import run_command
 from minimodels.files import LOCK, atomic_write
-from minimodels.presets import PRESETS
+from minimodels.presets import MAIN, PRESETS
 from minimodels.training.optim import adamw, learning_rate
 from minimodels.training.options import make_first
 
@@ -61,7 +61,7 @@ def log(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("model", PRESETS)
+@pytest.mark.parametrize("model", [*MAIN, "mamba2", "kda"])
 def test_main_path(model, tmp_path, monkeypatch, capsys):
     """Every preset trains, validates, samples and leaves its folder; sampling from it repeats on a seed."""
     run("--model", model, *settings(model), "--data", "text", "--steps", 40, "--lr", 0.01, "--prompt", "abc", *SMALL,
