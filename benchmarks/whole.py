@@ -135,7 +135,9 @@ def context_jobs(toy: bool) -> list[Job]:
 def against_context(mode: str, context: int, session: Session) -> None:
     """Time the transformer and Mamba at one context."""
     toy = session.toy
-    impls = ("torch", *["cudnn"] * (session.device.type == "cuda"), "triton")
+    impls = ("torch", "triton")
+    if session.device.type == "cuda":
+        impls = ("torch", "cudnn", "triton")
     models = ("transformer", "mamba")
     if toy and mode == "decode":  # the interpreter takes a minute for Mamba's
         models = ("transformer",)

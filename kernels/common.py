@@ -289,7 +289,7 @@ def report(
             raise InputError("sweep", True, "a machine with a GPU")
         keep_freed_memory()  # as train.py does
         device = torch.device(TIMED["device"])
-        rows = Rows(options.out, environment(device), name + " sweep" * options.sweep)
+        rows = Rows(options.out, environment(device), f"{name} sweep" if options.sweep else name)
         if options.sweep:
             if not wrong:
                 sweep(kernel, cases, variants, rows, options.rounds)

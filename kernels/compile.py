@@ -109,7 +109,7 @@ def resources(compiled) -> str:
     )
     return (
         f"{registers:>4} registers, {spilled:>5} bytes spilled, {shared:>7} bytes of shared memory"
-        + ", too many to launch" * (shared > SHARED)
+        + (", too many to launch" if shared > SHARED else "")
         + "".join(f", LOSS: {loss}" for loss in losses)
     )
 
@@ -176,7 +176,7 @@ def main(options: Options) -> None:
                     seen.add(compiled.hash)
                     used = resources(compiled)
                     print(f"  {kernel:28} {used}, {loops(compiled)}{tuned}", flush=True)
-                    lossy += [f"{name}.{kernel}"] * ("LOSS" in used)
+                    lossy += [f"{name}.{kernel}"] if "LOSS" in used else []
     if lossy:
         sys.exit(f"the assembler expects losses in {', '.join(lossy)}")
 

@@ -141,9 +141,8 @@ def pick_device(name: str) -> torch.device:
             raise RuntimeError("computes nothing")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
-        raise InputError(
-            "device", name, "auto, cpu" + ", cuda" * torch.cuda.is_available()
-        ) from None
+        accepted = "auto, cpu, cuda" if torch.cuda.is_available() else "auto, cpu"
+        raise InputError("device", name, accepted) from None
     return device
 
 

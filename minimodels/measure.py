@@ -98,9 +98,9 @@ def environment(device: torch.device) -> dict[str, object]:
         "cpu": lambda: f"{processor()}, {os.cpu_count()} cores",
         "cuda": lambda: torch.cuda.get_device_name(device),
     }
+    changed = git("status", "--porcelain", "--untracked-files=no")
     return {
-        "commit": git("rev-parse", "--short", "HEAD")
-        + "+" * bool(git("status", "--porcelain", "--untracked-files=no")),
+        "commit": git("rev-parse", "--short", "HEAD") + ("+" if changed else ""),
         "device": names.get(device.type, lambda: device.type)(),
         "dtype": "bfloat16" if has_bfloat16(device) else "float32",
         "threads": torch.get_num_threads(),

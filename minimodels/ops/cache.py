@@ -6,6 +6,7 @@ generation they are written into free slots behind them (`Room`), so that a toke
 
 from __future__ import annotations
 
+import threading
 from typing import NamedTuple
 
 import torch
@@ -114,6 +115,7 @@ class Room:
     )
 
     def __init__(self, state: AttentionState, now: AttentionState):
+        self.lock = threading.Lock()
         self.used = state.keys.shape[2]
         free = now.keys.shape[2] + max(SPARE, self.used // 8)
         dtype = torch.promote_types(state.keys.dtype, now.keys.dtype)  # as if they were joined
@@ -125,17 +127,19 @@ class Room:
 
     def claim(self, before: AttentionState, now: AttentionState) -> bool:
         """Whether the slots of `now` may be written behind `before`, which nobody may from then on."""
-        newest = self.newest
-        if newest is None or any(
-            mine is not given for mine, given in zip(newest, before[:3], strict=True)
-        ):
-            return False
         writable = torch.is_inference_mode_enabled() or not self.keys.is_inference()
         exact = torch.promote_types(self.keys.dtype, now.keys.dtype) == self.keys.dtype
         fits = self.used + now.keys.shape[2] <= self.keys.shape[2]
-        return (
-            writable and exact and fits and self.__dict__.pop("newest", None) is newest
-        )  # one thread alone gets it
+        if not (writable and exact and fits):
+            return False
+        with self.lock:
+            newest = self.newest
+            if newest is None or any(
+                mine is not given for mine, given in zip(newest, before[:3], strict=True)
+            ):
+                return False
+            self.newest = None
+            return True
 
     def append(
         self, before: AttentionState, now: AttentionState, window: int | None
