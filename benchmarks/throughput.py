@@ -213,7 +213,8 @@ def providers(configs: dict[str, Config], options: Options, mode: str) -> dict[s
                 waits = bool({"moe", "mod"} & names)  # for the GPU to count
                 if compiled and mode == "decode" and waits:
                     continue
-                way = f", {impl}" * (len(options.impl) > 1) + suffixes.get(mode, "") * compiled
+                path = f", {impl}" if len(options.impl) > 1 else ""
+                way = path + (suffixes.get(mode, "") if compiled else "")
                 config = replace(config, impl="torch" if impl in BACKENDS else impl)
                 found[base + way] = Provider(base, config, impl, compiled)
     return found

@@ -813,7 +813,9 @@ def check() -> None:
     if INTERPRETED:  # on a GPU each would have to be compiled in every configuration
         full = [inputs(2, 2, 1, T, T, 16), inputs(2, 2, 1, T, T, 16, None, None, 19, starts)]
     kernels = forward_kernel, backward_queries_kernel, backward_keys_kernel
-    compare_all(kernels, attention, reference, odd, full, (*CHECKED, *[torch.float16] * GPU))
+    compare_all(
+        kernels, attention, reference, odd, full, (*CHECKED, *([torch.float16] if GPU else []))
+    )
 
 
 def reference(q, k, v, queries=None, keys=None, window=None, starts=None) -> Tensor:
