@@ -94,7 +94,7 @@ def overwrite(small: bool) -> Claim:
     All models have two layers, of which the first can bring a key and its value together.
     """
     keys, vocab, context, steps, width = (
-        (8, 32, 64, 300, 64) if small else (32, 256, 512, 10_000, 128)
+        (8, 32, 64, 600, 64) if small else (32, 256, 512, 10_000, 128)
     )
     models = {
         "attention": "(attention(heads=2) mlp)*2",
