@@ -24,11 +24,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import tyro
 from minimodels.kernels import INTERPRETED, OPERATIONS
 
 from minimodels import InputError
-from minimodels.command import keep_freed_memory, pick_device, run_command
+from minimodels.command import keep_freed_memory, parse_options, pick_device, run_command
 from minimodels.measure import ceilings, environment
 
 from . import checks, races, steps, summary, sweep, whole
@@ -187,4 +186,4 @@ def start_again(options: Options, end: float) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, lambda: tyro.cli(Options, description=__doc__))
+    run_command(main, lambda: parse_options(Options, __doc__))

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from minimodels import LM, Config, InputError, preset
 from minimodels.architectures.mod import MixtureOfDepths
-from minimodels.command import keep_freed_memory, pick_device, run_command
+from minimodels.command import keep_freed_memory, parse_options, pick_device, run_command
 from minimodels.data.text import open_data
 from minimodels.layers import Context, Record, choose
 from minimodels.ledger import ledger
@@ -374,4 +374,4 @@ def summarise(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, lambda: tyro.cli(Options, description=__doc__))
+    run_command(main, lambda: parse_options(Options, __doc__))

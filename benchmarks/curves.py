@@ -14,7 +14,7 @@ from pathlib import Path
 import tyro
 
 from minimodels import InputError
-from minimodels.command import run_command
+from minimodels.command import parse_options, run_command
 
 from .drawing import amount, canvas, label_lines, looks, save, scale_axis
 from .plot import at, read
@@ -113,4 +113,4 @@ def points(rows: list[dict], axis: str) -> tuple[tuple[list, list], tuple[list, 
 
 
 if __name__ == "__main__":
-    run_command(main, lambda: tyro.cli(Options, description=__doc__))
+    run_command(main, lambda: parse_options(Options, __doc__))

@@ -19,11 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from minimodels.kernels import OPERATIONS
 
 from minimodels import InputError
-from minimodels.command import run_command
+from minimodels.command import parse_options, run_command
 
 
 @dataclass(frozen=True)
@@ -73,4 +72,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, lambda: tyro.cli(Options, description=__doc__))
+    run_command(main, lambda: parse_options(Options, __doc__))

@@ -24,13 +24,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import tyro
 
 from minimodels import LM, Config, InputError
 from minimodels.architectures.mamba import recurrence
 from minimodels.architectures.moe import MoE
 from minimodels.architectures.transformer import SwiGLU
-from minimodels.command import keep_freed_memory, pick_device, run_command
+from minimodels.command import keep_freed_memory, parse_options, pick_device, run_command
 from minimodels.layers import Context
 from minimodels.ledger import ledger
 from minimodels.measure import check_writable, interleave, peak_memory, ratio, write
@@ -434,4 +433,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, lambda: tyro.cli(Options, description=__doc__))
+    run_command(main, lambda: parse_options(Options, __doc__))

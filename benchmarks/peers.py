@@ -20,12 +20,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import tyro
 from einops import rearrange
 from torch import Tensor, nn
 
 from minimodels import InputError, from_pretrained
-from minimodels.command import keep_freed_memory, run_command
+from minimodels.command import keep_freed_memory, parse_options, run_command
 from minimodels.generate import Sampling, generate
 from minimodels.measure import check_writable, interleave, ratio, write
 from minimodels.ops.linear_cross_entropy import IGNORE
@@ -331,4 +330,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, lambda: tyro.cli(Options, description=__doc__))
+    run_command(main, lambda: parse_options(Options, __doc__))

@@ -23,7 +23,7 @@ import tyro
 
 from benchmarks.crossover import overtaking
 from minimodels import InputError
-from minimodels.command import run_command
+from minimodels.command import parse_options, run_command
 
 from .drawing import (
     STYLES,
@@ -257,4 +257,4 @@ PICTURES = (operations, throughput, claims)
 
 
 if __name__ == "__main__":
-    run_command(main, lambda: tyro.cli(Options, description=__doc__))
+    run_command(main, lambda: parse_options(Options, __doc__))

@@ -20,7 +20,7 @@ import tyro
 from torch import Tensor
 
 from minimodels import LM, InputError
-from minimodels.command import pick_device, run_command
+from minimodels.command import parse_options, pick_device, run_command
 from minimodels.data.source import Source
 from minimodels.data.tasks import is_task
 from minimodels.data.text import open_data
@@ -118,4 +118,4 @@ def bins(context: int, longest: int, per_doubling: int) -> list[int]:
 
 
 if __name__ == "__main__":
-    run_command(main, lambda: tyro.cli(Options, description=__doc__))
+    run_command(main, lambda: parse_options(Options, __doc__))

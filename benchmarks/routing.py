@@ -23,7 +23,7 @@ import tyro
 from minimodels import LM, InputError
 from minimodels.architectures.mod import MixtureOfDepths
 from minimodels.architectures.moe import MoE
-from minimodels.command import run_command
+from minimodels.command import parse_options, run_command
 from minimodels.data.tokenizer import Bytes
 from minimodels.layers import Record, Stack
 from minimodels.training.checkpoint import load_model
@@ -182,4 +182,4 @@ def ground(text: str, background: str | None) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main, lambda: tyro.cli(Options, description=__doc__))
+    run_command(main, lambda: parse_options(Options, __doc__))

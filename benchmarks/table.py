@@ -16,7 +16,7 @@ from pathlib import Path
 import tyro
 
 from minimodels import InputError
-from minimodels.command import run_command
+from minimodels.command import parse_options, run_command
 from minimodels.measure import ratio
 
 from .plot import Rows, read
@@ -180,4 +180,4 @@ def claims(rows: Rows) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main, lambda: tyro.cli(Options, description=__doc__))
+    run_command(main, lambda: parse_options(Options, __doc__))

@@ -25,13 +25,13 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
-import tyro
 
 from minimodels import LM, Config, InputError, preset
 from minimodels.architectures.registry import LAYERS
 from minimodels.command import (
     has_bfloat16,
     keep_freed_memory,
+    parse_options,
     pick_device,
     require_compiler,
     run_command,
@@ -398,4 +398,4 @@ def describe(row: dict) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main, lambda: tyro.cli(Options, description=__doc__))
+    run_command(main, lambda: parse_options(Options, __doc__))

@@ -16,12 +16,11 @@ from pathlib import Path
 import torch
 import triton
 import triton.language as tl
-import tyro
 from minimodels.kernels import INTERPRETED
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
-from minimodels.command import keep_freed_memory, run_command
+from minimodels.command import keep_freed_memory, parse_options, run_command
 from minimodels.errors import InputError
 from minimodels.measure import ceilings, environment, interleave, peak_bytes
 
@@ -499,4 +498,4 @@ def prepare(provider: Callable, arguments: tuple, direction: str) -> Callable[[]
 
 def command(main: Callable, description: str) -> None:
     """Run a kernel file's report from the command line."""
-    run_command(main, lambda: tyro.cli(Options, description=description))
+    run_command(main, lambda: parse_options(Options, description))

@@ -33,7 +33,7 @@ from triton.runtime import driver
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
-from minimodels.command import run_command
+from minimodels.command import parse_options, run_command
 from minimodels.errors import InputError
 
 SHARED = 227 * 1024  # bytes that a program may have
@@ -182,4 +182,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, lambda: tyro.cli(Options, description=__doc__))
+    run_command(main, lambda: parse_options(Options, __doc__))

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import tyro
 from torch import nn
 
 from minimodels.colours import COLOURS, OTHERS
-from minimodels.command import run_command
+from minimodels.command import parse_options, run_command
 from minimodels.config import Config
 from minimodels.errors import Count, InputError, check_types
 from minimodels.files import read_json
@@ -324,4 +323,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, lambda: tyro.cli(Options, description=__doc__))
+    run_command(main, lambda: parse_options(Options, __doc__))

@@ -130,7 +130,7 @@ class Context:
             B, T = self.starts.shape
             self.positions = torch.arange(T, device=self.starts.device).expand(B, T)
         if self.resets is None:
-            self.resets = self.positions == self.starts
+            self.resets = (self.positions == self.starts) & (self.positions >= 0)
 
     def take(self, index: Tensor, positions: Tensor, resets: Tensor | None) -> Context:
         """The context of the tokens (B, k) at an index, at the positions given; the record is shared."""

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from minimodels.command import pick_device, run_command
+from minimodels.command import parse_options, pick_device, run_command
 from minimodels.data.tasks import is_task
 from minimodels.data.tokenizer import Bytes, TokenizerFile
 from minimodels.errors import InputError, Natural, Range, check_types
@@ -96,4 +96,4 @@ def tokens_to_add(asked: int | None, context: int | None, prompt: int) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main, lambda: tyro.cli(Options, description=__doc__))
+    run_command(main, lambda: parse_options(Options, __doc__))

@@ -220,6 +220,21 @@ def test_packed_documents_in_pieces(layers):
             same(y[row, place], whole[row, place])
 
 
+@law
+def test_a_packed_row_continues(layers):
+    """After documents and padding, the last document of each row continues as it would alone."""
+    stack, x, more = make(layers), text(), text(2)[:, :4]
+    positions, starts = packed()
+    _, state = stack(x, None, Context(positions, starts))
+    seen = positions.amax(1, keepdim=True) + 1
+    last = starts.amax(1, keepdim=True)
+    y, _ = stack(more, state, Context(seen + torch.arange(4), last.expand(-1, 4)))
+    for row, lengths in enumerate(DOCUMENTS):
+        end = sum(lengths)
+        _, alone = stack(x[row : row + 1, end - lengths[-1] : end])
+        same(y[row : row + 1], stack(more[row : row + 1], alone)[0])
+
+
 @pytest.mark.parametrize("layers", SHARED)
 def test_a_shared_layer_is_one_layer(layers):
     """Its parameters exist once, its gradient is the sum over its uses, and each use has its own state."""

@@ -7,14 +7,13 @@ python -m minimodels.architectures attention        one of them, with its option
 from __future__ import annotations
 
 import inspect
-import sys
 from dataclasses import dataclass, fields
 from typing import get_type_hints
 
 import tyro
 
 from minimodels.architectures.registry import LAYERS, WRAPPERS
-from minimodels.command import run_command
+from minimodels.command import parse_options, run_command
 from minimodels.errors import InputError, describe, nearest
 from minimodels.grammar import write_value
 
@@ -77,7 +76,7 @@ def file_of(kind: type) -> str:
 
 def parse() -> Options:
     """The command line."""
-    return tyro.cli(Options, description=__doc__, args=sys.argv[1:])
+    return parse_options(Options, __doc__)
 
 
 if __name__ == "__main__":

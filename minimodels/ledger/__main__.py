@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import tyro
-
 import minimodels.ledger as module
-from minimodels.command import run_command
+from minimodels.command import parse_options, run_command
 from minimodels.errors import Count, check_types
 from minimodels.ledger import ledger
 from minimodels.presets import PRESETS, fitted, preset
@@ -46,4 +44,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, lambda: tyro.cli(Options, description=module.__doc__))
+    run_command(main, lambda: parse_options(Options, module.__doc__))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from minimodels.command import run_command
+from minimodels.command import parse_options, run_command
 from minimodels.published import save_pretrained
 from minimodels.training.checkpoint import load_model
 
@@ -32,4 +32,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, lambda: tyro.cli(Options, description=__doc__))
+    run_command(main, lambda: parse_options(Options, __doc__))
