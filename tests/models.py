@@ -41,10 +41,11 @@ CASES = {
     "moe": [
         "moe(experts=4)",
         "moe(experts=4, router=softmax, experts_per_token=1)",
+        "moe(experts=4, router=softmax, groups=2)",
         "moe(experts=4, balance=pooled)*2",
         "moe(experts=4, router=sigmoid_bias, shared_experts=1, bias=true)",
         "moe(experts=4, expert_bias=true, activation=clamped)",
-        "moe(experts=4, shared_experts=1, shared_width=24, shared_gate=true, groups=2)",
+        "moe(experts=4, shared_experts=1, shared_width=24, shared_gate=true)",
     ],
     "mamba2": [
         "mamba2(state_size=4)",
