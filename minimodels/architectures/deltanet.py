@@ -115,8 +115,7 @@ class DeltaNet(nn.Module):
         )
 
         def check(self, width: int) -> None:
-            """Raise InputError if heads do not fit the width or each other, or if a bound has no
-            gate."""
+            """Raise InputError if heads do not fit the width or each other, or a bound has no gate."""
             if not self.head_dim and width % self.heads:
                 raise InputError("heads", self.heads, f"a divisor of width {width}, or a head_dim")
             if self.key_heads and self.heads % self.key_heads:

@@ -40,8 +40,7 @@ from minimodels.ops.rotary import Scaling, rotary, rotate, scaling_text
 
 
 class LatentAttention(nn.Module):
-    """Causal self-attention that remembers one latent and one rotary key per token, for all
-    heads."""
+    """Causal self-attention that remembers one latent and one rotary key per token."""
 
     paper = "DeepSeek-AI, arXiv:2405.04434"
     operations = ("attention",)
@@ -127,9 +126,14 @@ class LatentAttention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2)), after
 
     def expanded(
-        self, plain: Tensor, turned: Tensor, memory: Tensor, queries: Tensor | None, keys: Tensor | None,
+        self,
+        plain: Tensor,
+        turned: Tensor,
+        memory: Tensor,
+        queries: Tensor | None,
+        keys: Tensor | None,
         starts: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Attention over keys and values made from the latents: DeepSeek-V2, (10) to (19)."""
         B, _, S, _ = memory.shape
         latent, key = memory.squeeze(1).split((self.rank, self.turned), dim=-1)
@@ -140,9 +144,14 @@ class LatentAttention(nn.Module):
         return self.attend(q, k, v, queries, keys, starts)
 
     def absorbed(
-        self, plain: Tensor, turned: Tensor, memory: Tensor, queries: Tensor | None, keys: Tensor | None,
+        self,
+        plain: Tensor,
+        turned: Tensor,
+        memory: Tensor,
+        queries: Tensor | None,
+        keys: Tensor | None,
         starts: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """The same over the latents themselves, which serve as all heads' keys and values."""
         up = self.kv_up.weight.view(self.heads, -1, self.rank)  # (H, d + d_v, r)
         to_keys, to_values = up.split((self.plain, self.value), dim=1)
@@ -151,8 +160,14 @@ class LatentAttention(nn.Module):
         return y @ to_values.mT.to(y.dtype)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, queries: Tensor | None, keys: Tensor | None, starts: Tensor | None
-    ) -> Tensor:  # fmt: skip
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: Tensor | None,
+        keys: Tensor | None,
+        starts: Tensor | None,
+    ) -> Tensor:
         """Attention for values and keys of different widths: zeros fill up the narrower ones."""
         width = max(q.shape[-1], v.shape[-1])
         filled = [
@@ -163,8 +178,7 @@ class LatentAttention(nn.Module):
         return y[..., : v.shape[-1]]
 
     def absorbing_saves(self, T: int, S: int) -> bool:
-        """Whether the absorbed form takes fewer operations for a chunk of T tokens over S
-        tokens."""
+        """Whether the absorbed form takes fewer operations for T tokens over S tokens."""
         up = self.rank * (self.plain + self.value)
         expanded = S * up + T * S * (self.plain + self.turned + self.value)
         return T * up + T * S * (2 * self.rank + self.turned) < expanded
@@ -177,8 +191,7 @@ class LatentAttention(nn.Module):
         return cache[key]
 
     def flops(self, context: int) -> float:
-        """Forward FLOPs per token of the expanded form: linear maps, and QKᵀ and PV with every key,
-        even if masked."""
+        """Forward FLOPs per token of the expanded form: maps, and QKᵀ and PV with all keys."""
         maps = [part for part in self.children() if isinstance(part, nn.Linear)]
         width = max(self.plain + self.turned, self.value)
         return sum(flops(part, context) for part in maps) + 4 * self.heads * width * context

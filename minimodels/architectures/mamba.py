@@ -57,8 +57,7 @@ class MambaState(NamedTuple):
 
 
 class Mamba(nn.Module):
-    """The selective state space block (Figure 3): projection, convolution, scan, gate,
-    projection."""
+    """The selective state space block (Figure 3): convolution, scan and gate."""
 
     paper = "Gu and Dao, arXiv:2312.00752"
     presets = {"mamba": "mamba*{twice}"}
@@ -198,9 +197,17 @@ def selective_scan(
 
 
 def check_shapes(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor, z: Tensor | None, delta_bias: Tensor | None,
-    state: Tensor | None, resets: Tensor | None,
-) -> None:  # fmt: skip
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    skip: Tensor,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    state: Tensor | None,
+    resets: Tensor | None,
+) -> None:
     """Raise ValueError unless the arguments have the shapes in selective_scan's docstring.
 
     The kernel uses this check too.
@@ -219,8 +226,14 @@ def check_shapes(
 
 
 def recurrence(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, resets: Tensor | None = None
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    h: Tensor,
+    resets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """The reference: one token after the other.
 
     Arguments as in selective_scan, except that delta is already after softplus.

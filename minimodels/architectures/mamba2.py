@@ -61,8 +61,7 @@ class Mamba2State(NamedTuple):
 
 
 class Mamba2(nn.Module):
-    """The state space dual block (Figure 6): projection, convolution, scan, gated norm,
-    projection."""
+    """The state space dual block (Figure 6): convolution, scan by heads, gated norm."""
 
     paper = "Dao and Gu, arXiv:2405.21060"
     presets = {"mamba2": "mamba2*{twice}"}
@@ -89,8 +88,7 @@ class Mamba2(nn.Module):
         step_max: Positive | None = option(None, "Δ is at most this; by default without limit")
 
         def check(self, width: int) -> None:
-            """Raise InputError if heads do not fit the width or groups, or if step_max <
-            step_min."""
+            """Raise InputError if heads do not fit the width or groups, or step_max < step_min."""
             inner = self.expand * width
             if not self.head_dim and inner % self.heads:
                 raise InputError("heads", self.heads, f"a divisor of {inner}, or a head_dim")
