@@ -31,8 +31,14 @@ WORK = (
 
 
 def scan(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, resets: Tensor | None = None
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    resets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """y (B, T, D) and the final state (B, D, N), in the arguments' one dtype. All but `resets` may want a gradient."""
     given = (tensor.contiguous() for tensor in (x, delta, A, B, C, state))
     y, state, _ = scan_forward(*given, resets)
@@ -41,8 +47,14 @@ def scan(
 
 @torch.library.custom_op("minimodels::scan_forward", mutates_args=())
 def scan_forward(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, resets: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    resets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state, and the states at the chunk boundaries, first and last included: (chunks + 1, B, N, D)."""
     y, final_state, boundaries = empty_outputs(x, delta, A, B, C, state, resets)
     boundaries[0] = state.mT
@@ -120,8 +132,14 @@ def swapped(*tensors: Tensor) -> Iterator[Tensor]:
 
 
 def walk(
-    delta: Tensor, inputs: Tensor, A: Tensor, B: Tensor, resets: Tensor | None, boundaries: Tensor, backwards: bool = False
-) -> Iterator[tuple[slice, Tensor, Tensor, tuple[Tensor, ...], Tensor]]:  # fmt: skip
+    delta: Tensor,
+    inputs: Tensor,
+    A: Tensor,
+    B: Tensor,
+    resets: Tensor | None,
+    boundaries: Tensor,
+    backwards: bool = False,
+) -> Iterator[tuple[slice, Tensor, Tensor, tuple[Tensor, ...], Tensor]]:
     """Compute the states chunk by chunk, each chunk from its boundary state, all in the same memory.
 
     Time comes first: delta and inputs (T, B, D), which are Δx; B (T, B, N). A is (N, D). Yields the chunk's slice of time, its
