@@ -115,7 +115,8 @@ def rmsnorm_forward(
     BLOCK = triton.next_power_of_2(D)
     with on(x):
         forward_kernel[(rows,)](
-            x, *dense(update), weight, y, total, rstd, D, eps, full(x), BLOCK, num_warps=warps(BLOCK)
+            x, *dense(update), weight, y, total, rstd, D, eps, full(x), BLOCK,
+            num_warps=warps(BLOCK)
         )  # fmt: skip
     return y, total, rstd
 
@@ -131,7 +132,8 @@ def rmsnorm_backward(
     dx, dweight = torch.empty_like(total), rstd.new_empty(count, D)
     with on(dy):
         backward_kernel[(count,)](
-            dy, *dense(dtotal), total, weight, rstd, dx, dweight, rows, D, full(total), BLOCK, num_warps=warps(BLOCK)
+            dy, *dense(dtotal), total, weight, rstd, dx, dweight, rows, D, full(total), BLOCK,
+            num_warps=warps(BLOCK)
         )  # fmt: skip
     return dx, dweight.sum(0).to(weight.dtype)
 

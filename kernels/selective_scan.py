@@ -190,9 +190,9 @@ def lanes(P, d, n, real, N: tl.constexpr, FULL: tl.constexpr):
 
 @triton.jit
 def forward_local_kernel(
-    X, DELTA, A, B, BIAS, RESETS, LOCAL, SUM, T, steps, blocks, chunks,
-    D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, RAGGED: tl.constexpr,
-    FULL: tl.constexpr,
+    X, DELTA, A, B, BIAS, RESETS, LOCAL, SUM, T, steps, blocks, chunks, D: tl.constexpr,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
+    RAGGED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Walk each chunk but the last from a state of zero: the final state, and the sum of the step sizes."""
     block, walk = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
@@ -221,7 +221,8 @@ def forward_local_kernel(
 
 @triton.jit
 def carry_kernel(
-    LOCAL, SUM, A, EDGES, D, N, intervals, span, chunks, REVERSE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr
+    LOCAL, SUM, A, EDGES, D, N, intervals, span, chunks, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
+    FULL: tl.constexpr
 ):  # fmt: skip
     """Carry states from the first chunk to the last, or gradients from the last to the first: one program, some (d, n). LOCAL
     has no place for the chunk that is carried to last, so reversed its place r is that of chunk r + 1."""
@@ -241,9 +242,10 @@ def carry_kernel(
 
 @triton.jit
 def forward_kernel(
-    X, DELTA, A, B, C, SKIP, Z, BIAS, RESETS, Y, STARTS, FINAL, T, z_batch, interval, intervals, span, blocks, chunks,
-    Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    STEPS: tl.constexpr, RAGGED: tl.constexpr, FULL: tl.constexpr,
+    X, DELTA, A, B, C, SKIP, Z, BIAS, RESETS, Y, STARTS, FINAL, T, z_batch, interval, intervals,
+    span, blocks, chunks, Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, RAGGED: tl.constexpr,
+    FULL: tl.constexpr,
 ):  # fmt: skip
     """Walk each chunk from its true start: the outputs, and the state at the start of each interval."""
     block, walk = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
@@ -283,8 +285,8 @@ def forward_kernel(
 @triton.jit
 def backward_local_kernel(
     DELTA, A, C, Z, BIAS, RESETS, DY, LOCAL, SUM, T, z_batch, steps, blocks, chunks,
-    Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    STEPS: tl.constexpr, RAGGED: tl.constexpr, FULL: tl.constexpr,
+    Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, STEPS: tl.constexpr, RAGGED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Walk each chunk but the first backwards: the gradient that its outputs alone give the state before it."""
     block, walk = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
@@ -330,10 +332,10 @@ def backward_local_kernel(
 
 @triton.jit
 def backward_kernel(
-    X, DELTA, A, B, C, SKIP, Z, BIAS, RESETS, DY, STARTS, ENDS, SCRATCH, DX, DDELTA, DA, DB, DC, DSKIP, DZ, DBIAS, DSTATE,
-    T, tokens, z_batch, interval, intervals, span, blocks, chunks, share,
-    Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    STEPS: tl.constexpr, RAGGED: tl.constexpr, FULL: tl.constexpr,
+    X, DELTA, A, B, C, SKIP, Z, BIAS, RESETS, DY, STARTS, ENDS, SCRATCH, DX, DDELTA, DA, DB, DC,
+    DSKIP, DZ, DBIAS, DSTATE, T, tokens, z_batch, interval, intervals, span, blocks, chunks, share,
+    Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, STEPS: tl.constexpr, RAGGED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Walk each chunk backwards, interval by interval, in each interval one block of channels after the other."""
     teams = tl.cdiv(blocks, share)
@@ -445,8 +447,8 @@ def backward_kernel(
 
 @torch.library.custom_op("minimodels::selective_scan_forward", mutates_args=())
 def selective_scan_forward(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor, z: Tensor | None, bias: Tensor | None,
-    state: Tensor | None, resets: Tensor | None, interval: int,
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor, z: Tensor | None,
+    bias: Tensor | None, state: Tensor | None, resets: Tensor | None, interval: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y, the final state, and the states at the start of each interval (B, intervals, D, N)."""
     batch, T, D, N, precise, z, bias, resets, (x, delta, A, B, C, skip) = prepare(
@@ -468,20 +470,22 @@ def selective_scan_forward(
                 precise.new_empty(batch, chunks - 1, D),
             )
             forward_local_kernel[(blocks * batch * (chunks - 1),)](
-                x, delta, A, B, bias, resets, local, total, T, span * interval, blocks, chunks, **sizes
+                x, delta, A, B, bias, resets, local, total, T, span * interval, blocks, chunks,
+                **sizes
             )  # fmt: skip
             carry(local, total, A, starts, span, reverse=False)
         forward_kernel[(blocks * batch * chunks,)](
-            x, delta, A, B, C, skip, z, bias, resets, y, starts, final, T, z_batch, interval, intervals, span, blocks, chunks,
-            Z_ROW=z_row, **sizes,
+            x, delta, A, B, C, skip, z, bias, resets, y, starts, final, T, z_batch, interval,
+            intervals, span, blocks, chunks, Z_ROW=z_row, **sizes,
         )  # fmt: skip
     return y, final, starts
 
 
 @torch.library.custom_op("minimodels::selective_scan_backward", mutates_args=())
 def selective_scan_backward(
-    dy: Tensor, dfinal: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor, z: Tensor | None,
-    bias: Tensor | None, resets: Tensor | None, starts: Tensor, interval: int,
+    dy: Tensor, dfinal: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    skip: Tensor, z: Tensor | None, bias: Tensor | None, resets: Tensor | None, starts: Tensor,
+    interval: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, ddelta, dA, dB, dC, dskip, dz (empty without z), dbias, dstate."""
     given = (A, B, C, skip, bias)
@@ -520,14 +524,14 @@ def selective_scan_backward(
                 precise.new_empty(batch, chunks - 1, D),
             )
             backward_local_kernel[(blocks * batch * (chunks - 1),)](
-                delta, A, C, z, bias, resets, dy, local, total, T, z_batch, span * interval, blocks, chunks,
-                Z_ROW=z_row, **sizes,
+                delta, A, C, z, bias, resets, dy, local, total, T, z_batch, span * interval, blocks,
+                chunks, Z_ROW=z_row, **sizes,
             )  # fmt: skip
             carry(local, total, A, ends, span, reverse=True)
         backward_kernel[(teams * batch * chunks,)](
-            x, delta, A, B, C, skip, z, bias, resets, dy, starts, ends, scratch,
-            dx, ddelta, dA, dB, dC, dskip, dz, dbias, dstate,
-            T, batch * T, z_batch, interval, intervals, span, blocks, chunks, share, Z_ROW=z_row, **sizes,
+            x, delta, A, B, C, skip, z, bias, resets, dy, starts, ends, scratch, dx, ddelta, dA, dB,
+            dC, dskip, dz, dbias, dstate, T, batch * T, z_batch, interval, intervals, span, blocks,
+            chunks, share, Z_ROW=z_row, **sizes,
         )  # fmt: skip
     sums = dA.sum((0, 1)), dB.sum(0), dC.sum(0), dskip.sum((0, 1)), dbias.sum((0, 1))
     dA, dB, dC, dskip, dbias = (
