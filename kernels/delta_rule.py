@@ -662,14 +662,13 @@ def walk(
     widths = {"WIDTH": max(16, triton.next_power_of_2(K)), "BLOCK_V": columns}
     c = {name: part for name, part in c.items() if name != "BLOCK_K"} | widths
     state_kernel[(triton.cdiv(V, c["BLOCK_V"]), batch * H)](
-        keys, values, W, keys_too, values_too, totals, doc, first, edges, last, *sizes, reverse, **c,
-        num_warps=8 if c["GATES"] > 1 else 4, num_stages=2 if K <= 128 else 1,
+        keys, values, W, keys_too, values_too, totals, doc, first, edges, last, *sizes, reverse,
+        **c, num_warps=8 if c["GATES"] > 1 else 4, num_stages=2 if K <= 128 else 1,
     )  # fmt: skip
 
 
 def sums_of(g: Tensor, resets: Tensor | None, C: int) -> Tensor:
-    """The sums of log2-decays (B, T, H, 1 | K) from the start of the chunk, or of a document in
-    it."""
+    """The sums of log2-decays (B, T, H, 1 | K) from the start of the chunk or document."""
     (batch, T), N = g.shape[:2], g[0, 0].numel()
     size = min(128, triton.next_power_of_2(N))
     totals = torch.empty_like(g)

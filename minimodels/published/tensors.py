@@ -1,7 +1,7 @@
-"""Tensors in safetensors files and the parts of our model that they are.
+"""Tensors in safetensors files, and the parts of our model that they contain.
 
-A mapping says how parts of ours are stored. Each writes, and reads what it wrote; they can be put inside one
-another, such as Transposed(Fused("attn.c_attn")).
+A mapping describes the stored form of some of our parts. Each one writes, and reads what it wrote.
+They can be nested, such as Transposed(Fused("attn.c_attn")).
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ DERIVED = re.compile(  # tensors in older files that follow from config.json
     r".*\.(rotary_emb\.inv_freq|attn\.(masked_)?bias)"
 )
 
-# How parts are stored.
+# The stored forms of parts.
 
 
 @dataclass(frozen=True)
 class Plain:
-    """As it is."""
+    """A tensor stored as it is."""
 
     name: str
 
@@ -47,7 +47,7 @@ class Plain:
 
 @dataclass(frozen=True)
 class Stacked:
-    """Each expert for itself, with its number instead of "*"."""
+    """Each expert stored separately, with its number instead of "*"."""
 
     name: str
 
@@ -77,7 +77,7 @@ class Fused:
 
 @dataclass(frozen=True)
 class Interleaved:
-    """Several parts as one tensor, the first slice of each, then the second of each."""
+    """Several parts as one tensor: the first slice of each, then the second of each, and so on."""
 
     name: str
     dim: int = 0
@@ -92,7 +92,7 @@ class Interleaved:
 
 
 class Changed:
-    """What another mapping stores, changed by a function that has an inverse."""
+    """A tensor stored by another mapping, after a function that has an inverse."""
 
     def __init__(self, stored_as: Mapping | str):
         self.inner = mapping(stored_as)
@@ -113,7 +113,10 @@ class Changed:
 
 
 class Offset(Changed):
-    """A norm's weights less 1, because the norm multiplies by 1 + w. In 16 bits 1 + w has fewer digits than w."""
+    """A norm's weights less 1, because the norm multiplies by 1 + w.
+
+    In 16 bits 1 + w has fewer digits than w.
+    """
 
     def to_file(self, tensor: Tensor) -> Tensor:
         return (tensor.double() - 1).to(tensor.dtype)
@@ -123,7 +126,7 @@ class Offset(Changed):
 
 
 class Transposed(Changed):
-    """Matrices with inputs before outputs."""
+    """Matrices stored with inputs before outputs."""
 
     def to_file(self, tensor: Tensor) -> Tensor:
         return tensor.mT if tensor.ndim > 1 else tensor
@@ -132,7 +135,10 @@ class Transposed(Changed):
 
 
 def mapping(stored_as: Mapping | str) -> Mapping:
-    """A mapping; text is the name of a tensor that is stored as it is, or for each expert if it has a "*"."""
+    """A mapping from its name.
+
+    Text is the name of a tensor that is stored as it is, or for each expert if it has a "*".
+    """
     if not isinstance(stored_as, str):
         return stored_as
     return Stacked(stored_as) if "*" in stored_as else Plain(stored_as)
@@ -142,7 +148,7 @@ def mapping(stored_as: Mapping | str) -> Mapping:
 
 
 class Binding(NamedTuple):
-    """Some of the model's tensors, and how they are stored."""
+    """Some of the model's tensors, and their stored form."""
 
     mapping: Mapping
     name: str  # complete
@@ -150,7 +156,10 @@ class Binding(NamedTuple):
 
 
 def bindings(model: LM, family: Family, roles: list[str]) -> list[Binding]:
-    """How every tensor of a model is stored; `roles` are those of its layers. Raises InputError for a part without a name."""
+    """The stored form of every tensor of a model; `roles` are those of its layers.
+
+    Raises InputError if a part has no name.
+    """
     own = {name: t for name, t in model.state_dict().items() if not name.startswith("layers.")}
     found = bind(own, family.whole, "")
     for index, (name, layer) in enumerate(zip(roles, model.layers, strict=True)):
@@ -182,7 +191,10 @@ def bind(tensors: dict[str, Tensor], table: dict[str, Mapping | str], prefix: st
 
 @torch.no_grad()
 def published_tensors(bound: list[Binding]) -> dict[str, Tensor]:
-    """All tensors as they are stored, by their names; views of the model's, if they are stored as they are."""
+    """All tensors in their stored form, by their names.
+
+    A tensor that is stored as it is, is a view of the model's.
+    """
     found: dict[str, Tensor] = {}
     for how, name, tensors in bound:
         found |= how.write(name, tensors)
@@ -191,7 +203,7 @@ def published_tensors(bound: list[Binding]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def read_tensors(bound: list[Binding], files: dict[str, Stored]) -> None:
-    """Copy what is stored into the model."""
+    """Copy the stored tensors into the model."""
     for how, name, tensors in bound:
         how.read(name, lambda key: files[key].read(), tensors)
 
@@ -218,10 +230,11 @@ class Stored(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """A tensor in MXFP4 (OCP Microscaling Formats 1.0): numbers of 4 bits, 32 of which share a power of 2.
+    """A tensor in MXFP4 (OCP Microscaling Formats 1.0): 4-bit numbers, 32 of which share a power of
+    2.
 
-    blocks (E, out, in / 32, 16) have two numbers a byte, the low bits first; scales (E, out, in / 32). It is read as
-    (E, in, out).
+    blocks (E, out, in / 32, 16) have two numbers a byte, the low bits first; scales (E, out, in /
+    32). Reading it gives (E, in, out).
     """
 
     blocks: Stored
@@ -242,7 +255,7 @@ class Packed(NamedTuple):
 
 
 def unpack(files: dict[str, Stored]) -> dict[str, Stored | Packed]:
-    """The tensors with those in MXFP4 as one each instead of blocks and scales."""
+    """The tensors, with each pair of blocks and scales in MXFP4 replaced by one tensor."""
     found: dict[str, Stored | Packed] = dict(files)
     for name in [name for name in files if name.endswith("_blocks")]:
         whole = name.removesuffix("_blocks")
@@ -279,8 +292,11 @@ def open_tensors(folder: Path, opened: ExitStack) -> dict[str, Stored]:
 
 
 def rename_tensors(files: dict[str, Stored], family: Family, tied: bool) -> dict[str, Stored]:
-    """The stored tensors by the names used here, however the file spells them: older names, a model saved without
-    its head and hence without the prefix, a tied matrix under the head's name alone."""
+    """The stored tensors by the names used here, whatever the file calls them.
+
+    A file may have older names. A model saved without its head has no prefix. A tied matrix may
+    have only the head's name.
+    """
     files = {family.aliases.get(name, name): stored for name, stored in unpack(files).items()}
     head, embedding = weight_of(family, "head"), weight_of(family, "embedding")
     if not any(name.startswith(family.prefix) for name in files):
@@ -298,7 +314,7 @@ def weight_of(family: Family, part: str) -> str:
 
 
 def block_of(name: str, family: Family) -> int:
-    """The number of the block that a stored tensor belongs to; -1 for none."""
+    """The number of the block to which a stored tensor belongs; -1 for none."""
     pattern = re.escape(family.prefix + family.block).replace(re.escape("{}"), r"(\d+)")
     found = re.match(pattern, name)
     return int(found[1]) if found else -1
@@ -307,9 +323,13 @@ def block_of(name: str, family: Family) -> int:
 def check_tensors(
     files: dict[str, Stored], wanted: dict[str, Tensor], family: Family, folder: Path
 ) -> None:
-    """Raise InputError that lists every tensor which is missing, surplus, of another shape or not of floating point."""
+    """Raise InputError if tensors are missing, surplus, of another shape or not floating-point.
+
+    The error lists all of them.
+    """
     head, embedding = weight_of(family, "head"), weight_of(family, "embedding")
-    if head not in wanted and head in files and embedding in files:  # tied, and stored all the same
+    # tied, but stored nevertheless
+    if head not in wanted and head in files and embedding in files:
         if not torch.equal(files[head].read(), files[embedding].read()):
             accepted = f"false, because {head} is not {embedding}"
             raise InputError("config.json tie_word_embeddings", True, accepted)
@@ -330,7 +350,7 @@ def check_tensors(
 
 
 def write_tensors(tensors: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
-    """Write one file, or as many as it takes and their index."""
+    """Write one file, or several and their index."""
     shards: list[dict[str, Tensor]] = [{}]
     for name, tensor in tensors.items():
         used = sum(other.nbytes for other in shards[-1].values())
