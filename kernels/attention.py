@@ -1,8 +1,8 @@
 """Causal attention with grouped queries, a window and empty slots.
 
-Scores and weights never reach the memory. FlashAttention, arXiv:2205.14135 and arXiv:2307.08691,
-uses the online softmax of arXiv:1805.02867. If there are few queries, the keys are divided among
-programs, as in Flash-Decoding.
+Scores and weights never reach the memory. The method is FlashAttention, arXiv:2205.14135 and
+arXiv:2307.08691, with the online softmax of arXiv:1805.02867. If there are few queries, the keys
+are divided among programs, as in Flash-Decoding.
 
     p_ij = exp(s_ij) / Σ_j exp(s_ij)        s_ij = q_i · k_j / √d over the keys j that query i sees
     y_i  = Σ_j p_ij v_j
@@ -39,12 +39,12 @@ slots after a query's own are known to be invisible. If starts are given, the ke
 queries begin at the document of its first query, and only the keys of its last document may go
 without a mask. The queries of a block of keys end with the last document that it reaches.
 
-Tensor cores multiply while the other units compute exponentials, but only if these do not wait for
-that product. So forward may start the next block's scores AHEAD of this block's softmax, at the
-cost of registers and of one block of scores too many. Backward starts dp ahead of p. A loop that
-may not run at all is inside an `if`. Without the `if`, the way around the loop and the way out of
-it meet while a product is in flight, and the assembler makes every product wait for the one before.
-No result shows this, but minimodels.kernels.compile does.
+Tensor cores multiply while the other units compute exponentials, but only if the exponentials do
+not wait for that product. So forward may start the next block's scores AHEAD of this block's
+softmax, at the cost of registers and of one block of scores too many. Backward starts dp ahead of
+p. A loop that may not run at all is inside an `if`. Without the `if`, the way around the loop and
+the way out of it meet while a product is in flight, and the assembler makes every product wait for
+the one before. No result shows this, but minimodels.kernels.compile does.
 
     name        shape
     q, y        (B, H, T, d)    H heads; any strides, the last dimension contiguous

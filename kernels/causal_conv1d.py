@@ -55,8 +55,7 @@ from torch import Tensor
 from minimodels.ops.convolution import causal_conv1d as operation
 from minimodels.ops.convolution import check_convolution, tokens_within, window_after
 
-# tokens that a program walks along: at W = 4 the borders and the partial sums add 7 % to backward's
-# bytes
+# tokens of a program: at W = 4 the borders and the partial sums add 7 % to the bytes of backward
 CHUNK = 128
 CONFIGS = [  # a thread has 2 to 8 channels, so that a warp reads 128 to 512 bytes at once
     triton.Config({"CHANNELS": 128, "AHEAD": 4}, num_warps=1),

@@ -258,7 +258,7 @@ def available(peers: dict[str, Peer]) -> dict[str, Callable]:
         if importlib.util.find_spec(peer.module or peer.package.replace("-", "_")) is None:
             print(f"  {name}: skipped, for {peer.package} is not installed")
         elif peer.gpu and not GPU:
-            print(f"  {name}: skipped, for it needs a GPU")
+            print(f"  {name}: skipped, because it needs a GPU")
         else:
             found[name] = peer.call
     return found
@@ -302,7 +302,7 @@ def report(
         wrong = find_fault(name, check) if GPU or INTERPRETED else ""
         if not GPU and not INTERPRETED:
             print(
-                f"{name}: the kernel is neither checked nor timed, for there is no GPU (TRITON_INTERPRET=1 checks it)"
+                f"{name}: the kernel is not checked or timed without a GPU (TRITON_INTERPRET=1 checks it)"
             )
         if options.check_only:
             sys.exit(1 if wrong else 0)
@@ -413,6 +413,7 @@ class Rows:
         memory: int | None,
         ceiling: float,
     ) -> None:
+        """Print one row of measurements, and append it to the file if there is one."""
         median = statistics.median(seconds)
         scale = TIMED["dtype"].itemsize / 1e9 if case.unit == "GB/s" else 1e-12
         rate = work * scale / median

@@ -7,8 +7,8 @@ No visit is dropped and no row is padded, as in MegaBlocks (arXiv:2211.15841).
 
 What it must cost: A visits of three products of I · D multiply-adds are 6 A I D operations forward,
 and twice that backward. An expert with 2,000 visits does 2,000 operations for each byte of its
-weights in bf16, so the tensor cores are the bound. Only if experts have few visits, as in decoding,
-the bytes of the weights are the bound. In addition, each visit's part of y, a row of D, is written
+weights in bf16, so the tensor cores are the bound. The bytes of the weights are the bound only if
+experts have few visits, as in decoding. In addition, each visit's part of y, a row of D, is written
 and read again to be summed. g and u are kept for backward, 4 I bytes a visit, because recomputing
 them would add two products to backward's six. With h = silu(g) ⊙ u, s = σ(g), r = out_eᵀ dy_t, and
 without the indices te:
@@ -18,10 +18,11 @@ without the indices te:
     dout_e = Σ_t dy_t (gates · h)ᵀ
 
 Every visit gets a slot, in the order of experts and then of tokens. Only the GPU knows how many
-slots an expert has, and the host never asks. The host allocates as many slots as there can be, and
-launches as many programs as fill the machine. These walk over tiles, blocks of an expert's slots ×
-blocks of columns, up to the offsets, and gather rows of x and dy on the way. A separate kernel sums
-the visits' parts of a token, expert after expert, so there are no atomic additions.
+slots an expert has, and the host does not wait for the answer. It allocates as many slots as there
+can be, and launches as many programs as fill the machine. These walk over tiles, blocks of an
+expert's slots × blocks of columns, up to the offsets, and gather rows of x and dy on the way. A
+separate kernel sums the visits' parts of a token, expert after expert, so there are no atomic
+additions.
 
     name        shape
     x, y        (n, D)        n tokens
@@ -29,11 +30,11 @@ the visits' parts of a token, expert after expert, so there are no atomic additi
     visits      (n, E)        bool, A of them true
     gate, up    (E, I, D)
     out         (E, D, I)
-    cell        (slots,)      t · E + e of each visit, by expert and then by token; n · E if the slot
-                              is not used
+    cell        (slots,)      t · E + e of each visit, by expert and then by token; n · E if the
+                              slot is not used
     offsets     (E + 1,)      expert e has the slots from offsets[e] to before offsets[e + 1]
     order       (slots,)      the slots by token and then by expert
-    starts      (n + 1,)      token t has the entries of order from starts[t] to before starts[t + 1]
+    starts      (n + 1,)      token t has order[starts[t] : starts[t + 1]]
     g, u, h     (slots, I)    and dg, du
     size        ()            n for tuning: rounded up and bounded
     parts       (slots, D)    what each visit adds to its token, in y or in dx
@@ -73,8 +74,7 @@ from minimodels.ops.grouped_mlp import grouped_mlp as operation
 # blocks of slots that share their rows and the weights they meet next in the L2 cache
 GROUP = tl.constexpr(8)
 KEY = ["size", "D", "I", "E"]  # the values by which tiles are tuned
-# columns of every tile of r, whatever the tuning: dgates is a sum of parts, one for each WIDTH
-# columns
+# columns of each tile of r, not tuned: dgates is a sum of parts, one for each WIDTH columns
 WIDTH = 128
 
 
@@ -303,8 +303,7 @@ def hidden_backward_kernel(
         tl.store(DGATES + tl.cast(slots, tl.int64) * column + slot, dgates, real)
 
 
-# more stages, because a row's address must wait for the token and only every second stage has
-# operands
+# more stages, because a row's address waits for the token: only every second stage has operands
 @tuned(
     tiles((16, 16, 16, 4, 2), (64, 64, 32, 4, 3), (128, 128, 64, 4, 5), (128, 256, 64, 8, 5)),
     KEY,

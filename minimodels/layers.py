@@ -1,7 +1,6 @@
 """What every architecture shares: the layer contract, the residual stream, normalisation, costs.
 
-The layer contract. A sequence layer is an `nn.Module`, made as `Layer(options, config, place)`,
-with
+The layer contract. A sequence layer is an `nn.Module`, made as `Layer(options, config, place)`:
 
     forward(x: (B, T, D), state=None, context=None) -> (y: (B, T, D), state)
 
@@ -183,11 +182,10 @@ class RMSNorm(nn.Module):
 def rmsnorm(
     x: Tensor, weight: Tensor, eps: float, update: Tensor | None = None, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """RMSNorm of x + update, and x + update itself: x, update (..., D), weight (D,) -> two (...,
-    D).
+    """RMSNorm of x + update, and x + update itself.
 
-    Under autocast the norm has autocast's precision. Otherwise each of the linear maps that read it
-    would have to cast it.
+    x, update (..., D), weight (D,) -> two (..., D). Under autocast the norm has autocast's
+    precision, because otherwise each of the linear maps that read it would have to cast it.
     """
     path = choose(impl, "rmsnorm", x.device)
     if path == "triton":
@@ -231,8 +229,8 @@ def norm_of_sum(
 class PreNorm(nn.Module):
     """x + layer(norm(x)).
 
-    The next norm computes the sum, so that one kernel reads both terms. So the input and the output
-    are x and the `update` that is still to be added to it.
+    The next norm computes the sum, so that one kernel reads both terms. The input and the output
+    are therefore x and the `update` that is still to be added to it.
     """
 
     operations = ("rmsnorm",)

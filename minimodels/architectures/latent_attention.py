@@ -1,5 +1,4 @@
-"""Multi-head latent attention: it remembers one small vector per token, not every head's keys and
-values.
+"""Multi-head latent attention, which remembers one small vector per token for all heads.
 
 DeepSeek-V2, arXiv:2405.04434, section 2.1; DeepSeek-V3, arXiv:2412.19437.
 

@@ -122,10 +122,10 @@ class Mamba2(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, depth: int):
-        """Initialise as in the paper's code: rates from U(1, 16), log-uniform steps in [0.001,
-        0.1].
+        """Initialise rates and step sizes as in the paper's code.
 
-        So a head starts with a memory of 1 to 1000 tokens.
+        Rates come from U(1, 16), and step sizes are log-uniform in [0.001, 0.1]. So a head starts
+        with a memory of 1 to 1000 tokens.
         """
         self.A_log.uniform_(1, 16).log_()
         self.dt_bias.copy_(step_bias(self.H))

@@ -168,7 +168,7 @@ class MixtureOfDepths(nn.Module):
     def account(self, decision: Tensor, taken: Tensor, present: Tensor, context: Context) -> None:
         """Teach the causal decision to find the top k, and record how often it is right.
 
-        A decision that routes no token is right for a fraction 1 - C of them.
+        A decision that never routes a token is right for a fraction 1 - C of them.
         """
         target = taken.to(decision.dtype)
         weight = present.to(decision.dtype) / present.sum().clamp(min=1)

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# free slots of a new room, or 1/8 of the used ones if that is more: moving then costs little per
-# token
+# free slots of a new room, or 1/8 of the used ones if that is more, so that moving costs little
 SPARE = 64
 
 
@@ -110,8 +109,7 @@ def compact(state: AttentionState, window: int | None, count: bool = True) -> At
 
 
 class Room:
-    """Memory with free slots after the used ones, so that a token does not cost a copy of all
-    before.
+    """Memory with free slots, so that a new token does not cost a copy of all tokens before it.
 
     It is used only if nothing is differentiated. Used slots are never overwritten, and only the
     newest state can be extended, once. An earlier state, a copy of a state, or a state of some of

@@ -1,8 +1,8 @@
-"""The linear scan: the recurrence of channels that do not mix, as in RG-LRU, minGRU, MLGRU and
-HGRN.
+"""The linear scan: a recurrence of channels that do not mix.
 
-For example De et al., "Griffin: Mixing Gated Linear Recurrences with Local Attention",
-arXiv:2402.19427, equation (4); Feng et al., "Were RNNs All We Needed?", arXiv:2410.01201.
+The RG-LRU, minGRU, MLGRU and HGRN use it. For example De et al., "Griffin: Mixing Gated Linear
+Recurrences with Local Attention", arXiv:2402.19427, equation (4); Feng et al., "Were RNNs All We
+Needed?", arXiv:2410.01201.
 
 Each channel remembers one number. At each token it keeps a share a of that number and adds x. The
 gradient obeys the same recurrence backwards.

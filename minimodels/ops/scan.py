@@ -27,8 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-# numbers in a chunk's states: enough to amortise a call, few enough for its tensors to stay in
-# cache
+# numbers in a chunk's states: enough to amortise a call, few enough to stay in the cache
 WORK = 2**19
 
 

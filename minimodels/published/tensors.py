@@ -230,11 +230,10 @@ class Stored(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """A tensor in MXFP4 (OCP Microscaling Formats 1.0): 4-bit numbers, 32 of which share a power of
-    2.
+    """A tensor in MXFP4 (OCP Microscaling Formats 1.0).
 
-    blocks (E, out, in / 32, 16) have two numbers a byte, the low bits first; scales (E, out, in /
-    32). Reading it gives (E, in, out).
+    Its numbers have 4 bits, and 32 of them share a power of 2. blocks (E, out, in / 32, 16) have
+    two numbers a byte, the low bits first; scales (E, out, in / 32). Reading it gives (E, in, out).
     """
 
     blocks: Stored
