@@ -367,7 +367,7 @@ def forward_kernel(
     WIDTH: tl.constexpr, DEAL: tl.constexpr, PACKED: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """One program has BLOCK_T queries of one head, and all their keys or its share of them (DEAL).
+    """One program has BLOCK_T queries of one head, and all of their keys or a share (DEAL).
 
     The programs with the most keys start first, all heads side by side. PACKED: T is H/G and H is
     G, for one query of all heads that share their keys.

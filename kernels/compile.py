@@ -4,8 +4,8 @@
 
 Each kernel file has EXAMPLES, inputs of its operation. The command runs each operation on them
 forward and backward in bf16. It binds each launch to its arguments and compiles it in every
-configuration that tuning would try, but it does not run it, so the outputs are meaningless. It
-takes some minutes for what is not in Triton's cache.
+configuration that tuning would try, but it does not run it, so the outputs are meaningless. What is
+not in Triton's cache takes some minutes.
 
 It prints registers per thread, spilled bytes and shared memory. For each innermost loop it prints
 what a warp must issue in each round: the instructions, and how many of them are special functions

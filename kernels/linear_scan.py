@@ -219,9 +219,9 @@ def plan(x: Tensor) -> tuple[tuple[int, int, int], tuple[int, int, int, int]]:
 
 
 def chunk_length(T: int, walks: int, multiprocessors: int) -> int:
-    """Tokens of a chunk: as many chunks as give an SM 16 warps.
+    """Tokens of a chunk, so that there are enough chunks for 16 warps an SM.
 
-    It is a multiple of STEPS, and at least SHORTEST.
+    The result is a multiple of STEPS, and at least SHORTEST.
     """
     chunks = max(1, 16 * multiprocessors // walks)
     return triton.cdiv(max(SHORTEST, triton.cdiv(T, chunks)), STEPS.value) * STEPS.value

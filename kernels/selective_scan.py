@@ -10,9 +10,9 @@ and writes dz, 4 more (6 for a kernel that reads y again and does not recompute 
 takes N exponentials, of which a Hopper SM does 16 a clock. At N = 16 that is one clock, in which
 the memory delivers 14 bytes (H100) to 21 (H200). So arithmetic bounds the scan.
 
-At N = 16 a step of 32 channels has exponentials that alone take an SM 32 clocks. Forward it
-compiles to 130 (Triton 3.6) or 140 (3.9) instructions. An SM issues 4 of them a clock, which makes
-33 or 35 clocks. 19 of them are special functions with 2 clocks each, which makes 38. Backward it is
+At N = 16 the exponentials of a step of 32 channels take an SM 32 clocks. The forward step compiles
+to 130 (Triton 3.6) or 140 (3.9) instructions. An SM issues 4 of them a clock, which makes 33 or 35
+clocks. 19 of them are special functions with 2 clocks each, which makes 38. The backward step has
 640 instructions, 160 clocks. (`kernels.compile` prints the instructions of a round, which is 4
 steps. Backward has two inner loops.)
 
@@ -54,8 +54,8 @@ then infinite.
 
 Backward needs h in reverse. The inputs and `starts` are kept. In each interval a first walk stores
 the state of every fourth step (every second beyond N = 16) in a scratch that each program reuses.
-From there, groups of as many steps are recomputed into registers. So backward takes nearly 3 N
-exponentials, or 4 N if time is split. dB and dC are summed over the channels of a program, which
+From there, groups of four (or two) steps are recomputed into registers. So backward takes nearly 3
+N exponentials, or 4 N if time is split. dB and dC are summed over the channels of a program, which
 takes one block of channels after the other, and then over programs. dA, dskip and ddelta_bias are
 summed over intervals. Each partial sum has its own place, so nothing depends on the order in which
 programs run.

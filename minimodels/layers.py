@@ -175,6 +175,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # F.rms_norm takes a slow path if the dtypes of x and weight differ
+        """x (..., D) -> (..., D), in x's dtype."""
         weight = None if self.weight is None else self.weight.to(x.dtype)
         return F.rms_norm(x, (self.width,), weight, self.eps)
 
@@ -242,6 +243,7 @@ class PreNorm(nn.Module):
         self.impl = config.impl
 
     def forward(self, x: Tensor, update: Tensor | None, state=None, context: Context | None = None):
+        """x, update (B, T, D) -> x + update, the new update, and the layer's state."""
         normed, x = norm_of_sum(self.norm, x, update, self.impl)
         update, state = self.layer(normed, state, context)
         return x, scaled(update, self.scale), state
@@ -259,6 +261,7 @@ class PostNorm(nn.Module):
         self.layer, self.scale = layer, config.residual_scale
 
     def forward(self, x: Tensor, update: Tensor | None, state=None, context: Context | None = None):
+        """x, update (B, T, D) -> x + update, the new update, and the layer's state."""
         x = x if update is None else x + update
         update, state = self.layer(x, state, context)
         return x, scaled(self.norm(update), self.scale), state
@@ -277,6 +280,7 @@ class Sandwich(nn.Module):
         self.impl = config.impl
 
     def forward(self, x: Tensor, update: Tensor | None, state=None, context: Context | None = None):
+        """x, update (B, T, D) -> x + update, the new update, and the layer's state."""
         normed, x = norm_of_sum(self.norm, x, update, self.impl)
         update, state = self.layer(normed, state, context)
         return x, scaled(self.after(update), self.scale), state
@@ -287,13 +291,14 @@ RESIDUALS = {"pre_norm": PreNorm, "post_norm": PostNorm, "sandwich": Sandwich}
 
 
 class Stack(nn.ModuleList):
-    """Layers one after the other; its state is the list of their states.
+    """A sequence of layers; its state is the list of their states.
 
     A stack is itself a layer, so a wrapper can contain one. A module that appears twice is one
     layer with two states.
     """
 
     def forward(self, x: Tensor, state: list | None = None, context: Context | None = None):
+        """x (B, T, D) -> y (B, T, D) and the states of the layers."""
         context = context or Context()
         after, update = [], None
         for layer, before in zip(self, state or [None] * len(self), strict=True):

@@ -243,7 +243,7 @@ def resets_of_steps(resets: Tensor | None, n: int) -> Tensor | None:
 def recurrence(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, S: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The reference, equation (1) for one token after the other.
+    """The reference: equation (1), token by token.
 
     q (B, T, H, K); k (B, T, n, H, K); v (B, T, n, H, V); alpha (B, T, H, K), in [0, 1]; beta (B, T,
     n, H); S (B, H, K, V). Returns y (B, T, H, V) and the final state.

@@ -234,7 +234,7 @@ def recurrence(
     h: Tensor,
     resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The reference: one token after the other.
+    """The reference, token by token.
 
     Arguments as in selective_scan, except that delta is already after softplus.
     """

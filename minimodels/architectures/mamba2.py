@@ -181,7 +181,7 @@ class Mamba2(nn.Module):
 def recurrence(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The reference, one token after the other, without D.
+    """The reference, token by token, without D.
 
     x (B, T, H, P), delta (B, T, H), A (H,), B and C (B, T, G, N), h (B, H, N, P). Returns y (B, T,
     H, P) and the final state.

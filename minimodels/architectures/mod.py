@@ -212,7 +212,7 @@ class MixtureOfDepths(nn.Module):
 
 
 def first_of_documents(starts: Tensor, document: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of the chosen tokens begin a document, and the document of each row's last one.
+    """Which of the chosen tokens begin a document for the group, and each row's last document.
 
     starts (B, k); document (B,), the document of the group's previous token; real (B, k).
     """

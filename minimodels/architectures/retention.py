@@ -237,7 +237,7 @@ def positions(x: Tensor, seen: Tensor | int, context: Context) -> tuple[Tensor, 
 
 
 def recurrence(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
-    """The reference, equation (1) for one token after the other.
+    """The reference: equation (1), token by token.
 
     q, k (B, T, H, K); v (B, T, H, V); alpha (B, T, H, K), in [0, 1]; S (B, H, K, V). Returns y (B,
     T, H, V) and the final state.

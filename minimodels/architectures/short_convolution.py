@@ -85,7 +85,7 @@ class ShortConvolution(nn.Module):
 def recurrence(
     x: Tensor, layer: ShortConvolution, state: ShortConvolutionState | None = None
 ) -> tuple[Tensor, ShortConvolutionState]:
-    """The reference: the layer for one token after the other, as a sum over the taps.
+    """The reference: the layer, token by token, as a sum over the taps.
 
     x (B, T, D); state None for zeros. Returns y (B, T, D) and the final state.
     """

@@ -163,7 +163,7 @@ def reference(
     S: Tensor,
     resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The rule for one token after the other, which is also the step of decoding.
+    """The rule, token by token. Decoding uses it too.
 
     Arguments as in delta_rule; S is the state.
     """

@@ -21,9 +21,9 @@ from torch.utils.flop_counter import register_flop_formula
 from minimodels.layers import choose, full_precision
 
 IGNORE = -100
-# Logits computed at a time. There are enough of them that the products over them run at full speed,
-# and that a GPU seldom adds up dweight, which costs 8·V·D bytes in fp32 for each chunk. At n 16384,
-# D 4096, V 131072 these are 34 GB, and with 2²⁶ they were 137. The logits take 1 GiB in fp32.
+# Logits computed at a time. With so many, the products over them run at full speed. On a GPU the
+# number is larger, because each chunk adds up dweight, which moves 8·V·D bytes in fp32. At n 16384,
+# D 4096, V 131072 that is 34 GB in all, and with 2²⁶ it was 137. The logits take 1 GiB in fp32.
 WORK = {"cpu": 2**24, "cuda": 2**28}
 
 

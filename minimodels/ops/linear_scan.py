@@ -87,7 +87,7 @@ def check_shapes(a: Tensor, x: Tensor, state: Tensor | None, resets: Tensor | No
 
 
 def reference(a: Tensor, x: Tensor, h: Tensor) -> Tensor:
-    """The recurrence for one token after the other: all states (B, T, D)."""
+    """The recurrence, token by token: all states (B, T, D)."""
     outputs = []
     for a_t, x_t in zip(a.unbind(1), x.unbind(1), strict=True):
         h = a_t * h + x_t  # (1), (B, D)

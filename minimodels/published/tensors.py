@@ -61,7 +61,7 @@ class Stacked:
 
 @dataclass(frozen=True)
 class Fused:
-    """Several parts as one tensor, one after the other."""
+    """Several parts concatenated to one tensor."""
 
     name: str
     dim: int = 0
