@@ -175,7 +175,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # F.rms_norm takes a slow path if the dtypes of x and weight differ
-        """x (..., D) -> (..., D), in x's dtype."""
+        """x (..., D) -> (..., D)."""
         weight = None if self.weight is None else self.weight.to(x.dtype)
         return F.rms_norm(x, (self.width,), weight, self.eps)
 
