@@ -1,11 +1,14 @@
-"""Optional Triton kernels, one operation a file, each with the name and signature of its reference in minimodels/.
+"""Optional Triton kernels, one operation per file, with the names and signatures of minimodels.
 
-    python -m minimodels.kernels.rmsnorm        checks an operation, times it, prints the share of the machine's limit reached
+    python -m minimodels.kernels.rmsnorm        checks and times an operation
 
-A layer told `impl="triton"` calls `require` first, so that a choice which cannot be honoured is refused with its reason and
-nothing falls back silently. A kernel adds nothing atomically, so that it gives the same bits each time in one process; another
-process may tune it to other blocks, which round differently. Without a GPU Triton can interpret kernels, slowly: set
-TRITON_INTERPRET=1 before Python starts.
+The command prints what share of the machine's limit the kernel reaches.
+
+A layer with `impl="triton"` calls `require` first. If the kernel cannot be used, `require` raises
+an error with the reason, and nothing falls back silently. A kernel uses no atomic additions, so in
+one process it gives the same bits each time. Another process may tune it to other blocks, which
+round differently. Without a GPU Triton can interpret kernels, slowly: set TRITON_INTERPRET=1 before
+Python starts.
 """
 
 from __future__ import annotations
@@ -29,12 +32,11 @@ OPERATIONS = (
     "delta_rule",
     "linear_scan",
 )
-FASTER: frozenset[str] = (
-    frozenset()
-)  # whose kernel "auto" takes on a GPU, for it was measured to be faster: none so far
+# operations whose kernel "auto" takes on a GPU, because it was measured to be faster: none so far
+FASTER: frozenset[str] = frozenset()
 INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-REFUSED = ""  # why Triton's interpreter cannot be used, if so
+REFUSED = ""  # why Triton's interpreter cannot be used, or empty if it can
 if (
     INSTALLED
     and INTERPRETED
@@ -61,7 +63,10 @@ def require(operation: str, device: torch.device) -> None:
 
 
 def require_product(dtype: torch.dtype) -> None:
-    """Raise InputError if Triton would multiply matrices of a `dtype` wrongly, as its interpreter does in bfloat16."""
+    """Raise InputError if Triton would multiply matrices of a `dtype` wrongly.
+
+    Its interpreter does so in bfloat16.
+    """
     if INTERPRETED and dtype == torch.bfloat16:
         reason = "its interpreter multiplies matrices of bfloat16 wrongly; it is right with float32"
         raise InputError("impl", "triton", f"{ACCEPTED}, for {reason}")

@@ -1,53 +1,68 @@
-"""Causal attention with grouped queries, a window and empty slots; scores and weights never reach the memory.
+"""Causal attention with grouped queries, a window and empty slots.
 
-FlashAttention, arXiv:2205.14135 and arXiv:2307.08691, on the online softmax of arXiv:1805.02867; keys dealt out to programs
-where queries are few, as in Flash-Decoding.
+Scores and weights never reach the memory. The method is FlashAttention, arXiv:2205.14135 and
+arXiv:2307.08691, with the online softmax of arXiv:1805.02867. If there are few queries, the keys
+are divided among programs, as in Flash-Decoding.
 
-    p_ij = exp(s_ij) / Σ_j exp(s_ij),   s_ij = q_i · k_j / √d over the keys j that query i sees          y_i = Σ_j p_ij v_j
+    p_ij = exp(s_ij) / Σ_j exp(s_ij)        s_ij = q_i · k_j / √d over the keys j that query i sees
+    y_i  = Σ_j p_ij v_j
 
-What it must cost: half of the T² pairs are visible, and each takes 2d operations for its score and 2d for its share of y,
-4·B·H·T²/2·d forward. Backward takes four products of that kind and the scores again, 2.5 times as much. The memory sees q, k, v
-and y, T/4 operations a byte in bf16: beyond T of about a thousand the tensor cores bound it. Next to them the exponentials, one
-a pair: a Hopper SM makes 16 of them a clock, or 4096 operations of products, so that they take as long as forward's two
-products at d = 64 and half as long at 128. Decoding, T = 1, is bound by reading k and v. There the H/G heads that share keys
-are PACKED, as if they were queries of one head: they fill a block together, and k and v are read once. As B·G programs would
-leave most of the machine idle, the keys of a few queries are dealt out to several programs, whose y are joined by their lse.
+What it must cost: half of the T² pairs are visible. Each takes 2d operations for its score and 2d
+for its share of y, so forward takes 4·B·H·T²/2·d. Backward takes four products of that kind and the
+scores again, 2.5 times as much. The memory moves q, k, v and y, which makes T/4 operations a byte
+in bf16: if T exceeds about a thousand, the tensor cores are the bound. There is also one
+exponential a pair. A Hopper SM computes 16 of them a clock, or 4096 operations of products. So the
+exponentials take as long as forward's two products at d = 64, and half as long at 128.
 
-Forward, a block of queries walks over its keys with the softmax of those met so far: Σ exp(s - high) v, Σ exp(s - high) and the
-highest score, by whose growth both sums are scaled down. It leaves lse = log Σ_j exp(s_ij), from which backward has every p_ij
-at once. With dp_ij = dy_i · v_j and delta_i = dy_i · y_i:
+Decoding, T = 1, is bound by reading k and v. There the H/G heads that share keys are PACKED, as if
+they were queries of one head. They fill a block together, and k and v are read once. B·G programs
+would leave most of the machine idle. So the keys of a few queries are divided among several
+programs, and their y are joined by means of their lse.
 
-    ds_ij = p_ij (dp_ij - delta_i)     dq_i = Σ_j ds_ij k_j / √d     dk_j = Σ_i ds_ij q_i / √d     dv_j = Σ_i p_ij dy_i
+Forward, a block of queries walks over its keys and keeps the softmax of those met so far: Σ exp(s -
+high) v, Σ exp(s - high) and the highest score. When that score grows, both sums are scaled down.
+Forward stores lse = log Σ_j exp(s_ij), from which backward computes every p_ij directly. With dp_ij
+= dy_i · v_j and delta_i = dy_i · y_i:
 
-One kernel has a block of queries and sums dq over their keys; it goes first and leaves delta. The other has a block of keys
-and sums dk and dv over the queries of all heads that share them. Both compute s and dp, seven products for five: the price of
-adding nothing atomically, so that results are the same each time in one process (another may be tuned to other blocks).
-Exponentials are to base 2, which the hardware has.
+    ds_ij = p_ij (dp_ij - delta_i)     dq_i = Σ_j ds_ij k_j / √d
+    dk_j = Σ_i ds_ij q_i / √d          dv_j = Σ_i p_ij dy_i
 
-Blocks that no query sees are skipped, and only those that some of the queries see in part are masked. If positions are given,
-any slot may be empty: then every block is masked, and only the slots behind a query's own are known to be invisible. If starts
-are given, the keys of a block of queries begin at its first document, and only its last document's may go without a mask; the
-queries of a block of keys end with the last document that it reaches.
+One kernel has a block of queries and sums dq over their keys. It runs first and stores delta. The
+other kernel has a block of keys and sums dk and dv over the queries of all heads that share them.
+Both compute s and dp, which makes seven products instead of five. This is the price of using no
+atomic additions, so that results are the same each time in one process (another process may be
+tuned to other blocks). Exponentials are to base 2, as in the hardware.
 
-Tensor cores multiply while the other units compute exponentials only if these do not wait for that product. So forward may
-start the next block's scores AHEAD of this block's softmax, for registers and one block of scores too many; backward starts dp
-ahead of p. And a loop that may not run at all stands behind an `if`: without it the way around the loop and the way out of it
-meet while a product is under way, and the assembler makes every product wait for the one before. No result tells;
-minimodels.kernels.compile does.
+Blocks that no query sees are skipped, and a block is masked only if some of its queries do not see
+all of it. If positions are given, any slot may be empty. Then every block is masked, and only the
+slots after a query's own are known to be invisible. If starts are given, the keys of a block of
+queries begin at the document of its first query, and only the keys of its last document may go
+without a mask. The queries of a block of keys end with the last document that it reaches.
+
+Tensor cores multiply while the other units compute exponentials, but only if the exponentials do
+not wait for that product. So forward may start the next block's scores AHEAD of this block's
+softmax, at the cost of registers and of one block of scores too many. Backward starts dp ahead of
+p. A loop that may not run at all is inside an `if`. Without the `if`, the way around the loop and
+the way out of it meet while a product is in flight, and the assembler makes every product wait for
+the one before. No result shows this, but minimodels.kernels.compile does.
 
     name        shape
     q, y        (B, H, T, d)    H heads; any strides, the last dimension contiguous
-    k, v        (B, G, S, d)    G key heads, each shared by H/G heads; the last T slots are those of the queries
-    queries     (B, T)          where the queries stand, and
-    keys        (B, S)          the keys; -1: nothing there. None: keys at 0 to S - 1
+    k, v        (B, G, S, d)    G key heads, each shared by H/G heads; the last T slots are those of
+                                the queries
+    queries     (B, T)          the positions of the queries
+    keys        (B, S)          the positions of the keys; -1: empty. None: keys at 0 to S - 1
     starts      (B, T)          where each query's document begins, ascending; None: before all keys
-    ends        (B, S)          how many queries begin their document at a key or before it: where those that see it end
-    lse, delta  (B, H, T)       lse to base 2, infinite where a query sees nothing; both in full precision
-    s, dp       (queries, keys)     of two blocks; s without its factor 1/√d, which `high`, to base 2 like lse, has
-    size, span  ()              T, and for a few queries S, rounded up to powers of two: what tuning goes by
-    region      0, 1, 2         of the keys that a block of queries meets: some hidden by the window or of other documents, all
-                                seen, some yet to come; of the queries that meet a block of keys: keys yet to come for some,
-                                all seen, hidden from some. Where positions are given all are masked: keys in region 2, queries
+    ends        (B, S)          how many queries begin their document at a key or before it: the end
+                                of the queries that see the key
+    lse, delta  (B, H, T)       lse to base 2, infinite if a query sees nothing; in full precision
+    s, dp       (queries, keys) of two blocks. s lacks its factor 1/√d; `high` includes it and is to
+                                base 2 like lse
+    size, span  ()              T, and for a few queries S, rounded up to powers of two for tuning
+    region      0, 1, 2         of the keys of a block of queries: 0 some hidden by the window or by
+                                documents, 1 all seen, 2 some in the future. Of the queries of a
+                                block of keys: 0 keys in the future for some, 1 all seen, 2 hidden
+                                from some. With positions all are masked: keys in region 2, queries
                                 in region 0
 """
 
@@ -85,15 +100,13 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from minimodels.ops.attention import attention as operation
 from minimodels.ops.attention import check_shapes
 
-FEW = 16  # queries, one block of them, whose keys are dealt out; where there are more, there are programs enough
-KEYS_EACH = 256  # keys, at least, that a program is dealt
-KEY = [
-    "size",
-    "span",
-    "window",
-    "WIDTH",
-]  # by which blocks are tuned; Triton adds the arguments' dtypes
-COUNTS = ["B", "H", "G", "size", "span"]  # for whose values, such as 1, nothing is compiled anew
+# the most queries, one block, whose keys are divided; with more queries there are enough programs
+FEW = 16
+KEYS_EACH = 256  # keys that each of these programs gets, at least
+# the values by which blocks are tuned; Triton adds the arguments' dtypes
+KEY = ["size", "span", "window", "WIDTH"]
+# the arguments for whose special values, such as 1, nothing is compiled again
+COUNTS = ["B", "H", "G", "size", "span"]
 
 
 @triton.jit
@@ -107,7 +120,10 @@ def tile(
     WIDTH: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """Rows start to start + LENGTH of a (rows, d) matrix; at its EDGE and beyond column d zeros."""
+    """Rows start to start + LENGTH of a (rows, d) matrix; 0 from column d on.
+
+    With EDGE there may be fewer rows, and the missing ones are 0.
+    """
     row, column = tl.arange(0, LENGTH)[:, None], tl.arange(0, WIDTH)[None, :]
     at = P + start * tl.cast(stride, tl.int64) + (row * stride + column)
     if EDGE:
@@ -129,14 +145,17 @@ def store(P, x, start, stride, rows, d: tl.constexpr, LENGTH: tl.constexpr, WIDT
 
 @triton.jit
 def query_index(start, LENGTH: tl.constexpr, PACKED: tl.constexpr):
-    """Which of the T queries each row of a block is: where heads are PACKED there is one, number 0."""
+    """Which of the T queries each row of a block is.
+
+    With PACKED heads there is one query, number 0.
+    """
     i = tl.arange(0, LENGTH)
     return i * 0 if PACKED else start + i
 
 
 @triton.jit
 def query_places(QUERIES, i, T, S):
-    """Where the queries of a block stand."""
+    """The positions of the queries of a block."""
     if QUERIES is None:
         return S - T + i
     else:
@@ -145,7 +164,7 @@ def query_places(QUERIES, i, T, S):
 
 @triton.jit
 def start_places(STARTS, i, T):
-    """Where the documents of a block's queries begin; for those behind the last query, nowhere."""
+    """Where the documents of a block's queries begin; after the last query, behind all keys."""
     if STARTS is None:
         return None
     else:
@@ -154,19 +173,22 @@ def start_places(STARTS, i, T):
 
 @triton.jit
 def column_of(places):
-    """As the rows of a block of scores want it."""
+    """Positions as a column, one for each row of a block of scores."""
     return None if places is None else places[:, None]
 
 
 @triton.jit
 def row_of(places):
-    """As the columns of transposed scores want it."""
+    """Positions as a row, one for each column of transposed scores."""
     return None if places is None else places[None, :]
 
 
 @triton.jit
 def key_places(KEYS, start, S, LENGTH: tl.constexpr):
-    """Where the keys of a block stand: those of empty slots behind everything, where no query sees them."""
+    """The positions of the keys of a block.
+
+    Those of empty slots are after everything else, where no query sees them.
+    """
     j = start + tl.arange(0, LENGTH)
     if KEYS is None:
         return j
@@ -177,7 +199,7 @@ def key_places(KEYS, start, S, LENGTH: tl.constexpr):
 
 @triton.jit
 def hide(s, query, first, key, window):
-    """The scores, -inf where the query does not see the key; `first` is where the query's document begins."""
+    """The scores, -inf if the query does not see the key; `first` is its document's start."""
     seen = key <= query
     if first is not None:
         seen &= key >= first
@@ -188,7 +210,10 @@ def hide(s, query, first, key, window):
 
 @triton.jit
 def keys_of(start, T, S, window, KEYS, STARTS, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Of the keys that a block of queries sees: the first, the two bounds of those that all of them see, the end."""
+    """The keys that a block of queries sees: the first, two bounds, the end.
+
+    All of the queries see the keys between the bounds.
+    """
     first = S - T + start  # the slot of the first query
     low, whole, edge, end = 0, 0, 0, tl.minimum(first + BLOCK_T, S)
     if KEYS is None:
@@ -211,7 +236,10 @@ def keys_of(start, T, S, window, KEYS, STARTS, BLOCK_T: tl.constexpr, BLOCK_S: t
 
 @triton.jit
 def dealt(bounds, BLOCK_S: tl.constexpr):
-    """What this program gets of the bounds, dealt out among several: each as many blocks, the last ones fewer or none."""
+    """This program's share of the bounds, if keys are divided among several programs.
+
+    Each gets the same number of blocks, and the last ones get fewer or none.
+    """
     low, whole, edge, end = bounds
     length = tl.cdiv(tl.cdiv(end - low, BLOCK_S), tl.num_programs(1)) * BLOCK_S
     low += tl.program_id(1) * length
@@ -221,18 +249,19 @@ def dealt(bounds, BLOCK_S: tl.constexpr):
 
 @triton.jit
 def queries_of(start, T, S, window, KEYS, ENDS, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Of the queries that see a block of keys: the first, the two bounds of those that see all of them, the end."""
-    first = start - (
-        S - T
-    )  # the query at the slot of the first key; below 0 where that is remembered
+    """The queries that see a block of keys: the first, two bounds, the end.
+
+    The queries between the bounds see all of the keys.
+    """
+    # the query at the slot of the first key; below 0 if that key is remembered
+    first = start - (S - T)
     low = tl.maximum(first, 0) // BLOCK_T * BLOCK_T
     whole, edge, end = T, T, T
     if KEYS is None:
         whole = tl.minimum(tl.cdiv(tl.maximum(first + BLOCK_S - 1, 0), BLOCK_T) * BLOCK_T, T)
         if window is not None:
-            end = tl.minimum(
-                first + BLOCK_S - 1 + window, T
-            )  # below low where no query sees the block
+            # below `low` if no query sees the block
+            end = tl.minimum(first + BLOCK_S - 1 + window, T)
             whole = tl.minimum(whole, end)
             edge = tl.maximum(
                 tl.minimum(tl.maximum(first + window, 0) // BLOCK_T * BLOCK_T, end), whole
@@ -265,12 +294,14 @@ def scores(
 
 @triton.jit
 def attend(
-    total, weight, high, ahead, q, query, first, K, V, KEYS, k_stride, v_stride, low, end, S, window, d: tl.constexpr,
-    SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr,
-    AHEAD: tl.constexpr, EDGE: tl.constexpr,
+    total, weight, high, ahead, q, query, first, K, V, KEYS, k_stride, v_stride, low, end, S,
+    window, d: tl.constexpr, SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_S: tl.constexpr, AHEAD: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Add the keys from low to end to Σ_j exp(s - high) v, Σ_j exp(s - high) and the highest score. With AHEAD the first
-    block's scores come in, and those of the block behind the last go out."""
+    """Add the keys from low to end to Σ_j exp(s - high) v, Σ_j exp(s - high) and `high`.
+
+    With AHEAD the first block's scores come in, and those of the block after the last go out.
+    """
     if low < end:
         for start in range(low, end, BLOCK_S):
             if AHEAD:
@@ -295,15 +326,20 @@ def attend(
 
 
 def fitting(configs: list[triton.Config], arguments: dict, **_) -> list[triton.Config]:
-    """Those with no more queries a block than there are; the first for fp32, which no tensor core multiplies exactly."""
+    """The configurations that have no more queries a block than there are.
+
+    For fp32 it is the first one, because no tensor core multiplies fp32 exactly.
+    """
     if arguments["Q"].element_size() > 2:
         return configs[:1]
     return [config for config in configs if config.kwargs["BLOCK_T"] <= max(16, arguments["size"])]
 
 
 def blocks(*sizes: tuple[int, int, int, int], **also) -> list[triton.Config]:
-    """BLOCK_T, BLOCK_S, warps and stages of each, and what it has `also`. The first, of small blocks, is for the interpreter,
-    for fp32 and for very wide heads."""
+    """Configurations from BLOCK_T, BLOCK_S, warps and stages, each with the constants in `also`.
+
+    The first one, with small blocks, is for the interpreter, for fp32 and for very wide heads.
+    """
     return [
         triton.Config({"BLOCK_T": t, "BLOCK_S": s, **also}, num_warps=warps, num_stages=stages)
         for t, s, warps, stages in sizes
@@ -326,12 +362,16 @@ def blocks(*sizes: tuple[int, int, int, int], **also) -> list[triton.Config]:
 )
 @triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
-    Q, K, V, QUERIES, KEYS, STARTS, Y, LSE, q_strides, k_strides, v_strides, y_strides, B, H, G, T, S, size, span, window,
-    d: tl.constexpr, SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, DEAL: tl.constexpr, PACKED: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, AHEAD: tl.constexpr,
+    Q, K, V, QUERIES, KEYS, STARTS, Y, LSE, q_strides, k_strides, v_strides, y_strides, B, H, G, T,
+    S, size, span, window, d: tl.constexpr, SCALE: tl.constexpr, FULL: tl.constexpr,
+    WIDTH: tl.constexpr, DEAL: tl.constexpr, PACKED: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """One program, BLOCK_T queries of one head, and all their keys or those DEALt out to it; those with the most keys start
-    first, all heads abreast. PACKED: T is H/G and H is G, for one query of all heads that share their keys."""
+    """One program has BLOCK_T queries of one head, and all of their keys or a share (DEAL).
+
+    The programs with the most keys start first, all heads side by side. PACKED: T is H/G and H is
+    G, for one query of all heads that share their keys.
+    """
     row, block = tl.program_id(0) % (B * H), tl.program_id(0) // (B * H)
     start = (tl.cdiv(T, BLOCK_T) - 1 - block) * BLOCK_T
     batch, head = (row // H).to(tl.int64), (row % H).to(tl.int64)
@@ -358,9 +398,8 @@ def forward_kernel(
     )
 
     total, weight = tl.zeros((BLOCK_T, WIDTH), FULL), tl.zeros((BLOCK_T,), FULL)
-    high = tl.full(
-        (BLOCK_T,), -1e38, FULL
-    )  # finite, so that a row that has seen nothing subtracts no infinities
+    # finite, so that a row that has seen nothing does not subtract infinities
+    high = tl.full((BLOCK_T,), -1e38, FULL)
     if PACKED:
         bounds = keys_of(0, 1, S, window, KEYS, STARTS, 1, BLOCK_S)
     else:
@@ -373,8 +412,9 @@ def forward_kernel(
             KEYS is None and (region == 1 or window is not None or STARTS is not None)
         ):
             total, weight, high, ahead = attend(
-                total, weight, high, ahead, q, query, first, K, V, KEYS, k_strides[2], v_strides[2], bounds[region],
-                bounds[region + 1], S, window, d, SCALE, FULL, WIDTH, BLOCK_S, AHEAD, region != 1,
+                total, weight, high, ahead, q, query, first, K, V, KEYS, k_strides[2], v_strides[2],
+                bounds[region], bounds[region + 1], S, window, d, SCALE, FULL, WIDTH, BLOCK_S,
+                AHEAD, region != 1,
             )  # fmt: skip
 
     nothing = weight == 0  # no key seen: y is 0, and an infinite lse makes each p of backward 0
@@ -392,7 +432,10 @@ def forward_kernel(
 def join_kernel(
     Y_PARTS, LSE_PARTS, Y, LSE, y_strides, B, H, T, d, PARTS: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """One program, one query: y and lse from those of the parts of its keys, each weighted by its share of Σ_j exp(s_ij)."""
+    """One program has one query: y and lse from those of the parts of its keys.
+
+    Each part is weighted by its share of Σ_j exp(s_ij).
+    """
     row, part, column = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS), tl.arange(0, WIDTH)
     lse = tl.load(LSE_PARTS + part * (B * H * T) + row)
     lse = tl.where(lse == float("inf"), float("-inf"), lse)  # no key seen
@@ -411,7 +454,8 @@ def join_kernel(
 @triton.jit
 def towards_queries(
     dq, q, dy, lse, delta, query, first, K, V, KEYS, k_stride, v_stride, low, end, S, window,
-    d: tl.constexpr, SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr, EDGE: tl.constexpr,
+    d: tl.constexpr, SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_S: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Add the keys from low to end to Σ_j ds k."""
     if low < end:
@@ -442,11 +486,12 @@ def towards_queries(
 )
 @triton.jit(do_not_specialize=COUNTS)
 def backward_queries_kernel(
-    Q, K, V, QUERIES, KEYS, STARTS, Y, DY, LSE, DELTA, DQ, q_strides, k_strides, v_strides, y_strides, dy_strides, dq_strides,
-    B, H, G, T, S, size, span, window,
-    d: tl.constexpr, SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    Q, K, V, QUERIES, KEYS, STARTS, Y, DY, LSE, DELTA, DQ, q_strides, k_strides, v_strides,
+    y_strides, dy_strides, dq_strides, B, H, G, T, S, size, span, window, d: tl.constexpr,
+    SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """dq and delta. One program, BLOCK_T queries of one head, as forward."""
+    """dq and delta. One program has BLOCK_T queries of one head, as in forward."""
     row, block = tl.program_id(0) % (B * H), tl.program_id(0) // (B * H)
     start = (tl.cdiv(T, BLOCK_T) - 1 - block) * BLOCK_T
     batch, head = (row // H).to(tl.int64), (row % H).to(tl.int64)
@@ -505,7 +550,8 @@ def backward_queries_kernel(
         ):
             dq = towards_queries(
                 dq, q, dy, lse, delta, query, first, K, V, KEYS, k_strides[2], v_strides[2],
-                bounds[region], bounds[region + 1], S, window, d, SCALE, FULL, WIDTH, BLOCK_S, region != 1,
+                bounds[region], bounds[region + 1], S, window, d, SCALE, FULL, WIDTH, BLOCK_S,
+                region != 1,
             )  # fmt: skip
     dq *= SCALE
     store(
@@ -522,21 +568,23 @@ def backward_queries_kernel(
 
 @triton.jit
 def towards_keys(
-    dk, dv, k, v, key, Q, DY, LSE, DELTA, QUERIES, STARTS, q_strides, dy_strides, low, end, members, T, S, window,
-    d: tl.constexpr, SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, EDGE: tl.constexpr,
+    dk, dv, k, v, key, Q, DY, LSE, DELTA, QUERIES, STARTS, q_strides, dy_strides, low, end, members,
+    T, S, window, d: tl.constexpr, SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_T: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Add the queries from low to end of each head to Σ_i ds q and Σ_i p dy; scores are transposed, (keys, queries)."""
+    """Add the queries from low to end of each head to Σ_i ds q and Σ_i p dy.
+
+    The scores are transposed, (keys, queries).
+    """
     if low < end:
         head, start = tl.cast(0, tl.int64), low
-        for _ in range(
-            members * tl.cdiv(end - low, BLOCK_T)
-        ):  # one loop, for a nested one holds more registers
+        # one loop, because a nested one needs more registers
+        for _ in range(members * tl.cdiv(end - low, BLOCK_T)):
             q = tile(Q + head * q_strides[1], start, q_strides[2], T, d, BLOCK_T, WIDTH, True)
             dy = tile(DY + head * dy_strides[1], start, dy_strides[2], T, d, BLOCK_T, WIDTH, True)
             i = start + tl.arange(0, BLOCK_T)
-            lse = tl.load(
-                LSE + head * T + i, i < T, 0.0
-            )  # behind the last query q and dy are 0, and so what they add
+            # after the last query q and dy are 0, and so are their contributions
+            lse = tl.load(LSE + head * T + i, i < T, 0.0)
             delta = tl.load(DELTA + head * T + i, i < T, 0.0)
             s = tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=FULL)
             if EDGE:
@@ -567,11 +615,14 @@ def towards_keys(
 )
 @triton.jit(do_not_specialize=COUNTS)
 def backward_keys_kernel(
-    Q, K, V, QUERIES, KEYS, STARTS, ENDS, DY, LSE, DELTA, DK, DV, q_strides, k_strides, v_strides, dy_strides, dk_strides,
-    B, H, G, T, S, size, span, window,
-    d: tl.constexpr, SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    Q, K, V, QUERIES, KEYS, STARTS, ENDS, DY, LSE, DELTA, DK, DV, q_strides, k_strides, v_strides,
+    dy_strides, dk_strides, B, H, G, T, S, size, span, window, d: tl.constexpr, SCALE: tl.constexpr,
+    FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv. One program, BLOCK_S keys of one key head; those with the most queries start first."""
+    """dk and dv. One program has BLOCK_S keys of one key head.
+
+    The programs with the most queries start first.
+    """
     row, start = tl.program_id(0) % (B * G), tl.program_id(0) // (B * G) * BLOCK_S
     batch, key_head = (row // G).to(tl.int64), (row % G).to(tl.int64)
     k = tile(
@@ -602,7 +653,7 @@ def backward_keys_kernel(
     if ENDS is not None:
         ENDS += batch * S
     key = key_places(KEYS, start, S, BLOCK_S)
-    head = key_head * (H // G)  # the first of those that share the keys
+    head = key_head * (H // G)  # the first of the heads that share the keys
     Q += batch * q_strides[0] + head * q_strides[1]
     DY += batch * dy_strides[0] + head * dy_strides[1]
     LSE += (batch * H + head) * T
@@ -616,7 +667,8 @@ def backward_keys_kernel(
         ):
             dk, dv = towards_keys(
                 dk, dv, k, v, key, Q, DY, LSE, DELTA, QUERIES, STARTS, q_strides, dy_strides,
-                bounds[region], bounds[region + 1], H // G, T, S, window, d, SCALE, FULL, WIDTH, BLOCK_T, region != 1,
+                bounds[region], bounds[region + 1], H // G, T, S, window, d, SCALE, FULL, WIDTH,
+                BLOCK_T, region != 1,
             )  # fmt: skip
     base = batch * dk_strides[0] + key_head * dk_strides[1]
     store(DK + base, dk * SCALE, start, dk_strides[2], S, d, BLOCK_S, WIDTH)
@@ -625,7 +677,8 @@ def backward_keys_kernel(
 
 @torch.library.custom_op("minimodels::attention_forward", mutates_args=())
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, queries: Tensor | None, keys: Tensor | None, starts: Tensor | None, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, queries: Tensor | None, keys: Tensor | None,
+    starts: Tensor | None, window: int | None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y and lse."""
     q, k, v = map(innermost, (q, k, v))
@@ -649,13 +702,13 @@ def attention_forward(
 
 
 def pack(x: Tensor, k: Tensor) -> Tensor:
-    """One query's heads as queries of the key head that they share: (B, H, 1, ...) -> (B, G, H/G, ...), the same memory."""
+    """A query's heads as queries of their key head: (B, H, 1, ...) -> a view (B, G, H/G, ...)."""
     return x[:, :, 0].unflatten(1, (k.shape[1], -1))
 
 
 def forward(
-    q: Tensor, y: Tensor, lse: Tensor, k: Tensor, v: Tensor,
-    queries: Tensor | None, keys: Tensor | None, starts: Tensor | None, window: int | None, packed: bool,
+    q: Tensor, y: Tensor, lse: Tensor, k: Tensor, v: Tensor, queries: Tensor | None,
+    keys: Tensor | None, starts: Tensor | None, window: int | None, packed: bool,
 ) -> None:  # fmt: skip
     """Fill in y and lse."""
     (B, H, T, d), S = q.shape, k.shape[2]
@@ -669,8 +722,9 @@ def forward(
     )
     with on(q):
         forward_kernel[lambda meta: (B * H * triton.cdiv(T, meta["BLOCK_T"]), parts)](
-            q, k, v, queries, keys, starts, y_parts, lse_parts, q.stride(), k.stride(), v.stride(), y_parts.stride(),
-            *sizes(q, k, few), window, **constants(q), DEAL=parts > 1, PACKED=packed,
+            q, k, v, queries, keys, starts, y_parts, lse_parts, q.stride(), k.stride(), v.stride(),
+            y_parts.stride(), *sizes(q, k, few), window, **constants(q), DEAL=parts > 1,
+            PACKED=packed,
         )  # fmt: skip
         if parts > 1:
             join_kernel[(B * H * T,)](
@@ -679,8 +733,10 @@ def forward(
 
 
 def parts_of(q: Tensor, met: int) -> int:
-    """Among how many programs, a power of two, the keys are dealt out that the queries of a head meet: as many as fill the
-    machine, each with KEYS_EACH or more."""
+    """The number of programs, a power of two, that divide the keys of a head's queries.
+
+    There are as many as fill the machine, each with KEYS_EACH keys or more.
+    """
     (B, H), fill = q.shape[:2], 2 * multiprocessors(q)
     return 2 ** max(0, min(fill // (B * H), met // KEYS_EACH).bit_length() - 1)
 
@@ -702,8 +758,8 @@ def attention_backward(
     known = (*sizes(q, k, T <= FEW), window)
     with on(q):
         backward_queries_kernel[lambda meta: (B * H * triton.cdiv(T, meta["BLOCK_T"]),)](
-            q, k, v, queries, keys, starts, y, dy, lse, delta, dq,
-            q.stride(), k.stride(), v.stride(), y.stride(), dy.stride(), dq.stride(), *known, **constants(q),
+            q, k, v, queries, keys, starts, y, dy, lse, delta, dq, q.stride(), k.stride(),
+            v.stride(), y.stride(), dy.stride(), dq.stride(), *known, **constants(q),
         )  # fmt: skip
         backward_keys_kernel[lambda meta: (B * G * triton.cdiv(S, meta["BLOCK_S"]),)](
             q, k, v, queries, keys, starts, ends, dy, lse, delta, dk, dv,
@@ -713,13 +769,16 @@ def attention_backward(
 
 
 def heads_like(x: Tensor) -> Tensor:
-    """An empty (B, H, T, d) whose numbers lie as (B, T, H, d), so that the projection behind it needs no copy."""
+    """An empty (B, H, T, d) in the memory order (B, T, H, d).
+
+    So the projection after it needs no copy.
+    """
     B, H, T, d = x.shape
     return x.new_empty(B, T, H, d).transpose(1, 2)
 
 
 def sizes(q: Tensor, k: Tensor, few: bool) -> tuple[int, ...]:
-    """B, H, G, T, S, size and span: T and S roughly, as far as they matter for the tuning."""
+    """B, H, G, T, S, size and span: the last two are T and S rounded for the tuning."""
     (B, H, T), (G, S) = q.shape[:3], k.shape[1:3]
     return (
         B,
@@ -733,7 +792,7 @@ def sizes(q: Tensor, k: Tensor, few: bool) -> tuple[int, ...]:
 
 
 def constants(q: Tensor) -> dict[str, object]:
-    """What is compiled in; WIDTH is d as tl.dot takes it, a power of two."""
+    """The compile-time constants; WIDTH is d rounded up to the power of two that tl.dot needs."""
     d = q.shape[-1]
     return {"d": d, "SCALE": d**-0.5, "FULL": full(q), "WIDTH": max(16, triton.next_power_of_2(d))}
 
@@ -774,16 +833,17 @@ def attention(
     window: int | None = None,
     query_starts: Tensor | None = None,
 ) -> Tensor:
-    """As minimodels.ops.attention.attention: (B, H, T, d). q, k and v of one dtype; for a query at -1, 0.
+    """As minimodels.ops.attention.attention: (B, H, T, d).
 
-    Raises ValueError on shapes or dtypes that disagree.
+    q, k and v have one dtype. The output of a query at -1 is 0. Raises ValueError if shapes or
+    dtypes disagree.
     """
     require_product(q.dtype)
     check_shapes(q, k, v, query_positions, key_positions, query_starts)
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: q {q.dtype}, k {k.dtype}, v {v.dtype} do not fit")
     if query_positions is None and window is not None and window >= k.shape[2]:
-        window = None  # a kernel without its tests
+        window = None  # selects a kernel without the window's tests
     return attention_forward(q, k, v, query_positions, key_positions, query_starts, window)[0]
 
 
@@ -810,7 +870,7 @@ def check() -> None:
     T = 300 if GPU else 40
     starts = torch.arange(T).repeat(2, 1) // 23 * 23
     full = [inputs(2, 4, 2, T, T, d) for d in (64, 128)]
-    if INTERPRETED:  # on a GPU each would have to be compiled in every configuration
+    if INTERPRETED:  # on a GPU each case would have to be compiled in every configuration
         full = [inputs(2, 2, 1, T, T, 16), inputs(2, 2, 1, T, T, 16, None, None, 19, starts)]
     kernels = forward_kernel, backward_queries_kernel, backward_keys_kernel
     compare_all(
@@ -819,12 +879,12 @@ def check() -> None:
 
 
 def reference(q, k, v, queries=None, keys=None, window=None, starts=None) -> Tensor:
-    """With the arguments in the kernel's order."""
+    """The reference, with the arguments in the kernel's order."""
     return operation(q, k, v, queries, keys, window, "reference", starts)
 
 
 def backend(chosen: SDPBackend, *arguments) -> Tensor:
-    """One backend of torch's scaled_dot_product_attention, which by itself chooses among them."""
+    """One backend of torch's scaled_dot_product_attention, which would choose one by itself."""
     with sdpa_kernel(chosen):
         return operation(*arguments, impl="torch")
 
@@ -836,20 +896,23 @@ def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @lru_cache
 def compiled_flex():
-    """Compiled once, for it is slow otherwise."""
+    """flex_attention compiled once, because it is slow otherwise."""
     return torch.compile(flex_attention, dynamic=False)
 
 
 @lru_cache
 def causal_blocks(T: int, S: int, device: torch.device):
-    """Which blocks of (T, S) a causal mask leaves, as flex_attention wants to be told."""
+    """The blocks of (T, S) that a causal mask leaves, in the form that flex_attention takes."""
     return create_block_mask(
         lambda b, h, query, key: query + S - T >= key, None, None, T, S, device=device
     )
 
 
 def fla(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The Triton attention of flash-linear-attention, which wants (B, T, H, d), and a query for every key."""
+    """The Triton attention of flash-linear-attention.
+
+    It takes (B, T, H, d), and needs a query for every key.
+    """
     from fla.ops.attn import parallel_attn
 
     if q.shape[2] != k.shape[2]:
@@ -866,7 +929,7 @@ PEERS = {
 
 
 def case(tokens: int, T: int, H: int, d: int) -> Case:
-    """Two products forward, five backward, what is computed twice not counted."""
+    """Two products forward and five backward; what is computed twice does not count."""
     B = tokens // T
 
     def inputs() -> tuple:
@@ -878,7 +941,7 @@ def case(tokens: int, T: int, H: int, d: int) -> Case:
 
 
 def decoding(S: int, H: int, G: int, d: int) -> Case:
-    """One query, whose keys and values are read."""
+    """One query: its keys and values are read."""
 
     def inputs() -> tuple:
         shapes = (1, H), (S, G), (S, G)
@@ -890,7 +953,7 @@ def decoding(S: int, H: int, G: int, d: int) -> Case:
 def example(
     call: Case, window: int | None = None, positions: bool = False, documents: bool = False
 ) -> Callable[[], tuple]:
-    """Inputs that minimodels.kernels.compile launches."""
+    """Inputs for a launch of minimodels.kernels.compile."""
 
     def inputs() -> tuple:
         q, k, v = call.inputs()

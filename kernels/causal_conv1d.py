@@ -1,28 +1,31 @@
-"""Each channel of a text convolved with its own few taps, looking only back, and SiLU after it.
+"""The causal depthwise convolution: each channel is convolved with its own few taps, then SiLU.
 
-    p_t = bias + Σ_w weight_w ⊙ x_{t-W+1+w}            w = 0 … W-1, and x before time 0 is the window
+    p_t = bias + Σ_w weight_w ⊙ x_{t-W+1+w}            w = 0 … W-1; x before time 0 is the window
     y_t = p_t ⊙ σ(p_t)                                 with the activation; else y = p
 
-What it must cost: x is read and y written once, 4 bytes an element in bf16, against 2·W operations and an exponential; so it
-is as fast as a copy of that many bytes, if each number is loaded once. Backward reads x and dy and writes dx, 6 bytes. With
-g_t = dy_t ⊙ (σ(p_t) · (1 + p_t · (1 - σ(p_t)))), or g = dy,
+What it must cost: x is read and y written once, 4 bytes an element in bf16, against 2·W operations
+and an exponential. So the kernel is as fast as a copy of that many bytes, if each number is loaded
+once. Backward reads x and dy and writes dx, 6 bytes. With g_t = dy_t ⊙ (σ(p_t) · (1 + p_t · (1 -
+σ(p_t)))), or g = dy,
 
     dx_s = Σ_w weight_w ⊙ g_{s+W-1-w}                  for s < 0 it is dwindow
     dweight_w = Σ_t g_t ⊙ x_{t-W+1+w}                  dbias = Σ_t g_t
 
-A program walks along a chunk of the text with a block of channels, neighbouring threads on neighbouring channels, and holds the
-last W inputs in registers, in backward the last W numbers of g too; so nothing but the W-1 tokens at a chunk's borders is
-loaded twice, and p is recomputed, not kept. Where a token begins a document, the inputs held from before it become 0, and in
-backward dx of a token takes no g from there on. A few tokens are loaded ahead of their use to keep the memory busy.
+A program walks along a chunk of the text with a block of channels, and neighbouring threads have
+neighbouring channels. It keeps the last W inputs in registers, and in backward also the last W
+numbers of g. So only the W-1 tokens at a chunk's borders are loaded twice, and p is recomputed
+instead of kept. If a token begins a document, the inputs kept from before it become 0. In backward,
+dx of a token before it takes no g from there on. A few tokens are loaded ahead of their use to keep
+the memory busy.
 
     name        shape
-    x, y        (B, T, D)      x may be a part of a wider tensor, as the first half of a projection is
+    x, y        (B, T, D)      x may be a part of a wider tensor, such as half of a projection
     weight      (D, W)
     bias        (D,)           or None
     window      (B, W-1, D)    the inputs before x, None for zeros
-    resets      (B, T)         bytes: 1 where a token begins a document; None: nowhere
-    size        ()             B · T as tuning goes by it: rounded up and bounded
-    partial     (B · chunks, W+1, D)   each program's share of dweight, and of dbias in the last place
+    resets      (B, T)         bytes: 1 if a token begins a document; None: no token does
+    size        ()             B · T for tuning: rounded up and bounded
+    partial     (B · chunks, W+1, D)   each program's share of dweight; the last place is for dbias
 """
 
 from __future__ import annotations
@@ -52,8 +55,9 @@ from torch import Tensor
 from minimodels.ops.convolution import causal_conv1d as operation
 from minimodels.ops.convolution import check_convolution, tokens_within, window_after
 
-CHUNK = 128  # tokens a program walks along: at W = 4 the borders and the partial sums add 7 % to the bytes of backward
-CONFIGS = [  # a thread holds 2 to 8 channels, so that a warp reads 128 to 512 bytes at once
+# tokens of a program: at W = 4 the borders and the partial sums add 7 % to the bytes of backward
+CHUNK = 128
+CONFIGS = [  # a thread has 2 to 8 channels, so that a warp reads 128 to 512 bytes at once
     triton.Config({"CHANNELS": 128, "AHEAD": 4}, num_warps=1),
     triton.Config({"CHANNELS": 256, "AHEAD": 4}, num_warps=2),
     triton.Config({"CHANNELS": 256, "AHEAD": 8}, num_warps=2),
@@ -82,7 +86,7 @@ def begins(RESETS, t, T):
 
 @triton.jit
 def forget(past, begins, RESETS):
-    """The numbers held, 0 if a document begins."""
+    """The kept numbers, or 0 if a document begins."""
     if RESETS is None:
         return past
     else:
@@ -96,7 +100,10 @@ def forget(past, begins, RESETS):
 def load_past(
     X, WINDOW, RESETS, start, stride, T, D, channel, inside, W: tl.constexpr, FULL: tl.constexpr
 ):
-    """The W-1 inputs before `start`, from the window where that is before time 0, those of earlier documents as 0."""
+    """The W-1 inputs before `start`.
+
+    Those before time 0 come from the window, and those of earlier documents are 0.
+    """
     past = ()
     for w in tl.static_range(W - 1):
         t = start + (w - W + 1)
@@ -120,8 +127,11 @@ def combine(taps, numbers, total, W: tl.constexpr):
 
 @triton.jit
 def transposed(taps, g, firsts, RESETS, W: tl.constexpr):
-    """dx of a token: Σ_w taps_w · g_{W-1-w} up to the end of its document; g and firsts, whether a document begins, of the
-    token and the W-1 after it."""
+    """dx of a token: Σ_w taps_w · g_{W-1-w}, up to the end of its document.
+
+    g and firsts are those of the token and of the W-1 tokens after it; firsts says whether a
+    document begins.
+    """
     total, same = taps[W - 1] * g[0], 1
     for i in tl.static_range(1, W):
         if RESETS is None:
@@ -134,7 +144,7 @@ def transposed(taps, g, firsts, RESETS, W: tl.constexpr):
 
 @triton.jit
 def gradient(dy, p, SILU: tl.constexpr):
-    """g: what comes in, times the activation's derivative."""
+    """g: the incoming gradient times the activation's derivative."""
     if SILU:
         gate = sigmoid(p)
         return dy * (gate * (1 + p * (1 - gate)))
@@ -145,10 +155,11 @@ def gradient(dy, p, SILU: tl.constexpr):
 @tuned(CONFIGS, key=["size", "D", "W"])
 @triton.jit(do_not_specialize=["size"])
 def forward_kernel(
-    X, WEIGHT, BIAS, WINDOW, RESETS, Y, T, D, size, batch_stride, time_stride,
-    SILU: tl.constexpr, W: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
+    X, WEIGHT, BIAS, WINDOW, RESETS, Y, T, D, size, batch_stride, time_stride, SILU: tl.constexpr,
+    W: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr, CHANNELS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """One program, one block of channels, one chunk of one text."""
+    """One program has one block of channels and one chunk of one text."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < D
     start, batch = tl.program_id(1) * CHUNK, tl.program_id(2).to(tl.int64)
@@ -183,11 +194,15 @@ def forward_kernel(
 @tuned(CONFIGS, key=["size", "D", "W"])
 @triton.jit(do_not_specialize=["size"])
 def backward_kernel(
-    DY, X, WEIGHT, BIAS, WINDOW, RESETS, DX, DWINDOW, PARTIAL, T, D, size, batch_stride, time_stride,
-    SILU: tl.constexpr, W: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
+    DY, X, WEIGHT, BIAS, WINDOW, RESETS, DX, DWINDOW, PARTIAL, T, D, size, batch_stride,
+    time_stride, SILU: tl.constexpr, W: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
+    CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """One program, one block of channels, dx of one chunk of one text. It walks W-1 tokens beyond, for dx_s needs g up to
-    t = s+W-1; and counts in dweight the t of its own s, to which the first chunk adds those that are left, the first W-1."""
+    """One program has one block of channels and dx of one chunk of one text.
+
+    It walks W-1 tokens further, because dx_s needs g up to t = s+W-1. For dweight it counts the t
+    that equal one of its own s. The first chunk adds those that are left, the first W-1.
+    """
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < D
     start, batch = tl.program_id(1) * CHUNK, tl.program_id(2).to(tl.int64)
@@ -206,7 +221,7 @@ def backward_kernel(
     if BIAS is not None:
         bias += tl.load(BIAS + channel, inside, 0.0).to(FULL)
     past = load_past(X, WINDOW, RESETS, start, stride, T, D, channel, inside, W, FULL)  # W-1 of x
-    g = (nothing,) * (W - 1)  # what came before the chunk adds to dx of another
+    g = (nothing,) * (W - 1)  # what came before the chunk adds to another chunk's dx
     firsts = (0,) * (W - 1)
     dtaps, dbias = (nothing,) * W, nothing
     first = tl.where(start == 0, inside, False)
@@ -255,15 +270,16 @@ def backward_kernel(
 
 @torch.library.custom_op("minimodels::causal_conv1d_forward", mutates_args=())
 def causal_conv1d_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None, resets: Tensor | None, activation: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None, resets: Tensor | None,
+    activation: bool
 ) -> Tensor:  # fmt: skip
     """y (B, T, D)."""
     x, (batch, T, D), W = innermost(x), x.shape, weight.shape[1]
     y = x.new_empty(x.shape)
     with on(x):
         forward_kernel[lambda meta: grid(x, meta)](
-            x, *dense(weight, bias, window), as_bytes(resets), y, T, D, size_of(batch * T), x.stride(0), x.stride(1),
-            activation, W, CHUNK, full(x),
+            x, *dense(weight, bias, window), as_bytes(resets), y, T, D, size_of(batch * T),
+            x.stride(0), x.stride(1), activation, W, CHUNK, full(x),
         )  # fmt: skip
     return y
 
@@ -289,18 +305,17 @@ def causal_conv1d_backward(
     )
     with on(x):
         backward_kernel[lambda meta: grid(x, meta)](
-            dy, x, *dense(weight, bias, window), as_bytes(resets), dx, dwindow, sums, T, D, size_of(batch * T),
-            x.stride(0), x.stride(1), activation, W, CHUNK, full(x),
+            dy, x, *dense(weight, bias, window), as_bytes(resets), dx, dwindow, sums, T, D,
+            size_of(batch * T), x.stride(0), x.stride(1), activation, W, CHUNK, full(x),
         )  # fmt: skip
     total = sums.sum(0)  # (W+1, D)
-    dbias = total[W].to(
-        weight.dtype if bias is None else bias.dtype, copy=True
-    )  # for where W = 1, dweight is a view
+    # a copy, because dweight is a view if W = 1
+    dbias = total[W].to(weight.dtype if bias is None else bias.dtype, copy=True)
     return dx, total[:W].t().to(weight.dtype).contiguous(), dbias, dwindow
 
 
 def grid(x: Tensor, meta: dict) -> tuple[int, int, int]:
-    """Channels first, so that programs that start together read neighbouring memory."""
+    """The grid, channels first, so that programs that start together read neighbouring memory."""
     batch, T, D = x.shape
     return triton.cdiv(D, meta["CHANNELS"]), triton.cdiv(T, meta["CHUNK"]), batch
 
@@ -344,11 +359,12 @@ def causal_conv1d(
     activation: bool = False,
     resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As its reference in minimodels.ops.convolution: y (B, T, D) in x's dtype and the window after x.
+    """As its reference in minimodels.ops.convolution.
 
-    x (B, T, D); weight (D, W); bias (D,), None for zero; window (B, W-1, D), the inputs before x, None for zeros; lengths
-    (B,), how many tokens of x come before the padding, None for all; resets (B, T) bool, None for none. Raises ValueError on
-    shapes that disagree.
+    x (B, T, D); weight (D, W); bias (D,), None for zero; window (B, W-1, D), the inputs before x,
+    None for zeros; lengths (B,), how many tokens of x come before the padding, None for all; resets
+    (B, T) bool, None for none. Returns y (B, T, D) in x's dtype and the window after x. Raises
+    ValueError if shapes disagree.
     """
     check_convolution(x, weight, bias, window, lengths, resets)
     (batch, _, D), W = x.shape, weight.shape[1]
@@ -374,12 +390,12 @@ def check() -> None:
 
 
 def reference(x, weight, bias, window, lengths, activation, resets=None):
-    """With the arguments in the kernel's order."""
+    """The reference, with the arguments in the kernel's order."""
     return operation(x, weight, bias, window, lengths, activation, "reference", resets)
 
 
 def cuda(x: Tensor, weight: Tensor, bias: Tensor, *_) -> Tensor:
-    """The CUDA kernel of the package causal_conv1d, which wants (B, D, T): here a view."""
+    """The CUDA kernel of the package causal_conv1d, which takes (B, D, T): here a view."""
     from causal_conv1d import causal_conv1d_fn
 
     return causal_conv1d_fn(x.mT, weight, bias, activation="silu").mT
@@ -396,7 +412,7 @@ PEERS = {"causal_conv1d": Peer("causal_conv1d", cuda), "fla": Peer("fla-core", f
 
 
 def case(batch: int, T: int, D: int, W: int = 4) -> Case:
-    """With SiLU: two numbers an element forward, three backward."""
+    """With SiLU: forward moves two numbers an element, and backward three."""
 
     def inputs() -> tuple:
         x, (weight, bias) = (
@@ -416,7 +432,7 @@ def case(batch: int, T: int, D: int, W: int = 4) -> Case:
     return Case(f"B {batch}, T {T}, D {D}, W {W}", inputs, 2 * size, 3 * size)
 
 
-# what minimodels.kernels.compile launches: also without SiLU, padded; and documents
+# the launches of minimodels.kernels.compile: with SiLU, without it and padded, and with documents
 EXAMPLES = [
     case(2, 300, 1536).inputs,
     lambda: (*case(2, 300, 1536).inputs()[:4], torch.tensor([300, 7]), False),

@@ -1,5 +1,7 @@
-"""What the kernels share: the sigmoid, launching on the tensor's device, tuning, and the report that each file prints when it
-is run."""
+"""What the kernels share: the sigmoid, launches on the right device, tuning and reports.
+
+Each kernel file prints its report when it is run.
+"""
 
 from __future__ import annotations
 
@@ -25,52 +27,56 @@ from minimodels.errors import InputError
 from minimodels.measure import ceilings, environment, interleave, peak_bytes
 
 GPU = torch.cuda.is_available()
+# where and in which dtype operations are timed
 TIMED = (
     {"device": "cuda", "dtype": torch.bfloat16}
     if GPU
     else {"device": "cpu", "dtype": torch.float32}
-)  # what is timed in
-PRETENDED = 3  # multiprocessors (SMs) where there is no GPU
-CHECKED = (
-    (torch.float32, torch.bfloat16) if GPU else (torch.float32, torch.float64)
-)  # precisions that results are compared in
+)
+PRETENDED = 3  # multiprocessors (SMs) if there is no GPU
+# the precisions in which results are compared
+CHECKED = (torch.float32, torch.bfloat16) if GPU else (torch.float32, torch.float64)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def sigmoid(v):
-    """1 / (1 + exp(-v)), by exp2: one instruction where exp takes four."""
+    """1 / (1 + exp(-v)), by exp2, which takes one instruction (exp takes four)."""
     return 1 / (1 + tl.exp2(v * -LOG2_E))
 
 
 def on(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Launch where the tensor is, whichever GPU is the current one."""
+    """Launch on the GPU of the tensor, whichever GPU is the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def innermost(x: Tensor) -> Tensor:
-    """x itself where its last dimension is contiguous, whatever its other strides are; else a copy."""
+    """x itself if its last dimension is contiguous, whatever its other strides are; else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def dense(*parts: Tensor | None) -> list[Tensor | None]:
-    """What there is, each tensor contiguous."""
+    """The tensors, each contiguous; None stays None."""
     return [part if part is None else part.contiguous() for part in parts]
 
 
 def as_bytes(mask: Tensor | None) -> Tensor | None:
-    """A mask as a kernel reads it: contiguous, 1 for True."""
+    """A mask in the form that a kernel reads: contiguous bytes, 1 for True."""
     return mask if mask is None else mask.contiguous().view(torch.uint8)
 
 
 def full(tensor: Tensor) -> tl.dtype:
-    """What a kernel computes in: fp32, or fp64 where the tensor is."""
+    """The precision in which a kernel computes: fp32, or fp64 if the tensor is."""
     return tl.float64 if tensor.dtype == torch.float64 else tl.float32
 
 
 def tuned(configs: list[triton.Config], key: list[str], prune: Callable | None = None) -> Callable:
-    """Time the configurations, those that `prune` leaves, once for each value of the key and dtypes of the arguments, and keep
-    the fastest, in Triton's cache on the disk too; the interpreter takes the first."""
+    """Tune a kernel: time its configurations and keep the fastest one.
+
+    It does so once for each value of the key and for the dtypes of the arguments. `prune` selects
+    the configurations to time. The choice also goes to Triton's cache on the disk. The interpreter
+    takes the first configuration.
+    """
 
     def decorate(kernel):
         if INTERPRETED:
@@ -87,13 +93,15 @@ def tuned(configs: list[triton.Config], key: list[str], prune: Callable | None =
 
 
 def size_of(rows: int) -> int:
-    """The number of rows that tuning goes by: rounded up, and bounded, because more of them change nothing."""
+    """The number of rows that tuning uses: rounded up, and bounded, because more change nothing."""
     return min(triton.next_power_of_2(rows), 4096)
 
 
 def configurations(*kernels) -> Iterator[str]:
-    """Let tuned kernels use their first configuration, then all their second, and so on, without tuning: where one has fewer,
-    its last. Yields what was chosen."""
+    """Make tuned kernels use their first configuration, then their second, and so on, untuned.
+
+    A kernel with fewer configurations uses its last one. Yields a description of the choice.
+    """
     before = [kernel.configs for kernel in kernels]
     try:
         for i in range(max((len(kernel.candidates) for kernel in kernels), default=1)):
@@ -106,7 +114,7 @@ def configurations(*kernels) -> Iterator[str]:
 
 
 def multiprocessors(tensor: Tensor) -> int:
-    """Of the tensor's GPU; as many as PRETENDED where there is none."""
+    """The number of SMs of the tensor's GPU, or PRETENDED if there is none."""
     return (
         torch.cuda.get_device_properties(tensor.device).multi_processor_count
         if tensor.is_cuda
@@ -114,7 +122,8 @@ def multiprocessors(tensor: Tensor) -> int:
     )
 
 
-# a GPU's exponential is off by up to 2⁻²², each time to the same side perhaps, which a long product of decays adds up
+# a GPU's exponential may be off by up to 2⁻²², perhaps always to the same side, and a long product
+# of decays adds this up
 FLOORS = {
     torch.float64: 1e-12,
     torch.float32: 1e-4 if GPU else 1e-5,
@@ -129,8 +138,11 @@ def compare(
     arguments: tuple,
     dtypes: tuple[torch.dtype, ...] = CHECKED,
 ) -> None:
-    """Assert that outputs and gradients are within twice the reference's own error, at each precision, of the reference in
-    fp64; or within a floor, where that error is small by chance."""
+    """Assert that outputs and gradients are close to the reference in fp64, at each precision.
+
+    The bound is twice the reference's own error at that precision, or a floor if that error is
+    small by chance.
+    """
     device = TIMED["device"]
     exact = run(reference, [move(part, device, torch.float64) for part in arguments])
     for dtype in dtypes:
@@ -155,11 +167,14 @@ def compare_all(
     full: list[tuple],
     dtypes: tuple[torch.dtype, ...] = CHECKED,
 ) -> None:
-    """Compare at odd sizes and at sizes that fill blocks: with the first configuration of the tuned kernels at every
-    precision, with each other one at full sizes and without the first precision, fp32, for which tuning does not try it.
+    """Compare at odd sizes and at sizes that fill blocks, in several configurations.
 
-    Nothing is tuned, so what runs beside the check leaves no false winner in Triton's cache, and what it compiles is there
-    for the measurement. A configuration that needs more shared memory than there is will never be chosen and is left out.
+    The first configuration of the tuned kernels is compared at every precision. Each other one is
+    compared at full sizes, without the first precision, fp32, for which tuning does not try it.
+
+    Nothing is tuned here. So other work on the GPU during the check cannot put a wrong winner into
+    Triton's cache, and the measurement can reuse what was compiled. A configuration that needs more
+    shared memory than there is would never be chosen, so it is left out.
     """
     for i, chosen in enumerate(configurations(*tuned)):
         for arguments in [*odd, *full] if i == 0 else full:
@@ -172,7 +187,10 @@ def compare_all(
 
 
 def move(part: object, device: str, dtype: torch.dtype) -> object:
-    """A floating-point argument on a device, in a dtype, wanting its gradient; anything else as it is, on the device."""
+    """Move an argument to a device.
+
+    A floating-point tensor also gets the dtype and requires its gradient.
+    """
     if not isinstance(part, Tensor):
         return part
     if not part.is_floating_point():
@@ -181,7 +199,7 @@ def move(part: object, device: str, dtype: torch.dtype) -> object:
 
 
 def run(operation: Callable, arguments: list) -> list[Tensor]:
-    """The floating-point outputs, and the gradients of a loss that weighs each of their numbers differently."""
+    """The floating-point outputs, and the gradients of a loss that weighs each differently."""
     outputs = operation(*arguments)
     outputs = [
         o
@@ -200,43 +218,46 @@ def run(operation: Callable, arguments: list) -> list[Tensor]:
 
 @dataclass
 class Case:
-    """One size at which an operation is timed, as TIMED says: in fp32 on a CPU, in bf16 but for small parameters on a GPU."""
+    """One size at which an operation is timed.
+
+    TIMED says how: in fp32 on a CPU, and in bf16, except for small parameters, on a GPU.
+    """
 
     label: str
     inputs: Callable[[], tuple]
-    """makes the arguments; the tensors that want gradients require them, x or q is the first"""
+    """makes the arguments, x or q first; tensors that want gradients require them"""
     forward: float
     """the numbers moved, or the FLOPs, that the forward pass must cost"""
     backward: float
-    """and the backward pass; 0 where the providers do both in one call, or nobody needs one"""
+    """the same for the backward pass; 0 if it is not timed alone"""
     unit: str = "GB/s"
-    """or TFLOP/s: which of the machine's ceilings the two above are held against"""
+    """or TFLOP/s: the machine's ceiling with which the two above are compared"""
 
 
 @dataclass
 class Peer:
-    """What someone else made of the operation."""
+    """Another implementation of the operation."""
 
     package: str
-    """that has to be installed"""
+    """the package that must be installed"""
     call: Callable
-    """with the signature of the operation"""
+    """has the signature of the operation"""
     gpu: bool = True
-    """whether it needs one"""
+    """whether it needs a GPU"""
     module: str = ""
-    """what the package is imported as, if it has another name"""
+    """the name under which the package is imported, if it differs"""
     same: bool = True
-    """whether it computes the same; one that does is left out where its results are others"""
+    """whether it computes the same; such a peer is left out if its results differ"""
 
 
 def available(peers: dict[str, Peer]) -> dict[str, Callable]:
-    """Those that can run here; the others are skipped by name."""
+    """The peers that can run here. The names of the others are printed."""
     found = {}
     for name, peer in peers.items():
         if importlib.util.find_spec(peer.module or peer.package.replace("-", "_")) is None:
             print(f"  {name}: skipped, for {peer.package} is not installed")
         elif peer.gpu and not GPU:
-            print(f"  {name}: skipped, for it needs a GPU")
+            print(f"  {name}: skipped, because it needs a GPU")
         else:
             found[name] = peer.call
     return found
@@ -244,16 +265,16 @@ def available(peers: dict[str, Peer]) -> dict[str, Callable]:
 
 @dataclass(frozen=True)
 class Options:
-    """Check an operation and time it against its torch path, the same compiled, and what else is installed."""
+    """Check an operation and time it against its torch path, the same compiled, and its peers."""
 
     out: Path | None = None
-    """file for JSON rows, in which they take the place of the operation's earlier ones"""
+    """file for JSON rows, in which they replace the operation's earlier rows"""
     rounds: int = 5
     """rounds of interleaved timings"""
     check_only: bool = False
     """compare with the reference and time nothing"""
     sweep: bool = False
-    """time the kernel alone, as it is and in its other variants"""
+    """time only the kernel, with its settings and in its other variants"""
 
 
 def report(
@@ -265,10 +286,14 @@ def report(
     check: Callable,
     variants: Callable[[], Iterator[str]] | None = None,
 ) -> Callable:
-    """The command of a kernel file: `check` first, then forward and backward of every case, providers in turn, and the memory
-    that they take. `operation` is that of the architecture, with an argument `impl`; compiled it is timed in the last case.
-    Without a GPU the kernel is checked if TRITON_INTERPRET=1, and the reference is timed in its place. A kernel that fails its
-    check is left out and the others are timed; with --check-only the exit status is 1, and the last line says why."""
+    """The command of a kernel file: run `check`, then time every case.
+
+    Each case is timed forward and backward, providers in turn, with the memory that they take.
+    `operation` is that of the architecture, with an argument `impl`. It is also compiled and timed
+    in the last case. Without a GPU the kernel is checked if TRITON_INTERPRET=1, and the reference
+    is timed in its place. If a kernel fails its check, only the other providers are timed. With
+    --check-only the exit status is then 1, and the last line gives the reason.
+    """
 
     def main(options: Options) -> None:
         if not GPU and not INTERPRETED and options.check_only:
@@ -276,7 +301,7 @@ def report(
         wrong = find_fault(name, check) if GPU or INTERPRETED else ""
         if not GPU and not INTERPRETED:
             print(
-                f"{name}: the kernel is neither checked nor timed, for there is no GPU (TRITON_INTERPRET=1 checks it)"
+                f"{name}: the kernel is not checked or timed without a GPU (TRITON_INTERPRET=1 checks it)"
             )
         if options.check_only:
             sys.exit(1 if wrong else 0)
@@ -295,7 +320,7 @@ def report(
             return
         torch_path, installed = partial(operation, impl="torch"), available(peers)
         for case in cases:
-            torch._dynamo.reset()  # which would compile for any size after a second one
+            torch._dynamo.reset()  # otherwise a second size makes it compile for any size
             compiled = (
                 {"torch.compile": torch.compile(torch_path, dynamic=False)}
                 if case is cases[-1]
@@ -339,8 +364,11 @@ def sweep(
     rows: Rows,
     rounds: int,
 ) -> None:
-    """Time the kernel in each of its variants. The first is the one that was checked; another whose results are not its, or
-    that fails, is named and left out."""
+    """Time the kernel in each of its variants.
+
+    The first is the one that was checked. A variant that fails, or whose results differ from the
+    first, is named and left out.
+    """
     limits, expected = ceilings(torch.device(TIMED["device"])), {}
     for variant in variants():
         for case in cases:
@@ -364,7 +392,10 @@ def sweep(
 
 
 class Rows:
-    """Prints what was measured, and appends it to a file, if there is one, in the place of the operation's earlier rows."""
+    """Prints what was measured, and appends it to a file if there is one.
+
+    The file loses the operation's earlier rows.
+    """
 
     def __init__(self, out: Path | None, common: dict, operation: str):
         self.out, self.common, self.operation = out, common, operation
@@ -381,6 +412,7 @@ class Rows:
         memory: int | None,
         ceiling: float,
     ) -> None:
+        """Print one row of measurements, and append it to the file if there is one."""
         median = statistics.median(seconds)
         scale = TIMED["dtype"].itemsize / 1e9 if case.unit == "GB/s" else 1e-12
         rate = work * scale / median
@@ -397,7 +429,7 @@ class Rows:
 
 
 def find_fault(name: str, check: Callable) -> str:
-    """Why a kernel fails its check, in one line; empty if it passes. Prints either."""
+    """The reason why a kernel fails its check, in one line; empty if it passes. Prints either."""
     try:
         check()
     except Exception as error:  # the compiler or the GPU may raise anything
@@ -409,7 +441,7 @@ def find_fault(name: str, check: Callable) -> str:
 
 
 def forget(path: Path, operation: str) -> None:
-    """Keep only the rows of other operations. Raises InputError where the file holds something else."""
+    """Keep only the rows of other operations. Raises InputError if the file has other contents."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text().splitlines() if path.exists() else []
     try:
@@ -426,9 +458,12 @@ def time_providers(
     direction: str,
     rounds: int,
 ) -> tuple:
-    """Interleaved seconds of each provider, and the bytes it takes. The first one's results are those expected of the next.
-    One that fails, or whose results are others, is named and left out; `others` compute something else."""
-    functorch_config.donated_buffer = False  # a compiled backward pass is to run more than once
+    """Interleaved seconds of each provider, and the bytes that it takes.
+
+    The first provider's results are what the others must return. One that fails or returns other
+    results is named and left out. `others` compute something else and are not compared.
+    """
+    functorch_config.donated_buffer = False  # so that a compiled backward pass can run repeatedly
     calls, memory, expected = {}, {}, None
     first = next(iter(providers))
     for name, provider in providers.items():
@@ -454,7 +489,7 @@ def time_providers(
 
 
 def tensors(results: object) -> list[Tensor]:
-    """The outputs, or the gradients; of the outputs the first, which is what all providers return."""
+    """The first output, which all providers return, or the gradients."""
     return (
         list(results)
         if isinstance(results, list)
@@ -463,8 +498,11 @@ def tensors(results: object) -> list[Tensor]:
 
 
 def agree(results: list[Tensor], expected: list[Tensor]) -> None:
-    """Raise AssertionError unless the results are the same up to rounding in the precision that is timed in: in the norm of
-    their difference, because a bound on the largest one would pass an error of the same size in every number."""
+    """Raise AssertionError unless the results agree up to rounding in the timed precision.
+
+    The bound is on the norm of their difference. A bound on the largest difference would accept an
+    error of that size in every number.
+    """
     allowed = 1e-2 if TIMED["dtype"] == torch.bfloat16 else 1e-3
     for i, (result, wanted) in enumerate(zip(results, expected, strict=True)):
         result, wanted = result.double(), wanted.double()
@@ -474,12 +512,15 @@ def agree(results: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def once(provider: Callable, arguments: tuple, direction: str) -> None:
-    """One forward pass without gradients, or one with them and the backward pass: whose memory is measured."""
+    """One forward pass without gradients, or a forward and a backward pass, to measure memory."""
     prepare(provider, arguments, direction)()
 
 
 def prepare(provider: Callable, arguments: tuple, direction: str) -> Callable[[], object]:
-    """A call that does one forward pass, or one backward pass of a forward pass made before the clock starts."""
+    """Make a call that does one forward pass, or one backward pass.
+
+    The forward pass before a backward pass runs before the clock starts.
+    """
     if direction == "forward":
 
         def forward():
@@ -490,9 +531,8 @@ def prepare(provider: Callable, arguments: tuple, direction: str) -> Callable[[]
     outputs = provider(*arguments)
     output = outputs[0] if isinstance(outputs, tuple) else outputs
     wanted = [tensor for tensor in arguments if isinstance(tensor, Tensor) and tensor.requires_grad]
-    gradient = torch.randn(
-        output.shape, device=output.device, dtype=output.dtype
-    )  # whatever the strides, the same
+    # the same values whatever the strides
+    gradient = torch.randn(output.shape, device=output.device, dtype=output.dtype)
     return lambda: list(torch.autograd.grad(output, wanted, gradient, retain_graph=True))
 
 

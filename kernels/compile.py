@@ -1,15 +1,17 @@
-"""Do the kernels compile for a GPU, as they are launched? Needs none.
+"""Compile the kernels for a GPU, as they are launched, without needing one.
 
-    python -m minimodels.kernels.compile [OPERATION ...]      every kernel of an operation, or of all, for Hopper (sm_90)
+    python -m minimodels.kernels.compile [OPERATION ...]      for Hopper (sm_90); by default all
 
-Each kernel file has EXAMPLES, inputs of its operation. They go forward and backward in bf16, and each launch on the way is
-bound to its arguments and compiled, in every configuration that tuning would try, but not made: what the outputs hold is
-chance. It takes some minutes, for what Triton's cache does not hold.
+Each kernel file has EXAMPLES, inputs of its operation. The command runs each operation on them
+forward and backward in bf16. It binds each launch to its arguments and compiles it in every
+configuration that tuning would try, but it does not run it, so the outputs are meaningless. What is
+not in Triton's cache takes some minutes.
 
-Prints registers per thread, spilled bytes, shared memory, and of each innermost loop the instructions, and how many of them are
-special functions (exponentials, reciprocals) or matrix products: what a warp must issue each time round. Where the assembler
-expects a loss, it is quoted: products that are "serialized" wait one for the other, which can halve a kernel's speed, and the
-command fails, as it does with the compiler's message where there is one.
+It prints registers per thread, spilled bytes and shared memory. For each innermost loop it prints
+what a warp must issue in each round: the instructions, and how many of them are special functions
+(exponentials, reciprocals) or matrix products. If the assembler expects a loss, its message is
+quoted. "Serialized" products wait for each other, which can halve a kernel's speed. The command
+then fails, and it also fails with the compiler's message if there is one.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from triton.runtime.jit import JITFunction
 from minimodels.command import parse_options, run_command
 from minimodels.errors import InputError
 
-SHARED = 227 * 1024  # bytes that a program may have
+SHARED = 227 * 1024  # bytes that a program may use
 
 
 class Hopper:
@@ -53,7 +55,10 @@ class Hopper:
 
 
 def launches(operation: Callable, arguments: tuple) -> list[tuple]:
-    """Run an operation forward and backward with no GPU: the name, the tuned constants and the binary of each launch."""
+    """Run an operation forward and backward without a GPU.
+
+    Returns the name, the tuned constants and the binary of each launch.
+    """
     found, bind, tune = [], JITFunction.run, Autotuner.run
 
     def compile_only(
@@ -89,10 +94,9 @@ def launches(operation: Callable, arguments: tuple) -> list[tuple]:
 
 
 def resources(compiled) -> str:
-    """What the assembler says: registers per thread, spilled bytes, expected losses; and shared memory."""
-    takes_architecture = inspect.signature(
-        get_ptxas
-    ).parameters  # not in Triton 3.5, which has but one assembler
+    """Registers per thread, spilled bytes, expected losses and shared memory."""
+    # Triton 3.5 has only one assembler, and its function takes no architecture
+    takes_architecture = inspect.signature(get_ptxas).parameters
     assembler = (get_ptxas(90) if takes_architecture else get_ptxas()).path
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(compiled.asm["ptx"])
@@ -115,7 +119,10 @@ def resources(compiled) -> str:
 
 
 def loops(compiled) -> str:
-    """The innermost loops of the machine code: from the target of a jump back to the jump, where none lies between."""
+    """The innermost loops of the machine code.
+
+    A loop runs from the target of a backward jump to the jump, with no other such jump in between.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -156,7 +163,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Compile the kernels, and exit with 1 where the assembler expects losses."""
+    """Compile the kernels, and exit with 1 if the assembler expects losses."""
     if INTERPRETED:
         raise InputError("TRITON_INTERPRET", 1, "unset, for what is interpreted is not compiled")
     for name in options.names:

@@ -1,45 +1,53 @@
-"""The delta rule in chunks of C = 64 tokens: the rule and its chunked form are in minimodels/ops/delta_rule.py.
+"""The delta rule in chunks of C = 64 tokens.
 
-    A_i,j = Σ_d q_i,d k_j,d exp(G_i - G_j)_d, j <= i;      E the same with e for q, j < i;      G: sums of g
+The rule and its chunked form are in minimodels/ops/delta_rule.py.
+
+    A_i,j = Σ_d q_i,d k_j,d exp(G_i - G_j)_d, j <= i;   E with e for q, j < i;   G: sums of g
     U = (I + E)⁻¹ (V - ē S)        Y = q̄ S + A U        S' = ᾱ S + k̄ᵀ U
 
     sums      G, in powers of two                                  every token
     prepare   (I + E)⁻¹ V and W = (I + E)⁻¹ ē                      every chunk, if there is e
-    state     the states that the chunks meet                      one program for some columns of S walks the chunks
+    state     the states before the chunks                         some columns of S, all chunks
     outputs   Y                                                    every chunk and some columns
 
-Backward, with R the gradient of the state behind a chunk, prepare runs again, and then
+Backward, with R the gradient of the state after a chunk, prepare runs again, and then
 
     errors    Z = -(I + E)⁻ᵀ Aᵀ dY and W_R = (I + E)⁻ᵀ k̄          every chunk, if there is e
-    state     R, by the same kernel with ē for k̄ and W_R for W, in reverse: R <- ᾱ R + q̄ᵀ dY + ēᵀ (Z - W_R R)
+    state     R, in reverse, with ē for k̄ and W_R for W            some columns of R, all chunks
     values    U, Z and dV                                          every chunk and some columns
     keys      dq, dk, de and dg                                    every chunk and some key channels
 
-So only state_kernel is sequential, over T/C steps; everything else has a program for each chunk. Each partial sum has its
-place and nothing depends on the order in which programs run. Saved are the inputs and the states that the chunks meet.
+In reverse the state kernel computes R <- ᾱ R + q̄ᵀ dY + ēᵀ (Z - W_R R).
 
-Every exponent is at most 0. With one gate a head, G_i - G_j is masked before the exponential. With one a channel, blocks of 32,
-16, ... 1 tokens are joined in pairs: q_i has decayed since the end of the first block and k_j until then, so that six products
-make A where one is enough without gates. A document that begins within a chunk cuts it: sums of g begin again there,
-and what lies on both sides of it is masked.
+So only state_kernel is sequential, over T/C steps. Everything else has a program for each chunk.
+Each partial sum has its own place, so nothing depends on the order in which programs run. The
+inputs and the states before the chunks are saved.
 
-What it must cost in bf16 with K = V = 128, per token and head: forward reads q, k, v and e and writes y, 1280 bytes, and takes
-98 thousand FLOPs without e and 164 thousand with it. An H200 moves the bytes in 0.27 ns and computes in 0.1 to 0.2 ns: memory
-bounds it. These kernels also write U, W and the states and read them again, 4.4 KB in all with e (3.1 KB without), because
-between them the chunks wait for each other.
+Every exponent is at most 0. With one gate per head, G_i - G_j is masked before the exponential.
+With one per channel, blocks of 32, 16, ... 1 tokens are joined in pairs: q_i has decayed since the
+end of the first block, and k_j decays until then. So A takes six products there, but only one
+without gates. A document that begins within a chunk cuts it: sums of g start again there, and pairs
+of tokens from both sides of the cut are masked.
 
-Compiled for Hopper (Triton 3.9), registers of a thread with keys of 128 numbers: sums 25, prepare 163 (238 with a gate for each
-channel), state 122 to 221, outputs 159 to 252, errors 136 to 240, values 155 to 226, keys 220 to 255. Only keys spills, with a
-gate for each channel: 16 bytes without e and 250 with it. (With keys of 256 state spills up to 80.) The assembler expects no
-loss. This has not run on a GPU.
+What it must cost in bf16 with K = V = 128, per token and head: forward reads q, k, v and e and
+writes y, 1280 bytes, and takes 98 thousand FLOPs without e and 164 thousand with it. An H200 moves
+the bytes in 0.27 ns and computes in 0.1 to 0.2 ns, so memory is the bound. These kernels also write
+U, W and the states and read them again, 4.4 KB in all with e (3.1 KB without), because the chunks
+wait for each other in between.
+
+Compiled for Hopper (Triton 3.9), registers of a thread with keys of 128 numbers: sums 25, prepare
+163 (238 with a gate for each channel), state 122 to 221, outputs 159 to 252, errors 136 to 240,
+values 155 to 226, keys 220 to 255. Only keys spills, with a gate for each channel: 16 bytes without
+e and 250 with it. (With keys of 256 numbers, state spills up to 80.) The assembler expects no loss.
+This has not run on a GPU.
 
     name            shape
     sums            (B, T, H, 1 | K)            G, in fp32
-    doc             (B, T) int32                number of the document; 0 is that of the initial state
-    U, Z            (B, T, H, V)                in v's dtype, as all that is multiplied
+    doc             (B, T) int32                number of the document; the initial state has 0
+    U, Z            (B, T, H, V)                in v's dtype, like all factors of products
     W, W_R          (B, T, H, K)
     inverse         (B, T, H, C)                rows of (I + E)⁻¹
-    edges, dedges   (B, chunks, H, K, V)        S before each chunk; R behind it
+    edges, dedges   (B, chunks, H, K, V)        S before each chunk; R after it
 """
 
 from __future__ import annotations
@@ -70,8 +78,8 @@ from minimodels.ops.delta_rule import delta_rule as operation
 CHUNK = 64  # C, tokens of a chunk: 16, 32 or 64
 
 
-# The pieces of a chunk. Every kernel works on tokens t of one head, C of them from `first` on. d are key channels, n value
-# channels, c the channels of gates: d itself, or one number for all.
+# The pieces of a chunk. Every kernel works on C tokens t of one head, from `first` on. d are key
+# channels, n are value channels, and c are the channels of gates: d itself, or one number for all.
 
 
 @triton.jit
@@ -82,33 +90,39 @@ def product(a, b, TYPE: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexp
 
 @triton.jit
 def places(batch, t, T, head, heads, d, WIDTH: tl.constexpr):
-    """Where tokens t of one head lie in (B, T, heads, WIDTH), and which of all these exist."""
+    """The places of tokens t of one head in (B, T, heads, WIDTH), and which of them exist."""
     at = ((batch * T + t) * heads + head)[:, None] * WIDTH + d[None, :]
     return at, (t < T)[:, None] & (d < WIDTH)[None, :]
 
 
 @triton.jit
 def rows(X, batch, t, T, head, heads, d, WIDTH: tl.constexpr):
-    """Tokens t of one head of X (B, T, heads, WIDTH), and 0 behind the text."""
+    """Tokens t of one head of X (B, T, heads, WIDTH), and 0 after the end of the text."""
     at, real = places(batch, t, T, head, heads, d, WIDTH)
     return tl.load(X + at, real, 0.0)
 
 
 @triton.jit
 def square(place, d, n, K: tl.constexpr, V: tl.constexpr):
-    """Where rows d and columns n of a state lie in (..., K, V), and which of all these exist."""
+    """The places of rows d and columns n of a state in (..., K, V), and which of them exist."""
     return place * (K * V) + d[:, None] * V + n[None, :], (d < K)[:, None] & (n < V)[None, :]
 
 
 @triton.jit
 def sums(SUMS, batch, t, T, head, H, c, GATES: tl.constexpr):
-    """The sum of log2-decays from the chunk's start, or the document's, to tokens t; behind the text as at its end."""
+    """The sum of log2-decays from the start of the chunk or document to tokens t.
+
+    After the end of the text it is the same as at its end.
+    """
     return rows(SUMS, batch, tl.minimum(t, T - 1), T, head, H, c, GATES)
 
 
 @triton.jit
 def from_start(SUMS, DOC, batch, first, t, T, head, H, c, GATES: tl.constexpr):
-    """The decay from the state before the chunk to tokens t, 0 in another document than that state's."""
+    """The decay from the state before the chunk to tokens t.
+
+    It is 0 if a token is in another document than that state.
+    """
     decay = tl.exp2(sums(SUMS, batch, t, T, head, H, c, GATES))
     if DOC is not None:
         reached = tl.load(DOC + batch * T + tl.minimum(t, T - 1)) == before(DOC, batch, first, T)
@@ -118,13 +132,16 @@ def from_start(SUMS, DOC, batch, first, t, T, head, H, c, GATES: tl.constexpr):
 
 @triton.jit
 def before(DOC, batch, first, T):
-    """The document of the token before the chunk; 0 is that of the initial state."""
+    """The document of the token before the chunk; the initial state has number 0."""
     return tl.load(DOC + batch * T + first - 1, first > 0, 0)
 
 
 @triton.jit
 def to_end(SUMS, DOC, batch, first, t, T, head, H, c, GATES: tl.constexpr, C: tl.constexpr):
-    """The decay from tokens t to the end of the chunk, 0 in another document than the last token's."""
+    """The decay from tokens t to the end of the chunk.
+
+    It is 0 if a token is in another document than the last one.
+    """
     last = tl.minimum(first + C, T) - 1 + 0 * t
     end = sums(SUMS, batch, last, T, head, H, c, GATES)
     decay = tl.exp2(tl.minimum(end - sums(SUMS, batch, t, T, head, H, c, GATES), 0.0))
@@ -157,15 +174,19 @@ def visible(DOC, batch, t, T, AGAIN: tl.constexpr):
 
 @triton.jit
 def between(SUMS, mask, batch, t, T, head, H):
-    """One gate a head: (C, C) decays from j to i where the mask is, else 0."""
+    """One gate per head: (C, C) decays from j to i within the mask, else 0."""
     total = tl.load(SUMS + (batch * T + tl.minimum(t, T - 1)) * H + head)
     return tl.exp2(tl.where(mask, total[:, None] - total[None, :], float("-inf")))
 
 
 @triton.jit
 def joined(SUMS, batch, first, t, T, head, H, c, half, GATES: tl.constexpr):
-    """One gate a channel, and pairs of blocks of `half` tokens: decays from the first block's end to each token of the second,
-    and from each token of the first to its end; 0 for the others; and which pairs of tokens such a pair of blocks joins."""
+    """One gate per channel, and pairs of blocks of `half` tokens.
+
+    Returns the decays from the first block's end to each token of the second, the decays from each
+    token of the first block to its end, 0 for other tokens, and which pairs of tokens such a pair
+    of blocks joins.
+    """
     i = t - first
     second = (i // half) % 2 == 1
     here = sums(SUMS, batch, t, T, head, H, c, GATES)
@@ -179,9 +200,9 @@ def joined(SUMS, batch, first, t, T, head, H, c, half, GATES: tl.constexpr):
 
 @triton.jit
 def scores(
-    X, Y, SUMS, DOC, batch, first, t, T, head, group, H, groups,
-    AGAIN: tl.constexpr, K: tl.constexpr, GATES: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, TYPE: tl.constexpr,
-    FULL: tl.constexpr, PRECISION: tl.constexpr,
+    X, Y, SUMS, DOC, batch, first, t, T, head, group, H, groups, AGAIN: tl.constexpr,
+    K: tl.constexpr, GATES: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr,
+    TYPE: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(C, C): Σ_d x_i,d y_j,d decayed from j to i; of tokens with themselves only if AGAIN."""
     total = tl.zeros((C, C), FULL)
@@ -209,9 +230,12 @@ def scores(
 
 @triton.jit
 def inverse(E, C: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + E)⁻¹ of a strictly lower (C, C): its blocks of 16 on the diagonal row by row, all at once, and then the rest as a
-    product, because what is left is nilpotent: with D the inverse of those blocks and P = D (E outside them), it is
-    (I - P + P² - P³) D."""
+    """(I + E)⁻¹ of a strictly lower (C, C).
+
+    The blocks of 16 on the diagonal are inverted row by row, all at once. The rest is a product,
+    because what is left is nilpotent. With D the inverse of those blocks and P = D (E outside
+    them), the result is (I - P + P² - P³) D.
+    """
     BLOCKS: tl.constexpr = C // 16
     i, r = tl.arange(0, C), tl.arange(0, 16)
     inside = (i // 16)[:, None] == (i // 16)[None, :]
@@ -237,7 +261,10 @@ def inverse(E, C: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def sums_kernel(G, DOC, SUMS, T, N, C: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):
-    """Sums of log2-decays from the start of each chunk, or of a document in it, whose first token's gate does not count."""
+    """Sums of log2-decays from the start of each chunk, or of a document in it.
+
+    The gate of a document's first token does not count.
+    """
     first, batch = tl.program_id(0) * C, tl.program_id(1).to(tl.int64)
     n = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     LOWEST: tl.constexpr = -1200.0 if FULL == tl.float64 else -160.0  # exp2 is 0, sums are finite
@@ -253,8 +280,8 @@ def sums_kernel(G, DOC, SUMS, T, N, C: tl.constexpr, BLOCK: tl.constexpr, FULL: 
 
 @triton.jit
 def prepare_kernel(
-    KEYS, ERASE, VALUES, SUMS, DOC, U, W, INVERSE, T, H, groups,
-    K: tl.constexpr, V: tl.constexpr, GATES: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    KEYS, ERASE, VALUES, SUMS, DOC, U, W, INVERSE, T, H, groups, K: tl.constexpr, V: tl.constexpr,
+    GATES: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     TYPE: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The inverse of I + E, and its products with V and ē."""
@@ -287,12 +314,16 @@ def prepare_kernel(
 
 @triton.jit
 def state_kernel(
-    KEYS, VALUES, W, KEYS_TOO, VALUES_TOO, SUMS, DOC, FIRST, EDGES, LAST, T, H, groups, REVERSE: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, GATES: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, BLOCK_V: tl.constexpr,
-    TYPE: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS, VALUES, W, KEYS_TOO, VALUES_TOO, SUMS, DOC, FIRST, EDGES, LAST, T, H, groups,
+    REVERSE: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GATES: tl.constexpr, C: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_V: tl.constexpr, TYPE: tl.constexpr, FULL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Walk the chunks: S <- ᾱ S + keysᵀ (values - W S), and keep the S that each chunk meets. Forward the keys are k̄; in
-    REVERSE, when S is the gradient of the state, they are ē, and q̄ writes dy too."""
+    """Walk the chunks: S <- ᾱ S + keysᵀ (values - W S), and store the S before each chunk.
+
+    Forward the keys are k̄. In REVERSE S is the gradient of the state, the keys are ē, and q̄ also
+    writes dy.
+    """
     batch, head = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     group, chunks = head // (H // groups), tl.cdiv(T, C)
     d, n = tl.arange(0, WIDTH), tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -324,8 +355,8 @@ def state_kernel(
 
 @triton.jit
 def outputs_kernel(
-    Q, KEYS, U, W, SUMS, DOC, EDGES, Y, T, H, groups,
-    K: tl.constexpr, V: tl.constexpr, GATES: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    Q, KEYS, U, W, SUMS, DOC, EDGES, Y, T, H, groups, K: tl.constexpr, V: tl.constexpr,
+    GATES: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     TYPE: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Y = q̄ S + A (U - W S)."""
@@ -358,11 +389,11 @@ def outputs_kernel(
 
 @triton.jit
 def errors_kernel(
-    Q, KEYS, DY, INVERSE, SUMS, DOC, Z, W, T, H, groups,
-    K: tl.constexpr, V: tl.constexpr, GATES: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    Q, KEYS, DY, INVERSE, SUMS, DOC, Z, W, T, H, groups, K: tl.constexpr, V: tl.constexpr,
+    GATES: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     TYPE: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What prepare is forward: the products of the inverse, transposed, with -Aᵀ dY and k̄."""
+    """The counterpart of prepare: the products of the inverse, transposed, with -Aᵀ dY and k̄."""
     first, batch, head = (
         tl.program_id(0) * C,
         (tl.program_id(1) // H).to(tl.int64),
@@ -390,11 +421,14 @@ def errors_kernel(
 
 @triton.jit
 def values_kernel(
-    Q, KEYS, DY, U, WS, Z, WR, SUMS, DOC, EDGES, DEDGES, DV, T, H, groups,
-    K: tl.constexpr, V: tl.constexpr, GATES: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    TYPE: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr,
+    Q, KEYS, DY, U, WS, Z, WR, SUMS, DOC, EDGES, DEDGES, DV, T, H, groups, K: tl.constexpr,
+    V: tl.constexpr, GATES: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, TYPE: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """With erasing, U - W S and Z - W R take the places of U and Z, and dV = -Z; without, dV = Aᵀ dY + k̄ R."""
+    """With erasing, replace U and Z by U - W S and Z - W R; then dV = -Z.
+
+    Without erasing, dV = Aᵀ dY + k̄ R.
+    """
     chunk, batch, head = (
         tl.program_id(0),
         (tl.program_id(1) // H).to(tl.int64),
@@ -433,10 +467,13 @@ def values_kernel(
 @triton.jit
 def keys_kernel(
     Q, KEYS, ERASE, U, DY, Z, SUMS, DOC, EDGES, DEDGES, DQ, DK, DE, DG, B, T, H, groups,
-    K: tl.constexpr, V: tl.constexpr, GATES: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    TYPE: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, GATES: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, TYPE: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk, de of one head, in some channels, and dg: of one gate a head the part that comes from these channels."""
+    """dq, dk, de of one head, in some channels, and dg.
+
+    With one gate per head, this dg is the part that comes from these channels.
+    """
     chunk, batch, head = (
         tl.program_id(0),
         (tl.program_id(1) // H).to(tl.int64),
@@ -446,7 +483,7 @@ def keys_kernel(
     t, d = first + tl.arange(0, C), tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
     c = d if GATES > 1 else tl.arange(0, 1)
 
-    # What the states give, and the gradients of A and E.
+    # The gradients from the states.
     dA, dq, dk = tl.zeros((C, C), FULL), tl.zeros((C, BLOCK_K), FULL), tl.zeros((C, BLOCK_K), FULL)
     dE, de, end = tl.zeros((C, C), FULL), tl.zeros((C, BLOCK_K), FULL), tl.zeros((BLOCK_K,), FULL)
     for start in range(0, V, BLOCK_V):
@@ -475,7 +512,7 @@ def keys_kernel(
         dE = tl.where(visible(DOC, batch, t, T, False), dE, 0.0)
         de *= since
 
-    # What A and E give.
+    # The gradients from A and E.
     if GATES == 1:
         decay = between(SUMS, mask, batch, t, T, head, H)
         dA *= decay
@@ -498,7 +535,8 @@ def keys_kernel(
                 dk += early * product(tl.trans(part), e * late, TYPE, FULL, PRECISION)
             half //= 2
 
-    # The gates: what q and e gain from a sum of gates, k loses; each gate is in all later sums of its document.
+    # The gates: q and e gain from a sum of gates what k loses. Each gate is in all later sums of
+    # its document.
     dG = q * dq - k * dk
     if ERASE is not None:
         dG += e * de
@@ -515,9 +553,8 @@ def keys_kernel(
         dq += own * k
         dk += own * q
         at, real = places(batch, t, T, head, H, d, K)
-        EXACT: tl.constexpr = (
-            "ieee" if FULL == tl.float64 else "tf32x3"
-        )  # because dG is a difference
+        # exact, because dG is a difference
+        EXACT: tl.constexpr = "ieee" if FULL == tl.float64 else "tf32x3"
         dg = product(tl.where(later, 1.0, 0.0), dG, FULL, FULL, EXACT)
         tl.store(DG + at, dg, real)
     at, real = places(batch, t, T, head, H, d, K)
@@ -525,7 +562,7 @@ def keys_kernel(
     tl.store(DK + at, dk, real)
 
 
-# What runs them.
+# The functions that launch them.
 
 
 @torch.library.custom_op("minimodels::delta_rule_kernel_forward", mutates_args=())
@@ -538,7 +575,7 @@ def delta_rule_forward(
     state: Tensor,
     resets: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the final state, and the states that the chunks meet (B, chunks, H, K, V), in v's dtype."""
+    """y, the final state, and the states before the chunks (B, chunks, H, K, V), in v's dtype."""
     q, k, v, g, state = (part.contiguous() for part in (q, k, v, g, state))
     e = None if e is None else e.contiguous()
     (batch, T, H, V), c = v.shape, constants(v, k, g)
@@ -572,7 +609,7 @@ def delta_rule_backward(
     (batch, T, H, V), (groups, K), c = v.shape, k.shape[2:], constants(v, k, g)
     chunks, sizes = edges.shape[1], (T, H, groups)
     dinitial, dedges, dv = torch.empty_like(dfinal), torch.empty_like(edges), torch.empty_like(v)
-    heads = v.dtype if groups == H else g.dtype  # of parts that are still to be summed
+    heads = v.dtype if groups == H else g.dtype  # the dtype of parts that are still to be summed
     dq, dk, de = (v.new_empty(batch, T, H, K, dtype=heads) for _ in range(3))
     blocks = triton.cdiv(K, c["BLOCK_K"])
     dg = g.new_empty(g.shape if c["GATES"] > 1 else (blocks, *g.shape))
@@ -591,7 +628,8 @@ def delta_rule_backward(
             q, k, dy, U, W, Z, WR, totals, doc, edges, dedges, dv, *sizes, **c
         )
         keys_kernel[(chunks, batch * H, blocks)](
-            q, k, e, U, dy, Z, totals, doc, edges, dedges, dq, dk, de, dg, batch, *sizes, **c, num_warps=8, num_stages=1,
+            q, k, e, U, dy, Z, totals, doc, edges, dedges, dq, dk, de, dg, batch, *sizes, **c,
+            num_warps=8, num_stages=1,
         )  # fmt: skip
     dg = dg if c["GATES"] > 1 else dg.sum(0)
     if resets is not None:
@@ -604,7 +642,7 @@ def delta_rule_backward(
 
 
 def prepare(k, v, e, totals, doc, c, X) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """U, W and the inverse, if a place X for it is given: without erasing V alone."""
+    """U, W and the inverse, if there is a place X for it; without erasing only V."""
     if e is None:
         return v, None, None
     batch, T, H, _ = v.shape
@@ -624,13 +662,13 @@ def walk(
     widths = {"WIDTH": max(16, triton.next_power_of_2(K)), "BLOCK_V": columns}
     c = {name: part for name, part in c.items() if name != "BLOCK_K"} | widths
     state_kernel[(triton.cdiv(V, c["BLOCK_V"]), batch * H)](
-        keys, values, W, keys_too, values_too, totals, doc, first, edges, last, *sizes, reverse, **c,
-        num_warps=8 if c["GATES"] > 1 else 4, num_stages=2 if K <= 128 else 1,
+        keys, values, W, keys_too, values_too, totals, doc, first, edges, last, *sizes, reverse,
+        **c, num_warps=8 if c["GATES"] > 1 else 4, num_stages=2 if K <= 128 else 1,
     )  # fmt: skip
 
 
 def sums_of(g: Tensor, resets: Tensor | None, C: int) -> Tensor:
-    """The sums of log2-decays (B, T, H, 1 | K) since the start of the chunk, or of the document in it."""
+    """The sums of log2-decays (B, T, H, 1 | K) from the start of the chunk or document."""
     (batch, T), N = g.shape[:2], g[0, 0].numel()
     size = min(128, triton.next_power_of_2(N))
     totals = torch.empty_like(g)
@@ -641,19 +679,17 @@ def sums_of(g: Tensor, resets: Tensor | None, C: int) -> Tensor:
 
 
 def documents(resets: Tensor | None) -> Tensor | None:
-    """The number of each token's document in its row: 0 is the initial state's."""
+    """The number of each token's document in its row; the initial state has number 0."""
     return None if resets is None else resets.cumsum(1, dtype=torch.int32)
 
 
 def constants(v: Tensor, k: Tensor, g: Tensor) -> dict[str, object]:
-    """What is compiled in."""
+    """The compile-time constants."""
     (T, K), V = k.shape[1::2], v.shape[3]
     block = lambda width: max(16, min(64, triton.next_power_of_2(width)))  # noqa: E731
     types = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-    precisions = {
-        torch.float64: "ieee",
-        torch.float32: "tf32x3",
-    }  # for others tf32 is finer than they are
+    # other dtypes are coarser than tf32
+    precisions = {torch.float64: "ieee", torch.float32: "tf32x3"}
     return {
         "K": K,
         "V": V,
@@ -668,7 +704,10 @@ def constants(v: Tensor, k: Tensor, g: Tensor) -> dict[str, object]:
 
 
 def chunk_length(T: int) -> int:
-    """C: CHUNK, or what a shorter text fills, and 16 at least, because a product of tiles takes no fewer."""
+    """C: CHUNK, or a power of two that is enough for a shorter text.
+
+    It is at least 16, because a product of tiles needs as many.
+    """
     return max(16, min(CHUNK, triton.next_power_of_2(T)))
 
 
@@ -713,10 +752,10 @@ def delta_rule(
     state: Tensor | None = None,
     resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As minimodels.ops.delta_rule.delta_rule: y (B, T, H, V) in v's dtype and the final state (B, H, K, V).
+    """As minimodels.ops.delta_rule.delta_rule: y (B, T, H, V) and the final state (B, H, K, V).
 
-    q, k, v and e are multiplied in v's dtype; gates, sums and states are fp32 (fp64 for fp64 values). K <= 256.
-    Raises ValueError on shapes that disagree.
+    y has v's dtype. q, k, v and e are multiplied in v's dtype; gates, sums and states are in fp32
+    (fp64 for fp64 values). K <= 256. Raises ValueError if shapes disagree.
     """
     check_shapes(q, k, v, g, e, state, resets)
     (batch, _, H, V), K = v.shape, k.shape[3]
@@ -732,7 +771,10 @@ def delta_rule(
 
 
 def check() -> None:
-    """Outputs and gradients against the reference in fp64; on a GPU in bf16 too, over several chunks and blocks."""
+    """Outputs and gradients against the reference in fp64; on a GPU in bf16 too.
+
+    The cases have several chunks and blocks.
+    """
     shapes = [(2, 301, 2, 4, 96, 80), (1, 64, 1, 1, 128, 64)] if GPU else [(1, 17, 1, 2, 5, 3)]
     for batch, T, groups, H, K, V in shapes:
         for vector in (False, True):
@@ -743,6 +785,7 @@ def check() -> None:
 
 
 def reference(q, k, v, g, e=None, state=None, resets=None):
+    """The reference, with the arguments in the kernel's order."""
     return operation(q, k, v, g, e, state, impl="reference", resets=resets)
 
 
@@ -757,7 +800,10 @@ def arguments(
     erase: bool = True,
     packed: bool = False,
 ) -> tuple:
-    """Random ones as a layer makes them: k of length 1, e a share of it; `packed` with documents."""
+    """Random arguments as a layer makes them: k of length 1, e a share of it.
+
+    `packed` is with documents.
+    """
     q, k, e = F.normalize(torch.randn(3, batch, T, groups, K), dim=-1).unbind(0)
     g = -torch.rand(batch, T, H, *([K] if vector else []))
     v, state = torch.randn(batch, T, H, V), torch.randn(batch, H, K, V)
@@ -766,7 +812,10 @@ def arguments(
 
 
 def with_rate(q, k, v, g, beta=None, impl="triton"):
-    """The operation as DeltaNet uses it, with a rate beta (B, T, H), which peers take; None: nothing is erased."""
+    """The operation as DeltaNet uses it, with a rate beta (B, T, H), which the peers take.
+
+    None: nothing is erased.
+    """
     if beta is None:
         return operation(q, k, v, g, impl=impl)
     beta = beta.unsqueeze(3)
@@ -774,7 +823,10 @@ def with_rate(q, k, v, g, beta=None, impl="triton"):
 
 
 def fla(q, k, v, g, beta=None):
-    """The Triton kernels of flash-linear-attention, which has one for each kind, and as many keys as values have heads."""
+    """The Triton kernels of flash-linear-attention.
+
+    It has one kernel for each kind of gate, and as many heads of keys as of values.
+    """
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
     from fla.ops.gla import chunk_gla
     from fla.ops.kda import chunk_kda
@@ -789,7 +841,11 @@ def fla(q, k, v, g, beta=None):
 
 
 def mamba_ssm(q, k, v, g, beta=None):
-    """The Triton kernels of Mamba-2's authors. They scale v by the step size, which here is -g: not the same, but as much."""
+    """The Triton kernels of Mamba-2's authors.
+
+    They scale v by the step size, which is -g here. This is not the same result, but the same
+    amount of work.
+    """
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
     if beta is not None or g.ndim == 4:
@@ -806,7 +862,10 @@ PEERS = {
 def case(
     label: str, tokens: int, T: int, groups: int, H: int, K: int, V: int, vector=False, erase=True
 ) -> Case:
-    """Timed with rates in (0, 1), from a state of zero; FLOPs backward are counted as twice those forward."""
+    """A case with rates in (0, 1) and an initial state of zero.
+
+    FLOPs backward count as twice those forward.
+    """
 
     def inputs() -> tuple:
         q, k, v, g, *_ = arguments(tokens // T, T, groups, H, K, V, vector)
@@ -830,7 +889,7 @@ def cases(tokens: int, T: int, H: int = 16, K: int = 128) -> list[Case]:
 
 
 def example(*sizes: int, **kind: bool) -> Callable[[], tuple]:
-    """Arguments of the operation in bf16 but for gates and state."""
+    """Arguments of the operation in bf16, except for gates and state."""
 
     def inputs() -> tuple:
         q, k, v, g, e, state, resets = arguments(*sizes, **kind)
@@ -841,7 +900,8 @@ def example(*sizes: int, **kind: bool) -> Callable[[], tuple]:
     return inputs
 
 
-# what minimodels.kernels.compile launches: every kind; documents, and keys and values that fill no block; the widest keys
+# the launches of minimodels.kernels.compile: every kind of gate; documents, and sizes that fill no
+# block; the widest keys
 EXAMPLES = [
     example(2, 4096, 1, 16, 128, 64, erase=False),
     example(2, 4096, 16, 16, 128, 128),

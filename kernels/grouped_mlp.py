@@ -1,21 +1,28 @@
-"""The experts of a mixture: each token through the SwiGLU MLPs that it visits, none dropped and no row padded, as in MegaBlocks
-(arXiv:2211.15841).
+"""The experts of a mixture: each token passes through the SwiGLU MLPs that it visits.
 
-    y_t = Σ_e visits_te · gates_te · out_e (silu(g_te) ⊙ u_te)        g_te = gate_e x_t,  u_te = up_e x_t
+No visit is dropped and no row is padded, as in MegaBlocks (arXiv:2211.15841).
 
-What it must cost: A visits of three products of I · D multiply-adds are 6 A I D operations forward, and twice that backward.
-An expert with 2,000 visits does 2,000 operations for each byte of its weights in bf16, so the tensor cores are the bound; only
-where experts have few visits, as in decoding, is it the bytes of the weights. Beside the products a visit's part of y, a row
-of D, is written and read again to be summed; and g and u are kept for backward, 4 I bytes a visit, for to recompute them would
-add two products to backward's six. With h = silu(g) ⊙ u, s = σ(g), r = out_eᵀ dy_t, and the indices te left out:
+    y_t = Σ_e visits_te · gates_te · out_e (silu(g_te) ⊙ u_te)
+    g_te = gate_e x_t        u_te = up_e x_t
+
+What it must cost: A visits of three products of I · D multiply-adds are 6 A I D operations forward,
+and twice that backward. An expert with 2,000 visits does 2,000 operations for each byte of its
+weights in bf16, so the tensor cores are the bound. The bytes of the weights are the bound only if
+experts have few visits, as in decoding. In addition, each visit's part of y, a row of D, is written
+and read again to be summed. g and u are kept for backward, 4 I bytes a visit, because recomputing
+them would add two products to backward's six. With h = silu(g) ⊙ u, s = σ(g), r = out_eᵀ dy_t, and
+without the indices te:
 
     dgates = ⟨r, h⟩    du = gates · r ⊙ silu(g)    dg = gates · r ⊙ u ⊙ (s + silu(g) ⊙ (1 - s))
-    dx_t = Σ_e gate_eᵀ dg + up_eᵀ du    dgate_e = Σ_t dg x_tᵀ    dup_e = Σ_t du x_tᵀ    dout_e = Σ_t dy_t (gates · h)ᵀ
+    dx_t = Σ_e gate_eᵀ dg + up_eᵀ du    dgate_e = Σ_t dg x_tᵀ    dup_e = Σ_t du x_tᵀ
+    dout_e = Σ_t dy_t (gates · h)ᵀ
 
-Every visit gets a slot, in the order of experts and then of tokens. How many an expert has is known to the GPU alone and the
-host never asks: it allocates slots for as many as there can be and launches as many programs as fill the machine. These walk
-tiles, blocks of an expert's slots × blocks of columns, as far as the offsets say, and gather rows of x and dy on the way.
-A kernel of its own sums what visits add to a token, expert after expert, so that nothing is added atomically.
+Every visit gets a slot, in the order of experts and then of tokens. Only the GPU knows how many
+slots an expert has, and the host does not wait for the answer. It allocates as many slots as there
+can be, and launches as many programs as fill the machine. These walk over tiles, blocks of an
+expert's slots × blocks of columns, up to the offsets, and gather rows of x and dy on the way. A
+separate kernel sums the visits' parts of a token, expert after expert, so there are no atomic
+additions.
 
     name        shape
     x, y        (n, D)        n tokens
@@ -23,12 +30,13 @@ A kernel of its own sums what visits add to a token, expert after expert, so tha
     visits      (n, E)        bool, A of them true
     gate, up    (E, I, D)
     out         (E, D, I)
-    cell        (slots,)      t · E + e of each visit, by expert and then by token; n · E where a slot is not used
+    cell        (slots,)      t · E + e of each visit, by expert and then by token; n · E if the
+                              slot is not used
     offsets     (E + 1,)      expert e has the slots from offsets[e] to before offsets[e + 1]
     order       (slots,)      the slots by token and then by expert
-    starts      (n + 1,)      token t has those at starts[t] to before starts[t + 1] of them
+    starts      (n + 1,)      token t has order[starts[t] : starts[t + 1]]
     g, u, h     (slots, I)    and dg, du
-    size        ()            n as tuning goes by it: rounded up and bounded
+    size        ()            n for tuning: rounded up and bounded
     parts       (slots, D)    what each visit adds to its token, in y or in dx
 """
 
@@ -63,15 +71,18 @@ from torch import Tensor
 from minimodels.ops.grouped_mlp import check_shapes
 from minimodels.ops.grouped_mlp import grouped_mlp as operation
 
-GROUP = tl.constexpr(
-    8
-)  # blocks of slots: their rows and the weights they meet next come from the L2 cache
-KEY = ["size", "D", "I", "E"]  # by which tiles are tuned
-WIDTH = 128  # columns of every tile of r, however tuned: dgates is a sum of parts, one for each so many columns
+# blocks of slots that share their rows and the weights they meet next in the L2 cache
+GROUP = tl.constexpr(8)
+KEY = ["size", "D", "I", "E"]  # the values by which tiles are tuned
+# columns of each tile of r, not tuned: dgates is a sum of parts, one for each WIDTH columns
+WIDTH = 128
 
 
 def tiles(*sizes: tuple[int, int, int, int, int]) -> list[triton.Config]:
-    """Of each, from small to large: rows and columns of a tile, depth of the product done at a time, warps and stages."""
+    """Configurations from small to large.
+
+    Each has rows and columns of a tile, the depth of the product done at a time, warps and stages.
+    """
     return [
         triton.Config({"ROWS": r, "COLUMNS": c, "DEPTH": d}, num_warps=w, num_stages=s)
         for r, c, d, w, s in sizes
@@ -79,7 +90,10 @@ def tiles(*sizes: tuple[int, int, int, int, int]) -> list[triton.Config]:
 
 
 def fitting(configs: list[triton.Config], arguments: dict, **_) -> list[triton.Config]:
-    """The first two for fp32, which keeps clear of the tensor cores: the larger compile for minutes, only to spill."""
+    """The configurations to try: for fp32 the first two, because it does not use the tensor cores.
+
+    The larger ones would compile for minutes, only to spill.
+    """
     return configs if next(iter(arguments.values())).element_size() <= 2 else configs[:2]
 
 
@@ -96,7 +110,10 @@ def place_kernel(
     TOKENS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Put each visit in its slot, and its slot in the token's order; the sums say how many come before it, itself included."""
+    """Put each visit in its slot, and its slot in the token's order.
+
+    The sums say how many visits come before a visit, including itself.
+    """
     t, e = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None], tl.arange(0, BLOCK_E)[None, :]
     inside = (t < n) & (e < E)
     slot = tl.load(BY_EXPERT + e * n + t, inside, 0) - 1
@@ -108,7 +125,7 @@ def place_kernel(
 
 @triton.jit
 def blocks_until(OFFSETS, E, ROWS: tl.constexpr, BLOCK_E: tl.constexpr):
-    """How many blocks of slots the experts up to each have, itself included."""
+    """How many blocks of slots the experts up to each have, including itself."""
     e = tl.arange(0, BLOCK_E)
     count = tl.load(OFFSETS + e + 1, e < E, 0) - tl.load(OFFSETS + e, e < E, 0)
     return tl.cumsum(tl.cdiv(count, ROWS), 0)
@@ -116,8 +133,10 @@ def blocks_until(OFFSETS, E, ROWS: tl.constexpr, BLOCK_E: tl.constexpr):
 
 @triton.jit
 def find(tile, until, OFFSETS, columns, ROWS: tl.constexpr):
-    """A tile's expert, slots, which of them are that expert's, and block of columns. GROUP blocks of slots meet one block of
-    columns after another."""
+    """A tile's expert, its slots, which of these are that expert's, and its block of columns.
+
+    GROUP blocks of slots meet one block of columns after another.
+    """
     group = tile // (GROUP * columns)
     within = tile - group * GROUP * columns
     height = tl.minimum(tl.max(until, 0) - group * GROUP, GROUP)
@@ -146,9 +165,8 @@ def hidden_kernel(
     for tile in range(tl.program_id(0), tl.max(until, 0) * columns, tl.num_programs(0)):
         expert, slot, real, column = find(tile, until, OFFSETS, columns, ROWS)
         i, d = column * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
-        token = (tl.load(CELL + slot, real, 0) // E).to(
-            tl.int64
-        )  # rows that are not the expert's are computed and not stored
+        # rows that are not the expert's are computed but not stored
+        token = (tl.load(CELL + slot, real, 0) // E).to(tl.int64)
         x_at = X + token[:, None] * D + d[None, :]
         weight_at = expert * I * D + i[None, :] * D + d[:, None]
         g, u = tl.zeros((ROWS, COLUMNS), FULL), tl.zeros((ROWS, COLUMNS), FULL)
@@ -188,7 +206,10 @@ def parts_kernel(
     TWO: tl.constexpr, FULL: tl.constexpr, BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Back from I to D, one matrix WP_e or WQ_e an expert: gates · p WP forward, and p WP + q WQ (TWO) in backward."""
+    """Back from I to D, with one matrix WP_e or WQ_e per expert.
+
+    It computes gates · p WP in forward, and p WP + q WQ (TWO) in backward.
+    """
     until = blocks_until(OFFSETS, E, ROWS, BLOCK_E)
     columns = tl.cdiv(D, COLUMNS)
     for tile in range(tl.program_id(0), tl.max(until, 0) * columns, tl.num_programs(0)):
@@ -197,9 +218,8 @@ def parts_kernel(
         at = tl.where(real, slot, 0).to(tl.int64)[:, None] * I + i[None, :]
         weight_at = expert * I * D + d[None, :] * stride_d + i[:, None] * stride_i
         y, depths = tl.zeros((ROWS, COLUMNS), FULL), tl.cdiv(I, DEPTH)
-        for k in range(
-            0, 2 * depths if TWO else depths
-        ):  # one loop for both, so that loads run ahead from one into the other
+        # one loop for both products, so that the loads of the second start during the first
+        for k in range(0, 2 * depths if TWO else depths):
             later = k >= depths
             start = (k - tl.where(later, depths, 0)) * DEPTH
             inside = (i[:, None] < I - start) & (d < D)[None, :]
@@ -215,7 +235,7 @@ def parts_kernel(
 
 @triton.jit
 def sum_kernel(PARTS, ORDER, STARTS, Y, D, FULL: tl.constexpr, BLOCK: tl.constexpr):
-    """One program, one token and BLOCK columns: the sum of its visits' parts, expert after expert."""
+    """One program has one token and BLOCK columns: the sum of its visits' parts, by experts."""
     t, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     y = tl.zeros((BLOCK,), FULL)
     for k in range(tl.load(STARTS + t), tl.load(STARTS + t + 1)):
@@ -246,10 +266,11 @@ def quarter(r, which: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 )
 @triton.jit(do_not_specialize=["size"])
 def hidden_backward_kernel(
-    DY, OUT, GATES, CELL, OFFSETS, G, U, DG, DU, GH, DGATES, size, D: tl.constexpr, I: tl.constexpr, E: tl.constexpr, slots,
-    FULL: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    DY, OUT, GATES, CELL, OFFSETS, G, U, DG, DU, GH, DGATES, size, D: tl.constexpr, I: tl.constexpr,
+    E: tl.constexpr, slots, FULL: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """dg, du, gates · h, which dout will need, and for dgates the sum of r ⊙ h over a block of columns."""
+    """dg, du, gates · h (for dout), and for dgates the sum of r ⊙ h over a block of columns."""
     until = blocks_until(OFFSETS, E, ROWS, BLOCK_E)
     columns = tl.cdiv(I, COLUMNS)
     for tile in range(tl.program_id(0), tl.max(until, 0) * columns, tl.num_programs(0)):
@@ -263,11 +284,10 @@ def hidden_backward_kernel(
             dy = tl.load(dy_at + start, d[None, :] < D - start, 0.0)
             out = tl.load(out_at + start * I, (d[:, None] < D - start) & (i < I)[None, :], 0.0)
             r = tl.dot(dy, out, r, input_precision="ieee", out_dtype=FULL)
-        r = r.to(
-            DY.dtype.element_ty
-        )  # as a tensor between two products would be: half the registers
+        # in the dtype of a tensor between two products, with half the registers
+        r = r.to(DY.dtype.element_ty)
         gates, dgates = tl.load(GATES + cell, real, 0.0).to(FULL)[:, None], tl.zeros((ROWS,), FULL)
-        for part in tl.static_range(4):  # few columns at a time, for the registers too
+        for part in tl.static_range(4):  # few columns at a time, also to save registers
             i = column * COLUMNS + part * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
             at, inside = (
                 slot.to(tl.int64)[:, None] * I + i[None, :],
@@ -283,7 +303,7 @@ def hidden_backward_kernel(
         tl.store(DGATES + tl.cast(slots, tl.int64) * column + slot, dgates, real)
 
 
-# more stages, for where a row's address must wait for the token only every second one holds operands
+# more stages, because a row's address waits for the token: only every second stage has operands
 @tuned(
     tiles((16, 16, 16, 4, 2), (64, 64, 32, 4, 3), (128, 128, 64, 4, 5), (128, 256, 64, 8, 5)),
     KEY,
@@ -295,7 +315,10 @@ def weights_backward_kernel(
     stride_i: tl.constexpr, stride_d: tl.constexpr,
     FULL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Σ p xᵀ over an expert's slots, x gathered. Here the host does know how many tiles there are: one program each."""
+    """Σ p xᵀ over an expert's slots, with x gathered.
+
+    Here the host knows how many tiles there are, so there is one program for each.
+    """
     columns = tl.cdiv(D, COLUMNS)
     expert = tl.program_id(0) // (tl.cdiv(I, ROWS) * columns)
     within = tl.program_id(0) % (tl.cdiv(I, ROWS) * columns)
@@ -322,7 +345,7 @@ def weights_backward_kernel(
 
 
 def persistent(tensor: Tensor, accumulators: int) -> tuple[int]:
-    """As many programs as run at once where their accumulators may take half of an SM's registers."""
+    """As many programs as run at once if their accumulators take half of an SM's registers."""
     return (multiprocessors(tensor) * max(1, min(8, 2**15 // accumulators)),)
 
 
@@ -333,7 +356,7 @@ def grouped_mlp_order(visits: Tensor, slots: int) -> tuple[Tensor, Tensor, Tenso
     offsets, starts = (
         F.pad(visits.sum(dim).cumsum(0, dtype=torch.int32), (1, 0)) for dim in (0, 1)
     )
-    # asked and answered on the GPU
+    # the GPU tests this, and the host does not wait for the result
     torch._assert_async(starts[-1] <= slots, "grouped_mlp: there are more visits than n · most")
     by_expert, by_token = (
         mask.flatten().cumsum(0, dtype=torch.int32) for mask in (visits.t(), visits)
@@ -351,7 +374,7 @@ def grouped_mlp_forward(
     x: Tensor, gates: Tensor, gate: Tensor, up: Tensor, out: Tensor,
     cell: Tensor, offsets: Tensor, order: Tensor, starts: Tensor, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, and to keep g and u (else empty)."""
+    """y, and g and u if they are to be kept (else empty)."""
     x, gates, gate, up, out = (part.contiguous() for part in (x, gates, gate, up, out))
     (E, I, D), h = gate.shape, x.new_empty(len(cell), gate.shape[1])
     g, u = (torch.empty_like(h) if keep else h.new_empty(0) for _ in range(2))
@@ -361,7 +384,8 @@ def grouped_mlp_forward(
             x, gate, up, cell, offsets, g, u, h, size, D, I, E, keep, full(x), BLOCK_E
         )  # fmt: skip
         parts_kernel[lambda meta: persistent(x, meta["ROWS"] * meta["COLUMNS"])](
-            h, out, h, out, gates, cell, offsets, parts, size, D, I, E, 1, I, False, full(x), BLOCK_E
+            h, out, h, out, gates, cell, offsets, parts, size, D, I, E, 1, I, False, full(x),
+            BLOCK_E
         )  # fmt: skip
     return sum_parts(parts, order, starts), g, u
 
@@ -385,10 +409,12 @@ def grouped_mlp_backward(
     )
     with on(x):
         hidden_backward_kernel[lambda meta: persistent(x, meta["ROWS"] * WIDTH)](
-            dy, out, gates, cell, offsets, g, u, dg, du, gh, dgates_parts, size, D, I, E, slots, full(x), BLOCK_E
+            dy, out, gates, cell, offsets, g, u, dg, du, gh, dgates_parts, size, D, I, E, slots,
+            full(x), BLOCK_E
         )  # fmt: skip
         parts_kernel[lambda meta: persistent(x, meta["ROWS"] * meta["COLUMNS"])](
-            dg, gate, du, up, gates, cell, offsets, parts, size, D, I, E, D, 1, True, full(x), BLOCK_E
+            dg, gate, du, up, gates, cell, offsets, parts, size, D, I, E, D, 1, True, full(x),
+            BLOCK_E
         )  # fmt: skip
         for p, row, weight, strides in zip(
             (dg, du, gh), (x, x, dy), weights, ((D, 1), (D, 1), (1, I)), strict=True
@@ -396,7 +422,7 @@ def grouped_mlp_backward(
             weights_backward_kernel[lambda meta: (E * triton.cdiv(I, meta["ROWS"]) * triton.cdiv(D, meta["COLUMNS"]),)](
                 p, row, cell, offsets, weight, size, D, I, E, *strides, full(x)
             )  # fmt: skip
-    dgates = gates.new_zeros(gates.numel() + 1)  # the last is where unused slots go
+    dgates = gates.new_zeros(gates.numel() + 1)  # the last element is for unused slots
     dgates.scatter_(0, cell.long(), dgates_parts.sum(0).to(gates.dtype))
     return sum_parts(parts, order, starts), dgates[:-1].view_as(gates), *weights
 
@@ -435,7 +461,7 @@ def _(dy, x, gates, gate, up, out, cell, offsets, order, starts, g, u):
 
 def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:-1], *output[1:])
-    ctx.set_materialize_grads(False)  # or autograd would make zeros the size of g and u
+    ctx.set_materialize_grads(False)  # otherwise autograd makes zeros of the size of g and u
 
 
 def _differentiate(ctx, dy, dg, du):
@@ -456,10 +482,11 @@ def grouped_mlp(
 ) -> Tensor:
     """As minimodels.ops.grouped_mlp.grouped_mlp: y (n, D).
 
-    x (n, D); gates (n, E) of any dtype; visits (n, E) bool; gate, up (E, I, D) and out (E, D, I) of the dtype of x.
-    `most`: how many visits to allocate for, per token on average over all tokens: K for a top-k router, None for all E.
-    If there are more than n · most the program stops, on a GPU by a device-side assertion.
-    Raises ValueError on shapes or dtypes that disagree.
+    x (n, D); gates (n, E) of any dtype; visits (n, E) bool; gate, up (E, I, D) and out (E, D, I) of
+    the dtype of x. `most` is the number of visits to allocate for, per token on average over all
+    tokens: K for a top-k router, None for all E. If there are more than n · most visits, the
+    program stops, on a GPU by a device-side assertion. Raises ValueError if shapes or dtypes
+    disagree.
     """
     require_product(x.dtype)
     check_shapes(x, gates, visits, gate, up, out)
@@ -505,8 +532,11 @@ reference = partial(operation, impl="reference")
 
 
 def dense_mlp(x, gates, visits, gate, up, out, most):
-    """One MLP as wide as `most` experts, for every token: as many products, and no routing. That it multiplies by a gate, and
-    gives the experts it leaves out gradients of zero, makes its inputs and outputs the same."""
+    """One MLP as wide as `most` experts, for every token: as many products, and no routing.
+
+    It multiplies by a gate, and it gives the experts that it leaves out gradients of zero. So its
+    inputs and outputs are the same as the operation's.
+    """
     gate, up, out = (
         gate[:most].flatten(0, 1),
         up[:most].flatten(0, 1),
@@ -520,13 +550,18 @@ LIGER_TUNES = "LIGER_FUSED_MOE_AUTOTUNE"
 
 @functools.lru_cache(maxsize=1)
 def for_liger(gate: Tensor, up: Tensor, visits: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """What liger-kernel's caller has at hand, made before the clock starts: the two weights as one, each token's experts."""
+    """What the caller of liger-kernel already has, made before the clock starts.
+
+    These are the two weights as one, and each token's experts.
+    """
     return torch.cat((gate, up), 1), visits.to(torch.int8).topk(most).indices
 
 
 def liger(x, gates, visits, gate, up, out, most):
-    """The fused experts of liger-kernel, whose tuning over 240 configurations takes minutes: LIGER_FUSED_MOE_AUTOTUNE=1 asks
-    for it."""
+    """The fused experts of liger-kernel.
+
+    Its tuning over 240 configurations takes minutes. Set LIGER_FUSED_MOE_AUTOTUNE=1 to enable it.
+    """
     os.environ.setdefault(LIGER_TUNES, "0")
     from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
 
@@ -535,7 +570,7 @@ def liger(x, gates, visits, gate, up, out, most):
 
 
 def grouped_mm(x, gates, visits, gate, up, out, most):
-    """PyTorch's grouped product, the tokens sorted by expert."""
+    """PyTorch's grouped product, with the tokens sorted by expert."""
     expert, token = visits.t().nonzero(as_tuple=True)
     ends, rows = visits.sum(0).cumsum(0).to(torch.int32), x[token]
     hidden = F.silu(F.grouped_mm(rows, gate.mT, offs=ends)) * F.grouped_mm(rows, up.mT, offs=ends)
@@ -551,7 +586,7 @@ PEERS = {
 
 
 def case(n: int, E: int, K: int, D: int, I: int) -> Case:
-    """The experts chosen at random: three products forward, six backward."""
+    """Experts chosen at random: three products forward, six backward."""
 
     def inputs() -> tuple:
         shapes = (n, D), (E, I, D), (E, I, D), (E, D, I)
@@ -564,7 +599,7 @@ def case(n: int, E: int, K: int, D: int, I: int) -> Case:
     return Case(label, inputs, forward, 2 * forward, "TFLOP/s")
 
 
-EXAMPLES = [case(256, 16, 2, 2048, 768).inputs]  # what minimodels.kernels.compile launches
+EXAMPLES = [case(256, 16, 2, 2048, 768).inputs]  # the launches of minimodels.kernels.compile
 
 
 if __name__ == "__main__":

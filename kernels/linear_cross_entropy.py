@@ -1,36 +1,42 @@
-"""The loss of a language model without its logits: the last linear map and the cross-entropy in one operation.
+"""A language model's loss without its logits: the head's linear map and the cross-entropy in one.
 
-    z_tv = <x_t, weight_v>        lse_t = log Σ_v exp(z_tv)        loss = mean_t (lse_t - z_t,target(t))
+    z_tv = <x_t, weight_v>      lse_t = log Σ_v exp(z_tv)      loss = mean_t (lse_t - z_t,target(t))
 
-where the mean is over the targets that are not IGNORE. With share_t = dloss / count there, 0 elsewhere,
+The mean is over the targets that are not IGNORE. With share_t = dloss / count for these, else 0,
 
-    g_tv = (exp(z_tv - lse_t) - [v = target(t)]) · share_t          dx = g · weight          dweight = gᵀ · x
+    g_tv = (exp(z_tv - lse_t) - [v = target(t)]) · share_t      dx = g · weight      dweight = gᵀ · x
 
-What it must cost: three products of 2·n·V·D operations, one forward and two backward, and no (n, V) tensor. So logits exist for
-a chunk of the vocabulary at a time, for all rows. The matrix library makes the products; what a kernel can add is that
-everything between them crosses the memory once: a read of the chunk in forward (2 bytes a logit in bf16), a read and a write in
-place in backward (4); at D = 2048 that is about a tenth and a fifth of the time of one product's 2·D operations a logit.
+What it must cost: three products of 2·n·V·D operations, one forward and two backward, and no (n, V)
+tensor. So logits exist only for a chunk of the vocabulary at a time, for all rows. The matrix
+library computes the products. A kernel can make everything between them cross the memory only once:
+forward reads the chunk (2 bytes a logit in bf16), and backward reads it and writes it in place (4).
+At D = 2048 that is about a tenth and a fifth of the time of one product's 2·D operations a logit.
 
-Two ways to have dweight without (n, V), by count:
+There are two ways to compute dweight without (n, V), with these counts:
 
-    vocabulary chunks (here)    Σ exp first, so backward makes the chunk's logits again: 4 products. dweight of a chunk is one
-                                product over all rows, summed inside it; dx is added up in fp32, 8·n·D bytes a chunk. Beyond
-                                inputs and gradients it holds n · (4·D + 2·chunk) bytes
-    row chunks (the torch path, Liger)    gradients in forward: 3 products. dweight is added up, 8·V·D bytes in fp32 a chunk,
-                                and it holds 4·V·D bytes and the logits' chunk
+    vocabulary chunks (here)    Σ exp comes first, so backward recomputes the chunk's logits: 4
+                                products. dweight of a chunk is one product over all rows, summed
+                                inside it. dx is added up in fp32, 8·n·D bytes a chunk. Memory
+                                beyond inputs and gradients: n · (4·D + 2·chunk) bytes
+    row chunks                  (the torch path, Liger) forward computes the gradients: 3 products.
+                                dweight is added up in fp32, 8·V·D bytes a chunk. Memory: 4·V·D
+                                bytes and the logits' chunk
 
-At n = 16384, D = 4096, V = 131072 that is 0.4 GB against 2.1 GB and a chunk: at half of the second's memory no row chunks are
-possible, whatever their size. (Liger adds up in bf16 unless told otherwise, which loses what a chunk adds, and then holds the
-logits' chunk alone, 2·n·D bytes.) Given the memory, row chunks take up to a quarter less time, the closer the longer they are:
-8·V·D bytes of addition against 6·rows·V·D operations.
+At n = 16384, D = 4096, V = 131072 that is 0.4 GB against 2.1 GB and a chunk. With half of the
+second's memory no row chunks are possible, whatever their size. (Liger adds up in bf16 by default,
+which loses digits of what a chunk adds. It then needs only the logits' chunk, 2·n·D bytes.) If
+there is enough memory, row chunks take up to a quarter less time, and more so the longer they are:
+the addition of 8·V·D bytes is set against 6·rows·V·D operations.
 
     name        shape
-    x           (n, D)          what the head sees
-    weight      (V, D)          of the head
-    targets     (n,)            int64 below V; IGNORE where nothing is to be predicted
-    logits      (n, chunk)      of one chunk of the vocabulary, rows padded to a multiple of 64; in backward g takes their place
-    top, total  (n,)            lse = top + log(total), where top is the largest logit; fp32. exp(z - lse) = exp(z - top)/total
-                                loses nothing where logits are large: z - top is exact nearby, and lse would be rounded
+    x           (n, D)          the input of the head
+    weight      (V, D)          the head's matrix
+    targets     (n,)            int64 below V; IGNORE if nothing is to be predicted
+    logits      (n, chunk)      of one chunk of the vocabulary, rows padded to a multiple of 64; in
+                                backward g replaces them
+    top, total  (n,)            lse = top + log(total), with top the largest logit; fp32. The form
+                                exp(z - lse) = exp(z - top)/total loses nothing if logits are large:
+                                z - top is exact nearby, but lse would be rounded
 """
 
 from __future__ import annotations
@@ -60,13 +66,13 @@ from torch.utils.flop_counter import register_flop_formula
 from minimodels.ops.linear_cross_entropy import IGNORE, check_shapes
 from minimodels.ops.linear_cross_entropy import linear_cross_entropy as operation
 
-COLUMNS = 4096  # at least, of a chunk: in the product for dx 8192 operations for the 8 bytes with which an element is added up
-WORK = 2**25  # logits of a chunk where there are few rows, so that a product fills the machine
-ADDS = TorchVersion(torch.__version__) >= (
-    2,
-    11,
-)  # whether addmm adds to fp32 what it multiplies in bf16
-BLOCK, WARPS = 4096, 4  # columns of a step: a thread has four loads of 16 bytes under way
+# columns of a chunk, at least: the product for dx then has 8192 operations for the 8 bytes with
+# which an element is added up
+COLUMNS = 4096
+WORK = 2**25  # logits of a chunk if there are few rows, so that a product fills the machine
+# whether addmm can add products of bf16 factors to fp32
+ADDS = TorchVersion(torch.__version__) >= (2, 11)
+BLOCK, WARPS = 4096, 4  # columns of a step: a thread has four loads of 16 bytes in flight
 
 
 @triton.jit
@@ -74,8 +80,10 @@ def forward_kernel(
     LOGITS, TARGETS, TOP, TOTAL, WANTED, first, columns, stride,
     BEGIN: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program, one row: add the chunk whose first column is `first` to top and total, and note the target's logit if it is
-    there."""
+    """Add the chunk whose first column is `first` to top and total, and store the target's logit.
+
+    One program has one row. The target's logit is stored if it is in the chunk.
+    """
     row = tl.program_id(0).to(tl.int64)
     LOGITS += row * stride
     column = tl.arange(0, BLOCK)
@@ -98,9 +106,10 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    LOGITS, TARGETS, TOP, TOTAL, SHARE, first, columns, stride, ignore, FULL: tl.constexpr, BLOCK: tl.constexpr
+    LOGITS, TARGETS, TOP, TOTAL, SHARE, first, columns, stride, ignore, FULL: tl.constexpr,
+    BLOCK: tl.constexpr
 ):  # fmt: skip
-    """One program, one block of a row: g in place of the logits."""
+    """Replace the logits by g. One program has one block of a row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
@@ -124,8 +133,8 @@ def linear_cross_entropy_forward(
     for at, logits in chunks(x, weight):
         with on(x):
             forward_kernel[(len(x),)](
-                logits, targets, top, total, wanted, at.start, logits.shape[1], logits.stride(0), at.start == 0, full(x), BLOCK,
-                num_warps=WARPS,
+                logits, targets, top, total, wanted, at.start, logits.shape[1], logits.stride(0),
+                at.start == 0, full(x), BLOCK, num_warps=WARPS,
             )  # fmt: skip
     present = targets != IGNORE
     loss = torch.where(present, top - wanted + total.log(), 0.0).sum() / present.sum()
@@ -144,7 +153,8 @@ def linear_cross_entropy_backward(
         n, columns = logits.shape
         with on(x):
             backward_kernel[(n, triton.cdiv(columns, BLOCK))](
-                logits, targets, top, total, share, at.start, columns, logits.stride(0), IGNORE, full(x), BLOCK, num_warps=WARPS
+                logits, targets, top, total, share, at.start, columns, logits.stride(0), IGNORE,
+                full(x), BLOCK, num_warps=WARPS
             )  # fmt: skip
         torch.mm(logits.t(), x, out=dweight[at])
         add_product(dx, logits, weight[at])
@@ -152,23 +162,25 @@ def linear_cross_entropy_backward(
 
 
 def chunks(x: Tensor, weight: Tensor):
-    """Slices of the vocabulary, about equal, and the logits there (n, columns), each in the place of those before."""
+    """Slices of the vocabulary, of about equal size, with their logits (n, columns).
+
+    All logits use the same memory, so each slice overwrites the one before.
+    """
     (n, _), V = x.shape, len(weight)
     count = triton.cdiv(V, max(COLUMNS, WORK // max(n, 1)))
     size = 64 * triton.cdiv(V, 64 * count) if count > 1 else V
-    buffer = x.new_empty(
-        n, 64 * triton.cdiv(size, 64)
-    )  # rows that start at multiples of 128 bytes, whatever V is
+    # each row starts at a multiple of 128 bytes, whatever V is
+    buffer = x.new_empty(n, 64 * triton.cdiv(size, 64))
     for first in range(0, V, size):
         at = slice(first, min(first + size, V))
         yield at, torch.mm(x, weight[at].t(), out=buffer[:, : at.stop - first])
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a · b, where total may have more precision than its factors and the sum is made in it."""
+    """total += a · b. `total` may have more precision than a and b, and the sum has total's."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
-    elif not a.is_cuda:  # PyTorch has products of a higher precision for GPUs alone
+    elif not a.is_cuda:  # only on GPUs do PyTorch's products have a higher output precision
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
     elif ADDS:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
@@ -213,13 +225,15 @@ def _flops_backward(dloss, x, weight, targets, *_, out_shape=None):
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """As minimodels.ops.linear_cross_entropy: mean_t (logsumexp(W x_t) - (W x_t)_target) over the targets that are not IGNORE,
-    in nats, a scalar in full precision; not a number where every target is IGNORE, or where one is no row of the weight.
+    """As minimodels.ops.linear_cross_entropy: a scalar in full precision, in nats.
 
-    x (n, D); weight (V, D); targets (n,). Raises ValueError on shapes that disagree.
+    It is mean_t (logsumexp(W x_t) - (W x_t)_target) over the targets that are not IGNORE. It is NaN
+    if every target is IGNORE, or if one is no row of the weight. x (n, D); weight (V, D); targets
+    (n,). Raises ValueError if shapes disagree.
     """
     check_shapes(x, weight, targets)
-    if torch.is_autocast_enabled(x.device.type):  # which does not reach into the operation
+    # autocast does not reach into the operation
+    if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     return linear_cross_entropy_forward(x, weight, targets)[0]
@@ -238,19 +252,20 @@ reference = partial(operation, impl="reference")
 
 
 def plain(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """With all logits."""
+    """The loss with all logits in memory."""
     return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=IGNORE)
 
 
 def liger(accumulate: torch.dtype | None):
-    """Liger's fused operation, dweight added up in the dtype given, None for the weight's own."""
+    """Liger's fused operation; dweight is added up in `accumulate`, None: in its own dtype."""
 
     def fused(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         from liger_kernel.ops.fused_linear_cross_entropy import (
             LigerFusedLinearCrossEntropyFunction as Function,
         )
 
-        # IGNORE, weight of the z-loss, label smoothing, reduction, softcap, whether the z-loss is returned, dtype of the sum
+        # IGNORE, weight of the z-loss, label smoothing, reduction, softcap, whether to return the
+        # z-loss, dtype of the sum
         return Function.apply(
             x, weight, targets, None, None, IGNORE, 0.0, 0.0, "mean", None, False, accumulate
         )[0]
@@ -259,7 +274,7 @@ def liger(accumulate: torch.dtype | None):
 
 
 def whole(operation):
-    """Forward and backward in one call, for some make their gradients in one and some in the other."""
+    """Forward and backward in one call, because providers compute their gradients in either one."""
 
     def both(x: Tensor, weight: Tensor, targets: Tensor, **impl: str) -> Tensor:
         with torch.enable_grad():
@@ -287,7 +302,7 @@ def case(n: int, D: int, V: int) -> Case:
     return Case(f"n {n}, D {D}, V {V}: both passes", inputs, 6 * n * D * V, 0, "TFLOP/s")
 
 
-EXAMPLES = [case(64, 256, 50304).inputs]  # what minimodels.kernels.compile launches
+EXAMPLES = [case(64, 256, 50304).inputs]  # the launches of minimodels.kernels.compile
 
 
 if __name__ == "__main__":

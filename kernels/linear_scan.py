@@ -1,22 +1,25 @@
-"""The linear scan of channels that do not mix: what it computes is in minimodels/ops/linear_scan.py.
+"""The linear scan of channels that do not mix, as in minimodels/ops/linear_scan.py.
 
     h_t = a_t ⊙ h_{t-1} + x_t
     dx_t = dh_t + a_{t+1} ⊙ dx_{t+1},    da_t = dx_t ⊙ h_{t-1}
 
-What it must cost, per number of x in bf16: forward reads a and x and writes h, 6 bytes; backward reads a, h and dh and writes
-da and dx, 10 bytes. It does one multiply-add a number, so memory bounds it.
+What it must cost, per number of x in bf16: forward reads a and x and writes h, 6 bytes. Backward
+reads a, h and dh and writes da and dx, 10 bytes. There is one multiply-add a number, so memory is
+the bound.
 
     name      shape
     a, x, h   (B, T, D)
-    local     (B, chunks, D)   where a chunk's walk from zero ends
-    share     (B, chunks, D)   the product of its a: what it leaves of the state before it
+    local     (B, chunks, D)   the end of a chunk's walk from zero
+    share     (B, chunks, D)   the product of its a: what is left of the state before it
 
-A program walks time with BLOCK channels. Where channels and texts are too few to fill the machine, time is split into chunks: a
-first kernel walks each from zero, and then each program first carries the state to its own chunk, over those before it
-(backward, behind it). That reads a and x twice, the second time from the L2 cache if they fit there.
+A program walks time with BLOCK channels. If there are too few channels and texts to fill the
+machine, time is split into chunks. A first kernel walks each chunk from zero. Each program then
+carries the state over the chunks before its own (in backward, over those after it). That reads a
+and x twice, the second time from the L2 cache if they fit there.
 
-Compiled for Hopper (Triton 3.9): 34 to 60 registers and no spills. A round of 8 tokens and 64 channels takes a warp 261
-instructions forward and 390 backward, or 339 and 490 if channels fill no block; this has not run on a GPU.
+Compiled for Hopper (Triton 3.9): 34 to 60 registers and no spills. A round of 8 tokens and 64
+channels takes a warp 261 instructions forward and 390 backward, or 339 and 490 if channels fill no
+block. This has not run on a GPU.
 """
 
 from __future__ import annotations
@@ -42,20 +45,23 @@ from minimodels.ops.linear_scan import check_shapes
 from minimodels.ops.linear_scan import linear_scan as operation
 
 BLOCK = 64  # channels of a program, two for each lane of its warp
-STEPS = tl.constexpr(8)  # whose loads are in flight together
+STEPS = tl.constexpr(8)  # tokens whose loads are in flight together
 SHORTEST = 64  # tokens of a chunk, at least
 
 
 @triton.jit
 def within(t, T, d, D):
-    """Which of the channels exist, if the token does. Compared as tensors, because the interpreter broadcasts no single truth
-    value."""
+    """Which of the channels exist, if the token does.
+
+    The comparison is between tensors, because the interpreter cannot broadcast a scalar truth
+    value.
+    """
     return (d < D) & (t + 0 * d < T)
 
 
 @triton.jit
 def decays(A, RESETS, batch, t, T, D, d, FULL: tl.constexpr):
-    """a of one token, 0 where a document begins. Behind the text 1, which changes nothing."""
+    """a of one token; 0 if a document begins, and 1 after the text, which changes nothing."""
     a = tl.load(A + (batch * T + t) * D + d, within(t, T, d, D), 1.0).to(FULL)
     if RESETS is not None:
         a = tl.where(begins(RESETS, batch, t, T, d), 0.0, a)
@@ -70,9 +76,10 @@ def begins(RESETS, batch, t, T, d):
 
 @triton.jit
 def local_kernel(
-    A, X, RESETS, LOCAL, SHARE, T, D, length, chunks, REVERSE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr
+    A, X, RESETS, LOCAL, SHARE, T, D, length, chunks, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
+    FULL: tl.constexpr
 ):  # fmt: skip
-    """Walk a chunk from zero, in REVERSE as gradients are carried: s <- a (s + x)."""
+    """Walk a chunk from zero; in REVERSE it carries gradients: s <- a (s + x)."""
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     chunk, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     s, share = tl.zeros((BLOCK,), FULL), tl.full((BLOCK,), 1.0, FULL)
@@ -92,7 +99,7 @@ def local_kernel(
 def carried(
     FIRST, LOCAL, SHARE, batch, chunk, chunks, D, d, REVERSE: tl.constexpr, FULL: tl.constexpr
 ):
-    """The state that a chunk meets: the first one, carried over the chunks that come before."""
+    """The state before a chunk: the first state, carried over the chunks that come before."""
     s = tl.load(FIRST + batch * D + d, d < D, 0.0).to(FULL)
     for i in range(chunks - 1 - chunk if REVERSE else chunk):
         at = (batch * chunks + (chunks - 1 - i if REVERSE else i)) * D + d
@@ -102,7 +109,8 @@ def carried(
 
 @triton.jit
 def forward_kernel(
-    A, X, RESETS, STATE, LOCAL, SHARE, H, FINAL, T, D, length, chunks, BLOCK: tl.constexpr, FULL: tl.constexpr
+    A, X, RESETS, STATE, LOCAL, SHARE, H, FINAL, T, D, length, chunks, BLOCK: tl.constexpr,
+    FULL: tl.constexpr
 ):  # fmt: skip
     """All states of a chunk, from its true start."""
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -124,7 +132,10 @@ def backward_kernel(
     DH, DFINAL, A, RESETS, STATE, H, LOCAL, SHARE, DA, DX, DSTATE, T, D, length, chunks,
     BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """da and dx of a chunk, from the gradient of the state behind it; the first chunk leaves that of the initial state."""
+    """da and dx of a chunk, from the gradient of the state after it.
+
+    The first chunk also stores the gradient of the initial state.
+    """
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     chunk, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     s = carried(DFINAL, LOCAL, SHARE, batch, chunk, chunks, D, d, True, FULL)
@@ -176,7 +187,8 @@ def linear_scan_backward(
     with on(h):
         local, share = walk_locally(a, dh, resets, state, reverse=True)
         backward_kernel[grid](
-            dh, dfinal, a, resets, state, h, local, share, da, dx, dstate, *sizes, BLOCK, full(h), num_warps=1
+            dh, dfinal, a, resets, state, h, local, share, da, dx, dstate, *sizes, BLOCK, full(h),
+            num_warps=1
         )  # fmt: skip
     return da, dx, dstate
 
@@ -184,7 +196,7 @@ def linear_scan_backward(
 def walk_locally(
     a: Tensor, x: Tensor, resets: Tensor | None, state: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """Where each chunk ends that starts from zero, and its share; of one chunk alone nobody asks."""
+    """The end of each chunk's walk from zero, and its share; not computed if there is one chunk."""
     grid, sizes = plan(x)
     local, share = (state.new_empty(x.shape[0], sizes[3], x.shape[2]) for _ in range(2))
     if sizes[3] > 1:
@@ -193,11 +205,12 @@ def walk_locally(
 
 
 def as_bytes(resets: Tensor | None) -> Tensor | None:
+    """Resets in the form that a kernel reads: contiguous bytes, 1 for True."""
     return None if resets is None else resets.contiguous().view(torch.uint8)
 
 
 def plan(x: Tensor) -> tuple[tuple[int, int, int], tuple[int, int, int, int]]:
-    """The grid, and T, D, tokens of a chunk and chunks."""
+    """The grid, and T, D, the tokens of a chunk and the number of chunks."""
     batch, T, D = x.shape
     blocks = triton.cdiv(D, BLOCK)
     length = chunk_length(T, blocks * batch, multiprocessors(x))
@@ -206,7 +219,10 @@ def plan(x: Tensor) -> tuple[tuple[int, int, int], tuple[int, int, int, int]]:
 
 
 def chunk_length(T: int, walks: int, multiprocessors: int) -> int:
-    """As many chunks as give an SM 16 warps; a multiple of STEPS, and SHORTEST at least."""
+    """Tokens of a chunk, so that there are enough chunks for 16 warps an SM.
+
+    The result is a multiple of STEPS, and at least SHORTEST.
+    """
     chunks = max(1, 16 * multiprocessors // walks)
     return triton.cdiv(max(SHORTEST, triton.cdiv(T, chunks)), STEPS.value) * STEPS.value
 
@@ -239,9 +255,10 @@ linear_scan_forward.register_autograd(_differentiate, setup_context=_save)
 def linear_scan(
     a: Tensor, x: Tensor, state: Tensor | None = None, resets: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As minimodels.ops.linear_scan.linear_scan: h (B, T, D) in x's dtype and the final state (B, D).
+    """As minimodels.ops.linear_scan.linear_scan: h (B, T, D) and the final state (B, D).
 
-    Inside all is fp32 (fp64 if x is). Raises ValueError on shapes that disagree.
+    h has x's dtype. The computation is in fp32 (fp64 if x is). Raises ValueError if shapes
+    disagree.
     """
     check_shapes(a, x, state, resets)
     precise = torch.promote_types(x.dtype, torch.float32)
@@ -252,7 +269,7 @@ def linear_scan(
 
 
 def check() -> None:
-    """Outputs and gradients against the reference in fp64; on a GPU in bf16 too, and over several chunks."""
+    """Outputs and gradients against the reference in fp64; on a GPU in bf16 and in chunks too."""
     for batch, T, D in [(2, 701, 100), (1, 4096, 64)] if GPU else [(2, 20, 70), (1, 200, 3)]:
         a, x, state = torch.rand(batch, T, D), torch.randn(batch, T, D), torch.randn(batch, D)
         for resets in (None, torch.rand(batch, T) < 0.05):
@@ -260,18 +277,19 @@ def check() -> None:
 
 
 def reference(a, x, state=None, resets=None):
+    """The reference, with the arguments in the kernel's order."""
     return operation(a, x, state, impl="reference", resets=resets)
 
 
 def mambapy(a: Tensor, x: Tensor) -> Tensor:
-    """The parallel scan of mambapy, which has one more dimension."""
+    """The parallel scan of mambapy, which takes one more dimension."""
     from mambapy.pscan import pscan
 
     return pscan(a.unsqueeze(3), x.unsqueeze(3)).squeeze(3)
 
 
 def accelerated_scan(a: Tensor, x: Tensor) -> Tensor:
-    """The Triton scan of accelerated-scan, which wants (B, D, T)."""
+    """The Triton scan of accelerated-scan, which takes (B, D, T)."""
     from accelerated_scan.scalar import scan
 
     return scan(a.mT.contiguous(), x.mT.contiguous()).mT
@@ -294,7 +312,7 @@ def case(tokens: int, T: int, D: int) -> Case:
     return Case(f"B {tokens // T}, T {T}, D {D}", inputs, 3 * tokens * D, 5 * tokens * D)
 
 
-# what minimodels.kernels.compile launches: in one chunk and in several, and channels that fill no block
+# the launches of minimodels.kernels.compile: one chunk and several, and channels that fill no block
 EXAMPLES = [case(2**17, 512, 4096).inputs, case(4096, 4096, 1500).inputs]
 
 

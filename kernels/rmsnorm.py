@@ -1,25 +1,26 @@
-"""RMSNorm (arXiv:1910.07467) of a residual stream, the addition before it included.
+"""RMSNorm (arXiv:1910.07467) of a residual stream, including the addition before it.
 
-    total = x + update                                 the stream after the last layer, where there was one
+    total = x + update                                 the stream after the last layer
     y     = weight · total / sqrt(mean(total²) + eps)
 
-What it must cost: x, update, y and total each cross the memory once, 8 bytes an element in bf16 (4 without update), and
-hardly any arithmetic; so it is as fast as a copy of that many bytes, if everything happens while a row is in registers.
-Under autocast the stream is in fp32 and y in bf16, as the linear maps behind it read it: a y in fp32 would cost 2 bytes more
-here and 6 for each of them (attention has three, the MLP two), which cast it again.
-Backward reads dy, total and, if later layers send one, dtotal, and writes dx: 6 or 8 bytes. With n = r · total,
-r = 1/sqrt(mean(total²) + eps), and g = weight · dy:
+What it must cost: x, update, y and total each cross the memory once, which is 8 bytes an element in
+bf16 (4 without update). There is hardly any arithmetic. So the kernel is as fast as a copy of that
+many bytes, if everything happens while a row is in registers. Under autocast the stream is in fp32
+and y in bf16, the precision of the linear maps that read it. A y in fp32 would cost 2 bytes more
+here, and 6 more for each of these maps, which would cast it (attention has three, the MLP two).
+Backward reads dy, total and, if later layers send one, dtotal, and it writes dx: 6 or 8 bytes. With
+n = r · total, r = 1/sqrt(mean(total²) + eps), and g = weight · dy:
 
     dx = dupdate = r · (g - n · mean(g · n)) + dtotal          dweight = Σ_rows dy · n
 
-A program of backward takes many rows, and loads the next two while it computes one. At D = 1024 it compiles for Hopper to 56
-registers and 12 KB of shared memory, so that an SM runs 8 programs, 32 warps, with 24 rows under way; without loads ahead it
-was 4 programs and 4 rows.
+A program of backward takes many rows, and loads the next two while it computes one. At D = 1024 it
+compiles for Hopper to 56 registers and 12 KB of shared memory. An SM then runs 8 programs, 32
+warps, with 24 rows in flight. Without loading ahead it ran 4 programs with 4 rows.
 
     name        shape
     x, update   (..., D)    one row per token
     total       (..., D)    their sum, the stream that goes on
-    dtotal      (..., D)    the gradient that comes to it from later layers
+    dtotal      (..., D)    the gradient of total from later layers
     weight      (D,)
     rstd        (rows,)     r of each row, fp32, kept for backward
 """
@@ -50,10 +51,9 @@ from torch import Tensor
 from minimodels.layers import norm_dtype
 from minimodels.layers import rmsnorm as operation
 
-WARPS = 32  # of an SM that backward fills: what 64 registers a thread leave room for
-STAGES = tl.constexpr(
-    3
-)  # rows under way in a program of backward: the next two are loaded while one is computed
+WARPS = 32  # that backward runs on an SM, the most for 64 registers a thread
+# rows in flight in a program of backward: the next two are loaded while one is computed
+STAGES = tl.constexpr(3)
 
 
 @triton.jit
@@ -78,7 +78,10 @@ def forward_kernel(
 def backward_kernel(
     DY, DTOTAL, TOTAL, WEIGHT, RSTD, DX, DWEIGHT, rows, D, FULL: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Of P programs the p-th takes rows p, p + P, ...; each leaves its share of dweight, so that no two write to one place."""
+    """Program p of P takes rows p, p + P, ...
+
+    Each program writes its own share of dweight, so that no two programs write to one place.
+    """
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < D
@@ -103,7 +106,7 @@ def backward_kernel(
 def rmsnorm_forward(
     x: Tensor, update: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y in a dtype, total (empty without update) and rstd."""
+    """y in `dtype`, total (empty without update) and rstd."""
     x, D = x.contiguous(), x.shape[-1]
     rows = x.numel() // D
     y = torch.empty_like(x, dtype=dtype)
@@ -112,7 +115,8 @@ def rmsnorm_forward(
     BLOCK = triton.next_power_of_2(D)
     with on(x):
         forward_kernel[(rows,)](
-            x, *dense(update), weight, y, total, rstd, D, eps, full(x), BLOCK, num_warps=warps(BLOCK)
+            x, *dense(update), weight, y, total, rstd, D, eps, full(x), BLOCK,
+            num_warps=warps(BLOCK)
         )  # fmt: skip
     return y, total, rstd
 
@@ -121,20 +125,21 @@ def rmsnorm_forward(
 def rmsnorm_backward(
     dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """dx, which is dupdate too, and dweight."""
+    """dx, which is also dupdate, and dweight."""
     dy, D = dy.contiguous(), total.shape[-1]
     rows, BLOCK = total.numel() // D, triton.next_power_of_2(D)
     count = multiprocessors(total) * max(1, min(8, WARPS // warps(BLOCK)))
     dx, dweight = torch.empty_like(total), rstd.new_empty(count, D)
     with on(dy):
         backward_kernel[(count,)](
-            dy, *dense(dtotal), total, weight, rstd, dx, dweight, rows, D, full(total), BLOCK, num_warps=warps(BLOCK)
+            dy, *dense(dtotal), total, weight, rstd, dx, dweight, rows, D, full(total), BLOCK,
+            num_warps=warps(BLOCK)
         )  # fmt: skip
     return dx, dweight.sum(0).to(weight.dtype)
 
 
 def warps(block: int) -> int:
-    """So many that a thread holds about 8 elements of the row."""
+    """The number of warps with which a thread has about 8 elements of the row."""
     return min(32, max(1, block // 256))
 
 
@@ -157,7 +162,7 @@ def _save(ctx, inputs, output):
     x, update, weight, _, _ = inputs
     _, total, rstd = output
     ctx.add, ctx.update = update is not None, None if update is None else update.dtype
-    ctx.set_materialize_grads(False)  # a gradient of zeros would have to be read
+    ctx.set_materialize_grads(False)  # reading a gradient of zeros would cost time
     ctx.save_for_backward(total if ctx.add else x.contiguous(), weight, rstd)
 
 
@@ -175,7 +180,10 @@ rmsnorm_forward.register_autograd(_differentiate, setup_context=_save)
 def rmsnorm(
     x: Tensor, weight: Tensor, eps: float, update: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As minimodels.layers.rmsnorm: the normalised sum, and the sum, in x's dtype. x, update (..., D); weight (D,)."""
+    """As minimodels.layers.rmsnorm: the normalised sum, and the sum in x's dtype.
+
+    x, update (..., D); weight (D,).
+    """
     if weight.shape != x.shape[-1:] or (update is not None and update.shape != x.shape):
         raise ValueError(
             f"rmsnorm: x {tuple(x.shape)}, weight {tuple(weight.shape)} and the update do not fit"
@@ -217,7 +225,10 @@ PEERS = {
 
 
 def case(rows: int, D: int) -> Case:
-    """With the addition: four numbers an element forward; backward three, for only y is differentiated."""
+    """With the addition: forward moves four numbers an element, and backward three.
+
+    Backward has no dtotal, because only y is differentiated.
+    """
 
     def inputs() -> tuple:
         x, update = torch.randn(2, rows, D, **TIMED).unbind(0)
@@ -227,7 +238,7 @@ def case(rows: int, D: int) -> Case:
     return Case(f"{rows} rows, D {D}", inputs, 4 * rows * D, 3 * rows * D)
 
 
-# what minimodels.kernels.compile launches: also without an update
+# the launches of minimodels.kernels.compile, with and without an update
 EXAMPLES = [case(64, 1024).inputs, lambda: (*case(64, 1024).inputs()[:3], None)]
 
 

@@ -1,57 +1,70 @@
-"""The selective scan of Mamba (arXiv:2312.00752, §3.3.2), what surrounds it included.
+"""The selective scan of Mamba (arXiv:2312.00752, §3.3.2), with the operations around it.
 
     Δ_t = softplus(delta_t + delta_bias)
     h_t = exp(Δ_t A) ⊙ h_{t-1} + Δ_t B_t x_t
     y_t = (<C_t, h_t> + skip ⊙ x_t) ⊙ silu(z_t)
 
-What it must cost, per token and channel in bf16: forward reads x and delta and writes y, 6 bytes, and reads z, 2 more; backward
-reads x, delta and dy and writes dx and ddelta, 10 bytes, and reads z and writes dz, 4 more (6 for a kernel that reads y again
-and does not recompute it). Forward also takes N exponentials, of which a Hopper SM does 16 a clock: at N = 16 one clock,
-in which the memory delivers 14 bytes (H100) to 21 (H200). So arithmetic bounds the scan. At N = 16 a step of 32 channels, whose
-exponentials alone take an SM 32 clocks, compiles to 130 (Triton 3.6) or 140 (3.9) instructions forward, of which it
-issues 4 a clock: 33 or 35 clocks; 19 of them are special functions, 2 clocks each: 38. Backward it is 640 instructions, 160
-clocks. (`kernels.compile` prints those of a round, which is 4 steps; backward has two inner loops.)
+What it must cost, per token and channel in bf16: forward reads x and delta and writes y, 6 bytes,
+and reads z, 2 more. Backward reads x, delta and dy and writes dx and ddelta, 10 bytes, and reads z
+and writes dz, 4 more (6 for a kernel that reads y again and does not recompute it). Forward also
+takes N exponentials, of which a Hopper SM does 16 a clock. At N = 16 that is one clock, in which
+the memory delivers 14 bytes (H100) to 21 (H200). So arithmetic bounds the scan.
 
-What the compiler's report says, at N = 16 under Triton 3.9, and what only a GPU can decide (`--sweep` times both):
+At N = 16 the exponentials of a step of 32 channels take an SM 32 clocks. The forward step compiles
+to 130 (Triton 3.6) or 140 (3.9) instructions. An SM issues 4 of them a clock, which makes 33 or 35
+clocks. 19 of them are special functions with 2 clocks each, which makes 38. The backward step has
+640 instructions, 160 clocks. (`kernels.compile` prints the instructions of a round, which is 4
+steps. Backward has two inner loops.)
 
-    forward     87 registers, 137 instructions a step, 23 warps an SM: a plan of 32 takes two waves. With 64 registers they
-                are 143 and 32 warps, for 24 bytes spilled: chosen
-    backward    255 registers, 80 bytes spilled, 637 instructions, 50 of them special, 8 warps an SM: as it is
-                in groups of two steps: 249, nothing spilled, 639, 46 special, 8 warps; and twice the scratch, or shorter
-                intervals and more `starts`
-                the same with 168 registers: 124 bytes spilled, 665, 12 warps; and a half more scratch again
+The compiler reports the following at N = 16 under Triton 3.9. Only a GPU can decide between the
+variants, and `--sweep` times both:
+
+    forward     87 registers, 137 instructions a step, 23 warps an SM: a plan of 32 takes two waves.
+                With 64 registers: 143 instructions, 32 warps, 24 bytes spilled (the default)
+    backward    255 registers, 80 bytes spilled, 637 instructions, 50 of them special, 8 warps an SM
+                (the default)
+                groups of two steps: 249 registers, nothing spilled, 639 instructions, 46 special,
+                8 warps; twice the scratch, or shorter intervals and more `starts`
+                the same with 168 registers: 124 bytes spilled, 665 instructions, 12 warps; half
+                as much scratch again
 
     name           shape
     x, delta, z    (B, T, D)    signal, step size before softplus and bias, gate
-    A, rate        (D, N)       decay rates, negative; rate is log2(e) A, so that each decay is one exp2
+    A, rate        (D, N)       decay rates, negative; rate is log2(e) A, so a decay is one exp2
     B, C           (B, T, N)    input and output of each token
-    resets         (B, T)       bytes: 1 where a token begins a document, and forgets what was before; None: nowhere
-    h, g           (N, channels)    in a program: the state, and the gradient of all that comes later with respect to it
-    starts, ends   (B, intervals, D, N)   h before each interval of 64 steps; g behind it
+    resets         (B, T)       bytes: 1 if a token begins a document and forgets everything before
+                                it; None: no token does
+    h, g           (N, channels)    in a program: the state, and its gradient from all later tokens
+    starts, ends   (B, intervals, D, N)   h before each interval of 64 steps; g after it
 
-A program is one warp that holds the states of 32 channels (16 beyond N = 32) and walks time, all of them in lock-step.
-Forward, at N = 16 or less, a lane has all states of its channel, so that no step needs a shuffle or a barrier; backward, which
-sums over channels too, a lane has 4 states of 4 channels. Where that leaves the machine idle, time is split in chunks of whole
-intervals: local kernels walk each from zero, which costs the exponentials once more; a chunk as a whole multiplies a state by
-exp(A ΣΔ), so a small kernel carries the states over the chunks, and the main kernels start from the truth. Backward is the
-same the other way:
+A program is one warp. It keeps the states of 32 channels (16 beyond N = 32) and walks time with all
+of them in lock-step. Forward, at N = 16 or less, a lane has all states of its channel, so no step
+needs a shuffle or a barrier. Backward also sums over channels, and there a lane has 4 states of 4
+channels. If that leaves the machine idle, time is split into chunks of whole intervals. Local
+kernels first walk each chunk from zero, which costs the exponentials once more. A whole chunk
+multiplies a state by exp(A ΣΔ), so a small kernel can carry the states over the chunks. The main
+kernels then start from the true states. Backward works in the same way, in reverse:
 
     g_t = C_t dy'_t + a_{t+1} g_{t+1}        a_t = exp(Δ_t A), dy' = dy ⊙ silu(z)
-    dB_t = Σ_channels g_t Δ_t x_t            dC_t = Σ_channels dy'_t h_t           dx_t = skip dy'_t + Δ_t <g_t, B_t>
+    dB_t = Σ_channels g_t Δ_t x_t    dC_t = Σ_channels dy'_t h_t    dx_t = skip dy'_t + Δ_t <g_t, B_t>
     dΔ_t = <g_t, a_t h_{t-1} A + B_t x_t>    dA = Σ_t g_t a_t h_{t-1} Δ_t
 
-Where a token begins a document, a_t is 0 instead, and with it d(Δ_t A); the sum of a chunk's step sizes is then infinite.
+If a token begins a document, its a_t is 0, and so is d(Δ_t A). The sum of a chunk's step sizes is
+then infinite.
 
-It needs h in reverse. Kept are the inputs and `starts`. In each interval a first walk leaves the state of every fourth step
-(every second beyond N = 16) in a scratch that each program reuses; groups of so many are recomputed from there into registers.
-So it takes nearly 3 N exponentials, or 4 N where time is split. dB and dC are summed over the channels of a program, which
-takes one block of channels after the other, then over programs; dA, dskip and ddelta_bias over intervals: each partial sum has
-its place, and nothing depends on the order in which programs run.
+Backward needs h in reverse. The inputs and `starts` are kept. In each interval a first walk stores
+the state of every fourth step (every second beyond N = 16) in a scratch that each program reuses.
+From there, groups of four (or two) steps are recomputed into registers. So backward takes nearly 3
+N exponentials, or 4 N if time is split. dB and dC are summed over the channels of a program, which
+takes one block of channels after the other, and then over programs. dA, dskip and ddelta_bias are
+summed over intervals. Each partial sum has its own place, so nothing depends on the order in which
+programs run.
 
-The memory it takes at N = 16 (for more states in proportion, and in groups of two steps): `starts` one byte per token and
-channel, and while backward runs 2 more for `ends` and partial dA, 4 / share for partial dB and dC (`share` blocks a program),
-and 32 KiB of scratch for each of about 1000 programs. These fit into the L2 cache together; those of longer intervals would
-not.
+Memory at N = 16 (in proportion for more states; groups of two steps need twice the scratch):
+`starts` takes one byte per token and channel. While backward runs, `ends` and partial dA take 2
+more, partial dB and dC take 4 / share (a program has `share` blocks), and each of about 1000
+programs has 32 KiB of scratch. All scratch together fits into the L2 cache, which would not be so
+for longer intervals.
 """
 
 from __future__ import annotations
@@ -88,17 +101,21 @@ from minimodels.architectures.mamba import selective_scan as operation
 
 # What a sweep may change (--sweep).
 INTERVAL = 64  # steps between the states that are kept for backward
-STEPS = 4  # of a group, at most: their loads are in flight together, and
-BACKWARD_STEPS = 4  # backward recomputes their states into registers
-REGISTERS = 64  # of a thread, at most, in the forward kernels up to N = 16; None: as many as the compiler likes
-BACKWARD_REGISTERS = None  # in the backward kernel
-WHOLE = 8  # walks an SM with which time is left whole
-FILL = 32  # walks an SM that a split aims at
-RESIDENT = 8  # programs of the backward kernel that an SM holds
+STEPS = 4  # of a group, at most: their loads are in flight together
+BACKWARD_STEPS = 4  # the same in backward, which recomputes their states into registers
+# registers of a thread, at most, in the forward kernels up to N = 16; None: as the compiler chooses
+REGISTERS = 64
+BACKWARD_REGISTERS = None  # the same in the backward kernel
+WHOLE = 8  # with so many walks per SM, time is not split
+FILL = 32  # walks per SM that a split aims at
+RESIDENT = 8  # programs of the backward kernel that fit on an SM
 
 
 def log1p_series(degree: int) -> tl.constexpr:
-    """Coefficients, the highest first, of a polynomial for log(1 + e) / e on [0, 1], which is 1 at 0: to divide costs more."""
+    """Coefficients, highest first, of a polynomial for log(1 + e) / e on [0, 1].
+
+    The polynomial is 1 at 0. A division would cost more.
+    """
     series = Chebyshev.interpolate(lambda e: np.log1p(e) / e, degree, domain=[0, 1]).convert(
         kind=Polynomial
     )
@@ -110,7 +127,10 @@ LOG1P_32, LOG1P_64 = log1p_series(8), log1p_series(18)  # off by less than 1e-7 
 
 @triton.jit
 def softplus(v):
-    """log(1 + exp(v)) and its derivative; both keep their digits where they are small, and are 0 at v = -inf."""
+    """log(1 + exp(v)) and its derivative.
+
+    Both keep their digits if they are small, and they are 0 at v = -inf.
+    """
     e = tl.exp2(tl.abs(v) * -LOG2_E)
     DEGREE: tl.constexpr = 18 if v.dtype == tl.float64 else 8
     series = tl.zeros_like(e)
@@ -121,8 +141,11 @@ def softplus(v):
 
 @triton.jit
 def among(i, count, inside, RAGGED: tl.constexpr):
-    """`inside` if i < count, else nothing; without RAGGED `inside` as it is, for then all groups are full. Compared as
-    tensors, for the interpreter broadcasts no scalar truth values."""
+    """`inside` if i < count, else nothing.
+
+    Without RAGGED it is `inside`, because then all groups are full. The comparison is between
+    tensors, because the interpreter cannot broadcast a scalar truth value.
+    """
     return inside & (tl.full(inside.shape, i, tl.int32) < count) if RAGGED else inside
 
 
@@ -137,8 +160,11 @@ def rows(
     STEPS: tl.constexpr,
     RAGGED: tl.constexpr,
 ):
-    """STEPS rows, all requested before the first is used; where groups may be RAGGED, those from row `count` on are `other`.
-    They come as they lie: to convert them here would change their layout here, and each request would wait for the last."""
+    """STEPS rows, all requested before the first is used.
+
+    If groups may be RAGGED, rows from number `count` on are `other`. The rows keep their dtype. A
+    conversion here would change their layout, and each request would wait for the last.
+    """
     values = ()
     for i in tl.static_range(STEPS):
         values += (tl.load(P + i * stride + columns, among(i, count, inside, RAGGED), other),)
@@ -147,7 +173,7 @@ def rows(
 
 @triton.jit
 def forgets(RESETS, row, count, STEPS: tl.constexpr, RAGGED: tl.constexpr):
-    """For each of STEPS tokens a number, not 0 where it begins a document."""
+    """For each of STEPS tokens a number that is not 0 if the token begins a document."""
     values = ()
     if RESETS is not None:
         for i in tl.static_range(STEPS):
@@ -159,7 +185,7 @@ def forgets(RESETS, row, count, STEPS: tl.constexpr, RAGGED: tl.constexpr):
 
 @triton.jit
 def decay_of(step, rate, RESETS, resets, i: tl.constexpr):
-    """exp(Δ A) at each state and channel, 0 where token i of a group begins a document."""
+    """exp(Δ A) at each state and channel, or 0 if token i of a group begins a document."""
     decay = tl.exp2(step[None, :] * rate)
     if RESETS is not None:
         decay *= tl.where(resets[i] == 0, 1.0, 0.0)
@@ -168,9 +194,9 @@ def decay_of(step, rate, RESETS, resets, i: tl.constexpr):
 
 @triton.jit
 def tile(block, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The channels and state numbers of a block, where its states lie in (D, N), and which of all these exist."""
+    """The channels and state numbers of a block, their places in (D, N), and which exist."""
     d, n = block * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
-    # where all exist, a mask that says so costs nothing
+    # if all exist, this mask costs nothing
     real = d < D if D % BLOCK_D else tl.full((BLOCK_D,), 1, tl.int1)
     used = n < N if N < BLOCK_N else tl.full((BLOCK_N,), 1, tl.int1)
     return d, n, d[None, :] * N + n[:, None], real, used, real[None, :] & used[:, None]
@@ -178,8 +204,11 @@ def tile(block, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D
 
 @triton.jit
 def lanes(P, d, n, real, N: tl.constexpr, FULL: tl.constexpr):
-    """Rows d of a (D, N) matrix, transposed: (BLOCK_N, channels), each lane with all numbers of its channel (where 32 channels
-    make a block), so that sums over N need no shuffles. A load of the matrix as a whole would spread a channel over lanes."""
+    """Rows d of a (D, N) matrix, transposed: (BLOCK_N, channels).
+
+    Each lane has all numbers of its channel (if 32 channels make a block), so sums over N need no
+    shuffles. A single load of the matrix would spread a channel over several lanes.
+    """
     values = tl.zeros((n.shape[0], d.shape[0]), FULL)
     for k in tl.static_range(N):
         values = tl.where(
@@ -190,11 +219,11 @@ def lanes(P, d, n, real, N: tl.constexpr, FULL: tl.constexpr):
 
 @triton.jit
 def forward_local_kernel(
-    X, DELTA, A, B, BIAS, RESETS, LOCAL, SUM, T, steps, blocks, chunks,
-    D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, RAGGED: tl.constexpr,
-    FULL: tl.constexpr,
+    X, DELTA, A, B, BIAS, RESETS, LOCAL, SUM, T, steps, blocks, chunks, D: tl.constexpr,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
+    RAGGED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Walk each chunk but the last from a state of zero: the final state, and the sum of the step sizes."""
+    """Walk each chunk but the last from zero: the final state, and the sum of the step sizes."""
     block, walk = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     batch, chunk = walk // (chunks - 1), walk % (chunks - 1)
     d, n, at, real, used, both = tile(block, D, N, BLOCK_N, BLOCK_D)
@@ -221,10 +250,14 @@ def forward_local_kernel(
 
 @triton.jit
 def carry_kernel(
-    LOCAL, SUM, A, EDGES, D, N, intervals, span, chunks, REVERSE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr
+    LOCAL, SUM, A, EDGES, D, N, intervals, span, chunks, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
+    FULL: tl.constexpr
 ):  # fmt: skip
-    """Carry states from the first chunk to the last, or gradients from the last to the first: one program, some (d, n). LOCAL
-    has no place for the chunk that is carried to last, so reversed its place r is that of chunk r + 1."""
+    """Carry states from the first chunk to the last, or gradients from the last to the first.
+
+    One program has some of the (d, n). LOCAL has no place for the chunk that comes last in this
+    order. So in reverse, place r of LOCAL is that of chunk r + 1.
+    """
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     batch, size = tl.program_id(1).to(tl.int64), D * N
     inside = at < size
@@ -241,11 +274,12 @@ def carry_kernel(
 
 @triton.jit
 def forward_kernel(
-    X, DELTA, A, B, C, SKIP, Z, BIAS, RESETS, Y, STARTS, FINAL, T, z_batch, interval, intervals, span, blocks, chunks,
-    Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    STEPS: tl.constexpr, RAGGED: tl.constexpr, FULL: tl.constexpr,
+    X, DELTA, A, B, C, SKIP, Z, BIAS, RESETS, Y, STARTS, FINAL, T, z_batch, interval, intervals,
+    span, blocks, chunks, Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, RAGGED: tl.constexpr,
+    FULL: tl.constexpr,
 ):  # fmt: skip
-    """Walk each chunk from its true start: the outputs, and the state at the start of each interval."""
+    """Walk each chunk from its true start: the outputs, and the state before each interval."""
     block, walk = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     batch, chunk = walk // chunks, walk % chunks
     d, n, at, real, used, both = tile(block, D, N, BLOCK_N, BLOCK_D)
@@ -283,10 +317,13 @@ def forward_kernel(
 @triton.jit
 def backward_local_kernel(
     DELTA, A, C, Z, BIAS, RESETS, DY, LOCAL, SUM, T, z_batch, steps, blocks, chunks,
-    Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    STEPS: tl.constexpr, RAGGED: tl.constexpr, FULL: tl.constexpr,
+    Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, STEPS: tl.constexpr, RAGGED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Walk each chunk but the first backwards: the gradient that its outputs alone give the state before it."""
+    """Walk each chunk but the first backwards.
+
+    This gives the gradient of the state before it that comes from the chunk's own outputs.
+    """
     block, walk = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     batch, chunk = walk // (chunks - 1), walk % (chunks - 1) + 1
     d, n, at, real, used, both = tile(block, D, N, BLOCK_N, BLOCK_D)
@@ -330,12 +367,12 @@ def backward_local_kernel(
 
 @triton.jit
 def backward_kernel(
-    X, DELTA, A, B, C, SKIP, Z, BIAS, RESETS, DY, STARTS, ENDS, SCRATCH, DX, DDELTA, DA, DB, DC, DSKIP, DZ, DBIAS, DSTATE,
-    T, tokens, z_batch, interval, intervals, span, blocks, chunks, share,
-    Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    STEPS: tl.constexpr, RAGGED: tl.constexpr, FULL: tl.constexpr,
+    X, DELTA, A, B, C, SKIP, Z, BIAS, RESETS, DY, STARTS, ENDS, SCRATCH, DX, DDELTA, DA, DB, DC,
+    DSKIP, DZ, DBIAS, DSTATE, T, tokens, z_batch, interval, intervals, span, blocks, chunks, share,
+    Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, STEPS: tl.constexpr, RAGGED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Walk each chunk backwards, interval by interval, in each interval one block of channels after the other."""
+    """Walk each chunk backwards by intervals, and in each interval block by block of channels."""
     teams = tl.cdiv(blocks, share)
     team, walk = tl.program_id(0) % teams, (tl.program_id(0) // teams).to(tl.int64)
     batch, chunk = walk // chunks, walk % chunks
@@ -355,7 +392,7 @@ def backward_kernel(
                 tl.load(SKIP + d, real, 0.0).to(FULL),
             )
 
-            # Forwards: every STEPS-th state.
+            # Forwards: store every STEPS-th state.
             h = tl.load(STARTS + (batch * intervals + here) * size + at, both, 0.0)
             for i in range(groups):
                 row, count = batch * T + here * interval + i * STEPS, length - i * STEPS
@@ -369,9 +406,9 @@ def backward_kernel(
                     step, _ = softplus(deltas[j].to(FULL) + bias)
                     decay = decay_of(step, rate, RESETS, resets, j)
                     h = decay * h + Bs[j][:, None] * (step * x)[None, :]
-            tl.debug_barrier()  # lanes read below what others have stored
+            tl.debug_barrier()  # lanes read below what other lanes have stored
 
-            # Backwards: a group's states from the one before it, then its gradients.
+            # Backwards: recompute a group's states from the one before it, then their gradients.
             g = tl.load(ENDS + (batch * intervals + here) * size + at, both, 0.0)
             dA = tl.zeros((BLOCK_N, BLOCK_D), FULL)
             dskip, dbias = tl.zeros((BLOCK_D,), FULL), tl.zeros((BLOCK_D,), FULL)
@@ -390,13 +427,15 @@ def backward_kernel(
                     step, _ = softplus(deltas[j].to(FULL) + bias)
                     decay = decay_of(step, rate, RESETS, resets, j)
                     h = decay * h + Bs[j][:, None] * (step * x)[None, :]
-                tl.debug_barrier()  # has all but these states computed anew below: kept, it would not fit into registers
+                # the barrier makes the compiler recompute all other states below, because keeping
+                # them would need too many registers
+                tl.debug_barrier()
                 xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, RAGGED)
                 deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, RAGGED)
                 dys = rows(DY + row * D, D, count, d, real, 0.0, STEPS, RAGGED)
                 Bs = rows(B + row * N, N, count, n, used, 0.0, STEPS, RAGGED)
                 Cs = rows(C + row * N, N, count, n, used, 0.0, STEPS, RAGGED)
-                # this team's sums over its channels so far: none before its first block
+                # this team's sums over its channels so far; there are none before its first block
                 earlier, sums = among(team * share, block, used, True), (team * tokens + row) * N
                 DBs = rows(DB + sums, N, count, n, earlier, 0.0, STEPS, RAGGED)
                 DCs = rows(DC + sums, N, count, n, earlier, 0.0, STEPS, RAGGED)
@@ -421,8 +460,8 @@ def backward_kernel(
                     g += Cs[j][:, None] * dy[None, :]
                     dC = tl.sum(h * dy[None, :], 1)
                     dB = tl.sum(g * (step * x)[None, :], 1)
-                    dinput = tl.sum(g * Bs[j][:, None], 0)  # of Δ_t x_t
-                    dexponent = g * kept  # of Δ_t A
+                    dinput = tl.sum(g * Bs[j][:, None], 0)  # the gradient of Δ_t x_t
+                    dexponent = g * kept  # the gradient of Δ_t A
                     ddelta = slope * (x * dinput + tl.sum(dexponent * rate, 0) / LOG2_E)
                     tl.store(DX + to, skip * dy + step * dinput, use)
                     tl.store(DDELTA + to, ddelta, use)
@@ -440,13 +479,14 @@ def backward_kernel(
                 tl.store(DSTATE + batch * size + at, g, both)
             elif here > first:
                 tl.store(ENDS + (batch * intervals + here - 1) * size + at, g, both)
-            tl.debug_barrier()  # the same for the sums, the ends and the scratch, in the next block or interval
+            # the same for the sums, the ends and the scratch, in the next block or interval
+            tl.debug_barrier()
 
 
 @torch.library.custom_op("minimodels::selective_scan_forward", mutates_args=())
 def selective_scan_forward(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor, z: Tensor | None, bias: Tensor | None,
-    state: Tensor | None, resets: Tensor | None, interval: int,
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor, z: Tensor | None,
+    bias: Tensor | None, state: Tensor | None, resets: Tensor | None, interval: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y, the final state, and the states at the start of each interval (B, intervals, D, N)."""
     batch, T, D, N, precise, z, bias, resets, (x, delta, A, B, C, skip) = prepare(
@@ -468,20 +508,22 @@ def selective_scan_forward(
                 precise.new_empty(batch, chunks - 1, D),
             )
             forward_local_kernel[(blocks * batch * (chunks - 1),)](
-                x, delta, A, B, bias, resets, local, total, T, span * interval, blocks, chunks, **sizes
+                x, delta, A, B, bias, resets, local, total, T, span * interval, blocks, chunks,
+                **sizes
             )  # fmt: skip
             carry(local, total, A, starts, span, reverse=False)
         forward_kernel[(blocks * batch * chunks,)](
-            x, delta, A, B, C, skip, z, bias, resets, y, starts, final, T, z_batch, interval, intervals, span, blocks, chunks,
-            Z_ROW=z_row, **sizes,
+            x, delta, A, B, C, skip, z, bias, resets, y, starts, final, T, z_batch, interval,
+            intervals, span, blocks, chunks, Z_ROW=z_row, **sizes,
         )  # fmt: skip
     return y, final, starts
 
 
 @torch.library.custom_op("minimodels::selective_scan_backward", mutates_args=())
 def selective_scan_backward(
-    dy: Tensor, dfinal: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor, z: Tensor | None,
-    bias: Tensor | None, resets: Tensor | None, starts: Tensor, interval: int,
+    dy: Tensor, dfinal: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    skip: Tensor, z: Tensor | None, bias: Tensor | None, resets: Tensor | None, starts: Tensor,
+    interval: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, ddelta, dA, dB, dC, dskip, dz (empty without z), dbias, dstate."""
     given = (A, B, C, skip, bias)
@@ -520,14 +562,14 @@ def selective_scan_backward(
                 precise.new_empty(batch, chunks - 1, D),
             )
             backward_local_kernel[(blocks * batch * (chunks - 1),)](
-                delta, A, C, z, bias, resets, dy, local, total, T, z_batch, span * interval, blocks, chunks,
-                Z_ROW=z_row, **sizes,
+                delta, A, C, z, bias, resets, dy, local, total, T, z_batch, span * interval, blocks,
+                chunks, Z_ROW=z_row, **sizes,
             )  # fmt: skip
             carry(local, total, A, ends, span, reverse=True)
         backward_kernel[(teams * batch * chunks,)](
-            x, delta, A, B, C, skip, z, bias, resets, dy, starts, ends, scratch,
-            dx, ddelta, dA, dB, dC, dskip, dz, dbias, dstate,
-            T, batch * T, z_batch, interval, intervals, span, blocks, chunks, share, Z_ROW=z_row, **sizes,
+            x, delta, A, B, C, skip, z, bias, resets, dy, starts, ends, scratch, dx, ddelta, dA, dB,
+            dC, dskip, dz, dbias, dstate, T, batch * T, z_batch, interval, intervals, span, blocks,
+            chunks, share, Z_ROW=z_row, **sizes,
         )  # fmt: skip
     sums = dA.sum((0, 1)), dB.sum(0), dC.sum(0), dskip.sum((0, 1)), dbias.sum((0, 1))
     dA, dB, dC, dskip, dbias = (
@@ -537,7 +579,10 @@ def selective_scan_backward(
 
 
 def carry(local: Tensor, total: Tensor, A: Tensor, edges: Tensor, span: int, reverse: bool) -> None:
-    """Run carry_kernel: fill in `edges` (B, intervals, D, N) at the chunks' starts, or, reversed, at their ends."""
+    """Run carry_kernel: fill in `edges` (B, intervals, D, N) at the chunks' starts.
+
+    In reverse it fills in their ends.
+    """
     batch, intervals, D, N = edges.shape
     carry_kernel[(triton.cdiv(D * N, 256), batch)](
         local,
@@ -559,14 +604,15 @@ def carry(local: Tensor, total: Tensor, A: Tensor, edges: Tensor, span: int, rev
 def prepare(
     z: Tensor | None, bias: Tensor | None, resets: Tensor | None, *tensors: Tensor
 ) -> tuple:
-    """The sizes, an empty tensor of the precision that is computed in, and the tensors as the kernels expect them.
+    """The sizes, an empty tensor in the precision of the computation, and the kernels' tensors.
 
-    `tensors` are x, delta, A, B, C and more; B and C come in the full precision, for each number is read by every channel.
+    `tensors` are x, delta, A, B, C and more. B and C are converted to full precision, because every
+    channel reads each of their numbers.
     """
     x, delta, A, B, C, *rest = tensors
     batch, T, D = x.shape
     precise = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
-    if z is not None and z.stride(2) != 1:  # half of a projection is fine as it lies
+    if z is not None and z.stride(2) != 1:  # half of a projection needs no copy
         z = z.contiguous()
     bias = precise.new_zeros(D) if bias is None else bias.contiguous()
     tensors = (x, delta, A, B.to(precise.dtype), C.to(precise.dtype), *rest)
@@ -586,8 +632,11 @@ def prepare(
 def sizes_of(
     x: Tensor, N: int, interval: int, steps: int, registers: int | None
 ) -> dict[str, object]:
-    """What the kernels are compiled for. `STEPS`: as many as 64 registers a lane hold the states of; `RAGGED`: whether some
-    group of steps is not full."""
+    """The constants for which the kernels are compiled.
+
+    `STEPS` is the number of steps whose states fit into 64 registers a lane. `RAGGED` says whether
+    some group of steps is not full.
+    """
     (_, T, D), width = x.shape, triton.next_power_of_2(N)
     steps = min(steps, 64 * 32 // (width * block(N)))
     sizes = {
@@ -604,12 +653,19 @@ def sizes_of(
 
 
 def block(N: int) -> int:
-    """Channels of a program: one for each lane of its warp, fewer where their states would not fit into the registers."""
+    """Channels of a program: one for each lane of its warp.
+
+    There are fewer if their states would not fit into the registers.
+    """
     return 32 if N <= 32 else 16
 
 
 def plan(x: Tensor, N: int, interval: int) -> tuple[int, int, int, int, int]:
-    """Intervals, blocks of channels, intervals to a chunk, chunks, and blocks to a program of the backward pass."""
+    """How the work is divided.
+
+    Returns the number of intervals, blocks of channels, intervals in a chunk, chunks, and blocks in
+    a program of the backward pass.
+    """
     batch, T, D = x.shape
     intervals, blocks = triton.cdiv(T, interval), triton.cdiv(D, block(N))
     span, share = divide(batch * blocks, intervals, multiprocessors(x))
@@ -617,11 +673,13 @@ def plan(x: Tensor, N: int, interval: int) -> tuple[int, int, int, int, int]:
 
 
 def divide(walks: int, intervals: int, multiprocessors: int) -> tuple[int, int]:
-    """Intervals to a chunk and blocks to a program of the backward pass, given the walks: blocks of channels times batch.
+    """Intervals in a chunk, and blocks in a program of the backward pass, for a number of walks.
 
-    A walk is one warp's work. Two for each of an SM's four schedulers (WHOLE) are enough to leave time whole, because a split
-    costs the forward pass its exponentials twice; if there are fewer, chunks make it about 32 warps an SM (FILL). An SM holds
-    8 programs of the backward pass (RESIDENT): what exceeds that is better spent on sums over more channels.
+    `walks` is blocks of channels times batch, and a walk is one warp's work. Two walks for each of
+    an SM's four schedulers (WHOLE) are enough not to split time, because a split makes the forward
+    pass compute its exponentials twice. If there are fewer, chunks make about 32 warps an SM
+    (FILL). 8 programs of the backward pass fit on an SM (RESIDENT). If there would be more, each
+    program sums over more channels instead.
     """
     span = intervals
     if walks < WHOLE * multiprocessors:
@@ -687,10 +745,11 @@ def selective_scan(
     state: Tensor | None = None,
     resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As minimodels.architectures.mamba.selective_scan: y (B, T, D) in x's dtype and the final state (B, D, N).
+    """As minimodels.architectures.mamba.selective_scan.
 
-    x, delta, z (B, T, D); A (D, N) negative; B, C (B, T, N); skip, delta_bias (D,); state (B, D, N), None for zeros;
-    resets (B, T) bool, None for none. N <= 64. Raises ValueError on shapes that disagree.
+    x, delta, z (B, T, D); A (D, N) negative; B, C (B, T, N); skip, delta_bias (D,); state (B, D,
+    N), None for zeros; resets (B, T) bool, None for none. N <= 64. Returns y (B, T, D) in x's dtype
+    and the final state (B, D, N). Raises ValueError if shapes disagree.
     """
     check_shapes(x, delta, A, B, C, skip, z, delta_bias, state, resets)
     T, N = x.shape[1], A.shape[1]
@@ -705,7 +764,7 @@ def selective_scan(
 
 
 def check() -> None:
-    """Outputs and gradients against the reference in fp64; on a GPU in bf16 too, and over several chunks."""
+    """Outputs and gradients against the reference in fp64; on a GPU in bf16 and in chunks too."""
     shapes = (
         [(2, 701, 64, 16), (1, 320, 48, 16), (1, 260, 48, 16), (1, 67, 48, 33)]
         if GPU
@@ -718,12 +777,12 @@ def check() -> None:
 
 
 def reference(x, delta, A, B, C, skip, z=None, bias=None, state=None, resets=None):
-    """With the arguments in the kernel's order."""
+    """The reference, with the arguments in the kernel's order."""
     return operation(x, delta, A, B, C, skip, z, bias, state, "reference", resets)
 
 
 def arguments(batch: int, T: int, D: int, N: int, plain: bool = False) -> tuple:
-    """Random ones; `plain` without gate, bias and state."""
+    """Random arguments; `plain` without gate, bias and state."""
     x, delta, z = torch.randn(3, batch, T, D).unbind(0)
     B, C = torch.randn(2, batch, T, N).unbind(0)
     optional = (None, None, None) if plain else (z, torch.randn(D), torch.randn(batch, D, N))
@@ -731,7 +790,10 @@ def arguments(batch: int, T: int, D: int, N: int, plain: bool = False) -> tuple:
 
 
 def mamba_ssm(x, delta, A, B, C, skip, z, bias):
-    """The CUDA kernel of the paper's authors, which wants (B, D, T): the transposing is timed with it."""
+    """The CUDA kernel of the paper's authors.
+
+    It takes (B, D, T), and its time includes the transpositions.
+    """
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     x, delta, B, C, z = (tensor.mT.contiguous() for tensor in (x, delta, B, C, z))
@@ -739,7 +801,10 @@ def mamba_ssm(x, delta, A, B, C, skip, z, bias):
 
 
 def by_states(scan: Callable) -> Callable:
-    """The operation by a scan h_t = decay_t · h_(t-1) + new_t that holds the states of all times, (B, T, D, N)."""
+    """The operation by a scan h_t = decay_t · h_(t-1) + new_t.
+
+    The scan has the states of all times in memory, (B, T, D, N).
+    """
 
     def operation(x, delta, A, B, C, skip, z, bias):
         step = F.softplus(delta + bias).float().unsqueeze(-1)  # (B, T, D, 1)
@@ -758,7 +823,7 @@ def mambapy(decay: Tensor, new: Tensor) -> Tensor:
 
 
 def accelerated_scan(decay: Tensor, new: Tensor) -> Tensor:
-    """The Triton scan of accelerated-scan, which wants (B, channels, T)."""
+    """The Triton scan of accelerated-scan, which takes (B, channels, T)."""
     from accelerated_scan.scalar import scan
 
     decay, new = (rearrange(part, "b t d n -> b (d n) t").contiguous() for part in (decay, new))
@@ -802,7 +867,10 @@ PEERS = {
 
 
 def case(tokens: int, T: int, D: int, N: int = N_TIMED) -> Case:
-    """Gated: x, delta, z and y forward; backward reads x, delta, z and dy, and writes dx, ddelta and dz."""
+    """With a gate: forward moves x, delta, z and y.
+
+    Backward reads x, delta, z and dy, and writes dx, ddelta and dz.
+    """
 
     def inputs() -> tuple:
         with torch.device(TIMED["device"]):
@@ -813,7 +881,8 @@ def case(tokens: int, T: int, D: int, N: int = N_TIMED) -> Case:
     return Case(f"B {tokens // T}, T {T}, D {D}, N {N}", inputs, 4 * tokens * D, 7 * tokens * D)
 
 
-# what minimodels.kernels.compile launches: also without a gate, with states and channels that fill no block, and documents
+# the launches of minimodels.kernels.compile: also without a gate, with sizes that fill no block,
+# and with documents
 EXAMPLES = [
     case(8192, 4096, 1536).inputs,
     lambda: case(300, 300, 1500, 50).inputs()[:6],

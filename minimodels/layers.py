@@ -1,22 +1,23 @@
 """What every architecture shares: the layer contract, the residual stream, normalisation, costs.
 
-The layer contract. A sequence layer is an `nn.Module`, made as `Layer(options, config, place)`, with
+The layer contract. A sequence layer is an `nn.Module`, made as `Layer(options, config, place)`:
 
     forward(x: (B, T, D), state=None, context=None) -> (y: (B, T, D), state)
 
-x is the normed residual stream, y what a `Residual` adds to it. T is 1 or more. `state` is all that the
-layer remembers of the tokens before x; None means that there were none. Training passes None, prefill is
-one long chunk, decoding is T = 1: there is no second path for inference. A state never changes once it
-was returned. States may share memory, but one can continue from any of them, more than once.
+x is the normalised residual stream, and a residual connection (RESIDUALS) adds y to the stream. T
+is 1 or more. `state` is all that the layer remembers of the tokens before x; None means that there
+were none. Training passes None, prefill is one long chunk, and decoding is T = 1, so there is no
+second path for inference. A layer never changes a state that it has returned. States may share
+memory, but a caller can continue from any of them, more than once.
 
 `context` says what a pass knows of its tokens besides their values; see Context. None means that x
 continues where the state ended, as one document without padding.
 
-A wrapper is made as `Wrapper(options, config, place, group)` around a `Stack`. It works on the residual
-stream itself: its y replaces x. It passes its group a context of its own.
+A wrapper is made as `Wrapper(options, config, place, group)` around a `Stack`. It works on the
+residual stream itself: its y replaces x. It passes a context of its own to its group.
 
-`options` is an instance of the class attribute `Options`, a frozen dataclass. `place` is the layer's
-Place. Besides, a class has
+`options` is an instance of the class attribute `Options`, a frozen dataclass. `place` is the
+layer's Place. A class also has
 
 - `paper`, where the layer was published, and `presets`, models by name (see minimodels/presets.py)
 
@@ -26,9 +27,9 @@ and may have
 - `causal`: whether no token depends on a later one in the present mode, if that is not always so
 - `after_step()`: called once after each optimizer step
 - `no_weight_decay`: the names of its matrices that do not decay
-- `operations`: the names of those for which `impl` chooses a path
-- `flops(context)`: forward FLOPs per token in a text of `context` tokens, as PyTorch's counter finds
-  them on the torch path; by default those of its `nn.Linear` parts
+- `operations`: the names of the operations for which `impl` chooses a path
+- `flops(context)`: forward FLOPs per token in a text of `context` tokens, as PyTorch's counter
+  finds them on the torch path; by default the FLOPs of its `nn.Linear` parts
 - `unrouted_flops(context)`: the same if every token took every path; by default flops
 - `state_bytes(context, itemsize)`: bytes that are remembered after `context` tokens
 - `inactive_parameters()`: parameters that a token does not use, on average
@@ -52,17 +53,17 @@ from minimodels.kernels import FASTER, require
 
 
 class Place(NamedTuple):
-    """Where a layer is in its model, those inside wrappers counted like the others."""
+    """A layer's place in its model; layers inside wrappers count like the others."""
 
-    index: int = 0  # among the model's layers, from 0; of a shared layer that of its first use
+    index: int = 0  # among the model's layers, from 0; for a shared layer, its first use
     depth: int = 1  # how many layers the model has
 
 
 class Record:
-    """What the layers leave behind in a pass, besides their outputs.
+    """What the layers record in a pass, besides their outputs.
 
-    losses      weighted, to be added to the loss
-    observed    for the log: one entry for each layer that has something to say
+    losses      weighted losses, to be added to the loss
+    observed    values for the log: one entry for each layer that records something
     traces      whole tensors, such as each token's experts; None: not kept
     """
 
@@ -73,15 +74,15 @@ class Record:
         self.traces = traces
 
     def add_loss(self, name: str, value: Tensor) -> None:
-        """Add a weighted loss. Losses of one name are summed."""
+        """Add a weighted loss. Losses with the same name are summed."""
         self.losses[name] = self.losses[name] + value if name in self.losses else value
 
     def observe(self, name: str, value: Tensor) -> None:
-        """Append what a layer saw to the list of that name."""
+        """Append a value to the list of that name."""
         self.observed.setdefault(name, []).append(value.detach())
 
     def pool(self, name: str, loss: Callable[[list], Tensor], value: object) -> None:
-        """Append a layer's value to a list from which `loss` is taken once, at the end of the pass."""
+        """Append a value to a pool; `loss` turns the whole pool into one loss after the pass."""
         self.pools.setdefault(name, (loss, []))[1].append(value)
 
     def trace(self, name: str, value: Tensor) -> None:
@@ -101,15 +102,17 @@ class Record:
 class Context:
     """What a pass knows of its tokens besides their values, and what its layers share.
 
-    positions   (B, T) int64: each token's index in its row's text; -1 marks padding, which appears only at
-                the end of a row and never changes the state. None: x continues where the state ended
-    starts      (B, T) int64: the position at which the token's document begins, for rows that hold several
-                documents; a token knows nothing of the documents before its own. None: one document
-    resets      (B, T) bool: whether a token is the first of its document that the layer meets; follows
-                from starts
-    tokens      (B, T) int64: the token ids, and embedded (B, T, D), their embeddings; None outside a model
-    cache       what follows from the fields above, such as rotary angles: the first layer that needs it
-                computes it
+    positions   (B, T) int64: each token's index in its row's text; -1 marks padding, which appears
+                only at the end of a row and never changes the state. None: x continues where the
+                state ended
+    starts      (B, T) int64: the position at which the token's document begins, for rows with
+                several documents. A token sees nothing of earlier documents. None: one document
+    resets      (B, T) bool: whether a token is the first of its document that the layer sees;
+                computed from starts
+    tokens      (B, T) int64: the token ids; None outside a model
+    embedded    (B, T, D): their embeddings; None outside a model
+    cache       values that follow from the fields above, such as rotary angles: the first layer
+                that needs one computes it
     record      losses and observations of the pass
     """
 
@@ -133,7 +136,10 @@ class Context:
             self.resets = (self.positions == self.starts) & (self.positions >= 0)
 
     def take(self, index: Tensor, positions: Tensor, resets: Tensor | None) -> Context:
-        """The context of the tokens (B, k) at an index, at the positions given; the record is shared."""
+        """The context of the tokens (B, k) at an index, at the given positions.
+
+        Both contexts share the record.
+        """
 
         def chosen(part: Tensor | None) -> Tensor | None:
             return None if part is None else part.gather(1, index)
@@ -152,12 +158,15 @@ class Context:
 
     @property
     def real(self) -> Tensor | None:
-        """(B, T) bool: which tokens are not padding. None: all."""
+        """(B, T) bool: which tokens are not padding. None: all of them are real."""
         return None if self.positions is None else self.positions >= 0
 
 
 class RMSNorm(nn.Module):
-    """y = w · x / sqrt(mean(x²) + eps) over the last dimension, the mean in fp32 (arXiv:1910.07467)."""
+    """y = w · x / sqrt(mean(x²) + eps) over the last dimension, with the mean in fp32.
+
+    arXiv:1910.07467. `learned` is false for a norm without w.
+    """
 
     def __init__(self, width: int, eps: float = 1e-5, learned: bool = True):
         super().__init__()
@@ -165,18 +174,19 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width)) if learned else None  # None: w = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = (
-            None if self.weight is None else self.weight.to(x.dtype)
-        )  # another type than that of x takes a slow path
+        # F.rms_norm takes a slow path if the dtypes of x and weight differ
+        """x (..., D) -> (..., D)."""
+        weight = None if self.weight is None else self.weight.to(x.dtype)
         return F.rms_norm(x, (self.width,), weight, self.eps)
 
 
 def rmsnorm(
     x: Tensor, weight: Tensor, eps: float, update: Tensor | None = None, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """RMSNorm of x + update, and x + update itself: x, update (..., D), weight (D,) -> two (..., D).
+    """RMSNorm of x + update, and x + update itself.
 
-    Under autocast the norm comes in its precision: each of the linear maps that read it would have to cast it otherwise.
+    x, update (..., D), weight (D,) -> two (..., D). Under autocast the norm has autocast's
+    precision, because otherwise each of the linear maps that read it would have to cast it.
     """
     path = choose(impl, "rmsnorm", x.device)
     if path == "triton":
@@ -193,17 +203,17 @@ def rmsnorm(
 
 
 def norm_dtype(x: Tensor) -> torch.dtype:
-    """The precision of x's norm: that of autocast where x is in fp32 under it, else that of x."""
+    """The dtype of x's norm: autocast's if x is in fp32 under autocast, else x's own."""
     if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
-NORMS = {"rms": RMSNorm, "layer": nn.LayerNorm}  # of the residual stream, chosen once for a model
+NORMS = {"rms": RMSNorm, "layer": nn.LayerNorm}  # of the residual stream; one kind per model
 
 
 def make_norm(config: Config) -> nn.Module:
-    """A norm of the residual stream."""
+    """Make a norm of the residual stream."""
     return NORMS[config.norm](config.width, config.norm_eps)
 
 
@@ -218,8 +228,11 @@ def norm_of_sum(
 
 
 class PreNorm(nn.Module):
-    """x + layer(norm(x)). The sum is left to the next norm, so that one kernel reads both: what goes in
-    and comes out is x and the `update` that is still to be added to it."""
+    """x + layer(norm(x)).
+
+    The next norm computes the sum, so that one kernel reads both terms. The input and the output
+    are therefore x and the `update` that is still to be added to it.
+    """
 
     operations = ("rmsnorm",)
 
@@ -230,14 +243,17 @@ class PreNorm(nn.Module):
         self.impl = config.impl
 
     def forward(self, x: Tensor, update: Tensor | None, state=None, context: Context | None = None):
+        """x, update (B, T, D) -> x + update, the new update, and the layer's state."""
         normed, x = norm_of_sum(self.norm, x, update, self.impl)
         update, state = self.layer(normed, state, context)
         return x, scaled(update, self.scale), state
 
 
 class PostNorm(nn.Module):
-    """x + norm(layer(x)): the stream itself goes into the layer, and what is added to it has a known size (OLMo 2,
-    arXiv:2501.00656)."""
+    """x + norm(layer(x)) (OLMo 2, arXiv:2501.00656).
+
+    The layer reads the stream itself, and the norm fixes the size of what is added to it.
+    """
 
     def __init__(self, config: Config, layer: nn.Module):
         super().__init__()
@@ -245,13 +261,14 @@ class PostNorm(nn.Module):
         self.layer, self.scale = layer, config.residual_scale
 
     def forward(self, x: Tensor, update: Tensor | None, state=None, context: Context | None = None):
+        """x, update (B, T, D) -> x + update, the new update, and the layer's state."""
         x = x if update is None else x + update
         update, state = self.layer(x, state, context)
         return x, scaled(self.norm(update), self.scale), state
 
 
 class Sandwich(nn.Module):
-    """x + after(layer(norm(x))), both norms (Gemma 2, arXiv:2408.00118)."""
+    """x + after(layer(norm(x))), with a norm on either side (Gemma 2, arXiv:2408.00118)."""
 
     operations = ("rmsnorm",)
 
@@ -263,20 +280,25 @@ class Sandwich(nn.Module):
         self.impl = config.impl
 
     def forward(self, x: Tensor, update: Tensor | None, state=None, context: Context | None = None):
+        """x, update (B, T, D) -> x + update, the new update, and the layer's state."""
         normed, x = norm_of_sum(self.norm, x, update, self.impl)
         update, state = self.layer(normed, state, context)
         return x, scaled(self.after(update), self.scale), state
 
 
-# how a layer joins the residual stream, chosen once for a model
+# how a layer is added to the residual stream; one kind per model
 RESIDUALS = {"pre_norm": PreNorm, "post_norm": PostNorm, "sandwich": Sandwich}
 
 
 class Stack(nn.ModuleList):
-    """Layers one after the other; the state is the list of theirs. A stack is itself a layer, so that a
-    wrapper can hold one. A module that appears twice is one layer with two states."""
+    """A sequence of layers; its state is the list of their states.
+
+    A stack is itself a layer, so a wrapper can contain one. A module that appears twice is one
+    layer with two states.
+    """
 
     def forward(self, x: Tensor, state: list | None = None, context: Context | None = None):
+        """x (B, T, D) -> y (B, T, D) and the states of the layers."""
         context = context or Context()
         after, update = [], None
         for layer, before in zip(self, state or [None] * len(self), strict=True):
@@ -299,19 +321,22 @@ def linear(inputs: int, outputs: int, std: float, bias: bool = False) -> nn.Line
 
 
 def scaled(x: Tensor, factor: float) -> Tensor:
-    """x times a factor that has been rounded to x's precision, as published models have it."""
+    """x times a factor that is rounded to x's precision, as in published models."""
     if factor == 1.0:
         return x
     return x * torch.full((), factor, dtype=x.dtype, device=x.device)
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """x in fp32, or in fp64 as it is: what routing decisions and recurrent states are computed in."""
+    """x in fp32, or unchanged if it is in fp64. Routing and recurrent states use this precision."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def choose(impl: str, operation: str, device: torch.device) -> str:
-    """Which path an operation takes: "reference", "torch" or "triton". Raises InputError if `impl` cannot be honoured."""
+    """The path of an operation: "reference", "torch" or "triton".
+
+    Raises InputError if `impl` is unknown or cannot be used.
+    """
     if impl == "auto":
         return "triton" if device.type == "cuda" and operation in FASTER else "torch"
     if impl not in IMPLS:
@@ -322,16 +347,16 @@ def choose(impl: str, operation: str, device: torch.device) -> str:
 
 
 def operations(model: nn.Module) -> list[str]:
-    """The operations of a model for which `impl` chooses a path, each once."""
+    """The operations of a model for which `impl` chooses a path, each listed once."""
     named = [name for module in model.modules() for name in getattr(module, "operations", ())]
     return list(dict.fromkeys(named))
 
 
-# What a part of a model costs.
+# The costs of a part of a model.
 
 
 def flops(module: nn.Module, context: int) -> float:
-    """Forward FLOPs per token of any part of a model, averaged over a sequence of `context` tokens."""
+    """Forward FLOPs per token of any part of a model, averaged over `context` tokens."""
     if hasattr(module, "flops"):
         return module.flops(context)
     if isinstance(module, nn.Linear):
@@ -349,20 +374,22 @@ def unrouted_flops(module: nn.Module, context: int) -> float:
 
 
 def state_bytes(module: nn.Module, context: int, itemsize: int) -> float:
-    """Bytes remembered per sequence after `context` tokens, without the integers that say which tokens
-    these are."""
+    """Bytes remembered per sequence after `context` tokens.
+
+    The count leaves out the integers that say which tokens are remembered.
+    """
     if hasattr(module, "state_bytes"):
         return module.state_bytes(context, itemsize)
     return sum(state_bytes(part, context, itemsize) for part in parts(module))
 
 
 def parts(module: nn.Module) -> list[nn.Module]:
-    """The parts of a module, in a stack once for every use."""
+    """The parts of a module. A stack lists a shared layer once for every use."""
     return list(module) if isinstance(module, Stack) else list(module.children())
 
 
 def inactive_parameters(module: nn.Module) -> float:
-    """Parameters that a token does not use, on average; those of a shared layer once."""
+    """Parameters that a token does not use, on average. A shared layer counts once."""
     seen: set[int] = set()
 
     def count(part: nn.Module) -> float:

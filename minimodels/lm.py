@@ -3,7 +3,7 @@
 name        shape
 tokens      (B, T)         int64 token ids below V
 logits      (B, T, V)
-targets     (B, T)         int64; IGNORE where nothing is to be predicted
+targets     (B, T)         int64; IGNORE if nothing is to be predicted
 state       list           one state per layer
 """
 
@@ -21,7 +21,7 @@ from minimodels.objectives import OBJECTIVES
 
 
 class LM(nn.Module):
-    """tokens -> logits, with the state of all layers handed in and out."""
+    """tokens -> logits. The caller passes the state of all layers in and gets it back."""
 
     operations = ("linear_cross_entropy",)
 
@@ -29,15 +29,15 @@ class LM(nn.Module):
         super().__init__()
         self.config = config
         self.published = None  # what minimodels.published knows of a model that it read
-        self.tokenizer = None  # of a model that was loaded; None: bytes
-        # what the layers saw in the last call of `loss`
+        self.tokenizer = None  # the tokenizer of a loaded model; None: bytes
+        # what the layers recorded in the last call of `loss`
         self.observed: dict[str, list[Tensor]] = {}
         self.embedding = nn.Embedding(config.vocab or 256, config.width)
         nn.init.normal_(self.embedding.weight, std=config.init_std)
         self.layers = build(config)
         self.routers = [module for module in self.layers.modules() if hasattr(module, "causal")]
         self.norm = make_norm(config)
-        # None: the embedding's matrix is the head's too
+        # None: the head uses the embedding's matrix
         self.head = (
             None
             if config.tie_embeddings
@@ -55,8 +55,8 @@ class LM(nn.Module):
     ):
         """tokens (B, T), positions and starts as in Context -> logits (B, T, V), state.
 
-        `record` collects the layers' losses and observations. Raises InputError if a state is carried into
-        layers that are not causal, ValueError for another shape.
+        `record` collects the layers' losses and observations. Raises InputError if there is a state
+        but some layers are not causal, and ValueError if a shape is wrong.
         """
         context = self.context(tokens, state, positions, starts, record)
         x, state = self.features(tokens, state, context)
@@ -76,7 +76,7 @@ class LM(nn.Module):
         return Context(positions, starts, tokens=tokens, record=record)
 
     def features(self, tokens: Tensor, state: list | None = None, context: Context | None = None):
-        """What the head sees (B, T, D), and the state. Errors as in forward."""
+        """The input of the head (B, T, D), and the state. Errors as in forward."""
         context = context or self.context(tokens, state)
         if state is not None and not self.causal:
             accepted = (
@@ -88,7 +88,7 @@ class LM(nn.Module):
         return scaled(self.norm(x), self.config.logit_scale), state
 
     def logits(self, x: Tensor) -> Tensor:
-        """What the head makes of `features`: (..., D) -> (..., V)."""
+        """The head's output for `features`: (..., D) -> (..., V)."""
         logits, cap = F.linear(x, self.head_weight), self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -100,11 +100,11 @@ class LM(nn.Module):
     def loss(
         self, tokens: Tensor, targets: Tensor, starts: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss to minimise, and its parts, detached: "cross_entropy" in nats per predicted token, and
-        the layers' own.
+        """The loss to minimise, and its parts, detached.
 
-        tokens, targets and starts (B, T); targets are IGNORE where nothing is to be predicted. `observed`
-        then holds what the layers saw.
+        The parts are "cross_entropy", in nats per predicted token, and the layers' own losses.
+        tokens, targets and starts (B, T); a target is IGNORE if nothing is to be predicted.
+        `observed` then contains what the layers recorded. Raises ValueError if shapes disagree.
         """
         if targets.shape != tokens.shape:
             accepted = f"the shape of tokens, {tuple(tokens.shape)}"
@@ -121,21 +121,21 @@ class LM(nn.Module):
 
     @property
     def causal(self) -> bool:
-        """Whether, in the present mode, no token depends on a later one: what generation requires."""
+        """Whether, in the present mode, no token depends on a later one. Generation requires it."""
         return all(module.causal for module in self.routers)
 
     def after_step(self):
-        """Call once after each optimizer step: layers that balance themselves do it now."""
+        """Call this once after each optimizer step, so that layers can balance themselves."""
         for module in self.layers.modules():
             if hasattr(module, "after_step"):
                 module.after_step()
 
     def flops(self, context: int) -> float:
-        """Forward FLOPs per token: those of the layers and of the head's product."""
+        """Forward FLOPs per token of the layers and of the head's product."""
         return flops(self.layers, context) + 2 * self.head_weight.numel()
 
     def observations(self) -> dict[str, list]:
-        """What the layers saw in the last call of `loss`, one entry per layer that recorded it."""
+        """What the layers recorded in the last call of `loss`, one entry per layer."""
         return {
             name: [value.tolist() for value in values] for name, values in self.observed.items()
         }

@@ -1,7 +1,8 @@
-"""How everything here is timed: one process, the providers in turn, the same inputs, built before the clock starts.
+"""How everything here is timed: in one process, by turns, on the same inputs.
 
-A shared machine drifts, so a figure is quoted as a ratio of two providers timed side by side in the same rounds, with the
-median and the spread over the rounds.
+The inputs are built before the clock starts. The speed of a shared machine drifts. So a figure is
+the ratio of two providers timed side by side in the same rounds, with the median and the spread
+over the rounds.
 """
 
 from __future__ import annotations
@@ -34,8 +35,11 @@ def interleave(
     seconds: float = 0.2,
     warm: bool = True,
 ) -> Timings:
-    """Time each provider `rounds` times, turn by turn; a turn repeats the call for about `seconds`. The first two calls warm
-    up, or one of them where calls are long and `warm` is false."""
+    """Time each provider `rounds` times, in turns of about `seconds` each.
+
+    A turn repeats the call. Two calls warm a provider up, or only one if `warm` is false, for long
+    calls. Returns the seconds of one call, per provider and round.
+    """
     repeats = {}
     for name, call in providers.items():
         if warm:
@@ -58,42 +62,48 @@ def interleave(
 
 
 def synchronise() -> None:
-    """Wait for the GPU, where there is one."""
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def ratio(timings: Timings, name: str, other: str) -> tuple[float, float, float]:
-    """How many times faster `name` is than `other`: median, least and most over the rounds."""
+    """How many times faster `name` is than `other`: median, minimum and maximum over the rounds."""
     ratios = [b / a for a, b in zip(timings[name], timings[other], strict=True)]
     return statistics.median(ratios), min(ratios), max(ratios)
 
 
 def peak_memory(call: Callable[[], object]) -> int:
-    """Bytes by which a call raises the peak of a fresh process on the CPU. `call` must be importable by name."""
+    """Bytes by which a call raises the peak memory of a fresh process on the CPU.
+
+    `call` must be importable by name.
+    """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_raise_of_peak, (call,))
 
 
 def _raise_of_peak(call: Callable[[], object]) -> int:
-    torch.ones(1000, 1000) @ torch.ones(1000, 1000)  # what the first product allocates for good
+    torch.ones(1000, 1000) @ torch.ones(1000, 1000)  # the first product allocates memory for good
     before = _peak()
     call()
     return _peak() - before
 
 
 def _peak() -> int:
-    """The most memory that this process has held, in bytes."""
+    """The peak memory of this process, in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # where getrusage would count in the parent's peak
+    if status.exists():  # preferred, because getrusage would count in the parent's peak
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def environment(device: torch.device) -> dict[str, object]:
-    """What a figure depends on besides the code: commit (and a + where files differ from it), device, the precision of what is
-    timed there unless a row says otherwise, versions, threads."""
+    """What a figure depends on besides the code.
+
+    These are the commit (with a + if files differ from it), the device, the precision of the timed
+    operations unless a row says otherwise, the versions and the number of threads.
+    """
     names = {
         "cpu": lambda: f"{processor()}, {os.cpu_count()} cores",
         "cuda": lambda: torch.cuda.get_device_name(device),
@@ -113,7 +123,7 @@ def environment(device: torch.device) -> dict[str, object]:
 
 
 def git(*arguments: str) -> str:
-    """What git says of the code's folder; nothing where there is no git, or no repository."""
+    """The output of git in the code's folder; empty without git or a repository."""
     try:
         return subprocess.run(
             ["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent
@@ -134,8 +144,10 @@ def processor() -> str:
 
 
 def check_writable(path: Path) -> None:
-    """Raise InputError where rows could not be written to a file, before they are measured. The folder is made, the file is
-    left as it is."""
+    """Raise InputError if rows could not be written to a file, before anything is measured.
+
+    The folder is made, and the file stays as it is.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         new = not path.exists()
@@ -149,14 +161,17 @@ def check_writable(path: Path) -> None:
 
 
 def write(path: Path, rows: list[dict], device: torch.device) -> None:
-    """Write rows as JSON lines, each with the environment it was measured in."""
+    """Write rows as JSON lines, each with the environment in which it was measured."""
     shared = environment(device)
     path.write_text("".join(json.dumps({**shared, **row}) + "\n" for row in rows))
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """What this machine reaches at best, measured now: copying, in GB/s read and written, and matrix products in TFLOP/s, in
-    bf16 on a GPU and fp32 on a CPU."""
+    """The best speed of this machine, measured now.
+
+    "GB/s" is the speed of a copy, read plus written. "TFLOP/s" is the speed of a matrix product, in
+    bf16 on a GPU and in fp32 on a CPU.
+    """
     gpu = device.type == "cuda"
     source = torch.empty(2**28 if gpu else 2**25, device=device)
     target = torch.empty_like(source)
@@ -179,17 +194,16 @@ def ceilings(device: torch.device) -> dict[str, float]:
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes by which a call raises the memory in use at its highest; None where the system does not tell."""
+    """Bytes by which a call raises the peak of the memory in use; None if it is unknown."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(
-            0
-        )  # what was freed and kept would hide what is taken now
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is in use
+        # memory that was freed but kept would hide what the call takes
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is in use
     except OSError:
         return None
     before = _peak()

@@ -1,4 +1,4 @@
-"""What every layer is called, where it was published, and which options it has.
+"""Print what every layer is, where it was published, and which options it has.
 
 python -m minimodels.architectures                  all layers and wrappers, a line each
 python -m minimodels.architectures attention        one of them, with its options

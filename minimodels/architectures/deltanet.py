@@ -1,41 +1,48 @@
 """DeltaNet: a memory that is corrected, not only added to.
 
-DeltaNet: Schlag et al., arXiv:2102.11174; Yang et al., arXiv:2406.06484. Gated DeltaNet: Yang et al., "Gated Delta
-Networks: Improving Mamba2 with Delta Rule", arXiv:2412.06464. Kimi Delta Attention: Kimi Linear, arXiv:2510.26692.
+DeltaNet: Schlag et al., arXiv:2102.11174; Yang et al., arXiv:2406.06484.
+Gated DeltaNet: Yang et al., "Gated Delta Networks: Improving Mamba2 with Delta Rule",
+arXiv:2412.06464.
+Kimi Delta Attention: Kimi Linear, arXiv:2510.26692.
 Negative eigenvalues: Grazzi et al., arXiv:2411.12537. DeltaProduct: Siems et al., arXiv:2502.10297.
 
-Linear attention adds each value to what its key already holds, so that old values never leave. The delta rule first
-reads what is stored under the key and then writes only the difference to the new value; this is one step of gradient
-descent on ½ ‖Sᵀk - v‖² with rate β. A gate lets the whole memory decay besides, which forgets what no key overwrites.
+Linear attention adds each value to what is already stored under its key, so old values never leave
+the memory. The delta rule first reads what is stored under the key, and then writes only the
+difference to the new value. This is one step of gradient descent on ½ ‖Sᵀk - v‖² with rate β. A
+gate also lets the whole memory decay, which forgets what no key overwrites.
 
-    S_t = (I - β_t k_t k_tᵀ) Diag(α_t) S_{t-1} + β_t k_t v_tᵀ        y_t = S_tᵀ q_t                         (1)
+    S_t = (I - β_t k_t k_tᵀ) Diag(α_t) S_{t-1} + β_t k_t v_tᵀ        y_t = S_tᵀ q_t             (1)
 
     name        symbol  shape
     x                   (B, T, D)      input of the layer
     q, k        q, k    (B, T, G, K)   queries and unit keys of G heads, after convolution and SiLU
     v           v       (B, T, H, V)   values of H heads; H/G of them share a key
     beta        β       (B, T, H)      learning rate in (0, 1), or in (0, 2) with beta_max=2
-    g           log α   (B, T, H) or (B, T, H, K)  log-decay, one per head or one per channel of the key
+    g           log α   (B, T, H) or (B, T, H, K)  log-decay per head or per channel of the key
     z                   (B, T, H, V)   output gate
     S           S       (B, H, K, V)   state, in fp32
     window              (B, W-1, C)    the last inputs of the convolution, C channels of q, k and v
 
-The published layers are settings of the options, and presets:
+The published layers are settings of the options, and each has a preset:
 
-                        gate     beta_max  steps  output_gate  output_rank
-    DeltaNet            none     1         1      none                       the defaults
-    Gated DeltaNet      scalar   1         1      silu         full          Qwen3.5; OLMo-Hybrid with beta_max=2
-    KDA                 vector   1         1      sigmoid      head          Kimi Linear; gate_bound=5: a bounded gate
-    DeltaProduct        none     2         2      none                       with gate=scalar: Gated DeltaProduct
+                    gate     beta_max  steps  output_gate  output_rank
+    DeltaNet        none     1         1      none                     the defaults
+    Gated DeltaNet  scalar   1         1      silu         full        Qwen3.5
+    KDA             vector   1         1      sigmoid      head        Kimi Linear
+    DeltaProduct    none     2         2      none
 
-They are one class because each differs from the one before by a line or two below, and their authors combine them
-freely. A class for each would repeat the other lines, or inherit them.
+OLMo-Hybrid is Gated DeltaNet with beta_max=2. KDA with gate_bound=5 has a bounded gate.
+DeltaProduct with gate=scalar is Gated DeltaProduct.
 
-What the eigenvalues say: along a unit key the transition I - β k kᵀ multiplies the state by 1 - β. With β < 1 that is
-positive, so the memory can only shrink. With β up to 2 it reaches -1, a reflection, and a layer can count modulo 2.
-DeltaProduct takes n steps a token, each with its own key, value and β; the product of n reflections is any rotation
-of an n-dimensional space, with which a layer can follow a permutation. A token is then n tokens of the operation: the
-first one decays, the last one reads.
+They are one class because each differs from the one before it by a line or two, and their authors
+combine them freely. Separate classes would repeat the other lines or inherit them.
+
+What the eigenvalues mean: along a unit key the transition I - β k kᵀ multiplies the state by 1 - β.
+With β < 1 this factor is positive, so the memory can only shrink. With β up to 2 the factor reaches
+-1, which is a reflection, and a layer can count modulo 2. DeltaProduct takes n steps a token, each
+with its own key, value and β. A product of n reflections can be any rotation of an n-dimensional
+space, and with rotations a layer can follow a permutation. The operation sees n tokens for each
+token: the first one decays the state, and the last one reads it.
 """
 
 from __future__ import annotations
@@ -59,7 +66,7 @@ from minimodels.ops.normalise import gated_rmsnorm, l2norm
 
 
 class DeltaNetState(NamedTuple):
-    """What a layer of the delta rule remembers, the same size after any number of tokens."""
+    """What a DeltaNet layer remembers: its size does not grow with the text."""
 
     window: Tensor  # (B, W-1, C)
     S: Tensor  # (B, H, K, V) fp32
@@ -108,7 +115,7 @@ class DeltaNet(nn.Module):
         )
 
         def check(self, width: int) -> None:
-            """Raise InputError for heads that do not fit the width or each other, and for a bound of no gate."""
+            """Raise InputError if heads do not fit the width or each other, or a bound has no gate."""
             if not self.head_dim and width % self.heads:
                 raise InputError("heads", self.heads, f"a divisor of width {width}, or a head_dim")
             if self.key_heads and self.heads % self.key_heads:
@@ -127,7 +134,7 @@ class DeltaNet(nn.Module):
         self.split = (self.G * self.K, n * self.G * self.K, n * self.H * self.V)  # of q, k and v
         C = sum(self.split)
         self.qkv = linear(D, C, std)
-        # holds the weights; causal_conv1d does the work
+        # contains the weights only; causal_conv1d does the work
         self.conv1d = nn.Conv1d(C, C, options.conv_width, groups=C, bias=False)
         self.beta = linear(D, n * self.H, std)
         self.decay = self.A_log = self.dt_bias = None
@@ -167,7 +174,7 @@ class DeltaNet(nn.Module):
         beta = self.options.beta_max * torch.sigmoid(full_precision(self.beta(x)))
         beta = beta.unflatten(2, (n, self.H)).unsqueeze(-1)  # (B, T, n, H, 1)
         g = self.log_decay(x)
-        if context.real is not None:  # padding writes and erases nothing, and nothing decays
+        if context.real is not None:  # padding neither writes nor erases, and nothing decays
             padding = ~context.real[:, :, None, None]
             k = k.masked_fill(padding.unsqueeze(-1), 0.0)
             g = g.masked_fill(padding if g.ndim == 4 else padding.squeeze(-1), 0.0)
@@ -182,9 +189,9 @@ class DeltaNet(nn.Module):
         return self.out(y.flatten(2).to(x.dtype)), DeltaNetState(window, S)
 
     def log_decay(self, x: Tensor) -> Tensor:
-        """g, in fp32: (B, T, H), or (B, T, H, K) by channel.
+        """The log-decay g in fp32: (B, T, H), or (B, T, H, K) with a rate per channel.
 
-        -exp(A_log) softplus(·) as Mamba-2's; with a bound b instead -b σ(exp(A_log) ·).
+        It is -exp(A_log) softplus(·), as in Mamba-2. With a bound b it is -b σ(exp(A_log) ·).
         """
         if self.decay is None:
             dtype = torch.promote_types(x.dtype, torch.float32)
@@ -198,7 +205,7 @@ class DeltaNet(nn.Module):
         return -rate * F.softplus(step)
 
     def flops(self, context: int) -> float:
-        """Forward FLOPs per token: projections, convolution, and the operation in chunks."""
+        """Forward FLOPs per token: projections, convolution, and the chunked operation."""
         n, V = self.options.steps, self.V
         C = rule.chunk_length(n * context)
         chunks = n * self.H * rule.flops(C, self.K, V, erase=True)
@@ -214,9 +221,10 @@ class DeltaNet(nn.Module):
 def micro_steps(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, e: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """n steps for each of T tokens as n T tokens of the operation: the first one decays, the last one reads.
+    """Turn n steps for each of T tokens into n T tokens of the operation.
 
-    k, v, e (B, T, n, ...), q and g (B, T, ...). Returns all of them as (B, n T, ...).
+    The first step of a token decays the state, and the last one reads it. k, v, e (B, T, n, ...), q
+    and g (B, T, ...). Returns all of them as (B, n T, ...).
     """
     n = k.shape[2]
     if n > 1:
@@ -226,7 +234,7 @@ def micro_steps(
 
 
 def resets_of_steps(resets: Tensor | None, n: int) -> Tensor | None:
-    """Where a document begins among the steps, at the first of its first token: (B, T) -> (B, n T)."""
+    """Mark the first step of each token that begins a document: (B, T) -> (B, n T)."""
     if resets is None or n == 1:
         return resets
     return F.pad(resets.unsqueeze(2), (0, n - 1)).flatten(1)
@@ -235,9 +243,10 @@ def resets_of_steps(resets: Tensor | None, n: int) -> Tensor | None:
 def recurrence(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, S: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The reference, equation (1) one token after the other: y (B, T, H, V) and the final state.
+    """The reference: equation (1), token by token.
 
-    q (B, T, H, K); k (B, T, n, H, K); v (B, T, n, H, V); alpha (B, T, H, K), in [0, 1]; beta (B, T, n, H); S (B, H, K, V).
+    q (B, T, H, K); k (B, T, n, H, K); v (B, T, n, H, V); alpha (B, T, H, K), in [0, 1]; beta (B, T,
+    n, H); S (B, H, K, V). Returns y (B, T, H, V) and the final state.
     """
     identity = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
     outputs = []

@@ -1,20 +1,23 @@
-"""Differential attention: the difference of two softmaxes, in which what both attend to alike cancels.
+"""Differential attention: the difference of two softmaxes, in which their common part cancels.
 
-Ye et al., "Differential Transformer", arXiv:2410.05258 (v1); v2 after Microsoft's description of January 2026.
+Ye et al., "Differential Transformer", arXiv:2410.05258 (v1); v2 follows Microsoft's description of
+January 2026.
 
-A softmax never gives weight zero, so over a long text much of it goes to tokens that do not matter. Two
-heads that look at the same values and are subtracted lose this noise, as a differential amplifier does.
+A softmax never gives a weight of zero, so over a long text much of its weight goes to tokens that
+do not matter. Two heads look at the same values, and their difference loses this common noise, as
+in a differential amplifier.
 
-v1 pairs query head i with head i + H/2, and gives both the values of two key heads, side by side. λ is a
-number that the layer learns about a start λ₀, which grows with depth, and a norm makes the outputs' sizes
-equal. v2 has two queries for every head of keys and values, a λ for each token and head, and no norm.
+v1 pairs query head i with head i + H/2. Both read the values of two key heads, side by side. λ is
+one number: the layer learns it as an offset from a start λ₀ that grows with depth. A norm makes the
+sizes of the outputs equal. v2 has two queries for every head of keys and values, a λ for each token
+and head, and no norm.
 
     name        paper   shape
     x           X       (B, T, D)
     q                   (B, H, T, d) in v1, (B, 2H, T, d) in v2
     k, v        K, V    (B, G, S, d)
     factor      λ       () in v1, (B, T, H, 1) in v2
-    start       λ₀      ()            0.8 - 0.6 exp(-0.3 block), blocks counted from 0, two layers each
+    start       λ₀      ()            0.8 - 0.6 exp(-0.3 block); blocks of two layers count from 0
 """
 
 from __future__ import annotations
@@ -58,7 +61,7 @@ class DifferentialAttention(nn.Module):
         bias: bool = option(False, "biases in the four projections")
 
         def check(self, width: int) -> None:
-            """Raise InputError for heads that do not fit the width or each other."""
+            """Raise InputError if heads do not fit the width or each other."""
             if not self.head_dim and width % self.heads:
                 raise InputError("heads", self.heads, f"a divisor of width {width}, or a head_dim")
             if self.rope_base and (head_dim := self.head_dim or width // self.heads) % 2:
@@ -122,7 +125,7 @@ class DifferentialAttention(nn.Module):
         return self.out(y), after
 
     def of_pairs(self, x: Tensor, attend, values: Tensor) -> Tensor:
-        """v1: (1 - λ₀) norm((A₁ - λ A₂) V), equations (1) and (3), V as wide as two heads."""
+        """v1: (1 - λ₀) norm((A₁ - λ A₂) V), equations (1) and (3); V is as wide as two heads."""
         halves = [half.repeat(1, 2, 1, 1) for half in values.chunk(2, dim=1)]  # (B, G, S, d) twice
         y = torch.cat([attend(half) for half in halves], dim=-1)  # (B, H, T, 2d)
         first, second = y.chunk(2, dim=1)  # (B, H/2, T, 2d)
@@ -135,19 +138,19 @@ class DifferentialAttention(nn.Module):
         return y.to(first.dtype).transpose(1, 2).flatten(2)
 
     def of_doubles(self, x: Tensor, attend, values: Tensor) -> Tensor:
-        """v2: (A₁ - σ(λ) A₂) V, the two queries of a head side by side."""
+        """v2: (A₁ - σ(λ) A₂) V; the two queries of a head are side by side."""
         first, second = attend(values).transpose(1, 2).unflatten(2, (-1, 2)).unbind(3)
         return (first - torch.sigmoid(self.factor(x)).unsqueeze(-1) * second).flatten(2)
 
     def angles(self, positions: Tensor, cache: dict) -> tuple[Tensor, Tensor]:
-        """As rotary, computed once for all layers that turn alike."""
+        """The angles of `rotary`, computed once for all layers with the same rotation."""
         key = ("rotary", self.head_dim, self.options.rope_base, self.scaling)
         if key not in cache:
             cache[key] = rotary(positions, *key[1:])
         return cache[key]
 
     def flops(self, context: int) -> float:
-        """Forward FLOPs per token: maps, and two products QKᵀ and PV with every key, masked ones included."""
+        """Forward FLOPs per token: linear maps, and QKᵀ and PV twice with all keys, masked or not."""
         maps = [part for part in self.children() if isinstance(part, nn.Linear)]
         return sum(flops(part, context) for part in maps) + 8 * self.heads * self.head_dim * context
 

@@ -1,24 +1,24 @@
-"""Multi-head latent attention: one small vector per token is remembered instead of all heads' keys and values.
+"""Multi-head latent attention, which remembers one small vector per token for all heads.
 
 DeepSeek-V2, arXiv:2405.04434, section 2.1; DeepSeek-V3, arXiv:2412.19437.
 
-A token's keys and values are linear maps of a latent of rank r, the same for all heads, so the latent is all
-that has to be remembered. Rotation does not pass through such a map, so a second, narrow key carries the
-positions; all heads share it. In training keys and values are expanded from the latents. In decoding the map
-to the keys moves into the query and the map to the values behind the sum, so that each head attends to the
-latents themselves, and nothing is expanded.
+A token's keys and values are linear maps of a latent vector of rank r, which all heads share. So
+the layer only has to remember the latent. Rotation does not commute with such a map, so a second,
+narrow key carries the positions; all heads share it too. Training expands the keys and values from
+the latents. Decoding moves the map to the keys into the query, and applies the map to the values
+after the weighted sum. Each head then attends to the latents themselves, and nothing is expanded.
 
     name        paper       shape
     x           h           (B, T, D)
     latent      c^KV        (B, S, r)           after its norm
     key         k^R         (B, S, d_r)         rotated, shared by all heads
-    memory                  (B, 1, S, r + d_r)  both, which is the state
+    memory                  (B, 1, S, r + d_r)  both of these; the state
     plain       q^C, k^C    (B, H, T or S, d)   the parts of queries and keys that are not rotated
     turned      q^R         (B, H, T, d_r)
     values      v^C         (B, H, S, d_v)
 
-The absorbed form is the expanded one with other brackets: q·(U c) = (Uᵀ q)·c and Σ p (V c) = V (Σ p c). It
-takes more operations per pair of tokens and none per remembered token.
+The absorbed form is the expanded one with other brackets: q·(U c) = (Uᵀ q)·c and Σ p (V c) = V (Σ p
+c). It takes more operations per pair of tokens, but none per remembered token.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from minimodels.ops.rotary import Scaling, rotary, rotate, scaling_text
 
 
 class LatentAttention(nn.Module):
-    """Causal self-attention that remembers one latent and one rotary key per token, for all heads."""
+    """Causal self-attention that remembers one latent and one rotary key per token."""
 
     paper = "DeepSeek-AI, arXiv:2405.04434"
     operations = ("attention",)
@@ -125,10 +125,15 @@ class LatentAttention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2)), after
 
     def expanded(
-        self, plain: Tensor, turned: Tensor, memory: Tensor, queries: Tensor | None, keys: Tensor | None,
+        self,
+        plain: Tensor,
+        turned: Tensor,
+        memory: Tensor,
+        queries: Tensor | None,
+        keys: Tensor | None,
         starts: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        """Attention over keys and values made from the latents: equations (10) to (19) of DeepSeek-V2."""
+    ) -> Tensor:
+        """Attention over keys and values made from the latents: DeepSeek-V2, (10) to (19)."""
         B, _, S, _ = memory.shape
         latent, key = memory.squeeze(1).split((self.rank, self.turned), dim=-1)
         up = self.kv_up(latent).view(B, S, self.heads, -1).transpose(1, 2)
@@ -138,10 +143,15 @@ class LatentAttention(nn.Module):
         return self.attend(q, k, v, queries, keys, starts)
 
     def absorbed(
-        self, plain: Tensor, turned: Tensor, memory: Tensor, queries: Tensor | None, keys: Tensor | None,
+        self,
+        plain: Tensor,
+        turned: Tensor,
+        memory: Tensor,
+        queries: Tensor | None,
+        keys: Tensor | None,
         starts: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        """The same over the latents themselves, which are all heads' keys and values."""
+    ) -> Tensor:
+        """The same over the latents themselves, which serve as all heads' keys and values."""
         up = self.kv_up.weight.view(self.heads, -1, self.rank)  # (H, d + d_v, r)
         to_keys, to_values = up.split((self.plain, self.value), dim=1)
         q = torch.cat((plain @ to_keys.to(plain.dtype), turned), dim=-1)  # (B, H, T, r + d_r)
@@ -149,9 +159,15 @@ class LatentAttention(nn.Module):
         return y @ to_values.mT.to(y.dtype)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, queries: Tensor | None, keys: Tensor | None, starts: Tensor | None
-    ) -> Tensor:  # fmt: skip
-        """The operation, for values of another width than the keys': the narrower ones are filled with zeros."""
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: Tensor | None,
+        keys: Tensor | None,
+        starts: Tensor | None,
+    ) -> Tensor:
+        """Attention for values and keys of different widths: zeros fill up the narrower ones."""
         width = max(q.shape[-1], v.shape[-1])
         filled = [
             F.pad(part, (0, width - part.shape[-1]))
@@ -161,20 +177,20 @@ class LatentAttention(nn.Module):
         return y[..., : v.shape[-1]]
 
     def absorbing_saves(self, T: int, S: int) -> bool:
-        """Whether the absorbed form takes fewer operations for a chunk of T tokens that sees S."""
+        """Whether the absorbed form takes fewer operations for T tokens over S tokens."""
         up = self.rank * (self.plain + self.value)
         expanded = S * up + T * S * (self.plain + self.turned + self.value)
         return T * up + T * S * (2 * self.rank + self.turned) < expanded
 
     def angles(self, positions: Tensor, cache: dict) -> tuple[Tensor, Tensor]:
-        """As rotary, computed once for all layers that turn alike."""
+        """The angles of `rotary`, computed once for all layers with the same rotation."""
         key = ("rotary", self.turned, self.options.rope_base, self.scaling)
         if key not in cache:
             cache[key] = rotary(positions, *key[1:])
         return cache[key]
 
     def flops(self, context: int) -> float:
-        """Forward FLOPs per token of the expanded form: maps, and QKᵀ and PV with every key, masked ones included."""
+        """Forward FLOPs per token of the expanded form: maps, and QKᵀ and PV with all keys."""
         maps = [part for part in self.children() if isinstance(part, nn.Linear)]
         width = max(self.plain + self.turned, self.value)
         return sum(flops(part, context) for part in maps) + 4 * self.heads * width * context
@@ -185,5 +201,5 @@ class LatentAttention(nn.Module):
 
 
 def pairs_apart(x: Tensor) -> Tensor:
-    """Pairs that lie side by side, as in DeepSeek's weights, put into the halves that `rotate` turns."""
+    """Move adjacent pairs, as in DeepSeek's weights, to the two halves that `rotate` turns."""
     return x.unflatten(-1, (-1, 2)).mT.flatten(-2)

@@ -1,7 +1,8 @@
-"""A learned vector for each position, added to the residual stream: how GPT-2 knows the order of its tokens.
+"""Learned positions: GPT-2 adds a learned vector for each position to the residual stream.
 
 Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2), after Vaswani et al.,
-arXiv:1706.03762, who found it equal to fixed sinusoids. It comes first in a model, before the blocks:
+arXiv:1706.03762, who found learned positions as good as fixed sinusoids. The layer comes first in a
+model, before the blocks:
 
     learned_positions(context=1024) (attention(rope_base=0) mlp)*12
 
@@ -29,13 +30,13 @@ from minimodels.ops.cache import advance
 
 
 class PositionState(NamedTuple):
-    """What the layer remembers."""
+    """What the layer remembers: the position of the next token."""
 
     seen: Tensor | int  # the position of the next token
 
 
 class LearnedPositions(nn.Module):
-    """Adds a learned vector for each position to the residual stream, which it works on itself."""
+    """Adds a learned vector for each position to the residual stream itself."""
 
     paper = "Vaswani et al., arXiv:1706.03762"
     on_stream = True

@@ -2,30 +2,33 @@
 
 Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv:2312.00752.
 
-Every channel of the text drives a small linear recurrence: a state of N numbers that decays and is written
-to at each token. How fast it decays (Δ), what is written (B) and what is read (C) depend on the token
-itself, so the layer selects what to remember and what to ignore. The cost per token and the size of the
-state are the same however long the text is.
+Every channel drives a small linear recurrence: a state of N numbers that decays and is written to
+at each token. How fast it decays (Δ), what is written (B) and what is read (C) depend on the token
+itself. So the layer selects what to remember and what to ignore. The cost per token and the size of
+the state do not grow with the text.
 
     name        paper   shape
     u                   (B, T, width)  input of the layer
-    x, z                (B, T, D)      its two halves after in_proj, D = expand · width: signal and gate
+    x, z                (B, T, D)      halves of in_proj, D = expand · width: signal and gate
     dt                  (B, T, R)      what the step size is made from, R = rank
-    delta               (B, T, D)      the step size before bias and softplus: Δ = softplus(delta + bias)
+    delta               (B, T, D)      raw step size: Δ = softplus(delta + bias)
     A           A       (D, N)         decay rates, negative; A = -exp(A_log)
     B, C        B, C    (B, T, N)      input and output matrix, one per token
     skip        D       (D,)           weight of x added to the output
     state       h       (B, D, N)      in fp32
     window              (B, W-1, D)    the last inputs of the convolution, W taps wide
 
-In a shape B is the batch. In this file D is the paper's inner width, not that of the residual stream.
+In a shape B is the batch. In this file D is the paper's inner width, not the width of the residual
+stream.
 
-Why the step size has a low rank: a full map from D channels to D step sizes would hold D² numbers, more
-than the rest of the layer. All channels of a token follow a few of its features, so R = width / 16 suffice.
+Why the step size has a low rank: a full map from D channels to D step sizes would need D² numbers,
+more than the rest of the layer. All channels of a token follow a few of its features, so R = width
+/ 16 is enough.
 
-How the recurrence is made discrete: h' = A h + B x is held constant over a step of length Δ. Solved exactly,
-the decay is exp(ΔA); the input is multiplied by Δ B, Euler's first-order approximation of its exact factor.
-The paper's code uses this mixture, because the exact factor costs more and gains nothing.
+How the recurrence is made discrete: the input x is constant over a step of length Δ, and h' = A h +
+B x is solved over the step. The exact decay is exp(ΔA). The input is multiplied by Δ B, Euler's
+first-order approximation of its exact factor. The paper's code uses this mixture, because the exact
+factor costs more and gains nothing.
 """
 
 from __future__ import annotations
@@ -47,14 +50,14 @@ from minimodels.ops.scan import scan
 
 
 class MambaState(NamedTuple):
-    """What a Mamba layer remembers, the same size after any number of tokens."""
+    """What a Mamba layer remembers: its size does not grow with the text."""
 
     window: Tensor  # (B, W-1, D)
     h: Tensor  # (B, D, N) fp32
 
 
 class Mamba(nn.Module):
-    """The selective state space block: projection, convolution, scan, gate, projection (Figure 3)."""
+    """The selective state space block (Figure 3): convolution, scan and gate."""
 
     paper = "Gu and Dao, arXiv:2312.00752"
     presets = {"mamba": "mamba*{twice}"}
@@ -81,13 +84,12 @@ class Mamba(nn.Module):
         R = options.rank or math.ceil(config.width / 16)
         self.N, self.R, self.impl = N, R, config.impl
         self.in_proj = nn.Linear(config.width, 2 * D, bias=options.bias)
-        # holds the weights; causal_conv1d does the work
+        # contains the weights only; causal_conv1d does the work
         self.conv1d = nn.Conv1d(D, D, options.conv_width, groups=D, bias=options.conv_bias)
         self.x_proj = nn.Linear(D, R + 2 * N, bias=False)
         self.dt_proj = nn.Linear(R, D)
-        self.A_log = nn.Parameter(
-            torch.arange(1, N + 1).float().log().repeat(D, 1)
-        )  # A_n = -(n + 1)
+        # A_n = -(n + 1)
+        self.A_log = nn.Parameter(torch.arange(1, N + 1).float().log().repeat(D, 1))
         self.D = nn.Parameter(torch.ones(D))
         self.out_proj = nn.Linear(D, config.width, bias=options.bias)
         self.dt_norm = self.B_norm = self.C_norm = nn.Identity()
@@ -101,8 +103,10 @@ class Mamba(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, depth: int):
-        """The step sizes start in [0.001, 0.1] (§3.6), log-uniform as in the paper's code: state n decays
-        at the rate n + 1, so it remembers 10/(n + 1) to 1000/(n + 1) tokens."""
+        """Initialise the step sizes in [0.001, 0.1] (§3.6), log-uniform as in the paper's code.
+
+        State n decays at the rate n + 1, so it remembers 10/(n + 1) to 1000/(n + 1) tokens.
+        """
         nn.init.uniform_(self.dt_proj.weight, -(self.R**-0.5), self.R**-0.5)
         dt = torch.exp(torch.empty_like(self.dt_proj.bias).uniform_(math.log(0.001), math.log(0.1)))
         self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
@@ -117,15 +121,12 @@ class Mamba(nn.Module):
             x, self.conv1d.weight.squeeze(1), self.conv1d.bias, window, lengths,
             activation=True, impl=self.impl, resets=context.resets,
         )  # fmt: skip
-        dt, B, C = self.x_proj(x).split(
-            (self.R, self.N, self.N), dim=-1
-        )  # (B, T, R), (B, T, N) twice
+        # (B, T, R), (B, T, N) twice
+        dt, B, C = self.x_proj(x).split((self.R, self.N, self.N), dim=-1)
         dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
         delta = F.linear(dt, self.dt_proj.weight)  # (B, T, D); the bias is added once, in the scan
-        if context.real is not None:
-            delta = delta.masked_fill(
-                ~context.real.unsqueeze(-1), float("-inf")
-            )  # Δ = 0 freezes the state
+        if context.real is not None:  # Δ = 0 freezes the state
+            delta = delta.masked_fill(~context.real.unsqueeze(-1), float("-inf"))
         A = -torch.exp(self.A_log)
         y, h = selective_scan(
             x, delta, A, B, C, self.D, z, self.dt_proj.bias, h, self.impl, context.resets
@@ -133,8 +134,11 @@ class Mamba(nn.Module):
         return self.out_proj(y), MambaState(window, h)
 
     def flops(self, context: int) -> float:
-        """Forward FLOPs per token, the same at every context: projections, convolution, and for the scan 9 per state element,
-        as is usual to count (step by step there are 7: ΔA, its exponential, Δx B, decay and sum, product and sum with C)."""
+        """Forward FLOPs per token, the same at every context: projections, convolution and scan.
+
+        The scan counts as 9 per state element, the usual convention. Step by step there are 7: ΔA,
+        its exponential, Δx B, decay and sum, product and sum with C.
+        """
         maps = (self.in_proj, self.conv1d, self.x_proj, self.dt_proj, self.out_proj)
         return 2 * sum(part.weight.numel() for part in maps) + 9 * self.A_log.numel()
 
@@ -157,18 +161,19 @@ def selective_scan(
     impl: str = "auto",
     resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The selective scan, Algorithm 2 of the paper, with what surrounds it.
+    """The selective scan, Algorithm 2 of the paper, with the operations around it.
 
         Δ_t = softplus(delta_t + delta_bias)
-        h_t = exp(Δ_t A) ⊙ h_{t-1} + Δ_t B_t x_t        equations (2a) and (4); B by Euler's rule, as in the paper's code
+        h_t = exp(Δ_t A) ⊙ h_{t-1} + Δ_t B_t x_t        equations (2a) and (4)
         y_t = (<C_t, h_t> + skip ⊙ x_t) ⊙ silu(z_t)     equation (2b)
 
-    Where a token begins a document, its decay is 0 instead of exp(Δ_t A): the state before it is forgotten.
+    B is made discrete by Euler's rule, as in the paper's code. If a token begins a document, its
+    decay is 0 instead of exp(Δ_t A), which forgets the state before it.
 
-    x, delta, z (B, T, D); A (D, N) negative; B, C (B, T, N); skip, delta_bias (D,); state (B, D, N), None for zeros; resets
-    (B, T) bool, True where a token begins a document, None for none.
-    Returns y (B, T, D) in x's dtype and the final state (B, D, N); inside, all is fp32 (or fp64 where x is).
-    Raises ValueError on shapes that disagree.
+    x, delta, z (B, T, D); A (D, N) negative; B, C (B, T, N); skip, delta_bias (D,); state (B, D,
+    N), None for zeros; resets (B, T) bool, True if a token begins a document, None for none.
+    Returns y (B, T, D) in x's dtype and the final state (B, D, N). The computation is in fp32, or
+    in fp64 if x is. Raises ValueError if shapes disagree.
     """
     check_shapes(x, delta, A, B, C, skip, z, delta_bias, state, resets)
     (batch, T, D), N = x.shape, A.shape[1]
@@ -178,9 +183,8 @@ def selective_scan(
 
         return kernel(x, delta, A, B, C, skip, z, delta_bias, state, resets)
     dtype = x.dtype
-    with torch.autocast(
-        x.device.type, enabled=False
-    ):  # a state that sums over the whole text needs its digits
+    # in full precision, because the state sums over the whole text
+    with torch.autocast(x.device.type, enabled=False):
         x, delta, A, B, C = (full_precision(part) for part in (x, delta, A, B, C))
         delta = F.softplus(delta if delta_bias is None else delta + delta_bias)
         state = x.new_zeros(batch, D, N) if state is None else state.to(x.dtype)
@@ -193,10 +197,21 @@ def selective_scan(
 
 
 def check_shapes(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor, z: Tensor | None, delta_bias: Tensor | None,
-    state: Tensor | None, resets: Tensor | None,
-) -> None:  # fmt: skip
-    """Raise ValueError unless the arguments have the shapes that selective_scan names, here and in its kernel."""
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    skip: Tensor,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    state: Tensor | None,
+    resets: Tensor | None,
+) -> None:
+    """Raise ValueError unless the arguments have the shapes in selective_scan's docstring.
+
+    The kernel uses this check too.
+    """
     (batch, T, D), N = x.shape, A.shape[1]
     expected = {
         "delta": (delta, (batch, T, D)), "A": (A, (D, N)), "B": (B, (batch, T, N)), "C": (C, (batch, T, N)),
@@ -211,9 +226,18 @@ def check_shapes(
 
 
 def recurrence(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, resets: Tensor | None = None
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The reference: one token after the other. Arguments as selective_scan's, delta after softplus."""
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    h: Tensor,
+    resets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The reference, token by token.
+
+    Arguments as in selective_scan, except that delta is already after softplus.
+    """
     outputs = []
     # unbind, because indexing [:, t] would make the backward pass quadratic in T
     steps = zip(x.unbind(1), delta.unbind(1), B.unbind(1), C.unbind(1), strict=True)

@@ -1,33 +1,35 @@
 """Mamba-2: a state space model that is also an attention layer.
 
-Dao and Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space
-Duality", arXiv:2405.21060.
+Dao and Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured
+State Space Duality", arXiv:2405.21060.
 
-Mamba lets every channel and every number of its state decay at a rate of its own; Mamba-2 gives all numbers of a
-head one rate. So the decay between two tokens is a number, and the layer can be computed as a masked attention
-matrix, which is fast on matrix units. Because all channels of a head also share what is written and what is read, the
-state can be eight times as large as Mamba's at the same cost.
+In Mamba every channel and every number of its state decays at its own rate. Mamba-2 gives all
+numbers of a head one rate. So the decay between two tokens is a single number, and the layer can be
+computed as a masked attention matrix, which is fast on matrix units. All channels of a head also
+share what is written and what is read. So the state can be eight times as large as Mamba's at the
+same cost.
 
     name        paper   shape
     u                   (B, T, width)  input of the layer
     z                   (B, T, E)      gate; E = heads · head_dim, by default 2 · width
     x           X       (B, T, H, P)   signal, H heads of P channels
-    B, C        B, C    (B, T, G, N)   what is written to and read from the state, shared by the heads of a group
+    B, C        B, C    (B, T, G, N)   what is written to and read from the state, one per group
     delta       Δ       (B, T, H)      step size
     A           A       (H,)           decay rate, negative; A = -exp(A_log)
     D           D       (H,)           weight of x added to the output
     h           h       (B, H, N, P)   state, in fp32; the paper's, transposed
     window              (B, W-1, E + 2GN)  the last inputs of the convolution, W taps wide
 
-In a shape B is the batch. One map, seen three ways, with α_t = exp(Δ_t A):
+In a shape B is the batch. The same map has three forms, with α_t = exp(Δ_t A):
 
-    recurrence   h_t = α_t h_{t-1} + B_t (Δ_t x_t)ᵀ        y_t = h_tᵀ C_t                                   (`recurrence`)
-    attention    Y = (L ∘ C Bᵀ) (Δ X)                      L_ij = α_{j+1} ... α_i for j <= i, else 0        (`attention`)
-    chunks       attention within a chunk, the recurrence from one chunk to the next               (ops/delta_rule.py)
+    recurrence   h_t = α_t h_{t-1} + B_t (Δ_t x_t)ᵀ     y_t = h_tᵀ C_t
+    attention    Y = (L ∘ C Bᵀ) (Δ X)                   L_ij = α_{j+1} ... α_i for j <= i, else 0
+    chunks       attention within a chunk, the recurrence from one chunk to the next
 
-The recurrence is linear in T and remembers N P numbers a head; it decodes. The attention form has no state and is
-quadratic in T; it shows that a token attends to earlier ones with weights that decay. Chunks are linear in T and
-made of matrix products; they train. In the operation's words C is the query, B the key and Δ x the value.
+`recurrence` is linear in T and remembers N P numbers per head; decoding uses it. `attention` has no
+state and is quadratic in T. It shows that a token attends to earlier ones with weights that decay.
+Chunks (ops/delta_rule.py) are linear in T and consist of matrix products; training uses them. In
+that operation C is the query, B the key and Δ x the value.
 """
 
 from __future__ import annotations
@@ -52,14 +54,14 @@ from minimodels.ops.normalise import gated_rmsnorm
 
 
 class Mamba2State(NamedTuple):
-    """What a Mamba-2 layer remembers, the same size after any number of tokens."""
+    """What a Mamba-2 layer remembers: its size does not grow with the text."""
 
     window: Tensor  # (B, W-1, E + 2GN)
     h: Tensor  # (B, H, N, P) fp32
 
 
 class Mamba2(nn.Module):
-    """The state space dual block: projection, convolution, scan by heads, gated norm, projection (Figure 6)."""
+    """The state space dual block (Figure 6): convolution, scan by heads, gated norm."""
 
     paper = "Dao and Gu, arXiv:2405.21060"
     presets = {"mamba2": "mamba2*{twice}"}
@@ -86,7 +88,7 @@ class Mamba2(nn.Module):
         step_max: Positive | None = option(None, "Δ is at most this; by default without limit")
 
         def check(self, width: int) -> None:
-            """Raise InputError for heads that do not fit the width or the groups, and for limits in disorder."""
+            """Raise InputError if heads do not fit the width or groups, or step_max < step_min."""
             inner = self.expand * width
             if not self.head_dim and inner % self.heads:
                 raise InputError("heads", self.heads, f"a divisor of {inner}, or a head_dim")
@@ -104,7 +106,7 @@ class Mamba2(nn.Module):
         self.H, self.E = H, H * self.P
         convolved = self.E + 2 * G * N
         self.in_proj = nn.Linear(config.width, self.E + convolved + H, bias=options.bias)
-        # holds the weights; causal_conv1d does the work
+        # contains the weights only; causal_conv1d does the work
         self.conv1d = nn.Conv1d(
             convolved, convolved, options.conv_width, groups=convolved, bias=options.conv_bias
         )
@@ -120,8 +122,11 @@ class Mamba2(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, depth: int):
-        """As in the paper's code: rates from U(1, 16), step sizes log-uniform in [0.001, 0.1]. So a head starts
-        with a memory of 1 to 1000 tokens."""
+        """Initialise rates and step sizes as in the paper's code.
+
+        Rates come from U(1, 16), and step sizes are log-uniform in [0.001, 0.1]. So a head starts
+        with a memory of 1 to 1000 tokens.
+        """
         self.A_log.uniform_(1, 16).log_()
         self.dt_bias.copy_(step_bias(self.H))
         self.out_proj.weight.div_(math.sqrt(depth))
@@ -151,7 +156,7 @@ class Mamba2(nn.Module):
         return self.out_proj(y.to(u.dtype)), Mamba2State(window, h)
 
     def gated(self, y: Tensor, z: Tensor) -> Tensor:
-        """The gate and the norm, in the order of the options: (B, T, E)."""
+        """Apply the gate and the norm in the order that the options choose: (B, T, E)."""
         if self.norm is None:
             return y * F.silu(full_precision(z))
         y, z, weight = (
@@ -161,7 +166,7 @@ class Mamba2(nn.Module):
         return gated_rmsnorm(y, weight, self.norm.eps, z, "silu", order).flatten(-2)
 
     def flops(self, context: int) -> float:
-        """Forward FLOPs per token: projections, convolution, and the operation in chunks."""
+        """Forward FLOPs per token: projections, convolution, and the chunked operation."""
         maps = (self.in_proj, self.conv1d, self.out_proj)
         N, C = self.options.state_size, rule.chunk_length(context)
         chunks = self.H * rule.flops(C, N, self.P, erase=False)
@@ -176,9 +181,10 @@ class Mamba2(nn.Module):
 def recurrence(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The reference, one token after the other: y (B, T, H, P) and the final state, without D.
+    """The reference, token by token, without D.
 
-    x (B, T, H, P), delta (B, T, H), A (H,), B and C (B, T, G, N), h (B, H, N, P).
+    x (B, T, H, P), delta (B, T, H), A (H,), B and C (B, T, G, N), h (B, H, N, P). Returns y (B, T,
+    H, P) and the final state.
     """
     B, C = (part.repeat_interleave(x.shape[2] // B.shape[2], 2) for part in (B, C))
     outputs = []
@@ -191,7 +197,10 @@ def recurrence(
 
 
 def attention(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """The dual form, quadratic in T, of a text without a state before it. Arguments as in recurrence."""
+    """The dual form, quadratic in T, for a text that has no state before it.
+
+    Arguments as in recurrence. Returns y (B, T, H, P).
+    """
     B, C = (part.repeat_interleave(x.shape[2] // B.shape[2], 2) for part in (B, C))
     total = (delta * A).cumsum(1).transpose(1, 2)  # (B, H, T)
     between = total.unsqueeze(-1) - total.unsqueeze(-2)  # (B, H, T, T) log of α_{j+1} ... α_i

@@ -1,31 +1,32 @@
 """Mixture-of-depths: some tokens take a group of layers, the others pass it by.
 
-Raposo et al., "Mixture-of-Depths: Dynamically allocating compute in transformer-based language models",
-arXiv:2404.02258.
+Raposo et al., "Mixture-of-Depths: Dynamically allocating compute in transformer-based language
+models", arXiv:2404.02258.
 
-A router scores each token. In training the C · T highest-scored tokens of each sequence take the group and
-attend only to one another. The group's change to them, times their score, is added to them; all other
-tokens keep their value. So the group costs a fraction C of its linear and C² of its attention computation.
-Which tokens are among the highest is known only at the end of the text. To generate, a causal decision that
-is learned in training replaces the comparison.
+A router scores each token. In training the C · T highest-scored tokens of each sequence take the
+group and attend only to one another. The group's change to these tokens, times their score, is
+added to them. All other tokens keep their value. So the group costs a fraction C of its linear and
+C² of its attention computation. Which tokens score highest is known only at the end of the text. To
+generate text, the model uses a causal decision instead, which it learns in training.
 
     name        paper   shape
     x           X       (B, T, D)      all tokens
-    scores      r       (B, T)         what the router gives each token, raw
-    weights     r       (B, k, 1)      the same, of the chosen tokens
-    capacity            ()             C: the fraction of tokens that take the group; the paper's C is their
-                                       number k
+    scores      r       (B, T)         the router's raw score of each token
+    weights     r       (B, k, 1)      the scores of the chosen tokens
+    capacity            ()             C: the fraction of tokens that take the group; the paper's C
+                                       is their number k
     index               (B, k)         the tokens that take the group, ascending, then filling
     real                (B, k)         bool: False for filling
     gathered    X̃       (B, k, D)      the values of the chosen tokens
-    output      f(X̃)+X̃  (B, k, D)      what the group makes of them, its residual sums included
-    update      r f(X̃)  (B, k, D)      its change to them, times the weights
+    output      f(X̃)+X̃  (B, k, D)      the group's output, its residual sums included
+    update      r f(X̃)  (B, k, D)      the group's change to them, times the weights
 
-Why the raw score multiplies: without it the router would have no gradient, because choosing has none. The
-paper puts the raw score, not a sigmoid of it, on the path of the gradient.
+Why the raw score multiplies: choosing has no gradient, so without this factor the router would get
+none. The paper puts the raw score, not a sigmoid of it, on the path of the gradient.
 
-What filling is: rows may route different numbers of tokens, but a tensor has one length. Shorter rows are
-filled with other tokens at position -1, which the group treats as padding; their weight is 0.
+What filling is: rows may route different numbers of tokens, but a tensor has one length. Shorter
+rows are filled with other tokens at position -1. The group treats these as padding, and their
+weight is 0.
 """
 
 from __future__ import annotations
@@ -56,23 +57,23 @@ from minimodels.ops.documents import top_per_document
 
 
 class DepthState(NamedTuple):
-    """What the wrapper remembers: the group knows only the tokens that it processed."""
+    """What the wrapper remembers. The group itself remembers only the tokens that it processed."""
 
     seen: Tensor  # (B,) int64, the position of the next token
-    document: (
-        Tensor  # (B,) int64, where the document of the group's last token begins; -1: no token yet
-    )
+    # (B,) int64, the start of the document of the group's last token; -1: no token yet
+    document: Tensor
     group: Any  # the group's state
 
 
 class MixtureOfDepths(nn.Module):
     """A router around any group of layers, which a fraction of the tokens takes.
 
-    In training mode the tokens are the top k of each document (of the row, padding counted, if there are no
-    documents), which is not causal. In evaluation mode the decision is causal. With route=router it is
-    sigmoid(r) > ½, learned by an auxiliary loss that moves the rest of the model a little too. With
-    route=predictor it is a small MLP's on the stop-gradient input, whose loss trains nothing else. Set
-    `topk` to keep top k in evaluation, to measure what the causal decision costs.
+    In training mode the top k tokens of each document take the group. Without documents it is the
+    top k of the row, padding included. This choice is not causal. In evaluation mode the decision
+    is causal. With route=router it is sigmoid(r) > ½; an auxiliary loss teaches it, and this loss
+    also affects the rest of the model a little. With route=predictor a small MLP decides from the
+    stop-gradient input, and its loss trains nothing else. Set `topk` to keep the top k in
+    evaluation and to measure what the causal decision costs.
     """
 
     paper = "Raposo et al., arXiv:2404.02258"
@@ -101,7 +102,7 @@ class MixtureOfDepths(nn.Module):
 
     @property
     def causal(self) -> bool:
-        """Whether no token depends on a later one, in the present mode."""
+        """Whether, in the present mode, no token depends on a later one."""
         return not (self.training or self.topk)
 
     def forward(self, x: Tensor, state: DepthState | None = None, context: Context | None = None):
@@ -115,7 +116,7 @@ class MixtureOfDepths(nn.Module):
         positions = context.positions
         if positions is None:
             positions = seen[:, None] + torch.arange(T, device=x.device)
-        with torch.autocast(x.device.type, enabled=False):  # routing is decided in full precision
+        with torch.autocast(x.device.type, enabled=False):  # routing needs full precision
             scores = score(self.router, x)  # (B, T)
             decision = scores if self.predictor is None else score(self.predictor, x.detach())
         index, real = self.select(scores.detach(), decision, positions, context)
@@ -124,9 +125,8 @@ class MixtureOfDepths(nn.Module):
             return x, DepthState(seen, document, remembered)
 
         tokens = x.flatten(0, 1)  # (B · T, D)
-        chosen = (
-            index + T * torch.arange(B, device=x.device).unsqueeze(1)
-        ).flatten()  # rows of `tokens`
+        # rows of `tokens`
+        chosen = (index + T * torch.arange(B, device=x.device).unsqueeze(1)).flatten()
         gathered = tokens.index_select(0, chosen).view(B, -1, x.shape[-1])  # (B, k, D)
         weights = scores.gather(1, index).masked_fill(~real, 0.0).unsqueeze(-1)  # (B, k, 1)
         original = positions.gather(1, index).masked_fill(~real, -1)  # (B, k)
@@ -142,9 +142,9 @@ class MixtureOfDepths(nn.Module):
         return y, DepthState(seen, document, remembered)
 
     def select(self, scores: Tensor, decision: Tensor, positions: Tensor, context: Context):
-        """The tokens that take the group, (B, k) ascending, and which of these are not filling.
+        """The tokens that take the group, (B, k) ascending, and which of them are not filling.
 
-        Selecting needs no gradient: the weights of the selected tokens teach the router.
+        Selection needs no gradient, because the weights of the selected tokens teach the router.
         """
         present = positions >= 0
         if not (self.training or self.topk):
@@ -161,13 +161,15 @@ class MixtureOfDepths(nn.Module):
             context.record.trace("taken", taken & present)
             return index, present.gather(1, index)
         context.record.trace("taken", taken)
-        k = int(taken.sum(1).amax())  # rows that route fewer are filled up
+        k = int(taken.sum(1).amax())  # shorter rows are filled up to k
         index = (~taken).long().argsort(dim=1, stable=True)[:, :k]
         return index, taken.gather(1, index)
 
     def account(self, decision: Tensor, taken: Tensor, present: Tensor, context: Context) -> None:
-        """Teach the causal decision which tokens are the top k, and record how often it is right: never to
-        route is right for 1 - C of them."""
+        """Teach the causal decision to find the top k, and record how often it is right.
+
+        A decision that never routes a token is right for a fraction 1 - C of them.
+        """
         target = taken.to(decision.dtype)
         weight = present.to(decision.dtype) / present.sum().clamp(min=1)
         loss = F.binary_cross_entropy_with_logits(decision, target, weight, reduction="sum")
@@ -177,12 +179,15 @@ class MixtureOfDepths(nn.Module):
         context.record.observe("accuracy", ((routed == taken) * weight).sum())
 
     def flops(self, context: int) -> float:
-        """Forward FLOPs per token: the routers see all tokens, the group C of them, which see C · context."""
+        """Forward FLOPs per token.
+
+        All tokens use the routers. A fraction C uses the group, which attends to C · context tokens.
+        """
         k = self.routed(context)
         return self.routing_flops(context) + k / context * flops(self.group, k)
 
     def unrouted_flops(self, context: int) -> float:
-        """The same if every token took the group."""
+        """Forward FLOPs per token if every token took the group."""
         return self.routing_flops(context) + unrouted_flops(self.group, context)
 
     def routing_flops(self, context: int) -> float:
@@ -193,9 +198,8 @@ class MixtureOfDepths(nn.Module):
 
     def routed(self, T: int) -> int:
         """How many of T tokens take the group in training: k = C · T, rounded up."""
-        return max(
-            1, math.ceil(round(self.options.capacity * T, 6))
-        )  # 0.07 · 100 is 7.000000000000001
+        # rounded first, because 0.07 · 100 is 7.000000000000001
+        return max(1, math.ceil(round(self.options.capacity * T, 6)))
 
     def inactive_parameters(self) -> float:
         """Parameters that a token does not use, on average."""
@@ -208,19 +212,22 @@ class MixtureOfDepths(nn.Module):
 
 
 def first_of_documents(starts: Tensor, document: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of the chosen tokens begin a document for the group, and the document of each row's last one.
+    """Which of the chosen tokens begin a document for the group, and each row's last document.
 
-    starts (B, k); document (B,), of the group's last token before these; real (B, k).
+    starts (B, k); document (B,), the document of the group's previous token; real (B, k).
     """
-    before = torch.cat((document.unsqueeze(1), starts[:, :-1]), dim=1)  # filling stands behind all
+    # filling comes after all tokens
+    before = torch.cat((document.unsqueeze(1), starts[:, :-1]), dim=1)
     last = (real.sum(1, keepdim=True) - 1).clamp(min=0)
     document = torch.where(real.any(1), starts.gather(1, last).squeeze(1), document)
     return (starts != before) & real, document
 
 
 def score(router: nn.Module, x: Tensor) -> Tensor:
-    """What a router gives each token, in full precision even if its parameters or x are in less:
-    (B, T, D) -> (B, T)."""
+    """A router's score of each token: (B, T, D) -> (B, T).
+
+    It is computed in full precision even if x or the router's parameters have less.
+    """
     x = full_precision(x)
     for part in router if isinstance(router, nn.Sequential) else (router,):
         if isinstance(part, nn.Linear):

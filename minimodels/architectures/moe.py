@@ -4,20 +4,21 @@ Shazeer et al., arXiv:1701.06538; Switch, arXiv:2101.03961; Mixtral, arXiv:2401.
 arXiv:2409.02060; DeepSeek-V3, arXiv:2412.19437; expert choice, arXiv:2202.09368; z-loss: ST-MoE,
 arXiv:2202.08906.
 
-A router scores the experts for each token. The token visits the K best, and their outputs are weighted by
-the scores. So the parameters grow with E, but the computation stays that of K experts. A router that is
-left alone favours few experts; a balance loss, or a bias that only selects, keeps all of them in use.
+A router scores the experts for each token. The token visits the K best ones, and the scores weight
+their outputs. So the number of parameters grows with E, but the computation stays that of K
+experts. A router without further guidance favours few experts. A balance loss, or a bias that only
+affects the selection, keeps all of them in use.
 
     name        symbol  shape
     x                   (B, T, D)      tokens; flattened (n, D), n = B · T
     logits      Wx      (B, T, E)      the router's scores
-    gates       g       (B, T, E)      the weight of an expert's output, if the token visits the expert
+    gates       g       (B, T, E)      the weight of an expert's output if the token visits it
     visits              (B, T, E)      bool: which tokens visit which experts
     fraction    f       (E,)           visits per token, which sum to K
     probability P       (E,)           mean probability that the router gives each expert
-    gate, up            (E, I, D)      the experts' matrices, I the hidden width of one; out (E, D, I)
+    gate, up            (E, I, D)      the experts' matrices, with hidden width I; out (E, D, I)
 
-How the experts are computed together is in minimodels/ops/grouped_mlp.py.
+minimodels/ops/grouped_mlp.py computes the experts together.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class MoE(nn.Module):
                 self.check_groups()
 
         def check_groups(self) -> None:
-            """Raise InputError for groups that do not fit the router, the experts or each other."""
+            """Raise InputError if groups do not fit the router, the experts or each other."""
             size, least = self.experts // self.groups, GROUPED.get(self.router)
             if least is None:
                 accepted = f"1, because only these routers have groups: {', '.join(GROUPED)}"
@@ -141,13 +142,12 @@ class MoE(nn.Module):
             self.shared_gate = linear(D, 1, std) if options.shared_gate else None
         biased = options.router == "sigmoid_bias"
         self.register_buffer("bias", torch.zeros(E) if biased else None)
-        self.register_buffer(
-            "visited", torch.zeros(E), persistent=False
-        )  # since the last optimizer step
+        # visits since the last optimizer step
+        self.register_buffer("visited", torch.zeros(E), persistent=False)
 
     def forward(self, x: Tensor, state: None = None, context: Context | None = None):
         context = context or Context()
-        with torch.autocast(x.device.type, enabled=False):  # routing is decided in full precision
+        with torch.autocast(x.device.type, enabled=False):  # routing needs full precision
             logits = full_precision_linear(x, self.router)  # (B, T, E)
             gates, visits, probabilities = self.route(
                 logits, self.options.experts_per_token, self.bias, context.starts
@@ -155,9 +155,8 @@ class MoE(nn.Module):
         context.record.trace("visits", visits)
         context.record.trace("gates", gates * visits)
         self.account(logits, visits, probabilities, context)
-        most = (
-            self.options.experts_per_token if self.causal else None
-        )  # experts may choose a token often
+        # with expert choice any number of experts may choose a token
+        most = self.options.experts_per_token if self.causal else None
         gates = self.options.routed_scale * gates
         flat = (part.flatten(0, 1) for part in (x, gates, visits))  # (n, D), (n, E), (n, E)
         biases = (self.gate_bias, self.up_bias, self.out_bias) if self.options.expert_bias else None
@@ -174,20 +173,21 @@ class MoE(nn.Module):
     def account(
         self, logits: Tensor, visits: Tensor, probabilities: Tensor, context: Context
     ) -> None:
-        """Record the losses, over the real tokens: z-loss, mean(logsumexp(logits)²), and balance loss;
-        and each expert's share of the visits."""
+        """Record the losses over the real tokens, and each expert's share of the visits.
+
+        The losses are the z-loss, mean(logsumexp(logits)²), and the balance loss.
+        """
         real = (
             logits.new_ones(logits.shape[:2])
             if context.real is None
             else context.real.to(logits.dtype)
         )
-        weight = (real / real.sum().clamp(min=1)).unsqueeze(-1)  # (B, T, 1), of a token in a mean
+        # (B, T, 1), the weight of a token in a mean
+        weight = (real / real.sum().clamp(min=1)).unsqueeze(-1)
         if self.training:
             self.visited.add_((visits * real.unsqueeze(-1)).sum((0, 1)).to(self.visited.dtype))
-        fraction, probability = (
-            (visits * weight).sum((0, 1)),
-            (probabilities * weight).sum((0, 1)),
-        )  # (E,)
+        # (E,) each
+        fraction, probability = (visits * weight).sum((0, 1)), (probabilities * weight).sum((0, 1))
         record, options = context.record, self.options
         z = (logits.logsumexp(-1, keepdim=True).square() * weight).sum()
         record.add_loss("z", options.z_loss * z)
@@ -201,21 +201,21 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def after_step(self):
-        """Move the selection bias against the load (DeepSeek-V3 §2.1.2), and count visits from 0 again."""
+        """Move the selection bias against the load (DeepSeek-V3 §2.1.2); reset the visits."""
         if self.bias is not None:
             self.bias += self.options.bias_step * torch.sign(self.visited.mean() - self.visited)
         self.visited.zero_()
 
     def flops(self, context: int) -> float:
-        """Forward FLOPs per token: the router, K experts, the shared ones."""
+        """Forward FLOPs per token: the router, K experts and the shared ones."""
         return self.flops_of(self.options.experts_per_token, context)
 
     def unrouted_flops(self, context: int) -> float:
-        """The same if every token visited every expert."""
+        """Forward FLOPs per token if every token visited every expert."""
         return self.flops_of(self.options.experts, context)
 
     def flops_of(self, visited: int, context: int) -> float:
-        """Forward FLOPs per token that visits so many routed experts."""
+        """Forward FLOPs per token that visits `visited` routed experts."""
         one_expert = 3 * self.out[0].numel()
         maps = [part for part in (self.shared, self.shared_gate) if part is not None]
         shared = sum(flops(part, context) for part in maps)
@@ -229,19 +229,21 @@ class MoE(nn.Module):
 
 
 def full_precision_linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    """What a linear layer makes of x, in full precision even if either is in less."""
+    """A linear layer applied to x in full precision, even if x or the layer has less."""
     bias = None if layer.bias is None else full_precision(layer.bias)
     return nn.functional.linear(full_precision(x), full_precision(layer.weight), bias)
 
 
 def imbalance(fraction: Tensor, probability: Tensor) -> Tensor:
-    """E Σ f_i P_i, which is K if all experts share alike. With K = 1 it is equation 4 of Switch."""
+    """E Σ f_i P_i, which is K if all experts have equal shares; Switch's equation 4 if K = 1."""
     return fraction.numel() * (fraction * probability).sum()
 
 
 def pooled_imbalance(layers: list[tuple[float, Tensor, Tensor]]) -> Tensor:
-    """The weighted imbalance of f and P averaged over the layers, as transformers trains with. One layer's
-    load can make up for another's, which the layers' own losses forbid."""
+    """The weighted imbalance of f and P averaged over the layers, as transformers uses in training.
+
+    One layer's load can make up for another's here, which separate losses do not allow.
+    """
     weights, fractions, probabilities = zip(*layers, strict=True)
     mean = sum(weights) / len(weights)
     return mean * imbalance(torch.stack(fractions).mean(0), torch.stack(probabilities).mean(0))
@@ -258,10 +260,17 @@ def softmax_topk(logits: Tensor, K: int, bias: Tensor | None, starts: Tensor | N
 
 
 def softmax(
-    logits: Tensor, K: int, bias: Tensor | None, starts: Tensor | None, groups: tuple[int, int] = (1, 1)
-):  # fmt: skip
-    """Switch (K = 1) and OLMoE: the probabilities as they are. Divided by their sum, the single gate of
-    K = 1 would have no gradient. A group of experts is as good as its best one (DeepSeek-V2)."""
+    logits: Tensor,
+    K: int,
+    bias: Tensor | None,
+    starts: Tensor | None,
+    groups: tuple[int, int] = (1, 1),
+):
+    """Switch (K = 1) and OLMoE: the probabilities as they are.
+
+    If K = 1, a gate divided by the sum of the gates would have no gradient. A group of experts is
+    as good as its best one (DeepSeek-V2).
+    """
     probabilities = logits.softmax(-1)
     visits = top(within_groups(probabilities, *groups, GROUPED["softmax"]), K)
     return probabilities, visits, probabilities
@@ -270,8 +279,11 @@ def softmax(
 def sigmoid_bias(
     logits: Tensor, K: int, bias: Tensor, starts: Tensor | None, groups: tuple[int, int] = (1, 1)
 ):  # fmt: skip
-    """DeepSeek-V3: the bias, which has no gradient, helps to select and is not part of the gates. A group of
-    experts is as good as its two best. V3 takes its balance loss per sequence; not here."""
+    """DeepSeek-V3: a bias without a gradient affects the selection but not the gates.
+
+    A group of experts is as good as the sum of its two best ones. V3 takes its balance loss per
+    sequence; this router does not.
+    """
     scores = logits.sigmoid()
     visits = top(within_groups(scores + bias, *groups, GROUPED["sigmoid_bias"]), K)
     gates = scores / ((scores * visits).sum(-1, keepdim=True) + 1e-20)
@@ -279,8 +291,11 @@ def sigmoid_bias(
 
 
 def expert_choice(logits: Tensor, K: int, bias: Tensor | None, starts: Tensor | None):
-    """Each expert takes the T·K/E tokens of a document that want it most. The balance is perfect, but a
-    later token can push an earlier one out, so it is not causal. Padding competes too."""
+    """Each expert takes the T·K/E tokens of a document that score highest for it.
+
+    The balance is perfect. But a later token can push an earlier one out, so the choice is not
+    causal. Padding competes too.
+    """
     probabilities = logits.softmax(-1)
     B, T, E = logits.shape
     if starts is not None:
@@ -291,14 +306,18 @@ def expert_choice(logits: Tensor, K: int, bias: Tensor | None, starts: Tensor | 
     return probabilities, top(probabilities.mT, capacity).mT, probabilities
 
 
-GROUPED = {"softmax": 1, "sigmoid_bias": 2}  # router -> how many experts a group is judged by
+# router -> how many of its best experts decide a group's rank
+GROUPED = {"softmax": 1, "sigmoid_bias": 2}
 ROUTERS = {
     router.__name__: router for router in (softmax_topk, softmax, sigmoid_bias, expert_choice)
 }
 
 
 def within_groups(scores: Tensor, groups: int, kept: int, best: int) -> Tensor:
-    """Scores (B, T, E), -inf outside of each token's best groups; a group counts the sum of its `best` best experts."""
+    """Scores (B, T, E), with -inf outside each token's best groups.
+
+    A group's rank is the sum of its `best` best experts.
+    """
     if groups == 1:
         return scores
     parts = scores.unflatten(-1, (groups, -1))  # (B, T, groups, E / groups)
@@ -307,5 +326,5 @@ def within_groups(scores: Tensor, groups: int, kept: int, best: int) -> Tensor:
 
 
 def top(scores: Tensor, count: int) -> Tensor:
-    """True at the `count` largest of the last dimension: exactly that many, ties or not."""
+    """True at the `count` largest of the last dimension: exactly that many, even with ties."""
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(count).indices, True)

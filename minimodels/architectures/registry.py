@@ -1,4 +1,7 @@
-"""Every layer and wrapper by its name in a model's text. A new architecture joins with one line here."""
+"""Every layer and wrapper by its name in a model's text.
+
+A new architecture needs one import and one line in LAYERS or WRAPPERS.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +36,14 @@ LAYERS = {
     "differential_attention": DifferentialAttention,
     "learned_positions": LearnedPositions,
 }
-WRAPPERS = {"mod": MixtureOfDepths}  # which hold other layers
+WRAPPERS = {"mod": MixtureOfDepths}  # layers that contain other layers
 
 
 def build(config: Config) -> Stack:
-    """The layers that a configuration describes.
+    """Build the layers that a configuration describes.
 
-    Raises InputError, which shows the place in the text, for a name or an option that no layer has, and for
-    options that do not fit each other or the model's width.
+    Raises InputError for a name or an option that no layer has, and for options that do not fit
+    each other or the model's width. The error shows the place in the text.
     """
     return build_stack(config, config.calls, 0, {})
 
@@ -48,7 +51,7 @@ def build(config: Config) -> Stack:
 def build_stack(
     config: Config, calls: tuple[Call, ...], index: int, shared: dict[str, nn.Module]
 ) -> Stack:
-    """The calls as a stack; `index` is the place of the first among the model's layers."""
+    """Build a stack from calls; `index` is the first call's place among the model's layers."""
     blocks = []
     for call in calls:
         block = shared.get(call.shared) or build_block(config, call, index, shared)
@@ -60,7 +63,7 @@ def build_stack(
 
 
 def build_block(config: Config, call: Call, index: int, shared: dict[str, nn.Module]) -> nn.Module:
-    """One layer on its residual stream, or one wrapper."""
+    """Build one layer with its residual connection, or one wrapper."""
     kind = find(call, config.layers)
     options = read_options(kind.Options, call, config.layers)
     place = Place(index, config.depth)
@@ -70,7 +73,7 @@ def build_block(config: Config, call: Call, index: int, shared: dict[str, nn.Mod
         layer = kind(options, config, place)
         return layer if on_stream(kind) else RESIDUALS[config.residual](config, layer)
     except InputError as error:
-        if error.excerpt:  # of a layer within
+        if error.excerpt:  # raised for a layer inside; it already shows its place
             raise
         field, shown = f"layers: {call.name}.{error.field}", excerpt(config.layers, call.at)
         raise InputError(field, error.value, error.accepted, shown) from None
@@ -82,7 +85,11 @@ def on_stream(kind: type[nn.Module]) -> bool:
 
 
 def find(call: Call, text: str) -> type[nn.Module]:
-    """The class of a call. Raises InputError for an unknown name and for layers inside of what is no wrapper."""
+    """The class of a call.
+
+    Raises InputError for an unknown name, for layers inside a layer that is no wrapper, and for a
+    wrapper without layers.
+    """
     known = {**LAYERS, **WRAPPERS}
     if call.name not in known:
         raise InputError("layers", call.name, nearest(call.name, known), excerpt(text, call.at))

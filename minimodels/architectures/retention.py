@@ -1,38 +1,44 @@
 """Retention: attention without softmax, whose memory is a matrix that decays.
 
 Linear attention: Katharopoulos et al., "Transformers are RNNs", arXiv:2006.16236.
-RetNet: Sun et al., "Retentive Network: A Successor to Transformer for Large Language Models", arXiv:2307.08621.
+RetNet: Sun et al., "Retentive Network: A Successor to Transformer for Large Language Models",
+arXiv:2307.08621.
 Lightning: Qin et al., arXiv:2401.04658; as in MiniMax-01, arXiv:2501.08313.
-GLA: Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training", arXiv:2312.06635.
+GLA: Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training",
+arXiv:2312.06635.
 
-Without the softmax the sum over earlier tokens can be kept as one matrix per head, so that a token costs the same
-however long the text is. Such a sum would soon be full, so it decays: by a rate of its own for each head (RetNet,
-Lightning), or by one that the token chooses for each channel (GLA). What is read has no bound, and so it is divided
-by the sum of its weights, or normed.
+Without the softmax, the sum over earlier tokens fits in one matrix per head, so the cost of a token
+does not grow with the text. Such a sum would soon be full, so it decays. Each head has a rate of
+its own (RetNet, Lightning), or the token chooses a rate for each channel (GLA). The result of a
+read has no bound, so it is divided by the sum of its weights or normalised.
 
-    S_t = Diag(α_t) S_{t-1} + k_t v_tᵀ        y_t = S_tᵀ q_t                                                 (1)
+    S_t = Diag(α_t) S_{t-1} + k_t v_tᵀ        y_t = S_tᵀ q_t                                    (1)
 
     name        symbol  shape
     x           X       (B, T, D)      input of the layer
-    q, k        Q, K    (B, T, H, K)   queries and keys of H heads, after the feature map or rotation
+    q, k        Q, K    (B, T, H, K)   queries and keys of H heads, after feature map or rotation
     v           V       (B, T, H, V)   values
     g           log α   (B, T, H), for GLA (B, T, H, K)   log-decay
-    S           S       (B, H, K, V)   state, in fp32; with norm=sum one column more
-    seen                int or (B,)    position of the next token in its document, if positions are rotated
+    S           S       (B, H, K, V)   state, in fp32; with norm=sum it has one more column
+    seen                int or (B,)    the next token's position in its document, if rotated
 
-The published layers are settings of the options below, and presets:
+The published layers are settings of the options below, and each has a preset:
 
-                        feature_map  rope_base  decay      scale  norm  gate
-    linear attention    elu          0          none       any    sum   none       y_t = Σ (q·k_s) v_s / Σ (q·k_s)
-    RetNet              none         10,000     heads      true   head  silu       the defaults
-    Lightning           silu         0          layers     false  full  sigmoid    v goes through silu too
-    GLA                 none         0          channels   true   head  silu
+                      feature_map  rope_base  decay     scale  norm  gate
+    linear attention  elu          0          none      any    sum   none
+    RetNet            none         10,000     heads     true   head  silu     the defaults
+    Lightning         silu         0          layers    false  full  sigmoid  v has silu too
+    GLA               none         0          channels  true   head  silu
 
-They are one class because they differ in these choices alone: each choice is one line below, and any other
-combination is a layer as well, such as linear attention with a norm instead of its sum (feature_map=elu, norm=head).
+Linear attention is y_t = Σ (q·k_s) v_s / Σ (q·k_s).
 
-Deviations. RetNet's own row-wise normalisations of scores are left out, as in the implementations in use: a norm of each
-head's output follows, which a scale does not change. Norms have no mean subtracted. GLA's gate has its bias, q, k and v none.
+They are one class because they differ only in these choices, and each choice is one line below. Any
+other combination is a layer as well, such as linear attention with a norm instead of its sum
+(feature_map=elu, norm=head).
+
+Deviations. RetNet's own row-wise normalisations of the scores are left out, as in the
+implementations in use: they only scale a head's output, and the norm that follows cancels the
+scale. The norms do not subtract the mean. GLA's gate has a bias, but q, k and v have none.
 """
 
 from __future__ import annotations
@@ -105,7 +111,7 @@ class Retention(nn.Module):
         )
 
         def check(self, width: int) -> None:
-            """Raise InputError for heads that do not fit the width, and for choices that contradict each other."""
+            """Raise InputError if heads do not fit the width or choices contradict each other."""
             if not (self.head_dim and self.value_dim) and width % self.heads:
                 accepted = f"a divisor of width {width}, or head_dim and value_dim"
                 raise InputError("heads", self.heads, accepted)
@@ -157,7 +163,7 @@ class Retention(nn.Module):
             q, k = rotate(q, *angles), rotate(k, *angles)
         if options.scale:
             q = q * self.K**-0.5
-        if options.norm == "sum":  # the sum of the weights is the read of a value of 1
+        if options.norm == "sum":  # reading a value of 1 gives the sum of the weights
             v = F.pad(v, (0, 1), value=1.0)  # (B, T, H, V+1)
         g = self.log_decay(x)
         if context.real is not None:  # padding writes nothing, and nothing decays
@@ -172,7 +178,7 @@ class Retention(nn.Module):
         return self.out(y.to(x.dtype)), RetentionState(S, seen)
 
     def log_decay(self, x: Tensor) -> Tensor:
-        """g, in fp32: (B, T, H), or (B, T, H, K) by channel."""
+        """The log-decay g in fp32: (B, T, H), or (B, T, H, K) with a rate per channel."""
         kind, head = self.options.decay, torch.arange(self.H, device=x.device)
         if kind == "channels":
             g = F.logsigmoid(full_precision(self.decay(x))) / self.options.decay_divisor
@@ -187,27 +193,26 @@ class Retention(nn.Module):
         return g.expand(*x.shape[:2], -1)
 
     def gated(self, y: Tensor, gate: Tensor | None) -> Tensor:
-        """What becomes of a read (B, T, H, V), with norm=sum of one column more: norm and gate."""
+        """Apply norm and gate to a read (B, T, H, V), which has one more column with norm=sum."""
         kind, activation = self.options.norm, self.options.gate
         if kind == "full":
             y, gate = y.flatten(2), None if gate is None else gate.flatten(2)
         if self.norm is not None:
             return gated_rmsnorm(y, self.norm.weight, self.norm.eps, gate, activation)
         if kind == "sum":
-            y = y[..., :-1] / (
-                y[..., -1:] + 1e-6
-            )  # as in the paper's code: padding reads a sum of 0
+            # the addend is that of the paper's code: padding reads a sum of 0
+            y = y[..., :-1] / (y[..., -1:] + 1e-6)
         return y if gate is None else y * ACTIVATIONS[activation](gate)
 
     def angles(self, places: Tensor, cache: dict) -> tuple[Tensor, Tensor]:
-        """As rotary, computed once for all layers of a pass that turn alike."""
+        """The angles of `rotary`, computed once for all layers with the same rotation."""
         key = ("rotary of retention", self.K, self.options.rope_base)
         if key not in cache:
             cache[key] = rotary(places.unsqueeze(-1), self.K, self.options.rope_base)
         return cache[key]
 
     def flops(self, context: int) -> float:
-        """Forward FLOPs per token: projections, and the operation in chunks."""
+        """Forward FLOPs per token: projections, and the chunked operation."""
         V = self.V + (self.options.norm == "sum")
         chunks = self.H * rule.flops(rule.chunk_length(context), self.K, V, erase=False)
         return sum(flops(part, context) for part in self.children()) + chunks
@@ -218,7 +223,7 @@ class Retention(nn.Module):
 
 
 def positions(x: Tensor, seen: Tensor | int, context: Context) -> tuple[Tensor, Tensor | int]:
-    """The tokens' positions in their documents, (T,) or (B, T), and the next token's."""
+    """The tokens' positions in their documents, (T,) or (B, T), and the next token's position."""
     T = x.shape[1]
     step = torch.arange(T, device=x.device)
     if context.positions is None:
@@ -232,9 +237,10 @@ def positions(x: Tensor, seen: Tensor | int, context: Context) -> tuple[Tensor, 
 
 
 def recurrence(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
-    """The reference, equation (1) one token after the other: y (B, T, H, V) and the final state.
+    """The reference: equation (1), token by token.
 
-    q, k (B, T, H, K); v (B, T, H, V); alpha (B, T, H, K), in [0, 1]; S (B, H, K, V).
+    q, k (B, T, H, K); v (B, T, H, V); alpha (B, T, H, K), in [0, 1]; S (B, H, K, V). Returns y (B,
+    T, H, V) and the final state.
     """
     outputs = []
     for t in range(q.shape[1]):
@@ -244,8 +250,11 @@ def recurrence(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, S: Tensor) -> tup
 
 
 def parallel(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor | None, divide: bool = False) -> Tensor:
-    """Retention as attention, quadratic in T, for decays fixed by head: y = (Q Kᵀ ∘ γ^(i-j)) V, and with `divide` over the
-    sum of each row's weights. gamma (H,), None for 1; the others as in recurrence."""
+    """Retention as attention, quadratic in T, for decays that are fixed for each head.
+
+    y = (Q Kᵀ ∘ γ^(i-j)) V, and `divide` divides it by the sum of each row's weights. gamma (H,),
+    None for 1; other arguments as in recurrence.
+    """
     T = q.shape[1]
     distance = torch.arange(T, device=q.device).unsqueeze(1) - torch.arange(T, device=q.device)
     weight = torch.ones_like(distance, dtype=q.dtype)

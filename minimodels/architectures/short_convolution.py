@@ -2,16 +2,16 @@
 
 LFM2, Liquid AI, "LFM2 Technical Report", arXiv:2511.23404.
 
-Each token is mixed with the two before it, channel by channel, by a convolution of three taps. A gate that the
-token itself computes decides what enters the convolution, and another one what leaves it. So the layer
-remembers two tokens and no more; what lies further back is left to the attention layers between.
+A convolution of three taps mixes each token with the two before it, channel by channel. One gate,
+computed from the token itself, decides what enters the convolution, and another decides what leaves
+it. So the layer remembers only two tokens. The attention layers in between handle longer distances.
 
     [B | C | x̃] = W_in x        h = conv(B ⊙ x̃)        y = W_out (C ⊙ h)
 
     name        paper   shape
     x                   (B, T, D)      input of the layer
     enter       B       (B, T, D)      gate before the convolution, linear in x: no activation
-    leave       C       (B, T, D)      gate behind it
+    leave       C       (B, T, D)      gate after the convolution
     value       x̃       (B, T, D)      what is convolved
     window              (B, W-1, D)    the last inputs of the convolution, W taps wide
 """
@@ -54,7 +54,7 @@ class ShortConvolution(nn.Module):
         D, std, bias = config.width, config.init_std, options.bias
         self.impl = config.impl
         self.in_proj = linear(D, 3 * D, std, bias)
-        # holds the weights; causal_conv1d does the work
+        # contains the weights only; causal_conv1d does the work
         self.conv1d = nn.Conv1d(D, D, options.conv_width, groups=D, bias=bias)
         self.out_proj = linear(D, D, std / config.depth**0.5, bias)
 
@@ -85,7 +85,10 @@ class ShortConvolution(nn.Module):
 def recurrence(
     x: Tensor, layer: ShortConvolution, state: ShortConvolutionState | None = None
 ) -> tuple[Tensor, ShortConvolutionState]:
-    """The reference: the layer, one token after the other, as the sum over the taps."""
+    """The reference: the layer, token by token, as a sum over the taps.
+
+    x (B, T, D); state None for zeros. Returns y (B, T, D) and the final state.
+    """
     W = layer.conv1d.weight.shape[2]
     inputs = (
         [x.new_zeros(x.shape[0], x.shape[2])] * (W - 1)

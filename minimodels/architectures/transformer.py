@@ -1,30 +1,31 @@
 """The modern decoder: attention and SwiGLU.
 
-Vaswani et al., "Attention Is All You Need", arXiv:1706.03762; with rotary positions (arXiv:2104.09864),
-grouped queries (arXiv:2305.13245), SwiGLU (arXiv:2002.05202) and, as options, what attention became since:
-a sliding window (Mistral, arXiv:2310.06825), QK-norm (Qwen3), layers without positions (arXiv:2305.19466), an
-output gate (arXiv:2505.06708), a sink (gpt-oss, after arXiv:2309.17453) and a softcap (Gemma 2,
-arXiv:2408.00118).
+Vaswani et al., "Attention Is All You Need", arXiv:1706.03762, with rotary positions
+(arXiv:2104.09864), grouped queries (arXiv:2305.13245) and SwiGLU (arXiv:2002.05202). The options
+add later changes: a sliding window (Mistral, arXiv:2310.06825), QK-norm (Qwen3), layers without
+positions (arXiv:2305.19466), an output gate (arXiv:2505.06708), a sink (gpt-oss, after
+arXiv:2309.17453) and a softcap (Gemma 2, arXiv:2408.00118).
 
-Each token asks (query) what each earlier token offers (key), and takes the softmax-weighted mean of what
-they carry (value). The layer must remember every key and every value, so its state grows with the text,
-unless a window bounds it. The MLP then works on each token alone.
+Each token compares what it looks for (query) with what each earlier token offers (key), and takes
+the softmax-weighted mean of their contents (value). The layer must remember every key and every
+value, so its state grows with the text unless a window bounds it. The MLP then works on each token
+alone.
 
-Why gates and sinks: the weights of a softmax sum to one, so a head that has nothing to say must still attend
-to something, and learns to attend to the first token. A gate lets it be silent; a sink is a key without a
-value that takes the weight.
+Why gates and sinks: the weights of a softmax sum to one, so a head must attend to something even if
+it has nothing to contribute. It then learns to attend to the first token. A gate lets the head be
+silent. A sink is a key without a value that takes the weight.
 
     name        paper   shape
     x                   (B, T, D)      tokens of this chunk
     q           Q       (B, H, T, d)   queries, H heads of width d
-    k, v        K, V    (B, G, S, d)   keys and values in G ≤ H heads: S ≥ T tokens, first those remembered
-    positions           (B, T), (B, S) each token's index in its row's text; -1: nothing there
+    k, v        K, V    (B, G, S, d)   keys and values in G ≤ H heads; remembered ones first
+    positions           (B, T), (B, S) each token's index in its row's text; -1 marks an empty place
     starts              (B, T)         the position at which the token's document begins
     sink                (H,)           a logit that takes part in a head's softmax and has no value
     mix                 (2,)           shares of a layer's own values and of the first layer's
-    gate                (B, T, H·d)    a sigmoid of x on the heads' outputs, or (B, T, H)
+    gate                (B, T, H·d)    or (B, T, H): a sigmoid of x on the heads' outputs
 
-The equation itself is `attention` in minimodels/ops/attention.py; the memory that grows is in ops/cache.py.
+`attention` in minimodels/ops/attention.py is the equation; ops/cache.py is the growing memory.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class Attention(nn.Module):
         )
 
         def check(self, width: int) -> None:
-            """Raise InputError for heads that do not fit the width or each other."""
+            """Raise InputError if heads do not fit the width or each other."""
             if not self.head_dim and width % self.heads:
                 raise InputError("heads", self.heads, f"a divisor of width {width}, or a head_dim")
             rotated = self.rotated(width)
@@ -104,7 +105,7 @@ class Attention(nn.Module):
                 raise InputError("kv_heads", self.kv_heads, f"a divisor of heads {self.heads}")
 
         def rotated(self, width: int) -> int:
-            """How many numbers of a head are rotated."""
+            """The number of rotated dimensions of a head."""
             return int((self.head_dim or width // self.heads) * self.rope_fraction)
 
     def __init__(self, options: Options, config: Config, place: Place = Place()):
@@ -143,10 +144,9 @@ class Attention(nn.Module):
         if self.q_norm is not None:  # a norm may leave autocast's precision
             q, k = normalised(q, self.q_norm).to(v.dtype), normalised(k, self.k_norm).to(v.dtype)
         q = q.view(B, T, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, d)
-        k, v = (
-            x.view(B, T, self.kv_heads, self.head_dim).transpose(1, 2) for x in (k, v)
-        )  # (B, G, T, d)
-        if self.mix is not None:  # only this chunk's: those before are mixed in the memory
+        # (B, G, T, d)
+        k, v = (x.view(B, T, self.kv_heads, self.head_dim).transpose(1, 2) for x in (k, v))
+        if self.mix is not None:  # only for this chunk; the remembered values are already mixed
             first = context.cache.setdefault(("values", *v.shape[1::2]), v)
             own, other = self.mix.to(v.dtype)
             v = own * v + other * first
@@ -159,7 +159,8 @@ class Attention(nn.Module):
         joined, after = carry(state, AttentionState(k, v, positions, seen), self.window)  # S keys
         y = attention(
             q, joined.keys, joined.values, positions, joined.positions,
-            window=self.window, impl=self.impl, query_starts=starts, sink=self.sink, softcap=self.options.softcap,
+            window=self.window, impl=self.impl, query_starts=starts,
+            sink=self.sink, softcap=self.options.softcap,
         )  # (B, H, T, d)  # fmt: skip
         y = y.transpose(1, 2)  # (B, T, H, d)
         if self.gate is not None:
@@ -167,19 +168,20 @@ class Attention(nn.Module):
         return self.out(y.flatten(2)), after
 
     def angles(self, positions: Tensor, cache: dict) -> tuple[Tensor, Tensor]:
-        """As rotary, computed once for all layers that turn alike."""
+        """The angles of `rotary`, computed once for all layers with the same rotation."""
         key = ("rotary", self.rotated, self.options.rope_base, self.scaling)
         if key not in cache:
             cache[key] = rotary(positions, *key[1:])
         return cache[key]
 
     def flops(self, context: int) -> float:
-        """Forward FLOPs per token: projections, and QKᵀ and PV with every key, masked ones included."""
+        """Forward FLOPs per token: projections, and QKᵀ and PV with every key, even if masked."""
         rows, keys, d, w = context, context, self.head_dim, self.window
-        if w is not None and context > 2 * w:  # then in blocks of w tokens, the last one filled up
+        # then attention works on blocks of w tokens, and fills up the last one
+        if w is not None and context > 2 * w:
             rows, keys = w * -(-context // w), 2 * w
         if self.sink is not None and self.options.softcap is None:
-            # one more key and dimension, and one more query if causality masks
+            # one more key and dimension, and one more query if the mask is causal
             rows, keys, d = rows + (w is None or context <= w), keys + 1, d + 1
         maps = [part for part in (self.q, self.k, self.v, self.out, self.gate) if part is not None]
         projections = sum(part.weight.numel() for part in maps)
@@ -192,7 +194,7 @@ class Attention(nn.Module):
 
 
 def normalised(x: Tensor, norm: RMSNorm) -> Tensor:
-    """RMSNorm of x (B, T, heads · d): of each head's d numbers, or of all of them if the norm is as wide."""
+    """RMSNorm of x (B, T, heads · d) over each head, or over all of it if the norm is as wide."""
     return norm(x.unflatten(-1, (-1, norm.width))).flatten(-2)
 
 
@@ -219,7 +221,7 @@ class SwiGLU(nn.Module):
                 raise InputError("activation", self.activation, accepted)
 
         def hidden(self, width: int) -> int:
-            """The hidden width in a model of a width."""
+            """The hidden width for a model of width `width`."""
             return self.width or (default_width(width) if self.gated else 4 * width)
 
     def __init__(self, options: Options, config: Config, place: Place = Place()):
@@ -239,5 +241,8 @@ class SwiGLU(nn.Module):
 
 
 def default_width(width: int) -> int:
-    """8/3 D, rounded up to a multiple of 32: three matrices of it hold 8 D², as two of width 4 D would."""
+    """8/3 D, rounded up to a multiple of 32.
+
+    Three matrices of this hidden width have 8 D² numbers, as many as two of hidden width 4 D.
+    """
     return -(-8 * width // 96) * 32

@@ -1,4 +1,4 @@
-"""What a gated MLP makes of its gate and of what passes through it."""
+"""The activations of an MLP, with and without a gate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def gelu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def clamped(gate: Tensor, up: Tensor) -> Tensor:
-    """gate σ(1.702 gate) ⊙ (up + 1), where nothing is beyond 7 (gpt-oss)."""
+    """gate σ(1.702 gate) ⊙ (up + 1), with gate and up clamped at 7 (gpt-oss)."""
     gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
@@ -31,4 +31,4 @@ def tanh_gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-PLAIN = {"silu": F.silu, "gelu": tanh_gelu}  # of an MLP without a gate
+PLAIN = {"silu": F.silu, "gelu": tanh_gelu}  # for an MLP without a gate

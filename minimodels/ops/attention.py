@@ -13,7 +13,7 @@ from torch import Tensor
 from minimodels.errors import InputError
 from minimodels.layers import choose
 
-MASK = 2**25  # entries of a mask that are made at a time: longer chunks take blocks of queries
+MASK = 2**25  # entries of a mask that are made at once; longer chunks take blocks of queries
 
 
 def attention(
@@ -28,20 +28,26 @@ def attention(
     sink: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """softmax(QKᵀ/√d) V (equation 1) over the keys that each query sees, each of the G key heads shared by H/G query heads.
+    """softmax(QKᵀ/√d) V (equation 1) over the keys that each query sees.
 
-    q (B, H, T, d); k, v (B, G, S, d); the last T keys are those of the queries. Positions (B, T) and (B, S), ascending along a
-    row, -1 where there is nothing; or None, where the keys are S tokens in a row, at 0 to S - 1. query_starts (B, T), where
-    each query's document begins, in the same coordinates as the keys' positions, ascending along a row; None: every document
-    began before the first key. A query sees the keys from its document's start up to its own position, and of these the last
-    `window` positions. sink (H,): a logit that takes its part in each softmax and has no value. softcap c: scores s become
-    c tanh(s / c). Returns (B, H, T, d); what it holds for a query at -1 is meaningless.
-    Raises ValueError on shapes that disagree, InputError for a kernel that has no sink or softcap.
+    H/G query heads share each of the G key heads. q (B, H, T, d); k, v (B, G, S, d); the last T
+    keys belong to the queries.
+
+    Positions (B, T) and (B, S) ascend along a row, with -1 for an empty place. None: the keys are S
+    tokens in a row, at 0 to S - 1. query_starts (B, T) is the position at which each query's
+    document begins, in the same coordinates as the keys' positions, ascending along a row. None:
+    every document began before the first key. A query sees the keys from its document's start up to
+    its own position, and at most the last `window` positions of these.
+
+    sink (H,): a logit that takes part in each softmax and has no value. softcap c: scores s become
+    c tanh(s / c). Returns (B, H, T, d), in which the output of a query at -1 is meaningless. Raises
+    ValueError if shapes disagree, and InputError if a kernel has no sink or softcap.
     """
     check_shapes(q, k, v, query_positions, key_positions, query_starts)
     masked = window is not None or query_positions is not None or query_starts is not None
     if impl == "auto" and not masked and q.shape[2] == k.shape[2]:
-        impl = "torch"  # cuDNN and FlashAttention know the causal mask; what they do not know is the kernel's
+        # cuDNN and FlashAttention handle the causal mask; the kernel is for the other masks
+        impl = "torch"
     path = choose(impl, "attention", q.device)
     weigh = partial(weighted_mean, sink=sink, softcap=softcap)
     if path == "triton" and (sink is not None or softcap is not None):
@@ -63,9 +69,17 @@ def attention(
 
 
 def check_shapes(
-    q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None, key_positions: Tensor | None, query_starts: Tensor | None
-) -> None:  # fmt: skip
-    """Raise ValueError unless the arguments have the shapes that attention names, here and in its kernel."""
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_positions: Tensor | None,
+    key_positions: Tensor | None,
+    query_starts: Tensor | None,
+) -> None:
+    """Raise ValueError unless the arguments have the shapes in attention's docstring.
+
+    The kernel uses this check too.
+    """
     (B, H, T, d), (G, S) = q.shape, k.shape[1:3]
     if k.shape != (B, G, S, d) or v.shape != k.shape or H % G or T > S:
         raise ValueError(
@@ -109,28 +123,31 @@ def reference(
 
 
 def sees(queries: Tensor, keys: Tensor, window: int | None, starts: Tensor | None = None) -> Tensor:
-    """Which key each query attends to, from their positions: (..., T), (..., S) -> (..., 1, T, S) bool."""
+    """Which keys each query sees, by their positions: (..., T), (..., S) -> (..., 1, T, S) bool."""
     distance = queries.unsqueeze(-1) - keys.unsqueeze(-2)  # (..., T, S)
     visible = (distance >= 0) & (keys >= 0).unsqueeze(-2)
     if window is not None:
         visible &= distance < window
     if starts is not None:
         visible = visible & (keys.unsqueeze(-2) >= starts.unsqueeze(-1))
-    # padding sees anything: its output is dropped, and a softmax needs one term
+    # padding sees every key: its output is dropped, and a softmax needs at least one term
     return (visible | (queries < 0).unsqueeze(-1)).unsqueeze(-3)
 
 
 def positions_of(
     q: Tensor, k: Tensor, queries: Tensor | None, keys: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Positions as given, or those of S tokens in a row: (1, T) and (1, S), since PyTorch fuses no mask of three dimensions."""
+    """Positions as given, or those of S tokens in a row: (1, T) and (1, S).
+
+    They have two dimensions because PyTorch's fused attention takes no mask of three.
+    """
     if keys is None:
         keys = torch.arange(k.shape[2], device=k.device).unsqueeze(0)
         queries = keys[:, k.shape[2] - q.shape[2] :]
     return queries, keys
 
 
-# The torch path: PyTorch's fused attention, with the least that has to be masked.
+# The torch path: PyTorch's fused attention, with as little masking as possible.
 
 
 def weighted_mean(
@@ -142,10 +159,13 @@ def weighted_mean(
     sink: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention over the keys that are visible (..., T, S), or over those up to the query's own if `causal`, for T = S.
+    """Attention over the keys that are `visible` (..., T, S).
 
-    A sink is one more key in front of the others, so that PyTorch's fused operation serves it: a dimension more gives it the
-    score that the query's head has learned, and every other key a zero there.
+    If `causal`, T = S and a query sees the keys up to its own.
+
+    A sink becomes one more key in front of the others, so that PyTorch's fused operation can be
+    used. An additional dimension gives this key the score that the query's head has learned; every
+    other key has a zero there.
     """
     if softcap is not None:
         return capped(q, k, v, visible, causal, sink, softcap)
@@ -156,7 +176,7 @@ def weighted_mean(
     logits = (sink / scale).to(q.dtype).view(1, H, 1, 1).expand(B, H, T, 1)
     q, k, v = torch.cat((q, logits), -1), F.pad(k, (0, 1, 1, 0)), F.pad(v, (0, 1, 1, 0))
     k = k + F.pad(k.new_ones(1, 1), (d, 0, 0, k.shape[2] - 1))  # 1 in the sink's last dimension
-    if causal:  # one more query keeps the diagonal in place
+    if causal:  # an additional query keeps the diagonal in place
         q = F.pad(q, (0, 0, 1, 0))
     if visible is not None:
         visible = F.pad(visible, (1, 0), value=True)
@@ -167,9 +187,18 @@ def weighted_mean(
 
 
 def capped(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, causal: bool, sink: Tensor | None, softcap: float
-) -> Tensor:  # fmt: skip
-    """As weighted_mean, with a softcap, which no fused operation has: scores are in memory for a block of queries at a time."""
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    causal: bool,
+    sink: Tensor | None,
+    softcap: float,
+) -> Tensor:
+    """As weighted_mean, with a softcap, which no fused operation supports.
+
+    Only the scores of a block of queries are in memory at a time.
+    """
     (B, H, T, d), (G, S) = q.shape, k.shape[1:3]
     q = rearrange(q, "B (G group) T d -> B G group T d", G=G)
     sinks = None if sink is None else sink.view(G, -1, 1, 1)
@@ -204,7 +233,7 @@ def fused(
     starts: Tensor | None,
     weigh: Callable[..., Tensor] = weighted_mean,
 ) -> Tensor:
-    """As attention; `weigh` is weighted_mean with a sink or a softcap, if there are any."""
+    """As attention; `weigh` is weighted_mean, with a sink or a softcap if there are any."""
     T, S = q.shape[2], k.shape[2]
     if starts is not None and S == T and not (q.is_cuda or torch.compiler.is_compiling()):
         lengths = document_lengths(q, queries, starts)
@@ -230,13 +259,17 @@ def fused(
 
 
 def document_lengths(q: Tensor, positions: Tensor | None, starts: Tensor) -> list[list[int]] | None:
-    """Tokens of each document of each row, its padding last; None where the starts are not those of documents in a row."""
+    """Tokens of each document of each row, with the row's padding last.
+
+    None if the starts are not those of consecutive documents.
+    """
     B, T = starts.shape
     if positions is None:
         positions = torch.arange(T, device=q.device).expand(B, T)
     token = positions >= 0
-    other = (starts.diff(dim=1) != 0) | token.diff(dim=1)  # (B, T-1): begins a document, or padding
-    before = starts[:, 1:] <= positions[:, :-1]  # but sees the last one
+    # (B, T-1): whether a token begins a document or padding
+    other = (starts.diff(dim=1) != 0) | token.diff(dim=1)
+    before = starts[:, 1:] <= positions[:, :-1]  # but it sees the token before it
     if (other & before & token[:, 1:]).any():
         return None
     ends = [row.nonzero().flatten().tolist() for row in other]
@@ -246,10 +279,15 @@ def document_lengths(q: Tensor, positions: Tensor | None, starts: Tensor) -> lis
 
 
 def by_document(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, window: int | None, lengths: list[list[int]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor | None,
+    window: int | None,
+    lengths: list[list[int]],
     weigh: Callable[..., Tensor] = weighted_mean,
-) -> Tensor:  # fmt: skip
-    """Attention within each document alone: the cost is that of the documents, not of a row."""
+) -> Tensor:
+    """Attention within each document alone, at the cost of the documents and not of a whole row."""
     rows = []
     for b, parts in enumerate(lengths):
         # split, because each slice's gradient would be as large as the row
@@ -273,10 +311,11 @@ def banded(
     starts: Tensor | None,
     weigh: Callable[..., Tensor] = weighted_mean,
 ) -> Tensor:
-    """Attention within a window at a cost linear in T: each block of `window` tokens sees itself and the block before, which
-    for the first one is what is remembered.
+    """Attention within a window, at a cost linear in T.
 
-    Positions may have gaps: slots lie no further apart than their positions, so what a query sees is in these two blocks.
+    Each block of `window` tokens sees itself and the block before it. For the first block, that is
+    the remembered part. Positions may have gaps. The distance of two slots is at most that of their
+    positions, so everything that a query sees is in these two blocks.
     """
     (B, _, T, _), S = q.shape, k.shape[2]
     k, v, keys = latest(k, v, keys, S - T, window)
@@ -311,11 +350,14 @@ def banded(
 def latest(
     k: Tensor, v: Tensor, keys: Tensor | None, remembered: int, window: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The slots without those of the `remembered` ones that no query sees, so that at most window - 1 of these are left."""
+    """The slots without those of the `remembered` ones that no query sees.
+
+    At most window - 1 remembered slots are left.
+    """
     drop = max(0, remembered - window + 1)
     if keys is None or not remembered:
         return k[:, :, drop:], v[:, :, drop:], keys
-    # empty slots may lie among those remembered: first they are moved to the front
+    # empty slots may be among the remembered ones: first move them to the front
     order = keys[:, :remembered].sort(dim=1, stable=True).indices[:, drop:]  # (B, kept)
     index = order[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
     k, v = (

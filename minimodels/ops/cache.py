@@ -1,7 +1,8 @@
-"""The KV cache: what attention remembers, and memory that grows ahead of it.
+"""The KV cache: what attention remembers, in memory with room to grow.
 
-A chunk's keys and values go behind those remembered (`carry`). Where gradients may flow they are joined by a copy; in
-generation they are written into free slots behind them (`Room`), so that a token does not cost a copy of the whole text.
+`carry` appends a chunk's keys and values to the remembered ones. If gradients may flow, it copies
+both into new tensors. In generation it writes them into free slots after the used ones (`Room`), so
+a token does not cost a copy of the whole text.
 """
 
 from __future__ import annotations
@@ -13,32 +14,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SPARE = 64  # free slots of a new room, or an eighth of those in use if that is more: moving then costs each token little
+# free slots of a new room, or 1/8 of the used ones if that is more, so that moving costs little
+SPARE = 64
 
 
 class AttentionState(NamedTuple):
     """What attention remembers.
 
-    Where all rows are texts without gaps or padding, the slots are the last S tokens, and `seen` is a number. Where positions
-    were given, a slot at position -1 holds nothing and is never attended to, and `seen` is (B,) int64.
+    If all rows are texts without gaps or padding, the slots are the last S tokens and `seen` is a
+    number. If positions were given, a slot at position -1 is empty and is never attended to, and
+    `seen` is (B,) int64.
     """
 
     keys: Tensor  # (B, G, S, d), rotated
     values: Tensor  # (B, G, S, d)
-    positions: Tensor | None  # (B, S) int64, ascending but for the empty slots
+    positions: Tensor | None  # (B, S) int64, ascending except for the empty slots
     seen: Tensor | int  # the position of the next token
-    room: Room | None = (
-        None  # the memory that the slots lie in, where there is more of it behind them
-    )
+    # the memory that contains the slots, if it has free slots after them
+    room: Room | None = None
 
 
 def advance(
     seen: Tensor | int, x: Tensor, positions: Tensor | None, starts: Tensor | None
 ) -> tuple[Tensor | None, Tensor, Tensor | int]:
-    """Where a chunk x (B, T, D) is: its positions, those within each document for rotation, and the position after it.
+    """The positions of a chunk x (B, T, D), those within each document, and the position after it.
 
-    The positions are None, and the third a number, if all rows are texts without gaps or padding; those for rotation are
-    (T,) then, else (B, 1, T).
+    The positions within documents serve for rotation. If all rows are texts without gaps or
+    padding, the first result is None, the second is (T,), and the third is a number. Otherwise the
+    second is (B, 1, T).
     """
     T = x.shape[1]
     if positions is None and isinstance(seen, int):  # the same in every row
@@ -52,10 +55,12 @@ def advance(
 def carry(
     before: AttentionState | None, now: AttentionState, window: int | None
 ) -> tuple[AttentionState, AttentionState]:
-    """The slots that a chunk attends to, its own behind those remembered before, and what is remembered after it."""
-    if (
-        before is None
-    ):  # empty slots stay: to count them, every training step would have to wait for the GPU
+    """The slots that a chunk attends to, and what is remembered after it.
+
+    The chunk's own slots come after the remembered ones.
+    """
+    # empty slots stay, because counting them would make every training step wait for the GPU
+    if before is None:
         return now, compact(now, window, count=False)
     if now.positions is not None and before.positions is None:
         slots = torch.arange(
@@ -64,9 +69,8 @@ def carry(
         before = AttentionState(
             before.keys, before.values, slots.expand(now.keys.shape[0], -1), before.seen
         )
-    replaced = (
-        window is not None and now.keys.shape[2] >= window
-    )  # nothing of what was remembered is kept
+    # whether nothing of what was remembered is kept
+    replaced = window is not None and now.keys.shape[2] >= window
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or replaced:
         keys, values = (torch.cat(parts, dim=2) for parts in zip(before[:2], now[:2], strict=True))
         positions = (
@@ -82,51 +86,57 @@ def carry(
 
 
 def compact(state: AttentionState, window: int | None, count: bool = True) -> AttentionState:
-    """Drop what no later token can see: all but window - 1 tokens and, if they may be counted, slots empty in every row."""
+    """Drop what no later token can see.
+
+    With a window this keeps window - 1 tokens. If `count` is true, it also drops slots that are
+    empty in every row.
+    """
     keys, values, positions, seen, _ = state
     slots = keys.shape[2]
     keep = slots if window is None else min(slots, window - 1)
     if positions is not None:
-        positions, order = positions.sort(
-            dim=1, stable=True
-        )  # empty slots first: what is dropped is dropped there
+        # empty slots first, because slots are dropped at the front
+        positions, order = positions.sort(dim=1, stable=True)
         index, empty = order[:, None, :, None], (positions < 0)[:, None, :, None]
         keys, values = (
             part.gather(2, index.expand_as(part)).masked_fill(empty, 0) for part in (keys, values)
         )
         if count:
             keep = min(keep, int((positions >= 0).sum(1).amax()))
-    if keep < slots:  # cloned, for a view would keep what is dropped in memory
+    if keep < slots:  # cloned, because a view would keep the dropped slots in memory
         keys, values = (part[:, :, slots - keep :].clone() for part in (keys, values))
         positions = None if positions is None else positions[:, slots - keep :].clone()
     return AttentionState(keys, values, positions, seen)
 
 
 class Room:
-    """Memory with free slots behind those in use, so that one more token is not a copy of all before it.
+    """Memory with free slots, so that a new token does not cost a copy of all tokens before it.
 
-    Used only where nothing is differentiated. What is in use is never overwritten, and only the newest state is written
-    behind, once: an earlier one, a copy or one of some of its rows begins a room of its own. So every state stays good, after
-    an error and among threads too.
+    It is used only if nothing is differentiated. Used slots are never overwritten, and only the
+    newest state can be extended, once. An earlier state, a copy of a state, or a state of some of
+    its rows gets a room of its own. So every state stays valid, also after an error and with
+    several threads.
     """
 
-    newest: tuple | None = (
-        None  # the tensors of the newest state; None: claimed, or never given out
-    )
+    # the tensors of the newest state; None: claimed, or never given out
+    newest: tuple | None = None
 
     def __init__(self, state: AttentionState, now: AttentionState):
         self.lock = threading.Lock()
         self.used = state.keys.shape[2]
         free = now.keys.shape[2] + max(SPARE, self.used // 8)
-        dtype = torch.promote_types(state.keys.dtype, now.keys.dtype)  # as if they were joined
+        dtype = torch.promote_types(state.keys.dtype, now.keys.dtype)  # as torch.cat would
         self.keys, self.values = (F.pad(part.to(dtype), (0, 0, 0, free)) for part in state[:2])
         self.positions = None if state.positions is None else F.pad(state.positions, (0, free))
 
     def __reduce__(self):
-        return type(None), ()  # a copy of a state, in another process too, has no room
+        return type(None), ()  # a copy of a state, also in another process, has no room
 
     def claim(self, before: AttentionState, now: AttentionState) -> bool:
-        """Whether the slots of `now` may be written behind `before`, which nobody may from then on."""
+        """Claim the slots after `before` for `now`; whether this succeeded.
+
+        Each state can be claimed only once.
+        """
         writable = torch.is_inference_mode_enabled() or not self.keys.is_inference()
         exact = torch.promote_types(self.keys.dtype, now.keys.dtype) == self.keys.dtype
         fits = self.used + now.keys.shape[2] <= self.keys.shape[2]
@@ -144,7 +154,10 @@ class Room:
     def append(
         self, before: AttentionState, now: AttentionState, window: int | None
     ) -> tuple[AttentionState, AttentionState]:
-        """As carry. Slots that are empty or outside the window stay among those with positions until the room is full."""
+        """As carry.
+
+        With positions, slots that are empty or outside the window stay until the room is full.
+        """
         first, start = self.used - before.keys.shape[2], self.used
         self.used += now.keys.shape[2]
         self.keys[:, :, start : self.used] = now.keys

@@ -19,13 +19,16 @@ def causal_conv1d(
     impl: str = "auto",
     resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y_t = bias + Σ_w weight_w ⊙ x_{t-W+1+w}, then SiLU if there is an `activation`: each channel convolved with its own W
-    taps, looking only back. A tap that would reach into an earlier document reads 0.
+    """y_t = bias + Σ_w weight_w ⊙ x_{t-W+1+w}, then SiLU if there is an `activation`.
 
-    x (B, T, D); weight (D, W); bias (D,), None for zero; window (B, W-1, D), the inputs before x, None for zeros; lengths
-    (B,), how many tokens of x come before the padding, None for all; resets (B, T) bool, True where a token begins a
-    document, None for none. Returns y (B, T, D) and the window after x, with zeros for tokens of earlier documents.
-    Raises ValueError on shapes that disagree.
+    Each channel is convolved with its own W taps, which see only the current and earlier tokens. A
+    tap that would reach into an earlier document reads 0.
+
+    x (B, T, D); weight (D, W); bias (D,), None for zero; window (B, W-1, D), the inputs before x,
+    None for zeros; lengths (B,), how many tokens of x come before the padding, None for all; resets
+    (B, T) bool, True if a token begins a document, None for none. Returns y (B, T, D) and the
+    window after x, with zeros for tokens of earlier documents. Raises ValueError if shapes
+    disagree.
     """
     check_convolution(x, weight, bias, window, lengths, resets)
     (batch, T, D), W = x.shape, weight.shape[1]
@@ -38,11 +41,12 @@ def causal_conv1d(
         window = x.new_zeros(batch, W - 1, D)
     padded = torch.cat((window, x), dim=1)  # (B, W-1+T, D)
     within = None if resets is None else tokens_within(resets)
-    fused = x.is_cuda or torch.compiler.is_compiling()  # to look for documents would stop either
+    # both a compiler and a GPU would have to stop to look for documents
+    fused = x.is_cuda or torch.compiler.is_compiling()
     if path == "reference" or (resets is not None and fused):
         y = sum(weight[:, w] * visible(padded[:, w : w + T], within, W - 1 - w) for w in range(W))
         y = y if bias is None else y + bias
-    elif T == 1:  # one product, which costs less than to set a convolution up
+    elif T == 1:  # one product, which costs less than setting up a convolution
         if resets is not None:
             padded = torch.cat((window.masked_fill(resets.unsqueeze(-1), 0), x), dim=1)
         y = (weight.mT * padded).sum(1, keepdim=True)
@@ -56,9 +60,17 @@ def causal_conv1d(
 
 
 def check_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None, lengths: Tensor | None, resets: Tensor | None
-) -> None:  # fmt: skip
-    """Raise ValueError unless the arguments have the shapes that causal_conv1d names, here and in its kernel."""
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    window: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+) -> None:
+    """Raise ValueError unless the arguments have the shapes in causal_conv1d's docstring.
+
+    The kernel uses this check too.
+    """
     fits = x.ndim == 3 and x.shape[1] > 0 and weight.ndim == 2 and weight.shape[0] == x.shape[2]
     if fits:
         (batch, T, D), W = x.shape, weight.shape[1]
@@ -79,7 +91,9 @@ def check_convolution(
 
 
 def tokens_within(resets: Tensor) -> Tensor:
-    """How many earlier tokens of its own document each token has in x; all there are, where the document began before x.
+    """How many earlier tokens of its own document each token has in x.
+
+    If the document began before x, the count is at least LONG, so that no tap is hidden.
 
     (B, T) bool -> (B, T) int64.
     """
@@ -89,20 +103,21 @@ def tokens_within(resets: Tensor) -> Tensor:
     return index - began
 
 
-LONG = 2**31  # more taps than any convolution has
+LONG = 2**31  # more than the taps of any convolution
 
 
 def visible(shifted: Tensor, within: Tensor | None, back: int) -> Tensor:
-    """The inputs `back` tokens before each token, 0 where these belong to an earlier document: (B, T, D)."""
+    """The inputs `back` tokens before each token, 0 if of an earlier document: (B, T, D)."""
     return shifted if within is None else shifted.masked_fill((within < back).unsqueeze(-1), 0)
 
 
 def repaired(
     y: Tensor, padded: Tensor, weight: Tensor, bias: Tensor | None, within: Tensor
 ) -> Tensor:
-    """y with the first W-1 tokens of each document computed again, without the tokens before the document.
+    """y with the first W-1 tokens of each document computed again, without earlier documents.
 
-    Overwriting leaves nothing of another document in the result or in a gradient; subtracting would leave a rounding error.
+    Overwriting leaves nothing of another document in the result or in a gradient. Subtraction would
+    leave a rounding error.
     """
     W = weight.shape[1]
     row, t = (within < W - 1).nonzero(as_tuple=True)  # n tokens
@@ -117,7 +132,7 @@ def repaired(
 def window_after(
     x: Tensor, window: Tensor, lengths: Tensor | None, within: Tensor | None
 ) -> Tensor:
-    """The last W-1 inputs that come before the padding, 0 where they belong to a document before the last: (B, W-1, D)."""
+    """The last W-1 inputs before the padding, 0 if of an earlier document: (B, W-1, D)."""
     (_, T, D), kept = x.shape, window.shape[1]
     if lengths is None:
         late = torch.cat((window, x[:, max(0, T - kept) :]), dim=1)
@@ -140,9 +155,10 @@ def window_after(
 
 
 class Convolution(torch.autograd.Function):
-    """What causal_conv1d computes of tokens with their window before them: padded (B, W-1+T, D) -> (B, T, D).
+    """The convolution of padded tokens (B, W-1+T, D), the window first: (B, T, D).
 
-    PyTorch's own derivative is slow where the batch is small: of one text of 4,096 tokens it took four times as long.
+    PyTorch's own derivative is slow if the batch is small: for one text of 4,096 tokens it took
+    four times as long.
     """
 
     @staticmethod
@@ -160,15 +176,17 @@ class Convolution(torch.autograd.Function):
         padded, weight = ctx.saved_tensors
         W, T = weight.shape[1], dy.shape[1]
         around = F.pad(dy, (0, 0, W - 1, W - 1))  # (B, T+2(W-1), D)
-        dpadded = convolve(
-            around, weight.flip(1).to(dy.dtype), None
-        )  # each input meets the outputs that it had a part in
+        # each input meets the outputs to which it contributed
+        dpadded = convolve(around, weight.flip(1).to(dy.dtype), None)
         dweight = torch.stack([(dy * padded[:, w : w + T]).sum((0, 1)) for w in range(W)], dim=1)
         return dpadded, dweight, dy.sum((0, 1)) if ctx.biased else None
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """As an image of height one, for which PyTorch has a fast path with the channels innermost: (B, L, D) -> (B, L-W+1, D)."""
+    """The convolution as that of an image of height one: (B, L, D) -> (B, L-W+1, D).
+
+    PyTorch has a fast path for it with the channels innermost.
+    """
     return (
         F.conv2d(x.mT.unsqueeze(2), weight[:, None, None], bias, groups=weight.shape[0])
         .squeeze(2)

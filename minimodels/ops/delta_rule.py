@@ -1,11 +1,13 @@
-"""The delta rule: one recurrence behind linear attention, RetNet, GLA, Mamba-2, DeltaNet, Gated DeltaNet and KDA.
+"""The delta rule: one recurrence for seven architectures.
 
-Schlag et al., "Linear Transformers Are Secretly Fast Weight Programmers", arXiv:2102.11174; the chunked form: Yang et al.,
-arXiv:2406.06484 and (with gates) arXiv:2412.06464; one gate per channel: Kimi Linear, arXiv:2510.26692; without erasing, it
-is the state space duality of Mamba-2, arXiv:2405.21060.
+These are linear attention, RetNet, GLA, Mamba-2, DeltaNet, Gated DeltaNet and KDA. Schlag et al.,
+"Linear Transformers Are Secretly Fast Weight Programmers", arXiv:2102.11174. The chunked form: Yang
+et al., arXiv:2406.06484 and (with gates) arXiv:2412.06464. One gate per channel: Kimi Linear,
+arXiv:2510.26692. Without erasing, it is the state space duality of Mamba-2, arXiv:2405.21060.
 
-A head remembers a matrix S that maps keys to values. Each token lets S decay, asks it what is already stored under the erase
-vector e, and stores under the key k only what is still missing of the value v. Without e the token simply adds its value.
+A head remembers a matrix S that maps keys to values. Each token lets S decay and reads what is
+already stored under the erase vector e. Under the key k it then stores only what is still missing
+of the value v. Without e the token simply adds its value.
 
     Ŝ_t = Diag(exp(g_t)) S_{t-1}        decay       (1)
     u_t = v_t - Ŝ_tᵀ e_t                correction  (2)
@@ -15,24 +17,28 @@ vector e, and stores under the key k only what is still missing of the value v. 
     name        symbol  shape
     q, k        q, k    (B, T, G, K)            query and key; value head h reads group h // (H/G)
     v           v       (B, T, H, V)            value
-    g           g       (B, T, H) or (B, T, H, K)   log-decay <= 0, one per head ("scalar") or one per key channel ("vector")
-    e           e       as k, or (B, T, H, K)   erase vector; DeltaNet: v is β v and e is β k, with a unit key k
+    g           g       (B, T, H)               log-decay <= 0, one per head ("scalar"),
+                        or (B, T, H, K)         or one per key channel ("vector")
+    e           e       as k, or (B, T, H, K)   erase vector; DeltaNet: v is β v, e is β k, |k| = 1
     state       S       (B, H, K, V)            in fp32 (fp64 for fp64 inputs)
-    resets              (B, T) bool             a document begins here: the decay is 0 whatever g says
+    resets              (B, T) bool             a document begins here: the decay is 0 whatever g is
 
 The fast path cuts time into chunks of C tokens. With α = exp(g), a chunk that starts from S is
 
-    A_i,j = Σ_d q_i,d k_j,d (α_{j+1} ... α_i)_d  for j <= i         E_i,j = the same with e for q, for j < i
+    A_i,j = Σ_d q_i,d k_j,d (α_{j+1} ... α_i)_d  for j <= i      E_i,j = with e for q, for j < i
     U = (I + E)⁻¹ (V - ē S)                                         all corrections by one triangular solve
     Y = q̄ S + A U           S' = ᾱ S + k̄ᵀ U
 
-where the bar means: q_i and e_i decayed from the chunk's start to i, k_j from j to the chunk's end, ᾱ the whole chunk's decay.
-Only the lines with S wait for the chunk before. With one gate a head, a decay is exp(G_i - G_j) with G the sums of g, and what
-is masked is masked before the exponential. With one gate a channel, it is a product of numbers in [0, 1], made by joining
-blocks of tokens in pairs. So no exponent is positive and nothing overflows, however strong a gate is.
+The bars stand for decays: q̄_i and ē_i decay from the chunk's start to i, k̄_j decays from j to the
+chunk's end, and ᾱ is the whole chunk's decay. Only the lines with S wait for the chunk before. With
+one gate per head, a decay is exp(G_i - G_j), in which G are the sums of g. The mask is applied
+before the exponential. With one gate per channel, a decay is a product of numbers in [0, 1],
+computed by joining blocks of tokens in pairs. So no exponent is positive and nothing overflows,
+however strong a gate is.
 
-The gradient R of the state obeys the same rule backwards with k and e exchanged, so the backward pass is chunked alike. It
-saves the inputs and the states between chunks, and computes the rest again.
+The gradient R of the state obeys the same rule backwards, with k and e exchanged. So the backward
+pass is chunked in the same way. It saves the inputs and the states between chunks, and recomputes
+the rest.
 """
 
 from __future__ import annotations
@@ -47,10 +53,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from minimodels.layers import choose, full_precision
 
-# C, a power of two. On a CPU 64 took 0 to 45 % longer, and 16 with keys of 128 numbers 5 to 15 %.
+# C, a power of two. On a CPU 64 took 0 to 45 % longer. With keys of 128 numbers, 16 took 5 to 15 %
+# longer.
 CHUNK = 32
-# Tokens times heads that are computed at once: on a CPU few, so that their tensors stay in the cache; on a GPU many, because
-# each operation is a launch.
+# Tokens times heads that are computed at once: few on a CPU, so that their tensors stay in the
+# cache, and many on a GPU, because each operation is a launch.
 WORK, GPU_WORK = 2**11, 2**17
 
 
@@ -66,10 +73,11 @@ def delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """Equations (1) to (4) over a text: y (B, T, H, V) in v's dtype and the final state (B, H, K, V).
 
-    q, k (B, T, G, K); v (B, T, H, V), H a multiple of G; g (B, T, H) or (B, T, H, K), at most 0; e as k or (B, T, H, K), None
-    for zeros; state (B, H, K, V), None for zeros; resets (B, T) bool, True where a document begins, which forgets all
-    that came before. A token with g = 0, k = 0 and e = 0 leaves the state exactly as it is: so does padding.
-    Nothing is scaled or normalised here. Raises ValueError on shapes that disagree.
+    q, k (B, T, G, K); v (B, T, H, V), H a multiple of G; g (B, T, H) or (B, T, H, K), at most 0; e
+    as k or (B, T, H, K), None for zeros; state (B, H, K, V), None for zeros; resets (B, T) bool,
+    True if a document begins, which forgets everything before it. A token with g = 0, k = 0 and e =
+    0 leaves the state exactly as it is, and padding works this way. Nothing is scaled or normalised
+    here. Raises ValueError if shapes disagree.
     """
     check_shapes(q, k, v, g, e, state, resets)
     path = choose(impl, "delta_rule", q.device)
@@ -100,7 +108,10 @@ def check_shapes(
     state: Tensor | None,
     resets: Tensor | None,
 ) -> None:
-    """Raise ValueError unless the arguments have the shapes that delta_rule names, here and in its kernel."""
+    """Raise ValueError unless the arguments have the shapes in delta_rule's docstring.
+
+    The kernel uses this check too.
+    """
     fits = k.ndim == v.ndim == 4 and v.shape[1] > 0 and v.shape[2] % k.shape[2] == 0
     if fits:
         (batch, T, _, K), (H, V) = k.shape, v.shape[2:]
@@ -127,8 +138,12 @@ def check_shapes(
 def same_heads(
     q: Tensor, k: Tensor, g: Tensor, e: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """q, k and e with one number of heads: repeated for every value head if gates per channel or erase vectors differ
-    between the heads of a group; otherwise the groups are kept, because their heads share the products of q, e and k."""
+    """q, k and e with equal numbers of heads.
+
+    They are repeated for every value head if gates are per channel or if erase vectors differ
+    between the heads of a group. Otherwise the groups are kept, because their heads share the
+    products of q, e and k.
+    """
     G, H = k.shape[2], g.shape[2]
     if g.shape[3] == 1 and (e is None or e.shape[2] == G):
         return q, k, e
@@ -148,7 +163,10 @@ def reference(
     S: Tensor,
     resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The rule, one token after the other; also the step of decoding. Arguments as delta_rule's, S is the state."""
+    """The rule, token by token. Decoding uses it too.
+
+    Arguments as in delta_rule; S is the state.
+    """
     heads = v.shape[2] // k.shape[2]
     if heads > 1:
         q, k, e = (x if x is None else x.repeat_interleave(heads, 2) for x in (q, k, e))
@@ -170,9 +188,10 @@ def decays(g: Tensor, resets: Tensor | None) -> Tensor:
     return (g if resets is None else g.masked_fill(resets[:, :, None, None], -math.inf)).exp()
 
 
-# The chunked form. Inside, a tensor is (N, P, C, ...): N chunks of C tokens, P = B H heads of all texts. What the R heads of a
-# group share is held once, P/R times. The vectors that read, q and (if there is one) e, lie side by side, J = 1 or 2 for each
-# token, so that both take part in the same products.
+# The chunked form. Inside, a tensor is (N, P, C, ...): N chunks of C tokens, and P = B H heads of
+# all texts. What the R heads of a group share exists once, P/R times in all. The vectors that read,
+# q and e (if there is one), are next to each other, J = 1 or 2 for each token, so that both take
+# part in the same products.
 
 
 class Chunks(NamedTuple):
@@ -181,12 +200,12 @@ class Chunks(NamedTuple):
     rows: Tensor  # (N, P/R, C, J, K) q and e
     k: Tensor  # (N, P/R, C, K)
     same: Tensor  # (N, P, C, C), or (C, C) without resets: 1 where j <= i in one document, else 0
-    scores: Tensor  # (N, P, C, J, C) A and E, which is used below its diagonal only
+    scores: Tensor  # (N, P, C, J, C) A and E; of E only the part below the diagonal is used
     reads: Tensor  # (N, P, C, J, K) q̄ and ē
     writes: Tensor  # (N, P, C, K) k̄
     total: Tensor  # (N, P, 1 | K, 1) ᾱ
     inverse: Tensor | None  # (N, P, C, C) of I + E
-    kept: list[tuple[Tensor, ...]]  # what else the gradients of scores, reads and writes need
+    kept: list[tuple[Tensor, ...]]  # other values that the gradients of these need
 
 
 @torch.library.custom_op("minimodels::delta_rule_forward", mutates_args=())
@@ -199,7 +218,10 @@ def delta_rule_forward(
     state: Tensor,
     resets: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the final state, and the states between chunks, first and last included: (chunks + 1, B, H, K, V)."""
+    """y, the final state, and the states between chunks: (chunks + 1, B, H, K, V).
+
+    The states between chunks include the first and the last one.
+    """
     y, final_state, boundaries = empty_outputs(q, k, v, g, e, state, resets)
     boundaries[0] = state
     for now, here, C in slabs(v):
@@ -230,10 +252,11 @@ def delta_rule_backward(
     resets: Tensor | None,
     boundaries: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, g, e (empty without e) and the initial state from those of y and the final state.
+    """Gradients of q, k, v, g, e (empty without e) and the initial state.
 
-    Let R be the gradient of the state behind a chunk, and Z that of its V, negated. Then that of the state before it, R',
-    and the others are
+    They follow from the gradients of y and of the final state. Let R be the gradient of the state
+    after a chunk, and let Z be that of its V, negated. Then the gradient R' of the state before the
+    chunk and the others are
 
         Z = -(I + E)⁻ᵀ (Aᵀ dY + k̄ R)        R' = ᾱ R + q̄ᵀ dY + ēᵀ Z        dV = -Z
         dA = dY Uᵀ      dE = Z Uᵀ      dq̄ = dY Sᵀ      dē = Z Sᵀ      dk̄ = U Rᵀ
@@ -244,7 +267,7 @@ def delta_rule_backward(
         chunk = prepare(q, k, g, e, resets, now, C)
         states = boundaries[here].flatten(1, 2)  # (N+1, P, K, V)
         U, dY = chunked(v[:, now], C), chunked(dy[:, now], C)  # (N, P, C, V)
-        dV = chunk.scores[..., 0, :].mT @ dY  # for now that of U, without what R gives it
+        dV = chunk.scores[..., 0, :].mT @ dY  # at first that of U, without the part from R
         dstates = torch.empty_like(states)
         dstates[-1] = R
         torch.matmul(chunk.reads[..., 0, :].mT, dY, out=dstates[:-1])
@@ -286,9 +309,10 @@ def carry(
     W: Tensor | None = None,
     backwards: bool = False,
 ) -> None:
-    """Walk the chunks: states[n+1] += ᾱ states[n] + keysᵀ values, after values -= W states[n]; both in place.
+    """Walk the chunks: states[n+1] += ᾱ states[n] + keysᵀ values, after values -= W states[n].
 
-    Backwards from the last state to the first, this carries gradients: k̄ and ē have changed places.
+    Both are changed in place. From the last state to the first, this carries gradients, with k̄ and
+    ē exchanged.
     """
     order = slice(None, None, -1) if backwards else slice(None)
     states = states.unbind()[order]
@@ -334,12 +358,15 @@ def prepare(
 def weigh_scalar(
     rows: Tensor, k: Tensor, g: Tensor, same: Tensor, starts: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list]:
-    """Scores, reads, writes, total and what is kept, for one gate a head: g (N, P, C, 1). One product for all heads of a
-    group, then the decays between all pairs of tokens, of which those that look ahead or into another document are 0."""
+    """Scores, reads, writes, total and kept values for one gate per head: g (N, P, C, 1).
+
+    One product serves all heads of a group. It is then multiplied by the decays between all pairs
+    of tokens, which are 0 for pairs that look ahead or into another document.
+    """
     if starts is not None:
         g = g.masked_fill(starts.unsqueeze(3), 0.0)
     lowest = 1.2 * math.log(torch.finfo(g.dtype).tiny)  # its exponential is 0
-    g = g.clamp(min=lowest)  # sums lose digits if they are larger
+    g = g.clamp(min=lowest)  # larger sums would lose digits
     G = same @ g  # (N, P, C, 1) sum of g since the chunk or the document began
     between = (G - G.mT).masked_fill_(same == 0, -math.inf).exp_()  # (N, P, C, C)
     since = G.exp()  # the decay from the chunk's start
@@ -354,10 +381,10 @@ def weigh_scalar(
 def differentiate_scalar(
     c: Chunks, dscores: Tensor, dreads: Tensor, dwrites: Tensor, end: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of rows, k and g from those of scores, reads and writes, in place of which it works, and from `end`
-    (N, P, K, 1), that of the log of the state behind the chunk.
+    """Gradients of rows, k and g from those of scores, reads and writes, which it overwrites.
 
-    A sum of gates G_i is in everything that i reads and, negated, in what it writes; g_t is in G_i for all i >= t.
+    `end` (N, P, K, 1) is the gradient of the log of the state after the chunk. A sum of gates G_i
+    is in everything that i reads and, negated, in what it writes. g_t is in G_i for all i >= t.
     """
     ((between, since),) = c.kept
     dscores[:, :, :, 1:].diagonal(dim1=2, dim2=4).zero_()  # E ends below the diagonal
@@ -375,8 +402,11 @@ def differentiate_scalar(
 def weigh_vector(
     rows: Tensor, k: Tensor, g: Tensor, starts: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list]:
-    """The same for one gate a channel: g (N, P, C, K), R = 1. Blocks of 1, 2, 4, ... tokens are joined in pairs: what is read
-    has decayed from its block's start, what is written to its block's end, and their product is a pair's scores."""
+    """The same for one gate per channel: g (N, P, C, K), R = 1.
+
+    Blocks of 1, 2, 4, ... tokens are joined in pairs. What is read has decayed from its block's
+    start, and what is written decays to its block's end. Their product gives the scores of a pair.
+    """
     if starts is not None:
         g = g.masked_fill(starts.unsqueeze(3), -math.inf)
     decay = g.exp()  # (N, P, C, K)
@@ -402,7 +432,7 @@ def weigh_vector(
 def differentiate_vector(
     c: Chunks, dscores: Tensor, dreads: Tensor, dwrites: Tensor, end: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As differentiate_scalar: the pairs of blocks in reverse."""
+    """As differentiate_scalar, for the pairs of blocks in reverse."""
     (decay,), *levels = c.kept
     length = c.k.shape[2]
     for left, right, first, second in reversed(levels):
@@ -420,12 +450,18 @@ def differentiate_vector(
 
 
 def halves(x: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """The first and the second of each pair of blocks: (N, P, C, ...) -> two views (pairs, length, ...)."""
+    """The first and the second of each pair of blocks: (N, P, C, ...) -> two (pairs, length, ...).
+
+    Both are views.
+    """
     return x.view(-1, 2, length, *x.shape[3:]).unbind(1)
 
 
 def square(scores: Tensor, length: int) -> Tensor:
-    """A view of the scores of each pair's second block against its first: (N P, pairs, length, J, length)."""
+    """A view of the scores of each pair's second block against its first.
+
+    Its shape is (N P, pairs, length, J, length).
+    """
     C, J, _ = scores.shape[2:]
     pairs = C // (2 * length)
     scores = scores.view(-1, pairs, 2, length, J, pairs, 2, length)[:, :, 1, :, :, :, 0]
@@ -433,7 +469,7 @@ def square(scores: Tensor, length: int) -> Tensor:
 
 
 def times(x: Tensor, factor: Tensor) -> Tensor:
-    """What a group shares times what its heads have each: (N, P/R, ...) and (N, P, ...) -> (N, P, ...)."""
+    """Multiply a group's tensor (N, P/R, ...) by those of its heads (N, P, ...): (N, P, ...)."""
     if x.shape[1] == factor.shape[1]:
         return x * factor
     return (x.unsqueeze(2) * factor.unflatten(1, (x.shape[1], -1))).flatten(1, 2)
@@ -445,7 +481,7 @@ def grouped(x: Tensor, groups: int) -> Tensor:
 
 
 def chunked(x: Tensor, C: int) -> Tensor:
-    """(B, T, H, ...) -> (N, B H, C, ...), with zeros behind the last token."""
+    """(B, T, H, ...) -> (N, B H, C, ...), with zeros after the last token."""
     missing = -x.shape[1] % C
     if missing:
         x = torch.cat((x, x.new_zeros(x.shape[0], missing, *x.shape[2:])), dim=1)
@@ -454,14 +490,14 @@ def chunked(x: Tensor, C: int) -> Tensor:
 
 
 def unchunked(x: Tensor, like: Tensor) -> Tensor:
-    """Back to the shape of `like`, (B, T, H, ...)."""
+    """Undo `chunked`: back to the shape of `like`, (B, T, H, ...)."""
     batch, T = like.shape[:2]
     x = x.unflatten(1, (batch, -1)).transpose(2, 3).transpose(0, 1)  # (B, N, C, H, ...)
     return x.flatten(1, 2)[:, :T]
 
 
 def slabs(v: Tensor) -> Iterator[tuple[slice, slice, int]]:
-    """The tokens of some chunks that are computed at once, the states around them, and C."""
+    """Groups of chunks that are computed at once: their tokens, the states around them, and C."""
     (batch, T, H), C = v.shape[:3], chunk_length(v.shape[1])
     chunks = max(1, (WORK if v.is_cpu else GPU_WORK) // (batch * H * C))
     for first in range(0, T, chunks * C):
@@ -470,14 +506,14 @@ def slabs(v: Tensor) -> Iterator[tuple[slice, slice, int]]:
 
 
 def chunk_length(T: int) -> int:
-    """C: CHUNK, or the power of two that a shorter text fills."""
+    """C: CHUNK, or a smaller power of two that is enough for a shorter text."""
     length = CHUNK
     while length // 2 >= T:
         length //= 2
     return length
 
 
-# What PyTorch must know of the two operations: shapes, derivative, precision, cost.
+# What PyTorch must know about the two operations: shapes, derivative, precision, cost.
 
 
 @delta_rule_forward.register_fake

@@ -26,11 +26,12 @@ def grouped_mlp(
 ) -> Tensor:
     """y_t = Σ_e visits_te · gates_te · out_e (silu(gate_e x_t) ⊙ up_e x_t).
 
-    x (n, D); gates (n, E); visits (n, E) bool; gate, up (E, I, D); out (E, D, I); most: how many experts a token visits at
-    most, None for E. The kernel takes memory for n · most visits, so that nobody waits for the GPU to count them.
-    biases: of the three products, (E, I) twice and (E, D). activation: one of GATED, instead of silu.
-    Returns (n, D).
-    Raises ValueError on shapes that disagree, InputError for a kernel that has no biases or another activation.
+    x (n, D); gates (n, E); visits (n, E) bool; gate, up (E, I, D); out (E, D, I). `most` is the
+    largest number of experts that a token visits, None for E. The kernel allocates memory for n ·
+    most visits, so that the host does not have to wait for the GPU to count them. biases: those of
+    the three products, (E, I) twice and (E, D). activation: one of GATED, instead of silu. Returns
+    (n, D). Raises ValueError if shapes disagree, and InputError if a kernel has no biases or no
+    other activation.
     """
     check_shapes(x, gates, visits, gate, up, out)
     path = choose(impl, "grouped_mlp", x.device)
@@ -51,7 +52,8 @@ def grouped_mlp(
             y = y.index_add(0, token, (expert * gates[token, e, None]).to(y.dtype))
         return y
     dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):  # which does not reach into the operations below
+    # autocast does not reach into the operations below
+    if torch.is_autocast_enabled(x.device.type):
         x, gate, up, out = (
             part.to(torch.get_autocast_dtype(x.device.type)) for part in (x, gate, up, out)
         )
@@ -60,10 +62,8 @@ def grouped_mlp(
 
         return kernel(x, gates, visits, gate, up, out, most).to(dtype)
     expert, token = visits.t().nonzero(as_tuple=True)  # (A,) each, ordered by expert
-    counts, rows = (
-        visits.sum(0),
-        x.index_select(0, token),
-    )  # (E,), (A, D); x[token] has a slower derivative
+    # (E,), (A, D); x[token] has a slower derivative
+    counts, rows = visits.sum(0), x.index_select(0, token)
     parts = [grouped_linear(rows, weight, counts) for weight in (gate, up)]  # (A, I) twice
     of_gate, of_up, of_out = biases_of(biases, expert, rows.dtype)
     if biases is not None:
@@ -84,7 +84,10 @@ def biases_of(
 def check_shapes(
     x: Tensor, gates: Tensor, visits: Tensor, gate: Tensor, up: Tensor, out: Tensor
 ) -> None:
-    """Raise ValueError unless the arguments have the shapes that grouped_mlp names, here and in its kernel."""
+    """Raise ValueError unless the arguments have the shapes in grouped_mlp's docstring.
+
+    The kernel uses this check too.
+    """
     (n, D), (E, I, _) = x.shape, gate.shape
     if (gates.shape, visits.shape, gate.shape, up.shape, out.shape) != (
         (n, E),
@@ -101,14 +104,16 @@ def check_shapes(
 
 @torch.library.custom_op("minimodels::grouped_linear", mutates_args=())
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """Rows of x times their group's matrix: x (A, in) ordered by group, weight (E, out, in), counts (E,) -> (A, out)."""
+    """Multiply the rows of x by their group's matrix.
+
+    x (A, in) ordered by group, weight (E, out, in), counts (E,) -> (A, out).
+    """
     y, start = x.new_empty(x.shape[0], weight.shape[1]), 0
     for e, count in enumerate(counts.tolist()):
         if count:
             group, start = slice(start, start + count), start + count
-            torch.mm(
-                x[group], weight[e].t(), out=y[group]
-            )  # into place: joining the results would copy them
+            # written in place, because joining the results would copy them
+            torch.mm(x[group], weight[e].t(), out=y[group])
     return y
 
 
@@ -116,7 +121,7 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 def grouped_linear_backward(
     dy: Tensor, x: Tensor, weight: Tensor, counts: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and weight; those of a group without rows are zero."""
+    """Gradients of x and weight; they are zero for a group without rows."""
     dx, dweight, sizes = torch.empty_like(x), torch.empty_like(weight), counts.tolist()
     parts = (x.split(sizes), weight, dy.split(sizes), dx.split(sizes), dweight)
     for rows, matrix, gradient, drows, dmatrix in zip(*parts, strict=True):

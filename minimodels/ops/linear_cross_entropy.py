@@ -1,13 +1,14 @@
-"""The loss of a language model without its logits: the last linear map and the cross-entropy in one operation.
+"""A language model's loss without its logits: the head's linear map and the cross-entropy in one.
 
-Of n tokens and a vocabulary of V the logits (n, V) are the largest tensor of a small model, and their gradient is as large
-again. Both exist here for a few rows at a time, and as the gradient of a row follows from its logits alone, it is turned into
-those of x and of the weight while it is at hand (Liger Kernel, arXiv:2410.10989). Backward only multiplies by what comes in.
+With n tokens and a vocabulary of V, the logits (n, V) are the largest tensor of a small model, and
+their gradient is as large again. Here both exist only for a few rows at a time. The gradient of a
+row follows from its logits alone. So it is turned into the gradients of x and of the weight at once
+(Liger Kernel, arXiv:2410.10989), and backward only multiplies them by the incoming gradient.
 
     name        shape
-    x           (n, D)     what the head sees
-    weight      (V, D)     of the head
-    targets     (n,)       int64 below V; IGNORE where nothing is to be predicted
+    x           (n, D)     the input of the head
+    weight      (V, D)     the head's matrix
+    targets     (n,)       int64 below V; IGNORE if nothing is to be predicted
 """
 
 from __future__ import annotations
@@ -20,23 +21,26 @@ from torch.utils.flop_counter import register_flop_formula
 from minimodels.layers import choose, full_precision
 
 IGNORE = -100
-# logits at a time: enough that the products over them run at full speed, and on a GPU that dweight, 8·V·D bytes in fp32 for
-# each chunk, is added up seldom: at n 16384, D 4096, V 131072 it is 34 GB, and with 2²⁶ it was 137. They take 1 GiB in fp32
+# Logits computed at a time. With so many, the products over them run at full speed. On a GPU the
+# number is larger, because each chunk adds up dweight, which moves 8·V·D bytes in fp32. At n 16384,
+# D 4096, V 131072 that is 34 GB in all, and with 2²⁶ it was 137. The logits take 1 GiB in fp32.
 WORK = {"cpu": 2**24, "cuda": 2**28}
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, impl: str = "auto") -> Tensor:
-    """mean_t (logsumexp(W x_t) - (W x_t)_target) over the targets that are not IGNORE, in nats: a scalar in full precision.
+    """mean_t (logsumexp(W x_t) - (W x_t)_target) over the targets that are not IGNORE, in nats.
 
-    x (n, D); weight (V, D); targets (n,). Not a number where every target is IGNORE. Raises ValueError on shapes that
-    disagree, and on fp16 where gradients are wanted: all paths but the reference make them before a loss scale reaches them.
-    These paths have no second derivative: asking for it raises RuntimeError.
+    x (n, D); weight (V, D); targets (n,). Returns a scalar in full precision, which is NaN if every
+    target is IGNORE. Raises ValueError if shapes disagree, and for fp16 if gradients are wanted:
+    all paths but the reference compute the gradients before a loss scale reaches them. These paths
+    have no second derivative, and asking for it raises RuntimeError.
     """
     check_shapes(x, weight, targets)
     path = choose(impl, "linear_cross_entropy", x.device)
     if path == "reference":
         return F.cross_entropy(full_precision(F.linear(x, weight)), targets, ignore_index=IGNORE)
-    if torch.is_autocast_enabled(x.device.type):  # which does not reach into the operation
+    # autocast does not reach into the operation
+    if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     learn = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
@@ -52,7 +56,10 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, impl: str =
 
 
 def check_shapes(x: Tensor, weight: Tensor, targets: Tensor) -> None:
-    """Raise ValueError unless the arguments have the shapes that linear_cross_entropy names, here and in its kernel."""
+    """Raise ValueError unless the arguments have the shapes in linear_cross_entropy's docstring.
+
+    The kernel uses this check too.
+    """
     if x.ndim != 2 or weight.shape[1:] != x.shape[1:] or targets.shape != x.shape[:1]:
         shapes = (
             f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)}"
@@ -61,9 +68,9 @@ def check_shapes(x: Tensor, weight: Tensor, targets: Tensor) -> None:
 
 
 def tally(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sums of a batch, to be added over batches: the losses in nats, the right answers, the targets: (3,) in fp32.
+    """Sums over a batch: the losses in nats, the correct answers and the targets: (3,) in fp32.
 
-    logits (B, T, V); targets (B, T), those that are IGNORE left out.
+    They can be added over batches. logits (B, T, V); targets (B, T), of which IGNORE is left out.
     """
     nats = F.cross_entropy(
         logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
@@ -77,9 +84,10 @@ def tally(logits: Tensor, targets: Tensor) -> Tensor:
 def chunked_loss(
     x: Tensor, weight: Tensor, targets: Tensor, learn: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss and, if it is to `learn`, its gradients with respect to x and weight; else two empty tensors."""
+    """The loss and, if `learn`, its gradients (x, weight); else two empty tensors."""
     present = targets != IGNORE
-    share = full_precision(present.to(x.dtype)) / present.sum()  # (n,) of each row in the mean
+    # (n,), each row's share in the mean
+    share = full_precision(present.to(x.dtype)) / present.sum()
     rows = max(1, WORK.get(x.device.type, WORK["cuda"]) // weight.shape[0])
     loss = share.new_zeros(())
     dx = torch.empty_like(x) if learn else x.new_empty(0)
@@ -88,9 +96,8 @@ def chunked_loss(
         at = slice(start, start + rows)
         target = targets[at].masked_fill(~present[at], 0).unsqueeze(1)  # (rows, 1)
         logp = full_precision(x[at] @ weight.t()).log_softmax(-1)  # (rows, V)
-        loss -= (
-            share[at] * logp.gather(1, target).squeeze(1)
-        ).sum()  # as share[at] @ ... autocast would round it
+        # not share[at] @ ..., which autocast would round
+        loss -= (share[at] * logp.gather(1, target).squeeze(1)).sum()
         if learn:
             gradient = logp.exp_().scatter_add_(1, target, -torch.ones_like(logp[:, :1]))
             gradient = gradient.mul_(share[at].unsqueeze(1)).to(x.dtype)

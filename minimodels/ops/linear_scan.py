@@ -1,10 +1,11 @@
-"""The linear scan: the recurrence of channels that do not mix, as in the RG-LRU, minGRU, MLGRU and HGRN.
+"""The linear scan: a recurrence of channels that do not mix.
 
-De et al., "Griffin: Mixing Gated Linear Recurrences with Local Attention", arXiv:2402.19427, equation (4) for one; Feng et al.,
-"Were RNNs All We Needed?", arXiv:2410.01201.
+The RG-LRU, minGRU, MLGRU and HGRN use it. For example De et al., "Griffin: Mixing Gated Linear
+Recurrences with Local Attention", arXiv:2402.19427, equation (4); Feng et al., "Were RNNs All We
+Needed?", arXiv:2410.01201.
 
-Each channel remembers one number. At each token it keeps a share a of that number and adds x. The gradient obeys the same
-recurrence backwards.
+Each channel remembers one number. At each token it keeps a share a of that number and adds x. The
+gradient obeys the same recurrence backwards.
 
     h_t = a_t ⊙ h_{t-1} + x_t        (1)
     dx_t = dh_t + a_{t+1} ⊙ dx_{t+1},    da_t = dx_t ⊙ h_{t-1}
@@ -13,11 +14,11 @@ recurrence backwards.
     a           a       (B, T, D)      decay, usually in [0, 1]
     x           x       (B, T, D)      what is added
     state       h       (B, D)         in fp32 (fp64 for fp64 inputs)
-    resets              (B, T) bool    a document begins here: a is 0 whatever it was
+    resets              (B, T) bool    a document begins here: a is 0 whatever its value
 
-A step costs one call of a small operation, so the fast path makes fewer and larger ones: it cuts time into pieces, walks all
-pieces at once from a state of zero, and then carries the true states from piece to piece. A piece as a whole multiplies the
-state before it by the product of its a.
+Each step is one call of a small operation, so the fast path makes fewer and larger calls. It cuts
+time into pieces, walks all pieces at once from a state of zero, and then carries the true states
+from piece to piece. A whole piece multiplies the state before it by the product of its a.
 """
 
 from __future__ import annotations
@@ -30,10 +31,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from minimodels.layers import choose, full_precision
 
-WORK = (
-    2**15
-)  # numbers in one step of all pieces: with fewer the call costs more than its arithmetic
-GPU_WORK = 2**20  # the same where each call is a launch
+# numbers in one step of all pieces: with fewer, the call costs more than its arithmetic
+WORK = 2**15
+GPU_WORK = 2**20  # the same on a GPU, where each call is a launch
 
 
 def linear_scan(
@@ -45,9 +45,9 @@ def linear_scan(
 ) -> tuple[Tensor, Tensor]:
     """Equation (1) over a text: h (B, T, D) in x's dtype, and the final state (B, D).
 
-    a, x (B, T, D); state (B, D), None for zeros; resets (B, T) bool, True where a document begins, which forgets all that came
-    before. A token with a = 1 and x = 0 leaves the state exactly as it is: so does padding. Raises ValueError on shapes
-    that disagree.
+    a, x (B, T, D); state (B, D), None for zeros; resets (B, T) bool, True if a document begins,
+    which forgets everything before it. A token with a = 1 and x = 0 leaves the state exactly as it
+    is, and padding works this way. Raises ValueError if shapes disagree.
     """
     check_shapes(a, x, state, resets)
     path = choose(impl, "linear_scan", x.device)
@@ -67,7 +67,10 @@ def linear_scan(
 
 
 def check_shapes(a: Tensor, x: Tensor, state: Tensor | None, resets: Tensor | None) -> None:
-    """Raise ValueError unless the arguments have the shapes that linear_scan names, here and in its kernel."""
+    """Raise ValueError unless the arguments have the shapes in linear_scan's docstring.
+
+    The kernel uses this check too.
+    """
     fits = x.ndim == 3 and x.shape[1] > 0
     if fits:
         batch, T, D = x.shape
@@ -84,7 +87,7 @@ def check_shapes(a: Tensor, x: Tensor, state: Tensor | None, resets: Tensor | No
 
 
 def reference(a: Tensor, x: Tensor, h: Tensor) -> Tensor:
-    """The recurrence, one token after the other: all states (B, T, D)."""
+    """The recurrence, token by token: all states (B, T, D)."""
     outputs = []
     for a_t, x_t in zip(a.unbind(1), x.unbind(1), strict=True):
         h = a_t * h + x_t  # (1), (B, D)
@@ -113,7 +116,8 @@ def scan(a: Tensor, x: Tensor, state: Tensor, backwards: bool = False) -> Tensor
     """Equation (1) in P pieces of L steps, from the first token to the last, or backwards."""
     (batch, T, D), pieces = x.shape, count_pieces(x)
     L = -(-T // pieces)
-    h, share = (x.new_zeros(batch, pieces * L, D) for _ in range(2))  # behind the text both are 0
+    # both are 0 after the end of the text
+    h, share = (x.new_zeros(batch, pieces * L, D) for _ in range(2))
     h[:, :T], share[:, :T] = x, a
     h, share = h.unflatten(1, (pieces, L)), share.unflatten(1, (pieces, L))  # (B, P, L, D)
     order = slice(None, None, -1) if backwards else slice(None)
@@ -124,8 +128,8 @@ def scan(a: Tensor, x: Tensor, state: Tensor, backwards: bool = False) -> Tensor
         steps[l].addcmul_(shares[l], steps[l - 1])
     if pieces > 1:
         for l in range(1, L):
-            shares[l].mul_(shares[l - 1])  # of the state before the piece, this share is left
-        starts = torch.zeros_like(steps[0])  # of each piece; that of the first is in h already
+            shares[l].mul_(shares[l - 1])  # the share of the state before the piece that is left
+        starts = torch.zeros_like(steps[0])  # of each piece; h already includes the first one's
         carried = zip(
             *(part.unbind(1)[order] for part in (steps[-1], shares[-1], starts)), strict=True
         )
@@ -137,12 +141,15 @@ def scan(a: Tensor, x: Tensor, state: Tensor, backwards: bool = False) -> Tensor
 
 
 def count_pieces(x: Tensor) -> int:
-    """P: as many as make a step worth its call, up to the number that makes L steps and P pieces the fewest calls."""
+    """P: enough pieces to make a step worth its call, but no more than give the fewest calls.
+
+    The calls are those for L steps and P pieces.
+    """
     batch, T, D = x.shape
     return max(1, min((WORK if x.is_cpu else GPU_WORK) // (batch * D), math.isqrt(2 * T)))
 
 
-# What PyTorch must know of the two operations: shapes, derivative, precision, cost.
+# What PyTorch must know about the two operations: shapes, derivative, precision, cost.
 
 
 @linear_scan_forward.register_fake

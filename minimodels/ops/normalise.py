@@ -1,8 +1,9 @@
-"""Norms and gates around a recurrence: unit keys, and an output that is normed and gated in one order or the other.
+"""Norms and gates around a recurrence: unit keys, and an output with a norm and a gate.
 
-Recurrent layers take unit keys because a step of the delta rule is then a projection, and they norm their output because the
-sum over a text has no bound. Architectures differ in what a norm spans (a head, a group of heads or all of them), in the
-activation of the gate and in which of the two comes first.
+Recurrent layers take unit keys because a step of the delta rule is then a projection. They
+normalise their output because a sum over a text has no bound. Architectures differ in what a norm
+spans (a head, a group of heads or all of them), in the activation of the gate, and in which of the
+two comes first.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ ACTIVATIONS = {"silu": F.silu, "sigmoid": torch.sigmoid}
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(Σ x² + eps) over the last dimension, in fp32 (fp64 if x is).
 
-    eps is added to the sum, as in published layers; F.normalize would instead bound the norm from below.
+    eps is added to the sum, as in published layers. F.normalize would bound the norm from below.
     """
     x = full_precision(x)
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
@@ -35,10 +36,11 @@ def gated_rmsnorm(
     activation: str = "silu",
     order: Literal["norm_gate", "gate_norm"] = "norm_gate",
 ) -> Tensor:
-    """norm(x) · act(gate) or, with order="gate_norm", norm(x · act(gate)); norm(x) = weight · x / sqrt(mean(x²) + eps).
+    """norm(x) · act(gate) or, with order="gate_norm", norm(x · act(gate)).
 
-    x and gate (..., d), normed over d; weight (d,), or (groups, d) if x is (..., groups, d); gate None leaves the
-    gate out. activation is one of ACTIVATIONS. Returns fp32 (fp64 if x is). Raises ValueError on shapes that disagree.
+    norm(x) = weight · x / sqrt(mean(x²) + eps). x and gate (..., d), normalised over d; weight
+    (d,), or (groups, d) if x is (..., groups, d). gate None leaves the gate out. activation is one
+    of ACTIVATIONS. Returns fp32 (fp64 if x is). Raises ValueError if shapes disagree.
     """
     fits = x.shape[-weight.ndim :] == weight.shape and (gate is None or gate.shape == x.shape)
     if not fits:

@@ -1,8 +1,8 @@
-"""Rotary positions: queries and keys are turned by angles that grow with their position.
+"""Rotary positions: queries and keys are rotated by angles that grow with their position.
 
 Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", arXiv:2104.09864.
 
-The product of a query and a key that are turned so depends on the distance between them alone.
+The product of a rotated query and a rotated key then depends only on the distance between them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ class Llama3:
 
 @dataclass(frozen=True)
 class Yarn:
-    """Slow frequencies divided, fast ones kept, a ramp between, and scores sharpened (arXiv:2309.00071)."""
+    """Slow frequencies divided, fast ones kept, a ramp between them, and sharper scores.
+
+    arXiv:2309.00071.
+    """
 
     factor: Positive = option(8.0, "by which the slow frequencies are divided")
     context: Count = option(4096, "tokens of context in training")
@@ -68,7 +71,7 @@ class Yarn:
 
     @property
     def attention(self) -> float:
-        """The factor on queries and keys, which sharpens the scores by its square."""
+        """The factor on queries and keys, whose square sharpens the scores."""
         if self.attention_factor is not None:
             return self.attention_factor
         return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
@@ -82,12 +85,13 @@ Scaling = Annotated[Linear | Llama3 | Yarn | None, OneOf(SCALINGS)]
 def rotary(
     positions: Tensor, head_dim: int, base: float, scaling: str = ""
 ) -> tuple[Tensor, Tensor]:
-    """cos and ±sin of the angles p · θ_j of positions p (...), for both halves of a head: two (..., d) in fp32.
+    """cos and ±sin of the angles p · θ_j of positions p (...): two (..., d) in fp32.
 
-    The frequencies are θ_j = base^(-2j/d), lowered by `scaling`, a call of SCALINGS as text. The pairs are
-    (x_j, x_{j+d/2}): the first of a pair is turned with -sin, the second with sin. This is an operation of
-    its own because a compiler would compute anything so cheap again in each rotation, for every head and
-    row. Angles are in fp32, as in published models: those of position 100,000 may be off by 0.004.
+    They cover both halves of a head. The frequencies are θ_j = base^(-2j/d), lowered by `scaling`,
+    a call of SCALINGS as text. The pairs are (x_j, x_{j+d/2}): the first of a pair is rotated with
+    -sin, the second with sin. This is an operation of its own, because a compiler would recompute
+    something so cheap in each rotation, for every head and row. Angles are in fp32, as in published
+    models: those of position 100,000 may be off by 0.004.
     """
     exponents = (
         torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
@@ -107,7 +111,7 @@ def _(positions, head_dim, base, scaling=""):
 
 
 def scaled(periods: Tensor, base: float, scaling: str) -> tuple[Tensor, float]:
-    """The rotary frequencies of periods base^(2j/d) (d/2,), and the factor on what is turned."""
+    """The rotary frequencies for periods base^(2j/d) (d/2,), and the factor on queries and keys."""
     call = parse_call(scaling, "rope_scaling") if scaling else None
     if call is None or call.name != "yarn":
         return slow(periods.reciprocal(), scaling), 1.0
@@ -118,7 +122,7 @@ def scaled(periods: Tensor, base: float, scaling: str) -> tuple[Tensor, float]:
 
 
 def slow(frequencies: Tensor, scaling: str) -> Tensor:
-    """Rotary frequencies (d/2,), lowered so that a text longer than those of training turns them no further."""
+    """Rotary frequencies (d/2,), lowered so that longer texts rotate no further than in training."""
     if not scaling:
         return frequencies
     call = parse_call(scaling, "rope_scaling")
@@ -132,9 +136,9 @@ def slow(frequencies: Tensor, scaling: str) -> Tensor:
 
 
 def yarn_ramp(pairs: int, base: float, options: Yarn) -> Tensor:
-    """How much each frequency is slowed, 0 to 1: (pairs,)."""
+    """How much each frequency is slowed down, from 0 to 1: (pairs,)."""
 
-    def pair(turns: float) -> float:  # the pair that turns so often within the context of training
+    def pair(turns: float) -> float:  # the pair that turns so many times within the trained context
         return pairs * math.log(options.context / (turns * 2 * math.pi)) / math.log(base)
 
     first, last = pair(options.fast), pair(options.slow)
@@ -147,7 +151,10 @@ def yarn_ramp(pairs: int, base: float, options: Yarn) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_j, x_{j+d/2}) by its angle, among the first d of the last dimension if it is wider than the angles."""
+    """Rotate each pair (x_j, x_{j+d/2}) by its angle.
+
+    If the last dimension is wider than the angles, only its first d numbers are rotated.
+    """
     width = cos.shape[-1]
     if width < x.shape[-1]:
         return torch.cat((rotate(x[..., :width], cos, sin), x[..., width:]), dim=-1)
@@ -155,7 +162,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def scaling_text(scaling: Linear | Llama3 | Yarn | None) -> str:
-    """A scaling as text, which rotary takes: "" for None."""
+    """A scaling as the text that `rotary` takes: "" for None."""
     if scaling is None:
         return ""
     name = next(name for name, kind in SCALINGS.items() if isinstance(scaling, kind))

@@ -26,7 +26,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Read the run, write the folder."""
+    """Read the run and write the folder."""
     save_pretrained(load_model(options.run), options.folder)
     print(f"saved in {options.folder}")
 

@@ -1,7 +1,7 @@
-"""What a config.json says, as a Config, and back, by the table of a family.
+"""Translate a config.json to a Config and back, by the table of a family.
 
-Nothing is passed over: an entry that neither the table nor the rule of idle entries knows is refused, and
-what is written is read again and compared.
+Nothing is ignored silently. An entry is refused if neither the table nor the rule for idle entries
+knows it, and what is written is read again and compared.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NEUTRAL = {  # entries of any family -> the value at which they change nothing
     "partial_rotary_factor": 1.0, "is_encoder_decoder": False, "add_cross_attention": False, "is_decoder": False,
 }  # fmt: skip
 
-IDLE = re.compile(  # entries that say nothing of what a model computes, by what they are about
+IDLE = re.compile(  # entries without influence on what a model computes, by their subject
     r"_.*|.*version.*|unsloth.*|transformers\..*|architectures|model_type|is_llama_config|task_specific_params"  # who wrote it
     r"|(torch_)?dtype|use_cache|output_(?!.*scale).*|return_dict.*|torchscript|pretraining_tp|use_bfloat16"  # how it is run
     r"|(.*_)?tokens?_ids?|tokenizer_class|prefix|max_position_embeddings"  # the text
@@ -46,18 +46,18 @@ def is_idle(name: str, value: object) -> bool:
     """Whether an entry changes nothing in any model."""
     if re.fullmatch(r".*(dropout|_drop|_pdrop)(_.*)?", name):
         return value in (0, None)
-    if name == "layer_types":  # of a class that has only one type
+    if name == "layer_types":  # in a class that has only one type
         return type(value) is list and all(each == "full_attention" for each in value)
     return IDLE.fullmatch(name) is not None
 
 
 def is_packed(quantised: object) -> bool:
-    """Whether experts are stored in MXFP4, which is unpacked."""
+    """Whether experts are stored in MXFP4, which can be unpacked."""
     return isinstance(quantised, dict) and quantised.get("quant_method") == "mxfp4"
 
 
 def family_of(entries: dict) -> Family:
-    """The family that a config.json names."""
+    """The family of a config.json. Raises InputError if it is unknown."""
     name = entries.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         hints = [hint for hint in map(lambda hint: hint(entries), HINTS) if hint]
@@ -75,9 +75,9 @@ def read_config(
     settings: Iterable[str] = (),
     overrides: dict | None = None,
 ) -> Config:
-    """The Config that a config.json describes, with options of layers and fields set otherwise.
+    """The Config that a config.json describes, with some options of layers and fields changed.
 
-    Raises InputError, which names the entry, for one that is missing, unknown or not implemented.
+    Raises InputError, which names the entry, if an entry is missing, unknown or not implemented.
     """
     known = {field.name for field in fields(Config)}
     for name in overrides or ():
@@ -118,14 +118,14 @@ def read_config(
 
 
 def require(entries: Entries, name: str, accepted: object) -> None:
-    """Raise InputError if an entry has another value than the one that is implemented."""
+    """Raise InputError if an entry has a value other than the implemented one."""
     value = entries.get(name, accepted)
     if value != accepted:
         raise InputError(f"config.json {name}", value, f"{accepted!r}, or no such entry")
 
 
 def read_fields(entries: Entries, family: Family) -> Config:
-    """What a config.json says of the whole model, with any layers."""
+    """The Config of the whole model, with arbitrary layers."""
     values = read_settings(entries, family.fields)
     try:
         return Config(**values)
@@ -135,7 +135,7 @@ def read_fields(entries: Entries, family: Family) -> Config:
 
 
 def read_layers(entries: Entries, family: Family, shared: Config) -> str:
-    """What it says of the layers, as text."""
+    """The text of the layers that a config.json describes."""
     count = entries.number(family.count, most=MOST_LAYERS // len(family.places))
     columns = [place.read(entries, count) for place in family.places]
     blocks = [name for block in zip(*columns, strict=True) for name in block]
@@ -158,7 +158,7 @@ def read_settings(entries: Entries, settings: tuple[Setting, ...]) -> dict[str, 
 
 
 def read_role(role: Role, values: dict[str, object]) -> Any:
-    """The options of a layer as its dataclass."""
+    """The options of a layer, as its dataclass."""
     given = [Option(name, "none" if value is None else value) for name, value in values.items()]
     try:
         return read_options(LAYERS[role.layer].Options, Call(role.layer, options=tuple(given)), "")
@@ -167,7 +167,7 @@ def read_role(role: Role, values: dict[str, object]) -> Any:
 
 
 def of_entry(error: InputError, role: Role, values: dict[str, object]) -> InputError:
-    """An error of a layer's option, or of an option within its value, as one of the entry that set it."""
+    """Turn an error in a layer's option, or in part of it, into one of the entry that set it."""
     name, _, option = error.field.rpartition(": ")[2].partition(".")
     entry = role.entry_of(option)
     for outer, value in values.items():
@@ -177,12 +177,12 @@ def of_entry(error: InputError, role: Role, values: dict[str, object]) -> InputE
 
 
 def meaning_of_none(role: Role, options: Any, shared: Config) -> dict[str, object]:
-    """Option -> what the layer takes None for."""
+    """Option -> the value that the layer uses if the option is None."""
     return {name: meaning(options, shared) for name, meaning in role.none.items()}
 
 
 def check_layers(config: Config, family: Family) -> None:
-    """Raise InputError, which names the entry, for options that do not fit each other."""
+    """Raise InputError, which names the entry, if options do not fit each other."""
     with torch.device("meta"):
         for call in dict.fromkeys(config.calls):
             try:
@@ -196,10 +196,10 @@ def check_layers(config: Config, family: Family) -> None:
 
 
 def write_config(config: Config, origin: dict) -> tuple[str, dict]:
-    """The first family that expresses a Config, that of `origin` before all others, and its config.json.
+    """The first family that can express a Config, and its config.json.
 
-    origin: the config.json that the model was read from, {} if none. Raises InputError if no family expresses
-    the Config.
+    `origin` is the config.json from which the model was read, or {}; its family is tried first.
+    Raises InputError if no family can express the Config.
     """
     differing = {}
     for name in sorted(FAMILIES, key=lambda name: name != origin.get("model_type")):
@@ -213,9 +213,12 @@ def write_config(config: Config, origin: dict) -> tuple[str, dict]:
 
 
 def express(config: Config, name: str, origin: dict) -> dict:
-    """The config.json of a family for a Config, besides what `origin` says. Raises InputError if it means another model."""
+    """The config.json of a family for a Config, besides the entries of `origin`.
+
+    Raises InputError if it would describe another model.
+    """
     family, config = FAMILIES[name], replace(config, vocab=config.vocab or 256)
-    if origin.get("model_type") != name:  # the classes have defaults for these
+    if origin.get("model_type") != name:  # the classes have defaults for these entries
         origin = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     entries = {family.aliases.get(entry, entry): value for entry, value in origin.items()}
     layers = assign(config, family)
@@ -231,7 +234,7 @@ def express(config: Config, name: str, origin: dict) -> dict:
         entries |= setting.write(vars(config))
     for index, place in enumerate(family.places):
         entries |= place.write([role for role, _ in rows[index :: len(family.places)]])
-    for role, options in dict(reversed(layers)).items():  # of each role its first layer
+    for role, options in dict(reversed(layers)).items():  # the first layer of each role
         for setting in family.roles[role].settings:
             merge(entries, setting.write(options))
     compare(config, read_config(entries, family), family)
@@ -239,7 +242,10 @@ def express(config: Config, name: str, origin: dict) -> dict:
 
 
 def assign(config: Config, family: Family) -> list[tuple[str, dict[str, Any]]]:
-    """The role of each layer, and its options with None resolved. Raises InputError for layers in another order."""
+    """The role of each layer, and its options with None resolved.
+
+    Raises InputError if the layers have another order than the family's.
+    """
     found = []
     first = len(family.leading)
     if len(config.calls) < first or (len(config.calls) - first) % len(family.places):
@@ -261,7 +267,7 @@ def assign(config: Config, family: Family) -> list[tuple[str, dict[str, Any]]]:
 
 
 def merge(entries: dict, more: dict) -> None:
-    """Add entries, objects into the object that is there."""
+    """Add entries to `entries`; objects are merged into those that exist."""
     for name, value in more.items():
         if isinstance(value, dict) and isinstance(entries.get(name), dict):
             merge(entries[name], value)
@@ -275,14 +281,14 @@ def misfits(role: Role, values: dict[str, Any]) -> int:
 
 
 def differ(one: object, other: object) -> bool:
-    """Whether two values mean different models; numbers that were computed may differ in their last digits."""
+    """Whether two values mean different models; the last digits of numbers may differ."""
     if type(one) is float and type(other) is float:
         return not math.isclose(one, other, rel_tol=1e-12)
     return one != other
 
 
 def compare(config: Config, again: Config, family: Family) -> None:
-    """Raise InputError unless the two are one model."""
+    """Raise InputError unless both describe the same model."""
     for field in fields(Config):
         meant, said = getattr(config, field.name), getattr(again, field.name)
         if differ(meant, said) and field.name not in ("layers", "impl"):

@@ -1,6 +1,7 @@
-"""DeepSeek-V2, arXiv:2405.04434, and DeepSeek-V3, arXiv:2412.19437: latent attention, many experts, some shared.
+"""DeepSeek-V2, arXiv:2405.04434, and DeepSeek-V3, arXiv:2412.19437.
 
-Blocks that predict further tokens are left out when a file is read.
+They have latent attention and many experts, some of them shared. The reader leaves out blocks that
+predict further tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from minimodels.published.rope import WholeRope
 
 
 class Heads:
-    """The number of heads, which config.json says twice."""
+    """The number of heads, which config.json gives twice."""
 
     options = ("heads",)
     names = ("num_attention_heads", "num_key_value_heads")
@@ -38,7 +39,7 @@ class Heads:
 
 
 class LatentRope(WholeRope):
-    """Rotary positions, whose scaling by yarn also scales the scores, by mscale_all_dim."""
+    """Rotary positions whose yarn scaling also scales the scores, by mscale_all_dim."""
 
     options = (*WholeRope.options, "scale")
 
@@ -58,13 +59,13 @@ class LatentRope(WholeRope):
         grown = (values["scale"] * (values["head_dim"] + values["rope_dim"]) ** 0.5) ** 0.5 - 1.0
         if abs(grown) > 1e-9 and rope.get("factor", 1) > 1:
             rope["mscale_all_dim"] = grown / (0.1 * math.log(rope["factor"]))
-            # which alone would not tell the factor on queries and keys
+            # mscale_all_dim alone would not give the factor on queries and keys
             rope["attention_factor"] = values["rope_scaling"].attention
         return written
 
 
 class Groups:
-    """Groups of experts, which topk_method switches on."""
+    """Groups of experts, which topk_method enables."""
 
     options = ("groups", "groups_per_token")
     names = ("n_group", "topk_group", "topk_method")
@@ -126,7 +127,7 @@ LATENT = Role(
         ),
     },
 )
-# with and without a latent of the queries
+# with and without a latent for the queries
 ROLES = {
     "latent": LATENT.having(Entry("q_rank", "q_lora_rank", 1536, told=True, null=True)),
     "direct": LATENT.having(Fixed(q_rank=None), q="self_attn.q_proj"),
@@ -172,7 +173,7 @@ class Queries:
         return ["direct" if none else "latent"] * count
 
     def write(self, roles: list[str]) -> dict[str, object]:
-        return {"q_lora_rank": None}  # the role writes the rank that there is
+        return {"q_lora_rank": None}  # if there is a rank, the role writes it
 
 
 FAMILIES = {

@@ -1,4 +1,4 @@
-"""Entries of a config.json and the options that they set. Each kind of setting reads, and writes again."""
+"""Entries of a config.json and the options that they set. Each kind of setting reads and writes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ REQUIRED = object()
 
 
 class Entries(dict):
-    """What a config.json says. It notes what it is asked for, so that no entry is passed over unseen."""
+    """The entries of a config.json. It records every request, so that no entry is overlooked."""
 
     def __init__(self, entries: dict):
         super().__init__({name: value for name, value in entries.items() if value is not None})
-        self.told = set(entries)  # null included
+        self.told = set(entries)  # the entries that are present, also as null
         self.asked: set[str] = set()
 
     def get(self, name: str, absent: Any = None) -> Any:
@@ -27,7 +27,7 @@ class Entries(dict):
     def number(
         self, name: str, absent: int | None = None, least: int = 1, most: int = 2**31 - 1
     ) -> int:
-        """A whole number that config.json must, or may, have."""
+        """A whole number that config.json must have, or may have if there is an `absent`."""
         value = self.get(name, absent)
         if type(value) is not int or not least <= value <= most:
             raise InputError(f"config.json {name}", value, f"a whole number from {least} to {most}")
@@ -36,19 +36,19 @@ class Entries(dict):
 
 @dataclass(frozen=True)
 class Entry:
-    """An option and the entry that has its value."""
+    """An option and the entry with its value."""
 
     option: str
     name: str
     absent: object = REQUIRED
-    """the option if there is no such entry"""
+    """the option's value if there is no such entry"""
     words: dict[str, object] = field(default_factory=dict)
-    """values that mean something else here"""
+    """values of the entry -> their meaning here"""
     least: int | None = None
     told: bool = False
-    """a layer whose option is None has another role"""
+    """whether a layer whose option is None has another role"""
     null: bool = False
-    """whether null says None, instead of what an absent entry says"""
+    """whether null means None; otherwise it means the same as an absent entry"""
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -106,7 +106,7 @@ class Flag:
 
 @dataclass(frozen=True)
 class Computed:
-    """An option that is a function of an entry's number, which has an inverse."""
+    """An option that is an invertible function of an entry's number."""
 
     option: str
     name: str
@@ -158,7 +158,7 @@ class Fixed:
 
 
 class Balance:
-    """The balance loss of experts, as transformers takes it and when it does."""
+    """The balance loss of experts, if transformers uses it and in its form."""
 
     options = ("balance", "balance_loss", "z_loss")
     names: tuple[str, ...] = ()
@@ -179,7 +179,7 @@ class Balance:
 
 
 def divides(part: str, whole: str) -> Callable[[Entries], None]:
-    """The check that one entry divides another."""
+    """Make a check that one entry divides another."""
 
     def check(entries: Entries) -> None:
         if entries.number(whole) % entries.number(part):

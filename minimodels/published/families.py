@@ -1,4 +1,4 @@
-"""All families, in the order in which a model made here tries them. A family joins in its lineage's file."""
+"""All families, in the order in which the writer tries them. Add a family to its lineage's file."""
 
 from minimodels.published import deepseek, gemma, gpt2, jamba, llama, mamba, mixtral, olmo
 

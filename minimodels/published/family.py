@@ -1,8 +1,9 @@
-"""What the table of a family says.
+"""The form of a family's table.
 
-A published model is a row of blocks. A block is as many of our layers as the family counts as one: a
-transformer's has two, a sequence mixer and an MLP. Which layers may be at one place of a block is a matter
-of roles: "full" and "local" attention, "dense" and "experts". All layers of one role have the same options.
+A published model is a sequence of blocks. A block is as many of our layers as the family counts as
+one: a transformer's block has two, a sequence mixer and an MLP. Roles say which layers may be at
+one place of a block: "full" and "local" attention, "dense" and "experts". All layers with one role
+have the same options.
 """
 
 from __future__ import annotations
@@ -18,23 +19,23 @@ from minimodels.published.entries import Entries
 
 
 class Setting(Protocol):
-    """Some options of a layer, or fields of Config, and how config.json says them."""
+    """Some options of a layer, or fields of Config, and their entries in config.json."""
 
     options: tuple[str, ...]
-    names: tuple[str, ...]  # the entries that it writes, the first of which errors name
+    names: tuple[str, ...]  # the entries that it writes; errors name the first one
 
     def read(self, entries: Entries) -> dict[str, object]:
         """The values of the options."""
 
     def write(self, values: dict[str, Any]) -> dict[str, object]:
-        """The entries that say them."""
+        """The entries for these values."""
 
     def fits(self, values: dict[str, Any]) -> bool:
-        """Whether a layer with these options may have the role."""
+        """Whether a layer with these options can have the role."""
 
 
 class Place(Protocol):
-    """A place in every block, and how config.json says which role it has."""
+    """A place in every block, and the entries that say which role it has."""
 
     roles: tuple[str, ...]
     names: tuple[str, ...]
@@ -43,11 +44,14 @@ class Place(Protocol):
         """The role in each of `count` blocks."""
 
     def write(self, roles: list[str]) -> dict[str, object]:
-        """The entries that say so."""
+        """The entries for these roles."""
 
 
 class Mapping(Protocol):
-    """How some parts of ours are stored. `name` is complete, the block and the leaf (weight, bias) included."""
+    """The stored form of some of our parts.
+
+    `name` is complete, with the block and the leaf (weight, bias).
+    """
 
     name: str
 
@@ -55,7 +59,7 @@ class Mapping(Protocol):
         """Published tensors by name."""
 
     def read(self, name: str, stored: Callable[[str], Tensor], tensors: list[Tensor]) -> None:
-        """Copy what is stored into our tensors."""
+        """Copy the stored tensors into ours."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +69,15 @@ class Role:
     layer: str
     """its name in the text"""
     settings: tuple[Setting, ...]
-    """its options; those of which no setting speaks have their defaults"""
+    """its options; an option without a setting has its default"""
     parts: dict[str, Mapping | str]
-    """part of the layer -> its name within the block; several parts, if they are stored as one tensor"""
+    """part of the layer -> its name in the block; several parts if they are stored as one tensor"""
     residual: dict[str, Mapping | str]
-    """the same of what joins the layer to the residual stream"""
+    """the same for the norms on the residual stream"""
     none: dict[str, Callable[[Any, Config], object]] = field(default_factory=dict)
-    """option -> what it is if it is None, from the options and the Config"""
+    """option -> its meaning if it is None, from the options and the Config"""
     training: tuple[str, ...] = ()
-    """options that concern training only: two models that differ in these are the same"""
+    """options for training only: they do not make two models different"""
 
     def having(self, *settings: Setting, **parts: Mapping | str) -> Role:
         """The role with other settings of some options, and other names of some parts."""
@@ -110,26 +114,26 @@ class Family:
     fields: tuple[Setting, ...]
     """the fields of Config, besides its layers"""
     roles: dict[str, Role]
-    """the layers; the keys name them in texts that define them"""
+    """the layers; in texts that define them, the keys are their names"""
     places: tuple[Place, ...]
-    """which of them is where in a block"""
+    """which role is where in a block"""
     prefix: str
-    """how the names of all tensors but the head's begin; files of a model without a head may lack it"""
+    """the start of all tensors' names but the head's; files of models without a head may lack it"""
     block: str
-    """how the names of a block begin after the prefix, with its number as {}"""
+    """the start of a block's names after the prefix, with {} for its number"""
     whole: dict[str, Mapping | str]
-    """the parts outside of the blocks, by their complete names"""
+    """the parts outside the blocks, by their complete names"""
     leading: tuple[str, ...] = ()
     """roles of layers before the blocks"""
     count: str = "num_hidden_layers"
-    """the entry that says how many blocks there are"""
+    """the entry with the number of blocks"""
     only: dict[str, object] = field(default_factory=dict)
-    """entry -> the one value that is implemented, which an absent entry is taken to have"""
+    """entry -> the only value that is implemented; an absent entry counts as this value"""
     idle: tuple[str, ...] = ()
-    """entries that change nothing here: they concern initialisation, or how and not what is computed"""
+    """entries that change nothing here, such as those about initialisation or speed"""
     aliases: dict[str, str] = field(default_factory=dict)
     """another name of an entry or of a tensor -> the name used here"""
     more_blocks: bool = False
-    """whether files may have blocks behind the last one, which are left out: those that predict further tokens"""
+    """whether files may have more blocks, which predict further tokens and are left out"""
     checks: tuple[Callable[[Entries], None], ...] = ()
-    """what the class refuses, besides what our layers refuse"""
+    """the checks of the class, besides those of our layers"""

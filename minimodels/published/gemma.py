@@ -1,6 +1,7 @@
 """Gemma 2, arXiv:2408.00118, and the text models of Gemma 3, arXiv:2503.19786.
 
-Norms on both sides of a layer, whose weights are stored less 1; scaled embeddings; windows in most blocks.
+There are norms on both sides of a layer, and their weights are stored less 1. Embeddings are
+scaled, and most blocks have a window.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from minimodels.published.rope import Rope
 
 
 class RootOfWidth:
-    """The scale of the embeddings, which no entry says."""
+    """The scale of the embeddings, which has no entry."""
 
     options = ("embedding_scale",)
     names: tuple[str, ...] = ()
@@ -32,7 +33,7 @@ class RootOfWidth:
 
 
 def scalar_of(scale: float) -> float:
-    """The scalar whose root divides the scores; a whole number, if its root is the scale."""
+    """The scalar whose root divides the scores: a whole number if its root is the scale."""
     whole = round(scale**-2)
     return whole if whole > 0 and whole**-0.5 == scale else scale**-2
 
@@ -67,7 +68,7 @@ SHARED = {
 
 
 def fields(softcap: float | None) -> tuple:
-    """The fields of Config, with what the class has for the softcap of the logits."""
+    """The fields of Config, with the class's default for the softcap of the logits."""
     return (
         *FIELDS[:-1],
         Entry("tie_embeddings", "tie_word_embeddings", True),
@@ -99,7 +100,7 @@ FAMILIES = {
             LayerTypes(switched=False, full_every=6, period="sliding_window_pattern"),
             Always("dense"),
         ),
-        idle=("attn_logit_softcapping",),  # which the class does not apply
+        idle=("attn_logit_softcapping",),  # the class does not apply it
         **SHARED,
     ),
 }

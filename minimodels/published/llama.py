@@ -1,7 +1,8 @@
-"""Llama and the decoders that follow it: attention with rotary positions and SwiGLU, each after a norm.
+"""Llama and the decoders that follow it: attention with rotary positions and SwiGLU.
 
-Llama, arXiv:2302.13971; Mistral, arXiv:2310.06825; Qwen2, arXiv:2407.10671; Qwen3, arXiv:2505.09388; SmolLM3;
-Granite 3; the Differential Transformer, arXiv:2410.05258; Phi-3, arXiv:2404.14219.
+Each layer comes after a norm. Llama, arXiv:2302.13971; Mistral, arXiv:2310.06825; Qwen2,
+arXiv:2407.10671; Qwen3, arXiv:2505.09388; SmolLM3; Granite 3; the Differential Transformer,
+arXiv:2410.05258; Phi-3, arXiv:2404.14219.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ FAMILIES = {
         FIELDS,
         {"full": ATTENTION, "dense": MLP.having(Entry("bias", "mlp_bias", False))},
         (Always("full"), Always("dense")),
-        checks=(divides("num_attention_heads", "hidden_size"),),  # even if head_dim is told
+        # even if there is a head_dim
+        checks=(divides("num_attention_heads", "hidden_size"),),
         **DECODER,
     ),
     "mistral": Family(

@@ -1,4 +1,4 @@
-"""Models of Mamba layers alone: Mamba, arXiv:2312.00752, and Falcon Mamba, arXiv:2410.05355."""
+"""Models with only Mamba layers: Mamba, arXiv:2312.00752, and Falcon Mamba, arXiv:2410.05355."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from minimodels.published.places import Always
 
 
 class Expand:
-    """The option expand, as a factor or as the inner width, intermediate_size, which goes first."""
+    """The option expand: a factor, or the inner width intermediate_size, which has priority."""
 
     options = ("expand",)
     names = ("expand", "intermediate_size")
@@ -92,7 +92,7 @@ FAMILIES = {
 
 
 def original_format(entries: dict) -> str:
-    """What to do with a file of the package mamba_ssm."""
+    """Advice for a file of the package mamba_ssm."""
     if entries.get("model_type") or not {"d_model", "n_layer"} <= entries.keys():
         return ""
     return "a converted model: state-spaces publishes each under its name with -hf, such as mamba-130m-hf"

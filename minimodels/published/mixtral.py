@@ -1,7 +1,7 @@
 """Decoders with routed experts instead of MLPs.
 
-Mixtral, arXiv:2401.04088; OLMoE, arXiv:2409.02060; Qwen2 MoE, arXiv:2407.10671; Qwen3 MoE, arXiv:2505.09388;
-gpt-oss, arXiv:2508.10925.
+Mixtral, arXiv:2401.04088; OLMoE, arXiv:2409.02060; Qwen2 MoE, arXiv:2407.10671; Qwen3 MoE,
+arXiv:2505.09388; gpt-oss, arXiv:2508.10925.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""OLMo 2, arXiv:2501.00656, and OLMo 3, arXiv:2512.13961: norms behind the layers, and on all heads together."""
+"""OLMo 2, arXiv:2501.00656, and OLMo 3, arXiv:2512.13961.
+
+Norms come after the layers. QK-norm spans all heads together.
+"""
 
 from __future__ import annotations
 

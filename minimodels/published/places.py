@@ -1,6 +1,7 @@
-"""Which role each block has at one of its places, as config.json says it: read, and written again.
+"""The role of each block at one of its places, as config.json gives it: reading and writing.
 
-What is written is checked by reading it, so a place need not foresee rows of layers that it cannot express.
+What is written is checked by reading it. So a place does not have to foresee sequences of layers
+that it cannot express.
 """
 
 from __future__ import annotations
@@ -32,12 +33,15 @@ class Always:
 
 @dataclass(frozen=True)
 class Windowed:
-    """In every block a window, unless sliding_window is null, or use_sliding_window, if the class has it, is false."""
+    """A window in every block.
+
+    There is none if sliding_window is null or, in a class that has it, use_sliding_window is false.
+    """
 
     absent: int | None = None
-    """sliding_window if it is absent, in the class"""
+    """the class's default for sliding_window"""
     switched: bool = False
-    """whether the class has use_sliding_window, which is false if it is absent"""
+    """whether the class has use_sliding_window, whose default is false"""
     roles = ("full", "local")
 
     @property
@@ -49,23 +53,24 @@ class Windowed:
 
     def write(self, roles: list[str]) -> dict[str, object]:
         switch = {"use_sliding_window": "local" in roles} if self.switched else {}
-        return {"sliding_window": None, **switch}  # the role writes the window that there is
+        # if there is a window, the role writes it
+        return {"sliding_window": None, **switch}
 
 
 @dataclass(frozen=True)
 class LayerTypes:
-    """Each block's kind is listed; if not, it follows from a period, or from max_window_layers."""
+    """The kind of each block from a list, or else from a period or from max_window_layers."""
 
     absent: int | None = 4096
-    """sliding_window if it is absent, in the class"""
+    """the class's default for sliding_window"""
     switched: bool = True
-    """whether the class has use_sliding_window, and max_window_layers, from which on blocks have the window"""
+    """whether the class has use_sliding_window and max_window_layers, the first windowed block"""
     alternating: bool = False
     """whether instead every second block before max_window_layers has the window"""
     full_every: int = 0
-    """otherwise the last of so many blocks has no window"""
+    """otherwise the last of every so many blocks has no window"""
     period: str = ""
-    """an older entry that says how many"""
+    """an older entry for this number"""
     roles = ("full", "local")
 
     @property
@@ -87,7 +92,7 @@ class LayerTypes:
         return roles
 
     def unlisted(self, entries: Entries, count: int, window: bool) -> list[str]:
-        """The roles if no layer_types are told."""
+        """The roles if there are no layer_types."""
         if not self.switched:
             every = self.full_every
             every = entries.number(self.period, every) if self.period else every
@@ -111,7 +116,10 @@ class LayerTypes:
 
 @dataclass(frozen=True)
 class SomeUnturned:
-    """Positions in the blocks where no_rope_layers has a 1; a window where layer_types says so, by default in the others."""
+    """Rotary positions in the blocks for which no_rope_layers has a 1.
+
+    A block has a window if layer_types says so. By default the other blocks have one.
+    """
 
     roles = ("full", "nope", "local", "local_nope")
     names = (
@@ -132,7 +140,7 @@ class SomeUnturned:
         kinds = entries.get("layer_types")
         local = [window and not i for i in turned] if kinds is None else listed(kinds, count, known)
         if any(local) and not window:
-            local = [False] * count  # the class has no window then, whatever layer_types says
+            local = [False] * count  # then the class has no window, whatever layer_types says
         names = {
             (1, False): "full",
             (0, False): "nope",
@@ -173,7 +181,7 @@ class Sparse:
 
 @dataclass(frozen=True)
 class Leading:
-    """One role in the first blocks, as many as an entry says, and another in the rest."""
+    """One role in the first blocks, whose number is an entry, and another in the rest."""
 
     name: str
     first: str
@@ -204,7 +212,7 @@ class Periodic:
     chosen: str
     other: str
     unless_one: str = ""
-    """an entry with a number of 1 if no block has the chosen role"""
+    """an entry with a number that is 1 if no block has the chosen role"""
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -231,7 +239,10 @@ class Periodic:
 
 
 def has_window(entries: Entries, absent: int | None, switched: bool) -> bool:
-    """Whether sliding_window is told and used; null is no window, and `absent` what the class has if it is not told."""
+    """Whether there is a window that is used.
+
+    If sliding_window is null there is none. If it is missing, `absent` is the class's default.
+    """
     told = "sliding_window" in entries.told
     window = entries.get("sliding_window", None if told else absent)
     used = entries.get("use_sliding_window", False) if switched else True

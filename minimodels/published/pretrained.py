@@ -44,7 +44,7 @@ TOKENIZER = (
 
 
 class Published(NamedTuple):
-    """Where a model was read from and what its config.json says, kept for being saved again."""
+    """The folder of a published model and its config.json, kept for saving it again."""
 
     folder: Path
     entries: dict
@@ -59,15 +59,16 @@ def from_pretrained(
     set: Iterable[str] = (),
     **overrides: object,
 ) -> LM:
-    """The published model in a folder, or of an id of the hub (with the extra `hub`), in evaluation mode.
+    """The published model in a folder or with an id of the hub, in evaluation mode.
 
-    dtype: of the parameters, also as text; None or "auto": that of the embedding in the file. revision: branch,
-    tag or commit on the hub. ignore: entries of config.json to leave out of account though they are unknown here.
-    set: options of layers, such as "moe.balance_loss=0". overrides: fields of Config to set otherwise, such as
-    impl. Each tensor is read through a memory map straight into the model.
+    Ids of the hub need the extra `hub`. dtype: that of the parameters, also as text; None or "auto"
+    is that of the embedding in the file. revision: branch, tag or commit on the hub. ignore:
+    entries of config.json to ignore although they are unknown here. set: options of layers, such as
+    "moe.balance_loss=0". overrides: fields of Config to change, such as impl. Each tensor is read
+    through a memory map straight into the model.
 
-    Raises InputError for a model_type or an option that is not implemented, for files that are missing or damaged,
-    and for tensors that are missing, surplus or of another shape, all of them at once.
+    Raises InputError if a model_type or an option is not implemented, if files are missing or
+    damaged, and if tensors are missing, surplus or of another shape, all of them at once.
     """
     dtype, device = read_dtype(dtype), read_device(device)
     folder, ignore = locate(path_or_id, revision), frozenset(ignore)
@@ -92,14 +93,14 @@ def from_pretrained(
 
 
 def save_pretrained(model: LM, path: str | Path, shard_bytes: int = 5_000_000_000) -> None:
-    """Write a model into a new folder that transformers.AutoModelForCausalLM loads, and that gives the same logits.
+    """Write a model into a new folder that transformers.AutoModelForCausalLM can load.
 
-    The family is the one that the model was read from, or else the first that can express it. What was read with
-    it and is not part of Config (ids of special tokens, the tokenizer) is written again. Files hold up to
-    `shard_bytes` bytes each.
+    The loaded model gives the same logits. The family is the one from which the model was read, or
+    the first that can express it. What was read with the model but is not part of Config (ids of
+    special tokens, the tokenizer) is written again. Files have up to `shard_bytes` bytes each.
 
-    Raises InputError for a model that no family expresses, with each family's reason, and for a path that is taken
-    or cannot be written.
+    Raises InputError if no family can express the model, with each family's reason, and if a path
+    exists already or cannot be written.
     """
     name, entries = write_config(model.config, model.published.entries if model.published else {})
     entries["dtype"] = str(model.embedding.weight.dtype).removeprefix("torch.")
@@ -122,7 +123,10 @@ def save_pretrained(model: LM, path: str | Path, shard_bytes: int = 5_000_000_00
 
 
 def write_tokenizer(model: LM, folder: Path) -> None:
-    """The files of the model's tokenizer: those that it was published with, or its own, or that of plain bytes."""
+    """Write the files of the model's tokenizer.
+
+    These are the files with which it was published, its own, or those for plain bytes.
+    """
     tokenizer = model.tokenizer
     if model.published:
         for file in TOKENIZER:
@@ -135,7 +139,7 @@ def write_tokenizer(model: LM, folder: Path) -> None:
 
 
 def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A type of floating point; None for "auto"."""
+    """A floating-point dtype; None for "auto"."""
     known = {str(each).removeprefix("torch."): each for each in DTYPES.values()}
     if isinstance(dtype, str) and dtype.removeprefix("torch.") in known:
         return known[dtype.removeprefix("torch.")]
@@ -145,7 +149,7 @@ def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def read_device(device: str | torch.device) -> torch.device:
-    """A device that is there."""
+    """A device that exists."""
     try:
         device = torch.device(device)
         torch.empty(0, device=device)
@@ -156,7 +160,7 @@ def read_device(device: str | torch.device) -> torch.device:
 
 
 def locate(path_or_id: str | Path, revision: str | None = None) -> Path:
-    """The folder of a published model, fetched from the hub if it is no folder here."""
+    """The folder of a published model. If there is no such folder here, it comes from the hub."""
     name = str(path_or_id)
     if name and Path(name).is_dir():
         return Path(name)

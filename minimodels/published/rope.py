@@ -1,4 +1,7 @@
-"""Rotary positions as a config.json says them, in either way, and for each type of layer if the family has several."""
+"""Rotary positions in a config.json, in the older and the newer form.
+
+A family with several types of layers has rotary positions for each.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +31,10 @@ OPTIONAL = ("beta_fast", "beta_slow", "truncate", "attention_factor")
 
 @dataclass(frozen=True)
 class Rope:
-    """The base and the scaling of rotary positions, and the part of a head that they turn."""
+    """The base and the scaling of rotary positions, and the rotated part of a head."""
 
     base: float = 10_000.0
-    """the base if no entry says it"""
+    """the base if there is no entry"""
     layer_type: str = ""
     """the key in rope_parameters, if the family has several types of layers"""
     theta: str = "rope_theta"
@@ -39,9 +42,9 @@ class Rope:
     scaled: bool = True
     """whether the older entry rope_scaling concerns these layers"""
     partial: bool = False
-    """whether the class turns a part of a head if it is told so"""
+    """whether the class can rotate only a part of a head"""
     untold: dict[str, Any] = field(default_factory=dict)
-    """rope_parameters if there are none"""
+    """the parameters if there are no rope_parameters"""
     options = ("rope_base", "rope_scaling", "rope_fraction")
     names = (
         "rope_parameters",
@@ -77,7 +80,7 @@ class Rope:
         return {"rope_base": float(theta), "rope_scaling": scaling, "rope_fraction": fraction}
 
     def parameters(self, entries: Entries) -> dict[str, Any]:
-        """What both ways say, the newer before the older."""
+        """The parameters of both forms; the newer one has priority."""
         newer, older = entries.get("rope_parameters", {}), entries.get("rope_scaling", {})
         if not isinstance(newer, dict) or not isinstance(older, dict):
             raise InputError("config.json rope_parameters", newer or older, "a JSON object")
@@ -89,7 +92,8 @@ class Rope:
         if self.layer_type:
             top, newer = newer, newer.get(self.layer_type) or {}
             if newer.get("rope_type") == "yarn" and isinstance(newer, dict):
-                newer = {**newer, "truncate": top.get("truncate", True)}  # as the class reads it
+                # as the class reads it
+                newer = {**newer, "truncate": top.get("truncate", True)}
         rope = {
             "rope_theta": entries.get(self.theta, self.base) if self.theta else self.base,
             "partial_rotary_factor": entries.get("partial_rotary_factor", 1.0),
@@ -125,7 +129,7 @@ class WholeRope(Rope):
 
 
 def sharpen(rope: dict[str, Any]) -> None:
-    """Put the ratio that DeepSeek's two factors have in the place of attention_factor."""
+    """Replace attention_factor by the ratio of DeepSeek's two factors."""
     scales = [rope.pop(name, None) for name in ("mscale", "mscale_all_dim")]
     numbers = [*scales, rope.get("factor")]
     if "attention_factor" in rope or not all(

@@ -1,4 +1,4 @@
-"""A short text for many layers: repeats are folded, and calls that would be written out often get a name."""
+"""A short text for many layers: repeats are folded, and frequent calls get a name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from minimodels.grammar import Call, Definition, Group, Option, Program, write, 
 
 
 def write_layers(layers: Sequence[tuple[str, Call]]) -> str:
-    """Layers one by one, each with a name that a definition of it may take, as text."""
+    """Write a list of layers as text; a definition of a layer may take the name beside it."""
     items = fold([call for _, call in layers])
     names = {call: name for name, call in layers}
     often = Counter(calls_in(items))
@@ -30,7 +30,7 @@ def write_layers(layers: Sequence[tuple[str, Call]]) -> str:
 
 
 def fold(calls: list[Call]) -> list[Call | Group]:
-    """The calls with repeats as groups, from the left the repeat that saves most."""
+    """The calls with repeats as groups; from the left, the repeat that saves most."""
     items: list[Call | Group] = []
     start = 0
     while start < len(calls):
@@ -44,7 +44,10 @@ def fold(calls: list[Call]) -> list[Call | Group]:
 
 
 def longest_repeat(calls: list[Call]) -> tuple[int, int]:
-    """How many calls to take from the front, and how often they come, so that most is saved; (1, 1) for no repeat."""
+    """How many calls at the front form the repeat that saves most, and how often they come.
+
+    (1, 1) if there is no repeat.
+    """
     best = (1, 1)
     for length in range(1, len(calls) // 2 + 1):
         if len(calls) - length <= best[0] * (best[1] - 1):
@@ -66,14 +69,14 @@ def calls_in(items: Sequence[Call | Group]) -> list[Call]:
 
 
 def rename(item: Call | Group, names: dict[Call, Call]) -> Call | Group:
-    """The item with names for what is defined."""
+    """The item with names in place of the calls that are defined."""
     if isinstance(item, Call):
         return names.get(item, item)
     return Group(tuple(rename(each, names) for each in item.items), item.count)
 
 
 def call_of(name: str, options: Any, defaults: dict[str, object]) -> Call:
-    """A layer with the options that are neither the class's defaults nor those in `defaults`."""
+    """A layer with the options that are neither the class's defaults nor in `defaults`."""
     found = []
     for each in fields(options):
         value = getattr(options, each.name)
