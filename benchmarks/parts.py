@@ -1,16 +1,20 @@
 """Is each part as fast as it should be without a kernel of its own?
 
-    python -m benchmarks.parts                  all six questions, about six minutes on two CPU cores
-    python -m benchmarks.parts --only scan      one of them: scan, delta_rule, linear_scan, moe, mod, trainer
+    python -m benchmarks.parts               all six questions, about six minutes on two CPU cores
+    python -m benchmarks.parts --only scan   one of scan, delta_rule, linear_scan, moe, mod, trainer
 
-- scan: the selective scan, forward and backward, against a loop over the tokens and against mambapy's parallel scan
-- delta_rule: chunks, with one gate a head or a channel, with and without erasing, against a loop over the tokens and against
-  PyTorch's fused causal attention of the same heads; time per token; memory
+- scan: the selective scan, forward and backward, against a loop over the tokens and against
+  mambapy's parallel scan
+- delta_rule: chunks, with one gate per head or per channel, with and without erasing, against a
+  loop over the tokens and against PyTorch's fused causal attention with the same heads; time per
+  token; memory
 - linear_scan: against a loop over the tokens
 - moe: routed experts against a dense MLP of equal active FLOPs, and against the loop over experts
-- mod: a training step of mixture-of-depths against the dense model, beside the speed-up that its FLOPs promise; and how much of
-  a wrapped block is routing, gathering and scattering, which is all that a kernel for it could save
-- trainer: tokens per second of a small transformer's whole training step, where overhead counts, compiled too; and of GPT-2's
+- mod: a training step of mixture-of-depths against the dense model, compared with the speed-up that
+  its FLOPs promise; and the share of routing, gathering and scattering in a wrapped block, which is
+  all that a kernel could save
+- trainer: tokens per second of the whole training step of a small transformer, where overhead
+  counts, also compiled; and the same for GPT-2
 """
 
 from __future__ import annotations
@@ -58,7 +62,7 @@ def scan_inputs(
 
 
 def mambapy_scan(x, delta, A, B, C, state):
-    """The same function on mambapy's parallel scan, whose states start from zero."""
+    """The same function with mambapy's parallel scan, whose states start from zero."""
     from mambapy.pscan import pscan
 
     decay = torch.exp(delta.unsqueeze(-1) * A)  # (B, T, D, N)
@@ -87,7 +91,8 @@ def scan_once(provider: str, T: int) -> None:
 
 
 def measure_scan(device: torch.device) -> Iterator[dict]:
-    """In a plain process first, as anyone runs it; then with freed memory kept, as train.py does, which helps all three."""
+    """Measure in a plain process first, as anyone would run it. Then keep freed memory, as train.py
+    does, which helps all three."""
     names = [name for name in PROVIDERS if name != "mambapy" or importlib.util.find_spec("mambapy")]
     if len(names) < len(PROVIDERS):
         print("mambapy is not installed: skipped (pip install mambapy)")
@@ -115,9 +120,8 @@ def measure_scan(device: torch.device) -> Iterator[dict]:
     timings = interleave(
         {str(T): partial(both_ways, "scan", scan_inputs(T, device)) for T in lengths}
     )
-    per_token = {
-        T: min(timings[str(T)]) * 1e6 / T for T in lengths
-    }  # the least, which the machine disturbs least
+    # the minimum, because the machine disturbs it least
+    per_token = {T: min(timings[str(T)]) * 1e6 / T for T in lengths}
     print(
         "  microseconds per token: "
         + ", ".join(f"{value:.1f} at {T}" for T, value in per_token.items())
@@ -149,7 +153,7 @@ RULES = {  # whether there is a gate for each channel, and whether tokens erase
 def delta_inputs(
     rule: str, T: int, device: torch.device = CPU, H: int = 8, K: int = 64
 ) -> list[torch.Tensor | None]:
-    """q, k, v, g and e of a DeltaNet with rates in (0, 1), its keys of length 1."""
+    """q, k, v, g and e of a DeltaNet with rates in (0, 1) and keys of length 1."""
     vector, erase = RULES[rule]
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 1, T, H, K, generator=generator)
@@ -297,7 +301,8 @@ def measure_mod(device: torch.device) -> Iterator[dict]:
             "dense": Config(width=width, layers="(attention mlp)*6"),
             "mod": Config(width=width, layers="(attention mlp mod(attention mlp))*3"),
         }
-        # of T keys a causal query sees half, and the kernel of attention computes few others: at T/2 the ledger counts those
+        # a causal query sees half of T keys on average, and attention's kernel computes few others;
+        # at T/2 the ledger counts these
         every, seen = (
             ledger(configs["dense"], t).forward_flops / ledger(configs["mod"], t).forward_flops
             for t in (T, T // 2)
@@ -328,7 +333,8 @@ def measure_mod(device: torch.device) -> Iterator[dict]:
 
 
 def wrapped_block(width: int, batch: int, T: int, device: torch.device) -> dict:
-    """Forward and backward of a block in mixture-of-depths, and of its group alone on the tokens that it would be handed."""
+    """Forward and backward of a block in mixture-of-depths, and of its group alone, on the tokens
+    that it would get."""
     torch.manual_seed(0)
     (block,) = LM(Config(width=width, layers="mod(attention mlp)")).to(device).layers
     k = block.routed(T)
@@ -344,7 +350,7 @@ def wrapped_block(width: int, batch: int, T: int, device: torch.device) -> dict:
 
     return {
         "block": partial(both_passes, block, every),
-        # a context for each call, because it keeps the angles of the positions
+        # a new context for each call, because a context keeps the angles of its positions
         "group alone": lambda: both_passes(block.group, chosen, None, Context(positions)),
     }
 
@@ -386,7 +392,8 @@ def measure_trainer(device: torch.device) -> list[dict]:
 
 
 def train_step(model: LM | GPT, batch: int, T: int, device: torch.device, compiled: bool = False):
-    """A closure that makes one training step of the model on random tokens, as train.py does, on a GPU in bf16."""
+    """A closure that makes one training step of the model on random tokens, as train.py does; on a
+    GPU in bf16."""
     model.to(device)
     optimizer = adamw(model, 1e-4, 0.1)
     loss_function = torch.compile(model.loss, fullgraph=True) if compiled else model.loss
@@ -407,7 +414,7 @@ QUESTIONS = {
 
 @dataclass(frozen=True)
 class Options:
-    """Time the parts, side by side."""
+    """Time the parts in turn."""
 
     only: str = ""
     """one question: scan, delta_rule, linear_scan, moe, mod or trainer; all by default"""
@@ -424,7 +431,7 @@ def main(options: Options) -> None:
     check_writable(options.out)
     for name, measure in QUESTIONS.items():
         if options.only in ("", name):
-            if name != "scan":  # which asks both ways
+            if name != "scan":  # scan measures both ways
                 keep_freed_memory()  # for every provider, as train.py does
             precision = {} if name in ("mod", "trainer") else {"dtype": "float32"}
             for row in measure(device):

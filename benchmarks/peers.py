@@ -1,11 +1,12 @@
-"""How fast are we against other implementations of the same model, on the same weights?
+"""How fast are we compared with other implementations of the same model, with the same weights?
 
-    python -m benchmarks.peers                    Llama, Mixtral and Mamba: training step and generation
+    python -m benchmarks.peers               Llama, Mixtral and Mamba: training step, generation
     python -m benchmarks.peers --only llama
 
-Each model is made by transformers (width 256, 4 layers, fp32), saved, and loaded by us; x-transformers and mambapy, where they
-are installed and have the architecture, are given the same weights. The logits are compared before the clock starts. Then one
-forward and backward pass at each length, and greedy generation with a carried state, in turn with each peer.
+Each model is made by transformers (width 256, 4 layers, fp32), saved, and loaded by us. If
+x-transformers and mambapy are installed and have the architecture, they get the same weights. The
+logits are compared before any timing. Then one forward and backward pass at each length, and greedy
+generation with a carried state, are timed in turn with each peer.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ MODELS = {
 
 @dataclass
 class Contender:
-    """A model and how its package uses it."""
+    """A model, and how its package uses it."""
 
     model: nn.Module
     logits: Callable[[Tensor], Tensor]
@@ -55,7 +56,7 @@ class Contender:
     loss: Callable[[Tensor], Tensor]
     """tokens (B, T) -> the mean cross-entropy of each next token"""
     generate: Callable[[Tensor, int], Tensor]
-    """a prompt (T,), a count -> that many likeliest tokens"""
+    """a prompt (T,), a count -> that many tokens, each the most likely"""
 
 
 def transformers(name: str) -> Contender:
@@ -76,7 +77,7 @@ def transformers(name: str) -> Contender:
 
 
 def minimodels(source: nn.Module) -> Contender:
-    """Ours, read from what transformers saves."""
+    """Our model, read from what transformers saves."""
     with tempfile.TemporaryDirectory() as folder:
         source.save_pretrained(folder)
         model = from_pretrained(folder)
@@ -96,7 +97,8 @@ def minimodels(source: nn.Module) -> Contender:
 
 
 def x_transformers(source: nn.Module) -> Contender:
-    """The Llama of x-transformers: rotary pairs are neighbours, gate and up projection are one, norms multiply by 1 + g."""
+    """The Llama of x-transformers. Its rotary pairs are neighbours, its gate and up projections are
+    one matrix, and its norms multiply by 1 + g."""
     from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 
     d = D // H
@@ -161,7 +163,8 @@ def x_transformers(source: nn.Module) -> Contender:
 
 
 class MambaPy(nn.Module):
-    """The layers of mambapy between an embedding and a head: its own language model needs a CUDA package to be imported."""
+    """The layers of mambapy between an embedding and a head. Its own language model cannot be
+    imported without a CUDA package."""
 
     def __init__(self):
         super().__init__()
@@ -175,7 +178,7 @@ class MambaPy(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompt: Tensor, count: int) -> Tensor:
-        """By steps, those of the prompt too, as mambapy does it."""
+        """Generate step by step, including the prompt, as mambapy does."""
         config = self.backbone.config
         caches = [(None, torch.zeros(1, config.d_inner, config.d_conv - 1)) for _ in range(DEPTH)]
         tokens = prompt.tolist()
@@ -211,7 +214,8 @@ OTHERS = {"x-transformers": (x_transformers, "llama"), "mambapy": (mambapy, "mam
 
 
 def contenders(name: str) -> dict[str, Contender]:
-    """All that have the architecture and are installed, ours first, with the same logits."""
+    """All installed packages that have the architecture, ours first. Their logits are checked to be
+    equal."""
     theirs = transformers(name)
     found = {"minimodels": minimodels(theirs.model), "transformers": theirs}
     for package, (make, architecture) in OTHERS.items():
@@ -241,14 +245,15 @@ def training(contender: Contender, T: int) -> Callable[[], None]:
 
 
 def generation(contender: Contender, count: int) -> Callable[[], Tensor]:
-    """`count` tokens after a prompt of 32, greedily, the state carried."""
+    """`count` tokens after a prompt of 32, greedily, with a carried state."""
     prompt = torch.randint(V, (32,), generator=torch.Generator().manual_seed(0))
     contender.model.eval()
     return lambda: contender.generate(prompt, count)
 
 
 def measure(name: str, question: str, argument: int, found: dict[str, Contender]) -> list[dict]:
-    """Ours against each of the others in turn, so that a slow one does not thin out the rounds of the rest."""
+    """Time ours against each of the others separately, so that a slow one does not reduce the
+    rounds of the rest."""
     rows, ours = [], found["minimodels"]
     for package in [key for key in found if key != "minimodels"]:
         make = generation if question == "generation" else training
@@ -287,7 +292,7 @@ def measure(name: str, question: str, argument: int, found: dict[str, Contender]
 
 @dataclass(frozen=True)
 class Options:
-    """Time published models against other implementations on this machine's CPU."""
+    """Time published models against other implementations on the CPU of this machine."""
 
     only: str = ""
     """one model: llama, mixtral or mamba; all by default"""
