@@ -1,4 +1,5 @@
-"""The benchmarks at tiny sizes: they run, their rows hold what plots need, and what they compute from rows is right."""
+"""The benchmarks at tiny sizes: they run, their rows have what plots need, and results computed
+from rows are right."""
 
 import contextlib
 import gc
@@ -115,7 +116,7 @@ def test_timings_are_interleaved_and_compared_round_by_round():
 
 @pytest.mark.parametrize("name", peers.MODELS)
 def test_peers_have_our_logits_and_generate_our_tokens(name, tmp_path, monkeypatch):
-    """Which main asserts before it times."""
+    """main checks both before it times anything."""
     monkeypatch.setattr(
         peers, "interleave", lambda calls, **_: interleave(calls, rounds=1, seconds=0, warm=False)
     )
@@ -232,7 +233,7 @@ def test_throughput_compares_paths(tmp_path):
 
 
 def test_decoding_is_captured_where_nothing_waits_for_the_gpu(monkeypatch):
-    """A graph reads model and state by address, so these must live as long as it does."""
+    """A graph reads model and state by address, so both must live as long as it does."""
     monkeypatch.setattr(throughput, "pick_device", lambda name: torch.device("cuda"))
     configs = {name: preset(name) for name in ("transformer", "mamba", "moe", "mod", "hybrid")}
     named = throughput.providers(
@@ -383,7 +384,7 @@ def test_routing_decisions_are_those_of_all_batches_scored(monkeypatch):
     run = claims.Run("mod, predictor", config, "stdlib", 16, 1, 2)
     torch.manual_seed(0)
     model = LM(run.config)
-    for router in model.routers:  # so that they do not treat all tokens alike
+    for router in model.routers:  # so that they do not treat all tokens the same
         for parameter in router.predictor.parameters():
             torch.nn.init.normal_(parameter)
     oracle, causal = claims.routes(model, run, torch.device("cpu"))
@@ -581,7 +582,7 @@ def test_a_cpu_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
 
 
 def test_a_cpu_is_asked_for_what_there_is(tmp_path):
-    """Every step of the plan is a command whose options exist."""
+    """Every step of the plan is a command, and its options exist."""
     for name, (module, *arguments) in (
         (name, step[1:]) for name, step in steps.steps(tmp_path, "torch").items()
     ):
