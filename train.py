@@ -196,8 +196,8 @@ def main(options: Options) -> None:
 
 
 def report(run: Path, spent: dict[str, float], scores: dict[str, float]) -> str:
-    """Write the scores of a validation, and what was `spent` so far, to the log; return a line to
-    print."""
+    """Write the scores of a validation, and what was `spent` so far, to the log;
+    return a line to print."""
     write_log(run, {**spent, **scores})
     bits = f"{scores['bits_per_byte']:.3f} bits per byte, " if "bits_per_byte" in scores else ""
     return f"step {spent['step']}: validation {bits}{scores['accuracy']:.1%} right"

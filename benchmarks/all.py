@@ -83,8 +83,8 @@ def main(options: Options) -> None:
 
 
 def interpret(options: Options) -> None:
-    """Restart this process with Triton's interpreter, because that must be chosen before Triton is
-    imported."""
+    """Restart this process with Triton's interpreter, because that must be chosen
+    before Triton is imported."""
     hidden = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, *arguments_of(options)], {**os.environ, **hidden})
@@ -134,8 +134,8 @@ def plan(toy: bool) -> list[Job]:
 
 
 def remaining(jobs: list[Job], earlier: list[dict], rows: list[dict]) -> list[Job]:
-    """The jobs without rows. After an earlier session: those that failed there, the sweep, and
-    those that it missed."""
+    """The jobs without rows. After an earlier session: those that failed there, the sweep,
+    and those that it missed."""
     if earlier:
         failed, missed = unmeasured(earlier, REPEATED), unmeasured(earlier, MISSED)
         begun = {row.get("job") for row in earlier}
@@ -147,8 +147,8 @@ def remaining(jobs: list[Job], earlier: list[dict], rows: list[dict]) -> list[Jo
 
 
 def unmeasured(rows: list[dict], statuses: tuple[str, ...]) -> dict[str, None]:
-    """The jobs in which one of our own providers ended in one of these ways. A peer that failed
-    would fail again."""
+    """The jobs in which one of our own providers ended in one of these ways. A peer that
+    failed would fail again."""
     ours = ("torch", "triton")
     return dict.fromkeys(
         row["job"]

@@ -1,5 +1,5 @@
-"""Checks that the kernels are right, before anything is timed. Every kernel checks itself in its
-own process, all at once.
+"""Checks that the kernels are right, before anything is timed. Every kernel checks itself in
+its own process, all at once.
 
 The checks have their own Triton cache, because they compete for the machine, and settings tuned at
 that time must not be used later. If a check fails or does not end in time, only its own kernel is
@@ -26,8 +26,8 @@ from .journal import Journal
 def check(
     operations: Iterable[str], seconds: float, journal: Journal, log: Path, device: torch.device
 ) -> None:
-    """Write a row for each operation as soon as its check ends, and the output of the checks to
-    `log`."""
+    """Write a row for each operation as soon as its check ends, and the output
+    of the checks to `log`."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "TRITON_CACHE_DIR": str(Path(folder) / "cache")}
         if device.type == "cpu":

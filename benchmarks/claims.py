@@ -1,5 +1,5 @@
-"""Tests the papers' claims at toy scale. One command for each, on a CPU in minutes, on a GPU in
-full.
+"""Tests the papers' claims at toy scale. One command for each, on a CPU in
+minutes, on a GPU in full.
 
     python -m benchmarks.claims copying      selective copying: what is selectivity worth?
     python -m benchmarks.claims induction    induction heads: who keeps them at greater lengths?
@@ -89,8 +89,8 @@ def copying(small: bool) -> Claim:
 
 
 def induction(small: bool) -> Claim:
-    """Mamba §4.1.2, table 2: trained at 256, Mamba extrapolates to 2^20; attention hardly doubles
-    its length."""
+    """Mamba §4.1.2, table 2: trained at 256, Mamba extrapolates to 2^20; attention
+    hardly doubles its length."""
     context, steps, longest = (64, 750, 64) if small else (256, 20_000, 4096)
     mamba = Config(layers="mamba*2", width=64)
     attention = Config(layers="(attention(heads=4) mlp)*2", width=64)
@@ -155,8 +155,8 @@ def recall(small: bool) -> Claim:
 
 
 def experts(small: bool) -> Claim:
-    """Switch (arXiv:2101.03961), OLMoE (arXiv:2409.02060): at equal active FLOPs, experts learn
-    faster per token."""
+    """Switch (arXiv:2101.03961), OLMoE (arXiv:2409.02060): at equal active FLOPs, experts
+    learn faster per token."""
     size, context, steps, batch = ("tiny", 128, 600, 8) if small else ("small", 1024, 5000, 32)
     runs = [
         Run(name, preset(name, size), "stdlib", context, steps, batch)
@@ -197,8 +197,8 @@ def depth(small: bool) -> Claim:
 
 
 def balance(small: bool) -> Claim:
-    """Switch; ST-MoE (arXiv:2202.08906); DeepSeek-V3 (arXiv:2412.19437); expert choice
-    (arXiv:2202.09368)."""
+    """Switch; ST-MoE (arXiv:2202.08906); DeepSeek-V3 (arXiv:2412.19437); expert
+    choice (arXiv:2202.09368)."""
     size, context, steps, batch = ("tiny", 128, 300, 8) if small else ("small", 1024, 5000, 32)
     no_loss = ("moe.balance_loss=0", "moe.z_loss=0")
     bias = ("moe.balance_loss=0.0001", "moe.z_loss=0", f"moe.bias_step={0.01 if small else 0.001}")
@@ -266,8 +266,8 @@ def route_at_random(model: LM) -> None:
 
 
 def routes(model: LM, run: Run, device: torch.device) -> Iterator[dict[str, float]]:
-    """The loss, decisions and speed of one trained mixture-of-depths, with its causal decision and
-    with the top-k oracle."""
+    """The loss, decisions and speed of one trained mixture-of-depths, with its causal decision
+    and with the top-k oracle."""
     groups = [module for module in model.modules() if isinstance(module, MixtureOfDepths)]
     data = open_data(run.data, run.context)
     if not groups or run.change is route_at_random:

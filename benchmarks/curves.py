@@ -77,8 +77,8 @@ def name_of(path: Path, taken: dict) -> str:
 
 
 def answer(logs: dict, axis: str) -> str:
-    """A sentence that says which run has the lowest validation loss at the last place that all runs
-    reached."""
+    """A sentence that says which run has the lowest validation loss at the last
+    place that all runs reached."""
     validated = {name: list(zip(*curves[1], strict=True)) for name, curves in logs.items()}
     if not all(validated.values()):
         return ""

@@ -21,8 +21,8 @@ GAP = 13.0  # minimum distance in points between the names of two lines
 
 
 def pyplot():
-    """pyplot from matplotlib, set to draw only into files. Raises InputError if it is not
-    installed."""
+    """pyplot from matplotlib, set to draw only into files. Raises InputError
+    if it is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -35,8 +35,8 @@ def pyplot():
 
 
 def canvas(question: str, answer: str, caption: str):
-    """A figure with its question, the answer below it, and the source of the figures at the
-    bottom."""
+    """A figure with its question, the answer below it, and the source of
+    the figures at the bottom."""
     figure, axes = pyplot().subplots(figsize=(9, 5.4), layout="constrained")
     title = "\n".join(wrap(text, LINE) for text in (question, answer) if text)
     source = "\n".join(wrap(text, SMALL_LINE) for text in caption.splitlines())
@@ -53,8 +53,8 @@ def wrap(text: str, width: int) -> str:
 
 
 def sources(rows: list[dict]) -> str:
-    """The source of the rows, one line per file. If there are several files, also the line style of
-    each."""
+    """The source of the rows, one line per file. If there are several files, also
+    the line style of each."""
     found = {
         row["file"]: f"{row.get('device')}, torch {row.get('torch')}, commit {row.get('commit')}"
         for row in rows
@@ -106,9 +106,9 @@ def number(value: float) -> str:
 def scale_axis(
     axes, side: str, label: str, places: list[float], log: bool = False, share: bool = False
 ) -> None:
-    """Label the x or y axis and its ticks. `places`: the values on the axis. If there are few of
-    them, they become the ticks of a logarithmic x axis. `share`: the values are from 0 to 1,
-    written as percent."""
+    """Label the x or y axis and its ticks. `places`: the values on the axis. If there are
+    few of them, they become the ticks of a logarithmic x axis. `share`: the values are from
+    0 to 1, written as percent."""
     from matplotlib import ticker
 
     unit = unit_of(max(map(abs, places), default=0.0))
@@ -127,15 +127,15 @@ def scale_axis(
 
 
 def few(marks: list[float]) -> bool:
-    """Whether the marks of a logarithmic axis are few enough, and far enough apart, to be its
-    ticks."""
+    """Whether the marks of a logarithmic axis are few enough, and far enough
+    apart, to be its ticks."""
     pairs = pairwise(marks)
     return len(marks) <= 13 and all(b >= 1.4 * a for a, b in pairs)
 
 
 def line(axes, name: str, points: list, look: tuple[str, str, str]) -> None:
-    """Draw a line through the centres, and a band that contains all samples. points: (place,
-    centre, samples)."""
+    """Draw a line through the centres, and a band that contains all samples. points:
+    (place, centre, samples)."""
     places, centres, samples = zip(*points, strict=True)
     colour, marker, style = look
     axes.plot(places, centres, style, color=colour, marker=marker, markersize=4, label=name or None)

@@ -1,5 +1,5 @@
-"""GPT-2 in plain PyTorch. It is the peer of our transformer for small training steps, in which
-overhead counts.
+"""GPT-2 in plain PyTorch. It is the peer of our transformer for small training
+steps, in which overhead counts.
 
 Radford et al., "Language Models are Unsupervised Multitask Learners", 2019; without biases and
 dropout, as [nanoGPT](https://github.com/karpathy/nanoGPT) trains it. It has LayerNorm, one product
@@ -59,8 +59,8 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=config.init_std)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The cross-entropy in nats per token, twice, in the form of LM.loss. tokens and targets
-        (B, T)."""
+        """The cross-entropy in nats per token, twice, in the form of LM.loss.
+        tokens and targets (B, T)."""
         x = self.embedding(tokens) + self.positions(
             torch.arange(tokens.shape[1], device=tokens.device)
         )  # (B, T, D)

@@ -1,5 +1,5 @@
-"""The three ways in which a whole model is timed: a training step, reading a prompt, and writing
-tokens after it.
+"""The three ways in which a whole model is timed: a training step, reading a prompt,
+and writing tokens after it.
 
 Each mode takes a model, a context in tokens, a batch and a provider. It returns a call that does
 the same work every time.
@@ -70,9 +70,9 @@ def prefill(model: LM, context: int, batch: int, provider: Provider) -> Callable
 
 
 def decode(model: LM, context: int, batch: int, provider: Provider) -> Callable[[], None]:
-    """Write a number of tokens, one by one, after `context` tokens. These are read in pieces that
-    need little memory. The first new token copies the state, because every call continues from the
-    same one."""
+    """Write a number of tokens, one by one, after `context` tokens. These are read in pieces
+    that need little memory. The first new token copies the state, because every call
+    continues from the same one."""
     model = at_capacity(in_bfloat16(model.eval()))
     token, start = (
         torch.zeros(batch, 1, dtype=torch.int64, device=model.embedding.weight.device),
@@ -107,9 +107,9 @@ def compiled(model: LM, provider: Provider) -> Callable:
 
 
 def captured(impl: str, call: Callable[[], None]) -> Callable[[], None]:
-    """The call as a CUDA graph, with the attention that the path asks for. The first two calls tune
-    and allocate. In the second, as in all later ones, the memory after the prompt's state is
-    already allocated."""
+    """The call as a CUDA graph, with the attention that the path asks for. The first two
+    calls tune and allocate. In the second, as in all later ones, the memory after the
+    prompt's state is already allocated."""
     run(impl, call)
     run(impl, call)
     torch.cuda.synchronize()
@@ -126,14 +126,15 @@ def replay(graph: torch.cuda.CUDAGraph, call: Callable[[], None]) -> None:
 
 class AtCapacity(nn.Module):
     """Replaces the causal decision of a mixture-of-depths. An untrained model decides at random,
-    and the same for all tokens. This decision costs the same, but takes the share of tokens that a
-    trained model aims at."""
+    and the same for all tokens. This decision costs the same, but takes the share of tokens that
+    a trained model aims at."""
 
     def __init__(self, decide: nn.Module, capacity: float):
         super().__init__()
         self.decide, self.capacity = decide, capacity
 
     def forward(self, x: Tensor) -> Tensor:
+        """Scores (B, T, 1), above 0 with a probability equal to the capacity."""
         decision = score(self.decide, x)  # (B, T)
         return (self.capacity - torch.rand_like(decision) + 0 * decision).unsqueeze(-1)
 

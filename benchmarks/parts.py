@@ -53,6 +53,7 @@ CPU = torch.device("cpu")
 def scan_inputs(
     T: int, device: torch.device = CPU, D: int = 512, N: int = 16, batch: int = 1
 ) -> list[torch.Tensor]:
+    """x, Δ, A, B, C and a state of zeros for the selective scan, all with gradients."""
     g = torch.Generator().manual_seed(0)
     x, delta = torch.randn(2, batch, T, D, generator=g)
     B, C = torch.randn(2, batch, T, N, generator=g)
@@ -74,6 +75,7 @@ PROVIDERS = {"scan": scan, "loop": recurrence, "mambapy": mambapy_scan}
 
 
 def both_ways(provider: str, inputs: list[torch.Tensor]) -> torch.Tensor:
+    """Forward and backward of the scan; returns its output."""
     for tensor in inputs:
         tensor.grad = None
     y, _ = PROVIDERS[provider](*inputs)
@@ -82,11 +84,13 @@ def both_ways(provider: str, inputs: list[torch.Tensor]) -> torch.Tensor:
 
 
 def gradients(provider: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The output, and the gradients of the inputs."""
     y = both_ways(provider, inputs)
     return [y.detach(), *(tensor.grad for tensor in inputs[:-1])]  # mambapy has no initial state
 
 
 def scan_once(provider: str, T: int) -> None:
+    """The scan once, on new inputs, to measure its memory."""
     both_ways(provider, scan_inputs(T))
 
 
@@ -172,24 +176,30 @@ def train_rule(inputs: list[torch.Tensor | None], impl: str = "torch") -> list[t
 
 
 def train_attention(inputs: list[torch.Tensor]) -> None:
+    """Forward and backward of PyTorch's fused causal attention."""
     y = F.scaled_dot_product_attention(*inputs, is_causal=True)
     torch.autograd.grad(y, inputs, inputs[2].detach())
 
 
 def rule_once(rule: str, impl: str, T: int) -> None:
+    """The delta rule once, on new inputs, to measure its memory."""
     train_rule(delta_inputs(rule, T), impl)
 
 
 def attention_inputs(T: int, device: torch.device = CPU) -> list[torch.Tensor]:
+    """q, k and v (B, H, T, d) of causal attention."""
     parts = delta_inputs("decay", T, device)[:3]
     return [part.detach().transpose(1, 2).contiguous().requires_grad_() for part in parts]
 
 
 def attention_once(T: int) -> None:
+    """Attention once, on new inputs, to measure its memory."""
     train_attention(attention_inputs(T))
 
 
 def measure_delta_rule(device: torch.device) -> Iterator[dict]:
+    """The delta rule, the loop over the tokens, and attention: times,
+    times per token, and memory."""
     print("delta rule, forward + backward, batch 1, 8 heads, keys and values of 64, fp32")
     attention = {T: partial(train_attention, attention_inputs(T, device)) for T in (1024, 4096)}
     for T in (1024, 4096):
@@ -243,6 +253,7 @@ def measure_delta_rule(device: torch.device) -> Iterator[dict]:
 
 
 def measure_linear_scan(device: torch.device) -> Iterator[dict]:
+    """The linear scan and the loop over the tokens."""
     print("linear scan, forward + backward, batch 1, fp32")
     for T, D in ((1024, 512), (4096, 512), (4096, 2048)):
         generator = torch.Generator().manual_seed(0)
@@ -269,6 +280,7 @@ def measure_linear_scan(device: torch.device) -> Iterator[dict]:
 
 
 def measure_moe(device: torch.device) -> list[dict]:
+    """Routed experts, a dense MLP of equal active FLOPs, and the loop over experts."""
     config, options = Config(width=512), MoE.Options(experts=8, experts_per_token=2)
     x = torch.randn(8, 512, 512, device=device, requires_grad=True)
     gradient = torch.randn_like(x)
@@ -293,6 +305,8 @@ def measure_moe(device: torch.device) -> list[dict]:
 
 
 def measure_mod(device: torch.device) -> Iterator[dict]:
+    """Training steps of mixture-of-depths and of the dense model, and the
+    parts of a wrapped block."""
     width, tokens = (256, 8192) if device == CPU else (768, 32768)
     print(f"mixture-of-depths, training step, 6 layers, d {width}, {tokens} tokens, capacity 0.125")
     for T in (256, 1024):
@@ -333,8 +347,8 @@ def measure_mod(device: torch.device) -> Iterator[dict]:
 
 
 def wrapped_block(width: int, batch: int, T: int, device: torch.device) -> dict:
-    """Forward and backward of a block in mixture-of-depths, and of its group alone, on the tokens
-    that it would get."""
+    """Forward and backward of a block in mixture-of-depths, and of its group alone, on the
+    tokens that it would get."""
     torch.manual_seed(0)
     (block,) = LM(Config(width=width, layers="mod(attention mlp)")).to(device).layers
     k = block.routed(T)
@@ -356,6 +370,7 @@ def wrapped_block(width: int, batch: int, T: int, device: torch.device) -> dict:
 
 
 def measure_trainer(device: torch.device) -> list[dict]:
+    """Tokens per second of the whole training step: ours and GPT-2's, each also compiled."""
     torch.manual_seed(0)
     config = Config(width=128, layers="(attention(heads=4) mlp)*4", vocab=65)
     square = torch.randn(2048, 2048, device=device, dtype=None if device == CPU else torch.bfloat16)
@@ -392,8 +407,8 @@ def measure_trainer(device: torch.device) -> list[dict]:
 
 
 def train_step(model: LM | GPT, batch: int, T: int, device: torch.device, compiled: bool = False):
-    """A closure that makes one training step of the model on random tokens, as train.py does; on a
-    GPU in bf16."""
+    """A closure that makes one training step of the model on random tokens, as train.py
+    does; on a GPU in bf16."""
     model.to(device)
     optimizer = adamw(model, 1e-4, 0.1)
     loss_function = torch.compile(model.loss, fullgraph=True) if compiled else model.loss
@@ -425,6 +440,7 @@ class Options:
 
 
 def main(options: Options) -> None:
+    """Measure, print and write."""
     if options.only and options.only not in QUESTIONS:
         raise InputError("only", options.only, ", ".join(QUESTIONS))
     rows, device = [], pick_device(options.device)

@@ -34,11 +34,12 @@ from minimodels.ops.linear_cross_entropy import IGNORE
 D, DEPTH, H, V, WIDE = 256, 4, 4, 256, 704
 SHAPE = {"vocab_size": V, "hidden_size": D, "num_hidden_layers": DEPTH}
 NO_SPECIAL = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+# x-transformers has no eps
 HEADS = {
     "num_attention_heads": H,
     "num_key_value_heads": H,
     "rms_norm_eps": 1e-12,
-}  # x-transformers has no eps
+}
 MODELS = {
     "llama": {**HEADS, "intermediate_size": WIDE},
     "mixtral": {**HEADS, "num_local_experts": 8, "intermediate_size": WIDE // 2},
@@ -174,6 +175,7 @@ class MambaPy(nn.Module):
         self.backbone, self.norm_f = Mamba(MambaConfig(d_model=D, n_layers=DEPTH)), RMSNorm(D, 1e-5)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """The logits (B, T, V) of tokens (B, T)."""
         return self.lm_head(self.norm_f(self.backbone(self.embeddings(tokens))))
 
     @torch.no_grad()
@@ -214,8 +216,8 @@ OTHERS = {"x-transformers": (x_transformers, "llama"), "mambapy": (mambapy, "mam
 
 
 def contenders(name: str) -> dict[str, Contender]:
-    """All installed packages that have the architecture, ours first. Their logits are checked to be
-    equal."""
+    """All installed packages that have the architecture, ours first. Their logits
+    are checked to be equal."""
     theirs = transformers(name)
     found = {"minimodels": minimodels(theirs.model), "transformers": theirs}
     for package, (make, architecture) in OTHERS.items():
@@ -252,16 +254,15 @@ def generation(contender: Contender, count: int) -> Callable[[], Tensor]:
 
 
 def measure(name: str, question: str, argument: int, found: dict[str, Contender]) -> list[dict]:
-    """Time ours against each of the others separately, so that a slow one does not reduce the
-    rounds of the rest."""
+    """Time ours against each of the others separately, so that a slow one does not reduce
+    the rounds of the rest."""
     rows, ours = [], found["minimodels"]
     for package in [key for key in found if key != "minimodels"]:
         make = generation if question == "generation" else training
         calls = {"minimodels": make(ours, argument), package: make(found[package], argument)}
         if question == "generation":
-            first, second = (
-                call()[:64] for call in calls.values()
-            )  # further on, rounding may tip a near tie
+            # further on, rounding may tip a near tie
+            first, second = (call()[:64] for call in calls.values())
             if not torch.equal(first, second):
                 raise AssertionError(f"{name}: {package} does not generate the same tokens")
         slow = (name, package) == (

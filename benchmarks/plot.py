@@ -59,8 +59,8 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Read the rows, draw every kind of picture that they allow, and print where the pictures
-    are."""
+    """Read the rows, draw every kind of picture that they allow, and print
+    where the pictures are."""
     if not options.results:
         raise InputError("results", (), "one or more files of JSON rows")
     rows = [row for path in options.results for row in read(path)]
@@ -157,8 +157,8 @@ def claims(rows: Rows) -> Figures:
 
 
 def is_accuracy(row: dict) -> bool:
-    """Whether a claim's row counts right answers, of which more are better. Other rows count bits
-    or load."""
+    """Whether a claim's row counts right answers, of which more are better. Other
+    rows count bits or load."""
     return row["y_label"] == "answers right"
 
 
@@ -240,9 +240,9 @@ def speeds(rows: Rows) -> list[tuple]:
 
 
 def draw_lines(axes, rows: Rows, points_of: Callable[[Rows], list[tuple]]) -> None:
-    """Draw a line for each model and file, with the spread over the rounds, or seeds, as a band. If
-    there are several files, the style distinguishes them; otherwise it distinguishes the variants
-    of an architecture."""
+    """Draw a line for each model and file, with the spread over the rounds, or seeds, as a band.
+    If there are several files, the style distinguishes them; otherwise it distinguishes the
+    variants of an architecture."""
     look = looks(list(dict.fromkeys(row["model"] for row in rows)))
     files = list(dict.fromkeys(row["file"] for row in rows))
     named = set()

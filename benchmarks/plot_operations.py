@@ -1,5 +1,5 @@
-"""One picture of all operations: how close is each provider to the machine's own rate of copying or
-multiplying?"""
+"""One picture of all operations: how close is each provider to the machine's own rate of
+copying or multiplying?"""
 
 from __future__ import annotations
 

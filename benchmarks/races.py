@@ -1,5 +1,5 @@
-"""How fast is each operation: its kernel, compared with its torch path and other installed
-packages?
+"""How fast is each operation: its kernel, compared with its torch path
+and other installed packages?
 
 A race is one operation at one size. First the outputs and gradients of each provider are compared
 with those of the torch path. Only the times of providers that agree count. Then the providers take
@@ -45,8 +45,8 @@ def flex_alone(module) -> dict:
 
 
 def losses(module) -> dict:
-    """The peers of the loss, which return it with its graph. Those in the kernel file run backward
-    themselves."""
+    """The peers of the loss, which return it with its graph. Those in the kernel file
+    run backward themselves."""
     calls = {"plain": module.plain, "liger": module.liger(None)}
     return {name: replace(module.PEERS[name], call=call) for name, call in calls.items()}
 
@@ -192,8 +192,8 @@ def providers(module, this: Race, session: Session) -> dict[str, tuple]:
 
 
 def outcome(call: Provider, arguments: tuple) -> list[Tensor | None]:
-    """The output, and the gradients of a loss that gives each number of the output a different
-    weight."""
+    """The output, and the gradients of a loss that gives each number of the
+    output a different weight."""
     output = first(call(*arguments))
     wanted = wanted_of(arguments)
     if not wanted:
@@ -261,8 +261,8 @@ def take_turns(
 
 
 def warm(call: Provider, arguments: tuple, direction: str, device: torch.device) -> tuple:
-    """A call that runs one pass in this direction, the bytes that it takes, and its seconds as a
-    list of one."""
+    """A call that runs one pass in this direction, the bytes that it takes, and its
+    seconds as a list of one."""
     timed = passes(call, arguments, direction)
     memory = peak_bytes(timed, device)
     synchronise()

@@ -105,8 +105,8 @@ def trace(model: LM, tokens: torch.Tensor, route: str = "") -> dict[str, Choices
 
 
 def watched(route: Callable, best: list[list[int]]) -> Callable:
-    """A router of experts that also records, for each token of the first row, the expert with the
-    largest weight."""
+    """A router of experts that also records, for each token of the first row, the expert
+    with the largest weight."""
 
     def watching(*arguments):
         gates, visits, probabilities = route(*arguments)
@@ -142,8 +142,8 @@ def place_choices(
 
 
 def colour(choice: int | None) -> str | None:
-    """The background colour of a token. Ten experts have different colours, and the next ten have
-    the same again."""
+    """The background colour of a token. Ten experts have different colours, and the next
+    ten have the same again."""
     if choice is None:
         return None
     return TAKEN_COLOUR if choice == TAKEN else COLOURS[choice % len(COLOURS)]

@@ -30,8 +30,8 @@ from minimodels.ops.convolution import causal_conv1d
 
 
 class S4D(nn.Module):
-    """The block of a given Mamba layer, with its parameters, but with S4D instead of the selective
-    scan.
+    """The block of a given Mamba layer, with its parameters, but with S4D
+    instead of the selective scan.
 
     It works only on whole sequences, because it carries no state.
     """
@@ -53,8 +53,8 @@ class S4D(nn.Module):
         self.C = nn.Parameter(torch.randn(D, N // 2, 2) / math.sqrt(2))  # real and imaginary parts
 
     def filter(self, T: int) -> Tensor:
-        """K_t = 2 Re Σ_n C_n (exp(ΔA_n) - 1)/A_n exp(t ΔA_n), with zero-order hold: (D, T) for t
-        from 0 to T - 1."""
+        """K_t = 2 Re Σ_n C_n (exp(ΔA_n) - 1)/A_n exp(t ΔA_n), with zero-order hold: (D,
+        T) for t from 0 to T - 1."""
         A = torch.complex(-self.log_decay.exp(), self.frequency)
         exponent = self.log_step.exp().unsqueeze(1) * A  # ΔA
         C = torch.view_as_complex(self.C) * torch.expm1(exponent) / A
@@ -70,9 +70,10 @@ class S4D(nn.Module):
         T = x.shape[1]
         with torch.autocast(x.device.type, enabled=False):
             x = full_precision(x)
+            # zeros at the end, so that the convolution does not wrap around
             spectrum = torch.fft.rfft(self.filter(T), n=2 * T).mT * torch.fft.rfft(
                 x, n=2 * T, dim=1
-            )  # zeros at the end, so that the convolution does not wrap around
+            )
             y = torch.fft.irfft(spectrum, n=2 * T, dim=1)[:, :T] + self.D * x
         return self.out_proj(y.to(z.dtype) * F.silu(z)), None
 

@@ -1,5 +1,5 @@
-"""What can a fixed state compute, and can it replace its content? On a CPU in minutes, on a GPU in
-full.
+"""What can a fixed state compute, and can it replace its content? On a CPU in
+minutes, on a GPU in full.
 
     python -m benchmarks.state tracking     parity and permutations of three: who can track a state,
                                             and how far beyond the trained length?
@@ -77,8 +77,8 @@ def tracking(small: bool) -> Claim:
 
 @torch.no_grad()
 def by_position(model: LM, run: Run, device: torch.device) -> Iterator[dict[str, float]]:
-    """The share of right answers in the second half of a text, at the trained length and at longer
-    ones."""
+    """The share of right answers in the second half of a text, at the trained
+    length and at longer ones."""
     longest = MULTIPLES[-1] * run.context
     right = torch.zeros(longest, device=device)
     model.eval()
@@ -93,8 +93,8 @@ def by_position(model: LM, run: Run, device: torch.device) -> Iterator[dict[str,
 
 
 def overwrite(small: bool) -> Claim:
-    """Schlag et al. (arXiv:2102.11174): a state that only adds keeps old values; the delta rule
-    replaces them.
+    """Schlag et al. (arXiv:2102.11174): a state that only adds keeps old values;
+    the delta rule replaces them.
 
     All models have two layers. The first can combine a key with its value.
     """

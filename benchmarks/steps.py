@@ -1,5 +1,5 @@
-"""The measurements on a CPU: the benchmarks run one after the other, each in its own process, until
-the time is over.
+"""The measurements on a CPU: the benchmarks run one after the other, each in its own
+process, until the time is over.
 
 Each writes its file in the folder while it runs, so an interruption loses nothing. done.json
 records how each ended.
@@ -24,8 +24,8 @@ Steps = dict[str, list[str]]  # name -> arguments of python
 
 
 def steps(out: Path, impl: str) -> Steps:
-    """The steps, in order. Correctness comes first, because the speed of a wrong result has no
-    value."""
+    """The steps, in order. Correctness comes first, because the speed of a
+    wrong result has no value."""
 
     def to(name: str, module: str, *arguments: str) -> list[str]:
         return ["-m", f"benchmarks.{module}", *arguments, "--out", str(out / name)]
@@ -93,8 +93,8 @@ def draw(out: Path) -> None:
 
 
 def run(arguments: list[str], seconds: float) -> str:
-    """Run a step and return how it ended. At the end of its time it is stopped, with everything
-    that it has started."""
+    """Run a step and return how it ended. At the end of its time it is stopped, with
+    everything that it has started."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *arguments]
     with subprocess.Popen(command, start_new_session=True, env=environment) as process:

@@ -52,8 +52,8 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
 
 
 def throughput(rows: Rows) -> str:
-    """Median tokens per second: a table for each mode and batch, a row for each model, a column for
-    each context."""
+    """Median tokens per second: a table for each mode and batch, a row for each model, a
+    column for each context."""
     tables = defaultdict(dict)
     for row in rows:
         if row.get("benchmark") == "throughput" and not row["model"].endswith(" again"):
@@ -77,8 +77,8 @@ def throughput(rows: Rows) -> str:
 
 
 def peers(rows: Rows) -> str:
-    """How many times faster ours is than each peer: median over the rounds, with the least and the
-    greatest."""
+    """How many times faster ours is than each peer: median over the rounds, with the
+    least and the greatest."""
     timings = defaultdict(dict)
     for row in rows:
         if row.get("benchmark") == "peers":
@@ -141,8 +141,8 @@ def kernels(rows: Rows, every: bool = False) -> str:
 
 
 def against_others(providers: dict[str, dict], ours: str) -> list[str]:
-    """Our time, and how many times longer the others take. `providers`: the rows of one case by
-    provider."""
+    """Our time, and how many times longer the others take. `providers`: the rows
+    of one case by provider."""
     row = providers[ours]
     took = [
         f"{statistics.median(row['seconds']) * 1e3:.2f} ms",
@@ -160,8 +160,8 @@ def against_others(providers: dict[str, dict], ours: str) -> list[str]:
 
 
 def claims(rows: Rows) -> str:
-    """The last value of each line in each picture: mean over the seeds, with the least and the
-    greatest."""
+    """The last value of each line in each picture: mean over the seeds, with the
+    least and the greatest."""
     texts = []
     drawn = [row for row in rows if row.get("benchmark") == "claim" and row["x"] is not None]
     panels = dict.fromkeys((row["claim"], row["panel"]) for row in drawn)

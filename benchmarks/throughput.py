@@ -1,5 +1,5 @@
-"""How fast is each architecture as the context grows, and from which context on does Mamba beat
-attention?
+"""How fast is each architecture as the context grows, and from which context on
+does Mamba beat attention?
 
     python -m benchmarks.throughput    every preset: training step, prefill and decode
     python -m benchmarks.throughput --models transformer mamba --modes train --longest 16384
@@ -93,8 +93,8 @@ class Options:
     """paths to compare: auto, reference, torch, triton; on a GPU also flash and cudnn, which are
     torch with that attention"""
     compile: bool = False
-    """also time the training step with torch.compile and, on a GPU, decoding as a CUDA graph, which
-    avoids the launches"""
+    """also time the training step with torch.compile and, on a GPU, decoding as a CUDA graph,
+    which avoids the launches"""
     device: str = "auto"
     """auto, cpu or cuda"""
     out: Path = Path("runs/benchmarks/throughput.jsonl")
@@ -273,8 +273,8 @@ def match(config: Config, base: Config, axis: Callable[[Ledger], float]) -> Conf
 
 
 def keep_heads(config: Config) -> Config:
-    """The model with the sizes of its heads written in its text, so that they stay the same at
-    another width."""
+    """The model with the sizes of its heads written in its text, so that they stay
+    the same at another width."""
     layers = config.layers
     for name, sizes in HEADS.items():
         calls = [call for call in every_call(config.calls) if call.name == name]
@@ -309,8 +309,8 @@ def measure_point(
     device: torch.device,
 ):
     """Rows of all providers at one context. They are timed in turn, or each alone if they do not
-    fit into memory together. If one does not fit or cannot run, its `seconds` are None and `error`
-    gives the reason."""
+    fit into memory together. If one does not fit or cannot run, its `seconds` are None and
+    `error` gives the reason."""
     rows = {
         name: describe_point(mode, name, provider, context, batch, options)
         for name, provider in given.items()
@@ -325,8 +325,8 @@ def measure_point(
 
 
 def fill(rows: dict[str, dict], given: dict[str, Provider], *point) -> str:
-    """Put the measurements into the rows, and return what went wrong, if anything: usually too
-    little memory."""
+    """Put the measurements into the rows, and return what went wrong, if anything:
+    usually too little memory."""
     try:
         measured = timed(given, *point)
     except Exception as error:  # errors of Triton have no common base class
@@ -370,8 +370,8 @@ def timed(
     options: Options,
     device: torch.device,
 ) -> dict:
-    """Seconds of each round, and peak memory in bytes, of each provider, and once more of the one
-    named `again`."""
+    """Seconds of each round, and peak memory in bytes, of each provider, and once more
+    of the one named `again`."""
     calls, peaks = {}, {}
     for name, provider in given.items():
         torch.manual_seed(0)

@@ -63,8 +63,8 @@ def training_jobs() -> list[Job]:
 
 
 def train(name: str, session: Session) -> None:
-    """Tokens per second of training steps of one preset, with each path, and the losses of the
-    first steps."""
+    """Tokens per second of training steps of one preset, with each path, and the
+    losses of the first steps."""
     batch, context = (1, 8) if session.toy else (32, 1024)
     row = {
         "benchmark": "training",
@@ -122,8 +122,8 @@ def start(
 
 
 def context_jobs(toy: bool) -> list[Job]:
-    """One job for each mode and context, with the modes in turn, from short contexts to long
-    ones."""
+    """One job for each mode and context, with the modes in turn, from
+    short contexts to long ones."""
     longest = {"train": 2**15, "prefill": 2**17, "decode": 2**14}
     if toy:
         points = [("train", 8), ("prefill", 8), ("decode", 4)]

@@ -34,8 +34,8 @@ def parse_options(
     synonyms: Mapping[str, str] = {},
     arguments: Sequence[str] | None = None,
 ) -> Options:
-    """Read the command line as a dataclass. `synonyms`: the name of an option in other programs ->
-    what to write here.
+    """Read the command line as a dataclass. `synonyms`: the name of an option in other
+    programs -> what to write here.
 
     If it is wrong, raises InputError with one line, in place of tyro's longer message.
     """
@@ -181,9 +181,9 @@ def keep_freed_memory() -> None:
 
 
 def pick_threads(asked: int | None, device: torch.device) -> tuple[int, str]:
-    """Set the number of CPU threads, and return it with the reason: `asked`, or the fastest of all,
-    half, a quarter... On a shared or small machine a few threads can be several times faster than
-    all."""
+    """Set the number of CPU threads, and return it with the reason: `asked`, or the
+    fastest of all, half, a quarter... On a shared or small machine a few threads can be
+    several times faster than all."""
     most = torch.get_num_threads()
     if asked is not None or device.type != "cpu" or most == 1:
         torch.set_num_threads(asked or most)
@@ -216,8 +216,8 @@ def product_seconds(threads: int, budget: float = 0.1) -> float:
 
 
 def refuse_several_processes() -> None:
-    """Raise InputError if torchrun started several processes, because each would train the same
-    run."""
+    """Raise InputError if torchrun started several processes, because each
+    would train the same run."""
     world = os.environ.get("WORLD_SIZE", "1")
     if world != "1":
         raise InputError(

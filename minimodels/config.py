@@ -53,14 +53,14 @@ class Config:
 
     @cached_property
     def calls(self) -> tuple[Call, ...]:
-        """The layers that the text describes, in order, with repeats and definitions written
-        out."""
+        """The layers that the text describes, in order, with repeats and
+        definitions written out."""
         return expand(parse(self.layers), self.layers)
 
     @cached_property
     def depth(self) -> int:
-        """The number of residual layers, including those inside wrappers. Initialisation scales
-        outputs by it."""
+        """The number of residual layers, including those inside wrappers.
+        Initialisation scales outputs by it."""
         return count_layers(self.calls)
 
     @property

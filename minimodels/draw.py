@@ -1,5 +1,5 @@
-"""Draws a picture of any model: its blocks in order, repeats folded, with the parameters and cost
-of each.
+"""Draws a picture of any model: its blocks in order, repeats folded, with the
+parameters and cost of each.
 
     python -m minimodels.draw --model hybrid                  hybrid.svg and hybrid.png
     python -m minimodels.draw --layers "(mamba mlp)*3 attention mlp" --out mine

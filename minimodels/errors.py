@@ -25,8 +25,8 @@ class InputError(Exception):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The known names. The one that was probably meant comes first: "did you mean moe? attention,
-    mlp, moe"."""
+    """The known names. The one that was probably meant comes first: "did you mean
+    moe? attention, mlp, moe"."""
     known = list(known)
     close = difflib.get_close_matches(name, known, 1)
     return (f"did you mean {close[0]}? " if close else "") + ", ".join(known)
@@ -64,8 +64,8 @@ def check_types(given: Any) -> None:
 
 
 def fits(value: object, hint: Any) -> bool:
-    """Whether a value has the type of a hint. For types that are not listed above, any value
-    does."""
+    """Whether a value has the type of a hint. For types that are not
+    listed above, any value does."""
     if get_origin(hint) is Annotated:
         base, *notes = get_args(hint)
         ranges = [note for note in notes if isinstance(note, Range)]

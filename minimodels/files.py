@@ -16,8 +16,8 @@ LOCK = "lock"
 
 
 def read_json(path: Path, field: str | None = None) -> dict:
-    """The JSON object in a file. If there is none, raises InputError, which names `field` or the
-    file."""
+    """The JSON object in a file. If there is none, raises InputError, which
+    names `field` or the file."""
     try:
         if not path.is_file():
             raise OSError("no such file" if not path.exists() else "not a regular file")

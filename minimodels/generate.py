@@ -140,8 +140,8 @@ def pick(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) 
 
 
 def keep(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The logits (B, V), with -inf for the tokens that the filters remove. The most likely token
-    always stays."""
+    """The logits (B, V), with -inf for the tokens that the filters remove. The most
+    likely token always stays."""
     if sampling.top_k:
         likeliest = logits.topk(min(sampling.top_k, logits.shape[-1])).indices
         logits = logits.masked_fill(

@@ -91,8 +91,8 @@ class Token(NamedTuple):
 
 
 def parse(text: str, field: str = "layers") -> Program:
-    """Read a text. If it is not in the grammar, raises InputError, which names `field` and shows
-    the place."""
+    """Read a text. If it is not in the grammar, raises InputError, which names
+    `field` and shows the place."""
     reader = Reader(text, field)
     definitions: dict[str, Definition] = {}
     while reader.now.kind == "name" and reader.peek().text in ("=", ":="):
@@ -465,8 +465,8 @@ def read_options(
 
 
 def read_value(value: object, hint: Any, text: str) -> object:
-    """The value of an option in Python: a dataclass for a call, and None for the word none if the
-    type has no such word."""
+    """The value of an option in Python: a dataclass for a call, and None for the word none if
+    the type has no such word."""
     choices = next((note for note in get_args(hint) if isinstance(note, OneOf)), None)
     if choices is not None:
         name = value.name if isinstance(value, Call) else value

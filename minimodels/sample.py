@@ -35,12 +35,12 @@ TOKENS = 400  # default for a published model
 
 @dataclass(frozen=True)
 class Options:
-    """Continue a prompt with a trained or a published model, and print each token as it is
-    drawn."""
+    """Continue a prompt with a trained or a published model, and print
+    each token as it is drawn."""
 
     model: tyro.conf.Positional[str]
-    """folder of a training run, or a published model: a folder in the Hugging Face format or an id
-    of its hub"""
+    """folder of a training run, or a published model: a folder in the Hugging Face
+    format or an id of its hub"""
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = Sampling()
     prompt: str = "def "
     """text to continue"""
@@ -88,8 +88,8 @@ def main(options: Options) -> None:
 
 
 def tokens_to_add(asked: int | None, context: int | None, prompt: int) -> int:
-    """The number of tokens to generate. If they go beyond the context of training, it prints a
-    note."""
+    """The number of tokens to generate. If they go beyond the context of
+    training, it prints a note."""
     if asked is None:
         return TOKENS if context is None else max(1, context - prompt)
     if context is not None and prompt + asked > context:

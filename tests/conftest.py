@@ -20,8 +20,8 @@ def short_chunks(monkeypatch):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests of kernels if these can be neither compiled nor interpreted, and give the
-    reason."""
+    """Skip the tests of kernels if these can be neither compiled nor
+    interpreted, and give the reason."""
     from minimodels.kernels import require
 
     from minimodels.errors import InputError

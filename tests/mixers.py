@@ -1,5 +1,5 @@
-"""Shared by the tests of the recurrent mixers: layers built from a text, the laws in short, copied
-weights, peers."""
+"""Shared by the tests of the recurrent mixers: layers built from a text, the laws in
+short, copied weights, peers."""
 
 import inspect
 
@@ -56,8 +56,8 @@ def gradients(outputs: list[torch.Tensor], inputs: dict[str, torch.Tensor]) -> d
 
 
 def check_chunking(text: str):
-    """A text in pieces gives the outputs, final state and gradients of the whole text, on both
-    paths."""
+    """A text in pieces gives the outputs, final state and gradients of the
+    whole text, on both paths."""
     expected = None
     for impl, cuts in (("torch", []), ("torch", [1, 4, 17]), ("torch", [5]), ("reference", [])):
         layer, x = make(text, impl=impl), random(ROWS, T, WIDTH).requires_grad_()
@@ -75,8 +75,8 @@ def check_chunking(text: str):
 
 
 def check_padding(text: str):
-    """Padded rows give what each row gives alone, and continue as each would alone. Padding changes
-    no state."""
+    """Padded rows give what each row gives alone, and continue as each would alone.
+    Padding changes no state."""
     layer, x, more = make(text), random(ROWS, T, WIDTH), random(ROWS, 6, WIDTH, seed=2)
     lengths = (T, 1, 10)
     positions = torch.stack(
@@ -99,8 +99,8 @@ def check_padding(text: str):
 
 
 def check_packing(text: str):
-    """Documents in one row give what each gives alone, with gradients, even if the row comes in
-    pieces."""
+    """Documents in one row give what each gives alone, with gradients, even if
+    the row comes in pieces."""
     layer, x = make(text), random(ROWS, T, WIDTH).requires_grad_()
     positions, starts = torch.full((ROWS, T), -1), torch.zeros(ROWS, T, dtype=torch.int64)
     places = []
@@ -161,8 +161,8 @@ def same_gradient(actual: torch.Tensor, expected: torch.Tensor, tolerance: float
 
 
 def use_torch(monkeypatch, *modules):
-    """Make transformers' modules use their plain torch functions, even if packages of kernels are
-    installed."""
+    """Make transformers' modules use their plain torch functions, even if packages
+    of kernels are installed."""
     for module in modules:
         for name, value in list(vars(module).items()):
             if inspect.isfunction(value) and value.__module__ == module.__name__:

@@ -72,7 +72,7 @@ CASES = {
     "mod": [
         "mod(attention mlp, capacity=0.3)",
         "mod(attention mlp, capacity=0.3, route=router)",
-        # the window keeps the tokens, but their positions are further apart
+        # the window is wider than the number of tokens, but not than their positions
         "mod(attention(window=8), capacity=0.3)",
         "mod(attention mod(mamba mlp, capacity=0.5), capacity=0.5)",
     ],
@@ -105,8 +105,8 @@ NOT_CAUSAL = {  # text -> whether this is so only in training mode
 
 
 def make(layers: str, seed: int = 0, dtype: torch.dtype = torch.float64, **fields) -> nn.Module:
-    """A stack in evaluation mode, with parameters so large that every part, gate and router
-    matters."""
+    """A stack in evaluation mode, with parameters so large that every part,
+    gate and router matters."""
     torch.manual_seed(seed)
     stack = build(Config(**{"layers": layers, "width": WIDTH, **fields})).to(dtype)
     with torch.no_grad():
@@ -130,8 +130,8 @@ def observe(
 
 
 def scored(model: nn.Module, batches) -> tuple[float, float]:
-    """What an evaluation should give for the targets that count: mean loss in nats, share of right
-    answers."""
+    """What an evaluation should give for the targets that count: mean loss in nats,
+    share of right answers."""
     model.eval()
     losses, right = [], []
     for tokens, targets in batches:

@@ -1,5 +1,5 @@
-"""Options of attention. Each is compared with its definition, and with transformers if a class
-there has it."""
+"""Options of attention. Each is compared with its definition, and with transformers
+if a class there has it."""
 
 import math
 
@@ -42,8 +42,8 @@ def layer(text, seed=0):
     "form", ["causal", "remembered", "window", "band", "one", "documents", "padded"]
 )
 def test_the_paths_agree(form, with_sink, softcap, blocks, monkeypatch):
-    """They agree in outputs and the gradients of q, k, v and the sink, for every form of mask, in
-    one block or many."""
+    """They agree in outputs and the gradients of q, k, v and the sink, for every form of
+    mask, in one block or many."""
     monkeypatch.setattr(operation, "MASK", blocks)
     T, S, window, starts, positions = {
         "causal": (13, 13, None, None, None), "remembered": (5, 13, None, None, None), "window": (7, 7, 5, None, None),

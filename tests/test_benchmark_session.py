@@ -1,5 +1,5 @@
-"""The session that measures a GPU, rehearsed at toy sizes: every branch runs, and a failure affects
-only its own rows."""
+"""The session that measures a GPU, rehearsed at toy sizes: every branch runs, and a failure
+affects only its own rows."""
 
 import importlib
 import json

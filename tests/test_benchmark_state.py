@@ -1,5 +1,5 @@
-"""The claims about states: their models and tasks exist, and their records of a trained model are
-right."""
+"""The claims about states: their models and tasks exist, and their records of a
+trained model are right."""
 
 from itertools import pairwise
 from types import SimpleNamespace
@@ -47,8 +47,8 @@ def test_accuracy_by_position():
 
 
 def test_keys_are_overwritten_as_often_as_said():
-    """Each text of the last record has room for nine values of every key. The first has room for
-    one."""
+    """Each text of the last record has room for nine values of every key. The
+    first has room for one."""
     claim = STATE["overwrite"](True)
     run, contexts = claim.runs[-1], []
 

@@ -1,5 +1,5 @@
-"""The benchmarks at tiny sizes: they run, their rows have what plots need, and results computed
-from rows are right."""
+"""The benchmarks at tiny sizes: they run, their rows have what plots need, and results
+computed from rows are right."""
 
 import contextlib
 import gc
@@ -58,9 +58,8 @@ def test_crossover_is_where_the_ratio_rises_through_one():
     even = crossover(contexts, [[0.5, 0.5], [math.sqrt(0.5)] * 2, [1.0, 1.0], [2.0, 2.0]])
     assert (even.median, even.low, even.high) == (1024, 1024, 1024)
     between = crossover(contexts, [[0.5] * 3, [0.5] * 3, [2.0] * 3, [4.0] * 3])
-    assert between.median == pytest.approx(
-        512 * math.sqrt(2)
-    )  # half way between 1/2 and 2, in logarithms
+    # half way between 1/2 and 2, in logarithms
+    assert between.median == pytest.approx(512 * math.sqrt(2))
     spread = crossover(
         contexts, [[0.5, 0.5, 0.5], [0.5, 0.9, 0.5], [2.0, 1.1, 4.0], [4.0, 4.0, 4.0]]
     )
@@ -97,9 +96,8 @@ def test_the_crossover_is_that_of_the_fastest_way_of_either():
             rows.append(
                 {"model": name, "base": base, "context": context, "seconds": [seconds, seconds]}
             )
-    rows.append(
-        {"model": "t again", "base": "transformer", "context": 1024, "seconds": [0.1, 0.1]}
-    )  # only shows the noise
+    # only shows the noise
+    rows.append({"model": "t again", "base": "transformer", "context": 1024, "seconds": [0.1, 0.1]})
     assert overtaking(rows).median == pytest.approx(512 * 2 ** (2 / 3))  # from 1/4 to 2
     assert overtaking(rows[:3]) is None  # one context
 
@@ -221,11 +219,12 @@ def test_throughput_compares_paths(tmp_path):
     cudnn = throughput.providers(
         configs, throughput.replace(options, impl=("torch", "cudnn")), "prefill"
     )
+    # no attention, no cuDNN
     assert list(cudnn) == [
         "transformer, torch",
         "mlp, torch",
         "transformer, cudnn",
-    ]  # no attention, no cuDNN
+    ]
     throughput.main(throughput.replace(options, compile=False))
     assert {(row["base"], row["impl"]) for row in rows_of(out)} == {
         ("transformer", "torch"), ("transformer", "reference"), ("mlp", "torch"), ("mlp", "reference")
@@ -265,9 +264,8 @@ def test_every_sweep_measures_the_points_of_the_first(monkeypatch, tmp_path):
     clock = iter(range(1, 100))
 
     def measure(mode, given, context, batch, options, device):
-        sweep = next(
-            clock
-        )  # each call takes longer, so that patience ends at another context in each sweep
+        # each call takes longer, so that patience ends at another context in each sweep
+        sweep = next(clock)
         rows = {name: throughput.describe_point(mode, name, provider, context, batch, options)
                 for name, provider in given.items()}  # fmt: skip
         return [{**row, "seconds": [context / 256 * sweep]} for row in rows.values()]
@@ -438,9 +436,8 @@ def test_without_selection_mamba_is_a_time_invariant_recurrence():
     ].backward()
     assert all(parameter.grad is not None for parameter in layer.parameters())
 
-    layer.in_proj = layer.out_proj = (
-        torch.nn.Identity()
-    )  # then x is both signal and gate, where it is handed in twice
+    # then x is both signal and gate, where it is handed in twice
+    layer.in_proj = layer.out_proj = torch.nn.Identity()
     u = x.repeat(1, 2)[None]
     signal, _ = causal_conv1d(
         x[None], layer.conv1d.weight.squeeze(1), layer.conv1d.bias, None, activation=True
@@ -489,9 +486,8 @@ def test_routing_shows_what_the_routers_chose():
     assert depth.count(routing.TAKEN) == 5  # half of nine, rounded up
     assert [choice is None for choice in depth] == [choice is None for choice in inner]
     assert None not in outer
-    assert (
-        routing.trace(lm, tokens)["mod layers.0"] != depth and lm.causal
-    )  # nothing is left behind
+    # nothing is left behind
+    assert routing.trace(lm, tokens)["mod layers.0"] != depth and lm.causal
     assert "<script" not in routing.page("<script>", ["<"] * 9, shown)
 
 
@@ -772,9 +768,8 @@ def test_a_crossover_is_the_last_one_of_most_rounds():
         {**row, "context": 256},
         {**row, "context": 256, "base": "mamba", "seconds": [8.0] * 3},
     ]
-    assert overtaking(rows).median == pytest.approx(
-        256 * math.sqrt(2)
-    )  # 512 before 256, the faster by its median
+    # 512 before 256, the faster by its median
+    assert overtaking(rows).median == pytest.approx(256 * math.sqrt(2))
 
 
 def test_timings_are_of_one_call():
@@ -906,9 +901,8 @@ def test_a_run_for_a_comparison_takes_the_steps_that_it_says():
 def test_a_comparison_is_scored_on_held_out_batches_as_in_use():
     data = training.open_data("mqar(pairs=2, vocab=8)", 32)
     torch.manual_seed(0)
-    model = LM(
-        Config(layers="mod(mlp)", width=16, vocab=8, tie_embeddings=False)
-    )  # a tied head repeats its token
+    # a tied head repeats its token
+    model = LM(Config(layers="mod(mlp)", width=16, vocab=8, tie_embeddings=False))
     scores = training.score(model, data, 4, 8)
     assert model.training
     nats, accuracy = scored(model, data.validation(4, 8))

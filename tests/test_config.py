@@ -71,8 +71,8 @@ def test_unknown_preset_names_the_known():
 @pytest.mark.parametrize("model", PRESETS)
 @pytest.mark.parametrize("size", SIZES)
 def test_presets_have_comparable_costs(model, size):
-    """At one size, every preset except the one with mixture-of-depths costs about as much per token
-    as the transformer."""
+    """At one size, every preset except the one with mixture-of-depths costs about as much per
+    token as the transformer."""
     cost, transformer = (ledger(preset(name, size), 256) for name in (model, "transformer"))
     if "mod(" in layers_of(model, size):
         assert cost.forward_flops < 0.7 * transformer.forward_flops

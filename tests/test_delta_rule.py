@@ -30,8 +30,8 @@ def arguments(
     erase_heads: int = G,
     dtype: torch.dtype = torch.float64,
 ) -> dict[str, Tensor | None]:
-    """Random inputs. Keys and erase vectors are short, so that the state stays about as large as
-    the values."""
+    """Random inputs. Keys and erase vectors are short, so that the state stays about
+    as large as the values."""
     generator = torch.Generator().manual_seed(T)
 
     def normal(*shape):
@@ -57,8 +57,8 @@ def results(given: dict[str, Tensor | None], impl: str = "torch", **options) -> 
 
 
 def weights(x: Tensor) -> Tensor:
-    """A different weight for each number. A shorter text has the weights of a longer text's first
-    tokens."""
+    """A different weight for each number. A shorter text has the weights of a
+    longer text's first tokens."""
     return torch.cos(torch.arange(x[0].numel(), dtype=x.dtype)).view_as(x[0])
 
 
@@ -92,8 +92,8 @@ def chunks_of(monkeypatch):
     [(1, 5), (4, 7), (4, 8), (4, 9), (4, 21), (16, 15), (16, 33), (64, 2), (64, 63), (64, 65)],
 )
 def test_chunks_equal_the_recurrence(chunks_of, C, T, kind):
-    """They agree in outputs, final state and all six gradients. The state between slabs of two
-    chunks is passed on."""
+    """They agree in outputs, final state and all six gradients. The state between slabs of
+    two chunks is passed on."""
     chunks_of(C)
     given = arguments(T, **KINDS[kind])
     same(results(given), results(given, "reference"))
@@ -125,8 +125,8 @@ def test_single_precision_is_close_to_double(kind, T):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("split", [1, 16, 36])
 def test_a_state_continues_a_text(kind, split):
-    """Two pieces, with the state between them, give the outputs, state and gradients of the whole
-    text."""
+    """Two pieces, with the state between them, give the outputs, state and
+    gradients of the whole text."""
     given = {n: p if p is None else p.requires_grad_() for n, p in arguments(**KINDS[kind]).items()}
     wanted = {name: part for name, part in given.items() if part is not None}
     whole = delta_rule(**given)
@@ -205,8 +205,8 @@ def test_without_gates_it_is_causal_linear_attention():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("gate", [-50.0, -1e4, float("-inf")])
 def test_one_strong_gate_forgets(kind, gate):
-    """Later tokens give what they give after a state of zero. Nothing is NaN, and no gradient
-    passes."""
+    """Later tokens give what they give after a state of zero. Nothing is NaN,
+    and no gradient passes."""
     given = arguments(dtype=torch.float32, **KINDS[kind])
     given["g"][:, 20] = gate
     forgotten = results(given)
@@ -239,8 +239,8 @@ def deltanet(T: int, beta: float, dtype=torch.float64) -> dict[str, Tensor]:
 
 
 def test_beta_1_stores_the_value_exactly():
-    """The first token's key appears again at the end with another value. Reading with it gives the
-    last value."""
+    """The first token's key appears again at the end with another value. Reading with
+    it gives the last value."""
     given = deltanet(37, 1.0)
     given["k"][:, -1], given["e"][:, -1] = given["k"][:, 0], given["e"][:, 0]
     _, state = delta_rule(**given)
@@ -304,8 +304,8 @@ def with_resets(T: int = 37) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("C", [4, 16])
 def test_a_document_is_what_it_is_alone(chunks_of, C, kind):
-    """Outputs, states and gradients are the same. The other row is one document, which continues
-    the state."""
+    """Outputs, states and gradients are the same. The other row is one document,
+    which continues the state."""
     chunks_of(C)
     given = arguments(**KINDS[kind])
     packed = results(given, resets=with_resets())
@@ -333,8 +333,8 @@ def test_a_document_is_what_it_is_alone(chunks_of, C, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_leaks_across_a_start(kind):
-    """The content of one document does not change a single bit of another's outputs or
-    gradients."""
+    """The content of one document does not change a single bit of
+    another's outputs or gradients."""
     given = arguments(**KINDS[kind])
     other = {n: p if p is None else p.clone() for n, p in given.items()}
     for name, part in other.items():
@@ -381,8 +381,8 @@ def test_padding_changes_nothing(kind):
 
 
 def test_precision_inside():
-    """bf16 inputs are computed in fp32, also under autocast. y has v's dtype, and the state is in
-    fp32."""
+    """bf16 inputs are computed in fp32, also under autocast. y has v's dtype,
+    and the state is in fp32."""
     given = {n: p.bfloat16() for n, p in arguments().items()}
     expected, final = delta_rule(**{n: p.float() for n, p in given.items()})
     with torch.autocast("cpu", torch.bfloat16):
@@ -465,8 +465,8 @@ def test_wrong_shapes(name):
 
 
 def fla(name: str):
-    """The naive functions of flash-linear-attention. They are loaded by path, because the package
-    itself needs a GPU."""
+    """The naive functions of flash-linear-attention. They are loaded by path, because the
+    package itself needs a GPU."""
     found = importlib.util.find_spec("fla")
     if found is None:
         pytest.skip("flash-linear-attention is not installed")

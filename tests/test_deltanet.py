@@ -171,8 +171,8 @@ def test_gated_deltanet_without_erasing_is_mamba2(length):
 
 
 def test_one_of_several_steps_is_gated_deltanet():
-    """DeltaProduct is Gated DeltaNet if its second step has β = 0. A second step with an effect
-    makes another layer."""
+    """DeltaProduct is Gated DeltaNet if its second step has β = 0. A second step with an
+    effect makes another layer."""
     one, two = (
         make("deltanet(heads=2, gate=scalar)"),
         make("deltanet(heads=2, gate=scalar, steps=2)"),
@@ -334,8 +334,8 @@ SIZES = {
 
 
 def layout(renamed: dict[str, str], joined: tuple[str, ...] = ()):
-    """Convert a peer's weights to ours: change the names, and join q, k and v if the peer keeps
-    them separate."""
+    """Convert a peer's weights to ours: change the names, and join q, k and v if the
+    peer keeps them separate."""
 
     def turn(weights):
         ours = {new: weights[old] for old, new in renamed.items()}
@@ -452,8 +452,8 @@ def test_parity_with_transformers(name):
 @pytest.mark.parametrize("name", PEERS)
 @torch.no_grad()
 def test_decoding_is_the_prefill_that_transformers_computes(name):
-    """Ours, token by token or in pieces, gives what theirs gives in one piece. Their own one-token
-    path agrees here."""
+    """Ours, token by token or in pieces, gives what theirs gives in one piece. Their own
+    one-token path agrees here."""
     peer, text, turn, config = PEERS[name]()
     peer, ours, x = randomise(peer).eval(), make(text).float(), random(2, 12, 16).float()
     for key, parameter in ours.named_parameters():

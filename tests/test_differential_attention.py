@@ -1,5 +1,5 @@
-"""Differential attention against its definition. v1 is also compared with transformers, as the
-family diffllama."""
+"""Differential attention against its definition. v1 is also compared with transformers,
+as the family diffllama."""
 
 import math
 

@@ -1,5 +1,5 @@
-"""The first experience of a new user: options, threads, folders, signals, and a checkout that is
-not installed."""
+"""The first experience of a new user: options, threads, folders, signals, and a
+checkout that is not installed."""
 
 import json
 import os

@@ -387,8 +387,8 @@ SCALINGS = ["linear(factor=2)", "llama3(factor=8, low=1, high=4, context=16)"]
 
 
 def values_of(name: str, field) -> tuple[list, int]:
-    """The values at which an option is tried, including its default, and how many of the models
-    must differ."""
+    """The values at which an option is tried, including its default, and how many of
+    the models must differ."""
     if field.name == "rope_scaling":
         return [field.default, *SCALINGS], 3
     hint = get_type_hints(EVERY[name].Options)[field.name]  # without its range
@@ -402,8 +402,8 @@ def values_of(name: str, field) -> tuple[list, int]:
 
 
 def built(text: str) -> list[torch.Tensor]:
-    """Everything about a model that an option can change: parameters, outputs, losses, effects of a
-    step, states, FLOPs."""
+    """Everything about a model that an option can change: parameters, outputs, losses, effects
+    of a step, states, FLOPs."""
     stack = make(text).train()
     x = torch.randn(2, 23, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     y, state, record = observe(stack, x)

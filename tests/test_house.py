@@ -79,8 +79,8 @@ def sources() -> dict[str, Path]:
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """The project's modules that a file imports, and for each whether the import is inside a
-    function."""
+    """The project's modules that a file imports, and for each whether the
+    import is inside a function."""
     tree = ast.parse(path.read_text())
     functions = [
         n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))
@@ -111,8 +111,8 @@ def test_every_module_has_a_room():
 
 @pytest.mark.parametrize("module", sources())
 def test_imports_run_downward(module):
-    """An operation imports its kernel inside the branch that chooses it. No other import goes
-    upward."""
+    """An operation imports its kernel inside the branch that chooses it. No
+    other import goes upward."""
     room, path = room_of(module), sources()[module]
     for name, inside in imports(path):
         other = room_of(name)
@@ -138,8 +138,8 @@ SHARED = ("lm", "ledger", "layers", "objectives", "generate", "published.pretrai
 
 @pytest.mark.parametrize("module", SHARED)
 def test_shared_code_names_no_architecture(module):
-    """It contains no architecture's name in a text, no class and no file. Docstrings may give
-    examples."""
+    """It contains no architecture's name in a text, no class and no file.
+    Docstrings may give examples."""
     tree = ast.parse(sources()[f"minimodels.{module}"].read_text())
     docstrings = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
     words: set[str] = set()
@@ -274,8 +274,8 @@ def test_a_new_architecture_obeys_the_laws(law, layers, gated):
 
 
 def test_a_broken_architecture_does_not(gated, monkeypatch):
-    """The laws find a layer that ignores where documents begin, and a layer that forgets its
-    state."""
+    """The laws find a layer that ignores where documents begin, and a layer
+    that forgets its state."""
     forward = gated.forward
     monkeypatch.setattr(
         gated, "forward", lambda self, u, state=None, context=None: forward(self, u, state)

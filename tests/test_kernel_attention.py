@@ -40,8 +40,8 @@ def parts(
 
 
 def check(q, k, v, queries=None, keys=None, window=None, starts=None):
-    """Compare the two. A row that is not a query is left out: here it is 0, and in the reference it
-    may be anything."""
+    """Compare the two. A row that is not a query is left out: here it is 0, and in the
+    reference it may be anything."""
 
     def comparable(operation, **options):
         def run(q, k, v, queries, keys, starts):
@@ -210,8 +210,8 @@ def starts_of(*rows: tuple[int, ...]) -> torch.Tensor:
 @pytest.mark.parametrize("sizes", [(16, 16), (16, 32), (32, 16)], ids=str)
 @pytest.mark.parametrize("positions", [False, True], ids=["in a row", "positions"])
 def test_documents(monkeypatch, window, sizes, positions):
-    """The documents have odd lengths, one of them a single token. Some span several blocks, and
-    some are inside one."""
+    """The documents have odd lengths, one of them a single token. Some span several blocks,
+    and some are inside one."""
     for kernel in (forward_kernel, backward_queries_kernel, backward_keys_kernel):
         also = {"AHEAD": False} if kernel is forward_kernel else {}
         monkeypatch.setattr(kernel, "configs", blocks((*sizes, 4, 2), **also))

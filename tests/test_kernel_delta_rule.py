@@ -1,5 +1,5 @@
-"""The delta rule's kernels against the reference: odd lengths, chunks, blocks of channels, states,
-documents, padding."""
+"""The delta rule's kernels against the reference: odd lengths, chunks, blocks of channels,
+states, documents, padding."""
 
 import pytest
 import torch
@@ -40,8 +40,8 @@ def named(given: tuple) -> dict[str, torch.Tensor]:
 
 
 def equal(rule, expected, given: tuple) -> None:
-    """Compare them. In the interpreter only fp64 is tested, because each precision takes a
-    second."""
+    """Compare them. In the interpreter only fp64 is tested, because each
+    precision takes a second."""
     compare(rule, expected, given, CHECKED if GPU else (torch.float64,))
 
 
@@ -89,8 +89,8 @@ def test_documents(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_leaks_across_a_start(kind):
-    """Not one bit of a document's outputs or gradients depends on another document, or on the gate
-    of its first token."""
+    """Not one bit of a document's outputs or gradients depends on another document, or on the
+    gate of its first token."""
     torch.manual_seed(5)
     given = arguments(35, resets=(20,), **KINDS[kind])
     other = tuple(part.clone() if is_number(part) else part for part in given)
@@ -111,8 +111,8 @@ def test_nothing_leaks_across_a_start(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("gate", [-50.0, float("-inf")])
 def test_strong_gates(kind, gate):
-    """Neither one gate that forgets everything nor several of them give a NaN, forward or
-    backward."""
+    """Neither one gate that forgets everything nor several of them give a
+    NaN, forward or backward."""
     torch.manual_seed(6)
     given = arguments(20, **KINDS[kind])
     given[3][:, 5] = gate

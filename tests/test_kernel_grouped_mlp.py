@@ -1,5 +1,5 @@
-"""The experts' kernel against its reference: every kind of routing, odd sizes, blocks of more than
-one tile."""
+"""The experts' kernel against its reference: every kind of routing, odd sizes,
+blocks of more than one tile."""
 
 import pytest
 import torch
@@ -67,9 +67,8 @@ def test_most_bounds_the_visits_of_all_tokens_together():
     parts = arguments(6, 4, 5, 6, visits)
     same(1, parts)
     visits[5, 0] = True
-    if (
-        not torch.cuda.is_available()
-    ):  # there, the assertion would end the process's use of the device
+    # there, the assertion would end the process's use of the device
+    if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="more visits"):
             grouped_mlp(*parts, most=1)
 

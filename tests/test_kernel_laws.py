@@ -34,8 +34,8 @@ LAWS = (
 
 @pytest.fixture(autouse=True)
 def on_the_kernels_device(monkeypatch):
-    """Make models and inputs on the CPU, with its random numbers, and move them to the device of
-    the kernels."""
+    """Make models and inputs on the CPU, with its random numbers, and move them to
+    the device of the kernels."""
     make_text = laws.text
 
     def text(*arguments) -> torch.Tensor:

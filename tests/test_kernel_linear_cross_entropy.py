@@ -189,8 +189,8 @@ def test_wrong_shapes(shapes):
 
 @pytest.mark.parametrize("scale", [1, 20])
 def test_gradients_at_large_logits_are_as_good_as_those_of_the_plain_loss(scale, small):
-    """If the right token is nearly certain, its whole gradient is in digits that a rounded
-    logsumexp has lost."""
+    """If the right token is nearly certain, its whole gradient is in digits that a
+    rounded logsumexp has lost."""
     torch.manual_seed(0)
     x, weight = torch.randn(40, 8), torch.randn(200, 8)
     x *= scale / (x @ weight.t()).std()

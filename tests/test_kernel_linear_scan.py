@@ -1,5 +1,5 @@
-"""The linear scan's kernels against the reference: odd lengths, chunks of time, blocks of channels,
-documents, padding."""
+"""The linear scan's kernels against the reference: odd lengths, chunks of time, blocks of
+channels, documents, padding."""
 
 import pytest
 import torch
@@ -96,8 +96,8 @@ def test_same_bits_twice(chunks_of):
     "T, walks, length", [(4096, 10000, 4096), (4096, 33, 64), (4100, 528, 1032), (5, 1, 64)]
 )
 def test_chunks(T, walks, length):
-    """There is one chunk if the walks fill the machine. Otherwise there are enough chunks, none too
-    short."""
+    """There is one chunk if the walks fill the machine. Otherwise there are enough
+    chunks, none too short."""
     assert module.chunk_length(T, walks, 132) == length
 
 

@@ -1,5 +1,5 @@
-"""The reports of the kernels' files when they run as commands: providers that are left out, rows,
-and tables."""
+"""The reports of the kernels' files when they run as commands: providers that are
+left out, rows, and tables."""
 
 import pytest
 import torch
@@ -70,8 +70,8 @@ def rows_of(tmp_path, kernel, check=lambda: None) -> list[dict]:
 
 
 def test_a_wrong_kernel_is_left_out_and_what_is_right_stays(tmp_path, quick, monkeypatch):
-    """On a GPU the kernel is timed too. Results are right if they are those of the torch path, not
-    those of the kernel."""
+    """On a GPU the kernel is timed too. Results are right if they are those of the torch path,
+    not those of the kernel."""
     monkeypatch.setattr(common, "GPU", True)
     timed = {row["provider"] for row in rows_of(tmp_path, lambda x: 1.02 * x * x)}
     assert timed == {"torch", "torch.compile", "peer"}

@@ -1,5 +1,5 @@
-"""RMSNorm's kernel against its reference: without a GPU in the interpreter, in fp32 and fp64; on a
-GPU in fp32 and bf16."""
+"""RMSNorm's kernel against its reference: without a GPU in the interpreter, in fp32 and fp64; on
+a GPU in fp32 and bf16."""
 
 import os
 import subprocess

@@ -1,5 +1,5 @@
-"""The selective scan's kernels against the reference: splits of time and of channels, padding,
-carried states."""
+"""The selective scan's kernels against the reference: splits of time and of channels,
+padding, carried states."""
 
 import pytest
 import torch
@@ -46,8 +46,8 @@ def arguments(
 
 @pytest.fixture
 def divided(monkeypatch):
-    """A function that sets the steps per interval, the intervals per chunk, and the blocks per
-    program."""
+    """A function that sets the steps per interval, the intervals per chunk, and
+    the blocks per program."""
 
     def divide(interval: int, span: int, share: int = 1) -> None:
         monkeypatch.setattr(module, "INTERVAL", interval)
@@ -83,16 +83,16 @@ def test_split(divided, time, interval, span):
 
 @pytest.mark.parametrize("D, N, share", [(70, 2, 2), (20, 33, 2)])
 def test_blocks_of_channels(divided, D, N, share):
-    """The last of several blocks is incomplete, and so is the last program's share of them. N = 33
-    is not a power of two."""
+    """The last of several blocks is incomplete, and so is the last program's share of them. N =
+    33 is not a power of two."""
     torch.manual_seed(2)
     divided(4, 1, share)
     compare(module.selective_scan, reference, tuple(arguments(1, 5, D, N)))
 
 
 def test_padding(divided):
-    """A step size of zero freezes the state and stops the gradient, at both ends and across a
-    chunk's edge."""
+    """A step size of zero freezes the state and stops the gradient, at both ends
+    and across a chunk's edge."""
     torch.manual_seed(3)
     divided(4, 1)
     given = arguments(2, 7, 3, 2)

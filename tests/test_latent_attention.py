@@ -28,8 +28,8 @@ def make(text, seed=0):
 @pytest.mark.parametrize("chunks", [(13, 1, 1, 1), (5, 7, 4), (1,) * 16])
 @torch.no_grad()
 def test_each_form_continues_a_text(text, form, chunks, monkeypatch):
-    """The result agrees to 1e-12 with that of the text in one piece, in which keys and values are
-    expanded."""
+    """The result agrees to 1e-12 with that of the text in one piece, in which keys
+    and values are expanded."""
     layer, x = make(text), torch.randn(2, 16, 16, dtype=torch.float64)
     monkeypatch.setattr(type(layer), "absorbing_saves", lambda *_: form == "absorbed")
     expected, _ = layer(x)

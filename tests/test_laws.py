@@ -26,9 +26,8 @@ from minimodels.layers import Context, flops, inactive_parameters, state_bytes
 from minimodels.ledger import ledger
 
 B, T, D = 3, 23, WIDTH
-CPU_ATTENTION = (
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-)  # PyTorch's counter does not know it
+# PyTorch's counter does not know it
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 law = pytest.mark.parametrize("layers", ALL)
 once = pytest.mark.parametrize("layers", NAMES)
 
@@ -50,14 +49,13 @@ def text(seed: int = 1) -> torch.Tensor:
 
 
 def attention_flops(q, k, v, *args, out_shape=None, **kwargs):
-    return sdpa_flop_count(
-        q, *((*q[:2], *shape[2:]) for shape in (k, v))
-    )  # every query head meets keys and values
+    # every query head meets keys and values
+    return sdpa_flop_count(q, *((*q[:2], *shape[2:]) for shape in (k, v)))
 
 
 def gradients(stack, x, y, state):
-    """Gradients of a loss that gives every output and every number of the final state a different
-    weight."""
+    """Gradients of a loss that gives every output and every number of the final
+    state a different weight."""
     outputs = [y, *(leaf for leaf in tensors(state) if leaf.is_floating_point())]
     weights = [
         torch.linspace(-1, 1, leaf.numel(), dtype=leaf.dtype).view_as(leaf) for leaf in outputs
@@ -123,8 +121,8 @@ def test_what_is_not_causal_is_so_and_says_so(layers):
 
 @law
 def test_batch_independence(layers):
-    """A row of a batch, padded or not, gives what it gives alone, and continues as it would
-    alone."""
+    """A row of a batch, padded or not, gives what it gives alone, and
+    continues as it would alone."""
     stack, x = make(layers), text()
     together, _ = stack(x)
     for row in range(B):
@@ -173,8 +171,8 @@ def documents() -> list[tuple[int, slice]]:
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 @pytest.mark.parametrize("layers", [*ALL, "moe(experts=4, router=expert_choice)"])
 def test_packing(layers, training):
-    """Documents in one row give what each gives alone: outputs, and the gradients of inputs and
-    parameters."""
+    """Documents in one row give what each gives alone: outputs, and the gradients
+    of inputs and parameters."""
     stack, x = make(layers).train(training), text().requires_grad_()
     weight = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)
     together, _ = stack(x, None, Context(*packed()))
@@ -226,8 +224,8 @@ def test_packed_documents_in_pieces(layers):
 
 @pytest.mark.parametrize("layers", SHARED)
 def test_a_shared_layer_is_one_layer(layers):
-    """Its parameters exist once, its gradient is the sum over its uses, and each use has its own
-    state."""
+    """Its parameters exist once, its gradient is the sum over its uses, and
+    each use has its own state."""
     shared = make(layers)
     apart = make(layers.partition(":=")[0] + "=" + layers.partition(":=")[2])
     names = dict(shared.named_parameters())
@@ -334,9 +332,8 @@ def test_compiles_to_one_graph(layers):
 
 
 @law
-@pytest.mark.parametrize(
-    "context", [20, 160]
-)  # at which C · T is whole, and which are longer than the windows
+# at which C · T is whole, and which are longer than the windows
+@pytest.mark.parametrize("context", [20, 160])
 def test_ledger_equals_measurement(layers, context):
     """Parameters, FLOPs and bytes of state are those of a real model in a real forward pass."""
     stack = make(layers, dtype=torch.float32).train()
@@ -428,8 +425,8 @@ def test_a_stack_adds_up():
 
 
 def test_initial_weights():
-    """N(0, init_std²), divided by the square root of the depth for what is added to the stream;
-    biases are zero."""
+    """N(0, init_std²), divided by the square root of the depth for what is added to the
+    stream; biases are zero."""
     torch.manual_seed(0)
     layers = "(attention(bias=true) mlp(bias=true) moe)*3"
     config = Config(layers=layers, width=256, tie_embeddings=False)

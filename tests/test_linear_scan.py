@@ -54,8 +54,8 @@ def test_pieces_equal_the_recurrence(pieces, time, count):
 
 
 def test_how_many_pieces():
-    """Each step has enough numbers, and there are few steps. The results are equal if the rule
-    itself decides."""
+    """Each step has enough numbers, and there are few steps. The results are equal if
+    the rule itself decides."""
     assert module.count_pieces(torch.empty(1, 1024, 512)) == 45
     assert module.count_pieces(torch.empty(64, 16, 1024)) == 1
     same(results(arguments(100)), results(arguments(100), "reference"))

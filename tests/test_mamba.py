@@ -74,12 +74,13 @@ def test_scan_is_one_opaque_operation_that_compiles():
 @pytest.mark.parametrize("impl", ["reference", "torch"])
 def test_autocast_leaves_the_state_exact(impl):
     inputs = [part.detach().float() for part in arguments(2, 50, 8, 4)]
+    # skip, z, the bias of Δ, the state
     inputs[5:] = (
         torch.ones(8),
         torch.randn(2, 50, 8),
         torch.randn(8),
         inputs[5],
-    )  # skip, z, the bias of Δ, the state
+    )
     with torch.autocast("cpu", torch.bfloat16):
         cast = selective_scan(*inputs, impl)
     for one, other in zip(cast, selective_scan(*inputs, impl), strict=True):
@@ -102,8 +103,8 @@ def test_no_step_freezes_the_state():
 
 
 def test_constant_selection_is_a_convolution():
-    """If Δ, B and C are the same at every token, the scan is linear and time-invariant: y = x *
-    (Σ_n C_n Ā_n^k Δ B_n)."""
+    """If Δ, B and C are the same at every token, the scan is linear and time-invariant: y = x
+    * (Σ_n C_n Ā_n^k Δ B_n)."""
     x, delta, A, B, C, h = arguments(1, 20)
     delta, B, C = (part[:, :1].expand_as(part) for part in (delta, B, C))
     y, _ = scan(x, delta, A, B, C, torch.zeros_like(h))

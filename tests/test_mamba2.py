@@ -1,5 +1,5 @@
-"""Mamba-2: its three forms, its options, the laws in short, and parity with transformers'
-layers."""
+"""Mamba-2: its three forms, its options, the laws in short, and parity
+with transformers' layers."""
 
 import pytest
 import torch
@@ -127,8 +127,8 @@ def test_layer_equals_recurrence(text):
 
 
 def test_limits_hold_in_decoding_too():
-    """With a lower limit above all steps, the decay is that of the limit, token by token as in one
-    piece."""
+    """With a lower limit above all steps, the decay is that of the limit, token
+    by token as in one piece."""
     layer = make("mamba2(state_size=4, step_min=50, step_max=60)")
     before, x = random(2, 9, 16), random(2, 1, 16, seed=2)
     _, state = layer(before)
@@ -235,8 +235,8 @@ def test_parity_with_falcon_h1(fields, norm):
 
 @torch.no_grad()
 def test_decoding_is_the_prefill_that_transformers_computes():
-    """Their one-token path ignores time_step_limit, and so differs from their own prefill. Ours
-    does not."""
+    """Their one-token path ignores time_step_limit, and so differs from their own
+    prefill. Ours does not."""
     peer = published(2, time_step_limit=(0.6, 0.9))
     ours = make("mamba2(state_size=6, groups=2, step_min=0.6, step_max=0.9)").float()
     ours.load_state_dict(peer.state_dict())

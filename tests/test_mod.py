@@ -26,9 +26,8 @@ def taken(mod, x) -> torch.Tensor:
 def test_all_tokens_at_weight_one_are_the_dense_group():
     """The residual is added once, and the router scales both attention and MLP."""
     mod, x = wrapped("capacity=1").train(), text()
-    x = torch.cat(
-        (x[..., :-1], torch.ones_like(x[..., :1])), -1
-    )  # a constant feature that the router reads
+    # a constant feature that the router reads
+    x = torch.cat((x[..., :-1], torch.ones_like(x[..., :1])), -1)
     mod.router.weight.data = torch.tensor([[0.0] * (D - 1) + [1.0]], dtype=torch.float64)
     same(mod(x)[0], mod.group(x)[0])
     mod.router.weight.data *= 3

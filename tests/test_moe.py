@@ -112,8 +112,8 @@ def test_bias_moves_against_the_load():
 
 
 def test_balance_loss_is_least_when_even():
-    """E Σ f_i P_i is K if all experts are equally likely and used, and it grows with every
-    preference."""
+    """E Σ f_i P_i is K if all experts are equally likely and used, and it
+    grows with every preference."""
     moe = layer(balance_loss=1.0, z_loss=0.0)
     x = text()
     values = []
@@ -220,8 +220,8 @@ def test_losses_and_loads_are_their_equations():
 
 
 def test_the_pooled_loss_balances_the_mean_of_the_layers():
-    """Two layers whose loads compensate for each other lose nothing together, and much
-    separately."""
+    """Two layers whose loads compensate for each other lose nothing
+    together, and much separately."""
     probability = torch.tensor([0.7, 0.1, 0.1, 0.1]).double()
     values = {}
     for balance in ("layer", "pooled"):

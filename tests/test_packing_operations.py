@@ -1,5 +1,5 @@
-"""Several documents in a row: each operation gives a document what it gives it alone, and nothing
-reaches another document.
+"""Several documents in a row: each operation gives a document what it gives it alone, and
+nothing reaches another document.
 
 The documents have odd lengths, and one is a single token. The first may continue from a carried
 state.
@@ -20,8 +20,8 @@ PATHS = ("reference", "torch")
 
 
 def resets(first: bool = True) -> torch.Tensor:
-    """(ROWS, T) bool: where documents begin. The first of each row continues from a state unless
-    `first` is true."""
+    """(ROWS, T) bool: where documents begin. The first of each row continues from a state
+    unless `first` is true."""
     begins = torch.zeros(ROWS, T, dtype=torch.bool)
     for row, lengths in zip(begins, LENGTHS, strict=True):
         row[torch.tensor(lengths).cumsum(0)[:-1]] = True
@@ -354,8 +354,8 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 def test_auto_leaves_plain_causal_attention_to_pytorch(monkeypatch):
-    """A kernel that was measured to be faster is used for windows, positions, documents and
-    decoding."""
+    """A kernel that was measured to be faster is used for windows, positions,
+    documents and decoding."""
     asked = []
     monkeypatch.setattr(
         attention_module, "choose", lambda impl, *_: asked.append(impl) or "reference"

@@ -225,8 +225,8 @@ def text(batch: int = 2, seed: int = 1) -> torch.Tensor:
 
 @contextlib.contextmanager
 def without_casts_to_single():
-    """Inside, fp64 stays fp64 in transformers too. Otherwise it computes norms, routers and scans
-    in fp32 at any dtype."""
+    """Inside, fp64 stays fp64 in transformers too. Otherwise it computes norms, routers and
+    scans in fp32 at any dtype."""
     to, single, softmax, type_of = (
         torch.Tensor.to,
         torch.Tensor.float,
@@ -280,8 +280,8 @@ def test_logits_in_single_and_double_precision(name, number, tmp_path):
 
 @every
 def test_loss_and_gradient_of_every_parameter(name, number, tmp_path):
-    """Their gradients are saved in place of their weights and read by us, so each must arrive where
-    ours is."""
+    """Their gradients are saved in place of their weights and read by us, so each
+    must arrive where ours is."""
     model, tokens = double(theirs(name, number)), text()
     lm = from_pretrained(saved(model, tmp_path / "weights"))
     with without_casts_to_single():
@@ -478,8 +478,8 @@ def test_shards_and_their_index(tmp_path):
 
 
 def test_older_files(tmp_path):
-    """The reader knows names that published files once had, and ignores tensors that follow from
-    config.json."""
+    """The reader understands names that published files once had, and tensors that
+    follow from config.json."""
     folder, tokens = saved(theirs("mamba"), tmp_path / "mamba"), text()
     expected, _ = from_pretrained(folder)(tokens)
     rewrite(
@@ -713,8 +713,8 @@ def test_rope_scaling_however_it_is_written(scaling, tmp_path):
 
 
 def test_a_loaded_model_trains_like_one_made_here(tmp_path):
-    """The layer knows what does not decay, not the tensor, because loading and copying replace
-    tensors."""
+    """The layer knows what does not decay, not the tensor, because loading and
+    copying replace tensors."""
     lm = from_pretrained(saved(theirs("mamba"), tmp_path / "a"))
     for model in (lm, copy.deepcopy(lm)):
         decayed = {id(parameter) for parameter in adamw(model, 1e-3, 0.1).param_groups[0]["params"]}
@@ -947,8 +947,8 @@ def test_loading_never_holds_two_copies(tmp_path):
 
 
 def test_a_rotation_told_the_older_way(tmp_path):
-    """ "type" instead of "rope_type", and llama3's original length from max_position_embeddings, as
-    in transformers."""
+    """ "type" instead of "rope_type", and llama3's original length from
+    max_position_embeddings, as in transformers."""
     folder, tokens = saved(theirs("llama", 3), tmp_path / "a"), text()
     expected, _ = from_pretrained(folder)(tokens)
     reconfigure(

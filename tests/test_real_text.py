@@ -627,9 +627,9 @@ def test_broken_bytes_are_counted_one_by_one(raw):
 
 @pytest.fixture(scope="module")
 def encoders():
-    """Encoders of several kinds of tokenizers. Byte-level: one plain, and two that change the text
-    first. Others: one that puts a space before each word, and one that drops spaces and unknown
-    text."""
+    """Encoders of several kinds of tokenizers. Byte-level: one plain, and two that change
+    the text first. Others: one that puts a space before each word, and one that drops
+    spaces and unknown text."""
     library = tokenizers
     texts = ["the quick brown fox añade 日本\n " * 20]
     level = library.pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -157,8 +157,8 @@ def test_rotation_depends_on_distance_alone():
 
 
 def test_the_place_of_a_layer_sets_its_decay():
-    """By default it is the layer's place in the model. MiniMax counts blocks, which the options
-    set."""
+    """By default it is the layer's place in the model. MiniMax counts
+    blocks, which the options set."""
     x = random(1, 3, 16)
     for place, options, factor in (
         (Place(0, 8), "", 1 + 1e-5),

@@ -60,8 +60,8 @@ def test_what_a_command_line_could_not_decode_is_encoded(folder):
 
 @pytest.fixture(scope="module")
 def fallback(tmp_path_factory):
-    """A tokenizer that falls back to bytes and writes spaces into its words, as SentencePiece
-    does."""
+    """A tokenizer that falls back to bytes and writes spaces into its
+    words, as SentencePiece does."""
     tokenizers = pytest.importorskip("tokenizers")
     vocabulary = {"<unk>": 0, "<s>": 1, "\u2581he": 2, "llo": 3, "\u2581": 4}
     vocabulary |= {f"<0x{byte:02X}>": 5 + byte for byte in range(256)}

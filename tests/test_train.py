@@ -1,5 +1,5 @@
-"""The training script as a user experiences it: it learns, stops, continues, and rejects bad
-input."""
+"""The training script as a user experiences it: it learns, stops,
+continues, and rejects bad input."""
 
 import json
 import math
@@ -188,6 +188,7 @@ def test_resuming_is_exact(arguments, tmp_path, monkeypatch, capsys):
     stopped, and logs the same."""
     if "--data" not in arguments:
         arguments = [*arguments, "--data", "text"]
+    # so that the fourth is not yet logged
     arguments = [
         *arguments,
         "--steps",
@@ -195,7 +196,7 @@ def test_resuming_is_exact(arguments, tmp_path, monkeypatch, capsys):
         *SMALL,
         "--log-every",
         3,
-    ]  # so that the fourth is not yet logged
+    ]
     run(*arguments, "--out", "whole", monkeypatch=monkeypatch)
 
     rate = train.learning_rate
@@ -249,8 +250,8 @@ def test_a_constant_run_is_extended(tmp_path, monkeypatch):
 
 
 def test_a_run_resumed_with_other_bounds_keeps_them(tmp_path, monkeypatch, capsys):
-    """The command that it prints after an interruption, with --resume alone, continues to the new
-    bound."""
+    """The command that it prints after an interruption, with --resume alone,
+    continues to the new bound."""
     run("--data", "text", "--steps", 2, "--out", "parts", *SMALL, monkeypatch=monkeypatch)
     for bounds in (["--steps", 6], []):
         run("--resume", "parts", *bounds, monkeypatch=monkeypatch)
@@ -648,9 +649,8 @@ def test_refuses_to_go_on_with_other_data(tmp_path, monkeypatch, capsys):
     for name in "ab":
         (tmp_path / "texts" / name).write_bytes(b"some text " * 50)
     run("--data", "texts", "--steps", 2, "--out", "texts/run", *SMALL, monkeypatch=monkeypatch)
-    run(
-        "--resume", "texts/run", "--steps", 4, monkeypatch=monkeypatch
-    )  # files that the run has written there are not text
+    # files that the run has written there are not text
+    run("--resume", "texts/run", "--steps", 4, monkeypatch=monkeypatch)
     (tmp_path / "texts" / "c").write_bytes(b"more")
     with pytest.raises(SystemExit):
         run("--resume", "texts/run", "--steps", 6, monkeypatch=monkeypatch)
@@ -661,9 +661,8 @@ def test_refuses_to_go_on_with_other_data(tmp_path, monkeypatch, capsys):
 def test_a_log_that_ran_ahead_of_its_checkpoint_is_cut_back(tmp_path, monkeypatch):
     run("--data", "text", "--steps", 4, "--out", "run", *SMALL, monkeypatch=monkeypatch)
     with (tmp_path / "run/log.jsonl").open("a") as file:
-        file.write(
-            '{"step": 5, "loss": 1.0}\n{}\nnothing}\n{"step": null}\n{"step": 6, "lo'
-        )  # and a killed run leaves a part
+        # and a killed run leaves a part
+        file.write('{"step": 5, "loss": 1.0}\n{}\nnothing}\n{"step": null}\n{"step": 6, "lo')
     run("--resume", "run", "--steps", 6, monkeypatch=monkeypatch)
     assert [record["step"] for record in log(tmp_path / "run") if "loss" in record] == [
         1,
@@ -759,9 +758,8 @@ def test_a_run_takes_the_steps_that_it_says(clip, tmp_path, monkeypatch):
 def test_validation_scores_every_held_out_batch_as_in_use(name):
     data = train.open_data(name, 32)
     torch.manual_seed(0)
-    config = Config(
-        layers="mod(mlp)", width=16, vocab=data.vocab, tie_embeddings=False
-    )  # a tied head repeats its token
+    # a tied head repeats its token
+    config = Config(layers="mod(mlp)", width=16, vocab=data.vocab, tie_embeddings=False)
     model = LM(config)
     scores = train.evaluate(model, data, 4, 8, torch.autocast("cpu", enabled=False))
     train.sample(model, data, "a")
@@ -892,8 +890,8 @@ def test_checkpoints_compare_what_texts_describe(saved, wanted, same, tmp_path):
 
 
 def test_a_shared_layer_is_saved_once(tmp_path):
-    """Its weights and moments are saved under the name of its first use. After loading it is shared
-    again."""
+    """Its weights and moments are saved under the name of its first use. After
+    loading it is shared again."""
     torch.manual_seed(0)
     config = Config(layers="A:=attention A mlp A", width=8, vocab=7)
     model, other = LM(config), LM(config)
@@ -949,9 +947,8 @@ def test_a_validation_on_the_way_is_checkpointed_and_no_part_of_the_speed(tmp_pa
         return result
 
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    monkeypatch.setattr(
-        train, "learning_rate", lambda *given: tick(1, rate(*given))
-    )  # a step takes a second
+    # a step takes a second
+    monkeypatch.setattr(train, "learning_rate", lambda *given: tick(1, rate(*given)))
     monkeypatch.setattr(
         train, "evaluate", lambda *_: tick(100, {"validation_loss": 1.0, "accuracy": 0.5})
     )

@@ -61,8 +61,8 @@ def test_layers_that_turn_alike_share_their_angles(monkeypatch):
 
 
 def test_layers_that_turn_otherwise_do_not_share_their_angles():
-    """A stack of different layers gives what the layers give one after the other, each in its own
-    pass."""
+    """A stack of different layers gives what the layers give one after the
+    other, each in its own pass."""
     scaled = "attention(rope_scaling=linear(factor=4))"
     for other in ("attention(rope_base=100)", "attention(head_dim=8)", scaled):
         stack, x = make(f"attention {other}"), text()
@@ -78,14 +78,13 @@ def test_rmsnorm_is_its_equation():
     same(norm(x), norm.weight * x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt(), 1e-5)
     half = x.bfloat16()
     assert norm(half).dtype == torch.bfloat16  # as under autocast
-    assert torch.allclose(
-        norm.bfloat16()(half).float(), norm.float()(half.float()), rtol=2**-7
-    )  # the mean is not in bfloat16
+    # the mean is not in bfloat16
+    assert torch.allclose(norm.bfloat16()(half).float(), norm.float()(half.float()), rtol=2**-7)
 
 
 def test_grouped_queries_equal_repeated_keys():
-    """Four query heads on two key heads give what four give on four, if each key head is
-    repeated."""
+    """Four query heads on two key heads give what four give on four, if
+    each key head is repeated."""
     grouped, full = make("attention(kv_heads=2)"), make("attention")
     few, many = grouped[0].layer, full[0].layer
     for name in ("q", "out"):
@@ -127,8 +126,8 @@ def test_window_state_stays_bounded():
 
 @pytest.mark.parametrize("layer", ["attention", WINDOW])
 def test_generation_does_not_copy_what_is_remembered(layer, monkeypatch):
-    """A new token is written into free memory after the others. The amount of free memory is
-    bounded."""
+    """A new token is written into free memory after the others. The amount of
+    free memory is bounded."""
     monkeypatch.setattr("minimodels.ops.cache.SPARE", 8)
     stack, places = make(layer), []
     with torch.inference_mode():
@@ -139,9 +138,8 @@ def test_generation_does_not_copy_what_is_remembered(layer, monkeypatch):
             places.append(keys.data_ptr() - keys.storage_offset() * keys.element_size())
             assert keys.untyped_storage().nbytes() <= (keys.shape[2] + 9) * keys[:, :, :1].nbytes
     assert keys.shape[2] == (T + 36 if layer == "attention" else 4)
-    assert (
-        sum(place != after for place, after in itertools.pairwise(places)) == 3
-    )  # after 9 tokens each
+    # after 9 tokens each
+    assert sum(place != after for place, after in itertools.pairwise(places)) == 3
 
 
 @pytest.mark.parametrize(("window", "most"), [(None, 34 + 9), (5, 4 + 9)])
@@ -287,9 +285,8 @@ def test_no_mask_leaves_the_fused_attention(window, asked, placed):
     given = (positions[:, -asked:], positions) if placed else (None, None)
     with Operations() as seen:
         attention(q[:, :, -asked:], k, v, *given, window, "torch")
-    assert any(
-        "scaled_dot_product_flash" in name for name in seen.names
-    )  # otherwise whole rows of scores are kept
+    # otherwise whole rows of scores are kept
+    assert any("scaled_dot_product_flash" in name for name in seen.names)
 
 
 @pytest.mark.parametrize("window", [None, 5])

@@ -1,5 +1,5 @@
-"""Bytes as characters: how byte-level tokenizers write their tokens, and a tokenizer.json of plain
-bytes.
+"""Bytes as characters: how byte-level tokenizers write their tokens, and a
+tokenizer.json of plain bytes.
 
 Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2), section 2.2. A byte
 that is a printable character of Latin-1 is written as that character. The other 68 are written as
@@ -25,8 +25,8 @@ def alphabet() -> dict[str, int]:
 
 
 def from_alphabet(text: str) -> bytes:
-    """The bytes that a byte-level token means. A token with any other character means its own
-    text."""
+    """The bytes that a byte-level token means. A token with any other
+    character means its own text."""
     known = alphabet()
     if all(character in known for character in text):
         return bytes(known[character] for character in text)
@@ -34,8 +34,8 @@ def from_alphabet(text: str) -> bytes:
 
 
 def save_bytes_tokenizer(path: Path) -> None:
-    """Write a tokenizer.json whose tokens 0 to 255 are the 256 bytes. It decodes every text
-    exactly.
+    """Write a tokenizer.json whose tokens 0 to 255 are the 256 bytes. It
+    decodes every text exactly.
 
     The library `tokenizers` and transformers can read it. The file tokenizer_config.json, which
     transformers' AutoTokenizer needs, is written next to it.

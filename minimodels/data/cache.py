@@ -147,8 +147,8 @@ def is_whole(folder: Path) -> bool:
 
 
 def open_span(folder: Path, split: str, kind: str = "bin") -> Span:
-    """One split of a folder, or with kind="bytes" the number of bytes that each of its tokens
-    represents."""
+    """One split of a folder, or with kind="bytes" the number of bytes that each
+    of its tokens represents."""
     dtype = np.uint32 if kind == "bytes" else np.dtype(read_about(folder)["dtype"])
     path = folder / f"{split}.{kind}"
     count = path.stat().st_size // np.dtype(dtype).itemsize if path.exists() else 0
@@ -162,8 +162,8 @@ def open_span(folder: Path, split: str, kind: str = "bin") -> Span:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Wait until no other process is in this block with the same path. The lock ends with the
-    process."""
+    """Wait until no other process is in this block with the same path. The
+    lock ends with the process."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

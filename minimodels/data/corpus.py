@@ -98,8 +98,8 @@ def make_plain(name: str, files: dict[bytes, File], key: str, field: str, cache:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name can only be a data set of the hub. It names no file, and no folder that could
-    contain one."""
+    """Whether a name can only be a data set of the hub. It names no file, and no folder
+    that could contain one."""
     return (
         bool(HUB_ID.fullmatch(name)) and not Path(name).exists() and not Path(name).parent.is_dir()
     )
@@ -135,8 +135,8 @@ def split_files(files: dict[bytes, File], by_file: bool) -> dict[str, Span]:
 
 
 def is_held_out(content: bytes) -> bool:
-    """Whether a file with this name, or a document with this content, is held out for
-    validation."""
+    """Whether a file with this name, or a document with this content, is
+    held out for validation."""
     return zlib.crc32(content) % HELD_OUT == 0
 
 
@@ -157,8 +157,8 @@ def cut(span: Span) -> dict[str, Span]:
 
 
 def write_file(writer: Writer, path: Path, held_out: bool, field: str, bar: tqdm) -> None:
-    """Append the documents of a file. A plain file is one document, held out or not; others have
-    one per record."""
+    """Append the documents of a file. A plain file is one document, held out or not;
+    others have one per record."""
     begun = bar.n
 
     def advance(position: int) -> None:
@@ -175,8 +175,8 @@ def write_file(writer: Writer, path: Path, held_out: bool, field: str, bar: tqdm
 
 
 def write_records(writer: Writer, records: Iterable[bytes]) -> None:
-    """Append documents. One in twenty is held out by a hash of its text, so equal documents are on
-    the same side."""
+    """Append documents. One in twenty is held out by a hash of its text, so equal
+    documents are on the same side."""
     for record in records:
         split = SPLITS[is_held_out(record)]
         writer.write(split, np.frombuffer(record, np.uint8))
@@ -184,8 +184,8 @@ def write_records(writer: Writer, records: Iterable[bytes]) -> None:
 
 
 def hold_out(writer: Writer) -> dict:
-    """Return an entry for about.json that says whether there were too few documents to split by
-    document."""
+    """Return an entry for about.json that says whether there were too few
+    documents to split by document."""
     return {"few": sum(writer.documents.values()) < FEW}
 
 

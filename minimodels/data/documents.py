@@ -26,8 +26,8 @@ ROWS = 256  # packed together, rounded up to whole batches
 
 
 class Part(NamedTuple):
-    """`length` tokens of a document, from index `start` of the span on. `more`: whether the
-    document continues."""
+    """`length` tokens of a document, from index `start` of the span on. `more`: whether
+    the document continues."""
 
     start: int
     length: int
@@ -35,8 +35,8 @@ class Part(NamedTuple):
 
 
 class Documents(Text):
-    """Rows of whole documents. A document longer than the context is cut into parts, which are
-    drawn separately.
+    """Rows of whole documents. A document longer than the context is cut into parts,
+    which are drawn separately.
 
     A batch is (tokens, targets, starts), (B, T) int64 each. starts: the column in which the token's
     document begins. The target of a document's last token is IGNORE. The end of a row that no
@@ -109,8 +109,8 @@ class Documents(Text):
         return sum(part.length - (not part.more) for row in rows for part in row)
 
     def pack_validation(self, rows: int) -> list[list[Part]]:
-        """Packed parts of held-out documents. If all of them do not fill the rows, they are used
-        several times."""
+        """Packed parts of held-out documents. If all of them do not fill the rows, they
+        are used several times."""
         count = int(self.counts("validation", self.context)[-1])
         mean = len(self.spans["validation"]) / count
         wanted = max(rows, int(rows * self.context / mean))

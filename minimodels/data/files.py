@@ -51,8 +51,8 @@ def find_files(root: Path) -> list[Path]:
 
 
 def list_folder(folder: Path) -> list[os.DirEntry]:
-    """The entries of a folder that may be text, in order; none if a training run or a cache has
-    written the folder."""
+    """The entries of a folder that may be text, in order; none if a training run or a cache
+    has written the folder."""
     if is_run(folder) or (folder / CACHE_TAG).is_file():
         return []
     with os.scandir(folder) as entries:
@@ -120,8 +120,8 @@ class File(NamedTuple):
 
 
 def inspect_file(path: Path) -> File:
-    """The path, size and first bytes of a file. Raises OSError if it cannot be read or is not a
-    regular file."""
+    """The path, size and first bytes of a file. Raises OSError if it cannot be read
+    or is not a regular file."""
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -130,8 +130,8 @@ def inspect_file(path: Path) -> File:
 
 
 def fingerprint(files: dict[bytes, File]) -> str:
-    """A fingerprint of a text: the number and bytes of its files, and a hash of their names, sizes
-    and contents.
+    """A fingerprint of a text: the number and bytes of its files, and a hash of their
+    names, sizes and contents.
 
     files: name -> file. The names are relative, so that a text may be moved. Every byte of a text
     of at most 256 MiB is read. Of a larger text, blocks of 64 KiB are read: the end of every file,

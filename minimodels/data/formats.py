@@ -1,5 +1,5 @@
-"""Reads documents from files: plain text, JSON lines and Parquet, compressed or not, and data sets
-of the Hugging Face hub.
+"""Reads documents from files: plain text, JSON lines and Parquet, compressed or not, and data
+sets of the Hugging Face hub.
 
 The end of a file's name gives its format: `.jsonl` or `.ndjson`, `.parquet`; anything else is plain
 text. A further `.gz` or `.zst` gives its compression. `.json.gz` is read as JSON lines, because
@@ -38,8 +38,8 @@ Advance = Callable[[int], None]  # is called with the number of bytes of a file 
 
 
 def kind_of(path: Path, field: str) -> tuple[str, str]:
-    """(compression, format) of a file, from its name. Without a field, JSON lines are plain
-    text."""
+    """(compression, format) of a file, from its name. Without a field,
+    JSON lines are plain text."""
     *_, before, last = ("", "", *path.name.lower().split(".")[1:])
     compression = COMPRESSIONS.get(last, "")
     if compression:
@@ -73,8 +73,8 @@ def read_text(path: Path, field: str, advance: Advance) -> Iterator[bytes]:
 
 
 def read_records(path: Path, field: str, advance: Advance) -> Iterator[bytes]:
-    """The documents of a file of JSON lines or a Parquet file: the content of `field` in each
-    record, as UTF-8."""
+    """The documents of a file of JSON lines or a Parquet file: the content of `field`
+    in each record, as UTF-8."""
     compression, format = kind_of(path, field)
     with readable_errors(path):
         if format == "json":
@@ -126,8 +126,8 @@ def read_parquet(path: Path, field: str, advance: Advance) -> Iterator[bytes]:
 
 
 def read_hub(name: str, field: str) -> Iterator[bytes]:
-    """The documents of the training split of a data set of the Hugging Face hub, streamed over the
-    network."""
+    """The documents of the training split of a data set of the Hugging Face hub,
+    streamed over the network."""
     try:
         import datasets
     except ImportError:
@@ -163,8 +163,8 @@ def to_bytes(record: dict, field: str, where: str) -> bytes:
 
 @contextlib.contextmanager
 def open_stream(path: Path, compression: str) -> Iterator[tuple[io.BufferedReader, io.FileIO]]:
-    """The UTF-8 text of a file as a stream, without its mark, and the file itself, whose position
-    shows the progress."""
+    """The UTF-8 text of a file as a stream, without its mark, and the file itself, whose
+    position shows the progress."""
     with path.open("rb", buffering=0) as raw:
         stream = io.BufferedReader(decompress(raw, compression), CHUNK)
         encoding = encoding_of(stream.peek(4))
@@ -191,8 +191,8 @@ def decompress(raw: io.FileIO, compression: str) -> io.RawIOBase:
 
 
 def decompress_zstd(raw: io.FileIO, library) -> Iterator[bytes]:
-    """The content of the frames, one after the other. Raises EOFError if the last frame is
-    incomplete."""
+    """The content of the frames, one after the other. Raises EOFError if the
+    last frame is incomplete."""
     frame = None
     while content := raw.read(2**12):  # decompressed, this may be 30,000 times as long
         while content:
@@ -218,9 +218,11 @@ class IteratorStream(io.RawIOBase):
         self.parts, self.rest = parts, b""
 
     def readable(self) -> bool:
+        """Always true, as io.RawIOBase requires."""
         return True
 
     def readinto(self, buffer: memoryview) -> int:
+        """Fill the buffer with the next bytes. Returns their number; 0 at the end."""
         while not self.rest:
             part = next(self.parts, None)
             if part is None:
@@ -248,5 +250,6 @@ def readable_errors(path: Path) -> Iterator[None]:
 
 
 def damaged(path: Path, error: Exception) -> InputError:
+    """An InputError for a file that cannot be read."""
     reason = str(error).partition("\n")[0] or type(error).__name__
     return InputError("data", str(path), f"a whole file of the kind that its name says ({reason})")

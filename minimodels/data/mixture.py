@@ -92,8 +92,8 @@ class Mixture(Source):
 
 
 def parse_mixture(text: str) -> dict[str, tuple[float, str]] | None:
-    """ "code=0.7:DIR prose=0.3:FILE" -> {"code": (0.7, "DIR"), "prose": (0.3, "FILE")}; None if the
-    text is no mixture.
+    """ "code=0.7:DIR prose=0.3:FILE" -> {"code": (0.7, "DIR"), "prose": (0.3, "FILE")}; None
+    if the text is no mixture.
 
     Names of files may contain spaces. Raises InputError if a weight is not a positive number, or a
     name appears twice.

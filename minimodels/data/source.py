@@ -24,8 +24,8 @@ class Source:
         raise NotImplementedError
 
     def batch(self, seed: int, step: int, size: int, context: int | None = None) -> tuple:
-        """(tokens, targets), or (tokens, targets, starts) if documents are packed: (size, context)
-        int64 each.
+        """(tokens, targets), or (tokens, targets, starts) if documents are packed:
+        (size, context) int64 each.
 
         context: tokens per row, if different from the source's own.
         """
@@ -44,8 +44,8 @@ class Source:
         raise NotImplementedError
 
     def bytes_per_token(self, size: int, batches: int) -> float:
-        """Bytes of text per target of `validation`. Nats per token, divided by it and by ln 2, are
-        bits per byte."""
+        """Bytes of text per target of `validation`. Nats per token, divided by it and by
+        ln 2, are bits per byte."""
         return self.validation_bytes(size, batches) / self.validation_targets(size, batches)
 
 

@@ -44,8 +44,8 @@ class Span:
         return self.stops[-1] if self.stops else 0
 
     def __getitem__(self, where: slice) -> np.ndarray:
-        """The items from where.start to where.stop. Raises InputError if a file has become shorter
-        or unreadable."""
+        """The items from where.start to where.stop. Raises InputError if a file has
+        become shorter or unreadable."""
         start, stop = where.start, min(where.stop, len(self))
         found = []
         for index in range(bisect.bisect_right(self.stops, start), len(self.pieces)):
@@ -83,6 +83,6 @@ def read_items(path: Path, start: int, count: int, dtype: np.dtype) -> np.ndarra
 
 @functools.lru_cache(256)  # a process may have only so many open files
 def open_file(path: Path) -> BinaryIO:
-    """A file that can be read at any place. It closes after it has left the cache and its last
-    reader has finished."""
+    """A file that can be read at any place. It closes after it has left the cache and its
+    last reader has finished."""
     return path.open("rb", buffering=0)

@@ -1,5 +1,5 @@
-"""Synthetic tasks. Each tests one ability, with sequences that distinguish architectures at toy
-scale.
+"""Synthetic tasks. Each tests one ability, with sequences that distinguish
+architectures at toy scale.
 
 A task makes its batches from (seed, step), like text, and its length is the context. Only the
 answers are targets. The metric is the fraction of answers that are right. Options follow the name:
@@ -53,6 +53,7 @@ class Task(Source):
         return str(self)
 
     def require(self, minimum: int):
+        """Raise InputError if the context is shorter than `minimum`."""
         if self.context < minimum:
             raise InputError("context", self.context, f"{minimum} or more, for {self}")
 
@@ -76,6 +77,7 @@ class SelectiveCopying(Task):
         self.require(2 * self.tokens)
 
     def make(self, random: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
+        """(tokens, targets) of `size` sequences, (size, context) int64 each."""
         length = self.context - self.tokens  # the text; the answers come after
         remembered = torch.randint(2, self.vocab, (size, self.tokens), generator=random)
         places = torch.rand(size, length, generator=random).topk(self.tokens).indices.sort(1).values
@@ -102,6 +104,7 @@ class InductionHeads(Task):
         self.require(3)
 
     def make(self, random: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
+        """(tokens, targets) of `size` sequences, (size, context) int64 each."""
         tokens = torch.randint(self.vocab - 1, (size, self.context), generator=random)
         place = torch.randint(self.context - 2, (size, 1), generator=random)
         answer = tokens.gather(1, place + 1)
@@ -136,10 +139,10 @@ class AssociativeRecall(Task):
         self.require(4 * self.pairs)
 
     def make(self, random: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
+        """(tokens, targets) of `size` sequences, (size, context) int64 each."""
         half, slots = self.vocab // 2, (self.context - 2 * self.pairs) // 2
-        keys = (
-            torch.rand(size, half, generator=random).topk(self.pairs).indices
-        )  # distinct in each row
+        # distinct in each row
+        keys = torch.rand(size, half, generator=random).topk(self.pairs).indices
         values = torch.randint(half, 2 * half, (size, self.pairs), generator=random)
         chance = torch.arange(1, slots + 1, dtype=torch.float64) ** (self.POWER - 1)
         gaps = torch.multinomial(chance.expand(size, -1), self.pairs, generator=random)  # distinct
@@ -171,6 +174,7 @@ class Overwrite(Task):
         self.require(3 * self.keys)
 
     def make(self, random: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
+        """(tokens, targets) of `size` sequences, (size, context) int64 each."""
         half, writes = self.vocab // 2, (self.context - self.keys) // 2
         names = torch.rand(size, half, generator=random).topk(self.keys).indices  # (B, keys)
         first = torch.arange(self.keys).expand(size, -1)
@@ -205,14 +209,15 @@ class Parity(Task):
         self.require(1)
 
     def make(self, random: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
+        """(tokens, targets) of `size` sequences, (size, context) int64 each."""
         tokens = torch.randint(2, (size, self.context), generator=random)
         return tokens, tokens.cumsum(1) % 2
 
 
 @dataclass
 class SymmetricGroup(Task):
-    """Random permutations of three things. At every position, answer with the product of all so
-    far.
+    """Random permutations of three things. At every position, answer with
+    the product of all so far.
 
     The word problem of S3 (Merrill et al., "The Illusion of State in State-Space Models",
     arXiv:2404.08819). Tokens and answers number the permutations. The product applies the earlier
@@ -226,6 +231,7 @@ class SymmetricGroup(Task):
         self.require(1)
 
     def make(self, random: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
+        """(tokens, targets) of `size` sequences, (size, context) int64 each."""
         tokens = torch.randint(6, (size, self.context), generator=random)
         table = torch.tensor(  # [product so far, next] -> product
             [

@@ -72,8 +72,8 @@ def open_data(
 
 
 def open_named(name: str, field: str, cache: Path) -> Corpus:
-    """Open the text with this name. Raises InputError if it names a task, or if there is no such
-    text."""
+    """Open the text with this name. Raises InputError if it names a task, or
+    if there is no such text."""
     if is_task(name):
         raise InputError("data", name, "texts in a mixture, not tasks")
     return open_corpus(name, field, cache)

@@ -1,5 +1,5 @@
-"""Text to tokens and back: bytes, a BPE trained on the run's own text, or the tokenizer.json of a
-published model.
+"""Text to tokens and back: bytes, a BPE trained on the run's own text, or the
+tokenizer.json of a published model.
 
 All have `encode(text)`, `stream(prompt, tokens)`, `vocab`, `end` (the tokens that end a text),
 `fingerprint` and `save(folder)`.
@@ -39,8 +39,8 @@ class Bytes:
         return torch.tensor(list(text.encode("utf-8", "surrogateescape")), dtype=torch.int64)
 
     def stream(self, prompt: Tensor, tokens: Iterable[int]) -> Iterator[str]:
-        """Yield the text of the prompt, then the text of the tokens as they arrive. One character
-        may be several tokens.
+        """Yield the text of the prompt, then the text of the tokens as they arrive. One
+        character may be several tokens.
 
         If the vocabulary is larger than 256, ids from 256 on are not bytes and are left out.
         """
@@ -82,11 +82,10 @@ class LibraryTokenizer:
         return next((token for token in known if 0 <= token < self.vocab), None)
 
     def encode(self, text: str) -> Tensor:
-        """The tokens of a text, including those that the tokenizer adds before or after it: (T,)
-        int64."""
-        readable = text.encode("utf-8", "surrogateescape").decode(
-            "utf-8", "replace"
-        )  # whatever a command line has given
+        """The tokens of a text, including those that the tokenizer adds before
+        or after it: (T,) int64."""
+        # whatever a command line has given
+        readable = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         return torch.tensor(self.tokenizer.encode(readable).ids, dtype=torch.int64)
 
     def stream(self, prompt: Tensor, tokens: Iterable[int]) -> Iterator[str]:
@@ -115,8 +114,8 @@ class LibraryTokenizer:
 
     @functools.cached_property
     def token_bytes(self) -> dict[int, bytes]:
-        """The tokens that are the same bytes wherever they appear: token id -> bytes; b"" for
-        special tokens.
+        """The tokens that are the same bytes wherever they appear: token id ->
+        bytes; b"" for special tokens.
 
         These are all tokens of a byte-level tokenizer, or the byte tokens to which other tokenizers
         fall back.
@@ -175,8 +174,8 @@ def load_tokenizer(content: str):
 
 
 def read_end(folder: Path) -> frozenset[int]:
-    """The ids in eos_token_id. Those in generation_config.json take precedence over those in
-    config.json."""
+    """The ids in eos_token_id. Those in generation_config.json take precedence
+    over those in config.json."""
     end = None
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
@@ -205,8 +204,8 @@ def find_types(decoder: object) -> Iterator[str]:
 
 
 def open_tokenizer(spec: str, texts: Iterable[str] | None = None) -> Bytes | LibraryTokenizer:
-    """Open the tokenizer that a text describes: "bytes", "bpe(vocab=8192)", a tokenizer.json or the
-    folder that contains one.
+    """Open the tokenizer that a text describes: "bytes", "bpe(vocab=8192)", a tokenizer.json or
+    the folder that contains one.
 
     texts: training text for a BPE. Raises InputError for any other name, or a file that is missing
     or damaged.
@@ -229,8 +228,8 @@ def open_tokenizer(spec: str, texts: Iterable[str] | None = None) -> Bytes | Lib
 
 
 def train_bpe(texts: Iterable[str], vocab: int) -> LibraryTokenizer:
-    """Train a byte-level BPE with at most `vocab` tokens. Token 0 ends a document. The same texts
-    give the same tokens.
+    """Train a byte-level BPE with at most `vocab` tokens. Token 0 ends a document. The same
+    texts give the same tokens.
 
     Sennrich et al., arXiv:1508.07909: begin with the 256 bytes as tokens. Repeatedly merge the most
     frequent pair of neighbours within words into one token, until the vocabulary is full.

@@ -1,5 +1,5 @@
-"""Text as tokens on disk. They are made once for a text and a tokenizer, in bounded memory, and
-read in place.
+"""Text as tokens on disk. They are made once for a text and a tokenizer, in bounded
+memory, and read in place.
 
 The text is split into training and held-out text before, by bytes, so every tokenizer is judged on
 the same text. Nats divided by the bytes that the tokens represent compare models with different
@@ -39,8 +39,8 @@ def sample_text(span: Span, most: int = SAMPLE) -> Iterator[str]:
 def tokenize(
     corpus: Corpus, tokenizer: LibraryTokenizer, cache: Path
 ) -> tuple[dict[str, Span], Span]:
-    """The tokens of both halves of a corpus, and the number of bytes that each held-out token
-    represents.
+    """The tokens of both halves of a corpus, and the number of bytes that each
+    held-out token represents.
 
     A document ends with the tokenizer's separator, if it has one, which represents no byte.
     """
@@ -69,8 +69,8 @@ def write_pieces(
     encoder: Encoder,
     separator: int | None,
 ) -> None:
-    """Append the tokens of pieces of documents; also the bytes of each token if they are held
-    out."""
+    """Append the tokens of pieces of documents; also the bytes of each
+    token if they are held out."""
     texts = [raw for raw, _ in pieces]
     found = encoder.with_sizes(texts) if split == "validation" else encoder.tokens(texts)
     for (tokens, sizes), (_, ends) in zip(found, pieces, strict=True):
@@ -83,8 +83,8 @@ def write_pieces(
 
 
 def cut_documents(span: Span, most: int = PIECE) -> Iterator[tuple[bytes, bool]]:
-    """The documents of a span of bytes, in pieces of `most` bytes or less: (bytes, whether its
-    document ends here)."""
+    """The documents of a span of bytes, in pieces of `most` bytes or less: (bytes, whether
+    its document ends here)."""
     start = 0
     for end in span.ends.tolist():
         while start < end:
@@ -96,8 +96,8 @@ def cut_documents(span: Span, most: int = PIECE) -> Iterator[tuple[bytes, bool]]
 
 
 def place_to_cut(raw: bytes) -> int:
-    """Where to cut text that continues: after its last line, before its last space, or else between
-    two characters."""
+    """Where to cut text that continues: after its last line, before its last space, or else
+    between two characters."""
     place = raw.rfind(b"\n") + 1 or raw.rfind(b" ")
     if place > 0:
         return place
@@ -110,8 +110,8 @@ def place_to_cut(raw: bytes) -> int:
 
 
 class Encoder:
-    """Turns bytes into tokens. Text that looks like a special token stays text. A byte that is not
-    UTF-8 becomes U+FFFD."""
+    """Turns bytes into tokens. Text that looks like a special token stays text. A byte that is
+    not UTF-8 becomes U+FFFD."""
 
     def __init__(self, tokenizer: LibraryTokenizer):
         self.library = load_tokenizer(tokenizer.content)
@@ -126,8 +126,8 @@ class Encoder:
             yield tokens, None
 
     def with_sizes(self, pieces: list[bytes]) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-        """The tokens of each piece, and how many of its bytes each token represents. Together they
-        cover all bytes."""
+        """The tokens of each piece, and how many of its bytes each token represents.
+        Together they cover all bytes."""
         texts = [decode(raw) for raw in pieces]
         for tokens, text, raw in zip(self.ids(texts), texts, pieces, strict=True):
             sizes = self.sizes[tokens]
@@ -136,6 +136,8 @@ class Encoder:
             yield tokens, sizes
 
     def ids(self, texts: list[str]) -> Iterable[np.ndarray]:
+        """The token ids of each text, int64. Raises InputError if the
+        tokenizer cannot encode one."""
         try:
             found = self.library.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # the library raises nothing narrower

@@ -94,8 +94,8 @@ class Text(Source):
         return torch.linspace(0, windows - 1, rows, dtype=torch.float64).long()
 
     def read(self, split: str, starts: Sequence[int], context: int) -> tuple[Tensor, Tensor]:
-        """The tokens and next tokens of windows that begin at `starts`, (rows, context) int64
-        each."""
+        """The tokens and next tokens of windows that begin at `starts`,
+        (rows, context) int64 each."""
         span = self.spans[split]
         rows = np.stack([span[start : start + context + 1] for start in starts])
         rows = torch.from_numpy(rows.astype(np.int64))

@@ -32,8 +32,8 @@ PARTS = ("model.", "optimizer.", "random.")
 
 
 def save(run: Path, model: LM, optimizer: torch.optim.Optimizer | None, progress: dict) -> None:
-    """Write the whole state of a training run. `progress` is any JSON object. Raises InputError if
-    it cannot be written."""
+    """Write the whole state of a training run. `progress` is any JSON object. Raises InputError
+    if it cannot be written."""
     tensors = {f"model.{name}": tensor for name, tensor in persistent_tensors(model).items()}
     for name, parameter in model.named_parameters():
         state = {} if optimizer is None else optimizer.state.get(parameter, {})
@@ -56,8 +56,8 @@ def save(run: Path, model: LM, optimizer: torch.optim.Optimizer | None, progress
 
 
 def load(run: Path, model: LM, optimizer: torch.optim.Optimizer | None = None) -> dict:
-    """Read a checkpoint into the model, and into the optimizer and random state if an optimizer is
-    given.
+    """Read a checkpoint into the model, and into the optimizer and random
+    state if an optimizer is given.
 
     Returns the `progress` that was saved. Raises InputError if the file is missing, damaged, or of
     another model.
@@ -127,16 +127,16 @@ def load(run: Path, model: LM, optimizer: torch.optim.Optimizer | None = None) -
 
 
 def persistent_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers that a checkpoint stores, by name. Those of a shared layer appear
-    once."""
+    """The parameters and buffers that a checkpoint stores, by name. Those of a
+    shared layer appear once."""
     kept = model.state_dict().keys()
     every = [*model.named_parameters(), *model.named_buffers()]
     return {name: tensor.detach() for name, tensor in every if name in kept}
 
 
 def differing_fields(given: Config, wanted: Config) -> list[str]:
-    """The fields in which two models differ, as "field value for wanted value". `impl` makes no
-    difference."""
+    """The fields in which two models differ, as "field value for wanted value".
+    `impl` makes no difference."""
     changed = (
         [] if given.calls == wanted.calls else [f"layers {given.layers!r} for {wanted.layers!r}"]
     )
@@ -148,8 +148,8 @@ def differing_fields(given: Config, wanted: Config) -> list[str]:
 
 
 def save_options(run: Path, options: dict) -> None:
-    """Write the options of a run, with which it can be resumed. Raises InputError if the folder
-    cannot be written."""
+    """Write the options of a run, with which it can be resumed. Raises InputError if the
+    folder cannot be written."""
     try:
         write_json(run / "options.json", options)
     except OSError as error:
@@ -159,8 +159,8 @@ def save_options(run: Path, options: dict) -> None:
 
 
 def save_model(model: LM, folder: str | Path) -> None:
-    """Save a model that was trained in Python, so that load_model and minimodels.sample can read
-    it.
+    """Save a model that was trained in Python, so that load_model and
+    minimodels.sample can read it.
 
     Raises InputError if the folder is not new or empty, or cannot be written.
     """
@@ -176,8 +176,8 @@ def save_model(model: LM, folder: str | Path) -> None:
 
 
 def load_model(run: str | Path) -> LM:
-    """The trained model of a run, on the CPU, with its tokenizer. Raises InputError if there is
-    none."""
+    """The trained model of a run, on the CPU, with its tokenizer. Raises
+    InputError if there is none."""
     run = Path(run)
     options = read_json(run / "options.json", "run")
     try:

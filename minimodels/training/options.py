@@ -42,9 +42,9 @@ class Options:
     set: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
     """LAYER.OPTION=VALUE, such as mamba.state_size=32, for all layers of that name; repeatable"""
     data: str = "stdlib"
-    """stdlib (Python's own source), a file, a folder, a mixture ("code=0.7:DIR prose=0.3:FILE"), an
-    id of the Hugging Face hub, or a task: copying, induction, mqar(pairs=8, vocab=256), overwrite,
-    parity, s3"""
+    """stdlib (Python's own source), a file, a folder, a mixture ("code=0.7:DIR
+    prose=0.3:FILE"), an id of the Hugging Face hub, or a task: copying, induction,
+    mqar(pairs=8, vocab=256), overwrite, parity, s3"""
 
     tokenizer: str = "bytes"
     """bytes, bpe(vocab=8192), which is trained on the run's own text, or a tokenizer.json"""
@@ -103,8 +103,8 @@ class Options:
     log_every: Count = 10
     """steps between lines of log.jsonl"""
     out: Path | None = None
-    """folder of the run, new or empty; by default runs/MODEL (runs/custom for other layers), or the
-    next free name"""
+    """folder of the run, new or empty; by default runs/MODEL (runs/custom for other
+    layers), or the next free name"""
     resume: Path | None = None
     """folder of a run to continue. Its options stay, including its bounds (--steps None lifts one).
     Only bounds, reporting and how it is computed (device, dtype, compile, impl) may change"""
@@ -163,8 +163,8 @@ def parse(description: str) -> Options:
 
 
 def parse_resumed(run: Path, description: str) -> Options:
-    """Read the command line over the options of a run. Raises InputError for a change that is not
-    allowed."""
+    """Read the command line over the options of a run. Raises InputError for a
+    change that is not allowed."""
     saved = read_options(run)
     options = parse_options(Options, description, saved, SYNONYMS)
     layers = set_options(options.config.layers, options.set)
@@ -190,8 +190,8 @@ def read_options(run: Path) -> Options:
 
 
 def count_steps(options: Options, tokens_per_step: int, flops_per_token: float) -> float:
-    """The last step: the first of the bounds on steps, tokens and FLOPs; infinite if only minutes
-    bound the run."""
+    """The last step: the first of the bounds on steps, tokens and FLOPs; infinite if
+    only minutes bound the run."""
     bounds = [
         math.inf if options.steps is None else options.steps,
         math.inf if options.tokens is None else options.tokens // tokens_per_step,
@@ -215,8 +215,8 @@ def label(options: Options) -> str:
 
 
 def new_folder(options: Options) -> Path:
-    """Make the folder of a new run: the one named, if nothing in it can be lost, or the first free
-    name."""
+    """Make the folder of a new run: the one named, if nothing in it can be lost,
+    or the first free name."""
     named = options.out or Path("runs") / label(options)
     try:
         named.parent.mkdir(parents=True, exist_ok=True)
@@ -236,8 +236,8 @@ def new_folder(options: Options) -> Path:
 
 
 def make_first(named: Path) -> Path:
-    """Make a folder with this name, or with -2, -3 and so on. Runs that start together get one
-    each."""
+    """Make a folder with this name, or with -2, -3 and so on. Runs that
+    start together get one each."""
     for number in itertools.count(1):
         folder = named if number == 1 else named.with_name(f"{named.name}-{number}")
         with contextlib.suppress(FileExistsError):
