@@ -101,7 +101,7 @@ def test_nothing_leaks_across_a_start(kind):
     other[5].mul_(3)
     one, two = named(given), named(other)
     for name in one:
-        if name == "dstate":  # of the first document alone
+        if name == "dstate":  # only that of the first document
             continue
         now = 0 if name == "state" else (0, slice(20, None))
         assert torch.equal(one[name][now], two[name][now]), name
