@@ -1,13 +1,14 @@
 """Train any model of minimodels on any text or task.
 
-    python train.py                                         a small transformer on Python's own source
-    python train.py --model mamba                           the same with another architecture
+    python train.py                              a small transformer on Python's own source
+    python train.py --model mamba                the same with another architecture
     python train.py --layers "mamba mlp attention(window=64) mlp" --data FILE --minutes 10
-    python train.py --resume runs/transformer               continue where a run stopped
+    python train.py --resume runs/transformer    continue where a run stopped
 
-A run ends at the first of its bounds: steps, tokens, FLOPs or minutes. It leaves a folder with its options,
-a checkpoint and log.jsonl. Ctrl-C saves and stops. On a CPU a resumed run gives the same bits as one that
-was never stopped, unless it is bounded by --minutes: then the schedule follows the clock.
+A run ends when it reaches the first of its bounds: steps, tokens, FLOPs or minutes. It writes its
+options, a checkpoint and log.jsonl into a folder. Ctrl-C saves and stops. On a CPU a resumed run
+gives the same bits as one that was never stopped, unless it is bounded by --minutes, because then
+the schedule follows the clock.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from minimodels.training.step import set_learning_rate, training_step
 
 
 def main(options: Options) -> None:
+    """Train a model, or continue its run, and report its validation scores and a sample."""
     refuse_several_processes()
     keep_freed_memory()
     device = pick_device(options.device)
@@ -112,9 +114,8 @@ def main(options: Options) -> None:
         bar = tqdm(total=1.0, bar_format=bar_format, mininterval=0.5)
         start = time.perf_counter() - done["seconds"]
         lap, lap_step = time.perf_counter(), step
-        losses = [
-            torch.tensor(loss, device=device) for loss in done.get("losses", [])
-        ]  # not yet logged
+        # not yet logged
+        losses = [torch.tensor(loss, device=device) for loss in done.get("losses", [])]
 
         def spent() -> dict[str, float]:
             tokens, seconds = step * tokens_per_step, time.perf_counter() - start
@@ -195,14 +196,15 @@ def main(options: Options) -> None:
 
 
 def report(run: Path, spent: dict[str, float], scores: dict[str, float]) -> str:
-    """Put the scores of a validation, and what was `spent` on them, into the log, and into a line for the reader."""
+    """Write the scores of a validation, and what was `spent` so far, to the log;
+    return a line to print."""
     write_log(run, {**spent, **scores})
     bits = f"{scores['bits_per_byte']:.3f} bits per byte, " if "bits_per_byte" in scores else ""
     return f"step {spent['step']}: validation {bits}{scores['accuracy']:.1%} right"
 
 
 def sample(model: LM, data: Source, prompt: str) -> str:
-    """200 tokens of text, or why there are none."""
+    """200 tokens of text, or a sentence that says why there are none."""
     if isinstance(data, Task):
         return "no sample: a task has answers, not text"
     model.eval()
@@ -216,7 +218,7 @@ def sample(model: LM, data: Source, prompt: str) -> str:
 
 
 def refuse_nan(model: LM, loss: float, step: int, run: Path) -> None:
-    """Stop before a broken model is saved over a good one."""
+    """Exit if the model is broken, before it is saved over a good one."""
     weights = sum(parameter.detach().sum() for parameter in model.parameters())
     if not (weights.isfinite() and math.isfinite(loss)):
         saved = (run / checkpoint.FILE).exists()

@@ -1,1 +1,2 @@
-"""Measurements. Most modules are a command that prints a table and writes JSON rows; the others hold what these share."""
+"""Measurements. Most modules are commands that print a table and write JSON rows. The others
+contain what these commands share."""

@@ -1,17 +1,17 @@
-"""Everything worth knowing about a machine in one command, the most valuable first.
+"""Measures a machine with one command, the most valuable results first.
 
     python -m benchmarks.all --minutes 9 --out benchmarks/results/h100
     python -m benchmarks.all --again benchmarks/results/h100 --minutes 4 --out runs/again
-    python -m benchmarks.all --dry --out runs/dry     every branch at toy sizes on a CPU, in a minute
+    python -m benchmarks.all --dry --out runs/dry    toy sizes on a CPU, in a minute
 
-On a GPU the kernels check themselves first, all at once; a kernel that is wrong costs its own rows
-alone. Then one process times each operation against what else is installed, training with either
-path, and, in the time that is left, further sizes and the speed against context. Each row is
-written to rows.jsonl as soon as it is measured, so being cut off loses nothing. --again repeats
-what failed or found no time, and tries the scan's settings.
+On a GPU the kernels check themselves first, all at once. If a kernel is wrong, only its own rows
+are lost. Then one process times each operation against the other installed implementations. It
+times training with both paths. In the remaining time it measures further sizes, and speed against
+context. Each row is written to rows.jsonl as soon as it is measured, so an interruption loses
+nothing. --again repeats what failed or found no time, and tries the scan's settings.
 
-On a CPU (benchmarks.steps) the benchmarks run one after the other; --resume goes on where they were
-cut off.
+On a CPU (benchmarks.steps) the benchmarks run one after the other. --resume continues where they
+were interrupted.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ from .session import Job, Session, work
 ROWS, CHECKS = "rows.jsonl", "checks.txt"
 CHECKED = 180.0  # seconds that all checks together may take
 CLOSING = 12.0  # seconds kept for the tables and pictures
-REPEATED = ("failed", "wrong", "cut off", "lost")  # how jobs end that --again repeats first
-MISSED = ("no time", "left out")  # and last
+REPEATED = ("failed", "wrong", "cut off", "lost")  # the endings of jobs that --again repeats first
+MISSED = ("no time", "left out")  # and those that it repeats last
 
 
 @dataclass(frozen=True)
 class Options:
-    """Measure a machine within a time."""
+    """Measure a machine within a time limit."""
 
     out: Path
     """folder for the results"""
     minutes: float = 9.0
-    """when to stop"""
+    """time limit in minutes"""
     again: Path | None = None
     """folder of an earlier session on a GPU: repeat what failed there, and what found no time"""
     dry: bool = False
     """try every branch at toy sizes on a CPU, with Triton's interpreter"""
     resume: bool = False
-    """go on in the folder: what has ended is not repeated"""
+    """continue in the folder, and skip what has ended"""
     impl: str = "auto"
     """on a CPU: auto, reference or torch"""
     device: str = "auto"
@@ -62,7 +62,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """A session on a GPU, or its rehearsal; on a CPU, the benchmarks."""
+    """Run a session on a GPU, or its rehearsal; on a CPU, run the benchmarks."""
     if not options.minutes > 0:
         raise InputError("minutes", options.minutes, "more than 0")
     if options.impl not in ("auto", "reference", "torch"):
@@ -82,15 +82,15 @@ def main(options: Options) -> None:
 
 
 def interpret(options: Options) -> None:
-    """Replace this process by one whose Triton interprets, which must be decided before Triton is
-    imported."""
+    """Restart this process with Triton's interpreter, because that must be chosen
+    before Triton is imported."""
     hidden = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, *arguments_of(options)], {**os.environ, **hidden})
 
 
 def arguments_of(options: Options) -> list[str]:
-    """The command line that gives these options."""
+    """The command line for these options."""
     flags = [f"--{name}" for name in ("dry", "resume") if getattr(options, name)]
     again = ["--again", str(options.again)] if options.again else []
     place = ["--out", str(options.out), "--minutes", str(options.minutes)]
@@ -98,7 +98,7 @@ def arguments_of(options: Options) -> list[str]:
 
 
 def measure(options: Options, device: torch.device) -> None:
-    """Check, measure, sum up."""
+    """Check, measure, summarise."""
     rows = options.out / ROWS
     if rows.exists() and not options.resume:
         raise InputError("out", str(options.out), f"a folder without {ROWS}, or --resume")
@@ -122,7 +122,7 @@ def measure(options: Options, device: torch.device) -> None:
 
 
 def plan(toy: bool) -> list[Job]:
-    """All jobs, the most valuable first; flex_attention last, because it compiles."""
+    """All jobs, the most valuable first. flex_attention is last, because it must be compiled."""
     return [
         *races.jobs(races.FIRST),
         *whole.training_jobs(),
@@ -133,8 +133,8 @@ def plan(toy: bool) -> list[Job]:
 
 
 def remaining(jobs: list[Job], earlier: list[dict], rows: list[dict]) -> list[Job]:
-    """The jobs that have no rows. After an earlier session: what failed there, the sweep, and what
-    it missed."""
+    """The jobs without rows. After an earlier session: those that failed there, the sweep,
+    and those that it missed."""
     if earlier:
         failed, missed = unmeasured(earlier, REPEATED), unmeasured(earlier, MISSED)
         begun = {row.get("job") for row in earlier}
@@ -146,8 +146,8 @@ def remaining(jobs: list[Job], earlier: list[dict], rows: list[dict]) -> list[Jo
 
 
 def unmeasured(rows: list[dict], statuses: tuple[str, ...]) -> dict[str, None]:
-    """The jobs in which something of ours ended in one of these ways. A peer that failed would fail
-    again."""
+    """The jobs in which one of our own providers ended in one of these ways. A peer that
+    failed would fail again."""
     ours = ("torch", "triton")
     return dict.fromkeys(
         row["job"]
@@ -157,15 +157,14 @@ def unmeasured(rows: list[dict], statuses: tuple[str, ...]) -> dict[str, None]:
 
 
 def check(session: Session, earlier: list[dict], log: Path) -> None:
-    """Find out whose kernels may be timed. What the same code has checked before is not checked
-    again."""
+    """Find the operations whose kernels may be timed. A check of the same code is not repeated."""
     journal = session.journal
     for row in earlier:
         same = row.get("commit") == journal.common["commit"] and not row["commit"].endswith("+")
         if row.get("benchmark") == "check" and row["status"] == "done" and same:
             journal.add("done", benchmark="check", job=row["job"], operation=row["operation"])
     known = {row["operation"] for row in journal.rows if row.get("benchmark") == "check"}
-    # the tests check all kernels in the interpreter, so that one check is enough for a rehearsal
+    # the tests check all kernels in the interpreter, so one check is enough for a rehearsal
     operations = [
         name for name in (OPERATIONS[:1] if session.toy else OPERATIONS) if name not in known
     ]
@@ -175,7 +174,7 @@ def check(session: Session, earlier: list[dict], log: Path) -> None:
 
 
 def start_again(options: Options, end: float) -> None:
-    """Replace this process by one that goes on after what has been written."""
+    """Replace this process with one that continues after the last written row."""
     left = end - time.monotonic()
     if left < 30:
         print("no time to go on", flush=True)

@@ -1,9 +1,9 @@
-"""Are the kernels right? Every kernel checks itself in a process of its own, all at once, before
-anything is timed.
+"""Checks that the kernels are right, before anything is timed. Every kernel checks itself in
+its own process, all at once.
 
-The checks have a Triton cache of their own, so that what they tune while they compete for the
-machine decides nothing later. A check that fails, or that does not end in time, costs its own
-kernel alone: what needs it is left out by name.
+The checks have their own Triton cache, because they compete for the machine, and settings tuned at
+that time must not be used later. If a check fails or does not end in time, only its own kernel is
+affected: what needs it is left out by name.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from .journal import Journal
 def check(
     operations: Iterable[str], seconds: float, journal: Journal, log: Path, device: torch.device
 ) -> None:
-    """Write a row for each operation as soon as its check ends, and what the checks print into
-    `log`."""
+    """Write a row for each operation as soon as its check ends, and the output
+    of the checks to `log`."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "TRITON_CACHE_DIR": str(Path(folder) / "cache")}
         if device.type == "cpu":
@@ -53,12 +53,12 @@ def check(
 
 
 def command(operation: str) -> list[str]:
-    """What checks an operation's kernel."""
+    """The command that checks the kernel of an operation."""
     return [sys.executable, "-m", f"minimodels.kernels.{operation}", "--check-only"]
 
 
 def launch(operation: str, output: Path, environment: dict[str, str]) -> subprocess.Popen:
-    """Start a check, in a group of its own that can be stopped together."""
+    """Start a check in its own process group, which can be stopped as a whole."""
     with output.open("w") as file:
         return subprocess.Popen(
             command(operation),
@@ -70,14 +70,14 @@ def launch(operation: str, output: Path, environment: dict[str, str]) -> subproc
 
 
 def stop(process: subprocess.Popen) -> None:
-    """End the process and all that it started, if they still run."""
+    """End the process and everything that it started, if they are still running."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def report(journal: Journal, operation: str, code: int | None, took: float, said: str) -> None:
-    """Write how a check ended. `code` is its exit status, None if it had to be stopped."""
+    """Write how a check ended. `code` is its exit status; None if it had to be stopped."""
     row = {"benchmark": "check", "job": f"check {operation}", "operation": operation}
     row["took"] = round(took, 1)
     if code == 0:
@@ -89,14 +89,14 @@ def report(journal: Journal, operation: str, code: int | None, took: float, said
 
 
 def last_line(path: Path) -> str:
-    """The last line of a file, which of a failed check is the error; empty if there is none."""
+    """The last line of a file, which is the error of a failed check; empty if there is none."""
     lines = path.read_text(errors="replace").strip().splitlines()
     return lines[-1][:300] if lines else ""
 
 
 def unproven(rows: list[dict]) -> dict[str, str]:
-    """The operations whose kernels are not known to be right, and why: the last check of each
-    decides, and whether it took the GPU down."""
+    """The operations whose kernels are not known to be right, with the reason. The last check of
+    each decides, and also whether it made the GPU unusable."""
     found = {}
     for row in rows:
         if row.get("benchmark") == "check" and row["status"] == "done":

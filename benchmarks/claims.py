@@ -1,15 +1,16 @@
-"""Do the papers' claims hold at toy scale? One command each, on a CPU in minutes, on a GPU in full.
+"""Tests the papers' claims at toy scale. One command for each, on a CPU in
+minutes, on a GPU in full.
 
-    python -m benchmarks.claims copying        selective copying: what is selectivity worth?
-    python -m benchmarks.claims induction      induction heads: who keeps them beyond the trained length?
-    python -m benchmarks.claims recall         associative recall: how much state does it take?
-    python -m benchmarks.claims experts        routed experts against a dense MLP, per token and per second
-    python -m benchmarks.claims depth          mixture-of-depths against dense at equal training FLOPs, and its routes
-    python -m benchmarks.claims balance        keeping experts in use: five ways
-    python -m benchmarks.claims presets        every preset on the same text
+    python -m benchmarks.claims copying      selective copying: what is selectivity worth?
+    python -m benchmarks.claims induction    induction heads: who keeps them at greater lengths?
+    python -m benchmarks.claims recall       associative recall: how much state does it take?
+    python -m benchmarks.claims experts      routed experts against a dense MLP: who learns faster?
+    python -m benchmarks.claims depth        mixture-of-depths against dense at equal training FLOPs
+    python -m benchmarks.claims balance      keeping experts in use: five ways
+    python -m benchmarks.claims presets      every preset on the same text
 
-Each trains every model with several seeds on the same data and leaves JSON rows, which `python -m benchmarks.plot` draws. On a
-GPU `--impl triton` trains with the kernels.
+Each command trains every model with several seeds on the same data and writes JSON rows, which
+`python -m benchmarks.plot` draws. On a GPU `--impl triton` trains with the kernels.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from .training import SCORED, Run, score, train
 
 @dataclass
 class Panel:
-    """One picture: which recorded numbers it sets against each other."""
+    """One picture: the two recorded numbers that it compares."""
 
     name: str
     x: str
@@ -54,13 +55,13 @@ class Panel:
 
 @dataclass
 class Claim:
-    """A question, the runs that answer it and the pictures that show the answer."""
+    """A question, the runs that answer it, and the pictures that show the answer."""
 
     question: str
     runs: list[Run]
     panels: list[Panel]
     probes: int = 8
-    """evaluations over a run, the last at its end"""
+    """evaluations during a run, the last at its end"""
     at_end: Callable[[LM, Run, torch.device], Iterator[dict[str, float]]] | None = None
     """further records of the trained model"""
     seeds: int = 3
@@ -77,7 +78,7 @@ def copying(small: bool) -> Claim:
         else ("copying(tokens=16, vocab=16)", 4096, 20_000)
     )
     mamba = Config(layers="mamba*2", width=64)
-    runs = [  # each at the rate that suits it
+    runs = [  # each at its own best rate
         Run("mamba", mamba, task, context, steps, lr=4e-3),
         Run("time-invariant", mamba, task, context, steps, lr=1e-2, change=forget_selection),
     ]
@@ -88,13 +89,14 @@ def copying(small: bool) -> Claim:
 
 
 def induction(small: bool) -> Claim:
-    """Mamba §4.1.2, table 2: trained at 256, Mamba extrapolates to 2^20, attention hardly doubles its length."""
+    """Mamba §4.1.2, table 2: trained at 256, Mamba extrapolates to 2^20; attention
+    hardly doubles its length."""
     context, steps, longest = (64, 750, 64) if small else (256, 20_000, 4096)
     mamba = Config(layers="mamba*2", width=64)
     attention = Config(layers="(attention(heads=4) mlp)*2", width=64)
     runs = [
         Run("mamba", mamba, "induction", context, steps, lr=4e-3),
-        # at Mamba's rate it does not learn at all, and it takes longer
+        # at Mamba's rate it does not learn at all, and it needs more steps
         Run("attention", attention, "induction", context, 2 * steps, lr=1e-3),
     ]
 
@@ -120,7 +122,8 @@ def induction(small: bool) -> Claim:
 
 
 def recall(small: bool) -> Claim:
-    """Zoology (arXiv:2312.04927), Based (arXiv:2402.18668): recall is bought with state. Widths are alike, states are not."""
+    """Zoology (arXiv:2312.04927), Based (arXiv:2402.18668): recall costs state. The models have
+    equal widths but different states."""
     task, context, steps = (
         ("mqar(pairs=4, vocab=16)", 24, 800)
         if small
@@ -129,7 +132,7 @@ def recall(small: bool) -> Claim:
     width, windows, state_sizes = (
         (64, (4, 8, 16), (1, 16)) if small else (128, (16, 64, 256), (1, 4, 16, 64))
     )
-    longer = 5 * steps // 2  # Mamba takes more steps to find out how
+    longer = 5 * steps // 2  # Mamba needs more steps to learn how
     models = [("attention", steps, "(attention(heads=2) mlp)*2")]
     models += [("window", steps, f"(attention(heads=2, window={w}) mlp)*2") for w in windows]
     models += [("mamba", longer, f"mamba(state_size={size})*2") for size in state_sizes]
@@ -152,7 +155,8 @@ def recall(small: bool) -> Claim:
 
 
 def experts(small: bool) -> Claim:
-    """Switch (arXiv:2101.03961), OLMoE (arXiv:2409.02060): at equal active FLOPs experts learn faster per token."""
+    """Switch (arXiv:2101.03961), OLMoE (arXiv:2409.02060): at equal active FLOPs, experts
+    learn faster per token."""
     size, context, steps, batch = ("tiny", 128, 600, 8) if small else ("small", 1024, 5000, 32)
     runs = [
         Run(name, preset(name, size), "stdlib", context, steps, batch)
@@ -163,7 +167,8 @@ def experts(small: bool) -> Claim:
 
 
 def depth(small: bool) -> Claim:
-    """Mixture-of-depths (arXiv:2404.02258): equal loss at equal training FLOPs with faster steps; random routing far worse."""
+    """Mixture-of-depths (arXiv:2404.02258): equal loss at equal training FLOPs, with faster steps;
+    random routing is far worse."""
     size, context, steps, batch = ("tiny", 128, 300, 8) if small else ("small", 1024, 5000, 32)
     dense = preset("transformer", size)
     mod = preset("mod", size)
@@ -177,7 +182,7 @@ def depth(small: bool) -> Claim:
         Run("mod, random", mod, "stdlib", context, steps, batch, change=route_at_random),
         Run("dense, half as deep", halved, "stdlib", context, steps, batch),
     ]
-    for run in runs:  # steps for the same FLOPs
+    for run in runs:  # steps that give the same FLOPs
         run.steps = round(
             steps
             * ledger(dense, context).training_flops
@@ -192,7 +197,8 @@ def depth(small: bool) -> Claim:
 
 
 def balance(small: bool) -> Claim:
-    """Switch; ST-MoE (arXiv:2202.08906); DeepSeek-V3 (arXiv:2412.19437); expert choice (arXiv:2202.09368)."""
+    """Switch; ST-MoE (arXiv:2202.08906); DeepSeek-V3 (arXiv:2412.19437); expert
+    choice (arXiv:2202.09368)."""
     size, context, steps, batch = ("tiny", 128, 300, 8) if small else ("small", 1024, 5000, 32)
     no_loss = ("moe.balance_loss=0", "moe.z_loss=0")
     bias = ("moe.balance_loss=0.0001", "moe.z_loss=0", f"moe.bias_step={0.01 if small else 0.001}")
@@ -240,11 +246,11 @@ CLAIMS = {
 }
 
 
-# What is done to models.
+# Changes to models, and further measurements of them.
 
 
 def route_at_random(model: LM) -> None:
-    """Let chance choose the tokens of each mixture-of-depths group, in training and after."""
+    """Choose the tokens of each mixture-of-depths group at random, during training and after it."""
 
     def select(
         self: MixtureOfDepths, scores: Tensor, decision: Tensor, positions: Tensor, context: Context
@@ -260,12 +266,13 @@ def route_at_random(model: LM) -> None:
 
 
 def routes(model: LM, run: Run, device: torch.device) -> Iterator[dict[str, float]]:
-    """The same trained mixture-of-depths with its causal decision and with the top-k oracle: loss, decisions, speed."""
+    """The loss, decisions and speed of one trained mixture-of-depths, with its causal decision
+    and with the top-k oracle."""
     groups = [module for module in model.modules() if isinstance(module, MixtureOfDepths)]
     data = open_data(run.data, run.context)
     if not groups or run.change is route_at_random:
         return
-    for topk in (True, False):  # its own decision last, which leaves the model as it was
+    for topk in (True, False):  # its own decision comes last, so that the model stays unchanged
         for group in groups:
             group.topk = topk
         start = time.perf_counter()
@@ -281,8 +288,7 @@ def routes(model: LM, run: Run, device: torch.device) -> Iterator[dict[str, floa
 
 @torch.no_grad()
 def decisions(model: LM, run: Run, device: torch.device) -> dict[str, float]:
-    """What mixture-of-depths observes on the batches that a model is judged by: means over batches and
-    layers."""
+    """What mixture-of-depths observes on the evaluation batches: means over batches and layers."""
     record = Record()
     model.eval()
     for tokens, _ in open_data(run.data, run.context).validation(run.batch, SCORED):
@@ -300,13 +306,13 @@ class Options:
     claim: tyro.conf.Positional[str]
     """copying, induction, recall, experts, depth, balance or presets"""
     size: str = "auto"
-    """cpu, gpu, or by the device"""
+    """cpu, gpu, or auto, which follows the device"""
     seeds: int = 0
-    """seeds of each model; 0: as many as the claim asks for"""
+    """seeds of each model; 0: the claim's own number"""
     scale: float = 1.0
     """factor on the training steps"""
     impl: str = "auto"
-    """auto, reference, torch or triton: with the kernels Mamba trains far faster on a GPU"""
+    """auto, reference, torch or triton; on a GPU Mamba trains far faster with triton"""
     device: str = "auto"
     """auto, cpu or cuda"""
     out: Path = Path("runs/benchmarks")
@@ -314,7 +320,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Train, record, write, and say what came out."""
+    """Train, record, write, and print the result."""
     if options.claim not in CLAIMS:
         raise InputError("claim", options.claim, ", ".join(CLAIMS))
     if options.size not in ("auto", "cpu", "gpu"):
@@ -352,7 +358,7 @@ def main(options: Options) -> None:
 
 
 def rows_of(records: list[dict], panels: list[Panel], shared: dict) -> list[dict]:
-    """A row for each point of each panel, and one for each record that is in no picture."""
+    """One row for each point of each panel, and one for each record that appears in no picture."""
     rows = []
     for record in records:
         points = [
@@ -365,7 +371,7 @@ def rows_of(records: list[dict], panels: list[Panel], shared: dict) -> list[dict
 
 
 def summarise(rows: list[dict]) -> None:
-    """Where each line ends, and what the routes did, if there are any."""
+    """The last point of each line, and what the routes did, if there are any."""
     print(table.claims(rows))
     for row in rows:
         if "route" in row and row["x"] is None:

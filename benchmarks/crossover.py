@@ -1,6 +1,6 @@
 """From which context on is one model faster than another?
 
-A crossover is found in each round of measurements on its own, so that its spread is known too.
+The crossover is computed separately for each round of measurements, which also gives its spread.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Crossover:
-    """The context from which one model is faster than another, each round on its own; None: not within what was measured."""
+    """The context from which one model is faster than another: median, least and greatest over the
+    rounds; None if it is outside the measured contexts."""
 
     contexts: list[int]
     median: float | None
     low: float | None
     high: float | None
     faster: bool  # at the longest context
-    steady: bool  # and at all others alike
+    steady: bool  # and the same at all others
 
     def __str__(self) -> str:
         first, last = self.contexts[0], self.contexts[-1]
@@ -34,10 +35,12 @@ class Crossover:
 
 
 def crossover(contexts: list[int], ratios: list[list[float]]) -> Crossover:
-    """Where the ratio (the other's seconds over its own) last rises through 1, between contexts straight in their logarithms.
+    """Where the ratio (the other's seconds over its own) last rises above 1. Between contexts it is
+    interpolated linearly in the logarithms.
 
-    contexts ascending; ratios: one list of rounds for each of them, of which as many count as all have. A round without such a
-    place counts as none; the median is over the rounds that have one, if they are most.
+    contexts: ascending. ratios: one list of rounds for each context; only the rounds that all
+    contexts have are used. A round may have no such place. If more than half of the rounds have
+    one, the median is over these.
     """
     places = []
     rounds = list(zip(*ratios, strict=False))
@@ -59,8 +62,8 @@ def crossover(contexts: list[int], ratios: list[list[float]]) -> Crossover:
 
 
 def overtaking(rows: list[dict]) -> Crossover | None:
-    """The crossover of the rows of one file, mode and batch, the fastest way of either model taken at each context; None where
-    two contexts do not have both models."""
+    """The crossover in the rows of one file, mode and batch. Each model is taken at its fastest
+    path at each context. None if fewer than two contexts have both models."""
     fastest: dict[int, dict[str, list[float]]] = {}
     for row in rows:
         if row["seconds"] and not row["model"].endswith(" again"):

@@ -1,8 +1,9 @@
-"""Overlay the learning curves of training runs on the axis that the comparison is about.
+"""Draws the learning curves of training runs in one picture, against the axis of the comparison.
 
     python -m benchmarks.curves runs/transformer runs/mamba --axis flops --out curves
 
-Axes: tokens, flops, seconds, step. Writes curves.png and curves.svg from the runs' log.jsonl alone.
+Axes: tokens, flops, seconds, step. It writes curves.png and curves.svg, and reads only the runs'
+log.jsonl.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Training loss as a thin line, validation as points joined."""
+    """Training loss as a thin line, validation as connected points."""
     if options.axis not in AXES:
         raise InputError("axis", options.axis, ", ".join(AXES))
     if not options.runs:
@@ -70,13 +71,14 @@ def main(options: Options) -> None:
 
 
 def name_of(path: Path, taken: dict) -> str:
-    """The folder's name, or the log's; of several alike the whole path."""
+    """The name of the folder or of the log. If several are the same, the whole path."""
     name = path.name.removesuffix(".jsonl")
     return str(path) if name in taken else name
 
 
 def answer(logs: dict, axis: str) -> str:
-    """Which validation is lowest at the last place that all runs reached."""
+    """A sentence that says which run has the lowest validation loss at the last
+    place that all runs reached."""
     validated = {name: list(zip(*curves[1], strict=True)) for name, curves in logs.items()}
     if not all(validated.values()):
         return ""
@@ -95,8 +97,8 @@ def caption(logs: dict, axis: str) -> str:
 
 
 def points(rows: list[dict], axis: str) -> tuple[tuple[list, list], tuple[list, list]]:
-    """(x, y) of training and of validation. In older logs a validation has the tokens and FLOPs of
-    the training row before it."""
+    """(x, y) of training and of validation. In older logs a validation row has no tokens and FLOPs
+    of its own, so it gets those of the training row before it."""
     bit = math.log(2)
     training, validation, spent = ([], []), ([], []), {}
     for row in rows:

@@ -1,5 +1,5 @@
-"""How pictures look: a canvas with a question, its answer and a source; lines with a colour for
-each architecture; numbers that can be read."""
+"""The style of the pictures: a canvas with a question, its answer and a source; one colour per
+architecture; readable numbers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ STYLE_NAMES = ("solid", "dashed", "dotted", "dash-dotted")
 MARKERS = ("o", "s", "^", "D", "v")
 SCALES = {1e9: "billion", 1e12: "trillion", 1e15: "quadrillion", 1e18: "quintillion"}
 LINE, SMALL_LINE = 100, 150  # characters of a title and of a caption that fit into a line
-GAP = 13.0  # points between the names of two lines
+GAP = 13.0  # minimum distance in points between the names of two lines
 
 
 def pyplot():
-    """matplotlib's, drawing into files alone. Raises InputError if it is not installed."""
+    """pyplot from matplotlib, set to draw only into files. Raises InputError
+    if it is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -34,8 +35,8 @@ def pyplot():
 
 
 def canvas(question: str, answer: str, caption: str):
-    """A figure with its question, the answer below it, and at the bottom where the figures come
-    from."""
+    """A figure with its question, the answer below it, and the source of
+    the figures at the bottom."""
     figure, axes = pyplot().subplots(figsize=(9, 5.4), layout="constrained")
     title = "\n".join(wrap(text, LINE) for text in (question, answer) if text)
     source = "\n".join(wrap(text, SMALL_LINE) for text in caption.splitlines())
@@ -47,12 +48,13 @@ def canvas(question: str, answer: str, caption: str):
 
 
 def wrap(text: str, width: int) -> str:
-    """The text in lines that fit; a dollar is a dollar, not the start of a formula."""
+    """Wrap text into lines that fit. A dollar stays a dollar and does not begin a formula."""
     return textwrap.fill(text, width, break_on_hyphens=False).replace("$", r"\$")
 
 
 def sources(rows: list[dict]) -> str:
-    """Where rows come from, a line for each file; of several files the style of their lines."""
+    """The source of the rows, one line per file. If there are several files, also
+    the line style of each."""
     found = {
         row["file"]: f"{row.get('device')}, torch {row.get('torch')}, commit {row.get('commit')}"
         for row in rows
@@ -64,9 +66,9 @@ def sources(rows: list[dict]) -> str:
 
 
 def looks(names: list[str]) -> dict[str, tuple[str, str, str]]:
-    """Colour, marker and style of each name. Its architecture decides the colour, so that variants
-    share it and differ in the rest; a name without a known architecture takes a colour that its
-    letters choose, or the next one if that is taken."""
+    """Colour, marker and style of each name. The architecture decides the colour, so variants share
+    it and differ in the rest. For an unknown architecture, the letters of the name choose the
+    colour, or the next one if that is taken."""
     found, taken, variants = {}, set(), {}
     for name in names:
         words = re.findall(r"[a-z0-9_]+", name.lower())
@@ -84,19 +86,19 @@ def looks(names: list[str]) -> dict[str, tuple[str, str, str]]:
 
 
 def unit_of(value: float) -> float:
-    """The largest of SCALES that is not above the value; 1 for a value below all."""
+    """The largest of SCALES that is not above the value; 1 if the value is below all."""
     return max((scale for scale in SCALES if value >= scale), default=1)
 
 
 def amount(value: float) -> str:
-    """A number in a sentence, with three digits: 1.49 trillion, 614,000, 12.9."""
+    """A number in a sentence, rounded to three digits: 1.49 trillion, 614,000, 12.9."""
     unit = unit_of(value)
     rounded = float(f"{value / unit:.3g}")
     return number(rounded) + (f" {SCALES[unit]}" if unit > 1 else "")
 
 
 def number(value: float) -> str:
-    """A number as people write it: 256, 1,024, 0.25; never 2^8 or 1e6."""
+    """A number without exponents: 256, 1,024, 0.25; never 2^8 or 1e6."""
     text = f"{value:,.6f}".rstrip("0").rstrip(".")
     return "0" if text == "-0" else text
 
@@ -104,9 +106,9 @@ def number(value: float) -> str:
 def scale_axis(
     axes, side: str, label: str, places: list[float], log: bool = False, share: bool = False
 ) -> None:
-    """Label the axis of a side, x or y, and its ticks. `places`: the values on it, which are the
-    ticks of a logarithmic x axis if they are few; `share`: they are from 0 to 1, written as
-    percent."""
+    """Label the x or y axis and its ticks. `places`: the values on the axis. If there are
+    few of them, they become the ticks of a logarithmic x axis. `share`: the values are from
+    0 to 1, written as percent."""
     from matplotlib import ticker
 
     unit = unit_of(max(map(abs, places), default=0.0))
@@ -125,14 +127,15 @@ def scale_axis(
 
 
 def few(marks: list[float]) -> bool:
-    """Whether the marks of a logarithmic axis are few and far enough from each other to be its
-    ticks."""
+    """Whether the marks of a logarithmic axis are few enough, and far enough
+    apart, to be its ticks."""
     pairs = pairwise(marks)
     return len(marks) <= 13 and all(b >= 1.4 * a for a, b in pairs)
 
 
 def line(axes, name: str, points: list, look: tuple[str, str, str]) -> None:
-    """Through the centres, with all samples within the band. points: (place, centre, samples)."""
+    """Draw a line through the centres, and a band that contains all samples. points:
+    (place, centre, samples)."""
     places, centres, samples = zip(*points, strict=True)
     colour, marker, style = look
     axes.plot(places, centres, style, color=colour, marker=marker, markersize=4, label=name or None)
@@ -141,7 +144,7 @@ def line(axes, name: str, points: list, look: tuple[str, str, str]) -> None:
 
 
 def level(axes, height: float, name: str) -> None:
-    """A thin line across, such as what chance reaches, named at its left end."""
+    """Draw a thin horizontal line, such as the level of chance, with its name at the left end."""
     axes.axhline(height, color="#6b7280", linewidth=1, linestyle=(0, (1, 2)), label="_level")
     place = axes.get_yaxis_transform()
     offset = {"xytext": (4, 3), "textcoords": "offset points"}
@@ -149,11 +152,11 @@ def level(axes, height: float, name: str) -> None:
 
 
 def label_lines(axes) -> None:
-    """The names of the lines, in the margin on the right, where no line passes, each beside the end
-    of its line if others leave room."""
+    """Write the names of the lines in the right margin, where they cover no line. Each is next to
+    the end of its line if the others leave room."""
     figure = axes.figure
     lines = [drawn for drawn in axes.get_lines() if not drawn.get_label().startswith("_")]
-    figure.draw_without_rendering()  # settles where the axes are
+    figure.draw_without_rendering()  # fixes the position of the axes
     ends = [
         axes.transData.transform((drawn.get_xdata()[-1], drawn.get_ydata()[-1])) for drawn in lines
     ]
@@ -167,8 +170,8 @@ def label_lines(axes) -> None:
 
 
 def spread(heights: list[float], gap: float, most: float) -> list[float]:
-    """The heights, moved apart until neighbours have the gap, each group no further than it must,
-    and none above `most`."""
+    """Move heights apart until neighbours have the gap. Each group moves no further than necessary,
+    and no height is above `most`."""
     order = sorted(range(len(heights)), key=heights.__getitem__)
     groups: list[list] = []  # [centre, members]
     for index in order:
@@ -199,7 +202,7 @@ def top(group: list, gap: float) -> float:
 
 
 def save(figure, path: Path, formats: tuple[str, ...] = ("png", "svg")) -> list[Path]:
-    """A file for each format; a dot in the name is kept."""
+    """Write a file for each format. A dot in the name is kept."""
     paths = [path.with_name(f"{path.name}.{suffix}") for suffix in formats]
     for target in paths:
         undated = {"Date": None} if target.suffix == ".svg" else None

@@ -1,8 +1,10 @@
-"""GPT-2, as plainly as PyTorch allows: the peer of our transformer where a training step is small and overhead counts.
+"""GPT-2 in plain PyTorch. It is the peer of our transformer for small training
+steps, in which overhead counts.
 
-Radford et al., "Language Models are Unsupervised Multitask Learners", 2019; without biases and dropout, as
-[nanoGPT](https://github.com/karpathy/nanoGPT) trains it. LayerNorm, one product for q, k and v, GELU in an MLP of four times
-the width, a learned vector for each position. At width 128, with 64 positions, it has 1 % fewer parameters than ours.
+Radford et al., "Language Models are Unsupervised Multitask Learners", 2019; without biases and
+dropout, as [nanoGPT](https://github.com/karpathy/nanoGPT) trains it. It has LayerNorm, one product
+for q, k and v, GELU in an MLP of four times the width, and a learned vector for each position. At
+width 128, with 64 positions, it has 1 % fewer parameters than ours.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from minimodels import Config
 
 
 class Block(nn.Module):
+    """Attention and an MLP, each with a norm before it."""
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -29,6 +33,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
         q, k, v = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for part in self.qkv(self.norm(x)).chunk(3, dim=-1)
@@ -39,7 +44,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Of a config it takes the width, the vocabulary and the depth. It reads up to `context` tokens."""
+    """It uses the width, vocabulary and depth of a config. It reads up to `context` tokens."""
 
     def __init__(self, config: Config, heads: int, context: int):
         super().__init__()
@@ -54,7 +59,8 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=config.init_std)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The cross-entropy in nats per token, twice, as LM.loss returns it: tokens and targets (B, T)."""
+        """The cross-entropy in nats per token, twice, in the form of LM.loss.
+        tokens and targets (B, T)."""
         x = self.embedding(tokens) + self.positions(
             torch.arange(tokens.shape[1], device=tokens.device)
         )  # (B, T, D)
@@ -63,4 +69,4 @@ class GPT(nn.Module):
         return loss, {"cross_entropy": loss.detach()}
 
     def after_step(self) -> None:
-        """Nothing here balances itself."""
+        """Does nothing, because there are no experts to balance."""

@@ -1,8 +1,8 @@
-"""The record of a measuring session with a time budget: every row is on disk as soon as it is made.
+"""The record of a measuring session with a time limit. Every row is written to disk at once.
 
-A session does one job after the other. Whatever goes wrong in a job becomes a row too: a provider
-that fails, that runs out of memory or time, or that takes the GPU down with it. So nothing that was
-measured is lost, and the next job still runs.
+A session runs one job after the other. Every failure in a job becomes a row too: a provider that
+fails, that runs out of memory or time, or that makes the GPU unusable. So no measurement is lost,
+and the next job still runs.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ import torch
 from minimodels.command import is_out_of_memory
 from minimodels.measure import synchronise
 
-GRACE = 15.0  # seconds that a call may hang after its time is over, before the process is replaced
+GRACE = 15.0  # seconds that a call may hang after its time limit, before the process is replaced
 
 Result = TypeVar("Result")
 
 
 class OutOfTime(BaseException):
-    """A call took longer than it may. Not an Exception, because libraries catch those."""
+    """A call took longer than allowed. It is not an Exception, because libraries catch those."""
 
 
 class Journal:
     """Rows as JSON lines in a file, and the time that is left.
 
-    path: the file; end: when the session must be over, by time.monotonic(); common: what every row
-    says; restart: replaces this process by one that goes on, called when the GPU no longer answers.
+    path: the file. end: when the session must end, by time.monotonic(). common: the entries that
+    every row has. restart: replaces this process by one that continues; it is called when the GPU
+    no longer answers.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Journal:
         self.rows = read_rows(path)
 
     def left(self) -> float:
-        """Seconds until the session must be over."""
+        """Seconds until the session must end."""
         return self.end - time.monotonic()
 
     def add(self, status: str, **row) -> None:
@@ -60,8 +61,8 @@ class Journal:
     def attempt(
         self, row: dict, call: Callable[[], Result], seconds: float = 60.0
     ) -> Result | None:
-        """The call's result. If it fails or takes longer than `seconds`, or than what is left,
-        None, and a row says so."""
+        """The result of a call. If it fails, or takes longer than `seconds` or than the time left,
+        the result is None, and a row gives the reason."""
         allowed = max(0.1, min(seconds, self.left()))
         watch = threading.Timer(allowed + GRACE, self.give_up, (row,))
         watch.daemon = True
@@ -71,7 +72,7 @@ class Journal:
                 return call()
         except OutOfTime:
             self.add("cut off", **row, error=f"took more than {allowed:.0f} s")
-        except Exception as error:  # Triton's and the peers' have no base in common
+        except Exception as error:  # errors of Triton and of the peers have no common base class
             self.failed(row, error)
         finally:
             watch.cancel()
@@ -85,8 +86,7 @@ class Journal:
         self.add(status, **row, error=f"{type(error).__name__}: {reason}")
 
     def tidy(self, row: dict) -> None:
-        """Free what a call left behind. A GPU that no longer answers is lost to this process, which
-        is replaced."""
+        """Free what a call left in memory. If the GPU no longer answers, replace this process."""
         gc.collect()
         try:
             synchronise()
@@ -98,14 +98,14 @@ class Journal:
             raise
 
     def give_up(self, row: dict) -> None:
-        """Leave a call that not even OutOfTime could end, because no Python runs in it."""
+        """Leave a call that even OutOfTime could not end, because no Python code runs in it."""
         self.add("lost", **row, error="hangs")
         self.restart()
         os._exit(1)
 
 
 def describe(row: dict) -> str:
-    """One line about a row."""
+    """A row as one line of text."""
     seconds = row.get("seconds")
     place = [row.get("job"), row.get("direction"), row.get("model") or row.get("provider")]
     text = " | ".join(str(part) for part in place if part)
@@ -129,7 +129,7 @@ def describe(row: dict) -> str:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a file, none if there is no file. A last line that was cut short is left out."""
+    """The rows of a file; none if there is no file. An incomplete last line is left out."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -141,7 +141,7 @@ def read_rows(path: Path) -> list[dict]:
 
 @contextmanager
 def limit(seconds: float) -> Iterator[None]:
-    """Raise OutOfTime in the block after that many seconds, as soon as Python code runs."""
+    """Raise OutOfTime in the block after this number of seconds, as soon as Python code runs."""
 
     def stop(*_) -> None:
         raise OutOfTime

@@ -1,12 +1,13 @@
-"""How fast is every operation, against its torch path, its reference and what else is installed?
+"""How fast is every operation, compared with its torch path, its reference and other packages?
 
     python -m benchmarks.kernels                           all of them
     python -m benchmarks.kernels --only selective_scan
 
-Each operation's file in kernels/ checks itself and times the kernel, forward and backward and with the memory that they take,
-against the torch path, the same compiled, and the peers that are installed; the rows go into one file. On a CPU the torch path
-is timed against the reference and those peers that run there; the kernels are checked, interpreted, where TRITON_INTERPRET=1
-is set.
+The file of each operation in kernels/ checks itself. Then it measures the time and memory of the
+kernel, forward and backward, against the torch path, the compiled torch path, and the peers that
+are installed. The rows go into one file. On a CPU the torch path is timed against the reference and
+the peers that run there. If TRITON_INTERPRET=1 is set, the kernels are also checked in the
+interpreter.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ class Options:
     rounds: int = 5
     """rounds of interleaved timings"""
     check_only: bool = False
-    """compare with the references and time nothing"""
+    """only compare with the references, without timing"""
     out: Path = Path("runs/benchmarks/kernels.jsonl")
-    """file for the JSON rows; those of an operation take the place of earlier ones"""
+    """file for the JSON rows; new rows of an operation replace earlier ones"""
 
 
 def main(options: Options) -> None:
-    """Run each operation's file in a process of its own, so that one that fails does not end the others. Checks, most of whose
-    time goes into compiling, run side by side."""
+    """Run the file of each operation in its own process, so that a failure does not stop the
+    others. Checks run in parallel, because they mostly wait for the compiler."""
     if options.only and options.only not in OPERATIONS:
         raise InputError("only", options.only, ", ".join(OPERATIONS))
     if options.rounds < 1:
@@ -63,7 +64,7 @@ def main(options: Options) -> None:
 
     with ThreadPoolExecutor(
         os.cpu_count() if options.check_only else 1
-    ) as pool:  # what is timed is alone
+    ) as pool:  # timings run alone
         codes = dict(zip(operations, pool.map(start, operations), strict=True))
     if failed := [operation for operation, code in codes.items() if code]:
         raise InputError(

@@ -1,6 +1,8 @@
-"""What is timed of a whole model: a training step, the reading of a prompt, the writing of tokens after it.
+"""The three ways in which a whole model is timed: a training step, reading a prompt,
+and writing tokens after it.
 
-Each mode makes, from a model, a context in tokens, a batch and the way to run it, a call that does the same work every time.
+Each mode takes a model, a context in tokens, a batch and a provider. It returns a call that does
+the same work every time.
 """
 
 from __future__ import annotations
@@ -22,16 +24,16 @@ from minimodels.training.step import Step, training_step
 
 from .training import CLIP, precision
 
-DECODED = 32  # tokens in a call of decode
+DECODED = 32  # tokens per call of decode
 PIECE = 2**16  # tokens that are read at once to make a state for decoding
-BACKENDS = {
+BACKENDS = {  # chosen here, because PyTorch's own choice differs by version
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
-}  # PyTorch's choice differs by version
+}
 
 
 class Provider(NamedTuple):
-    """A model and the way it is run."""
+    """A model and how it is run."""
 
     base: str
     """name of the model"""
@@ -39,7 +41,7 @@ class Provider(NamedTuple):
     impl: str
     """a path, or one of BACKENDS"""
     compiled: bool = False
-    """a training step by torch.compile, decoding as a CUDA graph"""
+    """compile the training step with torch.compile, and decode as a CUDA graph"""
 
 
 def train(model: LM, context: int, batch: int, provider: Provider) -> Callable[[], Step]:
@@ -53,7 +55,7 @@ def train(model: LM, context: int, batch: int, provider: Provider) -> Callable[[
 
 
 def prefill(model: LM, context: int, batch: int, provider: Provider) -> Callable[[], tuple]:
-    """The state of a prompt and the logits of its next token."""
+    """The state after a prompt and the logits of its next token."""
     model = at_capacity(in_bfloat16(model.eval()))
     tokens = torch.randint(
         model.embedding.num_embeddings, (batch, context), device=model.embedding.weight.device
@@ -68,8 +70,9 @@ def prefill(model: LM, context: int, batch: int, provider: Provider) -> Callable
 
 
 def decode(model: LM, context: int, batch: int, provider: Provider) -> Callable[[], None]:
-    """Some tokens more, one by one, after `context` of them, which are read in pieces that need little memory. The first of
-    them copies what is remembered, for every call goes on from the same state."""
+    """Write a number of tokens, one by one, after `context` tokens. These are read in pieces
+    that need little memory. The first new token copies the state, because every call
+    continues from the same one."""
     model = at_capacity(in_bfloat16(model.eval()))
     token, start = (
         torch.zeros(batch, 1, dtype=torch.int64, device=model.embedding.weight.device),
@@ -89,22 +92,24 @@ def decode(model: LM, context: int, batch: int, provider: Provider) -> Callable[
 
 
 def run(impl: str, call: Callable[[], object]) -> None:
-    """The call, with the attention that the path asks for."""
+    """Run the call with the attention that the path asks for."""
     with sdpa_kernel(BACKENDS[impl]) if impl in BACKENDS else nullcontext():
         call()
 
 
 def compiled(model: LM, provider: Provider) -> Callable:
-    """The loss as one graph for this very size. Attention's backend is chosen while compiling, and no cache knows of it."""
+    """The loss as one graph for exactly this size. The attention backend is chosen during
+    compilation, and no cache key contains it."""
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
-    torch._dynamo.config.recompile_limit = 1000  # every model, path and size is one
+    torch._dynamo.config.recompile_limit = 1000  # every model, path and size counts as one
     options = {"force_disable_caches": True} if provider.impl in BACKENDS else None
     return torch.compile(model.loss, fullgraph=True, dynamic=False, options=options)
 
 
 def captured(impl: str, call: Callable[[], None]) -> Callable[[], None]:
-    """The call as a CUDA graph, with the attention that the path asks for. The first two calls tune and allocate: the second
-    finds the memory behind the prompt's state taken, as all later ones do."""
+    """The call as a CUDA graph, with the attention that the path asks for. The first two
+    calls tune and allocate. In the second, as in all later ones, the memory after the
+    prompt's state is already allocated."""
     run(impl, call)
     run(impl, call)
     torch.cuda.synchronize()
@@ -115,19 +120,21 @@ def captured(impl: str, call: Callable[[], None]) -> Callable[[], None]:
 
 
 def replay(graph: torch.cuda.CUDAGraph, call: Callable[[], None]) -> None:
-    """Run the graph. It reads the model and the state by their address, and `call` keeps them."""
+    """Run the graph. It reads the model and the state by address, and `call` keeps both alive."""
     graph.replay()
 
 
 class AtCapacity(nn.Module):
-    """In the place of a mixture-of-depths' causal decision, which an untrained model makes at random for all tokens alike: it
-    costs the same, and takes the share of tokens that a trained one aims at."""
+    """Replaces the causal decision of a mixture-of-depths. An untrained model decides at random,
+    and the same for all tokens. This decision costs the same, but takes the share of tokens that
+    a trained model aims at."""
 
     def __init__(self, decide: nn.Module, capacity: float):
         super().__init__()
         self.decide, self.capacity = decide, capacity
 
     def forward(self, x: Tensor) -> Tensor:
+        """Scores (B, T, 1), above 0 with a probability equal to the capacity."""
         decision = score(self.decide, x)  # (B, T)
         return (self.capacity - torch.rand_like(decision) + 0 * decision).unsqueeze(-1)
 
@@ -142,7 +149,7 @@ def at_capacity(model: LM) -> LM:
 
 
 def in_bfloat16(model: LM) -> LM:
-    """In bf16 on a GPU that has it."""
+    """The model in bf16 if its GPU supports it."""
     return model.bfloat16() if has_bfloat16(model.embedding.weight.device) else model
 
 

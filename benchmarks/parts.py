@@ -1,16 +1,20 @@
 """Is each part as fast as it should be without a kernel of its own?
 
-    python -m benchmarks.parts                  all six questions, about six minutes on two CPU cores
-    python -m benchmarks.parts --only scan      one of them: scan, delta_rule, linear_scan, moe, mod, trainer
+    python -m benchmarks.parts               all six questions, about six minutes on two CPU cores
+    python -m benchmarks.parts --only scan   one of scan, delta_rule, linear_scan, moe, mod, trainer
 
-- scan: the selective scan, forward and backward, against a loop over the tokens and against mambapy's parallel scan
-- delta_rule: chunks, with one gate a head or a channel, with and without erasing, against a loop over the tokens and against
-  PyTorch's fused causal attention of the same heads; time per token; memory
+- scan: the selective scan, forward and backward, against a loop over the tokens and against
+  mambapy's parallel scan
+- delta_rule: chunks, with one gate per head or per channel, with and without erasing, against a
+  loop over the tokens and against PyTorch's fused causal attention with the same heads; time per
+  token; memory
 - linear_scan: against a loop over the tokens
 - moe: routed experts against a dense MLP of equal active FLOPs, and against the loop over experts
-- mod: a training step of mixture-of-depths against the dense model, beside the speed-up that its FLOPs promise; and how much of
-  a wrapped block is routing, gathering and scattering, which is all that a kernel for it could save
-- trainer: tokens per second of a small transformer's whole training step, where overhead counts, compiled too; and of GPT-2's
+- mod: a training step of mixture-of-depths against the dense model, compared with the speed-up that
+  its FLOPs promise; and the share of routing, gathering and scattering in a wrapped block, which is
+  all that a kernel could save
+- trainer: tokens per second of the whole training step of a small transformer, where overhead
+  counts, also compiled; and the same for GPT-2
 """
 
 from __future__ import annotations
@@ -48,6 +52,7 @@ CPU = torch.device("cpu")
 def scan_inputs(
     T: int, device: torch.device = CPU, D: int = 512, N: int = 16, batch: int = 1
 ) -> list[torch.Tensor]:
+    """x, Δ, A, B, C and a state of zeros for the selective scan, all with gradients."""
     g = torch.Generator().manual_seed(0)
     x, delta = torch.randn(2, batch, T, D, generator=g)
     B, C = torch.randn(2, batch, T, N, generator=g)
@@ -57,7 +62,7 @@ def scan_inputs(
 
 
 def mambapy_scan(x, delta, A, B, C, state):
-    """The same function on mambapy's parallel scan, whose states start from zero."""
+    """The same function with mambapy's parallel scan, whose states start from zero."""
     from mambapy.pscan import pscan
 
     decay = torch.exp(delta.unsqueeze(-1) * A)  # (B, T, D, N)
@@ -69,6 +74,7 @@ PROVIDERS = {"scan": scan, "loop": recurrence, "mambapy": mambapy_scan}
 
 
 def both_ways(provider: str, inputs: list[torch.Tensor]) -> torch.Tensor:
+    """Forward and backward of the scan; returns its output."""
     for tensor in inputs:
         tensor.grad = None
     y, _ = PROVIDERS[provider](*inputs)
@@ -77,16 +83,19 @@ def both_ways(provider: str, inputs: list[torch.Tensor]) -> torch.Tensor:
 
 
 def gradients(provider: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The output, and the gradients of the inputs."""
     y = both_ways(provider, inputs)
     return [y.detach(), *(tensor.grad for tensor in inputs[:-1])]  # mambapy has no initial state
 
 
 def scan_once(provider: str, T: int) -> None:
+    """The scan once, on new inputs, to measure its memory."""
     both_ways(provider, scan_inputs(T))
 
 
 def measure_scan(device: torch.device) -> Iterator[dict]:
-    """In a plain process first, as anyone runs it; then with freed memory kept, as train.py does, which helps all three."""
+    """Measure in a plain process first, as anyone would run it. Then keep freed memory, as train.py
+    does, which helps all three."""
     names = [name for name in PROVIDERS if name != "mambapy" or importlib.util.find_spec("mambapy")]
     if len(names) < len(PROVIDERS):
         print("mambapy is not installed: skipped (pip install mambapy)")
@@ -114,9 +123,8 @@ def measure_scan(device: torch.device) -> Iterator[dict]:
     timings = interleave(
         {str(T): partial(both_ways, "scan", scan_inputs(T, device)) for T in lengths}
     )
-    per_token = {
-        T: min(timings[str(T)]) * 1e6 / T for T in lengths
-    }  # the least, which the machine disturbs least
+    # the minimum, because the machine disturbs it least
+    per_token = {T: min(timings[str(T)]) * 1e6 / T for T in lengths}
     print(
         "  microseconds per token: "
         + ", ".join(f"{value:.1f} at {T}" for T, value in per_token.items())
@@ -148,7 +156,7 @@ RULES = {  # whether there is a gate for each channel, and whether tokens erase
 def delta_inputs(
     rule: str, T: int, device: torch.device = CPU, H: int = 8, K: int = 64
 ) -> list[torch.Tensor | None]:
-    """q, k, v, g and e of a DeltaNet with rates in (0, 1), its keys of length 1."""
+    """q, k, v, g and e of a DeltaNet with rates in (0, 1) and keys of length 1."""
     vector, erase = RULES[rule]
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 1, T, H, K, generator=generator)
@@ -167,24 +175,30 @@ def train_rule(inputs: list[torch.Tensor | None], impl: str = "torch") -> list[t
 
 
 def train_attention(inputs: list[torch.Tensor]) -> None:
+    """Forward and backward of PyTorch's fused causal attention."""
     y = F.scaled_dot_product_attention(*inputs, is_causal=True)
     torch.autograd.grad(y, inputs, inputs[2].detach())
 
 
 def rule_once(rule: str, impl: str, T: int) -> None:
+    """The delta rule once, on new inputs, to measure its memory."""
     train_rule(delta_inputs(rule, T), impl)
 
 
 def attention_inputs(T: int, device: torch.device = CPU) -> list[torch.Tensor]:
+    """q, k and v (B, H, T, d) of causal attention."""
     parts = delta_inputs("decay", T, device)[:3]
     return [part.detach().transpose(1, 2).contiguous().requires_grad_() for part in parts]
 
 
 def attention_once(T: int) -> None:
+    """Attention once, on new inputs, to measure its memory."""
     train_attention(attention_inputs(T))
 
 
 def measure_delta_rule(device: torch.device) -> Iterator[dict]:
+    """The delta rule, the loop over the tokens, and attention: times,
+    times per token, and memory."""
     print("delta rule, forward + backward, batch 1, 8 heads, keys and values of 64, fp32")
     attention = {T: partial(train_attention, attention_inputs(T, device)) for T in (1024, 4096)}
     for T in (1024, 4096):
@@ -238,6 +252,7 @@ def measure_delta_rule(device: torch.device) -> Iterator[dict]:
 
 
 def measure_linear_scan(device: torch.device) -> Iterator[dict]:
+    """The linear scan and the loop over the tokens."""
     print("linear scan, forward + backward, batch 1, fp32")
     for T, D in ((1024, 512), (4096, 512), (4096, 2048)):
         generator = torch.Generator().manual_seed(0)
@@ -264,6 +279,7 @@ def measure_linear_scan(device: torch.device) -> Iterator[dict]:
 
 
 def measure_moe(device: torch.device) -> list[dict]:
+    """Routed experts, a dense MLP of equal active FLOPs, and the loop over experts."""
     config, options = Config(width=512), MoE.Options(experts=8, experts_per_token=2)
     x = torch.randn(8, 512, 512, device=device, requires_grad=True)
     gradient = torch.randn_like(x)
@@ -288,6 +304,8 @@ def measure_moe(device: torch.device) -> list[dict]:
 
 
 def measure_mod(device: torch.device) -> Iterator[dict]:
+    """Training steps of mixture-of-depths and of the dense model, and the
+    parts of a wrapped block."""
     width, tokens = (256, 8192) if device == CPU else (768, 32768)
     print(f"mixture-of-depths, training step, 6 layers, d {width}, {tokens} tokens, capacity 0.125")
     for T in (256, 1024):
@@ -296,7 +314,8 @@ def measure_mod(device: torch.device) -> Iterator[dict]:
             "dense": Config(width=width, layers="(attention mlp)*6"),
             "mod": Config(width=width, layers="(attention mlp mod(attention mlp))*3"),
         }
-        # of T keys a causal query sees half, and the kernel of attention computes few others: at T/2 the ledger counts those
+        # a causal query sees half of T keys on average, and attention's kernel computes few others;
+        # at T/2 the ledger counts these
         every, seen = (
             ledger(configs["dense"], t).forward_flops / ledger(configs["mod"], t).forward_flops
             for t in (T, T // 2)
@@ -327,7 +346,8 @@ def measure_mod(device: torch.device) -> Iterator[dict]:
 
 
 def wrapped_block(width: int, batch: int, T: int, device: torch.device) -> dict:
-    """Forward and backward of a block in mixture-of-depths, and of its group alone on the tokens that it would be handed."""
+    """Forward and backward of a block in mixture-of-depths, and of its group alone, on the
+    tokens that it would get."""
     torch.manual_seed(0)
     (block,) = LM(Config(width=width, layers="mod(attention mlp)")).to(device).layers
     k = block.routed(T)
@@ -343,12 +363,13 @@ def wrapped_block(width: int, batch: int, T: int, device: torch.device) -> dict:
 
     return {
         "block": partial(both_passes, block, every),
-        # a context for each call, because it keeps the angles of the positions
+        # a new context for each call, because a context keeps the angles of its positions
         "group alone": lambda: both_passes(block.group, chosen, None, Context(positions)),
     }
 
 
 def measure_trainer(device: torch.device) -> list[dict]:
+    """Tokens per second of the whole training step: ours and GPT-2's, each also compiled."""
     torch.manual_seed(0)
     config = Config(width=128, layers="(attention(heads=4) mlp)*4", vocab=65)
     square = torch.randn(2048, 2048, device=device, dtype=None if device == CPU else torch.bfloat16)
@@ -385,7 +406,8 @@ def measure_trainer(device: torch.device) -> list[dict]:
 
 
 def train_step(model: LM | GPT, batch: int, T: int, device: torch.device, compiled: bool = False):
-    """A closure that makes one training step of the model on random tokens, as train.py does, on a GPU in bf16."""
+    """A closure that makes one training step of the model on random tokens, as train.py
+    does; on a GPU in bf16."""
     model.to(device)
     optimizer = adamw(model, 1e-4, 0.1)
     loss_function = torch.compile(model.loss, fullgraph=True) if compiled else model.loss
@@ -406,7 +428,7 @@ QUESTIONS = {
 
 @dataclass(frozen=True)
 class Options:
-    """Time the parts, side by side."""
+    """Time the parts in turn."""
 
     only: str = ""
     """one question: scan, delta_rule, linear_scan, moe, mod or trainer; all by default"""
@@ -417,13 +439,14 @@ class Options:
 
 
 def main(options: Options) -> None:
+    """Measure, print and write."""
     if options.only and options.only not in QUESTIONS:
         raise InputError("only", options.only, ", ".join(QUESTIONS))
     rows, device = [], pick_device(options.device)
     check_writable(options.out)
     for name, measure in QUESTIONS.items():
         if options.only in ("", name):
-            if name != "scan":  # which asks both ways
+            if name != "scan":  # scan measures both ways
                 keep_freed_memory()  # for every provider, as train.py does
             precision = {} if name in ("mod", "trainer") else {"dtype": "float32"}
             for row in measure(device):

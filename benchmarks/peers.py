@@ -1,11 +1,12 @@
-"""How fast are we against other implementations of the same model, on the same weights?
+"""How fast are we compared with other implementations of the same model, with the same weights?
 
-    python -m benchmarks.peers                    Llama, Mixtral and Mamba: training step and generation
+    python -m benchmarks.peers               Llama, Mixtral and Mamba: training step, generation
     python -m benchmarks.peers --only llama
 
-Each model is made by transformers (width 256, 4 layers, fp32), saved, and loaded by us; x-transformers and mambapy, where they
-are installed and have the architecture, are given the same weights. The logits are compared before the clock starts. Then one
-forward and backward pass at each length, and greedy generation with a carried state, in turn with each peer.
+Each model is made by transformers (width 256, 4 layers, fp32), saved, and loaded by us. If
+x-transformers and mambapy are installed and have the architecture, they get the same weights. The
+logits are compared before any timing. Then one forward and backward pass at each length, and greedy
+generation with a carried state, are timed in turn with each peer.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ from minimodels.ops.linear_cross_entropy import IGNORE
 D, DEPTH, H, V, WIDE = 256, 4, 4, 256, 704
 SHAPE = {"vocab_size": V, "hidden_size": D, "num_hidden_layers": DEPTH}
 NO_SPECIAL = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+# x-transformers has no eps
 HEADS = {
     "num_attention_heads": H,
     "num_key_value_heads": H,
     "rms_norm_eps": 1e-12,
-}  # x-transformers has no eps
+}
 MODELS = {
     "llama": {**HEADS, "intermediate_size": WIDE},
     "mixtral": {**HEADS, "num_local_experts": 8, "intermediate_size": WIDE // 2},
@@ -46,7 +48,7 @@ MODELS = {
 
 @dataclass
 class Contender:
-    """A model and how its package uses it."""
+    """A model, and how its package uses it."""
 
     model: nn.Module
     logits: Callable[[Tensor], Tensor]
@@ -54,7 +56,7 @@ class Contender:
     loss: Callable[[Tensor], Tensor]
     """tokens (B, T) -> the mean cross-entropy of each next token"""
     generate: Callable[[Tensor, int], Tensor]
-    """a prompt (T,), a count -> that many likeliest tokens"""
+    """a prompt (T,), a count -> that many tokens, each the most likely"""
 
 
 def transformers(name: str) -> Contender:
@@ -75,7 +77,7 @@ def transformers(name: str) -> Contender:
 
 
 def minimodels(source: nn.Module) -> Contender:
-    """Ours, read from what transformers saves."""
+    """Our model, read from what transformers saves."""
     with tempfile.TemporaryDirectory() as folder:
         source.save_pretrained(folder)
         model = from_pretrained(folder)
@@ -95,7 +97,8 @@ def minimodels(source: nn.Module) -> Contender:
 
 
 def x_transformers(source: nn.Module) -> Contender:
-    """The Llama of x-transformers: rotary pairs are neighbours, gate and up projection are one, norms multiply by 1 + g."""
+    """The Llama of x-transformers. Its rotary pairs are neighbours, its gate and up projections are
+    one matrix, and its norms multiply by 1 + g."""
     from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 
     d = D // H
@@ -160,7 +163,8 @@ def x_transformers(source: nn.Module) -> Contender:
 
 
 class MambaPy(nn.Module):
-    """The layers of mambapy between an embedding and a head: its own language model needs a CUDA package to be imported."""
+    """The layers of mambapy between an embedding and a head. Its own language model cannot be
+    imported without a CUDA package."""
 
     def __init__(self):
         super().__init__()
@@ -170,11 +174,12 @@ class MambaPy(nn.Module):
         self.backbone, self.norm_f = Mamba(MambaConfig(d_model=D, n_layers=DEPTH)), RMSNorm(D, 1e-5)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """The logits (B, T, V) of tokens (B, T)."""
         return self.lm_head(self.norm_f(self.backbone(self.embeddings(tokens))))
 
     @torch.no_grad()
     def generate(self, prompt: Tensor, count: int) -> Tensor:
-        """By steps, those of the prompt too, as mambapy does it."""
+        """Generate step by step, including the prompt, as mambapy does."""
         config = self.backbone.config
         caches = [(None, torch.zeros(1, config.d_inner, config.d_conv - 1)) for _ in range(DEPTH)]
         tokens = prompt.tolist()
@@ -210,7 +215,8 @@ OTHERS = {"x-transformers": (x_transformers, "llama"), "mambapy": (mambapy, "mam
 
 
 def contenders(name: str) -> dict[str, Contender]:
-    """All that have the architecture and are installed, ours first, with the same logits."""
+    """All installed packages that have the architecture, ours first. Their logits
+    are checked to be equal."""
     theirs = transformers(name)
     found = {"minimodels": minimodels(theirs.model), "transformers": theirs}
     for package, (make, architecture) in OTHERS.items():
@@ -240,22 +246,22 @@ def training(contender: Contender, T: int) -> Callable[[], None]:
 
 
 def generation(contender: Contender, count: int) -> Callable[[], Tensor]:
-    """`count` tokens after a prompt of 32, greedily, the state carried."""
+    """`count` tokens after a prompt of 32, greedily, with a carried state."""
     prompt = torch.randint(V, (32,), generator=torch.Generator().manual_seed(0))
     contender.model.eval()
     return lambda: contender.generate(prompt, count)
 
 
 def measure(name: str, question: str, argument: int, found: dict[str, Contender]) -> list[dict]:
-    """Ours against each of the others in turn, so that a slow one does not thin out the rounds of the rest."""
+    """Time ours against each of the others separately, so that a slow one does not reduce
+    the rounds of the rest."""
     rows, ours = [], found["minimodels"]
     for package in [key for key in found if key != "minimodels"]:
         make = generation if question == "generation" else training
         calls = {"minimodels": make(ours, argument), package: make(found[package], argument)}
         if question == "generation":
-            first, second = (
-                call()[:64] for call in calls.values()
-            )  # further on, rounding may tip a near tie
+            # further on, rounding may tip a near tie
+            first, second = (call()[:64] for call in calls.values())
             if not torch.equal(first, second):
                 raise AssertionError(f"{name}: {package} does not generate the same tokens")
         slow = (name, package) == (
@@ -286,7 +292,7 @@ def measure(name: str, question: str, argument: int, found: dict[str, Contender]
 
 @dataclass(frozen=True)
 class Options:
-    """Time published models against other implementations on this machine's CPU."""
+    """Time published models against other implementations on the CPU of this machine."""
 
     only: str = ""
     """one model: llama, mixtral or mamba; all by default"""

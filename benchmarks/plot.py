@@ -1,10 +1,11 @@
-"""Draw measured rows: one picture per question, from JSON alone.
+"""Draws measured rows: one picture per question, from JSON alone.
 
     python -m benchmarks.plot benchmarks/results/cpu/throughput.jsonl
-    python -m benchmarks.plot here.jsonl there.jsonl --out pictures      several devices in one picture
+    python -m benchmarks.plot here.jsonl there.jsonl --out pictures    several devices
 
-Each picture is written as PNG and SVG. Its title is the question and the answer; lines carry their
-names, a band shows the spread over the rounds, the caption names device and commit.
+Each picture is written as PNG and SVG. Its title is the question and the answer. The lines are
+labelled with their names, a band shows the spread over the rounds, and the caption gives device and
+commit.
 """
 
 from __future__ import annotations
@@ -54,11 +55,12 @@ class Options:
     results: tyro.conf.Positional[tuple[Path, ...]]
     """files of JSON rows"""
     out: Path | None = None
-    """folder for the pictures; by default beside the first file"""
+    """folder for the pictures; by default the folder of the first file"""
 
 
 def main(options: Options) -> None:
-    """Read, draw every kind of picture that the rows allow, say where they are."""
+    """Read the rows, draw every kind of picture that they allow, and print
+    where the pictures are."""
     if not options.results:
         raise InputError("results", (), "one or more files of JSON rows")
     rows = [row for path in options.results for row in read(path)]
@@ -78,7 +80,7 @@ def main(options: Options) -> None:
 def draw(
     rows: Rows, folder: Path, formats: tuple[str, ...] = ("png", "svg"), most: int | None = None
 ) -> list[Path]:
-    """Draw every kind of picture that the rows allow, at most so many, and return the files."""
+    """Draw every kind of picture that the rows allow, up to a number, and return the files."""
     figures = (figure for picture in PICTURES for figure in picture(rows))
     return [
         path
@@ -88,7 +90,7 @@ def draw(
 
 
 def read(path: Path) -> Rows:
-    """The rows of a file. Raises InputError where it cannot be read."""
+    """The rows of a file. Raises InputError if it cannot be read."""
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     except (OSError, ValueError) as error:
@@ -99,7 +101,7 @@ def read(path: Path) -> Rows:
 
 
 def throughput(rows: Rows) -> Figures:
-    """Tokens a second against context, a picture for each mode and batch."""
+    """Tokens per second against context, one picture for each mode and batch."""
     pictures = defaultdict(list)
     for row in rows:
         timed = row.get("benchmark") == "throughput" and row["seconds"]
@@ -118,8 +120,8 @@ def throughput(rows: Rows) -> Figures:
 
 
 def overtaken(rows: Rows) -> str:
-    """Where Mamba overtakes the transformer, in words, and whether their spreads at the longest
-    context leave a doubt."""
+    """A sentence that says where Mamba overtakes the transformer, and whether their spreads at the
+    longest context leave a doubt."""
     texts = []
     for file in dict.fromkeys(row["file"] for row in rows):
         own = [row for row in rows if row["file"] == file]
@@ -155,13 +157,13 @@ def claims(rows: Rows) -> Figures:
 
 
 def is_accuracy(row: dict) -> bool:
-    """Whether a claim's row counts right answers, of which more are better; other rows count bits
-    or load."""
+    """Whether a claim's row counts right answers, of which more are better. Other
+    rows count bits or load."""
     return row["y_label"] == "answers right"
 
 
 def chance(data: str) -> float | None:
-    """The share of a task's answers that guessing gets right; None of anything else than a task.
+    """The share of a task's answers that guessing gets right; None if the data are not a task.
     data: as in --data."""
     name, vocab = re.match(r"\w*", data).group(), re.search(r"vocab=(\d+)", data)
     answers = {  # how many answers there are, given the vocabulary; the default vocabulary
@@ -176,9 +178,9 @@ def chance(data: str) -> float | None:
 
 
 def curve(rows: Rows) -> list[tuple]:
-    """The first point of every seed as one, the second, and so on: the median x (for seconds
-    differ), the mean y, every y. A probe right before the end is left out, because the end is
-    scored on more batches."""
+    """The first points of all seeds as one point, then the second points, and so on: the median x
+    (because seconds differ), the mean y, every y. A probe just before the end is left out, because
+    the end is scored on more batches."""
     seeds = defaultdict(list)
     for row in rows:
         seeds[row["seed"]].append((row["x"], row["y"]))
@@ -192,8 +194,8 @@ def curve(rows: Rows) -> list[tuple]:
 
 
 def ends(rows: Rows) -> str:
-    """Who is ahead at the last place that all lines reach, in words. Of lines that do not share
-    one, where each ends."""
+    """A sentence that says which model is ahead at the last place that all lines reach. If they
+    share no such place, it says where each line ends."""
     models = dict.fromkeys(row["model"] for row in rows)
     curves = {model: curve([row for row in rows if row["model"] == model]) for model in models}
     lasts = {model: max(place for place, *_ in points) for model, points in curves.items()}
@@ -218,8 +220,8 @@ def ends(rows: Rows) -> str:
 
 
 def at(points: list[tuple], place: float) -> list[float]:
-    """What each sample of a curve is at a place, straight between its points; at its last point
-    from there on."""
+    """The value of each sample of a curve at a place, interpolated linearly between its points.
+    After the last point it stays constant."""
     points = sorted(points)
     if place >= points[-1][0]:
         return list(points[-1][2])
@@ -230,7 +232,7 @@ def at(points: list[tuple], place: float) -> list[float]:
 
 
 def speeds(rows: Rows) -> list[tuple]:
-    """Tokens a second against context: the median over the rounds, and each."""
+    """Tokens per second against context: the median over the rounds, and each round."""
     rates = [
         (row["context"], [row["tokens"] / seconds for seconds in row["seconds"]]) for row in rows
     ]
@@ -238,8 +240,9 @@ def speeds(rows: Rows) -> list[tuple]:
 
 
 def draw_lines(axes, rows: Rows, points_of: Callable[[Rows], list[tuple]]) -> None:
-    """A line for each model and file, with the spread over the rounds, or seeds, as a band. The
-    style tells files apart if there are several, otherwise the variants of an architecture."""
+    """Draw a line for each model and file, with the spread over the rounds, or seeds, as a band.
+    If there are several files, the style distinguishes them; otherwise it distinguishes the
+    variants of an architecture."""
     look = looks(list(dict.fromkeys(row["model"] for row in rows)))
     files = list(dict.fromkeys(row["file"] for row in rows))
     named = set()

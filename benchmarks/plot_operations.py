@@ -1,5 +1,5 @@
-"""One picture of all operations: how near does each provider come to what the machine can copy or
-multiply?"""
+"""One picture of all operations: how close is each provider to the machine's own rate of
+copying or multiplying?"""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .verdict import overlap
 
 OURS = {"triton": "#111827", "torch": "#6b7280", "reference": "#d1d5db"}  # and their colours
 PEERS = ("#0891b2", "#ec4899", "#84cc16", "#92400e", "#c026d3")  # colours of the others
-PEER_MARKERS = ("o", "s", "^", "v")  # which change when the colours are used up
+PEER_MARKERS = ("o", "s", "^", "v")  # used with the same colours again, when all colours are taken
 ROW = 0.24  # inches
 
 
 def operations(rows: list[dict]):
-    """The picture, if any operation was timed: a line for each case and direction, a mark for each
-    provider."""
+    """The picture, if any operation was timed. It has a line for each case and direction, and a
+    mark for each provider."""
     cases = defaultdict(dict)
     for row in rows:
         if row.get("benchmark") == "kernels" and row.get("seconds"):
@@ -34,7 +34,7 @@ def operations(rows: list[dict]):
 
 
 def draw(axes, cases: dict[str, dict[str, dict]]) -> None:
-    """A mark at the median of each provider, the first case on top."""
+    """Draw a mark at the median of each provider, with the first case at the top."""
     from matplotlib import ticker
 
     names = dict.fromkeys(name for providers in cases.values() for name in providers)
@@ -62,8 +62,8 @@ def draw(axes, cases: dict[str, dict[str, dict]]) -> None:
 
 
 def ahead(cases: list[dict[str, dict]]) -> str:
-    """In how many cases the kernel is ahead of the torch path, or without kernels the torch path of
-    the reference."""
+    """A sentence with the number of cases in which the kernel is ahead of the torch path. Without
+    kernels, it compares the torch path with the reference."""
     ours, other = (
         ("triton", "torch") if any("triton" in case for case in cases) else ("torch", "reference")
     )

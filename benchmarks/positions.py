@@ -1,10 +1,11 @@
-"""How good is a trained model at each position, within the context of its training and beyond?
+"""How good is a trained model at each position, within its training context and beyond?
 
-    python -m benchmarks.positions runs/transformer                    up to four times the trained context
+    python -m benchmarks.positions runs/transformer    up to four times the trained context
     python -m benchmarks.positions runs/transformer runs/mamba --longest 8192
 
-Each window of the held-out text is read as a whole. The loss of its tokens is averaged in bins of position, which grow by a
-constant factor; one begins where the context of training ends. A row holds the bits per byte in one bin.
+Each window of the held-out text is read as a whole. The loss of its tokens is averaged in bins of
+positions, which grow by a constant factor. One bin begins where the training context ends. A row
+has the bits per byte in one bin.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ class Options:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """folders of training runs on text"""
     longest: Natural = 0
-    """tokens of a window; 0: four times the context that the run was trained on"""
+    """tokens in a window; 0: four times the context that the run was trained on"""
     per_doubling: Count = 2
-    """bins for each doubling of the position"""
+    """number of bins per doubling of the position"""
     batch_size: Count = 8
     """windows read at once"""
     batches: Count = 8
@@ -56,7 +57,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Measure, print and write each run as it is done."""
+    """Measure, print and write each run as soon as it is done."""
     if not options.runs:
         raise InputError("runs", (), "folders of training runs")
     rows, device = [], pick_device(options.device)
@@ -109,8 +110,8 @@ def loss_by_position(model: LM, data: Source, batch_size: int, batches: int) -> 
 
 
 def bins(context: int, longest: int, per_doubling: int) -> list[int]:
-    """Where the bins begin, and at last the first position behind them, ascending from 0 to `longest`. The context is among
-    them if it is not longer."""
+    """The first position of each bin, from 0 to `longest`, ascending; the last entry is `longest`
+    itself. The training context is one of them if it is not longer."""
     down = math.ceil(per_doubling * math.log2(context))
     up = math.ceil(per_doubling * math.log2(max(1, longest / context)))
     edges = {round(context * 2 ** (i / per_doubling)) for i in range(-down, up + 1)}

@@ -1,8 +1,9 @@
-"""How fast is each operation: its kernel against its torch path and what else is installed?
+"""How fast is each operation: its kernel, compared with its torch path
+and other installed packages?
 
-A race is one operation at one size. Each provider's outputs and gradients are compared with those
-of the torch path first; only the times of those that agree count. Then the providers take turns,
-forward and backward.
+A race is one operation at one size. First the outputs and gradients of each provider are compared
+with those of the torch path. Only the times of providers that agree count. Then the providers take
+turns, forward and backward.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from minimodels.measure import interleave, peak_bytes, synchronise
 from .session import Job, Session
 
 TOLERANCE = 1e-2  # of ‖result - expected‖ / ‖expected‖
-SLOW, SLOW_TOY = 0.7, 0.05  # seconds: what takes longer is timed once
+SLOW, SLOW_TOY = 0.7, 0.05  # seconds; what takes longer is timed once
 FIRST_CALLS = 60.0  # seconds that a provider may take to compile and tune both passes
 TURNS = 20.0  # seconds that all rounds of one direction may take
 
@@ -34,31 +35,30 @@ Provider = Callable[..., object]
 
 
 def all_but_flex(module) -> dict:
-    """Every peer that the kernel file knows, but for flex_attention, which takes a minute to
-    compile."""
+    """Every peer in the kernel file except flex_attention, which takes a minute to compile."""
     return {name: peer for name, peer in module.PEERS.items() if name != "flex_attention"}
 
 
 def flex_alone(module) -> dict:
-    """flex_attention."""
+    """Only flex_attention."""
     return {name: peer for name, peer in module.PEERS.items() if name == "flex_attention"}
 
 
 def losses(module) -> dict:
-    """The loss's peers, returning it with its graph. Those of the kernel file run backward
-    themselves."""
+    """The peers of the loss, which return it with its graph. Those in the kernel file
+    run backward themselves."""
     calls = {"plain": module.plain, "liger": module.liger(None)}
     return {name: replace(module.PEERS[name], call=call) for name, call in calls.items()}
 
 
 def case(module, *sizes) -> object:
-    """The kernel file's own case of these sizes."""
+    """The kernel file's own case with these sizes."""
     return module.case(*sizes)
 
 
 def decoding(module, S: int, H: int, G: int, d: int) -> object:
-    """One query of H heads, of which H/G share each of the S keys and values: what it costs is to
-    read these."""
+    """One query of H heads. Each of the S keys and values is shared by H/G heads. The cost is that
+    of reading the keys and values."""
 
     def inputs() -> tuple:
         sizes = (1, H, 1, d), (1, G, S, d), (1, G, S, d)
@@ -76,7 +76,7 @@ def paths(module, operation: str) -> tuple[Provider, Provider]:
 
 
 def with_rate(module, operation: str) -> tuple[Provider, Provider]:
-    """The delta rule with a rate, as its peers take it."""
+    """The torch path and the kernel of the delta rule, with a rate, as its peers take it."""
     return tuple(partial(module.with_rate, impl=impl) for impl in ("torch", "triton"))
 
 
@@ -85,20 +85,21 @@ class Race:
     """An operation at one size."""
 
     operation: str
-    """its kernel file says how inputs are made and which peers there are"""
+    """its kernel file defines the inputs and the peers"""
     full: tuple[int | str, ...]
     """sizes on a GPU, as `maker` takes them"""
     toy: tuple[int | str, ...]
-    """and where each branch is only tried"""
+    """sizes that only try every branch"""
     maker: Callable[..., object] = case
     """makes the case from the kernel file and the sizes"""
     paths: Callable[..., tuple[Provider, Provider]] = paths
     peers: Callable[[object], dict] = all_but_flex
     directions: tuple[str, ...] = ("forward", "backward")
-    """or ("both",), because some providers make the gradients in the forward pass"""
+    """or ("both",), because some providers compute the gradients in the forward pass"""
 
     @property
     def name(self) -> str:
+        """The operation and its sizes."""
         kind = " flex" if self.peers is flex_alone else ""
         return f"{self.operation}{kind} {self.maker.__name__}({', '.join(map(str, self.full))})"
 
@@ -126,7 +127,7 @@ LAST = (Race("attention", (2**14, 4096, 16, 64), (16, 16, 1, 16), peers=flex_alo
 
 
 def jobs(races: Iterable[Race]) -> list[Job]:
-    """A job for each race of an operation that has a kernel."""
+    """One job for each race whose operation has a kernel."""
     return [Job(race.name, partial(run, race)) for race in races if race.operation in OPERATIONS]
 
 
@@ -173,8 +174,8 @@ def inputs_of(module, this: Race, toy: bool) -> tuple:
 
 
 def providers(module, this: Race, session: Session) -> dict[str, tuple]:
-    """By name: what to call, whether it computes the same as the torch path, which is the first,
-    and why it cannot run."""
+    """For each provider by name: the call, whether its results are those of the torch path, which
+    comes first, and the reason if it cannot run."""
     torch_path, kernel = this.paths(module, this.operation)
     found = {
         "torch": (torch_path, True, ""),
@@ -191,7 +192,8 @@ def providers(module, this: Race, session: Session) -> dict[str, tuple]:
 
 
 def outcome(call: Provider, arguments: tuple) -> list[Tensor | None]:
-    """The output, and the gradients of a loss that weighs each of its numbers differently."""
+    """The output, and the gradients of a loss that gives each number of the
+    output a different weight."""
     output = first(call(*arguments))
     wanted = wanted_of(arguments)
     if not wanted:
@@ -207,12 +209,12 @@ def first(outputs: Tensor | tuple) -> Tensor:
 
 
 def wanted_of(arguments: tuple) -> list[Tensor]:
-    """The arguments that want gradients."""
+    """The arguments that need gradients."""
     return [part for part in arguments if isinstance(part, Tensor) and part.requires_grad]
 
 
 def weights(output: Tensor) -> Tensor:
-    """A gradient of the output, no two of its numbers alike; 1 for a loss."""
+    """A gradient of the output, in which all numbers differ; 1 for a loss."""
     if not output.ndim:
         return torch.ones_like(output)
     rising = torch.linspace(-1, 1, output.numel(), device=output.device)
@@ -221,7 +223,7 @@ def weights(output: Tensor) -> Tensor:
 
 def distance(results: list[Tensor | None], expected: list[Tensor | None]) -> float:
     """The largest ‖result - expected‖ / ‖expected‖ of outputs and gradients; infinite if one is
-    missing, or not a number."""
+    missing or not a number."""
     worst = 0.0
     for result, wanted in zip(results, expected, strict=True):
         if result is None and wanted is None:
@@ -237,7 +239,7 @@ def distance(results: list[Tensor | None], expected: list[Tensor | None]) -> flo
 def take_turns(
     right: dict[str, tuple], arguments: tuple, direction: str, row: dict, work: float, session: Session
 ) -> None:  # fmt: skip
-    """Time the providers in turn; one that is slow is timed once."""
+    """Time the providers in turn. A slow provider is timed once."""
     calls, memory, seconds = {}, {}, {}
     journal, device, slowest = session.journal, session.device, SLOW_TOY if session.toy else SLOW
     for name, (call, _) in right.items():
@@ -251,7 +253,7 @@ def take_turns(
     seconds |= (journal.attempt(row, turns, TURNS) if quick else None) or {}
     for name in calls:
         if name in quick and len(seconds[name]) == 1:
-            continue  # its turns were cut off, as another row says
+            continue  # it ran out of time, as another row says
         size = arguments[0].dtype.itemsize / 1e9 if row["unit"] == "GB/s" else 1e-12
         rate = work * size / statistics.median(seconds[name])
         told = {"seconds": seconds[name], "bytes": memory[name], "off": right[name][1]}
@@ -259,8 +261,8 @@ def take_turns(
 
 
 def warm(call: Provider, arguments: tuple, direction: str, device: torch.device) -> tuple:
-    """A call that does one pass in the direction, the bytes that it takes, and its seconds as a
-    list of one."""
+    """A call that runs one pass in this direction, the bytes that it takes, and its
+    seconds as a list of one."""
     timed = passes(call, arguments, direction)
     memory = peak_bytes(timed, device)
     synchronise()
@@ -271,8 +273,8 @@ def warm(call: Provider, arguments: tuple, direction: str, device: torch.device)
 
 
 def passes(call: Provider, arguments: tuple, direction: str) -> Callable[[], object]:
-    """What is timed: the forward pass, the backward pass of a forward pass made before the clock
-    starts, or both."""
+    """The call to time: the forward pass, the backward pass alone, whose forward pass is made
+    before the timing, or both."""
     wanted = wanted_of(arguments)
     if direction == "forward":
         return partial(torch.no_grad()(call), *arguments)

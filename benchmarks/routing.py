@@ -3,8 +3,9 @@
     python -m benchmarks.routing runs/mod "def f(x):"             coloured in the terminal
     python -m benchmarks.routing runs/hybrid "import os" --html routing.html
 
-A group's line colours the tokens that took the group, and says how many did; an expert layer's line colours each token by the
-expert whose output weighed most. A legend says which colour is which expert's.
+The line of a group colours the tokens that went through it, and gives their number. The line of an
+expert layer colours each token by the expert with the largest weight. A legend gives the colour of
+each expert.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from minimodels.data.tokenizer import Bytes
 from minimodels.layers import Record, Stack
 from minimodels.training.checkpoint import load_model
 
-TAKEN = -1  # in the place of an expert's number: a group took the token
+TAKEN = -1  # replaces an expert's number: a group took the token
 TAKEN_COLOUR = "#d1d5db"
 COLOURS = (
     "#fca5a5",
@@ -42,7 +43,8 @@ COLOURS = (
     "#f9a8d4",
     "#d6b48c",
 )
-Choices = list[int | None]  # of each token: the expert that weighs most, or TAKEN; None: passed by
+# for each token: the expert with the largest weight, or TAKEN; None: not processed
+Choices = list[int | None]
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,9 @@ class Options:
     run: tyro.conf.Positional[Path]
     """folder of a training run"""
     text: tyro.conf.Positional[str]
-    """what the model reads"""
+    """text that the model reads"""
     html: Path | None = None
-    """file for a page with the same picture"""
+    """file for an HTML page with the same picture"""
     route: str = ""
     """topk shows the choice of training instead of the causal one"""
 
@@ -107,10 +109,10 @@ def place_choices(
     taken: Iterator[list[bool]],
     best: Iterator[list[int]],
 ) -> dict[str, dict[int, int]]:
-    """Of each router, place in the text -> choice.
+    """The choice of each router: place in the text -> choice.
 
-    places: the tokens that the layers see. taken, best: the choices of groups and of experts, in the
-    order in which the layers ran. A layer that sees no token does not run.
+    places: the tokens that the layers see. taken, best: the choices of groups and of experts, in
+    the order in which the layers ran. A layer that sees no token does not run.
     """
     found: dict[str, dict[int, int]] = {}
     for i, block in enumerate(layers):
@@ -126,7 +128,8 @@ def place_choices(
 
 
 def colour(choice: int | None) -> str | None:
-    """Of the ground on which a token is shown; ten experts have one each, the next ten the same again."""
+    """The background colour of a token. Ten experts have different colours, and the next
+    ten have the same again."""
     if choice is None:
         return None
     return TAKEN_COLOUR if choice == TAKEN else COLOURS[choice % len(COLOURS)]
@@ -138,7 +141,7 @@ def said(choices: Choices) -> str:
 
 
 def legend(layers: dict[str, Choices]) -> dict[str, str]:
-    """What each colour says, of those that are shown; empty if none is."""
+    """The meaning of each colour that is shown; empty if there is none."""
     shown = {choice for choices in layers.values() for choice in choices if choice is not None}
     experts = defaultdict(list)
     for choice in sorted(shown - {TAKEN}):
@@ -148,7 +151,7 @@ def legend(layers: dict[str, Choices]) -> dict[str, str]:
 
 
 def paint(text: str, ground: str | None) -> str:
-    """Text on a coloured ground, for a terminal with 24-bit colours."""
+    """Text on a coloured background, for a terminal with 24-bit colours."""
     if ground is None:
         return text
     red, green, blue = (int(ground[i : i + 2], 16) for i in (1, 3, 5))
@@ -156,7 +159,7 @@ def paint(text: str, ground: str | None) -> str:
 
 
 def page(text: str, characters: list[str], layers: dict[str, Choices]) -> str:
-    """The same as HTML."""
+    """The same picture as HTML."""
     rows = []
     for name, choices in layers.items():
         pairs = zip(characters, choices, strict=True)
@@ -176,7 +179,7 @@ def page(text: str, characters: list[str], layers: dict[str, Choices]) -> str:
 
 
 def ground(text: str, background: str | None) -> str:
-    """Text on a coloured ground, as HTML."""
+    """Text on a coloured background, as HTML."""
     escaped = html.escape(text)
     return f'<span style="background:{background}">{escaped}</span>' if background else escaped
 

@@ -1,17 +1,18 @@
-"""A time-invariant state space layer in Mamba's block: what Mamba would be without selection.
+"""A time-invariant state space layer in Mamba's block: Mamba without selection.
 
-Gu, Gupta, Goel, Ré, "On the Parameterization and Initialization of Diagonal State Space Models", arXiv:2206.11893 (S4D-Lin).
+Gu, Gupta, Goel, Ré, "On the Parameterization and Initialization of Diagonal State Space Models",
+arXiv:2206.11893 (S4D-Lin).
 
-Each channel has its own step size, its own decays and its own way to read them, which no token changes. So all that the layer
-does is to convolve each channel with one long filter, the sum of decaying oscillations. Where Mamba keeps N real states a
-channel, this keeps N/2 complex ones; whatever surrounds the scan in Mamba's block stays as it is.
+Each channel has its own step size, decays and output weights, and no token changes them. So the
+layer convolves each channel with one long filter, a sum of decaying oscillations. Mamba has N real
+states per channel; this layer has N/2 complex ones. The rest of Mamba's block is unchanged.
 
     name        paper   shape
     u                   (B, T, width)  input of the layer
     x, z                (B, T, D)      the signal and its gate
     step        Δ       (D,)
     A           A       (D, N/2)       complex, real part negative
-    C           C       (D, N/2)       complex; B is 1, which C can stand in for
+    C           C       (D, N/2)       complex; B is fixed at 1, because C can take its scale
     filter      K       (D, T)
 """
 
@@ -29,9 +30,10 @@ from minimodels.ops.convolution import causal_conv1d
 
 
 class S4D(nn.Module):
-    """The block of a given Mamba layer, whose parameters it takes over, with S4D in the place of the selective scan.
+    """The block of a given Mamba layer, with its parameters, but with S4D
+    instead of the selective scan.
 
-    For whole sequences only: it carries no state.
+    It works only on whole sequences, because it carries no state.
     """
 
     no_weight_decay = ("log_decay", "frequency", "C")
@@ -48,10 +50,11 @@ class S4D(nn.Module):
         self.log_step = nn.Parameter(torch.empty(D).uniform_(math.log(0.001), math.log(0.1)))
         self.log_decay = nn.Parameter(torch.full((D, N // 2), math.log(0.5)))
         self.frequency = nn.Parameter(math.pi * torch.arange(N // 2).float().repeat(D, 1))
-        self.C = nn.Parameter(torch.randn(D, N // 2, 2) / math.sqrt(2))  # real and imaginary part
+        self.C = nn.Parameter(torch.randn(D, N // 2, 2) / math.sqrt(2))  # real and imaginary parts
 
     def filter(self, T: int) -> Tensor:
-        """K_t = 2 Re Σ_n C_n (exp(ΔA_n) - 1)/A_n exp(t ΔA_n), with zero-order hold: (D, T) for t from 0 to T - 1."""
+        """K_t = 2 Re Σ_n C_n (exp(ΔA_n) - 1)/A_n exp(t ΔA_n), with zero-order hold: (D,
+        T) for t from 0 to T - 1."""
         A = torch.complex(-self.log_decay.exp(), self.frequency)
         exponent = self.log_step.exp().unsqueeze(1) * A  # ΔA
         C = torch.view_as_complex(self.C) * torch.expm1(exponent) / A
@@ -59,6 +62,7 @@ class S4D(nn.Module):
         return 2 * (C.unsqueeze(1) @ powers).squeeze(1).real
 
     def forward(self, u: Tensor, state: None = None, context: Context | None = None):
+        """(B, T, width) -> (B, T, width), and no state."""
         x, z = self.in_proj(u).chunk(2, dim=-1)  # (B, T, D) each
         x, _ = causal_conv1d(
             x, self.conv1d.weight.squeeze(1), self.conv1d.bias, None, activation=True
@@ -66,9 +70,10 @@ class S4D(nn.Module):
         T = x.shape[1]
         with torch.autocast(x.device.type, enabled=False):
             x = full_precision(x)
+            # zeros at the end, so that the convolution does not wrap around
             spectrum = torch.fft.rfft(self.filter(T), n=2 * T).mT * torch.fft.rfft(
                 x, n=2 * T, dim=1
-            )  # room for what runs over
+            )
             y = torch.fft.irfft(spectrum, n=2 * T, dim=1)[:, :T] + self.D * x
         return self.out_proj(y.to(z.dtype) * F.silu(z)), None
 

@@ -1,4 +1,4 @@
-"""What the jobs of a measuring session share, and the order in which they get their time."""
+"""What the jobs of a measuring session share, and the order in which they run."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ class Session:
     journal: Journal
     device: torch.device
     toy: bool
-    """sizes at which every branch is only tried"""
+    """use sizes that only try every branch"""
     limits: dict[str, float] = field(default_factory=dict)
-    """what the machine reaches at best, in GB/s and TFLOP/s"""
+    """the machine's best rates, in GB/s and TFLOP/s"""
     unproven: dict[str, str] = field(default_factory=dict)
-    """operations whose kernels are not known to be right, and why"""
+    """operations whose kernels are not known to be right, with the reason"""
 
     def refusal(self, operations: Collection[str]) -> str:
-        """Why kernels of these operations may not be timed, empty if they may."""
+        """Why kernels of these operations may not be timed; empty if they may."""
         reasons = (self.unproven.get(operation, "") for operation in sorted(operations))
         return "; ".join(filter(None, reasons))
 
 
 @dataclass(frozen=True)
 class Job:
-    """Something to measure, which writes its own rows."""
+    """One measurement, which writes its own rows."""
 
     name: str
     run: Callable[[Session], None]
     seconds: float = 20.0
-    """not begun when less time than this is left"""
+    """seconds; the job does not start if less time is left"""
 
 
 def work(jobs: list[Job], session: Session) -> None:
-    """One job after the other. What there is no time for becomes a row."""
+    """Run one job after the other. A job for which there is no time becomes a row."""
     journal = session.journal
     for job in jobs:
         needed = 0.5 if session.toy else job.seconds
@@ -49,6 +49,6 @@ def work(jobs: list[Job], session: Session) -> None:
             continue
         try:
             job.run(session)
-        except Exception as error:  # of what the job does not attempt itself, such as comparing
+        except Exception as error:  # an error outside the measured calls, such as in a comparison
             journal.failed({"job": job.name}, error)
         journal.tidy({"job": job.name})

@@ -1,7 +1,9 @@
-"""What can a fixed state compute, and can it replace what it holds? On a CPU in minutes, on a GPU in full.
+"""What can a fixed state compute, and can it replace its content? On a CPU in
+minutes, on a GPU in full.
 
-    python -m benchmarks.state tracking     parity and permutations of three: who follows a state, and how far beyond training?
-    python -m benchmarks.state overwrite    keys that come back with new values: does the old value leave?
+    python -m benchmarks.state tracking     parity and permutations of three: who can track a state,
+                                            and how far beyond the trained length?
+    python -m benchmarks.state overwrite    keys that get new values: does the old value disappear?
 
 Options, rows and pictures are those of `python -m benchmarks.claims`.
 """
@@ -21,14 +23,15 @@ from . import claims
 from .claims import Claim, Panel
 from .training import Run, score
 
-MULTIPLES = (1, 2, 4, 8)  # of the trained length, at which a trained model is tried
+MULTIPLES = (1, 2, 4, 8)  # of the trained length, at which a trained model is tested
 
 
 def tracking(small: bool) -> Claim:
-    """Grazzi et al. (arXiv:2411.12537): eigenvalues in [0, 1] cannot follow a parity, those in [-1, 1] can. Siems et al.
-    (arXiv:2502.10297): one reflection a token follows a parity, two follow the permutations of three things.
+    """Grazzi et al. (arXiv:2411.12537): eigenvalues in [0, 1] cannot track a parity, those in [-1,
+    1] can. Siems et al. (arXiv:2502.10297): one reflection per token tracks a parity, two track the
+    permutations of three things.
 
-    Every layer stands alone, because several layers can do part of it by depth.
+    Every layer is tested alone, because several layers can solve part of the task by depth.
     """
     width, context, steps = (32, 32, 300) if small else (128, 64, 5000)
     models = {
@@ -74,7 +77,8 @@ def tracking(small: bool) -> Claim:
 
 @torch.no_grad()
 def by_position(model: LM, run: Run, device: torch.device) -> Iterator[dict[str, float]]:
-    """The share of right answers among the latter half of a text of the trained length, and of longer ones."""
+    """The share of right answers in the second half of a text, at the trained
+    length and at longer ones."""
     longest = MULTIPLES[-1] * run.context
     right = torch.zeros(longest, device=device)
     model.eval()
@@ -89,9 +93,10 @@ def by_position(model: LM, run: Run, device: torch.device) -> Iterator[dict[str,
 
 
 def overwrite(small: bool) -> Claim:
-    """Schlag et al. (arXiv:2102.11174): a state that only adds keeps old values; the delta rule replaces them.
+    """Schlag et al. (arXiv:2102.11174): a state that only adds keeps old values;
+    the delta rule replaces them.
 
-    All models have two layers, of which the first can bring a key and its value together.
+    All models have two layers. The first can combine a key with its value.
     """
     keys, vocab, context, steps, width = (
         (8, 32, 64, 600, 64) if small else (32, 256, 512, 10_000, 128)
@@ -117,7 +122,7 @@ def overwrite(small: bool) -> Claim:
     ]
 
     def rewritten(model: LM, run: Run, device: torch.device) -> Iterator[dict[str, float]]:
-        """Right answers against how many values a key was given before its last one."""
+        """Right answers against the number of values that a key had before its last one."""
         for times in (0, 1, 2, 4, 8):
             tested = open_data(run.data, 2 * (times + 1) * keys + keys)
             found = score(model, tested, 64, 8)

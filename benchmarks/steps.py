@@ -1,8 +1,8 @@
-"""What is measured on a CPU: the benchmarks one after the other, each in a process of its own,
-until the time is over.
+"""The measurements on a CPU: the benchmarks run one after the other, each in its own
+process, until the time is over.
 
-Each writes its file in the folder while it runs, so that nothing is lost when it is cut off;
-done.json says how each ended.
+Each writes its file in the folder while it runs, so an interruption loses nothing. done.json
+records how each ended.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Steps = dict[str, list[str]]  # name -> arguments of python
 
 
 def steps(out: Path, impl: str) -> Steps:
-    """What is done, in this order. Correctness comes first, because figures of a wrong result are
-    worth nothing."""
+    """The steps, in order. Correctness comes first, because the speed of a
+    wrong result has no value."""
 
     def to(name: str, module: str, *arguments: str) -> list[str]:
         return ["-m", f"benchmarks.{module}", *arguments, "--out", str(out / name)]
@@ -47,7 +47,7 @@ def steps(out: Path, impl: str) -> Steps:
 
 
 def measure(out: Path, minutes: float, resume: bool, impl: str) -> None:
-    """Go through the steps; with `resume`, those that have ended well are left out.
+    """Run the steps. With `resume`, those that have ended well are left out.
 
     Raises InputError if the folder is in use, or if the results are wrong.
     """
@@ -77,14 +77,14 @@ def measure(out: Path, minutes: float, resume: bool, impl: str) -> None:
 
 
 def keep_cut(name: str, rows: Path) -> None:
-    """Rename what a step had measured when it was cut off. The kernels share a file, in which they
+    """Rename the rows of a step that was interrupted. The kernels share a file, in which they
     replace their own rows."""
     if rows.suffix == ".jsonl" and rows.exists() and not name.startswith("kernels"):
         rows.rename(rows.with_suffix(".cut.jsonl"))
 
 
 def draw(out: Path) -> None:
-    """The pictures of what was measured."""
+    """Draw the pictures of the measurements."""
     for name in ("throughput", "crossover"):
         rows = out / f"{name}.jsonl"
         if rows.exists():
@@ -93,7 +93,8 @@ def draw(out: Path) -> None:
 
 
 def run(arguments: list[str], seconds: float) -> str:
-    """How the step ended; at the end of its time it is stopped with all that it has started."""
+    """Run a step and return how it ended. At the end of its time it is stopped, with
+    everything that it has started."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *arguments]
     with subprocess.Popen(command, start_new_session=True, env=environment) as process:

@@ -1,4 +1,4 @@
-"""What a session leaves beside its rows: tables and pictures, a few files in all."""
+"""What a session writes in addition to its rows: tables and pictures, in a few files."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from . import plot, table
 from .journal import Journal
 
-MOST = 5  # pictures
+MOST = 5  # pictures at most
 
 
 def write(out: Path, journal: Journal) -> None:
-    """tables.md, then the pictures, each if there is time."""
+    """Write tables.md, then the pictures as long as there is time."""
     rows = [{**row, "file": str(journal.path)} for row in journal.rows]
     text = "\n".join(
         filter(

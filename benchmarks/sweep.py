@@ -1,8 +1,8 @@
 """Which settings make the selective scan fastest? Its kernel file lists those to try.
 
 `SWEEP` in minimodels.kernels.selective_scan is a list of (name, settings). A setting with the name
-of a constant of that file, such as STEPS, replaces the constant; any other, such as num_warps or
-maxnreg, is an option for launching the file's kernels.
+of a constant of that file, such as STEPS, replaces the constant. Any other setting, such as
+num_warps or maxnreg, is an option for launching the file's kernels.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ SIZES = (
 
 
 def jobs() -> list[Job]:
-    """A job for each size."""
+    """One job for each size."""
     return [Job(f"sweep {race.name}", partial(sweep, race)) for race in SIZES]
 
 
 def sweep(this: Race, session: Session) -> None:
-    """Time each setting whose results are those of the torch path."""
+    """Time each setting whose results agree with the torch path."""
     journal, module = session.journal, importlib.import_module("minimodels.kernels.selective_scan")
     row = {"benchmark": "sweep", "job": f"sweep {this.name}", "operation": this.operation}
     settings = [("as it is", {}), *getattr(module, "SWEEP", [])]

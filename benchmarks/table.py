@@ -1,9 +1,9 @@
-"""Markdown tables from measured rows, as the README shows them.
+"""Prints Markdown tables from measured rows, in the form of the README.
 
     python -m benchmarks.table benchmarks/results/cpu/throughput.jsonl
-    python -m benchmarks.table benchmarks/results/cpu/peers.jsonl benchmarks/results/cpu/claim-depth.jsonl
+    python -m benchmarks.table benchmarks/results/cpu/peers.jsonl
 
-Each kind of row that a file holds has its own.
+Each kind of row in a file has its own table.
 """
 
 from __future__ import annotations
@@ -46,13 +46,14 @@ def main(options: Options) -> None:
 
 
 def markdown(head: list[str], lines: list[list[str]]) -> str:
-    """A table, with a line of its own behind it."""
+    """A table, with a line of text after it."""
     rows = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
 def throughput(rows: Rows) -> str:
-    """Median tokens a second: a table for each mode and batch, a line for each model, a column for each context."""
+    """Median tokens per second: a table for each mode and batch, a row for each model, a
+    column for each context."""
     tables = defaultdict(dict)
     for row in rows:
         if row.get("benchmark") == "throughput" and not row["model"].endswith(" again"):
@@ -76,7 +77,8 @@ def throughput(rows: Rows) -> str:
 
 
 def peers(rows: Rows) -> str:
-    """How many times faster than each peer: median over the rounds, and the least and most."""
+    """How many times faster ours is than each peer: median over the rounds, with the
+    least and the greatest."""
     timings = defaultdict(dict)
     for row in rows:
         if row.get("benchmark") == "peers":
@@ -95,7 +97,8 @@ def peers(rows: Rows) -> str:
 
 
 def training(rows: Rows) -> str:
-    """Median tokens a second of training steps: a line for each model, a column for each path, and what the kernels gain."""
+    """Median tokens per second of training steps: a row for each model, a column for each path, and
+    the gain of the kernels."""
     speeds, losses = defaultdict(dict), {}
     for row in rows:
         if row.get("benchmark") == "training" and "impl" in row:
@@ -118,8 +121,9 @@ def training(rows: Rows) -> str:
 
 
 def kernels(rows: Rows, every: bool = False) -> str:
-    """For the last case of each operation, or `every` one: what ours takes, the share of what the machine can copy or multiply,
-    the memory, and how many times longer the others take. Ours is the kernel, or where that was not timed the torch path."""
+    """For the last case of each operation, or for `every` case: our time, the share of the
+    machine's copying or multiplying rate, the memory, and how many times longer the others take.
+    "Ours" is the kernel, or the torch path if the kernel was not timed."""
     cases = defaultdict(dict)
     for row in rows:
         if row.get("benchmark") == "kernels" and row.get("seconds"):
@@ -137,7 +141,8 @@ def kernels(rows: Rows, every: bool = False) -> str:
 
 
 def against_others(providers: dict[str, dict], ours: str) -> list[str]:
-    """What ours takes, and how many times longer the others take. `providers`: the rows of one case by provider."""
+    """Our time, and how many times longer the others take. `providers`: the rows
+    of one case by provider."""
     row = providers[ours]
     took = [
         f"{statistics.median(row['seconds']) * 1e3:.2f} ms",
@@ -155,7 +160,8 @@ def against_others(providers: dict[str, dict], ours: str) -> list[str]:
 
 
 def claims(rows: Rows) -> str:
-    """Where each line of each picture ends: mean over the seeds, and the least and most."""
+    """The last value of each line in each picture: mean over the seeds, with the
+    least and the greatest."""
     texts = []
     drawn = [row for row in rows if row.get("benchmark") == "claim" and row["x"] is not None]
     panels = dict.fromkeys((row["claim"], row["panel"]) for row in drawn)

@@ -1,16 +1,18 @@
-"""How fast is each architecture as the context grows, and from where on does Mamba beat attention?
+"""How fast is each architecture as the context grows, and from which context on
+does Mamba beat attention?
 
-    python -m benchmarks.throughput                                       every preset, training step, prefill and decode
+    python -m benchmarks.throughput    every preset: training step, prefill and decode
     python -m benchmarks.throughput --models transformer mamba --modes train --longest 16384
-    python -m benchmarks.throughput --layers "mamba mlp attention(window=128) mlp" --impl reference torch
-    python -m benchmarks.throughput --models transformer --modes train --impl flash cudnn triton --compile
+    python -m benchmarks.throughput --layers "mamba attention(window=128) mlp" --impl reference torch
+    python -m benchmarks.throughput --models transformer --modes train --impl flash triton --compile
 
-Models are matched on one axis (`--match`): each is made as wide as gives it the transformer's parameters, active parameters or
-FLOPs per token. Contexts double from 256; the tokens of a step are held constant, so a longer context means fewer sequences,
-down to one.
-The models are timed in turn, the first of them twice, which shows the noise. What does not fit in memory is a result too.
-Mixture-of-depths takes its share of the tokens at random in prefill and decoding, where an untrained router would take any.
-Given several paths, each model is timed with each, and the crossover is that of the fastest of either model.
+Models are matched on one axis (`--match`): each gets the width at which it has the transformer's
+parameters, active parameters or FLOPs per token. Contexts double from 256. The number of tokens per
+step is constant, so a longer context means fewer sequences, down to one. The models are timed in
+turn, and the first of them twice, which shows the noise. If a model does not fit in memory, that is
+a result too. In prefill and decoding, mixture-of-depths takes its share of the tokens at random,
+because an untrained router would take any number. If several paths are given, each model is timed
+with each path, and the crossover compares the fastest paths of both models.
 """
 
 from __future__ import annotations
@@ -50,8 +52,8 @@ AXES: dict[str, Callable[[Ledger], float]] = {
     "active": lambda cost: cost.active,
     "flops": lambda cost: cost.forward_flops,
 }
-FIRST = 256  # context at which the models are matched, and the shortest unless another is asked for
-HEADS = {  # layer -> options that are its width / heads by default
+FIRST = 256  # the context at which the models are matched, and the shortest unless another is given
+HEADS = {  # layer -> options that are width / heads of the layer by default
     "attention": ("head_dim",),
     "retention": ("head_dim", "value_dim"),
     "deltanet": ("head_dim",),
@@ -65,13 +67,14 @@ class Options:
     models: tuple[str, ...] = MAIN
     """presets"""
     layers: tuple[str, ...] = ()
-    """further models, each in the grammar of layers"""
+    """further models, as layers in the grammar"""
     size: str = "tiny"
     """tiny or small"""
     match: str = "active"
     """axis on which the models are made equal: parameters, active, flops, or none"""
     modes: tuple[str, ...] = ("train", "prefill", "decode")
-    """train (a whole step), prefill (the state of a prompt), decode (more tokens one by one, batch 1 and `decode_batch`)"""
+    """train (a whole step), prefill (the state of a prompt), decode (further tokens one by one,
+    with batch 1 and `decode_batch`)"""
     shortest: int = FIRST
     """first context"""
     longest: int = 0
@@ -79,25 +82,27 @@ class Options:
     tokens: int = 0
     """tokens of a training step or prefill; 0: 4096 on a CPU, 65,536 on a GPU"""
     decode_batch: int = 8
-    """sequences decoded at once, besides one alone"""
+    """sequences decoded at once, in addition to one alone"""
     rounds: int = 2
     """timings of each point in a sweep"""
     sweeps: int = 3
-    """times to go through all of it, for a shared machine may be slower for some minutes"""
+    """number of sweeps over all points, because a shared machine may be slower for some minutes"""
     patience: float = 20.0
-    """seconds: what takes longer is not tried at longer contexts"""
+    """seconds; a model that takes longer is not tried at longer contexts"""
     impl: tuple[str, ...] = ("auto",)
-    """paths to compare: auto, reference, torch, triton, and on a GPU flash and cudnn, which are torch with that attention"""
+    """paths to compare: auto, reference, torch, triton; on a GPU also flash and cudnn, which are
+    torch with that attention"""
     compile: bool = False
-    """time the training step under torch.compile too, and on a GPU decoding as a CUDA graph, which leaves out the launches"""
+    """also time the training step with torch.compile and, on a GPU, decoding as a CUDA graph,
+    which avoids the launches"""
     device: str = "auto"
     """auto, cpu or cuda"""
     out: Path = Path("runs/benchmarks/throughput.jsonl")
-    """file for the JSON rows, written anew after each point"""
+    """file for the JSON rows, rewritten after each point"""
 
 
 def main(options: Options) -> None:
-    """Measure, print and write each context as it is done."""
+    """Measure, print and write each context as soon as it is done."""
     device = check(options)
     keep_freed_memory()
     gpu = device.type == "cuda"
@@ -112,9 +117,8 @@ def main(options: Options) -> None:
     timings: dict[tuple, list[float]] = defaultdict(list)  # of all sweeps
     for sweep in range(options.sweeps):
         for mode, batch in measurements(options):
-            alive = providers(
-                configs, options, mode
-            )  # what does not fit, or takes too long, is not tried at twice the context
+            # what does not fit, or takes too long, is not tried at twice the context
+            alive = providers(configs, options, mode)
             for context in contexts(options.shortest, longest):
                 given = alive
                 if sweep:  # the same points again
@@ -145,7 +149,7 @@ def main(options: Options) -> None:
 
 
 def check(options: Options) -> torch.device:
-    """The device, after refusing what cannot be run."""
+    """The device. Raises InputError for options that cannot run on it."""
     for mode in options.modes:
         if mode not in MODES:
             raise InputError("modes", mode, ", ".join(MODES))
@@ -182,23 +186,23 @@ def check(options: Options) -> torch.device:
 
 
 def longest_on(device: torch.device) -> int:
-    """The last context by default."""
+    """The longest context by default."""
     return 2**20 if device.type == "cuda" else 4096
 
 
 def measurements(options: Options) -> list[tuple[str, int]]:
-    """The modes with the sequences of each, 0 where it is their tokens that are given."""
+    """The modes, each with its number of sequences; 0 if the number of tokens is given instead."""
     batches = {"decode": sorted({1, options.decode_batch})}
     return [(mode, batch) for mode in options.modes for batch in batches.get(mode, [0])]
 
 
 def contexts(shortest: int, longest: int) -> list[int]:
-    """Doubling."""
+    """The contexts, each twice the one before."""
     return [shortest * 2**i for i in range(int(math.log2(longest / shortest)) + 1)]
 
 
 def providers(configs: dict[str, Config], options: Options, mode: str) -> dict[str, Provider]:
-    """Every model with every path; where there is more than one way, its name says which."""
+    """Every model with every path. If there are several ways, the name says which."""
     found = {}
     suffixes = {
         "train": " compiled",
@@ -210,7 +214,7 @@ def providers(configs: dict[str, Config], options: Options, mode: str) -> dict[s
                 names = names_in(parse(config.layers))
                 if impl in BACKENDS and "attention" not in names:
                     continue
-                waits = bool({"moe", "mod"} & names)  # for the GPU to count
+                waits = bool({"moe", "mod"} & names)  # until the GPU has counted
                 if compiled and mode == "decode" and waits:
                     continue
                 path = f", {impl}" if len(options.impl) > 1 else ""
@@ -221,7 +225,8 @@ def providers(configs: dict[str, Config], options: Options, mode: str) -> dict[s
 
 
 def matched(options: Options) -> dict[str, Config]:
-    """The models by name, as wide as makes them cost on the axis what the transformer does; and the table of their costs."""
+    """The models by name, each with the width at which it costs as much as the transformer on the
+    axis; and a table of their costs."""
     base = preset("transformer", options.size)
     configs = {name: preset(name, options.size) for name in options.models}
     for layers in options.layers:
@@ -237,10 +242,11 @@ def matched(options: Options) -> dict[str, Config]:
 
 
 def match(config: Config, base: Config, axis: Callable[[Ledger], float]) -> Config:
-    """The width, a multiple of 8, at which the model comes closest to the base on the axis.
+    """The width, a multiple of 8, at which the model is closest to the base on the axis.
 
-    Its heads keep their size, and the rank of Mamba's step size is a multiple of 8 too, as tensor cores want it. Widths that a
-    layer of it refuses are left out. Raises InputError if they refuse all.
+    The heads keep their size, and the rank of Mamba's step size is a multiple of 8 too, because
+    tensor cores need that. Widths that one of the layers does not accept are left out. Raises
+    InputError if no width is accepted.
     """
     target, config = axis(ledger(base, FIRST)), keep_heads(config)
     widths, refusals = range(8, 4 * base.width + 1, 8), []
@@ -254,7 +260,7 @@ def match(config: Config, base: Config, axis: Callable[[Ledger], float]) -> Conf
             return None
 
     def next_cost(width: int) -> float:
-        """Of the first width from this one on that is not refused. Costs grow with the width."""
+        """The cost at the first accepted width from this one on. Costs grow with the width."""
         costs = map(cost, range(width, widths.stop, 8))
         return next((found for found in costs if found is not None), math.inf)
 
@@ -268,7 +274,8 @@ def match(config: Config, base: Config, axis: Callable[[Ledger], float]) -> Conf
 
 
 def keep_heads(config: Config) -> Config:
-    """The model with the sizes of its heads in its text, so that they stay at another width."""
+    """The model with the sizes of its heads written in its text, so that they stay
+    the same at another width."""
     layers = config.layers
     for name, sizes in HEADS.items():
         calls = [call for call in every_call(config.calls) if call.name == name]
@@ -284,7 +291,7 @@ def keep_heads(config: Config) -> Config:
 
 
 def every_call(calls: tuple[Call, ...]) -> list[Call]:
-    """The calls, and those inside of wrappers."""
+    """The calls, including those inside wrappers."""
     return [found for call in calls for found in (call, *every_call(call.layers))]
 
 
@@ -302,8 +309,9 @@ def measure_point(
     options: Options,
     device: torch.device,
 ):
-    """Rows of all providers at one context: timed in turn, or each alone where they do not fit into memory together. `seconds`
-    is None where one does not fit, or cannot run, and `error` says why."""
+    """Rows of all providers at one context. They are timed in turn, or each alone if they do not
+    fit into memory together. If one does not fit or cannot run, its `seconds` are None and
+    `error` gives the reason."""
     rows = {
         name: describe_point(mode, name, provider, context, batch, options)
         for name, provider in given.items()
@@ -318,11 +326,12 @@ def measure_point(
 
 
 def fill(rows: dict[str, dict], given: dict[str, Provider], *point) -> str:
-    """Put into the rows what is measured; what went wrong, if anything: too little memory, mostly."""
+    """Put the measurements into the rows, and return what went wrong, if anything:
+    usually too little memory."""
     try:
         measured = timed(given, *point)
-    except Exception as error:  # Triton's have no base in common
-        synchronise()  # raises where the GPU is lost to this process
+    except Exception as error:  # errors of Triton have no common base class
+        synchronise()  # raises if the GPU is lost to this process
         return (str(error).splitlines() or ["out of memory"])[0]
     for name, (seconds, peak) in measured.items():
         rows[name] = {
@@ -362,7 +371,8 @@ def timed(
     options: Options,
     device: torch.device,
 ) -> dict:
-    """Seconds of each round, and the peak of memory in bytes, of each provider, and once more of the one named `again`."""
+    """Seconds of each round, and peak memory in bytes, of each provider, and once more
+    of the one named `again`."""
     calls, peaks = {}, {}
     for name, provider in given.items():
         torch.manual_seed(0)
@@ -370,7 +380,7 @@ def timed(
             model = LM(provider.config)
         calls[name] = partial(run, provider.impl, MODES[mode](model, context, batch, provider))
         calls[name]()
-        graph = provider.compiled and mode == "decode"  # which took its memory before
+        graph = provider.compiled and mode == "decode"  # its memory was allocated before
         peaks[name] = None if graph else peak_bytes(calls[name], device)
     if again in given:
         calls[f"{again} again"], peaks[f"{again} again"] = calls[again], peaks[again]
@@ -381,7 +391,7 @@ def timed(
 
 
 def describe(row: dict) -> str:
-    """One line about a point."""
+    """A point as one line of text."""
     place = f"{row['mode']:8} context {row['context']:8,} x {row['batch']:<4} {row['model']:18}"
     if row["seconds"] is None:
         return f"{place} {row['error']}"

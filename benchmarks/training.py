@@ -1,4 +1,5 @@
-"""Training small models for a comparison: the same data, schedule and evaluation for all; time counts training alone."""
+"""Trains small models for a comparison, with the same data, schedule and evaluation for all. Only
+training time is counted."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from minimodels.training.step import set_learning_rate, training_step
 
 CLIP = 1.0  # largest norm of a gradient
 
-PROBED, SCORED = 4, 64  # batches by which a model is judged: while it trains, and at the end
+PROBED, SCORED = 4, 64  # batches per evaluation: during training, and at the end
 
 
 @dataclass
@@ -38,13 +39,13 @@ class Run:
     batch: int = 32
     lr: float = 2e-3
     change: Callable[[LM], None] = lambda model: None
-    """what is done to the model before training"""
+    """changes the model before training"""
 
 
 def train(
     run: Run, seed: int, probes: int, device: torch.device, bar: tqdm
 ) -> tuple[LM, list[dict[str, float]]]:
-    """The trained model and what was recorded along the way. Seconds count training alone."""
+    """The trained model, and what was recorded during training. Seconds count only training."""
     data = open_data(run.data, run.context)
     torch.manual_seed(seed)
     model = LM(replace(run.config, vocab=data.vocab))
@@ -63,7 +64,7 @@ def train(
             torch.cuda.synchronize()
         seconds += time.perf_counter() - start
         bar.update(run.batch * run.context)
-        # as many probes as asked for, evenly spaced, the last at the end
+        # as many probes as requested, evenly spaced, the last at the end
         if (step + 1) * probes // run.steps > step * probes // run.steps:
             overload = model.observations().get("overload")
             seen = (step + 1) * run.batch * run.context
@@ -77,18 +78,18 @@ def train(
 
 
 def score(model: LM, data: Source, batch: int, batches: int) -> dict[str, float]:
-    """Bits per target and the fraction that is right, in evaluation mode and full precision, always on
-    the same batches."""
+    """Bits per target and the fraction of right answers, in evaluation mode and full precision,
+    always on the same batches."""
     full = torch.autocast(model.embedding.weight.device.type, enabled=False)
     found = evaluate(model, data, batch, batches, full)
     return {"bits": found["validation_loss"] / math.log(2), "accuracy": found["accuracy"]}
 
 
 def count_targets(data: Source, batch: int, batches: int) -> int:
-    """The targets that `score` judges by."""
+    """The number of targets in the batches of `score`."""
     return sum(int((targets != IGNORE).sum()) for _, targets in data.validation(batch, batches))
 
 
 def precision(device: torch.device) -> torch.autocast:
-    """What a model trains in: bf16 on a GPU that has it, as with train.py."""
+    """Autocast for training: bf16 on a GPU that supports it, as in train.py."""
     return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))

@@ -1,4 +1,4 @@
-"""Who is ahead, in words, and when nobody can be said to be."""
+"""Sentences that say which model is ahead, or that none is."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import math
 
 
 def overlap(one: list[float], other: list[float]) -> bool:
-    """Whether the spreads of two samples meet."""
+    """Whether the ranges of two samples overlap."""
     return max(min(one), min(other)) <= min(max(one), max(other))
 
 
 def verdict(
     scores: dict[str, list[float]], higher: bool, where: str, samples: str, share: bool
 ) -> str:
-    """Who is ahead, in words, with all means; nobody, if the spread of another reaches into that of
-    the best.
+    """A sentence that says which model is ahead, with all means. If the range of another model
+    overlaps with that of the best, it says that none is ahead.
 
-    scores: by name, the values of each seed or round, which `samples` names; higher: whether more
+    scores: by name, the values of each seed or round, which `samples` names. higher: whether more
     is better.
     """
     means = {name: sum(values) / len(values) for name, values in scores.items()}
@@ -35,12 +35,12 @@ def verdict(
 
 
 def unbroken(text: str) -> str:
-    """The text with spaces at which no line ends."""
+    """The text with spaces at which no line is broken."""
     return text.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def score(value: float, share: bool) -> str:
-    """A mean in a sentence, with three digits."""
+    """A mean in a sentence, rounded to three digits."""
     if share:
         return f"{value:.1%}"
     digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0

@@ -1,8 +1,8 @@
-"""Whole models in a measuring session: tokens a second of training, then against context.
+"""Whole models in a measuring session: tokens per second of training, then against context.
 
 Every preset is trained for a few steps with the torch path and with the kernels, from the same
-weights on the same tokens. A kernel path whose losses differ from those of the torch path is named
-and not timed. Against context, the transformer and Mamba are timed by benchmarks.throughput, one
+weights on the same tokens. If the losses of a kernel path differ from those of the torch path, it
+is named and not timed. Against context, benchmarks.throughput times the transformer and Mamba, one
 context after the other.
 """
 
@@ -25,13 +25,13 @@ from . import throughput
 from .session import Job, Session
 from .training import CLIP, precision
 
-STEPS = 4  # of which the losses are compared, before any is timed
+STEPS = 4  # whose losses are compared before anything is timed
 TOLERANCE = 1e-2  # of |loss - expected| / expected
-BUILDING = 60.0  # seconds that building a model and its first steps may take
+BUILDING = 60.0  # seconds for building a model and its first steps
 TURNS = 20.0  # seconds that all rounds may take
 POINT = 60.0  # seconds that all providers may take at one context
 
-# the layers of a preset where each branch is only tried: one of each kind
+# the layers of a preset when each branch is only tried: one of each kind
 TOY_LAYERS = {
     "transformer": "attention mlp",
     "mamba": "mamba",
@@ -43,7 +43,7 @@ ORDER = ("transformer", "mamba", "moe", "hybrid", "mod")
 
 
 def config_of(name: str, impl: str, toy: bool) -> Config:
-    """A preset with a path. The only place here that knows the fields of Config."""
+    """A preset with a path. Only this function knows the fields of Config."""
     if toy:
         return preset(name, "tiny", impl=impl, width=32, layers=TOY_LAYERS[name])
     return preset(name, "small", impl=impl)
@@ -58,13 +58,13 @@ def operations_of(config: Config) -> frozenset[str]:
 
 
 def training_jobs() -> list[Job]:
-    """A job for each preset."""
+    """One job for each preset."""
     return [Job(f"train {name}", partial(train, name), 25) for name in ORDER]
 
 
 def train(name: str, session: Session) -> None:
-    """Tokens a second of training steps of one preset, with either path, and the losses of the
-    first steps."""
+    """Tokens per second of training steps of one preset, with each path, and the
+    losses of the first steps."""
     batch, context = (1, 8) if session.toy else (32, 1024)
     row = {
         "benchmark": "training",
@@ -106,8 +106,8 @@ def train(name: str, session: Session) -> None:
 def start(
     config: Config, batch: int, context: int, session: Session
 ) -> tuple[Callable[[], Tensor], list[float], int | None]:
-    """A call that makes one training step and returns its loss, the losses of the steps made so far, and
-    the bytes that a step takes."""
+    """A call that makes one training step and returns its loss; the losses of the steps made so
+    far; and the bytes that a step takes."""
     torch.manual_seed(0)
     model = LM(config).to(session.device)
     optimizer = adamw(model, 1e-4, 0.1)
@@ -122,7 +122,8 @@ def start(
 
 
 def context_jobs(toy: bool) -> list[Job]:
-    """A job for each mode and context, the modes in turn, from short contexts to long ones."""
+    """One job for each mode and context, with the modes in turn, from
+    short contexts to long ones."""
     longest = {"train": 2**15, "prefill": 2**17, "decode": 2**14}
     if toy:
         points = [("train", 8), ("prefill", 8), ("decode", 4)]
@@ -157,7 +158,7 @@ def against_context(mode: str, context: int, session: Session) -> None:
         else:
             given[name] = provider
     if "mamba, triton" in given:
-        given.pop("mamba, torch", None)  # far slower, so that it would take the others' time
+        given.pop("mamba, torch", None)  # far slower, so it would take the others' time
     point = partial(throughput.measure_point, mode, given, context, batch, options, session.device)
     for measured in session.journal.attempt({**row, "benchmark": "point"}, point, POINT) or ():
         measured |= {"job": row["job"], "limit": session.limits["TFLOP/s"] * 1e12}

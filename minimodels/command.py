@@ -1,4 +1,4 @@
-"""What every command line shares: options, errors in one line, the device, threads and memory."""
+"""What all command lines share: options, one-line errors, the device, threads and memory."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ def parse_options(
     synonyms: Mapping[str, str] = {},
     arguments: Sequence[str] | None = None,
 ) -> Options:
-    """The command line as a dataclass. `synonyms`: what others call an option -> what to write here.
+    """Read the command line as a dataclass. `synonyms`: the name of an option in other
+    programs -> what to write here.
 
-    Raises InputError in place of tyro's message, which takes several lines.
+    If it is wrong, raises InputError with one line, in place of tyro's longer message.
     """
     given = {} if default is None else {"default": default}
     said = io.StringIO()
@@ -50,7 +51,7 @@ def parse_options(
 
 
 def command_line_error(message: str, kind: type, synonyms: Mapping[str, str]) -> InputError:
-    """What tyro says of a command line, as one line of ours."""
+    """tyro's error message, shortened to one line."""
     lines = [line.strip("│ ") for line in message.splitlines()]
     text = " ".join(line for line in lines if line and line[0] not in "─╭╰")  # without the frame
     known = hints_of(kind)
@@ -80,7 +81,7 @@ def command_line_error(message: str, kind: type, synonyms: Mapping[str, str]) ->
 
 
 def hints_of(kind: type) -> dict[str, Any]:
-    """The types of a dataclass's fields by name, those of dataclasses within included."""
+    """The types of a dataclass's fields by name, including those of dataclasses inside it."""
     found: dict[str, Any] = {}
     hints = get_type_hints(kind, include_extras=True)
     for field in fields(kind):
@@ -91,7 +92,7 @@ def hints_of(kind: type) -> dict[str, Any]:
 
 
 def run_command(main: Callable[[Options], None], options: Callable[[], Options]) -> None:
-    """Parse the options and run: bad input ends in one line on stderr, and exit status 2."""
+    """Parse the options and run. Bad input ends with one line on stderr and exit status 2."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             # a terminal may lack characters that a model writes
@@ -108,7 +109,7 @@ def run_command(main: Callable[[Options], None], options: Callable[[], Options])
         fail(f"out of memory: a smaller model, batch or context takes less ({reason})", 1)
     except KeyboardInterrupt:
         sys.exit("interrupted")
-    except BrokenPipeError:  # the reader of our output has left
+    except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
@@ -118,13 +119,13 @@ def run_command(main: Callable[[Options], None], options: Callable[[], Options])
 
 
 def fail(message: str, status: int) -> NoReturn:
-    """Say why, not in the line of a progress bar, and exit."""
+    """Print the reason on a line of its own, below any progress bar, and exit."""
     tqdm.write(message, file=sys.stderr)
     sys.exit(status)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory is what was lacking: on a CPU PyTorch has no class for it."""
+    """Whether an error means that memory ran out. On a CPU, PyTorch has no class for this error."""
     lacking = ("can't allocate memory", "Storage size calculation overflowed")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
         text in str(error) for text in lacking
@@ -132,7 +133,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that a command names; "auto" is the GPU where there is one."""
+    """The device with this name; "auto" is the GPU if there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -147,8 +148,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def require_compiler(device: torch.device) -> None:
-    """Raise InputError where torch.compile lacks what it makes a CPU's code with."""
-    from torch._inductor import config  # which takes a second to import
+    """Raise InputError if torch.compile has no C++ compiler for a CPU."""
+    from torch._inductor import config  # takes a second to import
 
     names = [name for name in config.cpp.cxx if name]
     if device.type == "cpu" and not any(map(shutil.which, names)):
@@ -158,15 +159,16 @@ def require_compiler(device: torch.device) -> None:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device is a GPU that computes in bfloat16, not emulating it."""
+    """Whether the device is a GPU that computes in bfloat16 without emulation."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what is freed for the next step, not return it to the kernel, which clears each page anew.
+    """Let the C library keep freed memory for the next step. Otherwise it returns it to the kernel,
+    which must clear each page before it is used again.
 
-    A training step frees and takes the same large tensors again and again: on a CPU this can double its speed. It concerns
-    Linux with glibc; elsewhere nothing changes.
+    A training step frees and allocates the same large tensors again and again, so on a CPU this can
+    double the speed. It works on Linux with glibc. Elsewhere it does nothing.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
@@ -178,8 +180,9 @@ def keep_freed_memory() -> None:
 
 
 def pick_threads(asked: int | None, device: torch.device) -> tuple[int, str]:
-    """Set how many threads a CPU computes with, and say which and why: `asked`, or the fastest of all, half,
-    a quarter... On a shared or small machine fewer threads can be several times faster than all."""
+    """Set the number of CPU threads, and return it with the reason: `asked`, or the
+    fastest of all, half, a quarter... On a shared or small machine a few threads can be
+    several times faster than all."""
     most = torch.get_num_threads()
     if asked is not None or device.type != "cpu" or most == 1:
         torch.set_num_threads(asked or most)
@@ -197,7 +200,8 @@ def pick_threads(asked: int | None, device: torch.device) -> tuple[int, str]:
 
 
 def product_seconds(threads: int, budget: float = 0.1) -> float:
-    """Seconds of a small matrix product with so many threads: the least of those that fit in the budget."""
+    """Seconds for a small matrix product with this number of threads: the minimum over the runs
+    that fit in the budget."""
     torch.set_num_threads(threads)
     a, b = torch.ones(512, 256), torch.ones(256, 512)
     a @ b
@@ -211,7 +215,8 @@ def product_seconds(threads: int, budget: float = 0.1) -> float:
 
 
 def refuse_several_processes() -> None:
-    """Raise InputError if torchrun started several processes: each would train the same run."""
+    """Raise InputError if torchrun started several processes, because each
+    would train the same run."""
     world = os.environ.get("WORLD_SIZE", "1")
     if world != "1":
         raise InputError(
@@ -221,8 +226,8 @@ def refuse_several_processes() -> None:
 
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C, SIGTERM or SIGHUP sets, so that a run can finish its step and save. A
-    second one ends the process at once, in a compiler too."""
+    """An event that the first Ctrl-C, SIGTERM or SIGHUP sets, so that a run can finish its step and
+    save. A second signal ends the process at once, even inside a compiler."""
     stopped = threading.Event()
 
     def stop(number, frame):

@@ -1,4 +1,7 @@
-"""What a whole model shares, as data. The layers and their options are a text: see minimodels/grammar.py."""
+"""What a whole model shares, as data.
+
+The layers and their options are a text, whose grammar is in minimodels/grammar.py.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ IMPLS = ("auto", "reference", "torch", "triton")
 
 @dataclass(frozen=True)
 class Config:
-    """A model: its layers as text, and what they share."""
+    """A model: its layers as text, and the settings that they share."""
 
     layers: str = "(attention mlp)*4"
     """the layers and their options; python -m minimodels.architectures lists them"""
@@ -29,10 +32,10 @@ class Config:
     tie_embeddings: bool = True
     """use the embedding matrix as the output head too"""
     impl: Literal["auto", "reference", "torch", "triton"] = "auto"
-    """auto (torch, or a kernel measured to be faster), reference (the equations), torch (fast
-    everywhere) or triton (kernels)"""
+    """auto (torch, or a kernel where one was measured to be faster), reference (the equations),
+    torch (fast everywhere) or triton (kernels)"""
     residual: Literal["pre_norm", "post_norm", "sandwich"] = "pre_norm"
-    """how a layer joins the residual stream: a norm before it, behind it (OLMo 2) or both (Gemma)"""
+    """where the norm of a layer is: before it, after it (OLMo 2) or both (Gemma)"""
     embedding_scale: Positive = 1.0
     """factor on the embeddings (Gemma: the square root of the width)"""
     residual_scale: Positive = 1.0
@@ -40,7 +43,7 @@ class Config:
     logit_scale: Positive = 1.0
     """factor on the logits"""
     logit_softcap: Positive | None = None
-    """c: logits s become c tanh(s / c) (Gemma 2); by default as they are"""
+    """c: logits s become c tanh(s / c) (Gemma 2); by default they stay as they are"""
     objective: Literal["next_token"] = "next_token"
     """what the model learns; see minimodels/objectives.py"""
 
@@ -50,16 +53,18 @@ class Config:
 
     @cached_property
     def calls(self) -> tuple[Call, ...]:
-        """The layers that the text describes, one by one."""
+        """The layers that the text describes, in order, with repeats and
+        definitions written out."""
         return expand(parse(self.layers), self.layers)
 
     @cached_property
     def depth(self) -> int:
-        """Residual layers in all, those inside wrappers included: initialisation scales outputs by it."""
+        """The number of residual layers, including those inside wrappers.
+        Initialisation scales outputs by it."""
         return count_layers(self.calls)
 
     @property
     def init_std(self) -> float:
-        """Standard deviation of initial weights: GPT-2's 0.02 at its width of 768, and larger in
-        narrower models, whose sums have fewer terms."""
+        """Standard deviation of initial weights: GPT-2's 0.02 at its width of 768. Narrower models
+        get a larger one, because their sums have fewer terms."""
         return 0.02 * (768 / self.width) ** 0.5

@@ -1,11 +1,12 @@
-"""A picture of any model: its blocks in order, repeats folded, and what each holds and costs.
+"""Draws a picture of any model: its blocks in order, repeats folded, with the
+parameters and cost of each.
 
-    python -m minimodels.draw --model hybrid                      hybrid.svg and hybrid.png
+    python -m minimodels.draw --model hybrid                  hybrid.svg and hybrid.png
     python -m minimodels.draw --layers "(mamba mlp)*3 attention mlp" --out mine
-    python -m minimodels.draw --config FOLDER/config.json         a published model
+    python -m minimodels.draw --config FOLDER/config.json     a published model
 
-Each row is a layer: its options, its parameters (of all its uses together), its share of the FLOPs of a
-token, and what it remembers of a text as long as the context.
+Each row is a layer. It shows the layer's options, the parameters of all its uses together, its
+share of the FLOPs of a token, and the size of its state after a text as long as the context.
 """
 
 from __future__ import annotations
@@ -37,17 +38,17 @@ HEIGHTS = {"layer": ROW, "open": ROW, "close": 0.2}
 
 
 class Cost(NamedTuple):
-    """What all uses of one call in the text cost together."""
+    """The total cost of all uses of one call in the text."""
 
     uses: int
-    parameters: int  # of a shared layer once
+    parameters: int  # a shared layer counts once
     flops: float  # forward, per token
     state: float  # bytes
     shapes: str  # of its matrices
 
 
 class Row(NamedTuple):
-    """A line of the picture: a layer, or where a group or wrapper begins or ends."""
+    """A row of the picture: a layer, or the beginning or end of a group or wrapper."""
 
     kind: str  # layer, open or close
     depth: int
@@ -57,7 +58,7 @@ class Row(NamedTuple):
 
 
 def costs(config: Config, context: int) -> dict[int, Cost]:
-    """The costs of each call of the text, by its place in the text."""
+    """The cost of each call, by the call's place in the text."""
     with torch.device("meta"):
         model = LM(config)
     found: dict[int, list] = defaultdict(lambda: [0, 0, 0.0, 0.0, ""])
@@ -82,7 +83,7 @@ def costs(config: Config, context: int) -> dict[int, Cost]:
 
 
 def shapes(block: nn.Module) -> str:
-    """The matrices of a layer, those of one shape together: "q, k, v, out 128×128"."""
+    """The matrices of a layer, grouped by shape: "q, k, v, out 128×128"."""
     names: dict[str, list[str]] = defaultdict(list)
     for name, parameter in block.named_parameters():
         name = name.removeprefix("layer.").removesuffix(".weight")
@@ -92,7 +93,7 @@ def shapes(block: nn.Module) -> str:
 
 
 def rows(text: str) -> list[Row]:
-    """The lines of the picture, from the text: groups and repeats stay folded."""
+    """The rows of the picture, from the text. Groups and repeats stay folded."""
     program = parse(text)
 
     def visit(item: Call | Group, depth: int, times: int = 1, name: str = "") -> list[Row]:
@@ -119,7 +120,7 @@ def rows(text: str) -> list[Row]:
 
 
 def draw(config: Config, context: int, title: str, files: list[Path]) -> None:
-    """Write the picture of a model into files; their suffixes name the formats.
+    """Write the picture of a model into files. Their suffixes give the formats.
 
     Raises InputError if matplotlib is not installed or a file cannot be written.
     """
@@ -184,7 +185,7 @@ def draw(config: Config, context: int, title: str, files: list[Path]) -> None:
 
 
 def draw_plain(axes, y: float, text: str, parameters: int, share: float | None) -> float:
-    """A line that is no layer."""
+    """Draw a row that is not a layer. Returns the height at which the next row begins."""
     axes.text(0.2, y - ROW / 2, text, fontsize=9, va="center", color="#444444")
     axes.text(
         5.3,
@@ -200,7 +201,7 @@ def draw_plain(axes, y: float, text: str, parameters: int, share: float | None) 
 
 
 def draw_row(axes, y: float, row: Row, found: dict[int, Cost], total) -> float:
-    """One line; returns the height at which the next begins."""
+    """Draw one row. Returns the height at which the next row begins."""
     from matplotlib.patches import FancyBboxPatch
 
     left, colour = 0.2 + INDENT * row.depth, colour_of(row)
@@ -246,7 +247,7 @@ def draw_row(axes, y: float, row: Row, found: dict[int, Cost], total) -> float:
 
 
 def draw_bracket(axes, row: Row, top: float, bottom: float) -> None:
-    """A line along what a group or wrapper holds."""
+    """Draw a line beside the rows of a group or wrapper."""
     left = 0.25 + INDENT * row.depth
     axes.plot(
         [left, left, left + 0.15], [top, bottom - 0.06, bottom - 0.06], color=colour_of(row), lw=1.4
@@ -259,13 +260,13 @@ def colour_of(row: Row) -> str:
 
 
 def draw_share(axes, y: float, share: float, colour: str) -> None:
-    """A bar and its percentage."""
+    """Draw a bar and its percentage."""
     axes.barh(y - ROW / 2, 2.2 * share, height=0.22, left=6.0, color=colour, alpha=0.85)
     axes.text(6.05 + 2.2 * share, y - ROW / 2, f" {share:.0%}", fontsize=8.5, va="center")
 
 
 def short(count: float) -> str:
-    """A number of parameters in three digits: 384, 66.0K, 1.31M, 7.62B."""
+    """A number of parameters, rounded to three digits: 384, 66.0K, 1.31M, 7.62B."""
     for unit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if count >= unit:
             return f"{count / unit:.3g}{suffix}"
@@ -285,9 +286,9 @@ class Options:
     size: str = "tiny"
     """tiny or small"""
     context: Count = 1024
-    """tokens of context at which FLOPs and state are counted"""
+    """context in tokens at which FLOPs and state are counted"""
     out: str = ""
-    """the pictures' name without a suffix; by default the model's"""
+    """name of the pictures without a suffix; by default the model's"""
 
     def __post_init__(self):
         check_types(self)

@@ -1,4 +1,4 @@
-"""The error that bad input raises, and the check of a dataclass against the types of its fields."""
+"""The error for bad input, and a check of dataclasses against the types of their fields."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LARGEST = 2**31 - 1
 class InputError(Exception):
     """Bad input, described in one line: the field, its value and what would be accepted.
 
-    `excerpt` is shown on the lines below: a piece of the text that was read, and a caret at the place.
+    `excerpt` is shown below that line: a piece of the text, with a caret at the place of the error.
     """
 
     def __init__(self, field: str, value: object, accepted: str, excerpt: str = ""):
@@ -25,7 +25,8 @@ class InputError(Exception):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The known names, led by the one that was probably meant: "did you mean moe? attention, mlp, moe"."""
+    """The known names. The one that was probably meant comes first: "did you mean
+    moe? attention, mlp, moe"."""
     known = list(known)
     close = difflib.get_close_matches(name, known, 1)
     return (f"did you mean {close[0]}? " if close else "") + ", ".join(known)
@@ -50,9 +51,10 @@ PLAIN = {int: "a whole number", float: "a number", str: "text", bool: "true or f
 
 
 def check_types(given: Any) -> None:
-    """Raise InputError unless each field of a dataclass holds what its type says.
+    """Raise InputError unless each field of a dataclass has a value of its type.
 
-    Checked are int, float (which accepts an int), str, bool, Literal, None, their unions, and the ranges above.
+    It checks int, float (which accepts an int), str, bool, Literal, None, their unions, and the
+    ranges above.
     """
     hints = get_type_hints(type(given), include_extras=True)
     for field in fields(given):
@@ -62,7 +64,8 @@ def check_types(given: Any) -> None:
 
 
 def fits(value: object, hint: Any) -> bool:
-    """Whether a value is of the type that a hint names; of types that are not listed above, anything is."""
+    """Whether a value has the type of a hint. For types that are not
+    listed above, any value does."""
     if get_origin(hint) is Annotated:
         base, *notes = get_args(hint)
         ranges = [note for note in notes if isinstance(note, Range)]
@@ -84,7 +87,7 @@ def fits(value: object, hint: Any) -> bool:
 
 
 def describe(hint: Any) -> str:
-    """What an error says that a field accepts."""
+    """The values that a field accepts, as text for an error."""
     if get_origin(hint) is Annotated:
         base, *notes = get_args(hint)
         return next((note.accepted for note in notes if hasattr(note, "accepted")), describe(base))

@@ -1,4 +1,4 @@
-"""Files that are complete or not there at all."""
+"""Files that are either complete or absent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ LOCK = "lock"
 
 
 def read_json(path: Path, field: str | None = None) -> dict:
-    """The JSON object in a file. Raises InputError, which names `field` or the file, if there is none."""
+    """The JSON object in a file. If there is none, raises InputError, which
+    names `field` or the file."""
     try:
         if not path.is_file():
             raise OSError("no such file" if not path.exists() else "not a regular file")
@@ -29,24 +30,24 @@ def read_json(path: Path, field: str | None = None) -> dict:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write JSON; the file is complete, or as it was before."""
+    """Write JSON. Whatever happens, the file is complete or unchanged."""
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n")
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Another path to write a file at, which then replaces the file, or disappears after an error.
+    """Yield a temporary path. At the end it replaces the file; after an error it is deleted.
 
-    It is in a folder of its own, so that whatever a killed process left there, under any name, disappears
-    the next time.
+    The path is in a folder of its own. If a process was killed and left any files there, the next
+    call deletes them.
     """
     folder = path.with_name(path.name + ".partial")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
         yield folder / path.name
-        # as the umask has it, because safetensors keeps files private
+        # use the umask, because safetensors makes files private
         os.chmod(folder / path.name, folder.stat().st_mode & 0o666)
         os.replace(folder / path.name, path)
     finally:
@@ -55,9 +56,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder: nobody else gets it until the block or the process ends.
+    """Lock a folder: no other process gets it until the block or the process ends.
 
-    Raises InputError that says which process holds it. Without file locks, as on Windows, nothing is held.
+    Raises InputError that says which process has the lock. Without file locks, as on Windows,
+    nothing is locked.
     """
     try:
         import fcntl

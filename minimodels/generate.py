@@ -1,4 +1,4 @@
-"""From logits to text: how the next token is drawn, and texts continued token by token."""
+"""From logits to text: draws the next token, and continues texts token by token."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Sampling:
     """How the next token is drawn. The filters apply in this order."""
 
     temperature: NonNegative = 0.8
-    """divides the logits; 0 takes the likeliest token"""
+    """divides the logits; 0 takes the most likely token"""
     top_k: Natural = 0
-    """keep the k likeliest tokens; 0: all"""
+    """keep the k most likely tokens; 0: all"""
     top_p: Fraction = 1.0
-    """keep the likeliest tokens that together reach this probability (arXiv:1904.09751)"""
+    """keep the most likely tokens that together reach this probability (arXiv:1904.09751)"""
     min_p: float = 0.0
-    """keep tokens at least this fraction as likely as the likeliest (arXiv:2407.01082)"""
+    """keep tokens at least this fraction as likely as the most likely one (arXiv:2407.01082)"""
 
     def __post_init__(self):
         check_types(self)
@@ -44,8 +44,8 @@ def complete(
 ) -> str:
     """Text in, text out: the text that a model writes after `text`, up to `tokens` tokens.
 
-    The model's own tokenizer is used, or bytes if it has none. Another call gives another text, unless a
-    seed is given. Raises InputError as generate does.
+    It uses the model's own tokenizer, or bytes if the model has none. Without a seed, every call
+    gives another text. Raises InputError as generate does.
     """
     tokenizer = model.tokenizer or Bytes()
     prompt = tokenizer.encode(text)
@@ -63,12 +63,14 @@ def generate(
 ) -> Iterator[Tensor]:
     """Continue each prompt by `count` tokens, one step at a time: an iterator over (B,) int64.
 
-    prompts: B texts of token ids, (T,) int64 or lists, of any lengths. They are one chunk, each later token
-    another: only the state is kept. Row i draws from a generator of its own, seeded with seed + i, so that a
-    prompt is continued in a batch as it would be alone. Without a seed, every call draws anew.
+    prompts: B texts of token ids, (T,) int64 or lists, of any lengths. The prompts are processed as
+    one chunk, and then each token as another, so only the state is kept. Row i draws from its own
+    generator, seeded with seed + i. So a prompt has the same continuation in a batch as alone.
+    Without a seed, every call draws different tokens.
 
-    Raises InputError for no prompt or an empty one, one of another shape or type, an id outside the
-    vocabulary, a negative count, or a model that is not causal in its present mode.
+    Raises InputError if there is no prompt, or an empty one, or one of another shape or type; for
+    an id outside the vocabulary; for a negative count; and if the model is not causal in its
+    present mode.
     """
     if not model.causal:
         accepted = (
@@ -104,7 +106,7 @@ def generate(
 def continue_prompts(
     model: LM, prompts: list[Tensor], count: int, sampling: Sampling, seed: int
 ) -> Iterator[Tensor]:
-    """The iterator that generate returns once it has checked its arguments."""
+    """The iterator that generate returns after it has checked its arguments."""
     device = model.embedding.weight.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(device)  # (B, T)
@@ -114,7 +116,7 @@ def continue_prompts(
         positions = None  # nothing is padding
     generators = [torch.Generator(device).manual_seed(seed + row) for row in range(len(prompts))]
     state, rows = None, torch.arange(len(prompts))
-    last = lengths - 1  # where in the chunk each row's text ends
+    last = lengths - 1  # where each row's text ends in the chunk
     for _ in range(count):
         x, state = model.features(tokens, state, Context(positions, tokens=tokens))
         token = pick(model.logits(x[rows, last]), sampling, generators)  # (B,)
@@ -127,7 +129,8 @@ def pick(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) 
     if not logits.isfinite().all():
         accepted = "float32 or bfloat16, because the logits are not finite in this one"
         raise InputError("dtype", str(logits.dtype).removeprefix("torch."), accepted)
-    if sampling.temperature < torch.finfo(torch.float32).tiny:  # fp32 would divide by it as by 0
+    # in fp32, division by it would be division by 0
+    if sampling.temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(-1)
     # relative to the largest, so that no temperature makes all of them infinite
     relative = logits.float() - logits.amax(-1, keepdim=True)
@@ -137,7 +140,8 @@ def pick(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) 
 
 
 def keep(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The logits (B, V) with those that the filters remove at -inf; the likeliest always stays."""
+    """The logits (B, V), with -inf for the tokens that the filters remove. The most
+    likely token always stays."""
     if sampling.top_k:
         likeliest = logits.topk(min(sampling.top_k, logits.shape[-1])).indices
         logits = logits.masked_fill(
@@ -145,7 +149,7 @@ def keep(logits: Tensor, sampling: Sampling) -> Tensor:
         )
     if sampling.top_p < 1:
         ordered, index = logits.softmax(-1).sort(-1, descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p  # those before it suffice
+        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p  # the tokens before are enough
         beyond[:, 0] = False
         logits = logits.masked_fill(
             torch.zeros_like(beyond).scatter(-1, index, beyond), float("-inf")

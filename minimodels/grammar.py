@@ -1,11 +1,12 @@
-"""The language in which layers, their options and the data tasks are written.
+"""The language of layers, their options and the data tasks.
 
-    attention mlp attention mlp                                   layers, one after the other
-    (mamba mlp)*4                                                 a group, repeated
-    attention(window=128, rope_scaling=linear(factor=4))          options
-    mod(attention mlp, capacity=0.25)                             a wrapper: layers first, then options
-    local=attention(window=512) (local mlp)*2                     "=" gives a name to what is then written out
-    A:=attention mamba A mlp mamba A                              ":=" makes one layer, used twice with one set of weights
+    attention mlp attention mlp                             layers, one after the other
+    (mamba mlp)*4                                           a group, repeated
+    attention(window=128, rope_scaling=linear(factor=4))    options
+    mod(attention mlp, capacity=0.25)                       a wrapper: layers first, then options
+    local=attention(window=512) (local mlp)*2               "=" names an item to write out later
+    A:=attention mamba A mlp mamba A                        ":=" makes one layer, used twice with
+                                                            one set of weights
 
     text   := definition* item+
     definition := name ("=" | ":=") item
@@ -13,8 +14,9 @@
     options := name "=" value ("," name "=" value)*
     value  := number | true | false | word [ "(" options ")" ]
 
-A parenthesis that touches a name opens its arguments; after a space it opens a group.
-`parse` reads a text into a Program, `write` writes it again, and `expand` lists the layers that it describes.
+A parenthesis directly after a name opens its arguments. A parenthesis after a space opens a group.
+`parse` reads a text into a Program, `write` writes it as text again, and `expand` lists the layers
+that it describes.
 """
 
 from __future__ import annotations
@@ -26,10 +28,8 @@ from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, ge
 
 from minimodels.errors import InputError, check_types, nearest
 
-MOST_LAYERS, DEEPEST = (
-    10_000,
-    50,
-)  # layers in all; groups within groups, each of which is a call within a call
+# the most layers in all; the deepest nesting of groups, each of which is a call within a call
+MOST_LAYERS, DEEPEST = 10_000, 50
 EXAMPLE = '"(attention mlp)*2 mod(mamba mlp, capacity=0.25)"'
 TOKEN = re.compile(
     r"(?P<number>[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)|(?P<name>[^\W\d]\w*)|(?P<sign>:=|\S)"
@@ -50,15 +50,15 @@ class Call:
     """One layer, wrapper or task, with its options."""
 
     name: str
-    layers: tuple[Call | Group, ...] = ()  # what a wrapper holds
+    layers: tuple[Call | Group, ...] = ()  # the layers inside a wrapper
     options: tuple[Option, ...] = ()
-    shared: str = ""  # all calls of one such name are one layer
+    shared: str = ""  # all calls with the same name here are one layer
     at: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Items that stand `count` times."""
+    """Items that are repeated `count` times."""
 
     items: tuple[Call | Group, ...]
     count: int = 1
@@ -67,12 +67,12 @@ class Group:
 class Definition(NamedTuple):
     """A name for an item."""
 
-    shared: bool  # ":=", one set of weights
+    shared: bool  # ":=": one set of weights
     item: Call | Group
 
 
 class Program(NamedTuple):
-    """A text as a tree: what its definitions and its items say, not yet written out."""
+    """A text as a tree of definitions and items, before they are written out."""
 
     definitions: dict[str, Definition]
     items: tuple[Call | Group, ...]
@@ -82,6 +82,8 @@ class Program(NamedTuple):
 
 
 class Token(NamedTuple):
+    """A word of the text, with its position."""
+
     kind: str  # number, name, sign or end
     text: str
     at: int
@@ -89,7 +91,8 @@ class Token(NamedTuple):
 
 
 def parse(text: str, field: str = "layers") -> Program:
-    """Read a text. Raises InputError, which names `field` and shows the place, unless it is in the grammar."""
+    """Read a text. If it is not in the grammar, raises InputError, which names
+    `field` and shows the place."""
     reader = Reader(text, field)
     definitions: dict[str, Definition] = {}
     while reader.now.kind == "name" and reader.peek().text in ("=", ":="):
@@ -111,7 +114,7 @@ def parse_call(text: str, field: str) -> Call:
 
 
 class Reader:
-    """The tokens of a text, taken one by one."""
+    """Reads the tokens of a text one by one, by recursive descent."""
 
     def __init__(self, text: str, field: str):
         self.text, self.field, self.index, self.depth = text, field, 0, 0
@@ -125,12 +128,15 @@ class Reader:
 
     @property
     def now(self) -> Token:
+        """The current token."""
         return self.tokens[self.index]
 
     def peek(self) -> Token:
+        """The token after the current one."""
         return self.tokens[min(self.index + 1, len(self.tokens) - 1)]
 
     def take(self, text: str | None = None) -> Token:
+        """Move past the current token and return it. Raises InputError if it is not `text`."""
         token = self.now
         if text is not None and token.text != text:
             raise self.error(f'"{text}"')
@@ -138,11 +144,13 @@ class Reader:
         return token
 
     def error(self, accepted: str, token: Token | None = None) -> InputError:
+        """An error at a token: what it is, and what would be accepted there."""
         token = token or self.now
         value = token.text or "the end of the text"
         return InputError(self.field, value, f"here {accepted}", excerpt(self.text, token.at))
 
     def items(self, closing: str) -> tuple[Call | Group, ...]:
+        """Read items up to a closing parenthesis, the options or the end of the text."""
         found = []
         while self.now.text not in (")", ",") and self.now.kind != "end":
             if closing == ")" and self.now.kind == "name" and self.peek().text == "=":
@@ -155,6 +163,7 @@ class Reader:
         return tuple(found)
 
     def item(self) -> Call | Group:
+        """Read a group or a call, with its count."""
         if self.now.text == "(":
             self.nest()
             items = self.items("group")
@@ -166,12 +175,14 @@ class Reader:
         return call if count == 1 else Group((call,), count)
 
     def nest(self) -> None:
+        """Enter a parenthesis. Raises InputError if it is nested too deep."""
         self.depth += 1
         if self.depth > DEEPEST:
             raise self.error(f"groups nested at most {DEEPEST} deep")
         self.take("(")
 
     def call(self) -> Call:
+        """Read a name with its layers and options."""
         if self.now.kind != "name":
             raise self.error(f"a layer; a text is like {EXAMPLE}")
         name, layers, options = self.take(), (), ()
@@ -187,6 +198,7 @@ class Reader:
         return Call(name.text, layers, options, at=name.at)
 
     def options(self) -> tuple[Option, ...]:
+        """Read name=value, separated by commas."""
         found: list[Option] = []
         while self.now.kind == "name":
             name = self.take()
@@ -200,6 +212,7 @@ class Reader:
         return tuple(found)
 
     def value(self) -> object:
+        """Read a number, true, false, a word, or a word with options."""
         token = self.now
         if token.kind == "number":
             self.take()
@@ -217,6 +230,7 @@ class Reader:
         return call if call.options else call.name
 
     def count(self) -> int:
+        """Read "*" and a number; 1 if there is none."""
         if self.now.text != "*":
             return 1
         self.take()
@@ -226,14 +240,15 @@ class Reader:
 
 
 def excerpt(text: str, at: int, around: int = 60) -> str:
-    """The text about a place, and a caret below it."""
+    """The text around a place, with a caret below it."""
     start = max(0, at - around)
     shown = (
         ("..." if start else "")
         + text[start : at + around]
         + ("..." if at + around < len(text) else "")
     )
-    one_line = re.sub(r"\s", " ", shown)  # as many characters as before, so that the caret fits
+    # the length stays the same, so that the caret is at the right place
+    one_line = re.sub(r"\s", " ", shown)
     return f"  {one_line}\n  {' ' * (at - start + 3 * bool(start))}^"
 
 
@@ -241,9 +256,10 @@ def excerpt(text: str, at: int, around: int = 60) -> str:
 
 
 def expand(program: Program, text: str = "", field: str = "layers") -> tuple[Call, ...]:
-    """The calls that a program describes, repeats and definitions written out.
+    """The calls that a program describes, with repeats and definitions written out.
 
-    Raises InputError for more than MOST_LAYERS layers and for a definition that takes options or contains itself.
+    Raises InputError if there are more than MOST_LAYERS layers, or if a definition takes options or
+    contains itself.
     """
 
     def many(items: tuple[Call | Group, ...], open_names: tuple[str, ...]) -> tuple[Call, ...]:
@@ -286,7 +302,7 @@ def expand(program: Program, text: str = "", field: str = "layers") -> tuple[Cal
 
 
 def count_layers(calls: tuple[Call, ...]) -> int:
-    """Layers in all, those inside wrappers included, the wrappers themselves not."""
+    """The number of layers, including those inside wrappers, but not the wrappers themselves."""
     return sum(count_layers(call.layers) if call.layers else 1 for call in calls)
 
 
@@ -294,7 +310,7 @@ def count_layers(calls: tuple[Call, ...]) -> int:
 
 
 def write(program: Program) -> str:
-    """The program as text, which parse reads as the same program."""
+    """Write a program as text, which parse reads as the same program."""
     definitions = [
         f"{name}{':=' if shared else '='}{write_item(item)}"
         for name, (shared, item) in program.definitions.items()
@@ -329,10 +345,10 @@ def write_value(value: object) -> str:
 def set_options(
     text: str, settings: list[str] | tuple[str, ...], field: str = "layers", missing: bool = False
 ) -> str:
-    """The text with options set: "mamba.state_size=32" sets it in every call and definition named mamba,
-    or, with `missing`, in those that do not set it themselves.
+    """The text with an option set: "mamba.state_size=32" sets it in every call and definition named
+    mamba, or, with `missing`, only in those that do not set it themselves.
 
-    Raises InputError for a setting of another form, and for a name that is not in the text.
+    Raises InputError if a setting has another form, or its name is not in the text.
     """
     if not settings:
         return text
@@ -354,7 +370,7 @@ def set_options(
 
 
 def set_option(program: Program, name: str, option: Option, missing: bool) -> tuple[Program, int]:
-    """The program with an option set in all calls of a name, and how many there are."""
+    """Set an option in all calls of a name. Returns the program, and the number of these calls."""
     hits = 0
 
     def visit(item: Call | Group, defined: bool = False) -> Call | Group:
@@ -395,17 +411,19 @@ Options = TypeVar("Options")
 
 
 def option(default: Any, help: str) -> Any:
-    """A field of an option dataclass: its default, and one line that says what it is."""
+    """A field of an option dataclass: its default, and one line of help."""
     return field(default=default, metadata={"help": help})
 
 
 class OneOf(NamedTuple):
-    """The type of an option whose value is a call, such as rope_scaling=linear(factor=4): name -> its dataclass."""
+    """The type of an option whose value is a call, such as rope_scaling=linear(factor=4).
+    `choices`: name -> its dataclass."""
 
     choices: dict[str, type]
 
     @property
     def accepted(self) -> str:
+        """The accepted values, as text for an error."""
         return "none or " + ", ".join(
             f"{name}({', '.join(f'{f.name}=...' for f in fields(choice))})"
             for name, choice in self.choices.items()
@@ -417,7 +435,8 @@ def read_options(
 ) -> Options:
     """The options of a call as the dataclass `kind`.
 
-    Raises InputError that names the layer, the option, the value and what is accepted, and shows the place in the text.
+    Raises InputError, which names the layer, the option, the value and what is accepted, and shows
+    the place in the text.
     """
     known = {each.name: each for each in fields(kind)}  # type: ignore[arg-type]
     hints = get_type_hints(kind, include_extras=True)
@@ -446,7 +465,8 @@ def read_options(
 
 
 def read_value(value: object, hint: Any, text: str) -> object:
-    """The value of an option in Python: a dataclass for a call, None for the word none if the type has no such word."""
+    """The value of an option in Python: a dataclass for a call, and None for the word none if
+    the type has no such word."""
     choices = next((note for note in get_args(hint) if isinstance(note, OneOf)), None)
     if choices is not None:
         name = value.name if isinstance(value, Call) else value
@@ -466,7 +486,7 @@ def alternatives(hint: Any) -> tuple:
 
 
 def write_options(options: Any) -> tuple[Option, ...]:
-    """The options that differ from their defaults, as they are written."""
+    """The options that differ from their defaults, in the form of the grammar."""
     hints = get_type_hints(type(options), include_extras=True)
     found = []
     for each in fields(options):
@@ -477,7 +497,7 @@ def write_options(options: Any) -> tuple[Option, ...]:
 
 
 def value_to_write(value: object, hint: Any) -> object:
-    """What read_value reads as this value."""
+    """The value in the form that read_value reads."""
     for note in get_args(hint):
         for name, choice in note.choices.items() if isinstance(note, OneOf) else ():
             if isinstance(value, choice):

@@ -1,8 +1,8 @@
-"""What a model learns. An objective joins with one line in OBJECTIVES.
+"""What a model learns. To add an objective, add a line to OBJECTIVES.
 
-An objective is a module, made as `Objective(config)`, which may hold parameters of its own. Its forward
-takes the model, what the model's head sees (B, T, D), the targets (B, T) and the pass's Context, and
-returns the loss in nats per predicted token. Anything else that is to be minimised it adds to the
+An objective is a module, created as `Objective(config)`, which may have parameters of its own. Its
+forward takes the model, the input of the model's head (B, T, D), the targets (B, T) and the pass's
+Context, and returns the loss in nats per predicted token. It adds any further losses to the
 context's record, as layers do.
 """
 
@@ -24,7 +24,8 @@ class NextToken(nn.Module):
         self.impl = config.impl
 
     def forward(self, model: nn.Module, x: Tensor, targets: Tensor, context: Context) -> Tensor:
-        if model.config.logit_softcap is not None:  # which the joint operation does not have
+        """The mean cross-entropy in nats per predicted token. Targets of IGNORE are left out."""
+        if model.config.logit_softcap is not None:  # the joint operation has no softcap
             logits = full_precision(model.logits(x)).flatten(0, 1)
             return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE)
         return linear_cross_entropy(

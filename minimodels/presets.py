@@ -1,6 +1,6 @@
-"""The presets: models by name, at the sizes that every comparison here uses.
+"""The presets: named models, at the sizes that every comparison here uses.
 
-Each architecture names its own presets; those that mix several are here.
+Each architecture defines its own presets. Those that mix architectures are defined here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from minimodels.grammar import names_in, parse, set_options
 
 
 class Size(NamedTuple):
-    """How many transformer blocks a preset has, how wide they are, and the options that go with it."""
+    """The number of transformer blocks at a size, their width, and the options that go with it."""
 
     blocks: int
     width: int
@@ -30,7 +30,9 @@ SIZES = {
         ("attention.heads=12", "mamba2.heads=24", "retention.heads=6", "deltanet.heads=6"),
     ),
 }
-MIXED = {  # and in the ratios of published models: Qwen3-Next, OLMo-Hybrid, Kimi Linear; Nemotron-H's has less attention
+# in the ratios of published models: Qwen3-Next, OLMo-Hybrid, Kimi Linear; Nemotron-H itself has
+# less attention
+MIXED = {
     "hybrid": "(mamba mlp mamba moe mamba mlp attention moe)*{quarter}",
     "qwen_next": "((deltanet(gate=scalar, output_gate=silu) moe)*3 attention(qk_norm=head) moe)*{quarter}",
     "olmo_hybrid": "((deltanet(gate=scalar, beta_max=2, output_gate=silu) mlp)*3 attention(qk_norm=full) mlp)*{quarter}",
@@ -38,7 +40,7 @@ MIXED = {  # and in the ratios of published models: Qwen3-Next, OLMo-Hybrid, Kim
     " attention(rope_base=0) moe)*{quarter}",
     "nemotron_h": "(mamba2 mlp mamba2 mlp mamba2 attention(rope_base=0) mlp)*{quarter}",
 }
-PRESETS = {  # preset -> its layers, at n transformer blocks
+PRESETS = {  # preset -> its layers, for n transformer blocks
     name: layers
     for kind in (*LAYERS.values(), *WRAPPERS.values())
     for name, layers in getattr(kind, "presets", {}).items()
@@ -49,7 +51,7 @@ MAIN = ("transformer", "mamba", "moe", "mod", "hybrid")  # which every compariso
 
 
 def layers_of(model: str, size: str) -> str:
-    """The layers of a preset as text. Raises InputError for another model or size."""
+    """The layers of a preset as text. Raises InputError if the model or size is unknown."""
     if model not in PRESETS:
         raise InputError("model", model, nearest(model, PRESETS))
     if size not in SIZES:
@@ -59,7 +61,7 @@ def layers_of(model: str, size: str) -> str:
 
 
 def fitted(text: str, size: str) -> str:
-    """Layers with the options that go with a size, in those that do not set them themselves."""
+    """Layers with the options of a size, except where they set them themselves."""
     names = names_in(parse(text))
     settings = [each for each in SIZES[size].settings if each.split(".")[0] in names]
     return set_options(text, settings, missing=True)
@@ -68,8 +70,8 @@ def fitted(text: str, size: str) -> str:
 def preset(model: str, size: str = "tiny", *settings: str, **overrides) -> Config:
     """The named preset as a Config: model is one of PRESETS, size one of SIZES.
 
-    `settings` set options of its layers, such as "mamba.state_size=32". `overrides` are fields of Config.
-    Raises InputError for a name that is not known.
+    `settings` set options of its layers, such as "mamba.state_size=32". `overrides` are fields of
+    Config. Raises InputError for an unknown name.
     """
     known = [field.name for field in fields(Config)]
     for name in overrides:

@@ -1,4 +1,4 @@
-"""To continue a prompt with a trained or a published model, printing each token as it comes:
+"""Continues a prompt with a trained or a published model, and prints each token as it is drawn:
 
 python -m minimodels.sample runs/transformer --prompt "def " --temperature 0.8 --min-p 0.05
 python -m minimodels.sample FOLDER_OR_HUB_ID --prompt "Once upon a time"
@@ -30,27 +30,29 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-TOKENS = 400  # of a published model
+TOKENS = 400  # default for a published model
 
 
 @dataclass(frozen=True)
 class Options:
-    """Continue a prompt with a trained or a published model, printing each token as it comes."""
+    """Continue a prompt with a trained or a published model, and print
+    each token as it is drawn."""
 
     model: tyro.conf.Positional[str]
-    """folder of a training run, or a published model: a folder in the Hugging Face format or an id of its hub"""
+    """folder of a training run, or a published model: a folder in the Hugging Face
+    format or an id of its hub"""
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = Sampling()
     prompt: str = "def "
     """text to continue"""
     tokens: Natural | None = None
-    """how many tokens to add, unless the model ends the text before; by default a run's context is filled, and
-    a published model adds 400"""
+    """most tokens to add, unless the model ends the text earlier; by default a run's context is
+    filled, and a published model adds 400"""
     seed: Annotated[int, Range(0, 2**63 - 1, "a whole number from 0, below 2^63")] = 0
     """the same seed draws the same text"""
     device: str = "auto"
     """auto, cpu or cuda"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto (as the file has it), float32, bfloat16 or float16"""
+    """auto (the type in the file), float32, bfloat16 or float16"""
     ignore: tuple[str, ...] = ()
     """entries of a published config.json to ignore although they are unknown here"""
 
@@ -61,7 +63,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Stream the prompt and what follows."""
+    """Print the prompt, and then each token as it is drawn."""
     device, dtype = pick_device(options.device), DTYPES[options.dtype]
     folder, context = Path(options.model), None
     if (folder / "options.json").exists():
@@ -86,7 +88,8 @@ def main(options: Options) -> None:
 
 
 def tokens_to_add(asked: int | None, context: int | None, prompt: int) -> int:
-    """How many tokens to generate. If they reach beyond the context of training, a note says so."""
+    """The number of tokens to generate. If they go beyond the context of
+    training, it prints a note."""
     if asked is None:
         return TOKENS if context is None else max(1, context - prompt)
     if context is not None and prompt + asked > context:

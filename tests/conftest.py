@@ -1,6 +1,6 @@
-"""Without a GPU the kernels are interpreted, which must be said before Triton is imported.
+"""Without a GPU, use the interpreter for the kernels. This must be set before Triton is imported.
 
-One thread, for the tensors are small.
+Use one thread, because the tensors are small.
 """
 
 import os
@@ -20,7 +20,8 @@ def short_chunks(monkeypatch):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests of kernels where these can be neither compiled nor interpreted, and say why."""
+    """Skip the tests of kernels if these can be neither compiled nor
+    interpreted, and give the reason."""
     from minimodels.kernels import require
 
     from minimodels.errors import InputError

@@ -1,4 +1,5 @@
-"""What the tests of the recurrent mixers share: layers of a text, the laws in short, copied weights, peers."""
+"""Shared by the tests of the recurrent mixers: layers built from a text, the laws in
+short, copied weights, peers."""
 
 import inspect
 
@@ -47,7 +48,7 @@ def same(actual, expected, tolerance: float = 1e-9, name: str = ""):
 
 
 def gradients(outputs: list[torch.Tensor], inputs: dict[str, torch.Tensor]) -> dict:
-    """Of a loss that weighs every number of the outputs differently."""
+    """Gradients of a loss that gives every number of the outputs a different weight."""
     loss = sum(
         (out * random(*out.shape, seed=i).to(out.dtype)).sum() for i, out in enumerate(outputs)
     )
@@ -55,7 +56,8 @@ def gradients(outputs: list[torch.Tensor], inputs: dict[str, torch.Tensor]) -> d
 
 
 def check_chunking(text: str):
-    """A text in pieces gives outputs, final state and gradients of the whole, on both paths."""
+    """A text in pieces gives the outputs, final state and gradients of the
+    whole text, on both paths."""
     expected = None
     for impl, cuts in (("torch", []), ("torch", [1, 4, 17]), ("torch", [5]), ("reference", [])):
         layer, x = make(text, impl=impl), random(ROWS, T, WIDTH).requires_grad_()
@@ -73,7 +75,8 @@ def check_chunking(text: str):
 
 
 def check_padding(text: str):
-    """Padded rows are what each is alone, and continue as each would alone; padding changes no state."""
+    """Padded rows give what each row gives alone, and continue as each would alone.
+    Padding changes no state."""
     layer, x, more = make(text), random(ROWS, T, WIDTH), random(ROWS, 6, WIDTH, seed=2)
     lengths = (T, 1, 10)
     positions = torch.stack(
@@ -96,7 +99,8 @@ def check_padding(text: str):
 
 
 def check_packing(text: str):
-    """Documents in one row are what each is alone, with gradients, also if the row comes in pieces."""
+    """Documents in one row give what each gives alone, with gradients, even if
+    the row comes in pieces."""
     layer, x = make(text), random(ROWS, T, WIDTH).requires_grad_()
     positions, starts = torch.full((ROWS, T), -1), torch.zeros(ROWS, T, dtype=torch.int64)
     places = []
@@ -125,10 +129,11 @@ def check_packing(text: str):
 
 
 def check_parity(ours: nn.Module, peer: nn.Module, layout, tolerance: float, call=None):
-    """Copies the peer's weights; then outputs are equal at odd lengths, and the gradients of the input and of all weights.
+    """Copy the peer's weights. Then outputs must be equal at odd lengths, and so must the gradients
+    of the input and of all weights.
 
-    layout(tensors by the peer's names) -> the same by our names, which is applied to weights and to their gradients; call(x)
-    calls the peer, if that is not peer(x).
+    layout(tensors by the peer's names) -> the same by our names; it is applied to weights and to
+    their gradients. call(x) calls the peer, if that is not peer(x).
     """
     names, theirs = dict(ours.named_parameters()), dict(peer.named_parameters())
     weights = layout(theirs)
@@ -149,14 +154,15 @@ def check_parity(ours: nn.Module, peer: nn.Module, layout, tolerance: float, cal
 
 
 def same_gradient(actual: torch.Tensor, expected: torch.Tensor, tolerance: float, name: str):
-    """Equal but for a tolerance relative to the largest number of the gradient."""
+    """Compare two gradients, with a tolerance relative to the largest number."""
     scale = expected.abs().max()
     assert scale > 0, name
     same(actual / scale, expected / scale, tolerance, name)
 
 
 def use_torch(monkeypatch, *modules):
-    """Let the functions of transformers' modules be those in plain torch, whatever packages of kernels are installed."""
+    """Make transformers' modules use their plain torch functions, even if packages
+    of kernels are installed."""
     for module in modules:
         for name, value in list(vars(module).items()):
             if inspect.isfunction(value) and value.__module__ == module.__name__:

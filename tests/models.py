@@ -1,8 +1,8 @@
-"""The layers that every law is tested on, as texts. A new layer joins with one line in CASES.
+"""The layers that every law is tested on, as texts. To add a layer, add a line to CASES.
 
-Options that the width of 16 asks for, or several chunks, windows or documents in 23 tokens, are in the text.
-The first text of a layer meets all laws, the others the quick ones. Wrappers are tried around
-REPRESENTATIVES.
+The texts set the options that the width of 16 needs, or that give several chunks, windows or
+documents in 23 tokens. The first text of a layer is tested with all laws, the others with the fast
+ones. Wrappers are tested around REPRESENTATIVES.
 """
 
 import torch
@@ -78,7 +78,8 @@ CASES = {
     "mod": [
         "mod(attention mlp, capacity=0.3)",
         "mod(attention mlp, capacity=0.3, route=router)",
-        "mod(attention(window=8), capacity=0.3)",  # which holds the tokens but not their positions
+        # the window is wider than the number of tokens, but not than their positions
+        "mod(attention(window=8), capacity=0.3)",
         "mod(attention mod(mamba mlp, capacity=0.5), capacity=0.5)",
     ],
 }
@@ -90,7 +91,7 @@ SHARED = [
 ]
 WRAPPED = [f"mod({layer}, capacity=0.75)" for layer in REPRESENTATIVES]
 NAMES = [texts[0] for texts in CASES.values()]
-MODELS = {  # the presets that mix layers
+MODELS = {  # presets that mix layers
     name: PRESETS[name].format(n=2, twice=4, half=2, quarter=1)
     for name in ("transformer", "moe", "mod", "hybrid", "olmo_hybrid")
 }
@@ -103,14 +104,15 @@ ALL = list(
     )
 )
 TOKENWISE = ("mlp", "moe")  # layers that see one token at a time
-NOT_CAUSAL = {  # text -> whether it is so in training mode alone
+NOT_CAUSAL = {  # text -> whether this is so only in training mode
     "mod(attention mlp, capacity=0.3)": True,
     "moe(experts=4, router=expert_choice)": False,
 }
 
 
 def make(layers: str, seed: int = 0, dtype: torch.dtype = torch.float64, **fields) -> nn.Module:
-    """A stack in evaluation mode with parameters so large that every part, gate and router matters."""
+    """A stack in evaluation mode, with parameters so large that every part,
+    gate and router matters."""
     torch.manual_seed(seed)
     stack = build(Config(**{"layers": layers, "width": WIDTH, **fields})).to(dtype)
     with torch.no_grad():
@@ -125,7 +127,7 @@ def make(layers: str, seed: int = 0, dtype: torch.dtype = torch.float64, **field
 def observe(
     layer: nn.Module, x: torch.Tensor, state=None, **given
 ) -> tuple[torch.Tensor, object, Record]:
-    """What a layer makes of x, its state, and the record of the pass, traces included."""
+    """The output of a layer for x, its state, and the record of the pass, including traces."""
     context = Context(**given)
     context.record.traces = {}
     y, state = layer(x, state, context)
@@ -134,7 +136,8 @@ def observe(
 
 
 def scored(model: nn.Module, batches) -> tuple[float, float]:
-    """What an evaluation must find over the targets that are asked for: mean loss in nats, share of right answers."""
+    """What an evaluation should give for the targets that count: mean loss in nats,
+    share of right answers."""
     model.eval()
     losses, right = [], []
     for tokens, targets in batches:

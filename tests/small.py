@@ -14,6 +14,6 @@ SETTINGS = (
 
 
 def small(model: str) -> list[str]:
-    """The settings that concern a preset."""
+    """The settings that apply to a preset."""
     names = names_in(parse(layers_of(model, "tiny")))
     return [each for each in SETTINGS if each.split(".")[0] in names]

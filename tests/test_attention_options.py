@@ -1,4 +1,5 @@
-"""Options of attention: each against its definition, and against transformers if a class has it."""
+"""Options of attention. Each is compared with its definition, and with transformers
+if a class there has it."""
 
 import math
 
@@ -41,7 +42,8 @@ def layer(text, seed=0):
     "form", ["causal", "remembered", "window", "band", "one", "documents", "padded"]
 )
 def test_the_paths_agree(form, with_sink, softcap, blocks, monkeypatch):
-    """Outputs and the gradients of q, k, v and the sink, in every form of mask, in one block or many."""
+    """They agree in outputs and the gradients of q, k, v and the sink, for every form of
+    mask, in one block or many."""
     monkeypatch.setattr(operation, "MASK", blocks)
     T, S, window, starts, positions = {
         "causal": (13, 13, None, None, None), "remembered": (5, 13, None, None, None), "window": (7, 7, 5, None, None),
@@ -72,7 +74,8 @@ def test_the_paths_agree(form, with_sink, softcap, blocks, monkeypatch):
 
 
 def test_a_sink_is_a_gate_of_the_sum_of_the_scores():
-    """It multiplies by sigmoid(logsumexp(scores) - logit); a logit far below the scores changes nothing."""
+    """A sink multiplies the output by sigmoid(logsumexp(scores) - logit). A logit far below the
+    scores changes nothing."""
     q, k, v = qkv()
     sink = torch.linspace(-1, 2, H, dtype=torch.float64)
     scores = q @ k.repeat_interleave(H // G, 1).mT * D**-0.5
@@ -178,7 +181,7 @@ def test_a_part_of_a_head_is_rotated():
     ],
 )
 def test_yarn_is_that_of_transformers(given, pairs):
-    """Bit for bit, the factor on queries and keys included."""
+    """The frequencies are equal bit for bit, and so is the factor on queries and keys."""
     utils = pytest.importorskip("transformers.modeling_rope_utils")
     transformers = pytest.importorskip("transformers")
     rope = {
@@ -214,7 +217,7 @@ def test_yarn_sharpens_the_scores_by_the_square_of_its_factor():
 
 
 def test_a_sink_is_served_by_the_fused_operation(monkeypatch):
-    """No scores are in memory: PyTorch's operation is called, for every form of mask."""
+    """PyTorch's operation is called for every form of mask, so the scores are never in memory."""
     calls = []
     fused = F.scaled_dot_product_attention
     monkeypatch.setattr(

@@ -1,5 +1,5 @@
-"""Pictures: colours that stay, numbers that can be read, names beside their lines, answers that
-claim no more than they may."""
+"""Pictures: stable colours, readable numbers, names next to their lines, and answers that claim no
+more than the data show."""
 
 import itertools
 import json
@@ -31,13 +31,13 @@ def figures_of(paths) -> dict:
 
 @pytest.fixture(autouse=True)
 def closed():
-    """No figure stays open."""
+    """Close all figures after each test."""
     yield
     drawing.pyplot().close("all")
 
 
 def claim(values: dict[str, list[list[float]]], **more) -> list[dict]:
-    """Rows of a claim: of each model, of each seed, y at x = 1, 2, and so on."""
+    """Rows of a claim, for each model and seed: y at x = 1, 2, and so on."""
     shared = {"benchmark": "claim", "claim": "c", "panel": "p", "question": "?", "file": "f"}
     shared |= {"x_label": "training steps", "y_label": "bits", "data": "stdlib", "x_log": False}
     return [

@@ -1,5 +1,5 @@
-"""The session that measures a GPU, rehearsed at toy sizes: every branch runs, and what goes wrong
-costs its own rows alone."""
+"""The session that measures a GPU, rehearsed at toy sizes: every branch runs, and a failure
+affects only its own rows."""
 
 import importlib
 import json
@@ -32,7 +32,7 @@ def session(tmp_path) -> Session:
 
 
 def statuses(rows: list[dict], **wanted) -> set[str]:
-    """How the rows ended that have these values."""
+    """The status of each row that has these values."""
     return {
         row["status"]
         for row in rows
@@ -41,7 +41,7 @@ def statuses(rows: list[dict], **wanted) -> set[str]:
 
 
 def code(text: str):
-    """A check of every operation by this Python code."""
+    """Make this Python code the check of every operation."""
     return lambda operation: [sys.executable, "-c", text.replace("OPERATION", operation)]
 
 
@@ -140,7 +140,7 @@ def test_what_a_check_runs_is_the_kernels_own():
 
 
 def test_the_time_is_kept(tmp_path, monkeypatch):
-    """A call that does not end is cut off, and what finds no time is named."""
+    """A call that does not end is stopped, and jobs that found no time are named."""
     slow = Job("slow", lambda session: session.journal.attempt({"job": "slow"}, forever))
     monkeypatch.setattr(everything, "plan", lambda toy: [slow, *races.jobs(races.FIRST[:2])])
     monkeypatch.setattr(everything, "CLOSING", 1.0)
@@ -219,7 +219,7 @@ def test_a_lost_gpu_is_left_behind(session, monkeypatch):
 
 
 def test_a_call_that_hangs_is_left_behind(tmp_path):
-    """No Python runs in it, so that only another thread can end it."""
+    """The call runs no Python code, so only another thread can end it."""
     text = f"""
 import os, threading, time
 from pathlib import Path
@@ -264,7 +264,8 @@ def test_again_repeats_what_failed_then_sweeps_then_does_what_was_missed():
     ends = {"right": "done", "late": "no time", "failed": "wrong", "unchecked": "left out"}
     earlier = [{"job": job, "status": status} for job, status in ends.items()]
     earlier += [{"job": "failed", "status": "done"}, {"job": "right", "status": "skipped"}]
-    earlier.append({"job": "right", "status": "failed", "provider": "liger"})  # and would again
+    # and would fail again
+    earlier.append({"job": "right", "status": "failed", "provider": "liger"})
     names = [job.name for job in everything.remaining(jobs, earlier, [])]
     swept = [job.name for job in sweep.jobs()]
     assert names == ["failed", *swept, "late", "never", "unchecked"]
@@ -286,7 +287,7 @@ def test_again_checks_only_what_is_not_known_to_be_right(tmp_path, monkeypatch):
         (earlier / "rows.jsonl").write_text(json.dumps({**row, **known}) + "\n")
         options = everything.Options(out=tmp_path / name, dry=True, again=earlier)
         everything.main(options)
-    assert checked == [("rmsnorm",)]  # of the other commit
+    assert checked == [("rmsnorm",)]  # only after a change of commit
     with pytest.raises(InputError, match="--resume"):
         everything.main(options)
     with pytest.raises(InputError, match="again: .* rows.jsonl"):
@@ -406,4 +407,4 @@ def test_a_rehearsal_interprets(monkeypatch, tmp_path):
 def test_memory_is_told_of_training_on_a_gpu_alone(session):
     call, losses, memory = whole.start(whole.config_of("transformer", "torch", True), 1, 8, session)
     assert memory is None and len(losses) == 2
-    assert float(call()) < losses[0]  # the same tokens again and again
+    assert float(call()) < losses[0]  # the same tokens every time

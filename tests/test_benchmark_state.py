@@ -1,4 +1,5 @@
-"""The claims about states: their models and tasks exist, and what they record of a trained model is right."""
+"""The claims about states: their models and tasks exist, and their records of a
+trained model are right."""
 
 from itertools import pairwise
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ def test_models_and_tasks_exist(name, small):
 
 
 def test_accuracy_by_position():
-    """A model that is right up to some position and wrong from there on."""
+    """The model here is right up to some position, and wrong after it."""
     context = 16
     run = SimpleNamespace(data="parity", context=context)
 
@@ -46,7 +47,8 @@ def test_accuracy_by_position():
 
 
 def test_keys_are_overwritten_as_often_as_said():
-    """Each text of the last record has room for nine values of every key, and the first for one."""
+    """Each text of the last record has room for nine values of every key. The
+    first has room for one."""
     claim = STATE["overwrite"](True)
     run, contexts = claim.runs[-1], []
 

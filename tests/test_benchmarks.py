@@ -1,4 +1,5 @@
-"""The benchmarks at tiny sizes: they run, their rows hold what plots need, and what they compute from rows is right."""
+"""The benchmarks at tiny sizes: they run, their rows have what plots need, and results
+computed from rows are right."""
 
 import contextlib
 import gc
@@ -57,9 +58,8 @@ def test_crossover_is_where_the_ratio_rises_through_one():
     even = crossover(contexts, [[0.5, 0.5], [math.sqrt(0.5)] * 2, [1.0, 1.0], [2.0, 2.0]])
     assert (even.median, even.low, even.high) == (1024, 1024, 1024)
     between = crossover(contexts, [[0.5] * 3, [0.5] * 3, [2.0] * 3, [4.0] * 3])
-    assert between.median == pytest.approx(
-        512 * math.sqrt(2)
-    )  # half way between 1/2 and 2, in logarithms
+    # half way between 1/2 and 2, in logarithms
+    assert between.median == pytest.approx(512 * math.sqrt(2))
     spread = crossover(
         contexts, [[0.5, 0.5, 0.5], [0.5, 0.9, 0.5], [2.0, 1.1, 4.0], [4.0, 4.0, 4.0]]
     )
@@ -96,9 +96,8 @@ def test_the_crossover_is_that_of_the_fastest_way_of_either():
             rows.append(
                 {"model": name, "base": base, "context": context, "seconds": [seconds, seconds]}
             )
-    rows.append(
-        {"model": "t again", "base": "transformer", "context": 1024, "seconds": [0.1, 0.1]}
-    )  # only shows the noise
+    # only shows the noise
+    rows.append({"model": "t again", "base": "transformer", "context": 1024, "seconds": [0.1, 0.1]})
     assert overtaking(rows).median == pytest.approx(512 * 2 ** (2 / 3))  # from 1/4 to 2
     assert overtaking(rows[:3]) is None  # one context
 
@@ -115,7 +114,7 @@ def test_timings_are_interleaved_and_compared_round_by_round():
 
 @pytest.mark.parametrize("name", peers.MODELS)
 def test_peers_have_our_logits_and_generate_our_tokens(name, tmp_path, monkeypatch):
-    """Which main asserts before it times."""
+    """main checks both before it times anything."""
     monkeypatch.setattr(
         peers, "interleave", lambda calls, **_: interleave(calls, rounds=1, seconds=0, warm=False)
     )
@@ -220,11 +219,12 @@ def test_throughput_compares_paths(tmp_path):
     cudnn = throughput.providers(
         configs, throughput.replace(options, impl=("torch", "cudnn")), "prefill"
     )
+    # no attention, no cuDNN
     assert list(cudnn) == [
         "transformer, torch",
         "mlp, torch",
         "transformer, cudnn",
-    ]  # no attention, no cuDNN
+    ]
     throughput.main(throughput.replace(options, compile=False))
     assert {(row["base"], row["impl"]) for row in rows_of(out)} == {
         ("transformer", "torch"), ("transformer", "reference"), ("mlp", "torch"), ("mlp", "reference")
@@ -232,7 +232,7 @@ def test_throughput_compares_paths(tmp_path):
 
 
 def test_decoding_is_captured_where_nothing_waits_for_the_gpu(monkeypatch):
-    """A graph reads model and state by address, so these must live as long as it does."""
+    """A graph reads model and state by address, so both must live as long as it does."""
     monkeypatch.setattr(throughput, "pick_device", lambda name: torch.device("cuda"))
     configs = {name: preset(name) for name in ("transformer", "mamba", "moe", "mod", "hybrid")}
     named = throughput.providers(
@@ -264,9 +264,8 @@ def test_every_sweep_measures_the_points_of_the_first(monkeypatch, tmp_path):
     clock = iter(range(1, 100))
 
     def measure(mode, given, context, batch, options, device):
-        sweep = next(
-            clock
-        )  # each call takes longer, so that patience ends at another context in each sweep
+        # each call takes longer, so that patience ends at another context in each sweep
+        sweep = next(clock)
         rows = {name: throughput.describe_point(mode, name, provider, context, batch, options)
                 for name, provider in given.items()}  # fmt: skip
         return [{**row, "seconds": [context / 256 * sweep]} for row in rows.values()]
@@ -383,7 +382,7 @@ def test_routing_decisions_are_those_of_all_batches_scored(monkeypatch):
     run = claims.Run("mod, predictor", config, "stdlib", 16, 1, 2)
     torch.manual_seed(0)
     model = LM(run.config)
-    for router in model.routers:  # so that they do not treat all tokens alike
+    for router in model.routers:  # so that they do not treat all tokens the same
         for parameter in router.predictor.parameters():
             torch.nn.init.normal_(parameter)
     oracle, causal = claims.routes(model, run, torch.device("cpu"))
@@ -437,9 +436,8 @@ def test_without_selection_mamba_is_a_time_invariant_recurrence():
     ].backward()
     assert all(parameter.grad is not None for parameter in layer.parameters())
 
-    layer.in_proj = layer.out_proj = (
-        torch.nn.Identity()
-    )  # then x is both signal and gate, where it is handed in twice
+    # then x is both signal and gate, where it is handed in twice
+    layer.in_proj = layer.out_proj = torch.nn.Identity()
     u = x.repeat(1, 2)[None]
     signal, _ = causal_conv1d(
         x[None], layer.conv1d.weight.squeeze(1), layer.conv1d.bias, None, activation=True
@@ -488,9 +486,8 @@ def test_routing_shows_what_the_routers_chose():
     assert depth.count(routing.TAKEN) == 5  # half of nine, rounded up
     assert [choice is None for choice in depth] == [choice is None for choice in inner]
     assert None not in outer
-    assert (
-        routing.trace(lm, tokens)["mod layers.0"] != depth and lm.causal
-    )  # nothing is left behind
+    # nothing is left behind
+    assert routing.trace(lm, tokens)["mod layers.0"] != depth and lm.causal
     assert "<script" not in routing.page("<script>", ["<"] * 9, shown)
 
 
@@ -581,7 +578,7 @@ def test_a_cpu_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
 
 
 def test_a_cpu_is_asked_for_what_there_is(tmp_path):
-    """Every step of the plan is a command whose options exist."""
+    """Every step of the plan is a command, and its options exist."""
     for name, (module, *arguments) in (
         (name, step[1:]) for name, step in steps.steps(tmp_path, "torch").items()
     ):
@@ -771,9 +768,8 @@ def test_a_crossover_is_the_last_one_of_most_rounds():
         {**row, "context": 256},
         {**row, "context": 256, "base": "mamba", "seconds": [8.0] * 3},
     ]
-    assert overtaking(rows).median == pytest.approx(
-        256 * math.sqrt(2)
-    )  # 512 before 256, the faster by its median
+    # 512 before 256, the faster by its median
+    assert overtaking(rows).median == pytest.approx(256 * math.sqrt(2))
 
 
 def test_timings_are_of_one_call():
@@ -905,9 +901,8 @@ def test_a_run_for_a_comparison_takes_the_steps_that_it_says():
 def test_a_comparison_is_scored_on_held_out_batches_as_in_use():
     data = training.open_data("mqar(pairs=2, vocab=8)", 32)
     torch.manual_seed(0)
-    model = LM(
-        Config(layers="mod(mlp)", width=16, vocab=8, tie_embeddings=False)
-    )  # a tied head repeats its token
+    # a tied head repeats its token
+    model = LM(Config(layers="mod(mlp)", width=16, vocab=8, tie_embeddings=False))
     scores = training.score(model, data, 4, 8)
     assert model.training
     nats, accuracy = scored(model, data.validation(4, 8))

@@ -1,4 +1,4 @@
-"""What a whole model shares, the presets, and what they cost."""
+"""The settings of a whole model, the presets, and their costs."""
 
 import dataclasses
 
@@ -71,7 +71,8 @@ def test_unknown_preset_names_the_known():
 @pytest.mark.parametrize("model", PRESETS)
 @pytest.mark.parametrize("size", SIZES)
 def test_presets_have_comparable_costs(model, size):
-    """At one size every preset but the routed-depth one costs about what the transformer does per token."""
+    """At one size, every preset except the one with mixture-of-depths costs about as much per
+    token as the transformer."""
     cost, transformer = (ledger(preset(name, size), 256) for name in (model, "transformer"))
     if "mod(" in layers_of(model, size):
         assert cost.forward_flops < 0.7 * transformer.forward_flops
@@ -116,7 +117,7 @@ def test_a_size_sets_what_the_text_does_not():
 
 @pytest.mark.parametrize("model", PRESETS)
 def test_presets_are_texts(model):
-    """What a preset is can be written, and read as the same model."""
+    """The layers of a preset can be written, and read as the same model."""
     config = preset(model)
     again = dataclasses.replace(config, layers=write(parse(config.layers)))
     assert again.calls == config.calls

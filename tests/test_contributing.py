@@ -1,4 +1,4 @@
-"""The worked example of CONTRIBUTING.md and the Python of README.md are run as they stand."""
+"""Runs the worked example of CONTRIBUTING.md and the Python code of README.md unchanged."""
 
 import re
 import sys
@@ -27,13 +27,13 @@ LAWS = [
 
 
 def blocks(file: str) -> list[str]:
-    """The Python of a document."""
+    """The Python blocks of a document."""
     return re.findall(r"```python\n(.*?)```", (ROOT / file).read_text(), re.DOTALL)
 
 
 @pytest.fixture
 def example(monkeypatch) -> types.ModuleType:
-    """The example as a module of its own, registered by its one line."""
+    """The example as a module, registered by its one line."""
     (code,) = blocks("CONTRIBUTING.md")
     module = types.ModuleType("gated_recurrence")
     monkeypatch.setitem(sys.modules, "gated_recurrence", module)

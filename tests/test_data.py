@@ -1,4 +1,4 @@
-"""Text and tasks: the right tokens, the same for everyone on one seed."""
+"""Text and tasks: the right tokens, and the same ones for every model with the same seed."""
 
 import functools
 import itertools
@@ -66,11 +66,12 @@ def test_of_many_files_some_are_held_out_and_never_trained_on(folder):
 
 
 def test_few_files_are_joined_and_split_by_position(folder):
-    """Whatever their names are, so that none has to be held out whole."""
+    """The split does not depend on their names, so no file is held out whole."""
     joined = b"".join(file.read_bytes() for file in sorted(folder.iterdir()))
     (folder / os.fsdecode(b"\xff")).write_bytes(b"last")  # a name that is no text
     (folder / "run").mkdir()
-    for name in ("checkpoint.safetensors", "log.jsonl"):  # what a training run has left is no text
+    # files that a training run has written are not text
+    for name in ("checkpoint.safetensors", "log.jsonl"):
         (folder / "run" / name).write_bytes(b"not this")
     data = open_data(str(folder), 30)
     spans = [bytes(span[0 : len(span)].tolist()) for span in data.spans.values()]
@@ -287,7 +288,7 @@ def test_parity_is_that_of_the_ones_so_far():
 
 
 def test_s3_multiplies_permutations_in_their_order():
-    """Each permutation moves the things that the ones before have moved."""
+    """Each permutation moves the things to which the earlier ones have been applied."""
     permutations = list(itertools.permutations(range(3)))
     tokens, targets = open_data("s3", 17).batch(0, 0, 20)
     for row, answers in zip(tokens.tolist(), targets.tolist(), strict=True):

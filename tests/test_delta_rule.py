@@ -1,4 +1,5 @@
-"""The delta rule: chunks against the recurrence, gradients by name, states, documents, padding, extremes and identities."""
+"""The delta rule: chunks against the recurrence, gradients by name, states, documents, padding,
+extreme values and identities."""
 
 import importlib.util
 from pathlib import Path
@@ -29,7 +30,8 @@ def arguments(
     erase_heads: int = G,
     dtype: torch.dtype = torch.float64,
 ) -> dict[str, Tensor | None]:
-    """Random ones. Keys and erase vectors are short, so that the state stays about as large as the values."""
+    """Random inputs. Keys and erase vectors are short, so that the state stays about
+    as large as the values."""
     generator = torch.Generator().manual_seed(T)
 
     def normal(*shape):
@@ -55,7 +57,8 @@ def results(given: dict[str, Tensor | None], impl: str = "torch", **options) -> 
 
 
 def weights(x: Tensor) -> Tensor:
-    """A different one for each number; those of a shorter text are those of a longer one's first tokens."""
+    """A different weight for each number. A shorter text has the weights of a
+    longer text's first tokens."""
     return torch.cos(torch.arange(x[0].numel(), dtype=x.dtype)).view_as(x[0])
 
 
@@ -68,13 +71,13 @@ def same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: floa
 
 
 def tokens(given: dict, now: slice) -> dict:
-    """Some of the tokens, with the state as it is."""
+    """Part of the tokens, with the state unchanged."""
     return {n: p if p is None or n == "state" else p[:, now] for n, p in given.items()}
 
 
 @pytest.fixture
 def chunks_of(monkeypatch):
-    """Fixes the tokens to a chunk and the chunks that are computed at once, two."""
+    """A function that sets the tokens per chunk, and computes two chunks at once."""
 
     def fix(C: int) -> None:
         monkeypatch.setattr(module, "CHUNK", C)
@@ -89,7 +92,8 @@ def chunks_of(monkeypatch):
     [(1, 5), (4, 7), (4, 8), (4, 9), (4, 21), (16, 15), (16, 33), (64, 2), (64, 63), (64, 65)],
 )
 def test_chunks_equal_the_recurrence(chunks_of, C, T, kind):
-    """Outputs, final state and all six gradients; the states between slabs of two chunks are handed on."""
+    """They agree in outputs, final state and all six gradients. The state between slabs of
+    two chunks is passed on."""
     chunks_of(C)
     given = arguments(T, **KINDS[kind])
     same(results(given), results(given, "reference"))
@@ -121,7 +125,8 @@ def test_single_precision_is_close_to_double(kind, T):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("split", [1, 16, 36])
 def test_a_state_continues_a_text(kind, split):
-    """Two pieces give the outputs, state and gradients of the whole, through the state between them."""
+    """Two pieces, with the state between them, give the outputs, state and
+    gradients of the whole text."""
     given = {n: p if p is None else p.requires_grad_() for n, p in arguments(**KINDS[kind]).items()}
     wanted = {name: part for name, part in given.items() if part is not None}
     whole = delta_rule(**given)
@@ -186,7 +191,7 @@ def test_groups_are_repeated_heads(kind):
     same(apart, grouped)
 
 
-# What tokens do to the state.
+# How tokens change the state.
 
 
 def test_without_gates_it_is_causal_linear_attention():
@@ -200,7 +205,8 @@ def test_without_gates_it_is_causal_linear_attention():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("gate", [-50.0, -1e4, float("-inf")])
 def test_one_strong_gate_forgets(kind, gate):
-    """What follows is what a state of zero gives; nothing is NaN, and no gradient passes."""
+    """Later tokens give what they give after a state of zero. Nothing is NaN,
+    and no gradient passes."""
     given = arguments(dtype=torch.float32, **KINDS[kind])
     given["g"][:, 20] = gate
     forgotten = results(given)
@@ -214,7 +220,8 @@ def test_one_strong_gate_forgets(kind, gate):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("gate", [-5.0, -100.0, 0.0])
 def test_one_gate_for_all_tokens(kind, gate):
-    """64 tokens in one chunk: the product of their decays is 1e-139 at -5, and 0 long before the end at -100."""
+    """There are 64 tokens in one chunk. The product of their decays is 1e-139 at -5, and at -100 it
+    is 0 long before the end."""
     given = arguments(64, dtype=torch.float32, **KINDS[kind])
     given["g"] = torch.full_like(given["g"], gate)
     given["e"] = None if given["e"] is None else 0.2 * given["e"]
@@ -232,7 +239,8 @@ def deltanet(T: int, beta: float, dtype=torch.float64) -> dict[str, Tensor]:
 
 
 def test_beta_1_stores_the_value_exactly():
-    """The key of the first token comes again at the end with another value: what is read under it is the last one."""
+    """The first token's key appears again at the end with another value. Reading with
+    it gives the last value."""
     given = deltanet(37, 1.0)
     given["k"][:, -1], given["e"][:, -1] = given["k"][:, 0], given["e"][:, 0]
     _, state = delta_rule(**given)
@@ -257,8 +265,9 @@ def test_beta_0_changes_nothing():
 
 @pytest.mark.parametrize("vector", [False, True], ids=["scalar", "vector"])
 def test_the_gradient_is_the_operation_with_k_and_e_exchanged(vector):
-    """Backwards in time, R <- Diag(α)(R + q dyᵀ - e (Rᵀ k)) as the rule's decay, of R + q dyᵀ, after the erasing: each step is
-    two of the operation's, one that writes q dyᵀ and one that decays, with every decay a step late."""
+    """Backwards in time, the gradient is R <- Diag(α)(R + q dyᵀ - e (Rᵀ k)). This is the rule
+    applied to R + q dyᵀ, with the decay after the erasing. Each step is two steps of the operation:
+    one writes q dyᵀ, and one erases and decays. Every decay comes one step late."""
     given = arguments(9, vector=vector, erase_heads=H)
     given |= {n: given[n].repeat_interleave(H // G, 2) for n in ("q", "k")}
     leaf = {**given, "state": given["state"].requires_grad_()}
@@ -295,7 +304,8 @@ def with_resets(T: int = 37) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("C", [4, 16])
 def test_a_document_is_what_it_is_alone(chunks_of, C, kind):
-    """Outputs, states and gradients; the other row is one document, which continues the state."""
+    """Outputs, states and gradients are the same. The other row is one document,
+    which continues the state."""
     chunks_of(C)
     given = arguments(**KINDS[kind])
     packed = results(given, resets=with_resets())
@@ -312,7 +322,7 @@ def test_a_document_is_what_it_is_alone(chunks_of, C, kind):
         torch.testing.assert_close(packed["y"][:1, first:end], y, rtol=1e-11, atol=1e-11)
         for name, gradient in zip(names, gradients, strict=True):
             if name == "g":
-                gradient[:, 0] = 0  # the gate of a first token acts on nothing
+                gradient[:, 0] = 0  # the gate of a first token has no effect
             torch.testing.assert_close(
                 packed[f"d{name}"][:1, first:end], gradient, rtol=1e-10, atol=1e-11
             )
@@ -323,7 +333,8 @@ def test_a_document_is_what_it_is_alone(chunks_of, C, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_leaks_across_a_start(kind):
-    """What another document holds changes not one bit of this one's outputs or gradients."""
+    """The content of one document does not change a single bit of
+    another's outputs or gradients."""
     given = arguments(**KINDS[kind])
     other = {n: p if p is None else p.clone() for n, p in given.items()}
     for name, part in other.items():
@@ -351,7 +362,8 @@ def test_a_reset_ignores_its_gate(impl, gate):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_changes_nothing(kind):
-    """A row of padding leaves the state bit for bit; padding behind a text its state, outputs and gradients."""
+    """A row of padding leaves the state unchanged bit for bit. Padding after a text leaves its
+    state, outputs and gradients unchanged."""
     given = arguments(64, **KINDS[kind])
     for name in ("k", "g", "e"):
         if given[name] is not None:
@@ -369,7 +381,8 @@ def test_padding_changes_nothing(kind):
 
 
 def test_precision_inside():
-    """bf16 inputs are computed in fp32, under autocast too; y comes in v's dtype and the state in fp32."""
+    """bf16 inputs are computed in fp32, also under autocast. y has v's dtype,
+    and the state is in fp32."""
     given = {n: p.bfloat16() for n, p in arguments().items()}
     expected, final = delta_rule(**{n: p.float() for n, p in given.items()})
     with torch.autocast("cpu", torch.bfloat16):
@@ -397,7 +410,7 @@ def test_compiled(kind):
 
 @pytest.mark.parametrize("weight_y, weight_state", [(0, 1), (1, 0)], ids=["state", "y"])
 def test_each_output_alone(weight_y, weight_state):
-    """Gradients flow from y and from the final state, whichever is used."""
+    """Gradients flow from y and from the final state, even if only one of them is used."""
     given = arguments()
     gradients = []
     for impl in ("torch", "reference"):
@@ -422,7 +435,7 @@ def test_counted_flops(erase):
 
 
 def test_what_is_saved():
-    """The inputs and the states between chunks, and nothing else."""
+    """Only the inputs and the states between chunks are saved."""
     given = {n: p.requires_grad_() for n, p in arguments(70).items()}
     saved = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
@@ -448,11 +461,12 @@ def test_wrong_shapes(name):
         delta_rule(**given)
 
 
-# Code that is not ours.
+# Code of another project.
 
 
 def fla(name: str):
-    """The naive functions of flash-linear-attention, loaded by path, because the package itself wants a GPU."""
+    """The naive functions of flash-linear-attention. They are loaded by path, because the
+    package itself needs a GPU."""
     found = importlib.util.find_spec("fla")
     if found is None:
         pytest.skip("flash-linear-attention is not installed")

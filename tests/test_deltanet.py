@@ -1,4 +1,5 @@
-"""The delta rule's layers: the equation, the identities between them, the laws in short, parity with transformers' layers."""
+"""The layers of the delta rule: their equation, identities between them, the laws in short, parity
+with transformers' layers."""
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def arguments(length: int, n: int = 1) -> dict[str, torch.Tensor]:
 
 
 def operation(q, k, v, alpha, beta, S):
-    """Equation (1) in the words of the operation."""
+    """Equation (1), computed with the operation."""
     beta = beta.unsqueeze(-1)
     y, S = delta_rule(*micro_steps(q, k, beta * v, alpha.log(), beta * k), S)
     return y[:, k.shape[2] - 1 :: k.shape[2]], S
@@ -111,7 +112,7 @@ def test_recurrence_equals_operation(length, n):
 
 @laws
 def test_layer_equals_recurrence(text):
-    """The whole layer again, from its weights and the recurrence."""
+    """The whole layer, recomputed from its weights with the recurrence."""
     layer, x = make(text), random(2, 21, 16)
     options, H, G, K, V = layer.options, layer.H, layer.G, layer.K, layer.V
     n, W = options.steps, options.conv_width
@@ -160,7 +161,7 @@ def test_kda_with_equal_channels_is_gated_deltanet():
 
 @pytest.mark.parametrize("length", [1, 31, 67])
 def test_gated_deltanet_without_erasing_is_mamba2(length):
-    """With e = 0, and the step Δ in place of β, what is left is the state space duality."""
+    """With e = 0, and the step Δ instead of β, it becomes the state space duality."""
     q, k, v, _, beta, S = arguments(length).values()
     k, v, A = k.squeeze(2), v.squeeze(2), -random(3, seed=9).exp()
     delta, erase = beta.squeeze(2), torch.zeros_like(k)
@@ -170,7 +171,8 @@ def test_gated_deltanet_without_erasing_is_mamba2(length):
 
 
 def test_one_of_several_steps_is_gated_deltanet():
-    """DeltaProduct whose second step has β = 0 is Gated DeltaNet; a second step that does something is another layer."""
+    """DeltaProduct is Gated DeltaNet if its second step has β = 0. A second step with an
+    effect makes another layer."""
     one, two = (
         make("deltanet(heads=2, gate=scalar)"),
         make("deltanet(heads=2, gate=scalar, steps=2)"),
@@ -193,7 +195,8 @@ def test_one_of_several_steps_is_gated_deltanet():
 
 @pytest.mark.parametrize("gate", ["scalar", "vector"])
 def test_a_full_step_stores_the_value_exactly(gate):
-    """β = 1 and a unit key: whatever was there, the key now gives the value; also if the key comes again."""
+    """With β = 1 and a unit key, the key then gives the value, whatever the state was before, even
+    if the key comes again."""
     _, k, v, alpha, _, S = (part.detach() for part in arguments(40).values())
     k = k[:, :1].expand(-1, 40, -1, -1, -1)
     alpha = alpha if gate == "vector" else alpha[..., :1].expand_as(alpha)
@@ -203,7 +206,7 @@ def test_a_full_step_stores_the_value_exactly(gate):
 
 
 def test_a_double_step_without_a_value_reflects():
-    """β = 2 and v = 0: the state keeps its norm, and is itself again after two steps of one key."""
+    """With β = 2 and v = 0, the state keeps its norm, and two steps with one key restore it."""
     _, k, v, _, beta, S = (part.detach() for part in arguments(41).values())
     inputs = (torch.zeros_like(v), torch.ones_like(k.squeeze(2)), torch.full_like(beta, 2))
     for steps, expected in ((1, None), (2, S)):
@@ -224,7 +227,7 @@ def test_no_step_changes_nothing():
 @pytest.mark.parametrize("gate", ["scalar", "vector"])
 @pytest.mark.parametrize("everywhere", [False, True], ids=["once", "everywhere"])
 def test_a_strong_gate_forgets_without_nan(gate, everywhere):
-    """g = -50 at a token: what came before is gone, and no gradient is NaN."""
+    """After a token with g = -50, everything before it is forgotten, and no gradient is NaN."""
     q, k, v, alpha, beta, S = (part.detach() for part in arguments(70).values())
     g = alpha.log() if gate == "vector" else alpha[..., 0].log()
     g[:, :: 1 if everywhere else 35] = -50.0
@@ -254,7 +257,7 @@ def test_a_bounded_gate_keeps_its_bound():
 
 
 def test_negative_eigenvalues():
-    """The transition's eigenvalue along the key, 1 - β, is below 0 with beta_max=2 alone."""
+    """The transition's eigenvalue along the key, 1 - β, is below 0 only with beta_max=2."""
     for beta_max, low in ((1, 0.0), (2, -1.0)):
         layer = make(f"deltanet(heads=1, beta_max={beta_max}, conv_width=1)")
         layer.beta.register_forward_hook(lambda module, given, y: y + 100.0)  # β at its largest
@@ -331,7 +334,8 @@ SIZES = {
 
 
 def layout(renamed: dict[str, str], joined: tuple[str, ...] = ()):
-    """What turns a peer's weights into ours: new names, and q, k and v joined if the peer keeps them apart."""
+    """Convert a peer's weights to ours: change the names, and join q, k and v if the
+    peer keeps them separate."""
 
     def turn(weights):
         ours = {new: weights[old] for old, new in renamed.items()}
@@ -448,7 +452,8 @@ def test_parity_with_transformers(name):
 @pytest.mark.parametrize("name", PEERS)
 @torch.no_grad()
 def test_decoding_is_the_prefill_that_transformers_computes(name):
-    """Token by token and in pieces, as theirs in one piece; their own one-token path agrees here."""
+    """Ours, token by token or in pieces, gives what theirs gives in one piece. Their own
+    one-token path agrees here."""
     peer, text, turn, config = PEERS[name]()
     peer, ours, x = randomise(peer).eval(), make(text).float(), random(2, 12, 16).float()
     for key, parameter in ours.named_parameters():

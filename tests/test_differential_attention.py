@@ -1,4 +1,5 @@
-"""Differential attention against its definition; v1 is also compared with transformers, as the family diffllama."""
+"""Differential attention against its definition. v1 is also compared with transformers,
+as the family diffllama."""
 
 import math
 
@@ -25,7 +26,7 @@ def same(actual, expected, tolerance=1e-10):
 
 @torch.no_grad()
 def test_v2_is_a_difference_of_two_attentions():
-    """Of which each has one of a head's two queries."""
+    """Each of the two attentions has one of a head's two queries."""
     layer = make("differential_attention(kv_heads=2)")
     x = torch.randn(2, 9, 16, dtype=torch.float64)
     plain = make("attention(kv_heads=2)")

@@ -1,4 +1,4 @@
-"""Pictures of models: what they count is what the ledger counts."""
+"""Pictures of models: their counts are those of the ledger."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def test_rows_add_up_to_the_ledger(layers):
 
 
 def outermost(layers: str) -> set[int]:
-    """The places of the calls that are in no wrapper."""
+    """The places of the calls that are not inside a wrapper."""
     found, inside = set(), 0
     for row in rows(layers):
         if row.kind == "close":

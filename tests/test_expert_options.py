@@ -1,4 +1,5 @@
-"""Options of experts against their definitions: groups, biases, activations, shared experts of their own width."""
+"""Options of experts against their definitions: groups, biases, activations, shared
+experts with their own width."""
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ def make(text):
 
 @pytest.mark.parametrize(("router", "best"), [(softmax, 1), (sigmoid_bias, 2)])
 def test_a_token_visits_experts_of_its_best_groups(router, best):
-    """12 experts in 4 groups, of which 2 are chosen by their best experts, and of these 3 experts."""
+    """There are 12 experts in 4 groups. Two groups are chosen by the scores of their best experts,
+    and then 3 experts from these groups."""
     torch.manual_seed(0)
     logits, bias = torch.randn(2, 5, 12, dtype=torch.float64), 0.3 * torch.randn(12).double()
     _, visits, _ = router(logits, 3, bias, None, groups=(4, 2))
@@ -47,7 +49,8 @@ def test_a_token_visits_experts_of_its_best_groups(router, best):
 @pytest.mark.parametrize("activation", ["silu", "gelu", "clamped"])
 @pytest.mark.parametrize("biased", [False, True])
 def test_the_paths_agree(biased, activation):
-    """Outputs and all gradients, with tokens that visit no expert and experts that no token visits."""
+    """They agree in outputs and all gradients, also if a token visits no expert or an expert
+    is visited by no token."""
     results = []
     for impl in ("reference", "torch"):
         torch.manual_seed(0)

@@ -1,4 +1,5 @@
-"""What a newcomer meets: options, threads, folders, signals, and a checkout that is not installed."""
+"""The first experience of a new user: options, threads, folders, signals, and a
+checkout that is not installed."""
 
 import json
 import os
@@ -148,7 +149,7 @@ def test_a_run_that_saved_nothing_leaves_its_folder_usable(tmp_path, monkeypatch
 
 
 def run(*arguments: str, **environment: str) -> subprocess.Popen:
-    """train.py in a process of its own."""
+    """Run train.py in its own process."""
     text = subprocess.PIPE
     env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.Popen(
@@ -183,7 +184,7 @@ def test_a_signal_saves(number, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_is_not_saved(tmp_path):
-    """The weights may still be finite, and JSON has no NaN."""
+    """The weights may still be finite. JSON has no NaN."""
     arguments = [
         "--layers",
         "mamba",
@@ -213,7 +214,7 @@ def test_a_loss_that_is_not_finite_is_not_saved(tmp_path):
 
 
 def test_a_checkout_runs_without_being_installed(tmp_path):
-    """minimodels.kernels is found beside minimodels."""
+    """minimodels.kernels is found next to minimodels."""
     for folder in ("minimodels", "kernels"):
         shutil.copytree(
             ROOT / folder,
@@ -256,7 +257,8 @@ def test_text_in_text_out():
     torch.manual_seed(0)
     model = LM(Config(layers="attention mlp", vocab=256, width=16)).eval()
     assert complete(model, "abc", 20, seed=1) == complete(model, "abc", 20, seed=1)
-    assert len({complete(model, "abc", 20) for _ in range(3)}) > 1  # each call draws anew
+    # each call draws different tokens
+    assert len({complete(model, "abc", 20) for _ in range(3)}) > 1
     with pytest.raises(InputError, match="complete\\(model, text\\)"):
         generate(model, "abc", 5)
     with pytest.raises(InputError, match="at least one token"):

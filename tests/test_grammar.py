@@ -1,4 +1,4 @@
-"""The text is the model: what the grammar reads, what it refuses and where, and what each option does."""
+"""The grammar: what it reads, what it rejects and at which place, and the effect of each option."""
 
 import string
 import types
@@ -36,7 +36,7 @@ EVERY = {**LAYERS, **WRAPPERS}
 
 
 def written_out(text: str) -> str:
-    """The layers that a text describes, one by one; a shared one with # and the name that it is shared by."""
+    """The layers that a text describes, one by one. A shared layer has # and its shared name."""
 
     def one(call: Call) -> str:
         inside = [" ".join(map(one, call.layers))] if call.layers else []
@@ -56,7 +56,7 @@ def written_out(text: str) -> str:
         ("((mamba)*2 mlp) * 2", "mamba mamba mlp mamba mamba mlp"),
         ("mod(attention mlp)*2", "mod(attention mlp) mod(attention mlp)"),
         ("mlp mod(mamba mod(mlp))", "mlp mod(mamba mod(mlp))"),
-        ("mamba (attention mlp)*2", "mamba attention mlp attention mlp"),  # a space: a group
+        ("mamba (attention mlp)*2", "mamba attention mlp attention mlp"),  # after a space: a group
         ("attention( window = 8 ,heads=2 )\n\tmlp", "attention(window=8, heads=2) mlp"),
         ("mod((mamba mlp)*2, capacity=0.5)", "mod(mamba mlp mamba mlp, capacity=0.5)"),
         ("mod(attention capacity=0.5)", "mod(attention, capacity=0.5)"),  # the comma is optional
@@ -80,7 +80,8 @@ def test_grammar(text, layers):
 NESTED = "mod(" * 51 + "mlp" + ")" * 51
 CHAIN = "a0=mlp " + " ".join(f"a{i}=a{i - 1}" for i in range(1, 2000)) + " a1999"
 A_LAYER = "here a layer; a text is like"
-REFUSED = [  # text, the value that the error names, what it says is accepted, where its caret points
+# text, the value that the error names, what it says is accepted, where its caret points
+REFUSED = [
     ("", "the end of the text", A_LAYER, ""),
     ("  ", "the end of the text", A_LAYER, ""),
     ("()", ")", A_LAYER, ")"),
@@ -195,7 +196,7 @@ NAMES = st.text(string.ascii_letters + "_", min_size=1, max_size=4).filter(
 
 
 def options_of(values, least=0):
-    """Up to three options, each name once."""
+    """Up to three options, with different names."""
     pairs = st.dictionaries(NAMES, values, min_size=least, max_size=3)
     return pairs.map(lambda given: tuple(Option(*pair) for pair in given.items()))
 
@@ -239,7 +240,7 @@ def test_what_is_written_is_read_as_the_same(program):
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.text("ab12.*():=, -+e\n", max_size=25) | st.text(max_size=10))
 def test_any_text_is_read_or_refused(text):
-    """And what is read can be written and read again."""
+    """Any text that is read can be written and read again."""
     try:
         program = parse(text)
     except InputError:
@@ -350,7 +351,7 @@ def test_values(text, value):
 
 
 def read(text: str):
-    """The options of a call as its layer reads them."""
+    """The options of a call, as its layer reads them."""
     call = parse_call(text, "layers")
     return read_options(EVERY[call.name].Options, call, text)
 
@@ -386,10 +387,11 @@ SCALINGS = ["linear(factor=2)", "llama3(factor=8, low=1, high=4, context=16)"]
 
 
 def values_of(name: str, field) -> tuple[list, int]:
-    """The values at which an option is tried, its default among them, and how many must differ."""
+    """The values at which an option is tried, including its default, and how many of
+    the models must differ."""
     if field.name == "rope_scaling":
         return [field.default, *SCALINGS], 3
-    hint = get_type_hints(EVERY[name].Options)[field.name]  # ranges left out
+    hint = get_type_hints(EVERY[name].Options)[field.name]  # without its range
     union = get_origin(hint) in (Union, types.UnionType)
     kinds = [kind for kind in (get_args(hint) if union else (hint,)) if kind is not type(None)]
     values = [field.default]
@@ -400,8 +402,8 @@ def values_of(name: str, field) -> tuple[list, int]:
 
 
 def built(text: str) -> list[torch.Tensor]:
-    """Everything about a model that an option can change: parameters, outputs, losses, what a step changes,
-    states, FLOPs."""
+    """Everything about a model that an option can change: parameters, outputs, losses, effects
+    of a step, states, FLOPs."""
     stack = make(text).train()
     x = torch.randn(2, 23, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     y, state, record = observe(stack, x)
@@ -419,8 +421,8 @@ def alike(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("name, field", DEFAULTS, ids=lambda given: getattr(given, "name", given))
 def test_every_option_has_an_effect(name, field):
-    """In one of the texts that the laws are tried on, its default and two other values make three models; all
-    values, if few are possible."""
+    """In one of the texts used for the laws, the default and two other values give three different
+    models. If only a few values are possible, all of them give different models."""
     values, needed = values_of(name, field)
     most = 0
     for base in [*CASES[name], *MORE_TEXTS.get(f"{name}.{field.name}", [])]:
@@ -431,7 +433,7 @@ def test_every_option_has_an_effect(name, field):
             text = set_options(base, [setting])
             try:
                 model = built(text)
-            except InputError:  # which does not fit the others
+            except InputError:  # it does not fit the other options
                 continue
             tried += 1
             check_written(name, text, field)
@@ -446,7 +448,7 @@ def test_every_option_has_an_effect(name, field):
 
 
 def check_written(name: str, text: str, field) -> None:
-    """The options that were read can be written, and read as the same."""
+    """The options that were read can be written, and are read as the same options."""
     call = Config(layers=text).calls[0]
     options = read_options(EVERY[name].Options, call, text)
     again = write_call(Call(name, call.layers, write_options(options)))
@@ -458,7 +460,7 @@ def check_written(name: str, text: str, field) -> None:
 
 
 def test_equal_texts_build_equal_models():
-    """Without which any option would seem to have an effect."""
+    """If this failed, every option would seem to have an effect."""
     for text in REPRESENTATIVES:
         assert alike(built(text), built(text))
 

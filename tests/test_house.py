@@ -1,4 +1,5 @@
-"""The house: imports run downward, shared code names no architecture, and one file adds an architecture."""
+"""The structure of the project: imports go downward, shared code names no architecture, and one
+file adds an architecture."""
 
 import ast
 import dataclasses
@@ -28,13 +29,13 @@ from minimodels.training.step import training_step
 
 ROOT = Path(minimodels.__file__).resolve().parents[1]
 EVERY = {**LAYERS, **WRAPPERS}
-ORDER = [  # rooms from below; those on one line may import each other
+ORDER = [  # rooms from the lowest up; those on one line may import each other
     "errors",
     "files",
     "colours command measure",
     "grammar",
     "config",
-    "kernels",  # which path an operation takes; not the kernels themselves
+    "kernels",  # it chooses the path of an operation; it does not contain the kernels
     "layers",
     "ops",
     "architectures",
@@ -63,7 +64,7 @@ def room_of(module: str) -> str:
 
 
 def sources() -> dict[str, Path]:
-    """Every module of the project but the tests, and its file."""
+    """Every module of the project except the tests, with its file."""
     paths = [path for path in (ROOT / "minimodels").rglob("*.py") if "kernels" not in path.parts]
     paths += [
         *(ROOT / "kernels").glob("*.py"),
@@ -78,7 +79,8 @@ def sources() -> dict[str, Path]:
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """The project's modules that a file imports, and whether it does so inside a function."""
+    """The project's modules that a file imports, and for each whether the
+    import is inside a function."""
     tree = ast.parse(path.read_text())
     functions = [
         n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))
@@ -109,7 +111,8 @@ def test_every_module_has_a_room():
 
 @pytest.mark.parametrize("module", sources())
 def test_imports_run_downward(module):
-    """An operation imports its kernel inside the branch that picks it; nothing else goes up."""
+    """An operation imports its kernel inside the branch that chooses it. No
+    other import goes upward."""
     room, path = room_of(module), sources()[module]
     for name, inside in imports(path):
         other = room_of(name)
@@ -119,7 +122,8 @@ def test_imports_run_downward(module):
 
 
 def test_architectures_import_no_others_but_those_that_they_build_on():
-    """A file reads alone: what several share is in ops. Experts are MLPs, which they take from theirs."""
+    """A file can be read alone, because code that several share is in ops. Only layers built on
+    others import them: experts are MLPs."""
     allowed = {("moe", "transformer")}
     stems = {path.stem for path in (ROOT / "minimodels/architectures").glob("*.py")}
     for stem in stems - {"registry", "__main__", "__init__"}:
@@ -134,7 +138,8 @@ SHARED = ("lm", "ledger", "layers", "objectives", "generate", "published.pretrai
 
 @pytest.mark.parametrize("module", SHARED)
 def test_shared_code_names_no_architecture(module):
-    """Neither the names in texts, nor classes, nor files. Docstrings may give examples."""
+    """It contains no architecture's name in a text, no class and no file.
+    Docstrings may give examples."""
     tree = ast.parse(sources()[f"minimodels.{module}"].read_text())
     docstrings = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
     words: set[str] = set()
@@ -153,7 +158,7 @@ def test_shared_code_names_no_architecture(module):
 
 
 def option_classes(kind: type) -> Iterator[type]:
-    """An option dataclass, and those of options whose values are calls."""
+    """An option dataclass, and the dataclasses of those options whose values are calls."""
     yield kind
     for hint in get_type_hints(kind, include_extras=True).values():
         for note in get_args(hint):
@@ -238,12 +243,12 @@ TEXTS = ["gated", "gated(expand=2)", "A:=gated A mlp A", "mod(gated mlp, capacit
 
 @pytest.fixture
 def gated(tmp_path, monkeypatch):
-    """The architecture of a file that nothing else knows, under the name "gated"."""
+    """An architecture in a file that no other file knows, under the name "gated"."""
     path = tmp_path / "gated.py"
     path.write_text(SOURCE)
     spec = importlib.util.spec_from_file_location("gated", path)
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gated", module)  # where its annotations are looked up
+    monkeypatch.setitem(sys.modules, "gated", module)  # its annotations are looked up there
     spec.loader.exec_module(module)
     monkeypatch.setitem(LAYERS, "gated", module.Gated)
     return module.Gated
@@ -269,7 +274,8 @@ def test_a_new_architecture_obeys_the_laws(law, layers, gated):
 
 
 def test_a_broken_architecture_does_not(gated, monkeypatch):
-    """The laws find a layer that ignores where documents begin, and one that forgets its state."""
+    """The laws find a layer that ignores where documents begin, and a layer
+    that forgets its state."""
     forward = gated.forward
     monkeypatch.setattr(
         gated, "forward", lambda self, u, state=None, context=None: forward(self, u, state)

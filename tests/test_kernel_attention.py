@@ -1,7 +1,7 @@
-"""Attention's kernel against its reference: output, dq, dk and dv, in every way that keys can be hidden.
+"""Attention's kernel against its reference: output, dq, dk and dv, with every way to hide keys.
 
-Without a GPU blocks are of 16 queries and 16 keys, but where a test names others: lengths are shorter than one, and cross
-several.
+Without a GPU, blocks have 16 queries and 16 keys unless a test says otherwise. So some lengths are
+shorter than a block, and some need several.
 """
 
 from functools import partial
@@ -31,7 +31,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def parts(
     B: int, H: int, G: int, T: int, S: int, d: int, seed: int = 0
 ) -> tuple[torch.Tensor, ...]:
-    """q, k and v, views as the layer hands them over."""
+    """q, k and v, as the views that the layer passes on."""
     torch.manual_seed(seed)
     return tuple(
         torch.randn(B, length, heads, d).transpose(1, 2)
@@ -40,7 +40,8 @@ def parts(
 
 
 def check(q, k, v, queries=None, keys=None, window=None, starts=None):
-    """Compare; what stands at a query that is none, here 0 and in the reference anything, is left out."""
+    """Compare the two. A row that is not a query is left out: here it is 0, and in the
+    reference it may be anything."""
 
     def comparable(operation, **options):
         def run(q, k, v, queries, keys, starts):
@@ -92,7 +93,7 @@ def test_keys_dealt_out(monkeypatch, T, window, positions, ahead):
     )
     inputs = parts(2, 2, 1, T, 75, 16)
     places = torch.arange(75).repeat(2, 1)
-    places[0, 20:60] = -1  # to the first row some programs have nothing to show
+    places[0, 20:60] = -1  # for the first row, some programs have no keys
     places[1, :74] = -1
     check(*inputs, *((places[:, 75 - T :], places) if positions else ()), window=window)
     assert min(chosen) > 1
@@ -108,7 +109,8 @@ def test_shared_keys(H, G):
 @pytest.mark.parametrize("masks", ["in a row", "positions", "documents"])
 @pytest.mark.parametrize("dealt", [False, True], ids=["", "dealt out"])
 def test_decoding_heads_that_share_keys(monkeypatch, H, G, window, masks, dealt):
-    """They stand at one position: a mask that counted them as tokens in a row would show the last head the most."""
+    """The heads are all at one position. A mask that treated them as tokens in a row would show the
+    last head the most keys."""
     if dealt:
         monkeypatch.setattr(kernels, "KEYS_EACH", 16)
         monkeypatch.setattr(kernels, "multiprocessors", lambda q: 8)
@@ -194,7 +196,7 @@ def test_positions_without_gaps_are_as_none():
 
 
 def starts_of(*rows: tuple[int, ...]) -> torch.Tensor:
-    """Where each token's document begins, from the documents' lengths."""
+    """Where each token's document begins, computed from the documents' lengths."""
     ends = [torch.tensor(lengths).cumsum(0) for lengths in rows]
     return torch.stack(
         [
@@ -208,7 +210,8 @@ def starts_of(*rows: tuple[int, ...]) -> torch.Tensor:
 @pytest.mark.parametrize("sizes", [(16, 16), (16, 32), (32, 16)], ids=str)
 @pytest.mark.parametrize("positions", [False, True], ids=["in a row", "positions"])
 def test_documents(monkeypatch, window, sizes, positions):
-    """Of odd lengths, one of a single token, over several blocks and within one."""
+    """The documents have odd lengths, one of them a single token. Some span several blocks,
+    and some are inside one."""
     for kernel in (forward_kernel, backward_queries_kernel, backward_keys_kernel):
         also = {"AHEAD": False} if kernel is forward_kernel else {}
         monkeypatch.setattr(kernel, "configs", blocks((*sizes, 4, 2), **also))
@@ -223,7 +226,7 @@ def test_documents(monkeypatch, window, sizes, positions):
 @pytest.mark.parametrize("window", [None, 9], ids=lambda window: f"window {window}")
 @pytest.mark.parametrize("T", [1, 9, 30])
 def test_documents_on_a_carried_state(window, T):
-    """A document that began before the slots, one among those remembered and more in the chunk."""
+    """One document began before the remembered keys, one among them, and others in the chunk."""
     starts = starts_of((20, 21), (15, 17, 9))[:, 41 - T :]
     starts[0] -= 30 * (starts[0] == 0)
     check(*parts(2, 2, 2, T, 41, 16), window=window, starts=starts)
@@ -247,7 +250,7 @@ def test_no_bit_of_another_document():
 
 def test_large_scores():
     q, k, v = parts(1, 1, 1, 20, 20, 16)
-    check(6 * q, 6 * k, v)  # exp of some of them does not fit fp32
+    check(6 * q, 6 * k, v)  # exp of some of them overflows fp32
 
 
 def test_strides():

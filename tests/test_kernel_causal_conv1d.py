@@ -1,4 +1,5 @@
-"""The kernel of the causal convolution against its reference: outputs, window and all gradients; chunks, lengths, strides."""
+"""The kernel of the causal convolution against its reference: outputs, window and all gradients,
+with chunks, lengths and strides."""
 
 import pytest
 import torch
@@ -71,7 +72,8 @@ def test_window_ends_where_the_padding_begins(window):
 @pytest.mark.parametrize("W", [1, 2, 4, 8])
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 def test_documents(W, padded):
-    """They begin at the edges of chunks and next to them; one is a single token, one row goes on from its window."""
+    """Documents begin at the edges of chunks and next to them. One is a single token, and one row
+    continues from its window."""
     resets = torch.zeros(3, 19, dtype=torch.bool)
     resets[0, [3, 4, 8]] = resets[1, [0, 7, 9, 16]] = resets[2, [1, 15]] = True
     lengths = torch.tensor([19, 8, 0]) if padded and W > 1 else None

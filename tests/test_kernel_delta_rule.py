@@ -1,4 +1,5 @@
-"""The delta rule's kernels against the reference: odd lengths, chunks, blocks of channels, states, documents, padding."""
+"""The delta rule's kernels against the reference: odd lengths, chunks, blocks of channels,
+states, documents, padding."""
 
 import pytest
 import torch
@@ -39,7 +40,8 @@ def named(given: tuple) -> dict[str, torch.Tensor]:
 
 
 def equal(rule, expected, given: tuple) -> None:
-    """In fp64 alone where it is interpreted, because each precision takes a second."""
+    """Compare them. In the interpreter only fp64 is tested, because each
+    precision takes a second."""
     compare(rule, expected, given, CHECKED if GPU else (torch.float64,))
 
 
@@ -49,7 +51,7 @@ def is_number(part: object) -> bool:
 
 @pytest.fixture(autouse=True)
 def chunks(monkeypatch):
-    """Chunks of 16 tokens, as short as they can be."""
+    """Chunks of 16 tokens, the shortest possible."""
     monkeypatch.setattr(module, "CHUNK", 16)
 
 
@@ -63,7 +65,7 @@ def test_delta_rule(T, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("C", [32, 64])
 def test_chunks_of_several_blocks(monkeypatch, C, kind):
-    """The inverse is joined from two and from four blocks of 16."""
+    """The inverse is assembled from two and from four blocks of 16."""
     monkeypatch.setattr(module, "CHUNK", C)
     torch.manual_seed(C)
     equal(module.delta_rule, module.reference, arguments(C + 3, **KINDS[kind]))
@@ -71,14 +73,15 @@ def test_chunks_of_several_blocks(monkeypatch, C, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_of_channels(kind):
-    """Keys and values of two blocks, the second ragged; two heads of one group."""
+    """Keys and values have two blocks, the second incomplete. One group has two heads."""
     torch.manual_seed(3)
     equal(module.delta_rule, module.reference, arguments(3, 70, 80, 1, 2, **KINDS[kind]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_documents(kind):
-    """One begins at once, one at a chunk's edge, two within a chunk, one with the last token; one row has none."""
+    """One document begins at the first token, one at a chunk's edge, two inside a chunk, one with
+    the last token. One row has none."""
     torch.manual_seed(4)
     given = arguments(35, batch=2, resets=(0, 16, 20, 21, 34), **KINDS[kind])
     equal(module.delta_rule, module.reference, given)
@@ -86,7 +89,8 @@ def test_documents(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_leaks_across_a_start(kind):
-    """Not one bit of a document, outputs or gradients, depends on another one; nor on the gate of its first token."""
+    """Not one bit of a document's outputs or gradients depends on another document, or on the
+    gate of its first token."""
     torch.manual_seed(5)
     given = arguments(35, resets=(20,), **KINDS[kind])
     other = tuple(part.clone() if is_number(part) else part for part in given)
@@ -97,7 +101,7 @@ def test_nothing_leaks_across_a_start(kind):
     other[5].mul_(3)
     one, two = named(given), named(other)
     for name in one:
-        if name == "dstate":  # of the first document alone
+        if name == "dstate":  # only that of the first document
             continue
         now = 0 if name == "state" else (0, slice(20, None))
         assert torch.equal(one[name][now], two[name][now]), name
@@ -107,7 +111,8 @@ def test_nothing_leaks_across_a_start(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("gate", [-50.0, float("-inf")])
 def test_strong_gates(kind, gate):
-    """Neither one that forgets all nor several of them make a NaN, forward or backward."""
+    """Neither one gate that forgets everything nor several of them give a
+    NaN, forward or backward."""
     torch.manual_seed(6)
     given = arguments(20, **KINDS[kind])
     given[3][:, 5] = gate
@@ -117,7 +122,7 @@ def test_strong_gates(kind, gate):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding(kind):
-    """Where k, e and g are 0 the state stays what it is, bit for bit."""
+    """If k, e and g are 0, the state does not change by a single bit."""
     torch.manual_seed(7)
     given = arguments(35, **KINDS[kind])
     for part in (given[1], given[3], given[4]):
@@ -141,7 +146,7 @@ def test_no_state():
 
 @pytest.mark.parametrize("weight_y, weight_state", [(0, 1), (1, 0)], ids=["state", "y"])
 def test_each_output_alone(weight_y, weight_state):
-    """Gradients flow from y and from the final state, whichever is used."""
+    """Gradients flow from y and from the final state, even if only one of them is used."""
     torch.manual_seed(9)
 
     def weighed(rule):

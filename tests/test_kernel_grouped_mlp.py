@@ -1,4 +1,5 @@
-"""The experts' kernel against its reference: every routing that there can be, odd sizes, blocks of more than one tile."""
+"""The experts' kernel against its reference: every kind of routing, odd sizes,
+blocks of more than one tile."""
 
 import pytest
 import torch
@@ -62,13 +63,12 @@ def test_routes(route):
 def test_most_bounds_the_visits_of_all_tokens_together():
     torch.manual_seed(0)
     visits = torch.zeros(6, 4, dtype=torch.bool)
-    visits[0], visits[3, 1:3] = True, True  # six in all: one a token on average
+    visits[0], visits[3, 1:3] = True, True  # six in all: one per token on average
     parts = arguments(6, 4, 5, 6, visits)
     same(1, parts)
     visits[5, 0] = True
-    if (
-        not torch.cuda.is_available()
-    ):  # where the assertion would end the process's use of the device
+    # there, the assertion would end the process's use of the device
+    if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="more visits"):
             grouped_mlp(*parts, most=1)
 

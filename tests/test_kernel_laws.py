@@ -1,5 +1,5 @@
-"""The laws of tests/test_laws.py with impl="triton", at lengths that the interpreter can walk, and whole
-models on kernels."""
+"""The laws of tests/test_laws.py with impl="triton", at lengths that are practical in the
+interpreter; and whole models on kernels."""
 
 import pytest
 import test_laws as laws
@@ -20,9 +20,9 @@ KERNEL_CASES = {
     "moe": MOE,
     "mod": "mod(mamba(state_size=4) attention, capacity=0.5)",
 }
-# on a kernel whose laws have tests of their own, because the interpreter takes a minute for each
+# the laws of this kernel have their own tests, because the interpreter takes a minute for each
 DELTA = ["mamba2(heads=2, head_dim=16, state_size=4)", "deltanet(heads=2, gate=vector)"]
-# which is not causal, and lets a token visit more than one expert
+# not causal, and a token may visit more than one expert
 EXPERT_CHOICE = "moe(experts=4, experts_per_token=1, router=expert_choice, expert_width=8)"
 LAWS = (
     laws.test_chunking,
@@ -34,7 +34,8 @@ LAWS = (
 
 @pytest.fixture(autouse=True)
 def on_the_kernels_device(monkeypatch):
-    """Models and inputs are made on the CPU, from its random numbers, and moved to where the kernels run."""
+    """Make models and inputs on the CPU, with its random numbers, and move them to
+    the device of the kernels."""
     make_text = laws.text
 
     def text(*arguments) -> torch.Tensor:
@@ -49,13 +50,13 @@ def on_the_kernels_device(monkeypatch):
 
 @pytest.fixture
 def short(monkeypatch):
-    """Texts that the interpreter can walk."""
+    """Texts short enough for the interpreter."""
     monkeypatch.setattr(laws, "T", 5)
     monkeypatch.setattr(laws, "DOCUMENTS", ((1, 4), (3, 2), (2, 1)))
 
 
 def on_device(layers: str, impl: str = "triton", **options) -> torch.nn.Module:
-    """A stack whose layers take their kernels."""
+    """A stack whose layers use their kernels."""
     with torch.device("cpu"):
         return make(layers, impl=impl, **options).to(DEVICE)
 
@@ -85,7 +86,7 @@ def test_packing(case, short):
 
 @pytest.mark.parametrize("layers", [*list(KERNEL_CASES.values())[:4], *DELTA, EXPERT_CHOICE])
 def test_reference_equals_triton(layers, monkeypatch):
-    """Outputs, carried states and gradients."""
+    """They agree in outputs, carried states and gradients."""
     monkeypatch.setattr(laws, "T", 9)
     results = {}
     for impl in ("reference", "triton"):
@@ -100,7 +101,7 @@ def test_reference_equals_triton(layers, monkeypatch):
 
 @pytest.mark.parametrize("layers", ["attention mlp", "mamba(state_size=4)", f"attention {MOE}"])
 def test_a_whole_model_trains_and_generates_on_kernels(layers):
-    """Loss, every gradient and greedy text are those of the reference."""
+    """The loss, every gradient and the greedy text are those of the reference."""
     given, results = tokens(), {}
     for impl in ("reference", "triton"):
         lm = model(layers, impl)

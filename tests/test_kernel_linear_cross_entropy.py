@@ -1,4 +1,5 @@
-"""The loss without its logits against its reference: loss and gradients; chunks, ignored targets, low precision, autocast."""
+"""The loss without its logits against its reference: loss and gradients, with chunks, ignored
+targets, low precision and autocast."""
 
 from types import SimpleNamespace
 
@@ -133,7 +134,7 @@ def test_the_gradient_that_comes_in_scales(small):
 
 
 def test_never_all_logits(small, monkeypatch):
-    """Each pass sees every column once, a chunk at a time, in one place."""
+    """Each pass computes every column once, one chunk at a time, in one buffer."""
     original, seen = module.chunks, []
 
     def watched(x, weight):
@@ -188,7 +189,8 @@ def test_wrong_shapes(shapes):
 
 @pytest.mark.parametrize("scale", [1, 20])
 def test_gradients_at_large_logits_are_as_good_as_those_of_the_plain_loss(scale, small):
-    """Where the right token is nearly certain, all of its gradient lies in digits that a rounded logsumexp has lost."""
+    """If the right token is nearly certain, its whole gradient is in digits that a
+    rounded logsumexp has lost."""
     torch.manual_seed(0)
     x, weight = torch.randn(40, 8), torch.randn(200, 8)
     x *= scale / (x @ weight.t()).std()
@@ -202,7 +204,7 @@ def test_gradients_at_large_logits_are_as_good_as_those_of_the_plain_loss(scale,
 
 @pytest.mark.parametrize("adds", [False, True], ids=["PyTorch 2.9", "PyTorch 2.11"])
 def test_a_product_is_added_in_full_precision_by_what_pytorch_has(adds, monkeypatch):
-    """On a GPU, which the factors only claim to be on: before 2.11 addmm has no fp32 sum of bf16 products."""
+    """The factors claim to be on a GPU. Before 2.11, addmm cannot add products of bf16 in fp32."""
     called = []
 
     def product(name):

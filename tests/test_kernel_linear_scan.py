@@ -1,4 +1,5 @@
-"""The linear scan's kernels against the reference: odd lengths, chunks of time, blocks of channels, documents, padding."""
+"""The linear scan's kernels against the reference: odd lengths, chunks of time, blocks of
+channels, documents, padding."""
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def results(given: list, resets=None) -> list[torch.Tensor]:
 
 @pytest.fixture
 def chunks_of(monkeypatch):
-    """Fixes the tokens to a chunk."""
+    """A function that sets the tokens per chunk."""
     return lambda length: monkeypatch.setattr(module, "chunk_length", lambda *_: length)
 
 
@@ -50,7 +51,8 @@ def test_blocks_of_channels(chunks_of):
 
 
 def test_documents(chunks_of):
-    """At once, at a chunk's edge, within a chunk, with the last token; the other row is one document."""
+    """Documents begin at the first token, at a chunk's edge, inside a chunk, and with the last
+    token. The other row is one document."""
     torch.manual_seed(2)
     chunks_of(8)
     given, resets = arguments(19), with_resets(19, 0, 8, 11, 18)
@@ -71,7 +73,7 @@ def test_nothing_leaks_across_a_start(chunks_of):
 
 
 def test_padding(chunks_of):
-    """a = 1 and x = 0 leave the state bit for bit."""
+    """a = 1 and x = 0 do not change the state by a single bit."""
     torch.manual_seed(4)
     chunks_of(8)
     a, x, state = arguments(19)
@@ -94,7 +96,8 @@ def test_same_bits_twice(chunks_of):
     "T, walks, length", [(4096, 10000, 4096), (4096, 33, 64), (4100, 528, 1032), (5, 1, 64)]
 )
 def test_chunks(T, walks, length):
-    """One where walks fill the machine; otherwise enough, and none too short."""
+    """There is one chunk if the walks fill the machine. Otherwise there are enough
+    chunks, none too short."""
     assert module.chunk_length(T, walks, 132) == length
 
 

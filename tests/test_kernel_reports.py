@@ -1,4 +1,5 @@
-"""What the kernels' files report when they are run as commands: providers left out, rows, and the tables made of them."""
+"""The reports of the kernels' files when they run as commands: providers that are
+left out, rows, and tables."""
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def small_inputs() -> tuple:
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Nothing is measured for long or compiled."""
+    """Nothing is measured for long, and nothing is compiled."""
     monkeypatch.setattr(
         common, "interleave", lambda calls, **_: interleave(calls, rounds=2, seconds=0)
     )
@@ -59,7 +60,7 @@ def quick(monkeypatch):
 
 
 def rows_of(tmp_path, kernel, check=lambda: None) -> list[dict]:
-    """What a report measures of a square, beside a peer that is right."""
+    """The report on a square, with a peer that is right."""
     out = tmp_path / "kernels.jsonl"
     case = common.Case("small", small_inputs, forward=64, backward=96)
     peers = {"peer": common.Peer("torch", square, gpu=False)}
@@ -69,7 +70,8 @@ def rows_of(tmp_path, kernel, check=lambda: None) -> list[dict]:
 
 
 def test_a_wrong_kernel_is_left_out_and_what_is_right_stays(tmp_path, quick, monkeypatch):
-    """On a GPU the kernel is timed too: what is right is what the torch path computes, not what the kernel does."""
+    """On a GPU the kernel is timed too. Results are right if they are those of the torch path,
+    not those of the kernel."""
     monkeypatch.setattr(common, "GPU", True)
     timed = {row["provider"] for row in rows_of(tmp_path, lambda x: 1.02 * x * x)}
     assert timed == {"torch", "torch.compile", "peer"}
@@ -105,7 +107,7 @@ def test_a_check_alone_ends_with_a_status_and_its_reason(error, status, capsys):
 
 
 class Tuner:
-    """What Triton's autotuner has of what is used here."""
+    """The part of Triton's autotuner that is used here."""
 
     def __init__(self, candidates):
         self.candidates, self.configs, self.base_fn = candidates, candidates[:1], square
@@ -135,7 +137,7 @@ def test_every_configuration_is_compared(monkeypatch):
 
 
 def test_tuning_goes_by_the_number_of_rows():
-    """Blocks that suit one row would be kept for thousands of them."""
+    """Otherwise, blocks that suit one row would be used for thousands of rows."""
     from minimodels.kernels import attention, causal_conv1d, grouped_mlp
 
     tuners = [
@@ -158,7 +160,7 @@ def test_an_operation_reports_rows_that_table_reads(tmp_path, capsys, quick):
         "absent": common.Peer("no-such-package", square),
     }
     out = tmp_path / "new" / "kernels.jsonl"
-    for _ in range(2):  # the second time in the place of the first
+    for _ in range(2):  # the second replaces the first
         common.report("square", square, square, cases, peers, lambda: None)(
             common.Options(out=out, rounds=2)
         )

@@ -1,4 +1,5 @@
-"""RMSNorm's kernel against its reference: interpreted in fp32 and fp64 without a GPU, in fp32 and bf16 on one."""
+"""RMSNorm's kernel against its reference: without a GPU in the interpreter, in fp32 and fp64; on
+a GPU in fp32 and bf16."""
 
 import os
 import subprocess
@@ -55,7 +56,7 @@ def test_under_autocast_the_norm_has_its_precision_and_the_stream_keeps_its_own(
     results = {}
     for impl in ("reference", "torch", "triton"):
         given = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
-        more = update.bfloat16().requires_grad_() if add else None  # as a linear map leaves it
+        more = update.bfloat16().requires_grad_() if add else None  # as a linear map returns it
         with torch.autocast(DEVICE, torch.bfloat16):
             y, total = rmsnorm_reference(*given, 1e-5, more, impl)
         assert (y.dtype, total.dtype) == (torch.bfloat16, torch.float32), impl

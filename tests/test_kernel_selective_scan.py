@@ -1,4 +1,5 @@
-"""The selective scan's kernels against the reference: splits of time and of channels, padding, states handed on."""
+"""The selective scan's kernels against the reference: splits of time and of channels,
+padding, carried states."""
 
 import pytest
 import torch
@@ -45,7 +46,8 @@ def arguments(
 
 @pytest.fixture
 def divided(monkeypatch):
-    """Fixes the steps to an interval, the intervals to a chunk, and the blocks to a program."""
+    """A function that sets the steps per interval, the intervals per chunk, and
+    the blocks per program."""
 
     def divide(interval: int, span: int, share: int = 1) -> None:
         monkeypatch.setattr(module, "INTERVAL", interval)
@@ -81,14 +83,16 @@ def test_split(divided, time, interval, span):
 
 @pytest.mark.parametrize("D, N, share", [(70, 2, 2), (20, 33, 2)])
 def test_blocks_of_channels(divided, D, N, share):
-    """The last of several blocks is ragged, and so is the last team's share of them; N = 33 is no power of two."""
+    """The last of several blocks is incomplete, and so is the last program's share of them. N =
+    33 is not a power of two."""
     torch.manual_seed(2)
     divided(4, 1, share)
     compare(module.selective_scan, reference, tuple(arguments(1, 5, D, N)))
 
 
 def test_padding(divided):
-    """A step size of zero freezes the state and stops the gradient, at either end and across a chunk's edge."""
+    """A step size of zero freezes the state and stops the gradient, at both ends
+    and across a chunk's edge."""
     torch.manual_seed(3)
     divided(4, 1)
     given = arguments(2, 7, 3, 2)
@@ -121,7 +125,8 @@ def test_padding(divided):
 
 @pytest.mark.parametrize("interval, span", [(4, 1), (4, 2), (3, 1), (16, 1)])
 def test_documents(divided, interval, span):
-    """Odd lengths, one of a single token, at the edges of intervals and chunks; two rows begin one at once, one goes on."""
+    """Documents have odd lengths, one a single token, and begin at the edges of intervals and
+    chunks. Two rows begin a document at once, and one continues."""
     torch.manual_seed(8)
     divided(interval, span)
     resets = torch.zeros(2, 11, dtype=torch.bool)
@@ -151,7 +156,7 @@ def test_no_bit_of_another_document(divided):
 
 @pytest.mark.parametrize("weight_y, weight_state", [(0, 1), (1, 0)], ids=["state", "y"])
 def test_each_output_alone(divided, weight_y, weight_state):
-    """Gradients flow from y and from the final state, whichever is used."""
+    """Gradients flow from y and from the final state, even if only one of them is used."""
     torch.manual_seed(4)
     divided(4, 1)
 
@@ -167,7 +172,7 @@ def test_each_output_alone(divided, weight_y, weight_state):
 
 
 def test_gate_as_it_lies():
-    """z may be half of a projection, every row twice as far from the next."""
+    """z may be half of a projection, in which rows are twice as far apart."""
     torch.manual_seed(5)
     given = arguments(2, 3, 4, 2)
     expected = module.selective_scan(*given)[0]
@@ -208,7 +213,8 @@ def test_sizes_it_does_not_take():
 
 
 def test_division():
-    """Enough walks leave time whole; few are split, up to every interval; the backward pass never runs many small programs."""
+    """With enough walks, time is not split. With few, it is split, up to every interval. The
+    backward pass never runs many small programs."""
     assert module.divide(walks=64 * 48, intervals=4, multiprocessors=132) == (4, 3)
     assert module.divide(walks=48, intervals=256, multiprocessors=132) == (2, 6)
     assert module.divide(walks=1, intervals=1, multiprocessors=132) == (1, 1)
@@ -219,7 +225,7 @@ def test_division():
 
 
 def test_variants():
-    """What a sweep sets is set back, and every variant computes the same."""
+    """After a sweep the settings are restored. Every variant computes the same."""
     names = sorted(set().union(*module.VARIANTS))
     before = [getattr(module, name) for name in names]
     torch.manual_seed(10)

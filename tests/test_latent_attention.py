@@ -1,4 +1,4 @@
-"""Latent attention: its two forms are one, and what it remembers is small."""
+"""Latent attention: its two forms are equal, and its state is small."""
 
 import pytest
 import torch
@@ -28,7 +28,8 @@ def make(text, seed=0):
 @pytest.mark.parametrize("chunks", [(13, 1, 1, 1), (5, 7, 4), (1,) * 16])
 @torch.no_grad()
 def test_each_form_continues_a_text(text, form, chunks, monkeypatch):
-    """To 1e-12 as the text in one piece gives it, in which keys and values are expanded."""
+    """The result agrees to 1e-12 with that of the text in one piece, in which keys
+    and values are expanded."""
     layer, x = make(text), torch.randn(2, 16, 16, dtype=torch.float64)
     monkeypatch.setattr(type(layer), "absorbing_saves", lambda *_: form == "absorbed")
     expected, _ = layer(x)
@@ -56,7 +57,7 @@ def test_both_forms_with_documents_and_padding(monkeypatch):
 
 
 def test_gradients_reach_through_either_form(monkeypatch):
-    """Also of the map that the absorbed form takes apart."""
+    """They also reach the map that the absorbed form splits."""
     gradients = []
     for form in (True, False):
         layer = make(TEXTS[1])
@@ -86,7 +87,7 @@ def test_absorption_is_for_few_tokens_that_see_many():
 
 @torch.no_grad()
 def test_all_heads_share_the_rotary_key():
-    """To exchange two heads, in queries, keys, values and output, changes nothing."""
+    """Exchanging two heads in queries, keys, values and output changes nothing."""
     layer, x = make(TEXTS[1]), torch.randn(2, 9, 16, dtype=torch.float64)
     expected, _ = layer(x)
     order = torch.tensor([2, 1, 0, 3])

@@ -26,9 +26,8 @@ from minimodels.layers import Context, flops, inactive_parameters, state_bytes
 from minimodels.ledger import ledger
 
 B, T, D = 3, 23, WIDTH
-CPU_ATTENTION = (
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-)  # PyTorch's counter does not know it
+# PyTorch's counter does not know it
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 law = pytest.mark.parametrize("layers", ALL)
 once = pytest.mark.parametrize("layers", NAMES)
 
@@ -50,13 +49,13 @@ def text(seed: int = 1) -> torch.Tensor:
 
 
 def attention_flops(q, k, v, *args, out_shape=None, **kwargs):
-    return sdpa_flop_count(
-        q, *((*q[:2], *shape[2:]) for shape in (k, v))
-    )  # every query head meets keys and values
+    # every query head meets keys and values
+    return sdpa_flop_count(q, *((*q[:2], *shape[2:]) for shape in (k, v)))
 
 
 def gradients(stack, x, y, state):
-    """Of a loss that weighs every output and every number of the final state differently."""
+    """Gradients of a loss that gives every output and every number of the final
+    state a different weight."""
     outputs = [y, *(leaf for leaf in tensors(state) if leaf.is_floating_point())]
     weights = [
         torch.linspace(-1, 1, leaf.numel(), dtype=leaf.dtype).view_as(leaf) for leaf in outputs
@@ -90,7 +89,7 @@ def test_chunking(layers):
 
 @law
 def test_causality(layers):
-    """A changed token changes nothing before it, and something from it on."""
+    """A changed token changes nothing before it, and something from its place on."""
     stack, x = make(layers), text()
     before, _ = stack(x)
     for t in (0, T // 3, T - 1):
@@ -103,7 +102,8 @@ def test_causality(layers):
 
 @pytest.mark.parametrize("layers", NOT_CAUSAL)
 def test_what_is_not_causal_is_so_and_says_so(layers):
-    """Routing over the whole sequence lets a later token change what earlier ones get, and is refused for generation."""
+    """With routing over the whole sequence, a later token changes the result of earlier ones.
+    Generation rejects such a model."""
     training = NOT_CAUSAL[layers]
     stack, x = make(layers).train(training), text()
     before, _ = stack(x)
@@ -121,7 +121,8 @@ def test_what_is_not_causal_is_so_and_says_so(layers):
 
 @law
 def test_batch_independence(layers):
-    """A row of a batch, padded or not, gives what it gives alone, and goes on as it would alone."""
+    """A row of a batch, padded or not, gives what it gives alone, and
+    continues as it would alone."""
     stack, x = make(layers), text()
     together, _ = stack(x)
     for row in range(B):
@@ -157,7 +158,7 @@ def packed() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def documents() -> list[tuple[int, slice]]:
-    """Row and place of every document."""
+    """The row and the slice of every document."""
     found = []
     for row, lengths in enumerate(DOCUMENTS):
         ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
@@ -170,7 +171,8 @@ def documents() -> list[tuple[int, slice]]:
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 @pytest.mark.parametrize("layers", [*ALL, "moe(experts=4, router=expert_choice)"])
 def test_packing(layers, training):
-    """Documents in one row are what each is alone: outputs, and the gradients of inputs and parameters."""
+    """Documents in one row give what each gives alone: outputs, and the gradients
+    of inputs and parameters."""
     stack, x = make(layers).train(training), text().requires_grad_()
     weight = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)
     together, _ = stack(x, None, Context(*packed()))
@@ -205,7 +207,7 @@ def test_no_document_sees_another(layers):
 
 @law
 def test_packed_documents_in_pieces(layers):
-    """A row of documents that is cut anywhere continues as if it were whole."""
+    """A row of documents that is cut at any place continues as if it were whole."""
     stack, x = make(layers), text()
     context = Context(*packed())
     whole, _ = stack(x, None, context)
@@ -237,7 +239,8 @@ def test_a_packed_row_continues(layers):
 
 @pytest.mark.parametrize("layers", SHARED)
 def test_a_shared_layer_is_one_layer(layers):
-    """Its parameters exist once, its gradient is the sum over its uses, and each use has its own state."""
+    """Its parameters exist once, its gradient is the sum over its uses, and
+    each use has its own state."""
     shared = make(layers)
     apart = make(layers.partition(":=")[0] + "=" + layers.partition(":=")[2])
     names = dict(shared.named_parameters())
@@ -266,9 +269,9 @@ def test_a_shared_layer_is_one_layer(layers):
 @law
 @pytest.mark.parametrize("ragged", [False, True], ids=["whole", "ragged"])
 def test_states_stay_good(layers, ragged, monkeypatch):
-    """In generation, where states may share memory, tokens one by one give what the whole gives, and one can go on from any
-    state a second time, in another way."""
-    monkeypatch.setattr("minimodels.ops.cache.SPARE", 3)  # so that memory is outgrown
+    """In generation, states may share memory. Still, tokens one by one give what the whole text
+    gives, and any state can be continued a second time, in another way."""
+    monkeypatch.setattr("minimodels.ops.cache.SPARE", 3)  # so that the spare memory is not enough
     stack, x, other = make(layers), text(), text(2)
     positions = None
     if ragged:
@@ -308,7 +311,8 @@ def test_reference_equals_torch(layers, training):
 @once
 @pytest.mark.parametrize("autocast", [False, True], ids=["cast", "autocast"])
 def test_runs_in_bfloat16(layers, autocast):
-    """A model in bfloat16, or autocast to it, trains and carries its state, near what it computes in full precision."""
+    """A model in bfloat16, or under autocast to it, trains and carries its state, with results
+    close to those in full precision."""
     stack, x = make(layers).train(), 0.5 * text()
     exact, _ = stack(x)
     dtype = torch.float32 if autocast else torch.bfloat16
@@ -331,7 +335,7 @@ def test_runs_in_bfloat16(layers, autocast):
 
 @once
 def test_compiles_to_one_graph(layers):
-    """In training, torch.compile finds no reason to fall back to Python, and computes the same."""
+    """In training, torch.compile never falls back to Python, and computes the same."""
     stack, x = make(layers).train(), text()
     expected, _ = stack(x)
     torch.compiler.reset()
@@ -343,9 +347,8 @@ def test_compiles_to_one_graph(layers):
 
 
 @law
-@pytest.mark.parametrize(
-    "context", [20, 160]
-)  # at which C · T is whole, and which are longer than the windows
+# at which C · T is whole, and which are longer than the windows
+@pytest.mark.parametrize("context", [20, 160])
 def test_ledger_equals_measurement(layers, context):
     """Parameters, FLOPs and bytes of state are those of a real model in a real forward pass."""
     stack = make(layers, dtype=torch.float32).train()
@@ -364,7 +367,8 @@ def test_ledger_equals_measurement(layers, context):
 
 @pytest.mark.parametrize("layers", ["mlp", "moe(experts=4)", "mamba(state_size=4)"])
 def test_a_backward_pass_costs_two_forward_passes(layers):
-    """As the ledger counts a training step. Not the convolution, whose derivative PyTorch counts otherwise."""
+    """The ledger counts a training step this way. The convolution is left out, because PyTorch
+    counts its derivative differently."""
     stack, x = (
         make(layers, dtype=torch.float32).train(),
         torch.randn(2, 20, D, requires_grad=True),
@@ -386,12 +390,12 @@ def test_a_backward_pass_costs_two_forward_passes(layers):
 
 @pytest.mark.parametrize("layers", [*NAMES, *MODELS.values()])
 def test_overfits_one_batch(layers):
-    """Training reaches every part: a small model learns one batch by heart."""
+    """Training reaches every part: a small model memorises one batch."""
     torch.manual_seed(0)
     if layers.startswith((*TOKENWISE, "mod(")) or "mod(" in layers:
         tokens = torch.randperm(16).expand(2, 16)  # each token alone determines the next
     else:
-        tokens = torch.randint(16, (2, 16))  # what came before is needed
+        tokens = torch.randint(16, (2, 16))  # the tokens before are needed
     lm = LM(Config(layers=layers, width=32, vocab=16)).train()
     optimizer = torch.optim.Adam(lm.parameters(), lr=3e-3)
     for _ in range(300):
@@ -402,7 +406,7 @@ def test_overfits_one_batch(layers):
         lm.after_step()
     assert parts["cross_entropy"] < 0.2
     lm.loss(tokens[:, :-1], tokens[:, 1:])
-    copied = copy.deepcopy(lm)  # which a graph kept from the last forward would forbid
+    copied = copy.deepcopy(lm)  # impossible if a graph remained from the last forward pass
     same(copied.eval()(tokens)[0], lm.eval()(tokens)[0])
 
 
@@ -436,7 +440,8 @@ def test_a_stack_adds_up():
 
 
 def test_initial_weights():
-    """N(0, init_std²), divided by the root of the depth in what is added to the stream; biases are zero."""
+    """N(0, init_std²), divided by the square root of the depth for what is added to the
+    stream; biases are zero."""
     torch.manual_seed(0)
     layers = "(attention(bias=true) mlp(bias=true) moe)*3"
     config = Config(layers=layers, width=256, tie_embeddings=False)

@@ -39,7 +39,7 @@ def same(actual: dict, expected: dict, tolerance: float = 1e-12) -> None:
 
 @pytest.fixture
 def pieces(monkeypatch):
-    """Fixes how many pieces a text is cut into."""
+    """A function that sets the number of pieces of a text."""
     return lambda count: monkeypatch.setattr(
         module, "count_pieces", lambda x: min(count, x.shape[1])
     )
@@ -54,7 +54,8 @@ def test_pieces_equal_the_recurrence(pieces, time, count):
 
 
 def test_how_many_pieces():
-    """Enough numbers to a step, few steps; and equal results where the rule itself decides."""
+    """Each step has enough numbers, and there are few steps. The results are equal if
+    the rule itself decides."""
     assert module.count_pieces(torch.empty(1, 1024, 512)) == 45
     assert module.count_pieces(torch.empty(64, 16, 1024)) == 1
     same(results(arguments(100)), results(arguments(100), "reference"))
@@ -87,7 +88,7 @@ def test_no_state_is_a_state_of_zero():
 
 
 def test_a_final_state_keeps_only_itself():
-    """One that was a view would hold the memory of all states of its text."""
+    """A final state that was a view would keep the memory of all states of its text."""
     _, final = linear_scan(*arguments())
     assert final.untyped_storage().nbytes() == final.nbytes
 

@@ -48,9 +48,8 @@ def test_autocast_reaches_it():
         loss = linear_cross_entropy(x, weight, targets, "torch")
     dx, dweight = torch.autograd.grad(loss, (x, weight))
     assert (loss.dtype, dx.dtype, dweight.dtype) == (torch.float32,) * 3
-    assert loss == linear_cross_entropy(
-        x.bfloat16(), weight.bfloat16(), targets, "torch"
-    )  # summed in full precision
+    # summed in full precision
+    assert loss == linear_cross_entropy(x.bfloat16(), weight.bfloat16(), targets, "torch")
     same(loss, linear_cross_entropy(x, weight, targets, "reference"), 0.02)
 
 

@@ -15,7 +15,7 @@ from minimodels.ops.scan import scan
 
 
 def arguments(batch=2, time=13, D=3, N=4, seed=0):
-    """x, Δ, A, B, C, h_0 in fp64, each wanting a gradient."""
+    """x, Δ, A, B, C, h_0 in fp64, all with gradients."""
     g = torch.Generator().manual_seed(seed)
     x, C, B = (
         torch.randn(batch, time, width, generator=g, dtype=torch.float64) for width in (D, N, N)
@@ -32,7 +32,7 @@ NAMES = ("dx", "ddelta", "dA", "dB", "dC", "dstate")
 @pytest.mark.parametrize("time", [1, 2, 15, 16, 17, 32, 33, 150])
 @pytest.mark.parametrize("batch, D, N", [(1, 1, 1), (2, 5, 3), (3, 8, 16)])
 def test_scan_equals_recurrence(time, batch, D, N):
-    """Within a chunk and over several of them, whole and not."""
+    """They agree inside a chunk and over several, complete or not."""
     inputs = arguments(batch, time, D, N)
     results = []
     for path in (recurrence, scan):
@@ -74,12 +74,13 @@ def test_scan_is_one_opaque_operation_that_compiles():
 @pytest.mark.parametrize("impl", ["reference", "torch"])
 def test_autocast_leaves_the_state_exact(impl):
     inputs = [part.detach().float() for part in arguments(2, 50, 8, 4)]
+    # skip, z, the bias of Δ, the state
     inputs[5:] = (
         torch.ones(8),
         torch.randn(2, 50, 8),
         torch.randn(8),
         inputs[5],
-    )  # skip, z, the bias of Δ, the state
+    )
     with torch.autocast("cpu", torch.bfloat16):
         cast = selective_scan(*inputs, impl)
     for one, other in zip(cast, selective_scan(*inputs, impl), strict=True):
@@ -102,7 +103,8 @@ def test_no_step_freezes_the_state():
 
 
 def test_constant_selection_is_a_convolution():
-    """With Δ, B and C the same at every token the scan is linear and time-invariant: y = x * (Σ_n C_n Ā_n^k Δ B_n)."""
+    """If Δ, B and C are the same at every token, the scan is linear and time-invariant: y = x
+    * (Σ_n C_n Ā_n^k Δ B_n)."""
     x, delta, A, B, C, h = arguments(1, 20)
     delta, B, C = (part[:, :1].expand_as(part) for part in (delta, B, C))
     y, _ = scan(x, delta, A, B, C, torch.zeros_like(h))
@@ -154,7 +156,7 @@ def test_refuses_shapes_that_do_not_fit():
     taps = torch.ones(3, 4)
     for given in (
         (torch.ones(2, 4), None, None, None),
-        (taps, torch.ones(1), None, None),  # which would broadcast
+        (taps, torch.ones(1), None, None),  # these shapes would broadcast
         (taps, None, x[:, :2], None),
         (taps, None, None, torch.ones(1, dtype=torch.int64)),
     ):

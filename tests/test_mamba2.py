@@ -1,4 +1,5 @@
-"""Mamba-2: its three views, its options, the laws in short, and parity with transformers' layers."""
+"""Mamba-2: its three forms, its options, the laws in short, and parity
+with transformers' layers."""
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def arguments(T: int, groups: int = 2):
 
 
 def operation(x, delta, A, B, C, h):
-    """Mamba-2 in the words of the delta rule."""
+    """Mamba-2 computed with the delta rule."""
     return delta_rule(C, B, delta.unsqueeze(-1) * x, delta * A, None, h)
 
 
@@ -93,7 +94,7 @@ def test_attention_equals_chunks(length):
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_layer_equals_recurrence(text):
-    """The whole layer again, from its weights and the recurrence; decoding included."""
+    """The whole layer, recomputed from its weights with the recurrence, including decoding."""
     layer, x = make(text), random(2, 21, 16)
     options, E, H = layer.options, layer.E, layer.H
     G, N = options.groups, options.state_size
@@ -126,7 +127,8 @@ def test_layer_equals_recurrence(text):
 
 
 def test_limits_hold_in_decoding_too():
-    """A lower limit above all steps: the decay is the limit's, token by token as in one piece."""
+    """With a lower limit above all steps, the decay is that of the limit, token
+    by token as in one piece."""
     layer = make("mamba2(state_size=4, step_min=50, step_max=60)")
     before, x = random(2, 9, 16), random(2, 1, 16, seed=2)
     _, state = layer(before)
@@ -219,7 +221,7 @@ def test_parity_with_bamba(groups):
     ],
 )
 def test_parity_with_falcon_h1(fields, norm):
-    """Its norm is left out, or comes before or after the gate."""
+    """It has no norm, or a norm before or after the gate."""
     config = FalconH1Config(
         hidden_size=16, mamba_n_heads=4, mamba_d_head=5, mamba_d_ssm=20, mamba_d_state=6, mamba_n_groups=2,
         mamba_chunk_size=8, num_hidden_layers=1, vocab_size=8, num_attention_heads=2, num_key_value_heads=2, **fields,
@@ -233,7 +235,8 @@ def test_parity_with_falcon_h1(fields, norm):
 
 @torch.no_grad()
 def test_decoding_is_the_prefill_that_transformers_computes():
-    """Their one-token path ignores time_step_limit and so leaves their own prefill; ours does not."""
+    """Their one-token path ignores time_step_limit, and so differs from their own
+    prefill. Ours does not."""
     peer = published(2, time_step_limit=(0.6, 0.9))
     ours = make("mamba2(state_size=6, groups=2, step_min=0.6, step_max=0.9)").float()
     ours.load_state_dict(peer.state_dict())

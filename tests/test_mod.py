@@ -1,4 +1,4 @@
-"""Mixture-of-depths, checked against the paper and against the mistakes that are usual."""
+"""Mixture-of-depths, checked against the paper and for the usual mistakes."""
 
 import pytest
 import torch
@@ -24,11 +24,10 @@ def taken(mod, x) -> torch.Tensor:
 
 
 def test_all_tokens_at_weight_one_are_the_dense_group():
-    """The residual is added once, and attention as well as MLP are scaled by the router."""
+    """The residual is added once, and the router scales both attention and MLP."""
     mod, x = wrapped("capacity=1").train(), text()
-    x = torch.cat(
-        (x[..., :-1], torch.ones_like(x[..., :1])), -1
-    )  # a constant feature that the router reads
+    # a constant feature that the router reads
+    x = torch.cat((x[..., :-1], torch.ones_like(x[..., :1])), -1)
     mod.router.weight.data = torch.tensor([[0.0] * (D - 1) + [1.0]], dtype=torch.float64)
     same(mod(x)[0], mod.group(x)[0])
     mod.router.weight.data *= 3
@@ -42,7 +41,7 @@ def test_training_takes_exactly_the_top_k():
     assert torch.equal(taken(mod, x), expected)
     _, _, record = observe(mod, x)
     assert torch.equal(record.traces["taken"][0], expected)
-    mod.router.weight.data.zero_()  # all equal: still k, not none
+    mod.router.weight.data.zero_()  # all scores are equal: still k, not none
     zeros, positions = torch.zeros(B, T), torch.arange(T).expand(B, T)
     index, real = mod.select(zeros, zeros, positions, Context())
     assert index.shape == (B, 6)
@@ -85,7 +84,7 @@ def test_gradients_reach_the_router_and_stop_before_the_model(route):
     found = torch.autograd.grad(record.losses["mod"], wanted, allow_unused=True)
     if route == "router":
         assert found[1].abs().sum() > 0
-    else:  # the predictor learns, and nothing else feels it
+    else:  # the predictor learns, and nothing else is affected
         assert found[0] is None
         assert found[1] is None
         assert all(gradient.abs().sum() > 0 for gradient in found[2:])
@@ -93,7 +92,8 @@ def test_gradients_reach_the_router_and_stop_before_the_model(route):
 
 @pytest.mark.parametrize("route", ["router", "predictor"])
 def test_the_causal_decision_learns_the_top_k(route):
-    """Trained on its own loss, the decision comes to tell the top k far better than routing nobody would."""
+    """Trained with its own loss, the decision learns to recognise the top k, much better than a
+    decision never to route."""
     torch.manual_seed(0)
     mod = wrapped(f"capacity=0.3, route={route}, loss=1").train()
     parameters = mod.router.parameters() if route == "router" else mod.predictor.parameters()
@@ -103,14 +103,14 @@ def test_the_causal_decision_learns_the_top_k(route):
         optimizer.zero_grad()
         record.losses["mod"].backward()
         optimizer.step()
-    assert record.observed["accuracy"][0] > 0.8  # routing nobody is right for 0.7
+    assert record.observed["accuracy"][0] > 0.8  # never routing is right for 0.7
     assert record.observed["routed"][0].item() == pytest.approx(0.3, abs=0.2)
 
 
 @pytest.mark.parametrize("parameters", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("route", ["router", "predictor"])
 def test_the_decision_is_made_in_full_precision(route, parameters):
-    """Whatever the text comes in, and under autocast."""
+    """It does not depend on the dtype of the text or on autocast."""
     mod, x = wrapped(f"capacity=0.3, route={route}").to(parameters), text().bfloat16()
     made = []
     mod.select = lambda scores, decision, positions, context: (
@@ -142,7 +142,7 @@ def test_a_row_that_routes_nobody_leaves_everything():
 
 
 def test_a_batch_skips_what_no_row_routes():
-    """At one token a batch whose rows all pass by does not touch the group: the speed of sampling."""
+    """With one token per row, the group does not run if no row routes. This makes sampling fast."""
     mod = wrapped("capacity=0.3, route=router")
     mod.group.forward = None  # calling it would fail
     mod.router.weight.data.zero_()
@@ -152,7 +152,7 @@ def test_a_batch_skips_what_no_row_routes():
 
 @pytest.mark.parametrize("balance", ["layer", "pooled"])
 def test_a_group_that_is_passed_by_records_nothing(balance):
-    """Neither the losses of an earlier pass nor an error where there was none."""
+    """It keeps no losses of an earlier pass, and if there were none it gives no error."""
     torch.manual_seed(0)
     layers = f"mod(moe(experts=4, balance={balance}), route=router)"
     model = LM(Config(vocab=7, width=16, layers=layers))
@@ -165,7 +165,7 @@ def test_a_group_that_is_passed_by_records_nothing(balance):
     total, parts = model.loss(tokens, tokens)
     assert all(parts.get(name, 0) == 0 for name in ("mod", "balance", "z"))
     assert "load" not in model.observations()
-    total.backward()  # through no graph of the pass before
+    total.backward()  # without the graph of the pass before
 
 
 def test_capacity_is_rounded_up_to_a_token():
@@ -181,7 +181,7 @@ def test_top_k_in_evaluation_is_an_oracle_to_compare_with():
 
 
 def test_scoring_leaves_the_router_alone():
-    """In half precision too: another thread may be scoring."""
+    """This is so in half precision too, because another thread may be scoring."""
     lm = LM(Config(width=8, layers="mod(mlp, route=predictor)")).bfloat16().eval()
     (block,) = lm.layers
     seen = []
@@ -195,10 +195,10 @@ def test_scoring_leaves_the_router_alone():
 def test_padding_is_not_routed_and_teaches_nothing():
     mod, x = wrapped("capacity=0.3, loss=1").train(), text()
     positions = torch.arange(T).expand(B, T).clone()
-    positions[1, 4:] = -1  # fewer than k = 6 are there
+    positions[1, 4:] = -1  # fewer than k = 6 are left
     seen = []
     for fill in (0.0, 100.0):
-        x[1, 4:] = fill * mod.router.weight[0].detach()  # which then scores highest
+        x[1, 4:] = fill * mod.router.weight[0].detach()  # so that it scores highest
         y, _, record = observe(mod, x, positions=positions)
         observed = [value for (value,) in record.observed.values()]
         taken = record.traces["taken"][0]
@@ -243,7 +243,7 @@ def test_a_wrapper_within_a_group_that_nobody_takes_records_nothing():
 
 
 def test_each_document_routes_its_own_top_k():
-    """Documents in a row do not compete, and the trace tells which tokens were taken."""
+    """Documents in a row do not compete, and the trace shows which tokens were taken."""
     mod, x = wrapped("capacity=0.25").train(), text()
     starts = torch.tensor([[0] * 8 + [8] * 12, [0] * 5 + [5] * 15])
     _, _, record = observe(mod, x, starts=starts)

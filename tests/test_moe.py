@@ -1,4 +1,4 @@
-"""Routing and experts, checked against what defines them."""
+"""Routing and experts, checked against their definitions."""
 
 import math
 
@@ -112,7 +112,8 @@ def test_bias_moves_against_the_load():
 
 
 def test_balance_loss_is_least_when_even():
-    """E Σ f_i P_i is K where all experts are equally likely and used, and grows with every preference."""
+    """E Σ f_i P_i is K if all experts are equally likely and used, and it
+    grows with every preference."""
     moe = layer(balance_loss=1.0, z_loss=0.0)
     x = text()
     values = []
@@ -129,7 +130,8 @@ def test_balance_loss_is_least_when_even():
 
 
 def test_balancing_evens_out_the_load():
-    """Trained on the balance loss alone, or moved by the bias alone, a lopsided router comes to use all experts."""
+    """An uneven router learns to use all experts if it is trained only with the balance loss, or
+    moved only by the bias."""
     for fields, rate in (
         ({"balance_loss": 1.0, "z_loss": 0.0}, 0.05),
         ({"router": "sigmoid_bias", "bias_step": 0.05}, 0.0),
@@ -201,7 +203,7 @@ def test_the_scale_is_on_the_routed_experts_alone():
 
 
 def test_losses_and_loads_are_their_equations():
-    """Of the tokens that are there."""
+    """Only tokens that are present count."""
     moe = layer(balance_loss=0.5, z_loss=0.25)
     positions = torch.arange(9).expand(2, 9).clone()
     positions[1, 4:] = -1
@@ -218,7 +220,8 @@ def test_losses_and_loads_are_their_equations():
 
 
 def test_the_pooled_loss_balances_the_mean_of_the_layers():
-    """Two layers whose loads make up for each other lose nothing together, and much apart."""
+    """Two layers whose loads compensate for each other lose nothing
+    together, and much separately."""
     probability = torch.tensor([0.7, 0.1, 0.1, 0.1]).double()
     values = {}
     for balance in ("layer", "pooled"):
@@ -248,7 +251,7 @@ def test_expert_choice_rounds_up(time):
 
 
 def test_no_graph_is_kept_beyond_a_step():
-    """Neither in the layer nor in what it observed; its losses alone hold one."""
+    """No graph is kept in the layer or in what it observed. Only its losses keep one."""
     moe = layer().train()
     _, _, record = observe(moe, text())
     kept = [moe.buffers(), *record.traces.values(), *record.observed.values()]

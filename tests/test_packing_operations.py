@@ -1,6 +1,8 @@
-"""Several documents in a row: each operation gives a document what it is given alone, and nothing of it reaches another.
+"""Several documents in a row: each operation gives a document what it gives it alone, and
+nothing reaches another document.
 
-The documents have odd lengths and one of them a single token; the first may go on from a carried state.
+The documents have odd lengths, and one is a single token. The first may continue from a carried
+state.
 """
 
 import pytest
@@ -18,7 +20,8 @@ PATHS = ("reference", "torch")
 
 
 def resets(first: bool = True) -> torch.Tensor:
-    """(ROWS, T) bool: where documents begin; the first of each row goes on from a state unless it is `first` too."""
+    """(ROWS, T) bool: where documents begin. The first of each row continues from a state
+    unless `first` is true."""
     begins = torch.zeros(ROWS, T, dtype=torch.bool)
     for row, lengths in zip(begins, LENGTHS, strict=True):
         row[torch.tensor(lengths).cumsum(0)[:-1]] = True
@@ -27,7 +30,7 @@ def resets(first: bool = True) -> torch.Tensor:
 
 
 def starts() -> torch.Tensor:
-    """(ROWS, T): the place at which each token's document begins."""
+    """(ROWS, T): the index at which each token's document begins."""
     return torch.where(resets(), torch.arange(T), 0).cummax(1).values
 
 
@@ -40,7 +43,7 @@ def documents():
 
 
 def gradients(outputs, inputs, seed: int = 0) -> list[torch.Tensor]:
-    """Of a loss that weighs each number of the outputs differently."""
+    """Gradients of a loss that gives each number of the outputs a different weight."""
     g = torch.Generator().manual_seed(seed)
     loss = sum((o * torch.randn(o.shape, generator=g, dtype=o.dtype)).sum() for o in outputs)
     return torch.autograd.grad(loss, inputs)
@@ -81,7 +84,7 @@ def test_a_convolution_of_documents_is_that_of_each_alone(impl, activation):
         piece, left = causal_conv1d(
             x[row : row + 1, at], weight, bias, before, activation=activation, impl="reference"
         )
-        alone[row, at], last[row] = piece[0], left[0]  # that of the last document stays
+        alone[row, at], last[row] = piece[0], left[0]  # the last document's remains
     assert_same((y, after), (alone, last), "y window")
     assert_same(
         gradients((y, after), inputs), gradients((alone, last), inputs), "dx dweight dbias dwindow"
@@ -195,7 +198,7 @@ def test_no_bit_of_another_document_reaches_a_scan(impl):
 
 @pytest.mark.parametrize("impl", PATHS)
 def test_the_decay_of_a_reset_has_no_gradient(impl):
-    """A's gradient comes from decays alone: where every token begins a document there is none."""
+    """A's gradient comes only from decays. If every token begins a document, it has none."""
     given = scanned()
     y, state = selective_scan(*given, impl, resets=torch.ones(ROWS, T, dtype=torch.bool))
     dA, dstate = gradients((y, state), (given[2], given[8]))
@@ -290,7 +293,8 @@ def test_padding_behind_documents_changes_nothing(window):
 @pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
 @pytest.mark.parametrize("positions", [False, True], ids=["in a row", "positions"])
 def test_a_chunk_on_a_carried_state(window, queries, entries, packed, positions, monkeypatch):
-    """All paths but a mask of all queries and keys leave slots out; those empty among the remembered ones may hold anything."""
+    """Except for the mask of all queries and keys, all paths leave slots out. Empty slots among the
+    remembered ones may contain anything."""
     monkeypatch.setattr(attention_module, "MASK", entries)
     inputs = qkv(queries)
     keys = None
@@ -350,7 +354,8 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 def test_auto_leaves_plain_causal_attention_to_pytorch(monkeypatch):
-    """Where a kernel was measured to be faster, it takes windows, positions, documents and decoding."""
+    """A kernel that was measured to be faster is used for windows, positions,
+    documents and decoding."""
     asked = []
     monkeypatch.setattr(
         attention_module, "choose", lambda impl, *_: asked.append(impl) or "reference"

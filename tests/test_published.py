@@ -1,4 +1,5 @@
-"""Published models: every family against transformers, which no one here wrote, from its files to ours and back."""
+"""Published models: every family against transformers, an independent implementation, from its
+files to ours and back."""
 
 import contextlib
 import copy
@@ -34,7 +35,7 @@ transformers.logging.disable_progress_bar()
 V, T = 67, 37
 SIZE = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2}
 HEADS = {**SIZE, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40}
-SQUARE = {**HEADS, "hidden_size": 36, "head_dim": 8}  # whose root is exact in single precision
+SQUARE = {**HEADS, "hidden_size": 36, "head_dim": 8}  # its square root is exact in single precision
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 24}  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 24, "beta_fast": 4.0,
@@ -57,7 +58,8 @@ CASES = {  # model_type -> options of its configuration class
     "mistral": [
         {**HEADS, "sliding_window": 7},
         {**HEADS, "sliding_window": None, "tie_word_embeddings": True},
-        {**HEADS, "sliding_window": 30, "head_dim": 6},  # less than the text, more than half of it
+        # shorter than the text, and longer than half of it
+        {**HEADS, "sliding_window": 30, "head_dim": 6},
     ],
     "qwen3": [
         {**HEADS, "head_dim": 12},
@@ -118,7 +120,8 @@ CASES = {  # model_type -> options of its configuration class
     "falcon_mamba": [
         SIZE,
         {**SIZE, "tie_word_embeddings": False, "use_bias": True, "mixer_rms_eps": 1e-2, "state_size": 5},
-        {**SIZE, "expand": 16, "intermediate_size": 64},  # as the published 7B has it: the second is meant
+        # as in the published 7B: the second is the one that counts
+        {**SIZE, "expand": 16, "intermediate_size": 64},
     ],
     "mixtral": [
         {**HEADS, "num_local_experts": 3, **AUXILIARY},
@@ -210,7 +213,7 @@ def model_of(name: str, options: dict):
 
 
 def double(model):
-    """In fp64, but for the rotary frequencies, which are fp32 here as there."""
+    """In fp64, except for the rotary frequencies, which are fp32 both here and there."""
     model.double()
     for name, buffer in model.named_buffers():
         if name.endswith("inv_freq"):
@@ -229,7 +232,8 @@ def text(batch: int = 2, seed: int = 1) -> torch.Tensor:
 
 @contextlib.contextmanager
 def without_casts_to_single():
-    """Inside, fp64 stays fp64 in transformers too, which otherwise computes norms, routers and scans in fp32 at any dtype."""
+    """Inside, fp64 stays fp64 in transformers too. Otherwise it computes norms, routers and
+    scans in fp32 at any dtype."""
     to, single, softmax, type_of = (
         torch.Tensor.to,
         torch.Tensor.float,
@@ -254,7 +258,7 @@ def without_casts_to_single():
         patch.setattr(torch.Tensor, "to", lifted_to)
         patch.setattr(torch.Tensor, "type", lifted_type)
         patch.setattr(torch, "sum", lambda x, dim=None, dtype=None: x.sum(dim))
-        # which rounds its cosines in another way than cos does
+        # it rounds its cosines differently from cos
         patch.setattr(torch, "polar", lambda one, angles: torch.complex(angles.cos(), angles.sin()))
         patch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else single(x))
         patch.setattr(torch.Tensor, "softmax", lifted_softmax)
@@ -283,7 +287,8 @@ def test_logits_in_single_and_double_precision(name, number, tmp_path):
 
 @every
 def test_loss_and_gradient_of_every_parameter(name, number, tmp_path):
-    """Their gradients are put in the place of their weights, saved, and read by us: so each must land where ours is."""
+    """Their gradients are saved in place of their weights and read by us, so each
+    must arrive where ours is."""
     model, tokens = double(theirs(name, number)), text()
     lm = from_pretrained(saved(model, tmp_path / "weights"))
     with without_casts_to_single():
@@ -339,7 +344,7 @@ def test_saved_by_us_and_loaded_by_them(name, number, tmp_path):
         assert torch.equal(parameter, again.get_parameter(part)), part
 
 
-# What the files may look like.
+# Variants of the files.
 
 
 def test_dtype_and_overrides_are_arguments(tmp_path):
@@ -373,7 +378,7 @@ def test_a_dtype_or_a_device_that_is_not_there(wrong, tmp_path):
 
 @pytest.mark.parametrize("name", ["llama", "mamba", "mixtral"])
 def test_a_model_saved_without_its_head(name, tmp_path):
-    """Its tensors lack the prefix; with a tied head nothing else is missing."""
+    """Its tensors lack the prefix. With a tied head, nothing else is missing."""
     model, tokens = theirs(name), text()
     base = saved(model.base_model, tmp_path / "a")
     reconfigure(base, tie_word_embeddings=True)
@@ -421,7 +426,7 @@ def test_entries_that_change_nothing_pass(tmp_path):
 
 
 def test_blocks_from_max_window_layers_on_have_the_window(tmp_path):
-    """In a file that does not list layer_types."""
+    """This applies to a file that does not list layer_types."""
     folder = saved(theirs("qwen3", 2), tmp_path / "a")
     entries = json.loads((folder / "config.json").read_text())
     del entries["layer_types"]
@@ -439,7 +444,7 @@ def test_a_model_of_bytes_has_a_tokenizer(tmp_path):
 
 
 def test_experts_of_four_bits_are_unpacked(tmp_path):
-    """As transformers unpacks them; saved again they are of 16 bits."""
+    """They are unpacked as in transformers. Saved again, they have 16 bits."""
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     folder = saved(theirs("gpt_oss").bfloat16(), tmp_path / "a")
@@ -480,7 +485,8 @@ def test_shards_and_their_index(tmp_path):
 
 
 def test_older_files(tmp_path):
-    """Names that published files once had, and tensors that follow from config.json, are understood."""
+    """The reader understands names that published files once had, and tensors that
+    follow from config.json."""
     folder, tokens = saved(theirs("mamba"), tmp_path / "mamba"), text()
     expected, _ = from_pretrained(folder)(tokens)
     rewrite(
@@ -545,7 +551,8 @@ def test_what_was_read_is_written_again(tmp_path):
 MADE = [  # layers, other fields -> the family that expresses them
     ("(attention mlp)*2", "llama"),
     ("(attention(window=5) mlp)*2", "mistral"),
-    ("(attention(heads=3, head_dim=8) mlp)*2", "mistral"),  # because Llama's class wants a divisor of 32
+    # because Llama's class needs a divisor of 32
+    ("(attention(heads=3, head_dim=8) mlp)*2", "mistral"),
     ("(mamba(norm=learned) mlp(width=48) attention(rope_base=0) mlp(width=48))*2", "jamba"),
     ("attention(qk_norm=head) mlp attention(qk_norm=head, window=5) mlp", "qwen3"),
     ("attention(bias=qkv) mlp attention(bias=qkv, window=5) mlp", "qwen2"),
@@ -612,7 +619,8 @@ def test_a_model_made_here_is_saved_as_the_family_that_it_is(layers, family, tmp
     assert (model.generation_config.eos_token_id, model.config.bos_token_id) == (None, None)
 
 
-OTHERWISE = {  # what changes a model of some family -> another value; LAYER.OPTION or a field of Config
+# what changes a model of some family -> another value; LAYER.OPTION or a field of Config
+OTHERWISE = {
     "norm_eps": 0.1, "tie_embeddings": False, "attention.heads": 2, "attention.kv_heads": 2, "attention.head_dim": 4,
     "attention.rope_base": 50.0, "attention.rope_scaling": "linear(factor=2)", "attention.qk_norm": "full",
     "attention.bias": True, "attention.window": 3, "mlp.width": 24, "mlp.bias": True, "mamba.expand": 3,
@@ -642,7 +650,7 @@ BASES = [
     ],
 )
 def test_no_option_is_lost(what, layers, tmp_path):
-    """Whatever is set, the folder gives the model's logits, or is refused."""
+    """Whatever is set, the saved folder either gives the model's logits or is rejected."""
     torch.manual_seed(0)
     fields = {"width": 16, "vocab": V, "layers": layers}
     if "." in what:
@@ -655,7 +663,7 @@ def test_no_option_is_lost(what, layers, tmp_path):
     try:
         save_pretrained(lm, tmp_path / "a")
     except InputError as error:
-        widths = {"mlp.width", "moe.expert_width"}  # which Jamba has equal
+        widths = {"mlp.width", "moe.expert_width"}  # which are equal in Jamba
         named = widths if what in widths else {what}
         assert any(f"differs in {name}" in str(error) for name in named), error
     else:
@@ -712,7 +720,8 @@ def test_rope_scaling_however_it_is_written(scaling, tmp_path):
 
 
 def test_a_loaded_model_trains_like_one_made_here(tmp_path):
-    """What does not decay is known of the layer, not of the tensor, which loading and copying replace."""
+    """The layer knows what does not decay, not the tensor, because loading and
+    copying replace tensors."""
     lm = from_pretrained(saved(theirs("mamba"), tmp_path / "a"))
     for model in (lm, copy.deepcopy(lm)):
         decayed = {id(parameter) for parameter in adamw(model, 1e-3, 0.1).param_groups[0]["params"]}
@@ -770,7 +779,8 @@ def test_what_no_family_expresses_says_why(tmp_path):
         ("qwen3", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_window"),
         ("mistral", {"sliding_window": "8"}, "sliding_window"),
-        ("mistral", {"use_sliding_window": False}, "use_sliding_window"),  # of which the class knows nothing
+        # the class knows none of these
+        ("mistral", {"use_sliding_window": False}, "use_sliding_window"),
         ("mixtral", {"use_sliding_window": False}, "use_sliding_window"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv: 8.0"),
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise"),
@@ -873,7 +883,7 @@ def test_neither_folder_nor_id(name, tmp_path, monkeypatch):
 
 
 def test_an_id_is_fetched_from_the_hub(tmp_path, monkeypatch):
-    """And what the hub answers with an error is told in one line."""
+    """If the hub answers with an error, one line reports it."""
     huggingface_hub = pytest.importorskip(
         "huggingface_hub", reason="ids of the hub need the extra `hub`"
     )
@@ -944,7 +954,8 @@ def test_loading_never_holds_two_copies(tmp_path):
 
 
 def test_a_rotation_told_the_older_way(tmp_path):
-    """ "type" for "rope_type", and llama3's original length from max_position_embeddings, as transformers has it."""
+    """ "type" instead of "rope_type", and llama3's original length from
+    max_position_embeddings, as in transformers."""
     folder, tokens = saved(theirs("llama", 3), tmp_path / "a"), text()
     expected, _ = from_pretrained(folder)(tokens)
     reconfigure(
@@ -1014,7 +1025,7 @@ def test_the_weight_of_the_balance_is_written(tmp_path):
     ],
 )
 def test_many_layers_are_a_short_text(pattern, expected):
-    """Which says the same layers."""
+    """The text describes the same layers."""
     kinds = {
         "l": ("local", parse_call("attention(window=512)", "")),
         "g": ("full", Call("attention")),

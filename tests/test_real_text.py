@@ -1,4 +1,5 @@
-"""Text as people have it: in folders with links and leftovers, compressed, in records, with marks and broken bytes."""
+"""Text as it occurs in practice: in folders with links and leftovers, compressed, in records, with
+byte order marks and broken bytes."""
 
 import codecs
 import errno
@@ -36,7 +37,7 @@ few = settings(max_examples=30, deadline=None)
 
 
 def written(data, split="training") -> bytes:
-    """All bytes of one half."""
+    """All bytes of one half of the text."""
     span = data.spans[split]
     return span[0 : len(span)].tobytes()
 
@@ -183,7 +184,7 @@ def test_of_a_large_text_the_fingerprint_reads_a_sample(folder, monkeypatch):
             (folder / "large").write_bytes(content)
             seen += mark() != before
         content[place] ^= 1
-    assert 900 <= seen <= 1100  # blocks of 10 that make 1,000, and the last
+    assert 900 <= seen <= 1100  # blocks of 10 that add up to 1,000, and the last
     (folder / "large").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert mark() != before
 
@@ -418,7 +419,7 @@ def test_a_data_set_of_the_hub_is_streamed_once(tmp_path, monkeypatch):
 
 
 def test_a_missing_file_is_no_data_set(tmp_path, monkeypatch):
-    """Nothing is asked of the network if the folder is there and the file in it is not."""
+    """If the folder exists and the file in it does not, the network is not used."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match="pip install datasets"):
@@ -626,8 +627,9 @@ def test_broken_bytes_are_counted_one_by_one(raw):
 
 @pytest.fixture(scope="module")
 def encoders():
-    """Of byte-level tokenizers, one of them plain and two that change the text before, and of others that put a space before
-    each word, or drop spaces and what they do not know."""
+    """Encoders of several kinds of tokenizers. Byte-level: one plain, and two that change
+    the text first. Others: one that puts a space before each word, and one that drops
+    spaces and unknown text."""
     library = tokenizers
     texts = ["the quick brown fox añade 日本\n " * 20]
     level = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -706,13 +708,13 @@ def test_packing_loses_nothing_and_leaves_little(found):
     lengths = [sum(part.length for part in row) for row in rows]
     assert max(lengths) <= 16
     assert sum(lengths) > 16 * (len(rows) - 1) / 2  # no two rows fit into one
-    for i, length in enumerate(lengths):  # a row is begun only if no other has space
+    for i, length in enumerate(lengths):  # a row is begun only if no other has room
         assert all(length + max(part.length for part in row) > 16 for row in rows[i + 1 :])
 
 
 @pytest.fixture
 def documents(tmp_path):
-    """250 files of 1 to 40 distinct bytes; the first two tell the file."""
+    """250 files of 1 to 40 distinct bytes. The first two identify the file."""
     folder = tmp_path / "documents"
     folder.mkdir()
     for number in range(250):
@@ -722,7 +724,7 @@ def documents(tmp_path):
 
 
 def split_rows(batch):
-    """(tokens, targets) of each document in each row; what fills the row is left out."""
+    """(tokens, targets) of each document in each row, without what fills the row."""
     for tokens, targets, starts in zip(*batch, strict=True):
         assert (starts <= torch.arange(len(starts))).all()
         for start in starts.unique().tolist():
@@ -930,7 +932,7 @@ def test_any_name_is_data_or_refused_in_one_line(tmp_path_factory, name):
             assert len(str(error).splitlines()) == 1
 
 
-# a cache used by several
+# a cache used by several processes
 
 
 def test_processes_wait_for_the_one_that_makes_tokens(prose, tmp_path):

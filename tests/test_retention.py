@@ -1,4 +1,5 @@
-"""Retention: linear attention, RetNet, Lightning and GLA, each against its equation; the laws in short; parity with MiniMax."""
+"""Retention: linear attention, RetNet, Lightning and GLA, each against its equation; the laws in
+short; parity with MiniMax."""
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_linear_attention_is_its_equation():
 
 
 def test_linear_attention_takes_a_mean():
-    """If all values are the same, so is what is read, whatever the weights are."""
+    """If all values are the same, the output is that value, whatever the weights are."""
     layer, x = make(LINEAR), random(2, 21, 16)
     value = random(16, seed=7)
     with torch.no_grad():
@@ -156,7 +157,8 @@ def test_rotation_depends_on_distance_alone():
 
 
 def test_the_place_of_a_layer_sets_its_decay():
-    """By default the place in the model; MiniMax counts blocks, which the options say."""
+    """By default it is the layer's place in the model. MiniMax counts
+    blocks, which the options set."""
     x = random(1, 3, 16)
     for place, options, factor in (
         (Place(0, 8), "", 1 + 1e-5),

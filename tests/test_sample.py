@@ -1,4 +1,4 @@
-"""Generation: the same as training's forward pass, alone as in a batch."""
+"""Generation: it agrees with training's forward pass, and is the same alone as in a batch."""
 
 import pytest
 import torch

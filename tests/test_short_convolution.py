@@ -58,7 +58,7 @@ def test_layer_equals_reference(text, length):
 
 
 def test_without_gates_it_is_a_convolution():
-    """If both gates are 1 the layer is linear and looks back two tokens."""
+    """If both gates are 1, the layer is linear and sees the last two tokens before."""
     layer = make("short_convolution(bias=true)")
     with torch.no_grad():
         layer.in_proj.weight[:32] = 0

@@ -1,4 +1,4 @@
-"""Text to tokens and back, and published models continued from the command line."""
+"""Text to tokens and back, and continuing published models from the command line."""
 
 import json
 import os
@@ -18,7 +18,7 @@ TEXT = "def añadir(x):\n    return x + 1  # 日本\n"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A published model with a byte-level tokenizer of its own that puts <s> before a text."""
+    """A published model with its own byte-level tokenizer, which puts <s> before a text."""
     tokenizers = pytest.importorskip("tokenizers", reason="tokenizer.json needs the extra `hub`")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -60,7 +60,8 @@ def test_what_a_command_line_could_not_decode_is_encoded(folder):
 
 @pytest.fixture(scope="module")
 def fallback(tmp_path_factory):
-    """A tokenizer that falls back on bytes and writes spaces into its words, as SentencePiece does."""
+    """A tokenizer that falls back to bytes and writes spaces into its
+    words, as SentencePiece does."""
     tokenizers = pytest.importorskip("tokenizers")
     vocabulary = {"<unk>": 0, "<s>": 1, "\u2581he": 2, "llo": 3, "\u2581": 4}
     vocabulary |= {f"<0x{byte:02X}>": 5 + byte for byte in range(256)}

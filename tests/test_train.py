@@ -1,4 +1,5 @@
-"""The training script as a user meets it: it learns, it stops, it goes on, it refuses."""
+"""The training script as a user experiences it: it learns, stops,
+continues, and rejects bad input."""
 
 import json
 import math
@@ -63,7 +64,8 @@ def log(folder) -> list[dict]:
 
 @pytest.mark.parametrize("model", [*MAIN, "mamba2", "kda"])
 def test_main_path(model, tmp_path, monkeypatch, capsys):
-    """Every preset trains, validates, samples and leaves its folder; sampling from it repeats on a seed."""
+    """Every preset trains, validates, samples and writes its folder. Sampling from it gives the
+    same text with the same seed."""
     run("--model", model, *settings(model), "--data", "text", "--steps", 40, "--lr", 0.01, "--prompt", "abc", *SMALL,
         "--device", "auto", "--out", f"runs/{model}", monkeypatch=monkeypatch)  # fmt: skip
     printed = capsys.readouterr().out
@@ -182,9 +184,11 @@ def test_a_compiled_run_takes_the_same_steps(monkeypatch):
     ids=lambda arguments: arguments[1],
 )
 def test_resuming_is_exact(arguments, tmp_path, monkeypatch, capsys):
-    """Stopped after 4 of 8 steps and resumed, a run ends with the same bits as one that was not stopped, and logs the same."""
+    """A run that stopped after 4 of 8 steps and resumed ends with the same bits as one that was not
+    stopped, and logs the same."""
     if "--data" not in arguments:
         arguments = [*arguments, "--data", "text"]
+    # so that the fourth is not yet logged
     arguments = [
         *arguments,
         "--steps",
@@ -192,7 +196,7 @@ def test_resuming_is_exact(arguments, tmp_path, monkeypatch, capsys):
         *SMALL,
         "--log-every",
         3,
-    ]  # so that the log has not told of the fourth
+    ]
     run(*arguments, "--out", "whole", monkeypatch=monkeypatch)
 
     rate = train.learning_rate
@@ -246,7 +250,8 @@ def test_a_constant_run_is_extended(tmp_path, monkeypatch):
 
 
 def test_a_run_resumed_with_other_bounds_keeps_them(tmp_path, monkeypatch, capsys):
-    """What it prints when it is interrupted, --resume alone, goes on to the new bound."""
+    """The command that it prints after an interruption, with --resume alone,
+    continues to the new bound."""
     run("--data", "text", "--steps", 2, "--out", "parts", *SMALL, monkeypatch=monkeypatch)
     for bounds in (["--steps", 6], []):
         run("--resume", "parts", *bounds, monkeypatch=monkeypatch)
@@ -435,16 +440,16 @@ REFUSED = [
     "arguments, field, accepted", REFUSED, ids=[" ".join(row[0])[:60] for row in REFUSED]
 )
 def test_bad_input_is_one_line(arguments, field, accepted, tmp_path, monkeypatch, capsys):
-    """Each names the field, the value and what is accepted, exits with status 2, and leaves nothing behind.
-    Below may be a piece of the text that was read, with a caret."""
+    """Each error names the field, the value and what is accepted. It exits with status 2 and leaves
+    nothing behind. A piece of the text, with a caret, may follow."""
     (tmp_path / "empty").touch()
     (tmp_path / "short").write_bytes(b"abc")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/notes").write_text("mine")
-    monkeypatch.setattr("minimodels.kernels.INTERPRETED", False)  # as outside of the tests
+    monkeypatch.setattr("minimodels.kernels.INTERPRETED", False)  # as outside the tests
     if "--data" not in arguments:
         arguments = ["--data", "text", *arguments]
-    arguments = ["--steps", "1", *arguments]  # so that what is not refused ends soon
+    arguments = ["--steps", "1", *arguments]  # so that accepted input ends soon
     with pytest.raises(SystemExit) as exit:
         run(*arguments, monkeypatch=monkeypatch)
     error = capsys.readouterr().err
@@ -644,9 +649,8 @@ def test_refuses_to_go_on_with_other_data(tmp_path, monkeypatch, capsys):
     for name in "ab":
         (tmp_path / "texts" / name).write_bytes(b"some text " * 50)
     run("--data", "texts", "--steps", 2, "--out", "texts/run", *SMALL, monkeypatch=monkeypatch)
-    run(
-        "--resume", "texts/run", "--steps", 4, monkeypatch=monkeypatch
-    )  # what the run has left there is no text
+    # files that the run has written there are not text
+    run("--resume", "texts/run", "--steps", 4, monkeypatch=monkeypatch)
     (tmp_path / "texts" / "c").write_bytes(b"more")
     with pytest.raises(SystemExit):
         run("--resume", "texts/run", "--steps", 6, monkeypatch=monkeypatch)
@@ -657,9 +661,8 @@ def test_refuses_to_go_on_with_other_data(tmp_path, monkeypatch, capsys):
 def test_a_log_that_ran_ahead_of_its_checkpoint_is_cut_back(tmp_path, monkeypatch):
     run("--data", "text", "--steps", 4, "--out", "run", *SMALL, monkeypatch=monkeypatch)
     with (tmp_path / "run/log.jsonl").open("a") as file:
-        file.write(
-            '{"step": 5, "loss": 1.0}\n{}\nnothing}\n{"step": null}\n{"step": 6, "lo'
-        )  # and a killed run leaves a part
+        # and a killed run leaves a part
+        file.write('{"step": 5, "loss": 1.0}\n{}\nnothing}\n{"step": null}\n{"step": 6, "lo')
     run("--resume", "run", "--steps", 6, monkeypatch=monkeypatch)
     assert [record["step"] for record in log(tmp_path / "run") if "loss" in record] == [
         1,
@@ -716,7 +719,8 @@ def test_a_run_on_a_task_continues_no_text(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("clip", [0.3, 0])
 def test_a_run_takes_the_steps_that_it_says(clip, tmp_path, monkeypatch):
-    """Its data in order, accumulated, then clipped, at the scheduled rate; all written out here, to the same bits."""
+    """It takes its data in order, accumulates, clips, and uses the scheduled rate. All of it is
+    written out here and gives the same bits."""
     layers = "attention moe(experts=4, router=sigmoid_bias, bias_step=0.1)"
     arguments = f"--layers|{layers}|--data|text|--steps|3|--accumulate|2|--seed|4"
     arguments = [*arguments.split("|"), "--weight-decay", 0.5, "--clip", clip, "--out", "run"]
@@ -754,9 +758,8 @@ def test_a_run_takes_the_steps_that_it_says(clip, tmp_path, monkeypatch):
 def test_validation_scores_every_held_out_batch_as_in_use(name):
     data = train.open_data(name, 32)
     torch.manual_seed(0)
-    config = Config(
-        layers="mod(mlp)", width=16, vocab=data.vocab, tie_embeddings=False
-    )  # a tied head repeats its token
+    # a tied head repeats its token
+    config = Config(layers="mod(mlp)", width=16, vocab=data.vocab, tie_embeddings=False)
     model = LM(config)
     scores = train.evaluate(model, data, 4, 8, torch.autocast("cpu", enabled=False))
     train.sample(model, data, "a")
@@ -841,7 +844,8 @@ def test_decay_is_what_is_asked_for():
 
 
 def test_a_checkpoint_is_of_one_configuration(tmp_path, monkeypatch):
-    """Also where all shapes agree; and one from before a field was there has that field's default."""
+    """It is rejected for another configuration even if all shapes agree. A checkpoint older than a
+    field gets the field's default."""
     model = LM(Config(layers="attention(window=4)", width=8))
     train.checkpoint.save(tmp_path, model, adamw(model, 1e-3, 0.1), {"step": 1})
     other = replace(model.config, layers="attention(window=5)")
@@ -886,7 +890,8 @@ def test_checkpoints_compare_what_texts_describe(saved, wanted, same, tmp_path):
 
 
 def test_a_shared_layer_is_saved_once(tmp_path):
-    """Its weights and its moments, under the name of its first use; loaded, it is shared again."""
+    """Its weights and moments are saved under the name of its first use. After
+    loading it is shared again."""
     torch.manual_seed(0)
     config = Config(layers="A:=attention A mlp A", width=8, vocab=7)
     model, other = LM(config), LM(config)
@@ -910,7 +915,7 @@ def test_a_shared_layer_is_saved_once(tmp_path):
 
 
 def test_a_run_is_resumed_with_the_same_layers_in_other_words(tmp_path, monkeypatch, capsys):
-    """Layers and settings are compared as what they describe; the run keeps going with what was saved."""
+    """Layers and settings are compared by meaning. The run continues with the saved ones."""
     layers = "(mlp  attention( heads=2 ))*2"
     run(
         "--layers",
@@ -942,9 +947,8 @@ def test_a_validation_on_the_way_is_checkpointed_and_no_part_of_the_speed(tmp_pa
         return result
 
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    monkeypatch.setattr(
-        train, "learning_rate", lambda *given: tick(1, rate(*given))
-    )  # a step takes a second
+    # a step takes a second
+    monkeypatch.setattr(train, "learning_rate", lambda *given: tick(1, rate(*given)))
     monkeypatch.setattr(
         train, "evaluate", lambda *_: tick(100, {"validation_loss": 1.0, "accuracy": 0.5})
     )

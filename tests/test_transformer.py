@@ -1,4 +1,4 @@
-"""Attention, checked against what defines it."""
+"""Attention, checked against its definition."""
 
 import copy
 import itertools
@@ -55,13 +55,14 @@ def test_layers_that_turn_alike_share_their_angles(monkeypatch):
     pair = f"attention {WINDOW}"
     stack = make(f"{pair} mod({pair}, capacity=0.5)")
     stack.train()(torch.randn(2, 9, D, dtype=torch.float64))
-    everyone, routed = calls  # the group in mixture-of-depths has positions of its own
+    everyone, routed = calls  # the group in mixture-of-depths has its own positions
     assert everyone.tolist() == list(range(9))
     assert routed.shape == (2, 1, 5)
 
 
 def test_layers_that_turn_otherwise_do_not_share_their_angles():
-    """A stack of unlike layers is what they are one after the other, each in a pass of its own."""
+    """A stack of different layers gives what the layers give one after the
+    other, each in its own pass."""
     scaled = "attention(rope_scaling=linear(factor=4))"
     for other in ("attention(rope_base=100)", "attention(head_dim=8)", scaled):
         stack, x = make(f"attention {other}"), text()
@@ -77,13 +78,13 @@ def test_rmsnorm_is_its_equation():
     same(norm(x), norm.weight * x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt(), 1e-5)
     half = x.bfloat16()
     assert norm(half).dtype == torch.bfloat16  # as under autocast
-    assert torch.allclose(
-        norm.bfloat16()(half).float(), norm.float()(half.float()), rtol=2**-7
-    )  # the mean is not in bfloat16
+    # the mean is not in bfloat16
+    assert torch.allclose(norm.bfloat16()(half).float(), norm.float()(half.float()), rtol=2**-7)
 
 
 def test_grouped_queries_equal_repeated_keys():
-    """Four query heads on two key heads are four on four, where each key head stands twice."""
+    """Four query heads on two key heads give what four give on four, if
+    each key head is repeated."""
     grouped, full = make("attention(kv_heads=2)"), make("attention")
     few, many = grouped[0].layer, full[0].layer
     for name in ("q", "out"):
@@ -105,7 +106,7 @@ def test_window_is_full_attention_while_it_holds_the_text():
 
 @pytest.mark.parametrize("window", [1, 2, 5, 11, 12, 23])
 def test_window_sees_itself_and_what_came_just_before(window):
-    """L window layers see 1 + L(w - 1) tokens and no more, whichever path computes them."""
+    """L window layers see 1 + L(w - 1) tokens and no more, on every path."""
     for impl in ("reference", "torch"):
         stack = make(f"attention(window={window})*2", impl=impl)
         x = text().requires_grad_()
@@ -125,7 +126,8 @@ def test_window_state_stays_bounded():
 
 @pytest.mark.parametrize("layer", ["attention", WINDOW])
 def test_generation_does_not_copy_what_is_remembered(layer, monkeypatch):
-    """A token more goes into free memory behind the others, of which there is a bounded amount."""
+    """A new token is written into free memory after the others. The amount of
+    free memory is bounded."""
     monkeypatch.setattr("minimodels.ops.cache.SPARE", 8)
     stack, places = make(layer), []
     with torch.inference_mode():
@@ -136,14 +138,13 @@ def test_generation_does_not_copy_what_is_remembered(layer, monkeypatch):
             places.append(keys.data_ptr() - keys.storage_offset() * keys.element_size())
             assert keys.untyped_storage().nbytes() <= (keys.shape[2] + 9) * keys[:, :, :1].nbytes
     assert keys.shape[2] == (T + 36 if layer == "attention" else 4)
-    assert (
-        sum(place != after for place, after in itertools.pairwise(places)) == 3
-    )  # after 9 tokens each
+    # after 9 tokens each
+    assert sum(place != after for place, after in itertools.pairwise(places)) == 3
 
 
 @pytest.mark.parametrize(("window", "most"), [(None, 34 + 9), (5, 4 + 9)])
 def test_slots_without_a_token_are_given_up(window, most, monkeypatch):
-    """Where each row has a token but every third time, a room is made for those that there are."""
+    """Each row has a token only every third time. Memory is used only for tokens that exist."""
     monkeypatch.setattr("minimodels.ops.cache.SPARE", 8)
     layer, state = Attention(Attention.Options(window=window), Config(width=D)), None
     with torch.inference_mode():
@@ -155,14 +156,14 @@ def test_slots_without_a_token_are_given_up(window, most, monkeypatch):
 
 
 def generated(layer: str = "attention", dtype: torch.dtype = torch.float64):
-    """A stack, and a state with free memory behind it."""
+    """A stack, and a state with free memory after it."""
     stack = make(layer, dtype=dtype)
     _, state = stack(text().to(dtype))
     return stack, stack(text()[:, :1].to(dtype), state)[1]
 
 
 def joined(stack, x, state):
-    """What follows where memory is not shared."""
+    """The continuation without shared memory."""
     with torch.enable_grad():
         return stack(x, state)[0].detach()
 
@@ -191,7 +192,7 @@ def test_a_state_survives_an_error():
     "copied", [copy.deepcopy, lambda state: pickle.loads(ForkingPickler.dumps(state))]
 )
 def test_a_copy_of_a_state_shares_no_free_memory(copied):
-    """Nor one that another process is sent, where the tensors are shared."""
+    """Nor does one that is sent to another process, although its tensors are shared."""
     stack, state = generated()
     other = copied(state)
     _, after = stack(text()[:, :1], state)
@@ -209,7 +210,8 @@ def test_a_changed_state_is_what_it_was_changed_to():
 
 @torch.no_grad()
 def test_one_thread_alone_writes_behind_a_state():
-    """Claimed by all at once, as where a prefix is shared, the memory goes to one; the others begin their own."""
+    """Several threads may claim the free memory at once, such as with a shared prefix. One gets it;
+    the others allocate their own."""
     _, (state,) = generated()
     barrier, claims = threading.Barrier(8), []
 
@@ -230,7 +232,7 @@ def test_one_thread_alone_writes_behind_a_state():
 def test_a_state_in_less_precision_is_gone_on_from_in_more(layer):
     stack = make(layer, dtype=torch.float32)
     x = text()[:, :3].float()
-    for steps in (1, 2):  # with and without memory behind it
+    for steps in (1, 2):  # with and without free memory after it
         state = None
         with torch.autocast("cpu", torch.bfloat16):
             for _ in range(steps):
@@ -263,7 +265,7 @@ def test_refuses_shapes_that_do_not_fit():
 
 
 class Operations(TorchDispatchMode):
-    """The names of what is computed within."""
+    """Records the names of the operations that run inside."""
 
     def __init__(self):
         super().__init__()
@@ -283,9 +285,8 @@ def test_no_mask_leaves_the_fused_attention(window, asked, placed):
     given = (positions[:, -asked:], positions) if placed else (None, None)
     with Operations() as seen:
         attention(q[:, :, -asked:], k, v, *given, window, "torch")
-    assert any(
-        "scaled_dot_product_flash" in name for name in seen.names
-    )  # else whole rows of scores are held
+    # otherwise whole rows of scores are kept
+    assert any("scaled_dot_product_flash" in name for name in seen.names)
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -315,7 +316,7 @@ def test_state_of_attention_counts_what_it_has_seen():
 
 
 def test_tied_embeddings_stay_one_matrix():
-    """However a model is moved or loaded: the head has no other."""
+    """This is so however a model is moved or loaded, because the head has no matrix of its own."""
     lm = LM(Config(layers="mlp", vocab=5, width=8))
     logits = lm(tokens := torch.arange(5)[None])[0]
     other = LM(lm.config).to("meta").to_empty(device="cpu")
@@ -341,7 +342,7 @@ def test_the_hidden_width_is_rounded_up(width, hidden):
 
 
 def test_llama3_frequencies_are_kept_lowered_or_between():
-    """They turn 64, 1.6 and 0.64 times in the context."""
+    """The three frequencies turn 64, 1.6 and 0.64 times in the context."""
     between = (400 * 0.025 / (2 * math.pi) - 1) / 3
     expected = torch.tensor([1.0, 0.025 * (between + (1 - between) / 8), 0.01 / 8])
     same(

@@ -1,8 +1,9 @@
-"""Bytes as characters: how byte-level tokenizers write their tokens, and the tokenizer.json of plain bytes.
+"""Bytes as characters: how byte-level tokenizers write their tokens, and a
+tokenizer.json of plain bytes.
 
-Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2), section 2.2. A byte that is a printable
-character of Latin-1 is written as that character, and the other 68 as the characters from 256 on, so that no token holds a
-space or a control character.
+Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2), section 2.2. A byte
+that is a printable character of Latin-1 is written as that character. The other 68 are written as
+the characters from 256 on, so that no token contains a space or a control character.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from minimodels.files import write_json
 
 @functools.cache
 def alphabet() -> dict[str, int]:
-    """The characters by which byte-level tokenizers write the 256 bytes: printable Latin-1 as itself, the rest from 256 on."""
+    """The characters that byte-level tokenizers write for the 256 bytes: printable Latin-1 as
+    itself, the others from 256 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     characters = {chr(byte): byte for byte in printable}
@@ -23,7 +25,8 @@ def alphabet() -> dict[str, int]:
 
 
 def from_alphabet(text: str) -> bytes:
-    """The bytes that a byte-level token stands for; a token with another character is its own text."""
+    """The bytes that a byte-level token means. A token with any other
+    character means its own text."""
     known = alphabet()
     if all(character in known for character in text):
         return bytes(known[character] for character in text)
@@ -31,10 +34,11 @@ def from_alphabet(text: str) -> bytes:
 
 
 def save_bytes_tokenizer(path: Path) -> None:
-    """Write a tokenizer.json that has the 256 bytes as tokens 0 to 255 and gives every text back.
+    """Write a tokenizer.json whose tokens 0 to 255 are the 256 bytes. It
+    decodes every text exactly.
 
-    The library `tokenizers` and transformers read it; beside it is written the tokenizer_config.json that transformers'
-    AutoTokenizer asks for.
+    The library `tokenizers` and transformers can read it. The file tokenizer_config.json, which
+    transformers' AutoTokenizer needs, is written next to it.
     """
     level = {
         "type": "ByteLevel",

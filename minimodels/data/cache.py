@@ -1,10 +1,11 @@
-"""Text or tokens that were made from other files, kept in a folder that is whole or not there.
+"""A cache of text or tokens made from other files. Each folder is either complete or absent.
 
-CACHE/KEY/training.bin      the items of all training documents, one after the other: uint8, uint16 or uint32
+CACHE/KEY/training.bin      the items of all training documents, one after the other:
+                            uint8, uint16 or uint32
 CACHE/KEY/training.ends     where each document ends among them: int64
 CACHE/KEY/validation.bin, validation.ends
-CACHE/KEY/validation.bytes  how many bytes of text each token stands for: uint32; only of tokens
-CACHE/KEY/about.json        what was counted; written last
+CACHE/KEY/validation.bytes  how many bytes of text each token represents: uint32; only for tokens
+CACHE/KEY/about.json        the counts; written last
 """
 
 from __future__ import annotations
@@ -26,23 +27,23 @@ from minimodels.data.span import Piece, Span
 from minimodels.errors import InputError
 from minimodels.files import write_json
 
-VERSION = 1  # of what is written; a change makes everything again
+VERSION = 1  # of the format; after a change everything is made again
 SPLITS = ("training", "validation")
 TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Made by minimodels; may be deleted.\n"
 
 
 def default_cache() -> Path:
-    """The folder for what can be made again, as the XDG rules have it."""
+    """The folder for files that can be made again, as the XDG rules define it."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimodels"
 
 
 def key_of(*content: object) -> str:
-    """A name for what is a function of the content."""
+    """A name derived from the content: the same content gives the same name."""
     return hashlib.blake2b(repr((VERSION, *content)).encode(), digest_size=12).hexdigest()
 
 
 class Writer:
-    """Writes the documents of both splits, one item after the other."""
+    """Writes the documents of both splits, item by item."""
 
     def __init__(self, folder: Path, dtype: np.dtype):
         self.folder, self.dtype = folder, np.dtype(dtype)
@@ -53,7 +54,7 @@ class Writer:
         self.files = {}
 
     def write(self, split: str, items: np.ndarray, sizes: np.ndarray | None = None) -> None:
-        """Append items to a document, and how many bytes each stands for."""
+        """Append items to a document, with the number of bytes that each represents."""
         content = items.astype(self.dtype, copy=False).tobytes()
         self.checksum = zlib.crc32(content, self.checksum)
         self.append(split, "bin", content)
@@ -62,7 +63,7 @@ class Writer:
         self.counts[split] += len(items)
 
     def end_document(self, split: str) -> None:
-        """The next items belong to another document. An empty one is none."""
+        """End a document: the next items belong to another. An empty document is not counted."""
         if self.counts[split] > self.last_end[split]:
             self.last_end[split] = self.counts[split]
             self.documents[split] += 1
@@ -76,15 +77,17 @@ class Writer:
         self.files[name].write(content)
 
     def close(self) -> None:
+        """Close all files."""
         for file in self.files.values():
             file.close()
 
 
 def make_once(cache: Path, key: str, dtype: type, fill: Callable[[Writer], dict | None]) -> Path:
-    """The folder of a key, filled by `fill` unless it is there and whole.
+    """The folder of a key, filled by `fill` unless it is already complete.
 
-    Processes that want the same folder wait for the one that makes it. `fill` writes the documents and returns what else
-    about.json shall say. Raises InputError if the cache cannot be written.
+    Processes that want the same folder wait for the one that makes it. `fill` writes the documents
+    and returns any further entries for about.json. Raises InputError if the cache cannot be
+    written.
     """
     folder = cache / key
     try:
@@ -102,7 +105,7 @@ def make_once(cache: Path, key: str, dtype: type, fill: Callable[[Writer], dict 
 
 
 def fill_folder(folder: Path, dtype: np.dtype, fill: Callable[[Writer], dict | None]) -> None:
-    """Write a folder under another name and give it its own at the end."""
+    """Write a folder under a temporary name and rename it at the end."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -126,7 +129,7 @@ def fill_folder(folder: Path, dtype: np.dtype, fill: Callable[[Writer], dict | N
 
 
 def read_about(folder: Path) -> dict:
-    """What about.json says; {} if it is missing or damaged."""
+    """The content of about.json; {} if it is missing or damaged."""
     try:
         about = json.loads((folder / "about.json").read_text())
         return about if isinstance(about, dict) else {}
@@ -135,7 +138,7 @@ def read_about(folder: Path) -> dict:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether all files of a folder are there and as long as they were written."""
+    """Whether all files of a folder exist and have the length that was written."""
     sizes = read_about(folder).get("files")
     if not isinstance(sizes, dict):
         return False
@@ -144,7 +147,8 @@ def is_whole(folder: Path) -> bool:
 
 
 def open_span(folder: Path, split: str, kind: str = "bin") -> Span:
-    """One split of a folder; with kind="bytes" the bytes that its tokens stand for."""
+    """One split of a folder, or with kind="bytes" the number of bytes that each
+    of its tokens represents."""
     dtype = np.uint32 if kind == "bytes" else np.dtype(read_about(folder)["dtype"])
     path = folder / f"{split}.{kind}"
     count = path.stat().st_size // np.dtype(dtype).itemsize if path.exists() else 0
@@ -158,7 +162,8 @@ def open_span(folder: Path, split: str, kind: str = "bin") -> Span:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Wait until no other process is in here with this path. The lock of a process that ends is free."""
+    """Wait until no other process is in this block with the same path. The
+    lock ends with the process."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""The two halves of a text, to train on and to hold out, whatever files it came in."""
+"""The two halves of a text, for training and for validation, from any kind of files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from minimodels.data.tasks import TASKS
 from minimodels.errors import InputError
 
 HELD_OUT = 20  # one byte (or file, or document) in this many is kept for validation
-FEW = 200  # files, of which a twentieth chosen by chance may be none, or none of those that matter
+FEW = 200  # with fewer files, a twentieth chosen by chance may be none, or none that matter
 ACCEPTED = (
     "stdlib, a file, a folder with files that are not hidden, a mixture NAME=WEIGHT:TEXT ..., a data set OWNER/NAME, "
     f"or a task: {', '.join(TASKS)}"
@@ -46,21 +46,22 @@ ACCEPTED = (
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text: the spans of its bytes, by which it is recognised, and what its header says."""
+    """A text: its spans of bytes, a fingerprint of its content, and its line in the header."""
 
     spans: dict[str, Span]
     fingerprint: str
     description: str
-    key: str  # names what the cache holds of it: the fingerprint, and what that may overlook
+    key: str  # names its folders in the cache: the fingerprint, and what the fingerprint may miss
 
 
 def open_corpus(name: str, field: str, cache: Path) -> Corpus:
-    """The text that a name stands for: stdlib, a file, a folder, or a data set of the Hugging Face hub.
+    """The text that a name means: stdlib, a file, a folder, or a data set of the Hugging Face hub.
 
-    One file, or fewer than 200 joined in the order of their paths, is split by position: the last twentieth is held out. More
-    files are split by file: one in twenty is held out, by a hash of its relative path. The same rule holds for documents in
-    JSON lines and Parquet, by a hash of their text. Plain files are read where they lie; others are first made plain, in the
-    cache. Raises InputError if there is nothing to read.
+    A single file is split by position: the last twentieth is held out. So are fewer than 200 files,
+    joined in the order of their paths. More files are split by file: one in twenty is held out, by
+    a hash of its relative path. The same rule applies to documents in JSON lines and Parquet, by a
+    hash of their text. Plain files are read in place. Others are first converted to plain text in
+    the cache. Raises InputError if there is nothing to read.
     """
     try:
         if is_hub_id(name):
@@ -70,7 +71,7 @@ def open_corpus(name: str, field: str, cache: Path) -> Corpus:
             raise InputError("data", name, ACCEPTED)
         digest, total = fingerprint(files), sum(file.size for file in files.values())
         newest = max(file.path.stat().st_mtime_ns for file in files.values())
-    except (OSError, ValueError, RuntimeError) as error:  # ValueError: a name with a NUL
+    except (OSError, ValueError, RuntimeError) as error:  # ValueError: the name contains a NUL
         raise InputError("data", name, f"files that can be read ({error})") from None
     summary = f"{count_of(len(files), 'file')}, {amount(total)}"
     overlooked = newest if total > WHOLE else 0  # only a sample of a large text is in its digest
@@ -85,7 +86,7 @@ def open_corpus(name: str, field: str, cache: Path) -> Corpus:
 
 
 def make_plain(name: str, files: dict[bytes, File], key: str, field: str, cache: Path) -> Path:
-    """The folder of the cache with the documents of files that are not plain text."""
+    """The cache folder with the documents of files that are not plain text."""
 
     def fill(writer: Writer) -> dict:
         with progress(sum(file.size for file in files.values()), f"reading {name}") as bar:
@@ -97,14 +98,15 @@ def make_plain(name: str, files: dict[bytes, File], key: str, field: str, cache:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name can only be a data set of the hub: it names no file, and no folder that could have held one."""
+    """Whether a name can only be a data set of the hub. It names no file, and no folder
+    that could contain one."""
     return (
         bool(HUB_ID.fullmatch(name)) and not Path(name).exists() and not Path(name).parent.is_dir()
     )
 
 
 def list_files(name: str) -> dict[bytes, File]:
-    """The files of a text by their relative names, in order."""
+    """The files of a text, in order of their relative names."""
     if name == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -122,7 +124,7 @@ def list_files(name: str) -> dict[bytes, File]:
 
 
 def split_files(files: dict[bytes, File], by_file: bool) -> dict[str, Span]:
-    """Plain files, read where they lie."""
+    """The two halves of plain files, which are read in place."""
     pieces = {name: Piece(file.path, mark_length(file), file.size) for name, file in files.items()}
     if len(files) < FEW and not by_file:
         return cut(Span(list(pieces.values())))
@@ -133,12 +135,13 @@ def split_files(files: dict[bytes, File], by_file: bool) -> dict[str, Span]:
 
 
 def is_held_out(content: bytes) -> bool:
-    """Whether a file of this name, or a document of this content, is kept for validation."""
+    """Whether a file with this name, or a document with this content, is
+    held out for validation."""
     return zlib.crc32(content) % HELD_OUT == 0
 
 
 def cut(span: Span) -> dict[str, Span]:
-    """A span without the last twentieth of its items, and that twentieth."""
+    """A span without the last twentieth of its items, and that last twentieth."""
     place, passed = len(span) - len(span) // HELD_OUT, 0
     before, after = [], []
     for piece in span.pieces:
@@ -154,7 +157,8 @@ def cut(span: Span) -> dict[str, Span]:
 
 
 def write_file(writer: Writer, path: Path, held_out: bool, field: str, bar: tqdm) -> None:
-    """Append the documents of a file: a plain one is a document, held out or not; others have one for each record."""
+    """Append the documents of a file. A plain file is one document, held out or not;
+    others have one per record."""
     begun = bar.n
 
     def advance(position: int) -> None:
@@ -171,7 +175,8 @@ def write_file(writer: Writer, path: Path, held_out: bool, field: str, bar: tqdm
 
 
 def write_records(writer: Writer, records: Iterable[bytes]) -> None:
-    """Append documents, of which one in twenty is held out by a hash of its text: equal ones are on the same side."""
+    """Append documents. One in twenty is held out by a hash of its text, so equal
+    documents are on the same side."""
     for record in records:
         split = SPLITS[is_held_out(record)]
         writer.write(split, np.frombuffer(record, np.uint8))
@@ -179,12 +184,13 @@ def write_records(writer: Writer, records: Iterable[bytes]) -> None:
 
 
 def hold_out(writer: Writer) -> dict:
-    """Say in about.json whether there were too few documents to be split by document."""
+    """Return an entry for about.json that says whether there were too few
+    documents to split by document."""
     return {"few": sum(writer.documents.values()) < FEW}
 
 
 def read_prepared(folder: Path) -> dict[str, Span]:
-    """The spans of a folder that was made by `write_file` or `write_records`."""
+    """The spans of a folder made by `write_file` or `write_records`."""
     spans = {split: open_span(folder, split) for split in SPLITS}
     if not read_about(folder)["few"]:
         return spans
@@ -194,6 +200,7 @@ def read_prepared(folder: Path) -> dict[str, Span]:
 
 
 def describe_prepared(folder: Path) -> str:
+    """Counts of a prepared folder, as text for the header of a run."""
     about = read_about(folder)
     documents = count_of(sum(about["documents"].values()), "document")
     return f"{documents} with {amount(sum(about['items'].values()))} of text"
@@ -215,11 +222,12 @@ def open_hub(name: str, field: str, cache: Path) -> Corpus:
 
 
 def counted(records: Iterable[bytes], bar: tqdm) -> Iterator[bytes]:
+    """Pass records on and advance the bar by their bytes."""
     for record in records:
         yield record
         bar.update(len(record))
 
 
 def progress(total: int | None, what: str) -> tqdm:
-    """A bar over bytes, on standard error, gone when it is full."""
+    """A progress bar over bytes on standard error, which disappears when it is full."""
     return tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False, mininterval=0.5)

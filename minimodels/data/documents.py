@@ -1,8 +1,9 @@
-"""Documents packed into rows, so that no row holds half of one that would fit.
+"""Documents packed into rows, so that no row contains half of a document that would fit.
 
-Krell et al., "Efficient Sequence Packing without Cross-contamination", arXiv:2107.02027; Ding et al., "Fewer Truncations
-Improve Language Modeling", arXiv:2404.10830. Many documents are drawn at once, and the longest goes first into the row in
-which it leaves the least space. `starts` tells each layer where a token's document begins, so that none sees another.
+Krell et al., "Efficient Sequence Packing without Cross-contamination", arXiv:2107.02027; Ding et
+al., "Fewer Truncations Improve Language Modeling", arXiv:2404.10830. Many documents are drawn at
+once. The longest goes first, into the row in which it leaves the least space. `starts` gives each
+layer the place where a token's document begins, so that no document sees another.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from minimodels.data.windows import Text
 from minimodels.errors import InputError
 from minimodels.ops.linear_cross_entropy import IGNORE
 
-ROWS = 256  # that are packed together, rounded up to whole batches
+ROWS = 256  # packed together, rounded up to whole batches
 
 
 class Part(NamedTuple):
-    """`length` tokens of a document, from place `start` of the span on; `more`: whether its document goes on."""
+    """`length` tokens of a document, from index `start` of the span on. `more`: whether
+    the document continues."""
 
     start: int
     length: int
@@ -33,11 +35,12 @@ class Part(NamedTuple):
 
 
 class Documents(Text):
-    """Rows of whole documents; one that is longer than the context is cut into parts, of which each is drawn by itself.
+    """Rows of whole documents. A document longer than the context is cut into parts,
+    which are drawn separately.
 
-    A batch is (tokens, targets, starts), (B, T) int64 each. starts: the column in which the token's document begins. The target
-    of a document's last token is IGNORE. The end of a row that no document fills is a document of its own, of zeros without
-    targets.
+    A batch is (tokens, targets, starts), (B, T) int64 each. starts: the column in which the token's
+    document begins. The target of a document's last token is IGNORE. The end of a row that no
+    document fills is a document of zeros without targets.
     """
 
     def __init__(self, *arguments, **options):
@@ -54,6 +57,7 @@ class Documents(Text):
                 raise InputError("data", given, "documents of 2 tokens or more")
 
     def describe(self) -> str:
+        """The text, the number of its tokens and documents, and how much is held out."""
         documents = sum(len(span.ends) for span in self.spans.values())
         return f"{super().describe()}; {documents:,} documents, packed"
 
@@ -61,16 +65,16 @@ class Documents(Text):
         self, seed: int, step: int, size: int, context: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The rows of one training step."""
-        steps = -(-ROWS // size)  # that share a packing
+        steps = -(-ROWS // size)  # steps that share a packing
         rows = self.window(seed, step // steps, steps * size, context or self.context)
         first = step % steps * size
         return self.fill("training", rows[first : first + size], context or self.context)
 
     def pack_window(self, seed: int, window: int, rows: int, context: int) -> list[list[Part]]:
-        """Rows of parts that are drawn at random, each as likely as any other.
+        """Rows of parts drawn at random with equal chances.
 
-        More are drawn than needed, packed, and as many rows kept as are wanted: leaving out parts that do not fit would leave
-        out the short ones.
+        More parts are drawn than needed, and all are packed, but only as many rows are kept as
+        needed. Leaving out parts that do not fit would leave out the short ones.
         """
         random = generator("documents", seed, window)
         parts, tokens = [], 0
@@ -84,13 +88,13 @@ class Documents(Text):
         return [packed[index] for index in order[:rows]]
 
     def validation(self, size: int, batches: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The same `batches` batches every time, of parts evenly spread over the held-out text."""
+        """The same `batches` batches every time, of parts spread evenly over the held-out text."""
         rows = self.validation_rows(size * batches)
         for first in range(0, len(rows), size):
             yield self.fill("validation", rows[first : first + size], self.context)
 
     def validation_bytes(self, size: int, batches: int) -> int:
-        """The bytes of text that all targets of `validation` stand for."""
+        """The bytes of text that all targets of `validation` represent."""
         parts = [part for row in self.validation_rows(size * batches) for part in row]
         if self.sizes is None:
             return sum(part.length - (not part.more) for part in parts)
@@ -105,7 +109,8 @@ class Documents(Text):
         return sum(part.length - (not part.more) for row in rows for part in row)
 
     def pack_validation(self, rows: int) -> list[list[Part]]:
-        """Packed parts of held-out documents; all of them, several times, if they do not fill the rows."""
+        """Packed parts of held-out documents. If all of them do not fill the rows, they
+        are used several times."""
         count = int(self.counts("validation", self.context)[-1])
         mean = len(self.spans["validation"]) / count
         wanted = max(rows, int(rows * self.context / mean))
@@ -119,12 +124,12 @@ class Documents(Text):
             wanted += wanted // 4 + 1
 
     def count_parts(self, split: str, context: int) -> np.ndarray:
-        """How many parts the documents up to each have."""
+        """The cumulative number of parts, document by document."""
         lengths = np.diff(self.spans[split].ends, prepend=0)
         return np.cumsum(-(-lengths // context))
 
     def part(self, split: str, index: int, context: int) -> Part:
-        """The part of this index, in the order of the text."""
+        """The part with this index, in the order of the text."""
         counts, ends = self.counts(split, context), self.spans[split].ends
         document = int(np.searchsorted(counts, index, side="right"))
         before = int(counts[document - 1]) if document else 0
@@ -153,7 +158,8 @@ class Documents(Text):
 
 
 def pack(parts: list[Part], context: int) -> list[list[Part]]:
-    """Rows of at most `context` tokens: the longest part first, each into the row where it leaves the least space."""
+    """Rows of at most `context` tokens. The longest part goes first, each into the row where it
+    leaves the least space."""
     rows: list[list[Part]] = []
     spaces: list[tuple[int, int]] = []  # (tokens left, row), ascending
     for part in sorted(parts, key=lambda part: -part.length):

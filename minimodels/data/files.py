@@ -1,7 +1,8 @@
-"""Which files of a folder are text, and how a text is recognised wherever it lies.
+"""Finds the text files of a folder, and identifies a text wherever it is stored.
 
-Text is every regular file below the folder, except hidden files and folders, those of version control, whatever a training
-run or this package's cache has written, and what a link shows a second time.
+Text is every regular file below the folder, with these exceptions: hidden files and folders, those
+of version control, those that a training run or this package's cache has written, and a second link
+to the same file.
 """
 
 from __future__ import annotations
@@ -14,21 +15,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-SKIPPED = {"CVS", "_darcs", "_svn", "__pycache__"}  # folders, beside all whose name begins with "."
-OPTIONS = {"context", "data", "seed"}  # what options.json of a training run has, among others
+# folders, in addition to all whose name begins with "."
+SKIPPED = {"CVS", "_darcs", "_svn", "__pycache__"}
+OPTIONS = {"context", "data", "seed"}  # entries of options.json that mark a training run
 CACHE_TAG = "CACHEDIR.TAG"  # marks a folder of files that can be made again (bford.info/cachedir)
 WHOLE = 2**28  # bytes of text up to which every byte enters the fingerprint
-BLOCK = 2**16  # bytes that are read in one place of a larger text
+BLOCK = 2**16  # bytes that are read at one place of a larger text
 
 
 def find_files(root: Path) -> list[Path]:
-    """The text files in a folder and the folders within, ordered by their paths.
+    """The text files in a folder and its subfolders, ordered by their paths.
 
-    Links are followed, but nothing is found twice and no cycle is entered: what lies in the folder itself comes first, and
-    links to it are passed over. Raises OSError if a folder cannot be listed.
+    Links are followed, but no file is found twice and no cycle is entered. Files in the folder
+    itself take precedence over links to them. Raises OSError if a folder cannot be listed.
     """
     found, pending, links = [], [root], []
-    seen, linked = {identity(root.stat())}, set()  # `linked`: what was found through a link
+    seen, linked = {identity(root.stat())}, set()  # `linked`: found through a link
     while pending or links:
         if pending:
             for entry in list_folder(pending.pop()):
@@ -49,7 +51,8 @@ def find_files(root: Path) -> list[Path]:
 
 
 def list_folder(folder: Path) -> list[os.DirEntry]:
-    """What may be text in a folder, in order; nothing if a training run or a cache has written it."""
+    """The entries of a folder that may be text, in order; none if a training run or a cache
+    has written the folder."""
     if is_run(folder) or (folder / CACHE_TAG).is_file():
         return []
     with os.scandir(folder) as entries:
@@ -64,7 +67,7 @@ def list_folder(folder: Path) -> list[os.DirEntry]:
 def append_by_kind(
     path: Path, status: os.stat_result, folders: list[Path], files: list[Path]
 ) -> None:
-    """Append a path to the folders or the files; devices, pipes and sockets are neither."""
+    """Append a path to the folders or to the files. Devices, pipes and sockets are ignored."""
     if stat.S_ISDIR(status.st_mode):
         folders.append(path)
     elif stat.S_ISREG(status.st_mode):
@@ -72,12 +75,12 @@ def append_by_kind(
 
 
 def identity(status: os.stat_result) -> tuple[int, int]:
-    """By which a file is the same under all its names."""
+    """A key that is the same for all names of one file."""
     return status.st_dev, status.st_ino
 
 
 def follow(link: Path) -> os.stat_result | None:
-    """What a link leads to; None if that is nothing, or the link itself."""
+    """The target of a link; None if it does not exist or is the link itself."""
     try:
         return link.stat()
     except OSError:
@@ -85,17 +88,17 @@ def follow(link: Path) -> os.stat_result | None:
 
 
 def relative_name(path: Path, root: Path) -> bytes:
-    """The path within the root, the same on every system; b"." for the root itself."""
+    """The path relative to the root, the same on every system; b"." for the root itself."""
     return os.fsencode(path.relative_to(root).as_posix())
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a file or folder was being written when its process ended, or holds weights."""
+    """Whether a file or folder holds weights, or was left unfinished when its process ended."""
     return name.endswith((".partial", ".safetensors"))
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a training run has written in a folder."""
+    """Whether a training run has written into a folder."""
     if (folder / "checkpoint.safetensors").exists():
         return True
     path = folder / "options.json"
@@ -117,7 +120,8 @@ class File(NamedTuple):
 
 
 def inspect_file(path: Path) -> File:
-    """What is to be known of a file. Raises OSError if it cannot be read or is not a regular file."""
+    """The path, size and first bytes of a file. Raises OSError if it cannot be read
+    or is not a regular file."""
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -126,10 +130,12 @@ def inspect_file(path: Path) -> File:
 
 
 def fingerprint(files: dict[bytes, File]) -> str:
-    """By which a text is recognised: the number and bytes of its files, and a hash of their names, sizes and contents.
+    """A fingerprint of a text: the number and bytes of its files, and a hash of their
+    names, sizes and contents.
 
-    files: name -> file. The names are relative, so that a text may move. Up to 256 MiB in all, every byte counts; of a larger
-    text, blocks of 64 KiB are read that are evenly spread and make 256 MiB together, and the ends of every file.
+    files: name -> file. The names are relative, so that a text may be moved. Every byte of a text
+    of at most 256 MiB is read. Of a larger text, blocks of 64 KiB are read: the end of every file,
+    and evenly spread blocks that add up to 256 MiB.
     """
     total = sum(file.size for file in files.values())
     stride = -(-total // WHOLE) * BLOCK
@@ -144,7 +150,7 @@ def fingerprint(files: dict[bytes, File]) -> str:
 
 
 def places(size: int, stride: int) -> Iterator[int]:
-    """Where to read a block of a file: at every stride, and at its end."""
+    """Where to read the blocks of a file: at every stride, and at its end."""
     yield from range(0, size, max(stride, BLOCK))
     if stride > BLOCK and size > BLOCK:
         yield size - BLOCK
@@ -156,7 +162,7 @@ def count_of(number: int, noun: str) -> str:
 
 
 def amount(count: int) -> str:
-    """Bytes in the unit that suits them: "812 bytes", "11.6 MB"."""
+    """Bytes in a suitable unit: "812 bytes", "11.6 MB"."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.1f} {unit}"

@@ -1,8 +1,9 @@
-"""Documents out of files: plain text, JSON lines and Parquet, as they are or compressed, and data sets of the Hugging Face hub.
+"""Reads documents from files: plain text, JSON lines and Parquet, compressed or not, and data
+sets of the Hugging Face hub.
 
-The end of a file's name tells its format: `.jsonl` or `.ndjson`, `.parquet`, anything else is plain text; `.gz` or `.zst`
-behind it says how it is compressed (`.json.gz` is taken for JSON lines, because such files are). A byte order mark at the
-beginning tells the encoding and is left out.
+The end of a file's name gives its format: `.jsonl` or `.ndjson`, `.parquet`; anything else is plain
+text. A further `.gz` or `.zst` gives its compression. `.json.gz` is read as JSON lines, because
+such files usually are. A byte order mark at the beginning gives the encoding and is left out.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from minimodels.data.files import File
 from minimodels.errors import InputError
 
 CHUNK = 2**20  # bytes that are in memory at once
-LONGEST = 2**28  # bytes of a line of JSON
+LONGEST = 2**28  # longest line of JSON in bytes
 COMPRESSIONS = {"gz": "gzip", "zst": "zstd", "zstd": "zstd"}
 FORMATS = {"jsonl": "json", "ndjson": "json", "parquet": "parquet"}
 MARKS = {  # UTF-32 first, because its mark begins with that of UTF-16
@@ -33,11 +34,12 @@ MARKS = {  # UTF-32 first, because its mark begins with that of UTF-16
 }
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # owner/name or owner/name:configuration
 
-Advance = Callable[[int], None]  # is told how many bytes of a file have been read
+Advance = Callable[[int], None]  # is called with the number of bytes of a file that have been read
 
 
 def kind_of(path: Path, field: str) -> tuple[str, str]:
-    """(compression, format) of a file by its name. Without a field, JSON lines are plain text."""
+    """(compression, format) of a file, from its name. Without a field,
+    JSON lines are plain text."""
     *_, before, last = ("", "", *path.name.lower().split(".")[1:])
     compression = COMPRESSIONS.get(last, "")
     if compression:
@@ -47,17 +49,17 @@ def kind_of(path: Path, field: str) -> tuple[str, str]:
 
 
 def is_plain(file: File, field: str) -> bool:
-    """Whether the bytes of a file are its text."""
+    """Whether the bytes of a file are its text, without any conversion."""
     return kind_of(file.path, field) == ("", "text") and encoding_of(file.start) == "utf-8"
 
 
 def mark_length(file: File) -> int:
-    """Bytes of the mark at the beginning of a plain file: 3 if it has one."""
+    """The length in bytes of the byte order mark of a plain file: 3 if it has one."""
     return 3 * file.start.startswith(codecs.BOM_UTF8)
 
 
 def encoding_of(start: bytes) -> str:
-    """What a byte order mark says; UTF-8 without one."""
+    """The encoding given by a byte order mark; UTF-8 without one."""
     return next((name for mark, name in MARKS.items() if start.startswith(mark)), "utf-8")
 
 
@@ -71,7 +73,8 @@ def read_text(path: Path, field: str, advance: Advance) -> Iterator[bytes]:
 
 
 def read_records(path: Path, field: str, advance: Advance) -> Iterator[bytes]:
-    """The documents of a file of JSON lines or a Parquet file: what each record has in `field`, as UTF-8."""
+    """The documents of a file of JSON lines or a Parquet file: the content of `field`
+    in each record, as UTF-8."""
     compression, format = kind_of(path, field)
     with readable_errors(path):
         if format == "json":
@@ -83,7 +86,7 @@ def read_records(path: Path, field: str, advance: Advance) -> Iterator[bytes]:
 
 
 def read_json_lines(path: Path, compression: str, field: str, advance: Advance) -> Iterator[bytes]:
-    """One document for each line that is an object; empty lines are passed over."""
+    """One document for each line that is an object. Empty lines are skipped."""
     with open_stream(path, compression) as (stream, raw):
         for number in itertools.count(1):
             line = stream.readline(LONGEST + 1)
@@ -123,7 +126,8 @@ def read_parquet(path: Path, field: str, advance: Advance) -> Iterator[bytes]:
 
 
 def read_hub(name: str, field: str) -> Iterator[bytes]:
-    """The documents of the training split of a data set of the Hugging Face hub, as they come over the network."""
+    """The documents of the training split of a data set of the Hugging Face hub,
+    streamed over the network."""
     try:
         import datasets
     except ImportError:
@@ -159,7 +163,8 @@ def to_bytes(record: dict, field: str, where: str) -> bytes:
 
 @contextlib.contextmanager
 def open_stream(path: Path, compression: str) -> Iterator[tuple[io.BufferedReader, io.FileIO]]:
-    """The UTF-8 text of a file as a stream, without its mark, and the file itself, whose position tells how far one is."""
+    """The UTF-8 text of a file as a stream, without its mark, and the file itself, whose
+    position shows the progress."""
     with path.open("rb", buffering=0) as raw:
         stream = io.BufferedReader(decompress(raw, compression), CHUNK)
         encoding = encoding_of(stream.peek(4))
@@ -172,7 +177,7 @@ def open_stream(path: Path, compression: str) -> Iterator[tuple[io.BufferedReade
 
 
 def decompress(raw: io.FileIO, compression: str) -> io.RawIOBase:
-    """A stream of what is compressed in another."""
+    """A stream of the decompressed content of another stream."""
     if compression == "gzip":
         return gzip.GzipFile(fileobj=raw)
     if compression == "zstd":
@@ -186,9 +191,10 @@ def decompress(raw: io.FileIO, compression: str) -> io.RawIOBase:
 
 
 def decompress_zstd(raw: io.FileIO, library) -> Iterator[bytes]:
-    """The content of one frame after the other. Raises EOFError if the last one is not whole."""
+    """The content of the frames, one after the other. Raises EOFError if the
+    last frame is incomplete."""
     frame = None
-    while content := raw.read(2**12):  # which may become 30,000 times as many
+    while content := raw.read(2**12):  # decompressed, this may be 30,000 times as long
         while content:
             frame = frame or library.decompressobj()
             yield frame.decompress(content)
@@ -200,21 +206,23 @@ def decompress_zstd(raw: io.FileIO, library) -> Iterator[bytes]:
 
 
 def recode(text: io.TextIOWrapper) -> Iterator[bytes]:
-    """Text in another encoding as UTF-8."""
+    """Text in another encoding, converted to UTF-8."""
     while part := text.read(2**13):
         yield part.encode("utf-8", "replace")
 
 
 class IteratorStream(io.RawIOBase):
-    """A stream of the bytes that an iterator gives."""
+    """A stream of the bytes that an iterator yields."""
 
     def __init__(self, parts: Iterator[bytes]):
         self.parts, self.rest = parts, b""
 
     def readable(self) -> bool:
+        """Always true, as io.RawIOBase requires."""
         return True
 
     def readinto(self, buffer: memoryview) -> int:
+        """Fill the buffer with the next bytes. Returns their number; 0 at the end."""
         while not self.rest:
             part = next(self.parts, None)
             if part is None:
@@ -227,7 +235,7 @@ class IteratorStream(io.RawIOBase):
 
 @contextlib.contextmanager
 def readable_errors(path: Path) -> Iterator[None]:
-    """Tell in one line what is wrong with a file."""
+    """Describe in one line what is wrong with a file."""
     try:
         yield
     except InputError:
@@ -235,11 +243,13 @@ def readable_errors(path: Path) -> Iterator[None]:
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise damaged(path, error) from None
     except Exception as error:
+        """An InputError for a file that is damaged."""
         if type(error).__module__.partition(".")[0] not in ("zstandard", "zstd", "pyarrow"):
             raise
         raise damaged(path, error) from None
 
 
 def damaged(path: Path, error: Exception) -> InputError:
+    """An InputError for a file that cannot be read."""
     reason = str(error).partition("\n")[0] or type(error).__name__
     return InputError("data", str(path), f"a whole file of the kind that its name says ({reason})")

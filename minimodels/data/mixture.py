@@ -1,4 +1,4 @@
-"""Several texts, of which each row of a batch is drawn from one: "code=0.7:DIR prose=0.3:FILE"."""
+"""Several texts in one source, with a weight each: "code=0.7:DIR prose=0.3:FILE"."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ PART = re.compile(r"(?:^|\s+)([A-Za-z_]\w*)=([^\s:=]+):(?=\S)")
 
 
 class Mixture(Source):
-    """Texts by their names, with how often each is drawn; all with one tokenizer and one context."""
+    """Several texts. Each row of a batch is drawn from one of them, by weight. All share one
+    tokenizer and one context."""
 
     def __init__(self, parts: Mapping[str, Text], weights: Mapping[str, float]):
         self.parts, self.weights = dict(parts), dict(weights)
@@ -44,7 +45,8 @@ class Mixture(Source):
         context: int | None = None,
         weights: Mapping[str, float] | None = None,
     ) -> tuple[Tensor, ...]:
-        """Rows of one training step, each from a part that is drawn by its weight; `weights`: in place of the mixture's own."""
+        """The rows of one training step, each from a part that is drawn by its weight. `weights`
+        replaces the mixture's own."""
         chances = torch.tensor(
             [(weights or {}).get(name, self.weights[name]) for name in self.parts]
         )
@@ -56,11 +58,11 @@ class Mixture(Source):
             for part, count in zip(self.parts.values(), counts, strict=True)
             if count
         ]
-        place = chosen.argsort(stable=True).argsort()  # of each row among those of all parts
+        place = chosen.argsort(stable=True).argsort()  # of each row among the rows of all parts
         return tuple(torch.cat(tensors)[place] for tensors in zip(*drawn, strict=True))
 
     def validation(self, size: int, batches: int) -> Iterator[tuple[Tensor, ...]]:
-        """Held-out rows of every part, as many as its weight says, in an order that mixes them."""
+        """Held-out rows of every part, in proportion to its weight, in mixed order."""
         drawn = [
             next(part.validation(count, 1))
             for part, count in zip(self.parts.values(), self.shares(size * batches), strict=True)
@@ -71,7 +73,7 @@ class Mixture(Source):
         yield from zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
     def validation_bytes(self, size: int, batches: int) -> int:
-        """The bytes of text that all targets of `validation` stand for."""
+        """The bytes of text that all targets of `validation` represent."""
         shares = zip(self.parts.values(), self.shares(size * batches), strict=True)
         return sum(part.validation_bytes(count, 1) for part, count in shares if count)
 
@@ -81,7 +83,7 @@ class Mixture(Source):
         return sum(part.validation_targets(count, 1) for part, count in shares if count)
 
     def shares(self, rows: int) -> list[int]:
-        """How many of the rows come from each part, which together are all."""
+        """How many rows come from each part. The numbers add up to all rows."""
         total, passed, shares = sum(self.weights.values()), 0.0, []
         for weight in self.weights.values():
             before, passed = passed, passed + weight / total
@@ -90,9 +92,11 @@ class Mixture(Source):
 
 
 def parse_mixture(text: str) -> dict[str, tuple[float, str]] | None:
-    """ "code=0.7:DIR prose=0.3:FILE" -> {"code": (0.7, "DIR"), "prose": (0.3, "FILE")}; None if the text is no mixture.
+    """ "code=0.7:DIR prose=0.3:FILE" -> {"code": (0.7, "DIR"), "prose": (0.3, "FILE")}; None
+    if the text is no mixture.
 
-    Names of files may hold spaces. Raises InputError on a weight that is no positive number, or a name that comes twice.
+    Names of files may contain spaces. Raises InputError if a weight is not a positive number, or a
+    name appears twice.
     """
     found = list(PART.finditer(text))
     if not found or found[0].start() != 0:
@@ -108,7 +112,7 @@ def parse_mixture(text: str) -> dict[str, tuple[float, str]] | None:
 
 
 def to_weight(text: str) -> float:
-    """A number; 0 if the text is none."""
+    """The number in a text; 0 if the text is not a number."""
     try:
         return float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Quantities that change over a run: `context=256:2048@0.5 batch_size=8:32@0.25`."""
+"""Quantities that change during a run: `context=256:2048@0.5 batch_size=8:32@0.25`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ ACCEPTED = "NAME=FIRST:LAST@PROGRESS with NAME of {names}, numbers above 0, and 
 
 
 def ramp(text: str, progress: float, names: Collection[str] = WHOLE) -> dict[str, int | float]:
-    """What each quantity that a text names is at a progress between 0 and 1.
+    """The value of each quantity in a text at a progress between 0 and 1.
 
-    "context=256:2048@0.5" grows from 256 at the beginning to 2048 at half of the run, and stays; without "@", it arrives at the
-    end. `context` and `batch_size` are whole numbers: they change in steps of the smaller end, so that few shapes appear (256,
-    512, 768 ...). Others, such as the weights of a mixture, change evenly. Raises InputError on text that is no ramp.
+    "context=256:2048@0.5" grows from 256 at the beginning to 2048 at half of the run, and then
+    stays. Without "@", it reaches its last value at the end. `context` and `batch_size` are whole
+    numbers. They change in steps of the smaller value, so that few shapes appear (256, 512, 768
+    ...). Others, such as the weights of a mixture, change evenly. Raises InputError if the text is
+    not a ramp.
     """
     values = {}
     for part in text.split():

@@ -1,4 +1,4 @@
-"""What every source of training data has in common."""
+"""The interface of every source of training data."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ import torch
 class Source:
     """A source of batches.
 
-    A batch is a function of (seed, step, size): two models trained with one seed see the same tokens in the same order, and a
-    run that is resumed needs no position but its step. Validation gives the same batches every time.
+    A batch is a function of (seed, step, size). So two models trained with one seed see the same
+    tokens in the same order, and a resumed run needs only its step to continue. Validation gives
+    the same batches every time.
     """
 
-    context: int  # tokens a row
-    vocab: int  # token ids are below it
-    fingerprint: str  # by which a resumed run recognises its data
+    context: int  # tokens per row
+    vocab: int  # all token ids are below it
+    fingerprint: str  # identifies the data when a run is resumed
 
     def describe(self) -> str:
-        """What the data are, for the header of a run."""
+        """A description of the data, for the header of a run."""
         raise NotImplementedError
 
     def batch(self, seed: int, step: int, size: int, context: int | None = None) -> tuple:
-        """(tokens, targets), or (tokens, targets, starts) if documents are packed: (size, context) int64 each.
+        """(tokens, targets), or (tokens, targets, starts) if documents are packed:
+        (size, context) int64 each.
 
-        context: tokens a row, if other than the source's own.
+        context: tokens per row, if different from the source's own.
         """
         raise NotImplementedError
 
@@ -34,7 +36,7 @@ class Source:
         raise NotImplementedError
 
     def validation_bytes(self, size: int, batches: int) -> int:
-        """The bytes of text that all targets of `validation` stand for."""
+        """The bytes of text that all targets of `validation` represent."""
         raise NotImplementedError
 
     def validation_targets(self, size: int, batches: int) -> int:
@@ -42,7 +44,8 @@ class Source:
         raise NotImplementedError
 
     def bytes_per_token(self, size: int, batches: int) -> float:
-        """Bytes of text that a target of `validation` stands for: nats a token, divided by it and ln 2, are bits a byte."""
+        """Bytes of text per target of `validation`. Nats per token, divided by it and by
+        ln 2, are bits per byte."""
         return self.validation_bytes(size, batches) / self.validation_targets(size, batches)
 
 

@@ -1,7 +1,8 @@
-"""Stretches of files, read where they lie.
+"""Sections of files, read in place.
 
-Nothing is mapped and nothing is loaded whole: a read costs the bytes that it returns, whatever the size of the file, and a file
-that has become shorter meanwhile gives an error instead of a signal that ends the process.
+Files are neither mapped nor loaded whole. A read costs only the bytes that it returns, whatever the
+size of the file. If a file has become shorter in the meantime, the read raises an error, and no
+signal ends the process.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ class Piece(NamedTuple):
 
 
 class Span:
-    """Pieces of files, seen as one array of items that is never copied whole.
+    """Pieces of files, read as one array of items that is never copied whole.
 
-    ends: where each document ends in the span, ascending int64; by default each piece is a document.
+    ends: where each document ends in the span, ascending int64; by default each piece is a
+    document.
     """
 
     def __init__(self, pieces: list[Piece], dtype: type = np.uint8, ends: np.ndarray | None = None):
@@ -42,14 +44,16 @@ class Span:
         return self.stops[-1] if self.stops else 0
 
     def __getitem__(self, where: slice) -> np.ndarray:
-        """The items from where.start to where.stop. Raises InputError if a file has become shorter or unreadable."""
+        """The items from where.start to where.stop. Raises InputError if a file has
+        become shorter or unreadable."""
         start, stop = where.start, min(where.stop, len(self))
         found = []
         for index in range(bisect.bisect_right(self.stops, start), len(self.pieces)):
             if start >= stop:
                 break
             piece, end = self.pieces[index], min(stop, self.stops[index])
-            skipped = piece.stop - self.stops[index]  # from a place in the span to that in the file
+            # offset from a place in the span to that in the file
+            skipped = piece.stop - self.stops[index]
             found.append(read_items(piece.path, start + skipped, end - start, self.dtype))
             start = end
         if len(found) == 1:
@@ -58,7 +62,7 @@ class Span:
 
 
 def read_items(path: Path, start: int, count: int, dtype: np.dtype) -> np.ndarray:
-    """`count` items of a file, from item `start` on: read-only."""
+    """`count` items of a file, from item `start` on, read-only."""
     start, count = start * dtype.itemsize, count * dtype.itemsize  # in bytes
     try:
         descriptor = open_file(path).fileno()
@@ -77,7 +81,8 @@ def read_items(path: Path, start: int, count: int, dtype: np.dtype) -> np.ndarra
     return np.frombuffer(content, dtype)
 
 
-@functools.lru_cache(256)  # a process may hold only so many open files
+@functools.lru_cache(256)  # a process may have only so many open files
 def open_file(path: Path) -> BinaryIO:
-    """A file to read from at any place. It closes when it has left the cache and nobody reads from it."""
+    """A file that can be read at any place. It closes after it has left the cache and its
+    last reader has finished."""
     return path.open("rb", buffering=0)

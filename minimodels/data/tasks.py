@@ -1,9 +1,12 @@
-"""Synthetic tasks, each asking for one ability: the sequences that tell architectures apart at toy scale.
+"""Synthetic tasks. Each tests one ability, with sequences that distinguish
+architectures at toy scale.
 
-A task makes its batches from (seed, step), like text, and its length is the context. Only the answers are targets; the metric
-is the fraction of them that is right. Parameters follow the name: `--data mqar(pairs=8, vocab=256)`.
+A task makes its batches from (seed, step), like text, and its length is the context. Only the
+answers are targets. The metric is the fraction of answers that are right. Options follow the name:
+`--data mqar(pairs=8, vocab=256)`.
 
-Recall asks what a state can store (copying, induction, mqar, overwrite); state tracking asks what it can compute (parity, s3).
+Recall tests what a state can store (copying, induction, mqar, overwrite). State tracking tests what
+it can compute (parity, s3).
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ class Task(Source):
     context: int
 
     def describe(self) -> str:
+        """The task with its options and context, for the header of a run."""
         return str(self)
 
     def batch(
@@ -39,25 +43,27 @@ class Task(Source):
         return task.make(generator("training", seed, step), size)
 
     def validation(self, size: int, batches: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same `batches` batches every time, drawn apart from those of training."""
+        """The same `batches` batches every time, drawn separately from those of training."""
         for step in range(batches):
             yield self.make(generator("validation", step), size)
 
     @property
     def fingerprint(self) -> str:
-        """By which a resumed run knows its task again."""
+        """Identifies the task when a run is resumed."""
         return str(self)
 
     def require(self, minimum: int):
+        """Raise InputError if the context is shorter than `minimum`."""
         if self.context < minimum:
             raise InputError("context", self.context, f"{minimum} or more, for {self}")
 
 
 @dataclass
 class SelectiveCopying(Task):
-    """Remember `tokens` tokens strewn at random places among noise, and repeat them in order at the end.
+    """Remember `tokens` tokens at random places among noise, and repeat them in order at the end.
 
-    Mamba (arXiv:2312.00752) §4.1.1. Token 0 is noise, 1 asks for the next answer, the rest are to be remembered.
+    Mamba (arXiv:2312.00752) §4.1.1. Token 0 is noise, 1 asks for the next answer, and the others
+    are to be remembered.
     """
 
     tokens: int = 16
@@ -71,6 +77,7 @@ class SelectiveCopying(Task):
         self.require(2 * self.tokens)
 
     def make(self, random: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
+        """(tokens, targets) of `size` sequences, (size, context) int64 each."""
         length = self.context - self.tokens  # the text; the answers come after
         remembered = torch.randint(2, self.vocab, (size, self.tokens), generator=random)
         places = torch.rand(size, length, generator=random).topk(self.tokens).indices.sort(1).values
@@ -82,9 +89,11 @@ class SelectiveCopying(Task):
 
 @dataclass
 class InductionHeads(Task):
-    """One special token stands somewhere in random text, and again at the end: say what followed it the first time.
+    """A special token appears somewhere in random text, and again at the end. Answer with the token
+    that followed it the first time.
 
-    Mamba §4.1.2; the mechanism was named by Olsson et al., arXiv:2209.11895. The special token is the last of the vocabulary.
+    Mamba §4.1.2; the mechanism was named by Olsson et al., arXiv:2209.11895. The special token is
+    the last of the vocabulary.
     """
 
     vocab: int = 16
@@ -95,6 +104,7 @@ class InductionHeads(Task):
         self.require(3)
 
     def make(self, random: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
+        """(tokens, targets) of `size` sequences, (size, context) int64 each."""
         tokens = torch.randint(self.vocab - 1, (size, self.context), generator=random)
         place = torch.randint(self.context - 2, (size, 1), generator=random)
         answer = tokens.gather(1, place + 1)
@@ -107,10 +117,12 @@ class InductionHeads(Task):
 
 @dataclass
 class AssociativeRecall(Task):
-    """Multi-query associative recall: key-value pairs first, then some keys again, each to be answered by its value.
+    """Multi-query associative recall: first key-value pairs, then some of the keys again. The
+    answer to each key is its value.
 
-    Arora et al., "Zoology", arXiv:2312.04927. Keys are the lower half of the vocabulary, values the upper; a key comes back
-    after a gap drawn from a power law, so that most are asked for early; between the questions stands random filling.
+    Arora et al., "Zoology", arXiv:2312.04927. Keys are the lower half of the vocabulary, values the
+    upper. A key appears again after a gap drawn from a power law, so that most keys are asked for
+    early. Random tokens fill the gaps between the questions.
     """
 
     pairs: int = 8
@@ -127,10 +139,10 @@ class AssociativeRecall(Task):
         self.require(4 * self.pairs)
 
     def make(self, random: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
+        """(tokens, targets) of `size` sequences, (size, context) int64 each."""
         half, slots = self.vocab // 2, (self.context - 2 * self.pairs) // 2
-        keys = (
-            torch.rand(size, half, generator=random).topk(self.pairs).indices
-        )  # distinct in each row
+        # distinct in each row
+        keys = torch.rand(size, half, generator=random).topk(self.pairs).indices
         values = torch.randint(half, 2 * half, (size, self.pairs), generator=random)
         chance = torch.arange(1, slots + 1, dtype=torch.float64) ** (self.POWER - 1)
         gaps = torch.multinomial(chance.expand(size, -1), self.pairs, generator=random)  # distinct
@@ -144,11 +156,12 @@ class AssociativeRecall(Task):
 
 @dataclass
 class Overwrite(Task):
-    """Keys are given values again and again; at the end each key is asked for the value that it was given last.
+    """Keys are given values again and again. At the end each key is asked for its last value.
 
-    A state that only adds keeps the old values too; the delta rule (Schlag et al., arXiv:2102.11174) removes them. Keys are the
-    lower half of the vocabulary, values the upper. Every key is written once at the beginning, then keys drawn at random until
-    the questions begin. A single token that is left over comes first and means nothing.
+    A state that only adds keeps the old values too; the delta rule (Schlag et al.,
+    arXiv:2102.11174) removes them. Keys are the lower half of the vocabulary, values the upper.
+    Every key is written once at the beginning. Then keys drawn at random are written until the
+    questions begin. If the length leaves a single token over, it comes first and has no meaning.
     """
 
     keys: int = 8
@@ -161,11 +174,12 @@ class Overwrite(Task):
         self.require(3 * self.keys)
 
     def make(self, random: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
+        """(tokens, targets) of `size` sequences, (size, context) int64 each."""
         half, writes = self.vocab // 2, (self.context - self.keys) // 2
         names = torch.rand(size, half, generator=random).topk(self.keys).indices  # (B, keys)
         first = torch.arange(self.keys).expand(size, -1)
         later = torch.randint(self.keys, (size, writes - self.keys), generator=random)
-        written = torch.cat((first, later), dim=1)  # which of the keys, (B, writes)
+        written = torch.cat((first, later), dim=1)  # index of the key, (B, writes)
         values = torch.randint(half, 2 * half, (size, writes), generator=random)
         memory = torch.zeros(size, self.keys, dtype=torch.int64)
         for write in range(writes):
@@ -183,10 +197,10 @@ class Overwrite(Task):
 
 @dataclass
 class Parity(Task):
-    """Random bits; at every position, whether the number of ones so far is odd.
+    """Random bits. At every position, answer whether the number of ones so far is odd.
 
-    The smallest problem of state tracking. Linear recurrences whose decays are positive cannot solve it at every length
-    (Grazzi et al., arXiv:2411.12537).
+    This is the smallest problem of state tracking. Linear recurrences with positive decays cannot
+    solve it at every length (Grazzi et al., arXiv:2411.12537).
     """
 
     vocab = 2
@@ -195,16 +209,19 @@ class Parity(Task):
         self.require(1)
 
     def make(self, random: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
+        """(tokens, targets) of `size` sequences, (size, context) int64 each."""
         tokens = torch.randint(2, (size, self.context), generator=random)
         return tokens, tokens.cumsum(1) % 2
 
 
 @dataclass
 class SymmetricGroup(Task):
-    """Random permutations of three things; at every position, the product of all so far.
+    """Random permutations of three things. At every position, answer with
+    the product of all so far.
 
-    The word problem of S3 (Merrill et al., "The Illusion of State in State-Space Models", arXiv:2404.08819). Tokens and answers
-    number the permutations; the product applies the earlier first. The order matters: S3 does not commute.
+    The word problem of S3 (Merrill et al., "The Illusion of State in State-Space Models",
+    arXiv:2404.08819). Tokens and answers number the permutations. The product applies the earlier
+    one first. The order matters, because S3 does not commute.
     """
 
     vocab = 6
@@ -214,6 +231,7 @@ class SymmetricGroup(Task):
         self.require(1)
 
     def make(self, random: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
+        """(tokens, targets) of `size` sequences, (size, context) int64 each."""
         tokens = torch.randint(6, (size, self.context), generator=random)
         table = torch.tensor(  # [product so far, next] -> product
             [
@@ -250,7 +268,8 @@ def is_task(text: str) -> bool:
 def open_task(text: str, context: int) -> Task | None:
     """The task that a text names, such as "mqar(pairs=8, vocab=256)"; None if it names none.
 
-    Raises InputError for an option that the task does not have, or that is no whole number above 0.
+    Raises InputError if the task does not have an option, or if its value is not a whole number
+    above 0.
     """
     if not is_task(text):
         return None

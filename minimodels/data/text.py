@@ -35,14 +35,17 @@ def open_data(
     cache: str | Path | None = None,
     packed: bool = False,
 ):
-    """The Text, Documents, Mixture or Task that a name stands for.
+    """Open the Text, Documents, Mixture or Task that a name describes.
 
-    name: "stdlib", a file, a folder, a data set of the Hugging Face hub (OWNER/NAME), several of these with weights
-    ("code=0.7:DIR prose=0.3:FILE"), or a task (with options, "mqar(pairs=8, vocab=256)").
-    tokenizer: "bytes", "bpe(vocab=8192)", which is trained on the training half of the text, or a tokenizer.json.
-    field: what to read of JSON lines and Parquet. cache: the folder for what has to be made first, by default
-    ~/.cache/minimodels.
+    name: "stdlib", a file, a folder, a data set of the Hugging Face hub (OWNER/NAME), several of
+        these with weights ("code=0.7:DIR prose=0.3:FILE"), or a task, with or without options
+        ("mqar(pairs=8, vocab=256)").
+    tokenizer: "bytes", "bpe(vocab=8192)", which is trained on the training half of the text, or a
+        tokenizer.json.
+    field: the field to read from JSON lines and Parquet.
+    cache: the folder for converted text and tokens, by default ~/.cache/minimodels.
     packed: rows of whole documents instead of windows cut at random.
+
     Raises InputError if there is nothing to read, or too little.
     """
     task = open_task(name, context)
@@ -69,7 +72,8 @@ def open_data(
 
 
 def open_named(name: str, field: str, cache: Path) -> Corpus:
-    """The text of a name. Raises InputError that lists what a name may be if it names nothing."""
+    """Open the text with this name. Raises InputError if it names a task, or
+    if there is no such text."""
     if is_task(name):
         raise InputError("data", name, "texts in a mixture, not tasks")
     return open_corpus(name, field, cache)
@@ -103,7 +107,8 @@ def open_text(
 def pick_tokenizer(
     spec: str, corpora: list[Corpus], weights: list[float], cache: Path
 ) -> Bytes | LibraryTokenizer:
-    """The tokenizer of a text; a BPE is trained on the training halves, on more of those with more weight, and kept."""
+    """The tokenizer of a text. A BPE is trained on the training halves, in proportion to their
+    weights, and stored in the cache."""
     if not is_bpe(spec):
         return open_tokenizer(spec)
     vocab, total = parse_bpe(spec), sum(weights)

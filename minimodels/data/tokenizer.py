@@ -1,7 +1,8 @@
-"""Text to tokens and back: bytes, a BPE trained on the run's own text, or a published model's tokenizer.json.
+"""Text to tokens and back: bytes, a BPE trained on the run's own text, or the
+tokenizer.json of a published model.
 
-All have `encode(text)`, `stream(prompt, tokens)`, `vocab`, `end` (the tokens that end a text), `fingerprint` and
-`save(folder)`.
+All have `encode(text)`, `stream(prompt, tokens)`, `vocab`, `end` (the tokens that end a text),
+`fingerprint` and `save(folder)`.
 """
 
 from __future__ import annotations
@@ -27,20 +28,21 @@ ENDS = (END, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # tokens that
 
 
 class Bytes:
-    """A text is its bytes, token ids 0 to 255."""
+    """The tokens of a text are its bytes, 0 to 255."""
 
     vocab = 256
     end: frozenset[int] = frozenset()
     fingerprint = "bytes"
 
     def encode(self, text: str) -> Tensor:
-        """The bytes of a text, those that a command line could not decode included: (T,) int64."""
+        """The bytes of a text, including those that a command line could not decode: (T,) int64."""
         return torch.tensor(list(text.encode("utf-8", "surrogateescape")), dtype=torch.int64)
 
     def stream(self, prompt: Tensor, tokens: Iterable[int]) -> Iterator[str]:
-        """The text of the prompt, then of the tokens as they come; a character may be several of them.
+        """Yield the text of the prompt, then the text of the tokens as they arrive. One
+        character may be several tokens.
 
-        A vocabulary larger than 256 has ids that are no bytes: they are left out.
+        If the vocabulary is larger than 256, ids from 256 on are not bytes and are left out.
         """
         text = codecs.getincrementaldecoder("utf-8")("replace")
         yield text.decode(bytes(token for token in prompt.tolist() if token < 256))
@@ -49,14 +51,15 @@ class Bytes:
         yield text.decode(b"", final=True)
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json, with which other programs read and write the same tokens."""
+        """Write a tokenizer.json, with which other programs read and write the same tokens."""
         save_bytes_tokenizer(folder / "tokenizer.json")
 
 
 class LibraryTokenizer:
     """A tokenizer of the library `tokenizers` (extra `hub`).
 
-    end: the tokens that end a text. content: its tokenizer.json, which releases of the library may write differently.
+    end: the tokens that end a text. content: its tokenizer.json, which other releases of the
+    library may write differently.
     """
 
     def __init__(self, tokenizer, end: frozenset[int], content: str | None = None):
@@ -68,7 +71,7 @@ class LibraryTokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of all that decides which tokens a text has."""
+        """A hash of everything that determines the tokens of a text."""
         return hashlib.blake2b(self.content.encode(), digest_size=8).hexdigest()
 
     @functools.cached_property
@@ -79,15 +82,15 @@ class LibraryTokenizer:
         return next((token for token in known if 0 <= token < self.vocab), None)
 
     def encode(self, text: str) -> Tensor:
-        """The tokens of a text, with those that the tokenizer puts before or behind it: (T,) int64."""
-        readable = text.encode("utf-8", "surrogateescape").decode(
-            "utf-8", "replace"
-        )  # whatever a command line has given
+        """The tokens of a text, including those that the tokenizer adds before
+        or after it: (T,) int64."""
+        # whatever a command line has given
+        readable = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         return torch.tensor(self.tokenizer.encode(readable).ids, dtype=torch.int64)
 
     def stream(self, prompt: Tensor, tokens: Iterable[int]) -> Iterator[str]:
-        """The text of the prompt, then of the tokens as they come; special tokens are left out, and bytes that are no text
-        become the character for that."""
+        """Yield the text of the prompt, then the text of the tokens as they arrive. Special tokens
+        are left out, and invalid bytes become the replacement character."""
         text = codecs.getincrementaldecoder("utf-8")("replace")
         begun, previous = False, None  # `previous`: the last token that is not bytes
         for token in itertools.chain(prompt.tolist(), tokens):
@@ -101,8 +104,8 @@ class LibraryTokenizer:
         yield text.decode(b"", final=True)
 
     def text_of(self, token: int, begun: bool, previous: int | None) -> str:
-        """The text of a token that is not bytes, which depends on whether it is the first (it may lose a space) and on the one
-        before."""
+        """The text of a token that is not bytes. It depends on the token before, and on whether it
+        is the first, because the first may lose a space."""
         if not begun:
             return self.tokenizer.decode([token])
         before = [token if previous is None else previous]
@@ -111,9 +114,11 @@ class LibraryTokenizer:
 
     @functools.cached_property
     def token_bytes(self) -> dict[int, bytes]:
-        """The tokens that are the same bytes wherever they appear: token id -> bytes; b"" for special tokens.
+        """The tokens that are the same bytes wherever they appear: token id ->
+        bytes; b"" for special tokens.
 
-        These are all tokens of a byte-level tokenizer, and the bytes on which others fall back.
+        These are all tokens of a byte-level tokenizer, or the byte tokens to which other tokenizers
+        fall back.
         """
         decoders = set(find_types(json.loads(self.content).get("decoder")))
         byte_level = bool(decoders) and decoders <= {"ByteLevel", "Sequence", "Fuse"}
@@ -137,9 +142,10 @@ class LibraryTokenizer:
 
 
 class TokenizerFile(LibraryTokenizer):
-    """A tokenizer.json, which may lie beside the config.json of a published model that says which tokens end a text.
+    """A published tokenizer.json. A config.json in the same folder may say which tokens end a text.
 
-    Truncation and padding that the file stores are switched off: a prompt has all its tokens, and no others.
+    Truncation and padding stored in the file are switched off, so that a prompt has all its tokens
+    and no others.
     """
 
     def __init__(self, folder: Path, name: str = "tokenizer.json"):
@@ -168,7 +174,8 @@ def load_tokenizer(content: str):
 
 
 def read_end(folder: Path) -> frozenset[int]:
-    """eos_token_id, one or several, which generation_config.json may say otherwise than config.json."""
+    """The ids in eos_token_id. Those in generation_config.json take precedence
+    over those in config.json."""
     end = None
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
@@ -189,7 +196,7 @@ def require_tokenizers():
 
 
 def find_types(decoder: object) -> Iterator[str]:
-    """The types of a decoder in a tokenizer.json, and of those within."""
+    """The types of a decoder in a tokenizer.json, and of the decoders inside it."""
     if isinstance(decoder, dict):
         yield decoder.get("type", "")
         for inner in decoder.get("decoders", ()):
@@ -197,9 +204,11 @@ def find_types(decoder: object) -> Iterator[str]:
 
 
 def open_tokenizer(spec: str, texts: Iterable[str] | None = None) -> Bytes | LibraryTokenizer:
-    """The tokenizer that a text names: "bytes", "bpe(vocab=8192)", a tokenizer.json or the folder that holds one.
+    """Open the tokenizer that a text describes: "bytes", "bpe(vocab=8192)", a tokenizer.json or
+    the folder that contains one.
 
-    texts: what a BPE is trained on. Raises InputError for another name, or a file that is missing or damaged.
+    texts: training text for a BPE. Raises InputError for any other name, or a file that is missing
+    or damaged.
     """
     if spec == "bytes":
         return Bytes()
@@ -219,10 +228,11 @@ def open_tokenizer(spec: str, texts: Iterable[str] | None = None) -> Bytes | Lib
 
 
 def train_bpe(texts: Iterable[str], vocab: int) -> LibraryTokenizer:
-    """A byte-level BPE with at most `vocab` tokens, of which token 0 ends a document. The same texts give the same tokens.
+    """Train a byte-level BPE with at most `vocab` tokens. Token 0 ends a document. The same
+    texts give the same tokens.
 
-    Sennrich et al., arXiv:1508.07909: begin with the 256 bytes as tokens; again and again make one token of the pair of
-    neighbours that is most frequent within words, until the vocabulary is full.
+    Sennrich et al., arXiv:1508.07909: begin with the 256 bytes as tokens. Repeatedly merge the most
+    frequent pair of neighbours within words into one token, until the vocabulary is full.
     """
     library = require_tokenizers()
     tokenizer = library.Tokenizer(library.models.BPE())
@@ -239,7 +249,7 @@ def train_bpe(texts: Iterable[str], vocab: int) -> LibraryTokenizer:
 
 
 def is_bpe(spec: str) -> bool:
-    """Whether a text asks for a tokenizer that is trained on the run's text."""
+    """Whether a text asks for a tokenizer trained on the run's own text."""
     return spec.partition("(")[0].strip() == "bpe"
 
 

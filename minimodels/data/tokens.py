@@ -1,7 +1,9 @@
-"""A text as tokens on disk: made once for a text and a tokenizer, in bounded memory, and read where they lie.
+"""Text as tokens on disk. They are made once for a text and a tokenizer, in bounded
+memory, and read in place.
 
-The split into training and held-out text is made before, on the bytes. So every tokenizer is judged on the same text, and nats
-divided by the bytes that the tokens stand for compare models whose tokens differ.
+The text is split into training and held-out text before, by bytes, so every tokenizer is judged on
+the same text. Nats divided by the bytes that the tokens represent compare models with different
+tokens.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ from minimodels.data.span import Span
 from minimodels.data.tokenizer import LibraryTokenizer, load_tokenizer
 from minimodels.errors import InputError
 
-PIECE = 2**14  # bytes that are tokenized as one; a longer document is cut at the ends of lines
+PIECE = 2**14  # bytes that are tokenized together; a longer document is cut at the ends of lines
 BATCH = 64  # pieces that are tokenized at once, by several threads
-SAMPLE = 2**26  # bytes of text that a tokenizer is trained on at most: its memory grows with them
-BLOCK = 2**20  # bytes of a sample that are read in one place
+SAMPLE = 2**26  # most bytes of text that a tokenizer is trained on; its memory grows with them
+BLOCK = 2**20  # bytes of a sample that are read at one place
 
 
 def sample_text(span: Span, most: int = SAMPLE) -> Iterator[str]:
-    """The text of a span of bytes, or of blocks that are evenly spread and make `most` bytes."""
+    """The text of a span of bytes, or evenly spread blocks of it that add up to `most` bytes."""
     stride = BLOCK * max(1, -(-len(span) // max(most, 1)))
     with progress(len(span), "reading for the tokenizer") as bar:
         for start in range(0, len(span), stride):
@@ -37,9 +39,10 @@ def sample_text(span: Span, most: int = SAMPLE) -> Iterator[str]:
 def tokenize(
     corpus: Corpus, tokenizer: LibraryTokenizer, cache: Path
 ) -> tuple[dict[str, Span], Span]:
-    """The tokens of both halves of a corpus, and the bytes that each held-out token stands for.
+    """The tokens of both halves of a corpus, and the number of bytes that each
+    held-out token represents.
 
-    A document ends with the tokenizer's separator, if it has one, which stands for no byte.
+    A document ends with the tokenizer's separator, if it has one, which represents no byte.
     """
 
     def fill(writer: Writer) -> None:
@@ -66,7 +69,8 @@ def write_pieces(
     encoder: Encoder,
     separator: int | None,
 ) -> None:
-    """Append the tokens of pieces of documents; the bytes of each only if they are held out."""
+    """Append the tokens of pieces of documents; also the bytes of each
+    token if they are held out."""
     texts = [raw for raw, _ in pieces]
     found = encoder.with_sizes(texts) if split == "validation" else encoder.tokens(texts)
     for (tokens, sizes), (_, ends) in zip(found, pieces, strict=True):
@@ -79,7 +83,8 @@ def write_pieces(
 
 
 def cut_documents(span: Span, most: int = PIECE) -> Iterator[tuple[bytes, bool]]:
-    """The documents of a span of bytes, in pieces of `most` bytes or less: (bytes, whether its document ends here)."""
+    """The documents of a span of bytes, in pieces of `most` bytes or less: (bytes, whether
+    its document ends here)."""
     start = 0
     for end in span.ends.tolist():
         while start < end:
@@ -91,20 +96,22 @@ def cut_documents(span: Span, most: int = PIECE) -> Iterator[tuple[bytes, bool]]
 
 
 def place_to_cut(raw: bytes) -> int:
-    """Where to cut text that goes on: after its last line, before its last space, or else between two characters."""
+    """Where to cut text that continues: after its last line, before its last space, or else
+    between two characters."""
     place = raw.rfind(b"\n") + 1 or raw.rfind(b" ")
     if place > 0:
         return place
     for place in range(len(raw), max(len(raw) - 4, 0), -1):
         if raw[place - 1] < 0x80:
             return place
-        if raw[place - 1] >= 0xC0:  # the first byte of a character, which may not be all there
+        if raw[place - 1] >= 0xC0:  # the first byte of a character, which may be incomplete
             return place - 1 or len(raw)
     return len(raw)
 
 
 class Encoder:
-    """Turns bytes into tokens. Text that looks like a special token is text; a byte that is no UTF-8 becomes U+FFFD."""
+    """Turns bytes into tokens. Text that looks like a special token stays text. A byte that is
+    not UTF-8 becomes U+FFFD."""
 
     def __init__(self, tokenizer: LibraryTokenizer):
         self.library = load_tokenizer(tokenizer.content)
@@ -119,7 +126,8 @@ class Encoder:
             yield tokens, None
 
     def with_sizes(self, pieces: list[bytes]) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-        """The tokens of each piece, and how many of its bytes each stands for: together all of them."""
+        """The tokens of each piece, and how many of its bytes each token represents.
+        Together they cover all bytes."""
         texts = [decode(raw) for raw in pieces]
         for tokens, text, raw in zip(self.ids(texts), texts, pieces, strict=True):
             sizes = self.sizes[tokens]
@@ -128,6 +136,8 @@ class Encoder:
             yield tokens, sizes
 
     def ids(self, texts: list[str]) -> Iterable[np.ndarray]:
+        """The token ids of each text, int64. Raises InputError if the
+        tokenizer cannot encode one."""
         try:
             found = self.library.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # the library raises nothing narrower
@@ -137,7 +147,8 @@ class Encoder:
             yield np.array(encoding.ids, dtype=np.int64)
 
     def sizes_by_offsets(self, text: str, raw: bytes) -> np.ndarray:
-        """Each token stands for the bytes from the end of the one before to its own end, and the last for all that is left."""
+        """The bytes of each token, from the end of the token before it to its own end. The last
+        takes all that are left."""
         encoding = self.library.encode(text, add_special_tokens=False)
         if not encoding.ids:
             return np.empty(0, np.int64)
@@ -151,7 +162,7 @@ INVALID = re.compile("[\udc80-\udcff]")
 
 
 def decode(raw: bytes) -> str:
-    """UTF-8 text, with U+FFFD for each byte that is none."""
+    """Decode UTF-8 text; each invalid byte becomes U+FFFD."""
     try:
         return raw.decode()
     except UnicodeDecodeError:
@@ -159,7 +170,7 @@ def decode(raw: bytes) -> str:
 
 
 def widths(raw: bytes) -> np.ndarray:
-    """How many bytes each character of decode(raw) has in raw."""
+    """How many bytes of raw each character of decode(raw) comes from."""
     text = raw.decode("utf-8", "surrogateescape")
     code = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     invalid = (code >= 0xDC80) & (code <= 0xDCFF)

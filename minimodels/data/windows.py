@@ -1,7 +1,8 @@
 """Text for language modelling: windows cut at random places.
 
-A corpus is any file, any folder, or `stdlib`: the source of Python's own standard library, which every reader has on disk. It
-is read where it lies, as bytes or as the tokens that a tokenizer made of it, so a batch costs what it holds and nothing else.
+A corpus is any file, any folder, or `stdlib`: the source of Python's own standard library, which
+every reader has on disk. It is read in place, as bytes or as the tokens that a tokenizer made of
+it, so a batch costs only its own bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ BYTES = Bytes()
 class Text(Source):
     """Training windows are drawn at random, validation windows are evenly spread.
 
-    training, validation: the tokens. sizes: for each validation token, the bytes of text that it stands for; None: one.
+    training, validation: the tokens. sizes: for each validation token, the number of bytes of text
+    that it represents; None: one.
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class Text(Source):
                 raise InputError("data", given, f"at least context + 1 = {context + 1} {unit}")
 
     def describe(self) -> str:
-        """What the text is, how much of it there is, and how much is held out."""
+        """A description of the text, its amount, and how much is held out."""
         training, validation = (len(span) for span in self.spans.values())
         if self.vocab == Bytes.vocab:
             return f"{self.description}; {amount(validation)} held out"
@@ -75,7 +77,7 @@ class Text(Source):
             yield self.read("validation", starts.tolist(), self.context)
 
     def validation_bytes(self, size: int, batches: int) -> int:
-        """The bytes of text that all targets of `validation` stand for."""
+        """The bytes of text that all targets of `validation` represent."""
         if self.sizes is None:
             return size * batches * self.context
         starts = self.validation_starts(size * batches).tolist()
@@ -92,6 +94,8 @@ class Text(Source):
         return torch.linspace(0, windows - 1, rows, dtype=torch.float64).long()
 
     def read(self, split: str, starts: Sequence[int], context: int) -> tuple[Tensor, Tensor]:
+        """The tokens and next tokens of windows that begin at `starts`,
+        (rows, context) int64 each."""
         span = self.spans[split]
         rows = np.stack([span[start : start + context + 1] for start in starts])
         rows = torch.from_numpy(rows.astype(np.int64))

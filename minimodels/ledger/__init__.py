@@ -6,9 +6,10 @@
     python -m minimodels.ledger                                          every preset
     python -m minimodels.ledger --layers "mamba mlp attention(window=64) mlp" --context 8192
 
-FLOPs are those of matrix products, convolutions and scans. A multiply-add counts as two. Attention counts
-QKᵀ and PV as full T × T products, as PyTorch's counter and the usual model-FLOPs utilisation do, although a
-causal kernel may skip half; over a window, from two of its widths on, as products of blocks.
+FLOPs are those of matrix products, convolutions and scans. A multiply-add counts as two. Attention
+counts QKᵀ and PV as full T × T products, although a causal kernel may skip half of them. PyTorch's
+counter and the usual model-FLOPs utilisation do the same. Attention with a window counts them as
+products of blocks if the context is at least twice the window.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ class Ledger:
     """The cost of one model at one context length."""
 
     context: int
-    parameters: int  # all of them, a shared one once
-    active: float  # of these, how many a token uses, on average
+    parameters: int  # all of them; shared ones count once
+    active: float  # the number that a token uses, on average
     forward_flops: float  # per token
     state_bytes: float  # per sequence, remembered after `context` tokens
-    speedup: float  # FLOPs if every token took every layer and expert, over forward_flops
+    speedup: float  # FLOPs if every token took every layer and expert, divided by forward_flops
 
     @property
     def training_flops(self) -> float:
-        """Per token: one pass forward, and the backward pass twice its cost."""
+        """Per token: the forward pass, and a backward pass that costs twice as much."""
         return 3 * self.forward_flops
 
     def __str__(self) -> str:
@@ -50,8 +51,8 @@ class Ledger:
 def ledger(config: Config, context: int, itemsize: int = 4) -> Ledger:
     """Count the model that `config` describes, at a context in tokens.
 
-    `itemsize`: bytes per element of keys, values and convolution windows; recurrent states are in fp32.
-    Raises InputError for a context below 1, and for layers that cannot be built.
+    `itemsize`: bytes per element of keys, values and convolution windows. Recurrent states are in
+    fp32. Raises InputError if the context is below 1, or if the layers cannot be built.
     """
     if context < 1:
         raise InputError("context", context, "1 or more")

@@ -1,4 +1,4 @@
-"""The command of the ledger: a line of costs for each model."""
+"""The command of the ledger: one line of costs for each model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Options:
     """Print what models cost."""
 
     layers: str = ""
-    """layers to count at the width of `size`; by default every preset"""
+    """layers to count, at the width of `size`; by default every preset"""
     size: str = "tiny"
     """tiny or small"""
     context: Count = 1024
-    """tokens of context at which FLOPs and state are counted"""
+    """context in tokens at which FLOPs and state are counted"""
 
     def __post_init__(self):
         check_types(self)

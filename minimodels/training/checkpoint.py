@@ -1,10 +1,12 @@
-"""A run on disk: one safetensors file that is whole or is not there, beside JSON that a person can read.
+"""A run on disk: one safetensors file, which is either complete or absent, and readable JSON.
 
     RUN/options.json             how the run was started, or last resumed
-    RUN/checkpoint.safetensors   weights (model.*), optimizer state (optimizer.*), random state; progress as JSON in the header
+    RUN/checkpoint.safetensors   weights (model.*), optimizer state (optimizer.*), random state;
+                                 progress as JSON in the header
     RUN/log.jsonl                what was measured
 
-A checkpoint is written under another name and then moved over the last one. Nothing in it is code: no pickle is read.
+A checkpoint is written under another name and then replaces the last one. It contains no code,
+because no pickle is read.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ PARTS = ("model.", "optimizer.", "random.")
 
 
 def save(run: Path, model: LM, optimizer: torch.optim.Optimizer | None, progress: dict) -> None:
-    """Write the whole state of a training run; `progress` is any JSON object. Raises InputError where it cannot be written."""
+    """Write the whole state of a training run. `progress` is any JSON object. Raises InputError
+    if it cannot be written."""
     tensors = {f"model.{name}": tensor for name, tensor in persistent_tensors(model).items()}
     for name, parameter in model.named_parameters():
         state = {} if optimizer is None else optimizer.state.get(parameter, {})
@@ -53,9 +56,11 @@ def save(run: Path, model: LM, optimizer: torch.optim.Optimizer | None, progress
 
 
 def load(run: Path, model: LM, optimizer: torch.optim.Optimizer | None = None) -> dict:
-    """Read a checkpoint into the model, and into the optimizer and random state where one is given.
+    """Read a checkpoint into the model, and into the optimizer and random
+    state if an optimizer is given.
 
-    Returns the `progress` that was saved. Raises InputError on a file that is missing, damaged, or of another model.
+    Returns the `progress` that was saved. Raises InputError if the file is missing, damaged, or of
+    another model.
     """
     path = run / FILE
     wanted = persistent_tensors(model)
@@ -65,11 +70,9 @@ def load(run: Path, model: LM, optimizer: torch.optim.Optimizer | None = None) -
             progress, config, checksums = (
                 json.loads(header[key]) for key in ("progress", "config", "checksums")
             )
-            config = Config(**config)  # a field that is younger than the file has its default
-            known = {
-                "header": header_checksum(header),
-                **checksums,
-            }  # older files have none of the header
+            config = Config(**config)  # a field that is newer than the file gets its default
+            # older files have no checksum of the header
+            known = {"header": header_checksum(header), **checksums}
             float(progress["step"])
             parts = PARTS if optimizer is not None else PARTS[:1]
             names = [name for name in file.keys() if name.startswith(parts)]  # noqa: SIM118
@@ -124,14 +127,16 @@ def load(run: Path, model: LM, optimizer: torch.optim.Optimizer | None = None) -
 
 
 def persistent_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers that a checkpoint holds, by name; those of a shared layer once."""
+    """The parameters and buffers that a checkpoint stores, by name. Those of a
+    shared layer appear once."""
     kept = model.state_dict().keys()
     every = [*model.named_parameters(), *model.named_buffers()]
     return {name: tensor.detach() for name, tensor in every if name in kept}
 
 
 def differing_fields(given: Config, wanted: Config) -> list[str]:
-    """What tells two models apart, as "field value for wanted value". `impl` tells nothing apart."""
+    """The fields in which two models differ, as "field value for wanted value".
+    `impl` makes no difference."""
     changed = (
         [] if given.calls == wanted.calls else [f"layers {given.layers!r} for {wanted.layers!r}"]
     )
@@ -143,7 +148,8 @@ def differing_fields(given: Config, wanted: Config) -> list[str]:
 
 
 def save_options(run: Path, options: dict) -> None:
-    """Write down what a run is doing, to go on with it. Raises InputError where the folder cannot be written."""
+    """Write the options of a run, with which it can be resumed. Raises InputError if the
+    folder cannot be written."""
     try:
         write_json(run / "options.json", options)
     except OSError as error:
@@ -153,9 +159,10 @@ def save_options(run: Path, options: dict) -> None:
 
 
 def save_model(model: LM, folder: str | Path) -> None:
-    """Save a model that was trained in Python, so that load_model and minimodels.sample read it.
+    """Save a model that was trained in Python, so that load_model and
+    minimodels.sample can read it.
 
-    Raises InputError for a folder that is not new or empty, or cannot be written.
+    Raises InputError if the folder is not new or empty, or cannot be written.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -169,7 +176,8 @@ def save_model(model: LM, folder: str | Path) -> None:
 
 
 def load_model(run: str | Path) -> LM:
-    """The trained model of a run, with its tokenizer, on the CPU. Raises InputError if there is none."""
+    """The trained model of a run, on the CPU, with its tokenizer. Raises
+    InputError if there is none."""
     run = Path(run)
     options = read_json(run / "options.json", "run")
     try:
@@ -185,7 +193,7 @@ def load_model(run: str | Path) -> LM:
 def restore_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
-    """Give each parameter the moments that were saved under its name."""
+    """Give each parameter the optimizer moments that were saved under its name."""
     parameters = dict(model.named_parameters())
     names = {parameter: name for name, parameter in parameters.items()}
     ordered = [
@@ -212,7 +220,7 @@ def restore_optimizer(
 
 
 def shape(tensor: Tensor | None) -> str:
-    """What an error says of a tensor."""
+    """A tensor's description in an error."""
     return (
         "missing"
         if tensor is None
@@ -221,7 +229,7 @@ def shape(tensor: Tensor | None) -> str:
 
 
 def checksum(tensors: dict[str, Tensor], part: str) -> int:
-    """CRC-32 of the names and bytes of the tensors whose name starts with `part`."""
+    """The CRC-32 of the tensors whose names start with `part`: of their names and bytes."""
     value = 0
     for name in sorted(name for name in tensors if name.startswith(part)):
         value = zlib.crc32(
@@ -231,5 +239,5 @@ def checksum(tensors: dict[str, Tensor], part: str) -> int:
 
 
 def header_checksum(header: dict[str, str]) -> int:
-    """CRC-32 of what the header says of progress and configuration."""
+    """The CRC-32 of the progress and configuration in the header."""
     return zlib.crc32((header["progress"] + header["config"]).encode())

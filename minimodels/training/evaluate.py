@@ -1,4 +1,4 @@
-"""How good a model is on text or on a task that it was not trained on."""
+"""The score of a model on held-out text, or on a task."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from minimodels.ops.linear_cross_entropy import tally
 def evaluate(
     model: LM, data: Source, batch_size: int, batches: int, autocast: torch.autocast
 ) -> dict[str, float]:
-    """The loss in nats and the fraction of right answers over the held-out batches, and for text the bits
-    per byte. The model is in evaluation mode, in which mixture-of-depths decides causally."""
+    """The loss in nats and the fraction of right answers over the held-out batches; for
+    text, also the bits per byte. The model is in evaluation mode, in which
+    mixture-of-depths decides causally."""
     model.eval()
     total, device = torch.zeros(3), model.embedding.weight.device
     for batch in data.validation(batch_size, batches):

@@ -1,4 +1,4 @@
-"""log.jsonl: what a run measured, one JSON object a line."""
+"""log.jsonl: what a run measured, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def write_log(run: Path, record: dict) -> None:
 
 
 def forget_after(run: Path, step: int) -> None:
-    """Drop what was measured after a step, because the resumed run will measure it again."""
+    """Delete what was measured after a step, because the resumed run measures it again."""
     log = run / FILE
     if log.exists():
         kept = [
@@ -29,7 +29,7 @@ def forget_after(run: Path, step: int) -> None:
 
 
 def step_of(line: str) -> float:
-    """The step of a line; infinite for a line that is broken."""
+    """The step of a line; infinite if the line is broken."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, RecursionError):

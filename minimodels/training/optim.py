@@ -1,4 +1,4 @@
-"""The optimizer and the learning rate over a run."""
+"""The optimizer, and the learning rate over a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from minimodels.errors import InputError
 
 
 def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) that decays matrices only: no norm, no bias, nothing that a layer names in `no_weight_decay`."""
+    """AdamW (arXiv:1711.05101) that decays only matrices. It decays no norm, no bias, and nothing
+    that a layer lists in `no_weight_decay`."""
     spared = {
         id(getattr(module, name))
         for module in model.modules()
@@ -28,17 +29,17 @@ def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW
 
 
 def cosine(progress: float) -> float:
-    """From 1 to a tenth along half a cosine."""
+    """Half a cosine, from 1 to a tenth."""
     return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 
 def wsd(progress: float) -> float:
-    """Warmup, stable, decay (arXiv:2404.06395): 1, and over the last fifth linearly to 0."""
+    """Warmup, stable, decay (arXiv:2404.06395): 1, then linearly to 0 over the last fifth."""
     return min(1.0, 5 * (1 - progress))
 
 
 def constant(progress: float) -> float:
-    """1: a run that can be extended."""
+    """Always 1. A run with this schedule can be extended."""
     return 1.0
 
 
@@ -46,7 +47,8 @@ SCHEDULES = {schedule.__name__: schedule for schedule in (cosine, wsd, constant)
 
 
 def learning_rate(peak: float, schedule: str, step: int, warmup: int, progress: float) -> float:
-    """The rate at a step: linear over `warmup` steps, times the schedule at `progress`, the fraction of the run done."""
+    """The rate at a step: `peak`, times a linear warmup over `warmup` steps, times the schedule at
+    `progress`, the fraction of the run that is done."""
     if schedule not in SCHEDULES:
         raise InputError("schedule", schedule, ", ".join(SCHEDULES))
     return peak * min(1.0, (step + 1) / (warmup + 1)) * SCHEDULES[schedule](min(progress, 1.0))

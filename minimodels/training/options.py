@@ -1,6 +1,6 @@
-"""What a training run is asked to do: its options, and its folder.
+"""The options of a training run, and its folder.
 
-The defaults are those of a preset and a size, or the options of the run that is resumed. The command line
+The defaults come from a preset and a size, or from the run that is resumed. The command line
 overrides them.
 """
 
@@ -38,28 +38,29 @@ class Options:
     model: str = "transformer"
     """preset that the layers and the width start from; python -m minimodels.ledger lists them"""
     size: str = "tiny"
-    """tiny, for a CPU; small, for a GPU: GPT-2's 124M, of which bytes leave 85M"""
+    """tiny, for a CPU, or small, for a GPU: GPT-2's 124M, or 85M with bytes as tokens"""
     set: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
-    """LAYER.OPTION=VALUE, such as mamba.state_size=32, in all layers of that name; repeatable"""
+    """LAYER.OPTION=VALUE, such as mamba.state_size=32, for all layers of that name; repeatable"""
     data: str = "stdlib"
-    """stdlib (Python's own source), a file, a folder, a mixture ("code=0.7:DIR prose=0.3:FILE"), an id of
-    the Hugging Face hub, or a task: copying, induction, mqar(pairs=8, vocab=256), overwrite, parity, s3"""
+    """stdlib (Python's own source), a file, a folder, a mixture ("code=0.7:DIR
+    prose=0.3:FILE"), an id of the Hugging Face hub, or a task: copying, induction,
+    mqar(pairs=8, vocab=256), overwrite, parity, s3"""
 
     tokenizer: str = "bytes"
     """bytes, bpe(vocab=8192), which is trained on the run's own text, or a tokenizer.json"""
     pack: bool = False
-    """rows of whole documents, which do not see each other, in place of windows cut at random"""
+    """use rows of whole documents, which do not see each other, instead of windows cut at random"""
     field: str = "text"
-    """what to read of JSON lines and Parquet"""
+    """the field to read from JSON lines and Parquet"""
     cache: str = ""
-    """folder of tokens and of what is unpacked; by default ~/.cache/minimodels"""
+    """folder for tokens and unpacked text; by default ~/.cache/minimodels"""
 
     steps: Number | None = None
     """bound: optimizer steps; 600 for tiny and 20,000 for small if no bound is given"""
     tokens: Positive | None = None
     """bound: training tokens"""
     flops: Positive | None = None
-    """bound: training FLOPs, as the ledger counts them"""
+    """bound: training FLOPs, as counted by the ledger"""
     minutes: Positive | None = None
     """bound: wall-clock minutes of training, evaluation included"""
 
@@ -76,16 +77,16 @@ class Options:
     warmup: Number = 50
     """steps over which the learning rate rises"""
     weight_decay: NonNegative = 0.1
-    """of matrices; norms, biases, A_log and D never decay"""
+    """weight decay of matrices; norms, biases, A_log and D never decay"""
     clip: NonNegative = 1.0
-    """largest norm of the gradient; 0: any"""
+    """largest norm of the gradient; 0: no limit"""
     seed: Number = 0
-    """of the weights and of the order of the data"""
+    """seed of the weights and of the order of the data"""
 
     device: str = "auto"
     """auto, cpu or cuda"""
     threads: Count | None = None
-    """threads of a CPU; by default the fastest number in a short trial, which a resumed run keeps"""
+    """CPU threads; by default the fastest number in a short trial, which a resumed run keeps"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto (bfloat16 autocast on GPUs that have it), float32 or bfloat16"""
     compile: bool = False
@@ -94,18 +95,19 @@ class Options:
     eval_every: Number = 100
     """steps between validations, each followed by a checkpoint; 0: only at the end"""
     eval_batches: Count = 8
-    """batches of a validation"""
+    """batches per validation"""
     sample_every: Number = 0
     """steps between samples; 0: only at the end"""
     prompt: str = "import "
-    """what the samples continue"""
+    """text that the samples continue"""
     log_every: Count = 10
     """steps between lines of log.jsonl"""
     out: Path | None = None
-    """folder of the run, new or empty; by default runs/MODEL (runs/custom for other layers), or the next free name"""
+    """folder of the run, new or empty; by default runs/MODEL (runs/custom for other
+    layers), or the next free name"""
     resume: Path | None = None
-    """folder of a run to continue. Its options hold, bounds too (--steps None lifts one); only bounds,
-    reporting and how it is computed (device, dtype, compile, impl) may change"""
+    """folder of a run to continue. Its options stay, including its bounds (--steps None lifts one).
+    Only bounds, reporting and how it is computed (device, dtype, compile, impl) may change"""
 
     def __post_init__(self):
         check_types(self)
@@ -130,9 +132,10 @@ TRAINING = {  # size -> the options that differ from the defaults
     "tiny": {},
     "small": {"context": 1024, "batch_size": 32, "lr": 6e-4, "warmup": 500, "eval_every": 1000},
 }
-DEFAULT_STEPS = {"tiny": 600, "small": 20_000}  # where no bound is given
+DEFAULT_STEPS = {"tiny": 600, "small": 20_000}  # if no bound is given
 BOUNDS = ("steps", "tokens", "flops", "minutes")
-LEFT_BEHIND = {"options.json", "log.jsonl", "tokenizer.json", LOCK}  # by a run that saved nothing
+# files of a run that saved no checkpoint
+LEFT_BEHIND = {"options.json", "log.jsonl", "tokenizer.json", LOCK}
 CHANGEABLE = {
     *BOUNDS, "data", "cache", "device", "threads", "dtype", "compile", "eval_every", "eval_batches",
     "sample_every", "prompt", "log_every", "resume",
@@ -140,7 +143,7 @@ CHANGEABLE = {
 
 
 def parse(description: str) -> Options:
-    """The command line, over the defaults of the preset that it names or the options of the run that it
+    """Read the command line. The defaults come from the preset that it names or the run that it
     resumes. `description` is the first part of its help."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--model", "--size", "--resume", "--layers"):
@@ -160,7 +163,8 @@ def parse(description: str) -> Options:
 
 
 def parse_resumed(run: Path, description: str) -> Options:
-    """The command line over the options of a run. Raises InputError for a change that it does not allow."""
+    """Read the command line over the options of a run. Raises InputError for a
+    change that is not allowed."""
     saved = read_options(run)
     options = parse_options(Options, description, saved, SYNONYMS)
     layers = set_options(options.config.layers, options.set)
@@ -186,7 +190,8 @@ def read_options(run: Path) -> Options:
 
 
 def count_steps(options: Options, tokens_per_step: int, flops_per_token: float) -> float:
-    """The step that the first of the bounds on steps, tokens and FLOPs allows; infinite where only minutes bound."""
+    """The last step: the first of the bounds on steps, tokens and FLOPs; infinite if
+    only minutes bound the run."""
     bounds = [
         math.inf if options.steps is None else options.steps,
         math.inf if options.tokens is None else options.tokens // tokens_per_step,
@@ -204,13 +209,14 @@ def count_steps(options: Options, tokens_per_step: int, flops_per_token: float) 
 
 
 def label(options: Options) -> str:
-    """What a run is called: its preset, or "custom" if it has other layers."""
+    """The name of a run: its preset, or "custom" if its layers differ."""
     same = options.config.calls == preset(options.model, options.size).calls
     return options.model if same else "custom"
 
 
 def new_folder(options: Options) -> Path:
-    """The folder of a new run, made: the one named, if nothing in it can be lost, or the first free name."""
+    """Make the folder of a new run: the one named, if nothing in it can be lost,
+    or the first free name."""
     named = options.out or Path("runs") / label(options)
     try:
         named.parent.mkdir(parents=True, exist_ok=True)
@@ -230,7 +236,8 @@ def new_folder(options: Options) -> Path:
 
 
 def make_first(named: Path) -> Path:
-    """Make a folder of this name, or with -2, -3 and so on: runs that start at once each make their own."""
+    """Make a folder with this name, or with -2, -3 and so on. Runs that
+    start together get one each."""
     for number in itertools.count(1):
         folder = named if number == 1 else named.with_name(f"{named.name}-{number}")
         with contextlib.suppress(FileExistsError):

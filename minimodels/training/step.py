@@ -13,12 +13,11 @@ from minimodels.lm import LM
 
 
 class Step(NamedTuple):
-    """What a step measured. Nothing here has waited for the GPU."""
+    """The measurements of a step. Nothing here has waited for the GPU."""
 
     losses: list[Tensor]  # cross-entropy in nats per token, of each forward pass
-    parts: dict[
-        str, Tensor
-    ]  # of the last forward pass: "cross_entropy", and the layers' own losses
+    # of the last forward pass: "cross_entropy", and the layers' own losses
+    parts: dict[str, Tensor]
     norm: Tensor  # of the gradient, before it was clipped
 
 
@@ -30,10 +29,11 @@ def training_step(
     clip: float = 0.0,
     loss_function: Callable | None = None,
 ) -> Step:
-    """Forward, backward, clip, update: one optimizer step over the mean loss of the batches.
+    """One optimizer step over the mean loss of the batches: forward, backward, clip, update.
 
-    Each batch is (tokens, targets) or (tokens, targets, starts), (B, T) on the model's device. `clip` is the
-    largest norm of the gradient; 0: any. `loss_function` replaces model.loss, such as a compiled one.
+    Each batch is (tokens, targets) or (tokens, targets, starts), (B, T) on the model's device.
+    `clip` is the largest norm of the gradient; 0: no limit. `loss_function` replaces model.loss,
+    such as a compiled version of it.
     """
     loss_function = loss_function or model.loss
     batches, losses = list(batches), []
