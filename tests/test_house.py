@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import inspect
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import get_args, get_type_hints
 import pytest
 import test_laws as laws
 import torch
+from conftest import SLOW
 from models import WIDTH
 
 import minimodels
@@ -185,6 +187,23 @@ def test_every_layer_says_what_it_is(name, capsys):
     main(Options())
     listed = [line.split("(")[0].split()[0] for line in capsys.readouterr().out.splitlines()]
     assert listed.count(name) == 1
+
+
+def test_the_fast_tier_has_a_test_of_every_file():
+    """And every test that conftest.py calls slow is there, if its file is."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    listed = {}
+    for tier in ("fast", "not fast"):
+        done = subprocess.run(
+            [*command, "-m", tier, "tests"], cwd=ROOT, capture_output=True, text=True
+        )
+        found = re.findall(r"^tests/(\w+)\.py::test_(\w+)", done.stdout, re.MULTILINE)
+        assert found, done.stdout + done.stderr
+        listed[tier] = set(found)
+    files = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+    assert {file for file, _ in listed["fast"]} == files
+    slow = {(file, name) for file, names in SLOW.items() for name in names.split() if file in files}
+    assert slow <= listed["not fast"] - listed["fast"]
 
 
 # One file adds an architecture.
