@@ -1,6 +1,17 @@
 """All families, in the order in which a model made here tries them. A family joins in its lineage's file."""
 
-from minimodels.published import deepseek, gemma, gpt2, jamba, llama, mamba, mixtral, olmo
+from minimodels.published import (
+    deepseek,
+    gemma,
+    gpt2,
+    jamba,
+    lfm2,
+    llama,
+    mamba,
+    mamba2,
+    mixtral,
+    olmo,
+)
 
 FAMILIES = {
     **llama.FAMILIES,
@@ -11,6 +22,8 @@ FAMILIES = {
     **gemma.FAMILIES,
     **deepseek.FAMILIES,
     **gpt2.FAMILIES,
+    **mamba2.FAMILIES,
+    **lfm2.FAMILIES,
 }
 
 HINTS = (mamba.original_format,)  # entries of a config.json without model_type -> what to do, or ""
