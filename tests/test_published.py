@@ -12,6 +12,7 @@ from random import Random
 
 import pytest
 import torch
+from mixers import use_torch
 from safetensors.torch import load_file, save_file
 
 from minimodels import LM, Config, InputError, from_pretrained, preset, save_pretrained
@@ -28,12 +29,22 @@ from minimodels.training.optim import adamw
 transformers = pytest.importorskip(
     "transformers", minversion="5", reason="the proof against transformers needs transformers >= 5"
 )
-from huggingface_hub.errors import StrictDataclassError  # noqa: E402, which transformers has imported
+from huggingface_hub.errors import StrictDataclassError  # noqa: E402
+from transformers.models.kimi_linear import modeling_kimi_linear  # noqa: E402
+from transformers.models.qwen3_5 import modeling_qwen3_5  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 V, T = 67, 37
+
+
+@pytest.fixture(autouse=True)
+def peers_in_torch(monkeypatch):
+    """The package of kernels, if it is installed, wants a GPU."""
+    use_torch(monkeypatch, modeling_qwen3_5, modeling_kimi_linear)
+
+
 SIZE = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2}
 HEADS = {**SIZE, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40}
 SQUARE = {**HEADS, "hidden_size": 36, "head_dim": 8}  # whose root is exact in single precision
@@ -47,6 +58,9 @@ LATENT = {
     "v_head_dim": 5, "n_routed_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
 }  # fmt: skip
 SSD = {**SIZE, "head_dim": 8, "state_size": 6, "chunk_size": 8}
+DELTA = {
+    **HEADS, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 5,
+}  # fmt: skip
 AUXILIARY = {"output_router_logits": True, "router_aux_loss_coef": 0.3}
 
 CASES = {  # model_type -> options of its configuration class
@@ -204,6 +218,14 @@ CASES = {  # model_type -> options of its configuration class
         {**HEADS, "layer_types": ["conv"] * 2, "block_multiple_of": 8, "block_ffn_dim_multiplier": 1.3, "norm_eps": 1e-2,
          "use_cache": False},
         {**HEADS, "num_key_value_heads": 4, "block_multiple_of": 1},
+    ],
+    "qwen3_5_text": [
+        {**DELTA, "linear_num_key_heads": 4, "layer_types": ["linear_attention"] * 2, "linear_conv_kernel_dim": 3,
+         "tie_word_embeddings": True, "use_cache": False},
+        {**DELTA, "head_dim": 16, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+         "num_hidden_layers": 3},
+        {**DELTA, "full_attention_interval": 2, "num_hidden_layers": 4, "head_dim": 12, "rms_norm_eps": 1e-3,
+         "rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}, "num_key_value_heads": 4},
     ],
 }  # fmt: skip
 every = pytest.mark.parametrize(
@@ -582,6 +604,8 @@ MADE = [  # layers, other fields -> the family that expresses them
     ("mamba2(groups=2)*3", "mamba2"),
     ("mamba2(heads=8, head_dim=8, state_size=4, step_min=0.1)*2", "mamba2"),
     ("short_convolution mlp(width=40) attention(qk_norm=head) mlp(width=40)", "lfm2"),
+    ("delta=deltanet(gate=scalar, output_gate=silu, key_heads=2) (delta mlp)*2"
+     " attention(qk_norm=head, gate=full, rope_fraction=0.5) mlp", "qwen3_5_text"),
     ("(attention moe)*2", "mixtral"),
     ("(attention(qk_norm=full) moe(router=softmax))*2", "olmoe"),
     ("(attention(bias=qkv) moe(router=softmax, shared_experts=1, shared_width=24, shared_gate=true))*2", "qwen2_moe"),
@@ -1131,6 +1155,12 @@ SPACES["lfm2"] = {
     "conv_bias": [True, False], "conv_L_cache": [1, 3, 5], "full_attn_idxs": [[0], [1, 2], [0, 1]],
     "block_multiple_of": [3, 16], "block_ffn_dim_multiplier": [0.7, 2], "block_auto_adjust_ff_dim": [True, False],
     "norm_eps": [1e-6, 1e-2], "num_hidden_layers": [2, 4], "layer_types": [None],
+}  # fmt: skip
+SPACES["qwen3_5_text"] = {
+    **DECODERS, "head_dim": [8, 16], "layer_types": [None], "full_attention_interval": [1, 2, 3],
+    "linear_num_key_heads": [1, 2, 4], "linear_key_head_dim": [3, 8], "linear_value_head_dim": [4, 7],
+    "linear_conv_kernel_dim": [2, 5], "num_hidden_layers": [3, 4],
+    "rope_parameters": [LINEAR, {**YARN, "partial_rotary_factor": 0.5}],
 }  # fmt: skip
 DRAWN = int(os.environ.get("MINIMODELS_DRAWN", "2"))  # configurations of each family
 

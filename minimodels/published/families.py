@@ -2,6 +2,7 @@
 
 from minimodels.published import (
     deepseek,
+    deltanet,
     gemma,
     gpt2,
     jamba,
@@ -24,6 +25,7 @@ FAMILIES = {
     **gpt2.FAMILIES,
     **mamba2.FAMILIES,
     **lfm2.FAMILIES,
+    **deltanet.FAMILIES,
 }
 
 HINTS = (mamba.original_format,)  # entries of a config.json without model_type -> what to do, or ""

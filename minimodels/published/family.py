@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from minimodels.config import Config
 from minimodels.published.entries import Entries
@@ -66,8 +66,9 @@ class Role:
     """its name in the text"""
     settings: tuple[Setting, ...]
     """its options; those of which no setting speaks have their defaults"""
-    parts: dict[str, Mapping | str]
-    """part of the layer -> its name within the block; several parts, if they are stored as one tensor"""
+    parts: dict[str, Mapping | str | Callable[[nn.Module], Mapping]]
+    """part of the layer -> its name within the block; several parts, if they are stored as one tensor; a function, if
+    how they are stored depends on the layer"""
     residual: dict[str, Mapping | str]
     """the same of what joins the layer to the residual stream"""
     none: dict[str, Callable[[Any, Config], object]] = field(default_factory=dict)

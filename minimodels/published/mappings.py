@@ -74,6 +74,24 @@ class Interleaved:
             tensor.copy_(part)
 
 
+@dataclass(frozen=True)
+class ByHead:
+    """Several parts as one tensor, the rows of the first head of each, then those of the second head of each."""
+
+    name: str
+    heads: int
+
+    def write(self, name: str, tensors: list[Tensor]) -> dict[str, Tensor]:
+        heads = [tensor.unflatten(0, (self.heads, -1)) for tensor in tensors]
+        return {name: torch.cat(heads, dim=1).flatten(0, 1)}
+
+    def read(self, name: str, stored: Callable[[str], Tensor], tensors: list[Tensor]) -> None:
+        sizes = [tensor.shape[0] // self.heads for tensor in tensors]
+        parts = stored(name).unflatten(0, (self.heads, -1)).split(sizes, dim=1)
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.flatten(0, 1))
+
+
 class Changed:
     """What another mapping stores, changed by a function that has an inverse."""
 

@@ -40,6 +40,8 @@ class Rope:
     """whether the older entry rope_scaling concerns these layers"""
     partial: bool = False
     """whether the class turns a part of a head if it is told so"""
+    fraction: float = 1.0
+    """the part of a head if no entry says it"""
     untold: dict[str, Any] = field(default_factory=dict)
     """rope_parameters if there are none"""
     options = ("rope_base", "rope_scaling", "rope_fraction")
@@ -92,7 +94,7 @@ class Rope:
                 newer = {**newer, "truncate": top.get("truncate", True)}  # as the class reads it
         rope = {
             "rope_theta": entries.get(self.theta, self.base) if self.theta else self.base,
-            "partial_rotary_factor": entries.get("partial_rotary_factor", 1.0),
+            "partial_rotary_factor": entries.get("partial_rotary_factor", self.fraction),
             **(older if self.scaled else {}),
             **newer,
         }

@@ -48,7 +48,8 @@ def bindings(model: LM, family: Family, roles: list[str]) -> list[Binding]:
         state = layer.state_dict()
         inside = {k.removeprefix("layer."): t for k, t in state.items() if k.startswith("layer.")}
         outside = {k: t for k, t in state.items() if not k.startswith("layer.")}
-        found += bind(inside, role.parts, block) + bind(outside, role.residual, block)
+        parts = {part: of(layer.layer) if callable(of) else of for part, of in role.parts.items()}
+        found += bind(inside, parts, block) + bind(outside, role.residual, block)
     return found
 
 
