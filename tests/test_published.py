@@ -61,6 +61,7 @@ SSD = {**SIZE, "head_dim": 8, "state_size": 6, "chunk_size": 8}
 DELTA = {
     **HEADS, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 5,
 }  # fmt: skip
+HYBRID = {"mamba_n_heads": 4, "mamba_d_state": 6, "mamba_chunk_size": 8}
 AUXILIARY = {"output_router_logits": True, "router_aux_loss_coef": 0.3}
 
 CASES = {  # model_type -> options of its configuration class
@@ -210,6 +211,13 @@ CASES = {  # model_type -> options of its configuration class
          "tie_word_embeddings": True, "layer_norm_epsilon": 1e-2},
         {**SSD, "num_heads": 8, "n_groups": 2, "time_step_limit": [0.6, 0.9], "use_cache": False},
         {**SSD, "num_heads": 8, "n_groups": 2, "time_step_limit": [0.6, float("inf")], "use_cache": False},
+    ],
+    "bamba": [
+        {**HEADS, **HYBRID, "attn_layer_indices": [1]},
+        {**HEADS, **HYBRID, "num_hidden_layers": 3, "attn_layer_indices": [0, 2], "mamba_proj_bias": True, "mamba_n_groups": 2,
+         "mamba_conv_bias": False, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+        {**HEADS, **HYBRID, "use_cache": False, "mamba_d_conv": 3, "time_step_limit": [0.6, 0.9]},
+        {**HEADS, **HYBRID, "attn_layer_indices": [0], "rms_norm_eps": 1e-3, "rope_parameters": LINEAR, "mamba_n_heads": 8},
     ],
     "lfm2": [
         {**HEADS, "layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "block_multiple_of": 4},
@@ -603,6 +611,7 @@ MADE = [  # layers, other fields -> the family that expresses them
     ("mamba(norm=plain)*3", "falcon_mamba"),
     ("mamba2(groups=2)*3", "mamba2"),
     ("mamba2(heads=8, head_dim=8, state_size=4, step_min=0.1)*2", "mamba2"),
+    ("mamba2 mlp attention(rope_fraction=0.5) mlp", "bamba"),
     ("short_convolution mlp(width=40) attention(qk_norm=head) mlp(width=40)", "lfm2"),
     ("delta=deltanet(gate=scalar, output_gate=silu, key_heads=2) (delta mlp)*2"
      " attention(qk_norm=head, gate=full, rope_fraction=0.5) mlp", "qwen3_5_text"),
@@ -1149,6 +1158,11 @@ SPACES["mamba2"] = {
     "hidden_size": [16, 32], "num_hidden_layers": [1, 3], "state_size": [1, 5], "n_groups": [1, 2], "conv_kernel": [2, 4],
     "num_heads": [4, 8], "head_dim": [4, 8], "expand": [1, 2], "use_bias": [True, False], "use_conv_bias": [True, False],
     "time_step_limit": [[0.0, 0.5], [0.1, 2.0]], "chunk_size": [5, 64], "tie_word_embeddings": [True, False],
+}  # fmt: skip
+SPACES["bamba"] = {
+    **WHOLE, **BIASED, "mlp_bias": [True, False], "attn_layer_indices": [[0], [1, 2], [0, 1]], "num_hidden_layers": [2, 4],
+    "mamba_n_heads": [2, 8], "mamba_d_state": [3, 8], "mamba_n_groups": [1, 2], "mamba_d_conv": [2, 4], "mamba_expand": [1, 3],
+    "mamba_conv_bias": [True, False], "mamba_proj_bias": [True, False], "time_step_limit": [[0.0, 0.5], [0.1, 2.0]],
 }  # fmt: skip
 SPACES["lfm2"] = {
     **{entry: values for entry, values in WHOLE.items() if entry != "rms_norm_eps"},

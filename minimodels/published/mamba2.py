@@ -1,4 +1,4 @@
-"""Models of Mamba-2 layers: Mamba-2 alone, arXiv:2405.21060.
+"""Models of Mamba-2 layers: Mamba-2 alone, arXiv:2405.21060, and Bamba, with attention in some blocks and MLPs.
 
 The class computes the limits of the step size, time_step_limit, in whole texts and leaves them out when it decodes
 token by token; here they hold in both.
@@ -7,12 +7,16 @@ token by token; here they hold in both.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 from minimodels.errors import InputError
 from minimodels.published.entries import Entries, Entry, Fixed
 from minimodels.published.family import Family, Role
+from minimodels.published.llama import ATTENTION, DECODER, FIELDS, KV_HEADS, MLP
 from minimodels.published.mamba import SHARED
+from minimodels.published.places import Always
+from minimodels.published.rope import Rope
 
 
 class Limits:
@@ -49,6 +53,8 @@ def inner_width(heads: str, head_dim: str, expand: str):
 
     def check(entries: Entries) -> None:
         inner = entries.number(expand, 2) * entries.number("hidden_size")
+        if entries.get(head_dim) == "auto":
+            return
         told = entries.number(heads)
         if told * entries.number(head_dim) != inner:
             accepted = f"{inner} / {head_dim}, because {expand} · hidden_size is {inner}"
@@ -82,6 +88,33 @@ MAMBA2 = Role(
     },
 )
 
+
+@dataclass(frozen=True)
+class Numbered:
+    """One role in the blocks whose numbers are listed, another elsewhere."""
+
+    name: str
+    chosen: str
+    other: str
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return (self.chosen, self.other)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def read(self, entries: Entries, count: int) -> list[str]:
+        listed = entries.get(self.name, [])
+        if type(listed) is not list or not all(type(i) is int for i in listed):
+            raise InputError(f"config.json {self.name}", listed, "a list of whole numbers")
+        return [self.chosen if i in listed else self.other for i in range(count)]
+
+    def write(self, roles: list[str]) -> dict[str, object]:
+        return {self.name: [i for i, role in enumerate(roles) if role == self.chosen]}
+
+
 FAMILIES = {
     "mamba2": Family(
         "Mamba2ForCausalLM",
@@ -96,5 +129,40 @@ FAMILIES = {
             "idle": (*SHARED["idle"], "chunk_size", "time_step_rank", "norm_before_gate"),
         },
         checks=(inner_width("num_heads", "head_dim", "expand"),),
+    ),
+    "bamba": Family(
+        "BambaForCausalLM",
+        FIELDS,
+        {
+            "full": ATTENTION.having(KV_HEADS, Rope(partial=True, fraction=0.5)),
+            "ssm": replace(
+                MAMBA2.having(
+                    Entry("heads", "mamba_n_heads", 128),
+                    Entry("head_dim", "mamba_d_head", None, words={"auto": None}),
+                    Entry("state_size", "mamba_d_state", 256),
+                    Entry("groups", "mamba_n_groups", 1),
+                    Entry("expand", "mamba_expand", 2),
+                    Entry("conv_width", "mamba_d_conv", 4),
+                    Entry("conv_bias", "mamba_conv_bias", True),
+                    Entry("bias", "mamba_proj_bias", False),
+                    **{
+                        part: name.replace("mixer.", "mamba.")
+                        for part, name in MAMBA2.parts.items()
+                    },
+                ),
+                residual={"norm": "input_layernorm"},
+            ),
+            "dense": MLP.having(
+                Entry("bias", "mlp_bias", False),
+                gate="feed_forward.gate_proj",
+                up="feed_forward.up_proj",
+                out="feed_forward.down_proj",
+            ).norms(norm="pre_ff_layernorm"),
+        },
+        (Numbered("attn_layer_indices", "full", "ssm"), Always("dense")),
+        only={"z_loss_coefficient": 0.0},
+        idle=("mamba_chunk_size", "num_logits_to_keep"),
+        checks=(inner_width("mamba_n_heads", "mamba_d_head", "mamba_expand"),),
+        **{**DECODER, "whole": {**DECODER["whole"], "norm": "model.final_layernorm"}},
     ),
 }
