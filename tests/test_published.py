@@ -62,6 +62,10 @@ DELTA = {
     **HEADS, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 5,
 }  # fmt: skip
 HYBRID = {"mamba_n_heads": 4, "mamba_d_state": 6, "mamba_chunk_size": 8}
+KIMI = {
+    **LATENT, "q_lora_rank": None, "linear_num_heads": 3, "linear_head_dim": 6, "num_experts": 6, "num_experts_per_token": 2,
+}  # fmt: skip
+KIMI.pop("n_routed_experts"), KIMI.pop("num_experts_per_tok")
 AUXILIARY = {"output_router_logits": True, "router_aux_loss_coef": 0.3}
 
 CASES = {  # model_type -> options of its configuration class
@@ -218,6 +222,13 @@ CASES = {  # model_type -> options of its configuration class
          "mamba_conv_bias": False, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
         {**HEADS, **HYBRID, "use_cache": False, "mamba_d_conv": 3, "time_step_limit": [0.6, 0.9]},
         {**HEADS, **HYBRID, "attn_layer_indices": [0], "rms_norm_eps": 1e-3, "rope_parameters": LINEAR, "mamba_n_heads": 8},
+    ],
+    "kimi_linear": [
+        {**KIMI, "layer_types": ["linear_attention"] * 2, "mlp_layer_types": ["dense"] * 2, "use_cache": False},
+        {**KIMI, "num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+         "mlp_layer_types": ["dense", "sparse", "sparse"]},
+        {**KIMI, "num_hidden_layers": 6, "first_k_dense_replace": 5, "q_lora_rank": 10, "attention_bias": True,
+         "rms_norm_eps": 1e-3, "num_shared_experts": 2, "num_expert_group": 2, "linear_conv_kernel_dim": 3},
     ],
     "lfm2": [
         {**HEADS, "layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "block_multiple_of": 4},
@@ -634,6 +645,8 @@ MADE_WITH = [
     ("(attention(head_dim=6, softcap=9.0) mlp(activation=gelu))*2",
      {"residual": "sandwich", "embedding_scale": 32**0.5, "logit_softcap": 7.0}, "gemma2"),
     (GPT2, {"norm": "layer"}, "gpt2"),
+    ("a=deltanet(gate=vector, output_gate=sigmoid, output_rank=head) b=latent_attention(rope_base=0) c=mlp(width=40)"
+     " (a c)*2 b moe(router=sigmoid_bias, shared_experts=1)", {"tie_embeddings": False}, "kimi_linear"),
 ]  # fmt: skip
 
 
@@ -843,6 +856,25 @@ def test_what_no_family_expresses_says_why(tmp_path):
         ("olmoe", {"norm_topk_prob": "sigmoid_bias"}, "norm_topk_prob: 'sigmoid_bias' .* true or false"),
         ("llama", {"rope_parameters": {"rope_type": ["default"]}}, "rope_type"),
         ("llama", {"vocab_size": 10**30}, "vocab_size"),
+        ("llama", {"model_type": "minimax"}, "'minimax' .* MiniMax adds to what the norm gives"),
+        ("llama", {"model_type": "olmo_hybrid"}, "'olmo_hybrid' .* before the delta rule but behind attention"),
+        ("mamba2", {"time_step_limit": [0.1]}, "time_step_limit"),
+        ("mamba2", {"time_step_limit": [0.1, "many"]}, "time_step_limit"),
+        ("mamba2", {"time_step_limit": [0.5, 0.1]}, "time_step_limit: 0.1 .* at least step_min"),
+        ("mamba2", {"head_dim": 9}, "num_heads: 8 .* hidden_size is 64"),
+        ("mamba2", {"n_groups": 3}, "n_groups: 3"),
+        ("bamba", {"attn_layer_indices": ["1"]}, "attn_layer_indices"),
+        ("bamba", {"z_loss_coefficient": 0.1}, "z_loss_coefficient"),
+        ("lfm2", {"layer_types": ["conv", "conv", "convolution"]}, "layer_types"),
+        ("lfm2", {"layer_types": None, "full_attn_idxs": "all"}, "full_attn_idxs"),
+        ("lfm2", {"block_ffn_dim_multiplier": -1}, "block_ffn_dim_multiplier: -1"),
+        ("lfm2", {"block_use_swiglu": False}, "block_use_swiglu"),
+        ("qwen3_5_text", {"attention_bias": True}, "attention_bias"),
+        ("qwen3_5_text", {"linear_num_key_heads": 3}, "linear_num_key_heads: 3"),
+        ("kimi_linear", {"tie_word_embeddings": True}, "tie_word_embeddings"),
+        ("kimi_linear", {"moe_renormalize": False}, "moe_renormalize"),
+        ("kimi_linear", {"mlp_layer_types": ["dense", "routed"]}, "mlp_layer_types"),
+        ("kimi_linear", {"linear_attn_config": [1]}, "linear_attn_config"),
     ],
 )  # fmt: skip
 def test_config_that_is_not_implemented_is_refused_by_name(name, entries, message, tmp_path):
@@ -1040,6 +1072,46 @@ def test_a_run_is_published_with_its_weights(tmp_path):
     assert not read.training
 
 
+def test_kimi_linear_as_it_is_published(tmp_path):
+    """The delta rule described by an object of its own, whose numbers of blocks begin with 1."""
+    folder, tokens = saved(theirs("kimi_linear", 1), tmp_path / "a"), text()
+    expected, _ = from_pretrained(folder)(tokens)
+    entries = json.loads((folder / "config.json").read_text())
+    for entry in ("layer_types", "mlp_layer_types"):
+        del entries[entry]
+    told = {name: entries.pop(f"linear_{name}") for name in ("num_heads", "head_dim")}
+    told |= {"short_conv_kernel_size": entries.pop("linear_conv_kernel_dim")}
+    told |= {"kda_layers": [1, 3], "full_attn_layers": [2]}
+    published = {**entries, "first_k_dense_replace": 1, "linear_attn_config": told}
+    (folder / "config.json").write_text(json.dumps(published))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    lm = from_pretrained(folder)
+    assert torch.equal(lm(tokens)[0], expected)
+    assert distance(expected, model(tokens).logits) < 1e-4
+    save_pretrained(lm, tmp_path / "b")
+    assert "linear_attn_config" not in (tmp_path / "b" / "config.json").read_text()
+    assert torch.equal(from_pretrained(tmp_path / "b")(tokens)[0], expected)
+    for wrong in (
+        {"kda_layers": [1], "full_attn_layers": [2]},
+        {"kda_layers": 3, "full_attn_layers": [2]},
+    ):
+        reconfigure(folder, linear_attn_config={**told, **wrong})
+        with pytest.raises(InputError, match="linear_attn_config.*from 1 to 3"):
+            from_pretrained(folder)
+
+
+def test_sections_of_angles_change_nothing_in_a_text(tmp_path):
+    folder, tokens = saved(theirs("qwen3_5_text", 1), tmp_path / "a"), text()
+    expected, _ = from_pretrained(folder)(tokens)
+    rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    reconfigure(
+        folder, rope_parameters={**rope, "mrope_section": [1, 1, 0], "mrope_interleaved": True}
+    )
+    assert torch.equal(from_pretrained(folder)(tokens)[0], expected)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert distance(expected, model(tokens).logits) < 1e-4
+
+
 def test_the_index_tells_the_bytes(tmp_path):
     save_pretrained(
         LM(Config(width=16, layers="attention(heads=2) mlp")), tmp_path / "a", shard_bytes=20_000
@@ -1163,6 +1235,13 @@ SPACES["bamba"] = {
     **WHOLE, **BIASED, "mlp_bias": [True, False], "attn_layer_indices": [[0], [1, 2], [0, 1]], "num_hidden_layers": [2, 4],
     "mamba_n_heads": [2, 8], "mamba_d_state": [3, 8], "mamba_n_groups": [1, 2], "mamba_d_conv": [2, 4], "mamba_expand": [1, 3],
     "mamba_conv_bias": [True, False], "mamba_proj_bias": [True, False], "time_step_limit": [[0.0, 0.5], [0.1, 2.0]],
+}  # fmt: skip
+SPACES["kimi_linear"] = {
+    **{entry: values for entry, values in {**WHOLE, **BIASED, **RANKS}.items() if entry not in (
+        "rope_parameters", "tie_word_embeddings", "n_routed_experts", "n_shared_experts", "num_experts_per_tok")},
+    "linear_num_heads": [1, 4], "linear_head_dim": [3, 8], "linear_conv_kernel_dim": [2, 5], "num_hidden_layers": [5, 6],
+    "layer_types": [None], "mlp_layer_types": [None], "num_experts": [4, 8], "num_experts_per_token": [1, 3],
+    "num_shared_experts": [1, 2], "num_expert_group": [1, 2],
 }  # fmt: skip
 SPACES["lfm2"] = {
     **{entry: values for entry, values in WHOLE.items() if entry != "rms_norm_eps"},

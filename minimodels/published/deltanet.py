@@ -1,4 +1,4 @@
-"""Models of the delta rule: Qwen3.5, and Kimi Linear, arXiv:2510.26692. Some of their blocks have attention instead.
+"""Models of the delta rule: Qwen3.5, Gated DeltaNet in most blocks and attention with a gate in the others.
 
 OLMo-Hybrid is not among them: its norms are before the delta rule but behind attention, and a Config has one place
 for all.

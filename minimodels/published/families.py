@@ -6,6 +6,7 @@ from minimodels.published import (
     gemma,
     gpt2,
     jamba,
+    kimi,
     lfm2,
     llama,
     mamba,
@@ -26,6 +27,19 @@ FAMILIES = {
     **mamba2.FAMILIES,
     **lfm2.FAMILIES,
     **deltanet.FAMILIES,
+    **kimi.FAMILIES,
 }
 
-HINTS = (mamba.original_format,)  # entries of a config.json without model_type -> what to do, or ""
+REFUSED = {  # model_type -> what its models have that no Config can say
+    "minimax": "a family whose layers add to what comes before their norm; MiniMax adds to what the norm gives",
+    "olmo_hybrid": "a family whose norms have one place; OLMo-Hybrid's are before the delta rule but behind attention",
+}
+
+
+def refused(entries: dict) -> str:
+    """Why no model of a family can be read, if that is known."""
+    name = entries.get("model_type")
+    return REFUSED.get(name, "") if isinstance(name, str) else ""
+
+
+HINTS = (mamba.original_format, refused)  # entries of a config.json -> what to do, or ""

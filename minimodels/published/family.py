@@ -129,7 +129,7 @@ class Family:
     idle: tuple[str, ...] = ()
     """entries that change nothing here: they concern initialisation, or how and not what is computed"""
     aliases: dict[str, str] = field(default_factory=dict)
-    """another name of an entry or of a tensor -> the name used here"""
+    """another name of an entry or of a tensor, with {} for the number of its block -> the name used here"""
     more_blocks: bool = False
     """whether files may have blocks behind the last one, which are left out: those that predict further tokens"""
     checks: tuple[Callable[[Entries], None], ...] = ()

@@ -92,6 +92,25 @@ class ByHead:
             tensor.copy_(part.flatten(0, 1))
 
 
+@dataclass(frozen=True)
+class Apart:
+    """One part as several tensors of one size, each with its letter instead of "*"."""
+
+    name: str
+    letters: str
+
+    def write(self, name: str, tensors: list[Tensor]) -> dict[str, Tensor]:
+        parts = tensors[0].chunk(len(self.letters))
+        return {
+            name.replace("*", letter): part
+            for letter, part in zip(self.letters, parts, strict=True)
+        }
+
+    def read(self, name: str, stored: Callable[[str], Tensor], tensors: list[Tensor]) -> None:
+        for letter, part in zip(self.letters, tensors[0].chunk(len(self.letters)), strict=True):
+            part.copy_(stored(name.replace("*", letter)))
+
+
 class Changed:
     """What another mapping stores, changed by a function that has an inverse."""
 
@@ -121,6 +140,20 @@ class Offset(Changed):
 
     def from_file(self, tensor: Tensor) -> Tensor:
         return tensor.double() + 1
+
+
+class Shaped(Changed):
+    """A row of numbers in another shape."""
+
+    def __init__(self, stored_as: Mapping | str, shape: tuple[int, ...]):
+        super().__init__(stored_as)
+        self.shape = shape
+
+    def to_file(self, tensor: Tensor) -> Tensor:
+        return tensor.view(self.shape)
+
+    def from_file(self, tensor: Tensor) -> Tensor:
+        return tensor.flatten()
 
 
 class Transposed(Changed):
