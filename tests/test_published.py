@@ -32,6 +32,8 @@ transformers = pytest.importorskip(
 from huggingface_hub.errors import StrictDataclassError  # noqa: E402
 from transformers.models.kimi_linear import modeling_kimi_linear  # noqa: E402
 from transformers.models.qwen3_5 import modeling_qwen3_5  # noqa: E402
+from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe  # noqa: E402
+from transformers.models.qwen3_next import modeling_qwen3_next  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -42,7 +44,13 @@ V, T = 67, 37
 @pytest.fixture(autouse=True)
 def peers_in_torch(monkeypatch):
     """The package of kernels, if it is installed, wants a GPU."""
-    use_torch(monkeypatch, modeling_qwen3_5, modeling_kimi_linear)
+    use_torch(
+        monkeypatch,
+        modeling_qwen3_5,
+        modeling_qwen3_5_moe,
+        modeling_qwen3_next,
+        modeling_kimi_linear,
+    )
 
 
 SIZE = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2}
@@ -66,6 +74,9 @@ KIMI = {
     **LATENT, "q_lora_rank": None, "linear_num_heads": 3, "linear_head_dim": 6, "num_experts": 6, "num_experts_per_token": 2,
 }  # fmt: skip
 KIMI.pop("n_routed_experts"), KIMI.pop("num_experts_per_tok")
+ROUTED = {
+    "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 10,
+}  # fmt: skip
 AUXILIARY = {"output_router_logits": True, "router_aux_loss_coef": 0.3}
 
 CASES = {  # model_type -> options of its configuration class
@@ -215,6 +226,19 @@ CASES = {  # model_type -> options of its configuration class
          "tie_word_embeddings": True, "layer_norm_epsilon": 1e-2},
         {**SSD, "num_heads": 8, "n_groups": 2, "time_step_limit": [0.6, 0.9], "use_cache": False},
         {**SSD, "num_heads": 8, "n_groups": 2, "time_step_limit": [0.6, float("inf")], "use_cache": False},
+    ],
+    "qwen3_5_moe_text": [
+        {**DELTA, **ROUTED, "layer_types": ["linear_attention"] * 2, "num_experts_per_tok": 3, "use_cache": False},
+        {**DELTA, **ROUTED, "layer_types": ["linear_attention", "full_attention"], "head_dim": 16, **AUXILIARY},
+    ],
+    "qwen3_next": [
+        {**DELTA, **ROUTED, "layer_types": ["linear_attention"] * 2, "num_experts_per_tok": 3, "norm_topk_prob": False,
+         "use_cache": False},
+        {**DELTA, **ROUTED, "layer_types": ["linear_attention", "full_attention"], "head_dim": 16, **AUXILIARY},
+        {**DELTA, **ROUTED, "num_hidden_layers": 5, "head_dim": 8, "norm_topk_prob": False, "decoder_sparse_step": 2,
+         "mlp_only_layers": [3], "tie_word_embeddings": True, "linear_num_key_heads": 1, "linear_conv_kernel_dim": 2},
+        {**DELTA, **ROUTED, "full_attention_interval": 2, "head_dim": 12, "linear_num_key_heads": 4, "rms_norm_eps": 1e-3,
+         "linear_num_value_heads": 8, "rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}},
     ],
     "bamba": [
         {**HEADS, **HYBRID, "attn_layer_indices": [1]},
@@ -623,6 +647,8 @@ MADE = [  # layers, other fields -> the family that expresses them
     ("mamba2(groups=2)*3", "mamba2"),
     ("mamba2(heads=8, head_dim=8, state_size=4, step_min=0.1)*2", "mamba2"),
     ("mamba2 mlp attention(rope_fraction=0.5) mlp", "bamba"),
+    ("delta=deltanet(gate=scalar, output_gate=silu) delta mlp attention(qk_norm=head, gate=full, rope_fraction=0.5)"
+     " moe(shared_experts=1, shared_width=24, shared_gate=true)", "qwen3_next"),
     ("short_convolution mlp(width=40) attention(qk_norm=head) mlp(width=40)", "lfm2"),
     ("delta=deltanet(gate=scalar, output_gate=silu, key_heads=2) (delta mlp)*2"
      " attention(qk_norm=head, gate=full, rope_fraction=0.5) mlp", "qwen3_5_text"),
@@ -1243,17 +1269,28 @@ SPACES["kimi_linear"] = {
     "layer_types": [None], "mlp_layer_types": [None], "num_experts": [4, 8], "num_experts_per_token": [1, 3],
     "num_shared_experts": [1, 2], "num_expert_group": [1, 2],
 }  # fmt: skip
-SPACES["lfm2"] = {
-    **{entry: values for entry, values in WHOLE.items() if entry != "rms_norm_eps"},
-    "conv_bias": [True, False], "conv_L_cache": [1, 3, 5], "full_attn_idxs": [[0], [1, 2], [0, 1]],
-    "block_multiple_of": [3, 16], "block_ffn_dim_multiplier": [0.7, 2], "block_auto_adjust_ff_dim": [True, False],
-    "norm_eps": [1e-6, 1e-2], "num_hidden_layers": [2, 4], "layer_types": [None],
-}  # fmt: skip
 SPACES["qwen3_5_text"] = {
     **DECODERS, "head_dim": [8, 16], "layer_types": [None], "full_attention_interval": [1, 2, 3],
     "linear_num_key_heads": [1, 2, 4], "linear_key_head_dim": [3, 8], "linear_value_head_dim": [4, 7],
     "linear_conv_kernel_dim": [2, 5], "num_hidden_layers": [3, 4],
     "rope_parameters": [LINEAR, {**YARN, "partial_rotary_factor": 0.5}],
+}  # fmt: skip
+MORE = {
+    "num_experts": [3, 8],
+    "moe_intermediate_size": [8, 20],
+    "shared_expert_intermediate_size": [8, 12],
+    "num_experts_per_tok": [2, 3],
+}
+SPACES["qwen3_5_moe_text"] = {**SPACES["qwen3_5_text"], **MORE, "num_hidden_layers": [4, 5]}
+SPACES["qwen3_next"] = {
+    **SPACES["qwen3_5_moe_text"], "norm_topk_prob": [True, False], "decoder_sparse_step": [1, 2, 9],
+    "mlp_only_layers": [[], [1]],
+}  # fmt: skip
+SPACES["lfm2"] = {
+    **{entry: values for entry, values in WHOLE.items() if entry != "rms_norm_eps"},
+    "conv_bias": [True, False], "conv_L_cache": [1, 3, 5], "full_attn_idxs": [[0], [1, 2], [0, 1]],
+    "block_multiple_of": [3, 16], "block_ffn_dim_multiplier": [0.7, 2], "block_auto_adjust_ff_dim": [True, False],
+    "norm_eps": [1e-6, 1e-2], "num_hidden_layers": [2, 4], "layer_types": [None],
 }  # fmt: skip
 DRAWN = int(os.environ.get("MINIMODELS_DRAWN", "2"))  # configurations of each family
 

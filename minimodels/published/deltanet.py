@@ -1,4 +1,4 @@
-"""Models of the delta rule: Qwen3.5, Gated DeltaNet in most blocks and attention with a gate in the others.
+"""Models of the delta rule: Qwen3-Next and Qwen3.5, Gated DeltaNet in most blocks and attention with a gate in the others.
 
 OLMo-Hybrid is not among them: its norms are before the delta rule but behind attention, and a Config has one place
 for all.
@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from minimodels.published.entries import Entries, Entry, Fixed
+from minimodels.published.entries import Entries, Entry, Fixed, Flag
 from minimodels.published.family import Family, Role
 from minimodels.published.llama import ATTENTION, DECODER, FIELDS, KV_HEADS, MLP, QK_NORM
 from minimodels.published.mappings import ByHead, Offset
-from minimodels.published.places import Always, Kinds, every
+from minimodels.published.mixtral import SHARED_EXPERT
+from minimodels.published.places import Always, Kinds, Sparse, every
 from minimodels.published.rope import Rope
 
 DELTA = Role(
@@ -93,22 +94,60 @@ GATED = replace(
     residual=NORMS["mixer"],
 )
 
+# Qwen3-Next has the rows of all maps of a key's head together.
+NEXT = QWEN.storing(
+    {
+        "qkv z": lambda layer: ByHead("linear_attn.in_proj_qkvz", layer.G, layer.split),
+        "beta decay": lambda layer: ByHead("linear_attn.in_proj_ba", layer.G),
+        **{part: QWEN.parts[part] for part in ("conv1d", "A_log", "dt_bias", "norm", "out")},
+    }
+)
+EXPERTS = SHARED_EXPERT.having(
+    Entry("experts_per_token", "num_experts_per_tok", 10),
+    Flag("router", "norm_topk_prob", True, {True: "softmax_topk", False: "softmax"}),
+).norms(**NORMS["mlp"])
+MIXERS = Kinds(
+    {"linear": "linear_attention", "full": "full_attention"},
+    by_interval,
+    ("full_attention_interval",),
+)
+DENSE = MLP.norms(**NORMS["mlp"])
+SHARED = {
+    **DECODER,
+    "whole": {**DECODER["whole"], "norm": Offset("model.norm")},
+    "only": {"attention_bias": False},  # with which the gate would have one too
+    # the block that predicts a further token, which the classes leave out as well
+    "idle": ("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"),
+}
+
 FAMILIES = {
     "qwen3_5_text": Family(
         "Qwen3_5ForCausalLM",
         FIELDS,
-        {"linear": QWEN, "full": GATED, "dense": MLP.norms(**NORMS["mlp"])},
-        (
-            Kinds(
-                {"linear": "linear_attention", "full": "full_attention"},
-                by_interval,
-                ("full_attention_interval",),
+        {"linear": QWEN, "full": GATED, "dense": DENSE},
+        (MIXERS, Always("dense")),
+        **SHARED,
+    ),
+    "qwen3_5_moe_text": Family(
+        "Qwen3_5MoeForCausalLM",
+        FIELDS,
+        {
+            "linear": QWEN,
+            "full": GATED,
+            "experts": EXPERTS.having(
+                Entry("experts_per_token", "num_experts_per_tok", 8), Fixed(router="softmax_topk")
             ),
-            Always("dense"),
-        ),
-        only={"attention_bias": False},  # with which the gate would have one too
-        # the block that predicts a further token, which the class leaves out as well
-        idle=("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"),
-        **{**DECODER, "whole": {**DECODER["whole"], "norm": Offset("model.norm")}},
+        },
+        (MIXERS, Always("experts")),
+        aliases={"num_local_experts": "num_experts"},
+        **SHARED | {"idle": (*SHARED["idle"], "intermediate_size")},  # there are no MLPs
+    ),
+    "qwen3_next": Family(
+        "Qwen3NextForCausalLM",
+        FIELDS,
+        {"linear": NEXT, "full": GATED, "dense": DENSE, "experts": EXPERTS},
+        (MIXERS, Sparse()),
+        aliases={"num_local_experts": "num_experts"},
+        **SHARED,
     ),
 }

@@ -80,16 +80,22 @@ class ByHead:
 
     name: str
     heads: int
+    sizes: tuple[int, ...] = ()
+    """the rows of the parts that our first one consists of, if it is several here"""
+
+    def parts(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Views of our tensors, each one part, by head."""
+        first = tensors[0].split(self.sizes or tensors[0].shape[0])
+        return [part.unflatten(0, (self.heads, -1)) for part in (*first, *tensors[1:])]
 
     def write(self, name: str, tensors: list[Tensor]) -> dict[str, Tensor]:
-        heads = [tensor.unflatten(0, (self.heads, -1)) for tensor in tensors]
-        return {name: torch.cat(heads, dim=1).flatten(0, 1)}
+        return {name: torch.cat(self.parts(tensors), dim=1).flatten(0, 1)}
 
     def read(self, name: str, stored: Callable[[str], Tensor], tensors: list[Tensor]) -> None:
-        sizes = [tensor.shape[0] // self.heads for tensor in tensors]
-        parts = stored(name).unflatten(0, (self.heads, -1)).split(sizes, dim=1)
-        for tensor, part in zip(tensors, parts, strict=True):
-            tensor.copy_(part.flatten(0, 1))
+        parts = self.parts(tensors)
+        rows = stored(name).unflatten(0, (self.heads, -1)).split([p.shape[1] for p in parts], 1)
+        for part, row in zip(parts, rows, strict=True):
+            part.copy_(row)
 
 
 @dataclass(frozen=True)
