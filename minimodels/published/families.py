@@ -1,6 +1,19 @@
 """All families, in the order in which the writer tries them. Add a family to its lineage's file."""
 
-from minimodels.published import deepseek, gemma, gpt2, jamba, llama, mamba, mixtral, olmo
+from minimodels.published import (
+    deepseek,
+    deltanet,
+    gemma,
+    gpt2,
+    jamba,
+    kimi,
+    lfm2,
+    llama,
+    mamba,
+    mamba2,
+    mixtral,
+    olmo,
+)
 
 FAMILIES = {
     **llama.FAMILIES,
@@ -11,6 +24,22 @@ FAMILIES = {
     **gemma.FAMILIES,
     **deepseek.FAMILIES,
     **gpt2.FAMILIES,
+    **mamba2.FAMILIES,
+    **lfm2.FAMILIES,
+    **deltanet.FAMILIES,
+    **kimi.FAMILIES,
 }
 
-HINTS = (mamba.original_format,)  # entries of a config.json without model_type -> what to do, or ""
+REFUSED = {  # model_type -> what its models have that no Config can say
+    "minimax": "a family whose layers add to what comes before their norm; MiniMax adds to what the norm gives",
+    "olmo_hybrid": "a family whose norms have one place; OLMo-Hybrid's are before the delta rule but behind attention",
+}
+
+
+def refused(entries: dict) -> str:
+    """Why no model of a family can be read, if that is known."""
+    name = entries.get("model_type")
+    return REFUSED.get(name, "") if isinstance(name, str) else ""
+
+
+HINTS = (mamba.original_format, refused)  # entries of a config.json -> what to do, or ""

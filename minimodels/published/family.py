@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from minimodels.config import Config
 from minimodels.published.entries import Entries
@@ -70,8 +70,9 @@ class Role:
     """its name in the text"""
     settings: tuple[Setting, ...]
     """its options; an option without a setting has its default"""
-    parts: dict[str, Mapping | str]
-    """part of the layer -> its name in the block; several parts if they are stored as one tensor"""
+    parts: dict[str, Mapping | str | Callable[[nn.Module], Mapping]]
+    """part of the layer -> its name in the block; several parts if they are stored as one tensor; a
+    function if how they are stored depends on the layer"""
     residual: dict[str, Mapping | str]
     """the same for the norms on the residual stream"""
     none: dict[str, Callable[[Any, Config], object]] = field(default_factory=dict)
@@ -132,7 +133,7 @@ class Family:
     idle: tuple[str, ...] = ()
     """entries that change nothing here, such as those about initialisation or speed"""
     aliases: dict[str, str] = field(default_factory=dict)
-    """another name of an entry or of a tensor -> the name used here"""
+    """another name of an entry or of a tensor, with {} for the number of its block -> the name used here"""
     more_blocks: bool = False
     """whether files may have more blocks, which predict further tokens and are left out"""
     checks: tuple[Callable[[Entries], None], ...] = ()

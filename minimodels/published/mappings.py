@@ -74,6 +74,49 @@ class Interleaved:
             tensor.copy_(part)
 
 
+@dataclass(frozen=True)
+class ByHead:
+    """Several parts as one tensor, the rows of the first head of each, then those of the second head of each."""
+
+    name: str
+    heads: int
+    sizes: tuple[int, ...] = ()
+    """the rows of the parts that our first one consists of, if it is several here"""
+
+    def parts(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Views of our tensors, each one part, by head."""
+        first = tensors[0].split(self.sizes or tensors[0].shape[0])
+        return [part.unflatten(0, (self.heads, -1)) for part in (*first, *tensors[1:])]
+
+    def write(self, name: str, tensors: list[Tensor]) -> dict[str, Tensor]:
+        return {name: torch.cat(self.parts(tensors), dim=1).flatten(0, 1)}
+
+    def read(self, name: str, stored: Callable[[str], Tensor], tensors: list[Tensor]) -> None:
+        parts = self.parts(tensors)
+        rows = stored(name).unflatten(0, (self.heads, -1)).split([p.shape[1] for p in parts], 1)
+        for part, row in zip(parts, rows, strict=True):
+            part.copy_(row)
+
+
+@dataclass(frozen=True)
+class Apart:
+    """One part as several tensors of one size, each with its letter instead of "*"."""
+
+    name: str
+    letters: str
+
+    def write(self, name: str, tensors: list[Tensor]) -> dict[str, Tensor]:
+        parts = tensors[0].chunk(len(self.letters))
+        return {
+            name.replace("*", letter): part
+            for letter, part in zip(self.letters, parts, strict=True)
+        }
+
+    def read(self, name: str, stored: Callable[[str], Tensor], tensors: list[Tensor]) -> None:
+        for letter, part in zip(self.letters, tensors[0].chunk(len(self.letters)), strict=True):
+            part.copy_(stored(name.replace("*", letter)))
+
+
 class Changed:
     """What another mapping stores, changed by a function that has an inverse."""
 
@@ -103,6 +146,20 @@ class Offset(Changed):
 
     def from_file(self, tensor: Tensor) -> Tensor:
         return tensor.double() + 1
+
+
+class Shaped(Changed):
+    """A row of numbers in another shape."""
+
+    def __init__(self, stored_as: Mapping | str, shape: tuple[int, ...]):
+        super().__init__(stored_as)
+        self.shape = shape
+
+    def to_file(self, tensor: Tensor) -> Tensor:
+        return tensor.view(self.shape)
+
+    def from_file(self, tensor: Tensor) -> Tensor:
+        return tensor.flatten()
 
 
 class Transposed(Changed):

@@ -49,6 +49,16 @@ EXPERTS = Role(
     },
     training=("balance", "balance_loss", "z_loss", "bias_step"),
 )
+SHARED_EXPERT = EXPERTS.having(
+    Entry("expert_width", "moe_intermediate_size"),
+    Entry("shared_width", "shared_expert_intermediate_size"),
+    Fixed(shared_experts=1, shared_gate=True),
+    **{
+        f"shared.{part}": name.replace("mlp.", "mlp.shared_expert.")
+        for part, name in MLP.parts.items()
+    },
+    shared_gate="mlp.shared_expert_gate",
+)
 MIXTRAL = MISTRAL.having(Rope(1_000_000.0))
 QWEN3_MOE = QWEN3.having(Entry("head_dim", "head_dim", None))
 OLMOE = ATTENTION.having(Fixed(head_dim=None, qk_norm="full"), **QK_NORM)
@@ -115,16 +125,7 @@ FAMILIES = {
             "full": QWEN2_MOE,
             "local": QWEN2_MOE.having(WINDOW),
             "dense": MLP,
-            "experts": EXPERTS.having(
-                Entry("expert_width", "moe_intermediate_size"),
-                Entry("shared_width", "shared_expert_intermediate_size"),
-                Fixed(shared_experts=1, shared_gate=True),
-                **{
-                    f"shared.{part}": name.replace("mlp.", "mlp.shared_expert.")
-                    for part, name in MLP.parts.items()
-                },
-                shared_gate="mlp.shared_expert_gate",
-            ),
+            "experts": SHARED_EXPERT,
         },
         (LayerTypes(alternating=True), Sparse()),
         aliases={"num_local_experts": "num_experts"},

@@ -6,6 +6,7 @@ that it cannot express.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -238,6 +239,42 @@ class Periodic:
         return {self.names[0]: period, self.names[1]: offset, **none}
 
 
+@dataclass(frozen=True)
+class Kinds:
+    """Each block's kind is listed; if not, it follows from the family's rule."""
+
+    kinds: dict[str, str]
+    """role -> its name in the list"""
+    rule: Callable[[Entries, int], list[str]]
+    """the roles if there is no list"""
+    more: tuple[str, ...] = ()
+    """the entries that the rule reads"""
+    name: str = "layer_types"
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return tuple(self.kinds)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.more)
+
+    def read(self, entries: Entries, count: int) -> list[str]:
+        kinds = entries.get(self.name)
+        if kinds is None:
+            return self.rule(entries, count)
+        entries.asked.update(self.more)  # which the list overrules
+        return listed(kinds, count, {kind: role for role, kind in self.kinds.items()}, self.name)
+
+    def write(self, roles: list[str]) -> dict[str, object]:
+        return {self.name: [self.kinds[role] for role in roles]}
+
+
+def every(period: int, last: str, other: str) -> Callable[[Entries, int], list[str]]:
+    """The rule that the last of so many blocks has one role, the others another."""
+    return lambda entries, count: [other if (i + 1) % period else last for i in range(count)]
+
+
 def has_window(entries: Entries, absent: int | None, switched: bool) -> bool:
     """Whether there is a window that is used.
 
@@ -249,13 +286,15 @@ def has_window(entries: Entries, absent: int | None, switched: bool) -> bool:
     return bool(used) and window is not None
 
 
-def listed(kinds: object, count: int, roles: dict[str, Any]) -> list[Any]:
-    """The roles that layer_types lists."""
+def listed(
+    kinds: object, count: int, roles: dict[str, Any], name: str = "layer_types"
+) -> list[Any]:
+    """The roles that an entry lists."""
     if (
         type(kinds) is not list
         or len(kinds) != count
         or not all(type(kind) is str and kind in roles for kind in kinds)
     ):
         accepted = f"{count} times one of {', '.join(roles)}"
-        raise InputError("config.json layer_types", kinds, accepted)
+        raise InputError(f"config.json {name}", kinds, accepted)
     return [roles[kind] for kind in kinds]

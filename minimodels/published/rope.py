@@ -43,6 +43,8 @@ class Rope:
     """whether the older entry rope_scaling concerns these layers"""
     partial: bool = False
     """whether the class can rotate only a part of a head"""
+    fraction: float = 1.0
+    """the part of a head, if no entry says it"""
     untold: dict[str, Any] = field(default_factory=dict)
     """the parameters if there are no rope_parameters"""
     options = ("rope_base", "rope_scaling", "rope_fraction")
@@ -96,7 +98,7 @@ class Rope:
                 newer = {**newer, "truncate": top.get("truncate", True)}
         rope = {
             "rope_theta": entries.get(self.theta, self.base) if self.theta else self.base,
-            "partial_rotary_factor": entries.get("partial_rotary_factor", 1.0),
+            "partial_rotary_factor": entries.get("partial_rotary_factor", self.fraction),
             **(older if self.scaled else {}),
             **newer,
         }

@@ -48,7 +48,8 @@ def bindings(model: LM, family: Family, roles: list[str]) -> list[Binding]:
         state = layer.state_dict()
         inside = {k.removeprefix("layer."): t for k, t in state.items() if k.startswith("layer.")}
         outside = {k: t for k, t in state.items() if not k.startswith("layer.")}
-        found += bind(inside, role.parts, block) + bind(outside, role.residual, block)
+        parts = {part: of(layer.layer) if callable(of) else of for part, of in role.parts.items()}
+        found += bind(inside, parts, block) + bind(outside, role.residual, block)
     return found
 
 
@@ -167,7 +168,7 @@ def open_tensors(folder: Path, opened: ExitStack) -> dict[str, Stored]:
 def rename_tensors(files: dict[str, Stored], family: Family, tied: bool) -> dict[str, Stored]:
     """The stored tensors by the names used here, however the file spells them: older names, a model saved without
     its head and hence without the prefix, a tied matrix under the head's name alone."""
-    files = {family.aliases.get(name, name): stored for name, stored in unpack(files).items()}
+    files = {name_here(name, family): stored for name, stored in unpack(files).items()}
     head, embedding = weight_of(family, "head"), weight_of(family, "embedding")
     if not any(name.startswith(family.prefix) for name in files):
         files = {
@@ -176,6 +177,13 @@ def rename_tensors(files: dict[str, Stored], family: Family, tied: bool) -> dict
     if tied and head in files and embedding not in files:
         files[embedding] = files.pop(head)
     return files
+
+
+def name_here(name: str, family: Family) -> str:
+    """A stored tensor's name as it is used here; aliases of parts of blocks have {} for the block's number."""
+    number = f".{block_of(name, family)}."
+    pattern = name.replace(number, ".{}.", 1)
+    return family.aliases.get(name, family.aliases.get(pattern, name)).replace(".{}.", number, 1)
 
 
 def weight_of(family: Family, part: str) -> str:
