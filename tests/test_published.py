@@ -5,6 +5,7 @@ import contextlib
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -288,6 +289,7 @@ def model_of(name: str, options: dict):
     """A model of the published class, its weights so large that every part has its say."""
     torch.manual_seed(0)
     no_special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    options = copy.deepcopy(options)  # some classes write into rope_parameters
     config = transformers.AutoConfig.for_model(name, **options, **no_special)
     config._experts_implementation = "eager"  # the only one that computes in fp64
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -729,6 +731,12 @@ OTHERWISE = {
     "moe.activation": "gelu", "attention.rope_fraction": 0.5, "attention.scale": 0.3, "attention.softcap": 5.0,
     "attention.sink": True, "attention.gate": "head", "mlp.activation": "gelu", "residual": "sandwich", "norm": "layer",
     "mlp.gated": False,
+    "mamba2.heads": 8, "mamba2.state_size": 4, "mamba2.groups": 4, "mamba2.expand": 3, "mamba2.conv_width": 3,
+    "mamba2.conv_bias": False, "mamba2.bias": True, "mamba2.norm": "norm_gate", "mamba2.norm_eps": 0.1, "mamba2.step_min": 0.5,
+    "mamba2.step_max": 0.3, "short_convolution.conv_width": 4, "short_convolution.bias": True, "deltanet.heads": 2,
+    "deltanet.key_heads": 4, "deltanet.head_dim": 3, "deltanet.value_dim": 5, "deltanet.gate": "vector",
+    "deltanet.gate_bound": 5.0, "deltanet.beta_max": 2, "deltanet.steps": 2, "deltanet.output_gate": "sigmoid",
+    "deltanet.output_rank": "head", "deltanet.conv_width": 3, "deltanet.norm_eps": 0.1,
     "embedding_scale": 3.0, "residual_scale": 0.3, "logit_scale": 0.4, "logit_softcap": 2.0,
 }  # fmt: skip
 BASES = [
@@ -736,6 +744,10 @@ BASES = [
     "attention(window=5) moe(expert_width=32)",
     "mamba",
     "mamba(norm=learned) moe(router=softmax, expert_width=32) attention(rope_base=0) mlp(width=32)",
+    "mamba2(groups=2, state_size=6)",
+    "mamba2(state_size=6) mlp attention(rope_fraction=0.5) mlp",
+    "short_convolution mlp(width=40) attention(qk_norm=head) mlp(width=40)",
+    "deltanet(gate=scalar, output_gate=silu, key_heads=2) mlp attention(qk_norm=head, gate=full) mlp",
 ]
 
 
@@ -745,7 +757,7 @@ BASES = [
         (what, layers)
         for what in OTHERWISE
         for layers in BASES
-        if "." not in what or what.split(".")[0] in layers
+        if "." not in what or re.search(rf"\b{what.split('.')[0]}\b", layers)
     ],
 )
 def test_no_option_is_lost(what, layers, tmp_path):
@@ -1269,7 +1281,8 @@ SPACES["mamba2"] = {
     "time_step_limit": [[0.0, 0.5], [0.1, 2.0]], "chunk_size": [5, 64], "tie_word_embeddings": [True, False],
 }  # fmt: skip
 SPACES["bamba"] = {
-    **WHOLE, **BIASED, "mlp_bias": [True, False], "attn_layer_indices": [[0], [1, 2], [0, 1]], "num_hidden_layers": [2, 4],
+    **WHOLE, **BIASED, "hidden_size": [16, 32], "num_hidden_layers": [2, 4], "mlp_bias": [True, False],
+    "attn_layer_indices": [[0], [1, 2], [1]],
     "mamba_n_heads": [2, 8], "mamba_d_state": [3, 8], "mamba_n_groups": [1, 2], "mamba_d_conv": [2, 4], "mamba_expand": [1, 3],
     "mamba_conv_bias": [True, False], "mamba_proj_bias": [True, False], "time_step_limit": [[0.0, 0.5], [0.1, 2.0]],
 }  # fmt: skip
@@ -1277,7 +1290,7 @@ SPACES["kimi_linear"] = {
     **{entry: values for entry, values in {**WHOLE, **BIASED, **RANKS}.items() if entry not in (
         "rope_parameters", "tie_word_embeddings", "n_routed_experts", "n_shared_experts", "num_experts_per_tok")},
     "linear_num_heads": [1, 4], "linear_head_dim": [3, 8], "linear_conv_kernel_dim": [2, 5], "num_hidden_layers": [5, 6],
-    "layer_types": [None], "mlp_layer_types": [None], "num_experts": [4, 8], "num_experts_per_token": [1, 3],
+    "layer_types": [None], "mlp_layer_types": [None], "num_experts": [8, 12], "num_experts_per_token": [2, 3],
     "num_shared_experts": [1, 2], "num_expert_group": [1, 2],
 }  # fmt: skip
 SPACES["qwen3_5_text"] = {
