@@ -17,6 +17,7 @@ from benchmarks import checks, journal, races, summary, sweep, table, whole
 from benchmarks.journal import Journal, OutOfTime, limit, read_rows
 from benchmarks.session import Job, Session, work
 from minimodels import InputError
+from minimodels.command import parse_options
 from minimodels.presets import MAIN
 
 pytest.importorskip("triton")
@@ -244,7 +245,7 @@ def test_a_session_goes_on_with_the_time_and_the_rows_that_it_has(tmp_path, monk
     everything.start_again(options, time.monotonic() + 120)
     ((_, *arguments),) = started
     assert arguments[:2] == ["-m", "benchmarks.all"]
-    parsed = everything.tyro.cli(everything.Options, args=arguments[2:])
+    parsed = parse_options(everything.Options, "", arguments=arguments[2:])
     assert parsed == replace(options, resume=True, minutes=pytest.approx(2, abs=0.1))
     jobs = [Job(name, print) for name in "abc"]
     rest = everything.remaining(jobs, [], [{"job": "b", "status": "lost"}])

@@ -45,10 +45,9 @@ def attention(
     """
     check_shapes(q, k, v, query_positions, key_positions, query_starts)
     masked = window is not None or query_positions is not None or query_starts is not None
-    if impl == "auto" and not masked and q.shape[2] == k.shape[2]:
-        # cuDNN and FlashAttention handle the causal mask; the kernel is for the other masks
-        impl = "torch"
-    path = choose(impl, "attention", q.device)
+    # cuDNN and FlashAttention handle the causal mask; the kernel is for the other masks
+    plain = impl == "auto" and not masked and q.shape[2] == k.shape[2]
+    path = "torch" if plain else choose(impl, "attention", q.device)
     weigh = partial(weighted_mean, sink=sink, softcap=softcap)
     if path == "triton" and (sink is not None or softcap is not None):
         if impl != "auto":
