@@ -170,6 +170,9 @@ def chance(data: str) -> float | None:
         "copying": (lambda size: size - 2, 16),  # neither noise nor the question
         "induction": (lambda size: size - 1, 16),  # not the special token
         "mqar": (lambda size: size // 2, 8192),  # values are half of it
+        "overwrite": (lambda size: size // 2, 64),  # the same
+        "parity": (lambda size: size, 2),
+        "s3": (lambda size: size, 6),
     }
     if name not in answers:
         return None

@@ -22,12 +22,12 @@ programs, and their y are joined by means of their lse.
 Forward, a block of queries walks over its keys and keeps the softmax of those met so far: Σ exp(s -
 high) v, Σ exp(s - high) and the highest score. When that score grows, both sums are scaled down.
 Forward stores lse = log Σ_j exp(s_ij), from which backward computes every p_ij directly. With dp_ij
-= dy_i · v_j and delta_i = dy_i · y_i:
+= dy_i · v_j and mean_dp_i = dy_i · y_i:
 
-    ds_ij = p_ij (dp_ij - delta_i)     dq_i = Σ_j ds_ij k_j / √d
+    ds_ij = p_ij (dp_ij - mean_dp_i)     dq_i = Σ_j ds_ij k_j / √d
     dk_j = Σ_i ds_ij q_i / √d          dv_j = Σ_i p_ij dy_i
 
-One kernel has a block of queries and sums dq over their keys. It runs first and stores delta. The
+One kernel has a block of queries and sums dq over their keys. It runs first and stores mean_dp. The
 other kernel has a block of keys and sums dk and dv over the queries of all heads that share them.
 Both compute s and dp, which makes seven products instead of five. This is the price of using no
 atomic additions, so that results are the same each time in one process (another process may be
@@ -55,7 +55,7 @@ the one before. No result shows this, but minimodels.kernels.compile does.
     starts      (B, T)          where each query's document begins, ascending; None: before all keys
     ends        (B, S)          how many queries begin their document at a key or before it: the end
                                 of the queries that see the key
-    lse, delta  (B, H, T)       lse to base 2, infinite if a query sees nothing; in full precision
+    lse, mean_dp  (B, H, T)       lse to base 2, infinite if a query sees nothing; in full precision
     s, dp       (queries, keys) of two blocks. s lacks its factor 1/√d; `high` includes it and is to
                                 base 2 like lse
     size, span  ()              T, and for a few queries S, rounded up to powers of two for tuning
@@ -453,7 +453,7 @@ def join_kernel(
 
 @triton.jit
 def towards_queries(
-    dq, q, dy, lse, delta, query, first, K, V, KEYS, k_stride, v_stride, low, end, S, window,
+    dq, q, dy, lse, mean_dp, query, first, K, V, KEYS, k_stride, v_stride, low, end, S, window,
     d: tl.constexpr, SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_S: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
@@ -467,7 +467,7 @@ def towards_queries(
                 s = hide(s, query, first, key_places(KEYS, start, S, BLOCK_S)[None, :], window)
             dp = tl.dot(dy, tl.trans(v), input_precision="ieee", out_dtype=FULL)
             p = tl.exp2(s * (SCALE * LOG2_E) - lse[:, None])
-            ds = p * (dp - delta[:, None])
+            ds = p * (dp - mean_dp[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee", out_dtype=FULL)
     return dq
 
@@ -486,12 +486,12 @@ def towards_queries(
 )
 @triton.jit(do_not_specialize=COUNTS)
 def backward_queries_kernel(
-    Q, K, V, QUERIES, KEYS, STARTS, Y, DY, LSE, DELTA, DQ, q_strides, k_strides, v_strides,
+    Q, K, V, QUERIES, KEYS, STARTS, Y, DY, LSE, MEAN_DP, DQ, q_strides, k_strides, v_strides,
     y_strides, dy_strides, dq_strides, B, H, G, T, S, size, span, window, d: tl.constexpr,
     SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """dq and delta. One program has BLOCK_T queries of one head, as in forward."""
+    """dq and mean_dp. One program has BLOCK_T queries of one head, as in forward."""
     row, block = tl.program_id(0) % (B * H), tl.program_id(0) // (B * H)
     start = (tl.cdiv(T, BLOCK_T) - 1 - block) * BLOCK_T
     batch, head = (row // H).to(tl.int64), (row % H).to(tl.int64)
@@ -526,10 +526,10 @@ def backward_queries_kernel(
         WIDTH,
         True,
     )
-    delta = tl.sum(dy.to(FULL) * y.to(FULL), 1)
+    mean_dp = tl.sum(dy.to(FULL) * y.to(FULL), 1)
     i = start + tl.arange(0, BLOCK_T)
     at = (batch * H + head) * T + i
-    tl.store(DELTA + at, delta, i < T)
+    tl.store(MEAN_DP + at, mean_dp, i < T)
     lse = tl.load(LSE + at, i < T, 0.0)
     q = tile(
         Q + batch * q_strides[0] + head * q_strides[1],
@@ -549,7 +549,7 @@ def backward_queries_kernel(
             KEYS is None and (region == 1 or window is not None or STARTS is not None)
         ):
             dq = towards_queries(
-                dq, q, dy, lse, delta, query, first, K, V, KEYS, k_strides[2], v_strides[2],
+                dq, q, dy, lse, mean_dp, query, first, K, V, KEYS, k_strides[2], v_strides[2],
                 bounds[region], bounds[region + 1], S, window, d, SCALE, FULL, WIDTH, BLOCK_S,
                 region != 1,
             )  # fmt: skip
@@ -568,7 +568,7 @@ def backward_queries_kernel(
 
 @triton.jit
 def towards_keys(
-    dk, dv, k, v, key, Q, DY, LSE, DELTA, QUERIES, STARTS, q_strides, dy_strides, low, end, members,
+    dk, dv, k, v, key, Q, DY, LSE, MEAN_DP, QUERIES, STARTS, q_strides, dy_strides, low, end, members,
     T, S, window, d: tl.constexpr, SCALE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_T: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
@@ -585,7 +585,7 @@ def towards_keys(
             i = start + tl.arange(0, BLOCK_T)
             # after the last query q and dy are 0, and so are their contributions
             lse = tl.load(LSE + head * T + i, i < T, 0.0)
-            delta = tl.load(DELTA + head * T + i, i < T, 0.0)
+            mean_dp = tl.load(MEAN_DP + head * T + i, i < T, 0.0)
             s = tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=FULL)
             if EDGE:
                 query = query_places(QUERIES, i, T, S)[None, :]
@@ -594,7 +594,7 @@ def towards_keys(
             dp = tl.dot(v, tl.trans(dy), input_precision="ieee", out_dtype=FULL)
             p = tl.exp2(s * (SCALE * LOG2_E) - lse[None, :])
             dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision="ieee", out_dtype=FULL)
-            ds = p * (dp - delta[None, :])
+            ds = p * (dp - mean_dp[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee", out_dtype=FULL)
             last = start + BLOCK_T >= end
             head, start = tl.where(last, head + 1, head), tl.where(last, low, start + BLOCK_T)
@@ -615,7 +615,7 @@ def towards_keys(
 )
 @triton.jit(do_not_specialize=COUNTS)
 def backward_keys_kernel(
-    Q, K, V, QUERIES, KEYS, STARTS, ENDS, DY, LSE, DELTA, DK, DV, q_strides, k_strides, v_strides,
+    Q, K, V, QUERIES, KEYS, STARTS, ENDS, DY, LSE, MEAN_DP, DK, DV, q_strides, k_strides, v_strides,
     dy_strides, dk_strides, B, H, G, T, S, size, span, window, d: tl.constexpr, SCALE: tl.constexpr,
     FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -657,7 +657,7 @@ def backward_keys_kernel(
     Q += batch * q_strides[0] + head * q_strides[1]
     DY += batch * dy_strides[0] + head * dy_strides[1]
     LSE += (batch * H + head) * T
-    DELTA += (batch * H + head) * T
+    MEAN_DP += (batch * H + head) * T
 
     dk, dv = tl.zeros((BLOCK_S, WIDTH), FULL), tl.zeros((BLOCK_S, WIDTH), FULL)
     bounds = queries_of(start, T, S, window, KEYS, ENDS, BLOCK_T, BLOCK_S)
@@ -666,7 +666,7 @@ def backward_keys_kernel(
             KEYS is None and (region == 1 or window is not None or STARTS is not None)
         ):
             dk, dv = towards_keys(
-                dk, dv, k, v, key, Q, DY, LSE, DELTA, QUERIES, STARTS, q_strides, dy_strides,
+                dk, dv, k, v, key, Q, DY, LSE, MEAN_DP, QUERIES, STARTS, q_strides, dy_strides,
                 bounds[region], bounds[region + 1], H // G, T, S, window, d, SCALE, FULL, WIDTH,
                 BLOCK_T, region != 1,
             )  # fmt: skip
@@ -754,15 +754,15 @@ def attention_backward(
     if starts is not None and keys is None:
         slots = torch.arange(S, device=q.device, dtype=starts.dtype).repeat(B, 1)
         ends = torch.searchsorted(starts, slots, right=True)
-    dq, dk, dv, delta = heads_like(q), heads_like(k), heads_like(v), torch.empty_like(lse)
+    dq, dk, dv, mean_dp = heads_like(q), heads_like(k), heads_like(v), torch.empty_like(lse)
     known = (*sizes(q, k, T <= FEW), window)
     with on(q):
         backward_queries_kernel[lambda meta: (B * H * triton.cdiv(T, meta["BLOCK_T"]),)](
-            q, k, v, queries, keys, starts, y, dy, lse, delta, dq, q.stride(), k.stride(),
+            q, k, v, queries, keys, starts, y, dy, lse, mean_dp, dq, q.stride(), k.stride(),
             v.stride(), y.stride(), dy.stride(), dq.stride(), *known, **constants(q),
         )  # fmt: skip
         backward_keys_kernel[lambda meta: (B * G * triton.cdiv(S, meta["BLOCK_S"]),)](
-            q, k, v, queries, keys, starts, ends, dy, lse, delta, dk, dv,
+            q, k, v, queries, keys, starts, ends, dy, lse, mean_dp, dk, dv,
             q.stride(), k.stride(), v.stride(), dy.stride(), dk.stride(), *known, **constants(q),
         )  # fmt: skip
     return dq, dk, dv

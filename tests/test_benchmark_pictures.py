@@ -146,7 +146,9 @@ def test_chance_is_what_guessing_gets_right(name):
     (targets,) = (targets for _, targets in open_data(named, 256).validation(4096, 1))
     answers = targets[targets != IGNORE].unique()
     assert plot.chance(named) == pytest.approx(1 / len(answers))
-    assert plot.chance(named.replace("(", ":").replace(")", "")) == plot.chance(named)  # in older rows
+    assert plot.chance(named.replace("(", ":").replace(")", "")) == plot.chance(
+        named
+    )  # in older rows
     default = TASKS[name](256).vocab
     assert not sized or plot.chance(name) == plot.chance(f"{name}(vocab={default})")
     assert plot.chance("stdlib") is None

@@ -9,19 +9,18 @@ the state do not grow with the text.
 
     name        paper   shape
     u                   (B, T, width)  input of the layer
-    x, z                (B, T, D)      halves of in_proj, D = expand · width: signal and gate
+    x, z                (B, T, I)      halves of in_proj, I = expand · width: signal and gate
     dt                  (B, T, R)      what the step size is made from, R = rank
-    delta               (B, T, D)      raw step size: Δ = softplus(delta + bias)
-    A           A       (D, N)         decay rates, negative; A = -exp(A_log)
+    delta               (B, T, I)      raw step size: Δ = softplus(delta + bias)
+    A           A       (I, N)         decay rates, negative; A = -exp(A_log)
     B, C        B, C    (B, T, N)      input and output matrix, one per token
-    skip        D       (D,)           weight of x added to the output
-    state       h       (B, D, N)      in fp32
-    window              (B, W-1, D)    the last inputs of the convolution, W taps wide
+    skip        D       (I,)           weight of x added to the output
+    state       h       (B, I, N)      in fp32
+    window              (B, W-1, I)    the last inputs of the convolution, W taps wide
 
-In a shape B is the batch. In this file D is the paper's inner width, not the width of the residual
-stream.
+In a shape B is the batch. I is the inner width, which the paper's Algorithm 2 calls D.
 
-Why the step size has a low rank: a full map from D channels to D step sizes would need D² numbers,
+Why the step size has a low rank: a full map from I channels to I step sizes would need I² numbers,
 more than the rest of the layer. All channels of a token follow a few of its features, so R = width
 / 16 is enough.
 
@@ -52,8 +51,8 @@ from minimodels.ops.scan import scan
 class MambaState(NamedTuple):
     """What a Mamba layer remembers: its size does not grow with the text."""
 
-    window: Tensor  # (B, W-1, D)
-    h: Tensor  # (B, D, N) fp32
+    window: Tensor  # (B, W-1, I)
+    h: Tensor  # (B, I, N) fp32
 
 
 class Mamba(nn.Module):
@@ -80,18 +79,18 @@ class Mamba(nn.Module):
 
     def __init__(self, options: Options, config: Config, place: Place = Place()):
         super().__init__()
-        D, N = options.expand * config.width, options.state_size
+        I, N = options.expand * config.width, options.state_size
         R = options.rank or math.ceil(config.width / 16)
         self.N, self.R, self.impl = N, R, config.impl
-        self.in_proj = nn.Linear(config.width, 2 * D, bias=options.bias)
+        self.in_proj = nn.Linear(config.width, 2 * I, bias=options.bias)
         # contains the weights only; causal_conv1d does the work
-        self.conv1d = nn.Conv1d(D, D, options.conv_width, groups=D, bias=options.conv_bias)
-        self.x_proj = nn.Linear(D, R + 2 * N, bias=False)
-        self.dt_proj = nn.Linear(R, D)
+        self.conv1d = nn.Conv1d(I, I, options.conv_width, groups=I, bias=options.conv_bias)
+        self.x_proj = nn.Linear(I, R + 2 * N, bias=False)
+        self.dt_proj = nn.Linear(R, I)
         # A_n = -(n + 1)
-        self.A_log = nn.Parameter(torch.arange(1, N + 1).float().log().repeat(D, 1))
-        self.D = nn.Parameter(torch.ones(D))
-        self.out_proj = nn.Linear(D, config.width, bias=options.bias)
+        self.A_log = nn.Parameter(torch.arange(1, N + 1).float().log().repeat(I, 1))
+        self.D = nn.Parameter(torch.ones(I))
+        self.out_proj = nn.Linear(I, config.width, bias=options.bias)
         self.dt_norm = self.B_norm = self.C_norm = nn.Identity()
         if options.norm != "none":
             eps = config.norm_eps if options.norm_eps is None else options.norm_eps
@@ -115,7 +114,7 @@ class Mamba(nn.Module):
     def forward(self, u: Tensor, state: MambaState | None = None, context: Context | None = None):
         context = context or Context()
         window, h = state or (None, None)
-        x, z = self.in_proj(u).chunk(2, dim=-1)  # (B, T, D) each
+        x, z = self.in_proj(u).chunk(2, dim=-1)  # (B, T, I) each
         lengths = None if context.real is None else context.real.sum(1)  # tokens before the padding
         x, window = causal_conv1d(
             x, self.conv1d.weight.squeeze(1), self.conv1d.bias, window, lengths,
@@ -124,7 +123,7 @@ class Mamba(nn.Module):
         # (B, T, R), (B, T, N) twice
         dt, B, C = self.x_proj(x).split((self.R, self.N, self.N), dim=-1)
         dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
-        delta = F.linear(dt, self.dt_proj.weight)  # (B, T, D); the bias is added once, in the scan
+        delta = F.linear(dt, self.dt_proj.weight)  # (B, T, I); the bias is added once, in the scan
         if context.real is not None:  # Δ = 0 freezes the state
             delta = delta.masked_fill(~context.real.unsqueeze(-1), float("-inf"))
         A = -torch.exp(self.A_log)
@@ -144,8 +143,8 @@ class Mamba(nn.Module):
 
     def state_bytes(self, context: int, itemsize: int) -> float:
         """Bytes remembered per sequence."""
-        D, _, W = self.conv1d.weight.shape
-        return (W - 1) * D * itemsize + D * self.N * 4
+        I, _, W = self.conv1d.weight.shape
+        return (W - 1) * I * itemsize + I * self.N * 4
 
 
 def selective_scan(
@@ -170,13 +169,13 @@ def selective_scan(
     B is made discrete by Euler's rule, as in the paper's code. If a token begins a document, its
     decay is 0 instead of exp(Δ_t A), which forgets the state before it.
 
-    x, delta, z (B, T, D); A (D, N) negative; B, C (B, T, N); skip, delta_bias (D,); state (B, D,
+    x, delta, z (B, T, I); A (I, N) negative; B, C (B, T, N); skip, delta_bias (I,); state (B, I,
     N), None for zeros; resets (B, T) bool, True if a token begins a document, None for none.
-    Returns y (B, T, D) in x's dtype and the final state (B, D, N). The computation is in fp32, or
+    Returns y (B, T, I) in x's dtype and the final state (B, I, N). The computation is in fp32, or
     in fp64 if x is. Raises ValueError if shapes disagree.
     """
     check_shapes(x, delta, A, B, C, skip, z, delta_bias, state, resets)
-    (batch, T, D), N = x.shape, A.shape[1]
+    (batch, T, I), N = x.shape, A.shape[1]
     path = choose(impl, "selective_scan", x.device)
     if path == "triton":
         from minimodels.kernels.selective_scan import selective_scan as kernel
@@ -187,7 +186,7 @@ def selective_scan(
     with torch.autocast(x.device.type, enabled=False):
         x, delta, A, B, C = (full_precision(part) for part in (x, delta, A, B, C))
         delta = F.softplus(delta if delta_bias is None else delta + delta_bias)
-        state = x.new_zeros(batch, D, N) if state is None else state.to(x.dtype)
+        state = x.new_zeros(batch, I, N) if state is None else state.to(x.dtype)
         walk = scan if path == "torch" and T > 1 else recurrence
         y, state = walk(x, delta, A, B, C, state, resets)
         y = y + skip * x
@@ -212,10 +211,10 @@ def check_shapes(
 
     The kernel uses this check too.
     """
-    (batch, T, D), N = x.shape, A.shape[1]
+    (batch, T, I), N = x.shape, A.shape[1]
     expected = {
-        "delta": (delta, (batch, T, D)), "A": (A, (D, N)), "B": (B, (batch, T, N)), "C": (C, (batch, T, N)),
-        "skip": (skip, (D,)), "z": (z, (batch, T, D)), "delta_bias": (delta_bias, (D,)), "state": (state, (batch, D, N)),
+        "delta": (delta, (batch, T, I)), "A": (A, (I, N)), "B": (B, (batch, T, N)), "C": (C, (batch, T, N)),
+        "skip": (skip, (I,)), "z": (z, (batch, T, I)), "delta_bias": (delta_bias, (I,)), "state": (state, (batch, I, N)),
         "resets": (resets, (batch, T)),
     }  # fmt: skip
     for name, (tensor, shape) in expected.items():
@@ -242,9 +241,9 @@ def recurrence(
     # unbind, because indexing [:, t] would make the backward pass quadratic in T
     steps = zip(x.unbind(1), delta.unbind(1), B.unbind(1), C.unbind(1), strict=True)
     for t, (x_t, delta_t, B_t, C_t) in enumerate(steps):
-        decay = torch.exp(delta_t.unsqueeze(-1) * A)  # (4): Ā, (B, D, N)
+        decay = torch.exp(delta_t.unsqueeze(-1) * A)  # (4): Ā, (B, I, N)
         if resets is not None:
             decay = decay.masked_fill(resets[:, t, None, None], 0)
-        h = decay * h + (delta_t * x_t).unsqueeze(-1) * B_t.unsqueeze(1)  # (2a), (B, D, N)
-        outputs.append((h @ C_t.unsqueeze(-1)).squeeze(-1))  # (2b), (B, D)
+        h = decay * h + (delta_t * x_t).unsqueeze(-1) * B_t.unsqueeze(1)  # (2a), (B, I, N)
+        outputs.append((h @ C_t.unsqueeze(-1)).squeeze(-1))  # (2b), (B, I)
     return torch.stack(outputs, dim=1), h

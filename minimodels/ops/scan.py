@@ -8,11 +8,11 @@ per step then turns inputs into states. Only the states at the chunk boundaries 
 backward pass recomputes the others. It also runs on a GPU, but each step is a launch.
 
     name        paper   shape
-    x                   (B, T, D)      input of the SSM
-    delta       Δ       (B, T, D)      step size, after softplus
-    A           A       (D, N)         negative; inside, transposed to (N, D)
+    x                   (B, T, I)      input of the SSM
+    delta       Δ       (B, T, I)      step size, after softplus
+    A           A       (I, N)         negative; inside, transposed to (N, I)
     B, C        B, C    (B, T, N)      input and output matrix
-    state       h       (B, D, N)      inside (chunk, B, N, D): a chunk of time is one piece of
+    state       h       (B, I, N)      inside (chunk, B, N, I): a chunk of time is one piece of
                                        memory, and inner loops run over the many channels
     resets              (B, T)         bool: True if a token begins a document, so its decay is 0;
                                        None: no token does
@@ -40,7 +40,7 @@ def scan(
     state: Tensor,
     resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y (B, T, D) and the final state (B, D, N), in the one dtype of the arguments.
+    """y (B, T, I) and the final state (B, I, N), in the one dtype of the arguments.
 
     All arguments but `resets` may require a gradient.
     """
@@ -59,18 +59,18 @@ def scan_forward(
     state: Tensor,
     resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the final state, and the states at the chunk boundaries: (chunks + 1, B, N, D).
+    """y, the final state, and the states at the chunk boundaries: (chunks + 1, B, N, I).
 
     The boundaries include the first and the last state.
     """
     y, final_state, boundaries = empty_outputs(x, delta, A, B, C, state, resets)
     boundaries[0] = state.mT
-    x, delta, B, C = swapped(x, delta, B, C)  # time first: (T, B, D) and (T, B, N)
+    x, delta, B, C = swapped(x, delta, B, C)  # time first: (T, B, I) and (T, B, N)
     y = y.view(x.shape)
     for chunk, (now, _, _, _, h) in enumerate(
         walk(delta, delta * x, A.mT.contiguous(), B, resets, boundaries)
     ):
-        # (chunk, B, 1, N) @ (chunk, B, N, D)
+        # (chunk, B, 1, N) @ (chunk, B, N, I)
         torch.matmul(C[now].unsqueeze(2), h, out=y[now].unsqueeze(2))
         boundaries[chunk + 1] = h[-1]
     return y.transpose(0, 1).contiguous(), final_state.copy_(boundaries[-1].mT), boundaries
@@ -95,11 +95,11 @@ def scan_backward(
     If a token begins a document, its decay is 0 instead of exp(Δ_t A), so both terms with this
     factor are 0 too.
     """
-    A, dstate = A.mT.contiguous(), dstate.mT  # (N, D), (B, N, D)
+    A, dstate = A.mT.contiguous(), dstate.mT  # (N, I), (B, N, I)
     dy, x, delta, B, C = swapped(dy, x, delta, B, C)  # time first
     dx, ddelta, dB, dC = (tensor.new_empty(tensor.shape) for tensor in (x, delta, B, C))
     inputs = delta * x
-    gradient = x.new_empty(min(chunk_length(dstate), len(x)), *dstate.shape)  # (chunk, B, N, D)
+    gradient = x.new_empty(min(chunk_length(dstate), len(x)), *dstate.shape)  # (chunk, B, N, I)
     gradient_steps = gradient.unbind()
     # summed over batch and chunk at the end, because adding is cheaper than reducing
     dA = torch.zeros_like(gradient)
@@ -107,7 +107,7 @@ def scan_backward(
         delta, inputs, A, B, resets, boundaries, backwards=True
     ):
         steps = len(h)
-        # (chunk, B, N, D)
+        # (chunk, B, N, I)
         g = torch.mul(dy[now].unsqueeze(2), C[now].unsqueeze(3), out=gradient[:steps])
         last = gradient_steps[steps - 1].add_(dstate)
         recur(reversed(decay_steps[1:]), last, reversed(gradient_steps[: steps - 1]))
@@ -146,12 +146,12 @@ def walk(
 ) -> Iterator[tuple[slice, Tensor, Tensor, tuple[Tensor, ...], Tensor]]:
     """Compute the states chunk by chunk, each from its boundary state, all in the same memory.
 
-    Time comes first: `inputs` (T, B, D) is Δx, like delta; B (T, B, N). A is (N, D). Yields the
+    Time comes first: `inputs` (T, B, I) is Δx, like delta; B (T, B, N). A is (N, I). Yields the
     chunk's slice of time, its boundary state, its decays (whole, and as one view per step) and its
     states.
     """
     T, length = len(delta), chunk_length(boundaries[0])
-    decay, h = delta.new_empty(2, min(length, T), *boundaries[0].shape)  # (chunk, B, N, D) each
+    decay, h = delta.new_empty(2, min(length, T), *boundaries[0].shape)  # (chunk, B, N, I) each
     # the views are made once, because a view costs half as much as its step
     decay_steps, h_steps = decay.unbind(), h.unbind()
     exponent = A * math.log2(math.e)  # exp(ΔA) as a power of two, which is cheaper
@@ -185,9 +185,9 @@ def chunk_length(state: Tensor) -> int:
 @scan_forward.register_fake
 def empty_outputs(x, delta, A, B, C, state, resets=None):
     """y, the final state and the boundaries, not yet filled."""
-    batch, D, N = state.shape
+    batch, I, N = state.shape
     chunks = -(-x.shape[1] // chunk_length(state))
-    return torch.empty_like(x), torch.empty_like(state), x.new_empty(chunks + 1, batch, N, D)
+    return torch.empty_like(x), torch.empty_like(state), x.new_empty(chunks + 1, batch, N, I)
 
 
 @scan_backward.register_fake
