@@ -3,6 +3,7 @@ minutes, on a GPU in full.
 
     python -m benchmarks.state tracking     parity and permutations of three: who can track a state,
                                             and how far beyond the trained length?
+    python -m benchmarks.state mixers       recall against bytes of state: which mixer recalls more?
     python -m benchmarks.state overwrite    keys that get new values: does the old value disappear?
 
 Options, rows and pictures are those of `python -m benchmarks.claims`.
@@ -13,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import tyro
 
 from minimodels import LM, Config
-from minimodels.command import run_command
+from minimodels.command import parse_options, run_command
 from minimodels.data.text import open_data
+from minimodels.ledger import ledger
 
 from . import claims
 from .claims import Claim, Panel
@@ -141,9 +142,58 @@ def overwrite(small: bool) -> Claim:
     return Claim("Can a memory replace what it holds?", runs, panels, at_end=rewritten)
 
 
-STATE = {claim.__name__: claim for claim in (tracking, overwrite)}
+def mixers(small: bool) -> Claim:
+    """Zoology (arXiv:2312.04927): recall against bytes of state, for every mixer.
+
+    Recurrent mixers succeed in a narrow band of learning rates (arXiv:2508.19029), so
+    each is trained at several, and the best one counts.
+    """
+    task, context, steps, batch, width = (
+        ("mqar(pairs=4, vocab=16)", 24, 600, 32, 64)
+        if small
+        else ("mqar(pairs=64, vocab=8192)", 512, 20_000, 64, 128)
+    )
+    rates = (2e-3, 6e-3) if small else (1e-4, 3e-4, 1e-3, 3e-3)
+    models = {
+        "attention": "(attention(heads=2) mlp)*2",
+        "window": "(attention(heads=2, window=8) mlp)*2",
+        "mamba": "mamba*2",
+        "mamba2": "mamba2(heads=2, state_size=16)*2",
+        "retnet": "short_convolution retention(heads=2)",
+        "gla": "short_convolution retention(heads=2, rope_base=0, decay=channels)",
+        "deltanet": "deltanet(heads=2)*2",
+        "gated_deltanet": "deltanet(heads=2, gate=scalar, output_gate=silu)*2",
+        "kda": "deltanet(heads=2, gate=vector, output_gate=sigmoid, output_rank=head)*2",
+    }
+    runs = [
+        Run(
+            f"{name}, rate {rate}",
+            Config(layers=layers, width=width),
+            task,
+            context,
+            steps,
+            64,
+            rate,
+        )
+        for name, layers in models.items()
+        for rate in rates
+    ]
+
+    def state(model: LM, run: Run, device: torch.device) -> Iterator[dict[str, float]]:
+        """Bytes of state against right answers."""
+        data = open_data(task, context)
+        found = score(model, data, 64, 64)
+        yield {"state": ledger(run.config, context).state_bytes, "right": found["accuracy"]}
+
+    panel = Panel(
+        "state", "state", "right", "bytes of state a sequence", "answers right", x_log=True
+    )
+    return Claim("Which mixer recalls more per byte of state?", runs, [panel], at_end=state)
+
+
+STATE = {claim.__name__: claim for claim in (tracking, overwrite, mixers)}
 
 
 if __name__ == "__main__":
     claims.CLAIMS = STATE
-    run_command(claims.main, lambda: tyro.cli(claims.Options, description=__doc__))
+    run_command(claims.main, lambda: parse_options(claims.Options, __doc__))
