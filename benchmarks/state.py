@@ -172,7 +172,7 @@ def mixers(small: bool) -> Claim:
             task,
             context,
             steps,
-            64,
+            batch,
             rate,
         )
         for name, layers in models.items()

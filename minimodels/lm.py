@@ -73,6 +73,8 @@ class LM(nn.Module):
                 )
         if starts is not None and state is not None and positions is None:
             raise ValueError("starts are given with a state; accepted: with positions too")
+        if positions is not None and not torch.compiler.is_compiling():
+            check_positions(positions)
         return Context(positions, starts, tokens=tokens, record=record)
 
     def features(self, tokens: Tensor, state: list | None = None, context: Context | None = None):
@@ -113,7 +115,13 @@ class LM(nn.Module):
         x, _ = self.features(tokens, None, context)
         total = self.objective(self, x, targets, context)
         parts = {"cross_entropy": total.detach()}
+        learns = torch.is_grad_enabled() and all(p.requires_grad for p in self.parameters())
         for name, value in context.record.finish().items():
+            if learns and not value.requires_grad:
+                accepted = (
+                    "a loss with a gradient: torch.utils.checkpoint needs use_reentrant=False"
+                )
+                raise ValueError(f"the loss {name!r} has no gradient; accepted: {accepted}")
             total = total + value
             parts[name] = value.detach()
         self.observed = context.record.observed
@@ -139,3 +147,14 @@ class LM(nn.Module):
         return {
             name: [value.tolist() for value in values] for name, values in self.observed.items()
         }
+
+
+def check_positions(positions: Tensor) -> None:
+    """Raise ValueError unless the real positions (B, T) of each row ascend and padding, -1, ends the row."""
+    before, after = positions[:, :-1], positions[:, 1:]
+    fits = ((after > before) & (before >= 0)) | (after == -1)
+    if not (fits.all() and (positions >= -1).all()):
+        accepted = (
+            "ascending in each row, with -1 (padding) at its end alone; documents need starts"
+        )
+        raise ValueError(f"positions are {positions.tolist()[:2]}; accepted: {accepted}")

@@ -199,6 +199,18 @@ class MoE(nn.Module):
         record.observe("load", load)
         record.observe("overload", load.amax() * load.numel())  # E times the largest share
 
+    def _apply(self, fn, recurse=True):
+        """Move or convert the layer as PyTorch does, but keep its buffers in fp32: in bfloat16 a step
+        of 0.001 no longer moves a bias of 0.5."""
+        buffers = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, before in buffers.items():
+            after = getattr(self, name)
+            if after.dtype in (torch.bfloat16, torch.float16):
+                exact = after if before.is_meta else before.to(after.device)
+                setattr(self, name, exact.float())
+        return self
+
     @torch.no_grad()
     def after_step(self):
         """Move the selection bias against the load (DeepSeek-V3 §2.1.2); reset the visits."""

@@ -141,8 +141,8 @@ def unpack(files: dict[str, Stored]) -> dict[str, Stored | Packed]:
 def open_tensors(folder: Path, opened: ExitStack) -> dict[str, Stored]:
     """All tensors of a folder's safetensors files, single or sharded."""
     names = [WEIGHTS]
-    if not (folder / WEIGHTS).exists():
-        if not (folder / INDEX).exists():
+    if not (folder / WEIGHTS).is_file():
+        if not (folder / INDEX).is_file():
             accepted = f"one with {WEIGHTS} or {INDEX}; pickled weights are not read"
             raise InputError("folder", str(folder), accepted)
         shards = read_json(folder / INDEX).get("weight_map")

@@ -65,6 +65,8 @@ def load(run: Path, model: LM, optimizer: torch.optim.Optimizer | None = None) -
     path = run / FILE
     wanted = persistent_tensors(model)
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("not a regular file")
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
             progress, config, checksums = (

@@ -20,7 +20,7 @@ def write_log(run: Path, record: dict) -> None:
 def forget_after(run: Path, step: int) -> None:
     """Delete what was measured after a step, because the resumed run measures it again."""
     log = run / FILE
-    if log.exists():
+    if log.is_file():
         kept = [
             line for line in log.read_text(errors="replace").splitlines() if step_of(line) <= step
         ]
