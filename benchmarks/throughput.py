@@ -38,10 +38,11 @@ from minimodels.command import (
     require_compiler,
     run_command,
 )
-from minimodels.grammar import Call, names_in, parse, read_options, set_options
+from minimodels.grammar import Call, names_in, parse, set_options
 from minimodels.layers import choose
 from minimodels.ledger import Ledger, ledger
 from minimodels.measure import ceilings, check_writable, interleave, peak_bytes, synchronise, write
+from minimodels.options import read_options
 from minimodels.presets import MAIN, PRESETS, fitted
 
 from .crossover import overtaking

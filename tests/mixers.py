@@ -9,8 +9,9 @@ from torch.utils._pytree import tree_leaves
 
 from minimodels.architectures.registry import LAYERS
 from minimodels.config import Config
-from minimodels.grammar import parse_call, read_options
+from minimodels.grammar import parse_call
 from minimodels.layers import Context, Place
+from minimodels.options import read_options
 
 WIDTH, ROWS, T = 16, 3, 23
 DOCUMENTS = ((1, 7, 15), (9, 13, 1), (2, 3, 4))  # lengths in each row; the last row ends in padding

@@ -22,15 +22,14 @@ from minimodels.grammar import (
     count_layers,
     parse,
     parse_call,
-    read_options,
     set_options,
     write,
     write_call,
-    write_options,
     write_value,
 )
 from minimodels.layers import flops, state_bytes
 from minimodels.ops.rotary import Linear, Llama3
+from minimodels.options import read_options, write_options
 
 EVERY = {**LAYERS, **WRAPPERS}
 

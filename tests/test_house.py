@@ -22,10 +22,11 @@ import minimodels
 from minimodels import LM, Config, InputError
 from minimodels.architectures.__main__ import Options, main
 from minimodels.architectures.registry import LAYERS, WRAPPERS
-from minimodels.grammar import OneOf, set_options
+from minimodels.grammar import set_options
 from minimodels.ledger import ledger
 from minimodels.ledger.__main__ import Options as LedgerOptions
 from minimodels.ledger.__main__ import main as ledger_main
+from minimodels.options import OneOf
 from minimodels.training.optim import adamw
 from minimodels.training.step import training_step
 
@@ -36,6 +37,7 @@ ORDER = [  # rooms from the lowest up; those on one line may import each other
     "files",
     "colours command measure",
     "grammar",
+    "options",
     "config",
     "kernels",  # it chooses the path of an operation; it does not contain the kernels
     "layers",
@@ -219,7 +221,7 @@ import torch
 from torch import nn
 
 from minimodels.errors import Count
-from minimodels.grammar import option
+from minimodels.options import option
 from minimodels.layers import Context, Place, full_precision, linear
 
 

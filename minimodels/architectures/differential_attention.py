@@ -31,11 +31,11 @@ from torch import Tensor, nn
 
 from minimodels.config import Config
 from minimodels.errors import Count, InputError, NonNegative
-from minimodels.grammar import option
 from minimodels.layers import Context, Place, RMSNorm, flops, full_precision, linear
 from minimodels.ops.attention import attention
 from minimodels.ops.cache import AttentionState, advance, carry
 from minimodels.ops.rotary import Scaling, rotary, rotate, scaling_text
+from minimodels.options import option
 
 
 class DifferentialAttention(nn.Module):

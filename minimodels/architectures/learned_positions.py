@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from minimodels.config import Config
 from minimodels.errors import Count, InputError
-from minimodels.grammar import option
 from minimodels.layers import Context, Place
 from minimodels.ops.cache import advance
+from minimodels.options import option
 
 
 class PositionState(NamedTuple):

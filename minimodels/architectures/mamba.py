@@ -42,10 +42,10 @@ from torch import Tensor, nn
 
 from minimodels.config import Config
 from minimodels.errors import Count, NonNegative
-from minimodels.grammar import option
 from minimodels.layers import Context, Place, RMSNorm, choose, full_precision
 from minimodels.ops.convolution import causal_conv1d
 from minimodels.ops.scan import scan
+from minimodels.options import option
 
 
 class MambaState(NamedTuple):

@@ -44,13 +44,13 @@ from torch import Tensor, nn
 
 from minimodels.config import Config
 from minimodels.errors import Count, InputError, NonNegative, Positive
-from minimodels.grammar import option
 from minimodels.layers import Context, Place, RMSNorm, full_precision
 from minimodels.ops import delta_rule as rule
 from minimodels.ops.convolution import causal_conv1d
 from minimodels.ops.decay import step_bias
 from minimodels.ops.delta_rule import delta_rule
 from minimodels.ops.normalise import gated_rmsnorm
+from minimodels.options import option
 
 
 class Mamba2State(NamedTuple):

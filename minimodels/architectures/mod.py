@@ -41,7 +41,6 @@ from torch import Tensor, nn
 
 from minimodels.config import Config
 from minimodels.errors import Fraction, NonNegative
-from minimodels.grammar import option
 from minimodels.layers import (
     Context,
     Place,
@@ -54,6 +53,7 @@ from minimodels.layers import (
     unrouted_flops,
 )
 from minimodels.ops.documents import top_per_document
+from minimodels.options import option
 
 
 class DepthState(NamedTuple):

@@ -33,10 +33,10 @@ from torch import Tensor, nn
 from minimodels.architectures.transformer import SwiGLU, default_width
 from minimodels.config import Config
 from minimodels.errors import Count, InputError, Natural, NonNegative
-from minimodels.grammar import option
 from minimodels.layers import Context, Place, flops, full_precision, linear
 from minimodels.ops.documents import top_per_document
 from minimodels.ops.grouped_mlp import grouped_mlp
+from minimodels.options import option
 
 
 class MoE(nn.Module):

@@ -20,8 +20,9 @@ from minimodels.architectures.short_convolution import ShortConvolution
 from minimodels.architectures.transformer import Attention, SwiGLU
 from minimodels.config import Config
 from minimodels.errors import InputError, nearest
-from minimodels.grammar import Call, count_layers, excerpt, read_options
+from minimodels.grammar import Call, count_layers, excerpt
 from minimodels.layers import RESIDUALS, Place, Stack
+from minimodels.options import read_options
 
 LAYERS = {
     "attention": Attention,

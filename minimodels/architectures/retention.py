@@ -52,12 +52,12 @@ from torch import Tensor, nn
 
 from minimodels.config import Config
 from minimodels.errors import Count, InputError, Natural, NonNegative, Positive
-from minimodels.grammar import option
 from minimodels.layers import Context, Place, RMSNorm, flops, full_precision, linear
 from minimodels.ops import delta_rule as rule
 from minimodels.ops.delta_rule import delta_rule
 from minimodels.ops.normalise import ACTIVATIONS, gated_rmsnorm
 from minimodels.ops.rotary import rotary, rotate
+from minimodels.options import option
 
 
 class RetentionState(NamedTuple):

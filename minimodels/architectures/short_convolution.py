@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from minimodels.config import Config
 from minimodels.errors import Count
-from minimodels.grammar import option
 from minimodels.layers import Context, Place, linear
 from minimodels.ops.convolution import causal_conv1d
+from minimodels.options import option
 
 
 class ShortConvolutionState(NamedTuple):

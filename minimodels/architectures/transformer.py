@@ -38,12 +38,12 @@ from torch import Tensor, nn
 
 from minimodels.config import Config
 from minimodels.errors import Count, Fraction, InputError, NonNegative, Positive
-from minimodels.grammar import option
 from minimodels.layers import Context, Place, RMSNorm, linear
 from minimodels.ops.activation import GATED, PLAIN
 from minimodels.ops.attention import attention
 from minimodels.ops.cache import AttentionState, advance, carry
 from minimodels.ops.rotary import Scaling, rotary, rotate, scaling_text
+from minimodels.options import option
 
 
 class Attention(nn.Module):

@@ -15,15 +15,8 @@ import torch
 from torch import Tensor
 
 from minimodels.errors import Count, InputError, Positive
-from minimodels.grammar import (
-    Call,
-    OneOf,
-    option,
-    parse_call,
-    read_options,
-    write_call,
-    write_options,
-)
+from minimodels.grammar import Call, parse_call, write_call
+from minimodels.options import OneOf, option, read_options, write_options
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from minimodels.architectures.registry import LAYERS, build
 from minimodels.config import Config
 from minimodels.errors import InputError, nearest
 from minimodels.files import read_json
-from minimodels.grammar import MOST_LAYERS, Call, Option, read_options, set_options
+from minimodels.grammar import MOST_LAYERS, Call, Option, set_options
+from minimodels.options import read_options
 from minimodels.published.entries import Entries
 from minimodels.published.families import FAMILIES, HINTS
 from minimodels.published.family import Family, Role, Setting, entry_of

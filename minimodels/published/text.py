@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from minimodels.grammar import Call, Definition, Group, Option, Program, write, write_options
+from minimodels.grammar import Call, Definition, Group, Option, Program, write
+from minimodels.options import write_options
 
 
 def write_layers(layers: Sequence[tuple[str, Call]]) -> str:
