@@ -15,6 +15,7 @@ import json
 import zlib
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -55,15 +56,37 @@ def save(run: Path, model: LM, optimizer: torch.optim.Optimizer | None, progress
         ) from None
 
 
+class Saved(NamedTuple):
+    """What a checkpoint holds."""
+
+    progress: dict
+    config: Config
+    tensors: dict[str, Tensor]  # model.*, optimizer.* and random.*
+
+
+BROKEN = (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError, InputError)
+
+
 def load(run: Path, model: LM, optimizer: torch.optim.Optimizer | None = None) -> dict:
-    """Read a checkpoint into the model, and into the optimizer and random
-    state if an optimizer is given.
+    """Read a checkpoint into the model, and into the optimizer and random state if an optimizer is given.
 
     Returns the `progress` that was saved. Raises InputError if the file is missing, damaged, or of
-    another model.
+    another model; then nothing is changed.
     """
     path = run / FILE
-    wanted = persistent_tensors(model)
+    saved = read(path, PARTS if optimizer is not None else PARTS[:1])
+    check_model(path, saved, model)
+    with torch.no_grad():
+        for name, tensor in persistent_tensors(model).items():
+            tensor.copy_(saved.tensors[f"model.{name}"])
+    if optimizer is not None:
+        restore_optimizer(model, optimizer, saved.tensors)
+        restore_random(saved.tensors)
+    return saved.progress
+
+
+def read(path: Path, parts: tuple[str, ...]) -> Saved:
+    """The parts of a checkpoint. Raises InputError if the file is missing or damaged."""
     try:
         if path.exists() and not path.is_file():
             raise OSError("not a regular file")
@@ -73,59 +96,43 @@ def load(run: Path, model: LM, optimizer: torch.optim.Optimizer | None = None) -
                 json.loads(header[key]) for key in ("progress", "config", "checksums")
             )
             config = Config(**config)  # a field that is newer than the file gets its default
-            # older files have no checksum of the header
-            known = {"header": header_checksum(header), **checksums}
             float(progress["step"])
-            parts = PARTS if optimizer is not None else PARTS[:1]
             names = [name for name in file.keys() if name.startswith(parts)]  # noqa: SIM118
             tensors = {name: file.get_tensor(name) for name in names}
-    except (
-        SafetensorError,
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-        InputError,
-    ) as error:
-        raise InputError(
-            "checkpoint", str(path), f"a whole safetensors file of a training run ({error})"
-        ) from None
+            known = {"header": header_checksum(header), **checksums}
+    except BROKEN as error:
+        accepted = f"a whole safetensors file of a training run ({error})"
+        raise InputError("checkpoint", str(path), accepted) from None
     found = {"header": header_checksum(header), **{part: checksum(tensors, part) for part in parts}}
     if any(known.get(part) != value for part, value in found.items()):
-        raise InputError(
-            "checkpoint",
-            str(path),
-            "a file whose checksum is that of its contents; this one is damaged",
-        )
+        accepted = "a file whose checksum is that of its contents; this one is damaged"
+        raise InputError("checkpoint", str(path), accepted)
+    return Saved(progress, config, tensors)
 
-    changed = differing_fields(config, model.config)
+
+def check_model(path: Path, saved: Saved, model: LM) -> None:
+    """Raise InputError unless a checkpoint is of a model like this one."""
+    changed = differing_fields(saved.config, model.config)
     if changed:
         accepted = f"a model of this configuration; differing: {', '.join(changed)}"
         raise InputError("checkpoint", str(path), accepted)
-    found = {
-        name.removeprefix("model."): tensor
-        for name, tensor in tensors.items()
-        if name.startswith("model.")
-    }
+    wanted = {f"model.{name}": tensor for name, tensor in persistent_tensors(model).items()}
+    found = {name: tensor for name, tensor in saved.tensors.items() if name.startswith("model.")}
     wrong = sorted(
-        f"{name} {shape(found.get(name))} for {shape(wanted.get(name))}"
+        f"{name.removeprefix('model.')} {shape(found.get(name))} for {shape(wanted.get(name))}"
         for name in wanted.keys() | found.keys()
         if shape(found.get(name)) != shape(wanted.get(name))
     )
     if wrong:
-        raise InputError(
-            "checkpoint", str(path), f"the tensors of this model; differing: {', '.join(wrong)}"
-        )
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(found[name])
-    if optimizer is not None:
-        restore_optimizer(model, optimizer, tensors)
-        torch.set_rng_state(tensors["random.cpu"])
-        if "random.cuda" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["random.cuda"])
-    return progress
+        accepted = f"the tensors of this model; differing: {', '.join(wrong)}"
+        raise InputError("checkpoint", str(path), accepted)
+
+
+def restore_random(tensors: dict[str, Tensor]) -> None:
+    """Set the random state to the saved one."""
+    torch.set_rng_state(tensors["random.cpu"])
+    if "random.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random.cuda"])
 
 
 def persistent_tensors(model: nn.Module) -> dict[str, Tensor]:
