@@ -362,7 +362,7 @@ def test_auto_leaves_plain_causal_attention_to_pytorch(monkeypatch):
     )
     places = torch.arange(T).repeat(ROWS, 1)
     attention(*qkv())
-    assert asked.pop() == "torch"
+    assert asked == []  # PyTorch's, whatever the kernels were measured at
     attention(*qkv(1))
     attention(*qkv(), window=3)
     attention(*qkv(), places, places)
