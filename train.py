@@ -93,6 +93,9 @@ def main(options: Options) -> None:
             if done.get("data", data.fingerprint) != data.fingerprint:
                 given = f"{options.data}: {data.fingerprint}"
                 raise InputError("data", given, f"what {run} was started with: {done['data']}")
+            if last_step < done["step"]:
+                accepted = f"{done['step']} or more, because {run} is at that step"
+                raise InputError("steps", last_step, accepted)
             forget_after(run, done["step"])
         elif options.tokenizer != "bytes":
             data.tokenizer.save(run)
@@ -110,6 +113,8 @@ def main(options: Options) -> None:
         print(f"data     {data.describe()}, {tokens_per_step} tokens a step")
         print(f"run      {run}, from step {step}, to {' or '.join(bounds)}", flush=True)
 
+        if step == last_step:
+            print("the run is at its bound; --steps continues it to a later step")
         bar_format = "{percentage:3.0f}% |{bar:20}| {elapsed}<{remaining} {postfix}"
         bar = tqdm(total=1.0, bar_format=bar_format, mininterval=0.5)
         start = time.perf_counter() - done["seconds"]

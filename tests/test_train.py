@@ -256,6 +256,12 @@ def test_a_run_resumed_with_other_bounds_keeps_them(tmp_path, monkeypatch, capsy
     for bounds in (["--steps", 6], []):
         run("--resume", "parts", *bounds, monkeypatch=monkeypatch)
         assert "to 6 steps" in capsys.readouterr().out
+    run("--resume", "parts", monkeypatch=monkeypatch)
+    assert "the run is at its bound" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run("--resume", "parts", "--steps", 5, monkeypatch=monkeypatch)
+    assert "steps: 5 is not accepted; accepted: 6 or more" in capsys.readouterr().err
+    assert json.loads(Path("parts/options.json").read_text())["steps"] == 6
 
 
 def test_a_run_with_other_layers_than_its_preset_is_called_custom(tmp_path, monkeypatch, capsys):

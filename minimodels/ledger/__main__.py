@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import minimodels.ledger as module
 from minimodels.command import parse_options, run_command
 from minimodels.errors import Count, check_types
 from minimodels.ledger import ledger
@@ -44,4 +43,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, lambda: parse_options(Options, module.__doc__))
+    run_command(main, lambda: parse_options(Options, __doc__))
