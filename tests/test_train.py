@@ -400,7 +400,7 @@ REFUSED = [
     (["--data", "empty"], "data: '0 bytes of training text'", "context + 1"),
     (["--data", "short"], "data: ", "context + 1"),
     (["--out", "taken"], "out: 'taken'", "a new or empty folder"),
-    (["--resume", "nowhere"], "resume: 'nowhere/options.json'", "a JSON object (no such file)"),
+    (["--resume", "nowhere"], "resume: 'nowhere'", "there is no such folder"),
     (["--device", "warp"], "device: 'warp'", "auto, cpu"),
     (["--impl", "triton", "--device", "cpu"], "impl: 'triton'", "auto, reference or torch"),
     (["--vocab", "100"], "vocab: 100", "256 or more"),

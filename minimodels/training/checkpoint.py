@@ -188,6 +188,8 @@ def load_model(run: str | Path) -> LM:
     """The trained model of a run, on the CPU, with its tokenizer. Raises
     InputError if there is none."""
     run = Path(run)
+    if not run.is_dir():
+        raise InputError("run", str(run), "the folder of a training run; there is no such folder")
     options = read_json(run / "options.json", "run")
     try:
         model = LM(Config(**options["config"]))

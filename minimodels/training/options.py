@@ -182,6 +182,10 @@ def parse_resumed(run: Path, description: str) -> Options:
 
 def read_options(run: Path) -> Options:
     """The options that a run was started with, or last resumed with."""
+    if not run.is_dir():
+        raise InputError(
+            "resume", str(run), "the folder of a training run; there is no such folder"
+        )
     saved = read_json(run / "options.json", "resume")
     try:
         return Options(**{**saved, "config": Config(**saved["config"]), "out": None, "resume": run})
