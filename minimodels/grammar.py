@@ -357,6 +357,8 @@ def set_options(
         if not found:
             raise InputError("set", setting, "LAYER.OPTION=VALUE, such as mamba.state_size=32")
         name, option, value = found.groups()
+        if re.search(r"\s\w+\.\w+\s*=", value):
+            raise InputError("set", setting, "one LAYER.OPTION=VALUE; repeat --set for another")
         read, *others = parse_call(f"{name}({option}={value})", "set").options
         if others:
             raise InputError("set", setting, "one option; --set is repeatable")

@@ -55,7 +55,7 @@ def parse(*arguments: str, monkeypatch) -> options.Options:
     "given, message",
     [
         (["--steps", "abc"], "steps: 'abc' is not accepted; accepted: a whole number"),
-        (["--steps", "0"], "steps: 0 is not accepted; accepted: 1 or more"),
+        (["--steps", "0"], "steps: 0 is not accepted; accepted: a whole number from 1"),
         (["--lr", "fast"], "lr: 'fast' is not accepted; accepted: a number above 0"),
         (
             ["--dtype", "float8"],

@@ -296,6 +296,7 @@ def test_missing_options_alone_are_set():
     [
         ("mamba", "LAYER.OPTION=VALUE, such as mamba.state_size=32"),
         ("mamba=3", "LAYER.OPTION=VALUE"),
+        ("attention.heads=8 mlp.width=64", "one LAYER.OPTION=VALUE; repeat --set"),
         ("mamba.state_size", "LAYER.OPTION=VALUE"),
         ("mamba.state_size=", "here a number, true, false or a word"),
         ("mamba.state_size=4, expand=1", "one option; --set is repeatable"),

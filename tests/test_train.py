@@ -406,7 +406,7 @@ REFUSED = [
     (["--vocab", "100"], "vocab: 100", "256 or more"),
     (["--schedule", "linear"], "schedule: 'linear'", "cosine, wsd, constant"),
     (["--dtype", "int8"], "dtype: 'int8'", "auto, float32, bfloat16"),
-    (["--steps", "0"], "steps: 0", "1 or more"),
+    (["--steps", "0"], "steps: 0", "a whole number from 1"),
     (["--tokens", "inf"], "tokens: inf", "above 0"),
     (["--out", "text/run"], "out: 'text/run'", "a folder that can be made"),
     (["--layers", "mlp*99999999"], "layers: 'mlp*99999999...'", "at most 10000 layers"),

@@ -55,7 +55,7 @@ class Options:
     cache: str = ""
     """folder for tokens and unpacked text; by default ~/.cache/minimodels"""
 
-    steps: Number | None = None
+    steps: Annotated[int, Range(1, 2**63 - 1, "a whole number from 1, below 2^63")] | None = None
     """bound: optimizer steps; 600 for tiny and 20,000 for small if no bound is given"""
     tokens: Positive | None = None
     """bound: training tokens"""
@@ -111,8 +111,6 @@ class Options:
 
     def __post_init__(self):
         check_types(self)
-        if self.steps == 0:
-            raise InputError("steps", self.steps, "1 or more")
         if not self.prompt:
             raise InputError("prompt", self.prompt, "at least one character")
 
