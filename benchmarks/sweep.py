@@ -14,9 +14,6 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from unittest.mock import patch
 
-from triton.runtime.autotuner import Autotuner
-from triton.runtime.jit import KernelInterface
-
 from .races import FIRST_CALLS, TOLERANCE, Race, distance, inputs_of, outcome, take_turns
 from .session import Job, Session
 
@@ -68,6 +65,10 @@ def sweep(this: Race, session: Session) -> None:
 @contextmanager
 def applied(module, setting: dict[str, object]) -> Iterator[None]:
     """The kernel file with other constants and launch options."""
+    # here, because the command that imports this file also runs without Triton
+    from triton.runtime.autotuner import Autotuner
+    from triton.runtime.jit import KernelInterface
+
     constants = {name: value for name, value in setting.items() if hasattr(module, name)}
     options = {name: value for name, value in setting.items() if name not in constants}
     kernels = [kernel for kernel in vars(module).values() if isinstance(kernel, KernelInterface)]
