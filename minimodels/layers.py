@@ -41,6 +41,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -209,7 +210,11 @@ def norm_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-NORMS = {"rms": RMSNorm, "layer": nn.LayerNorm}  # of the residual stream; one kind per model
+NORMS = {  # of the residual stream; one kind per model
+    "rms": RMSNorm,
+    "plain": partial(RMSNorm, learned=False),
+    "layer": nn.LayerNorm,
+}
 
 
 def make_norm(config: Config) -> nn.Module:
@@ -222,7 +227,8 @@ def norm_of_sum(
 ) -> tuple[Tensor, Tensor]:
     """norm(x + update), and x + update itself."""
     if isinstance(norm, RMSNorm):
-        return rmsnorm(x, norm.weight, norm.eps, update, impl)
+        weight = x.new_ones(norm.width) if norm.weight is None else norm.weight
+        return rmsnorm(x, weight, norm.eps, update, impl)
     x = x if update is None else x + update
     return norm(x), x
 

@@ -24,7 +24,7 @@ FIRST_VARIANTS = (  # of each test in these files the first variant alone
     "test_linear_scan",
     "test_mamba2",
     "test_packing_operations",
-    "test_published",
+    "test_published*",
     "test_retention",
     "test_short_convolution",
 )

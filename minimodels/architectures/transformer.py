@@ -68,9 +68,10 @@ class Attention(nn.Module):
         rope_scaling: Scaling = option(
             None, "slower angles for texts longer than those of training"
         )
-        qk_norm: Literal["none", "head", "full"] = option(
+        qk_norm: Literal["none", "head", "full", "plain"] = option(
             "none",
-            "RMSNorm on queries and keys: none, head (each head, Qwen3), full (all heads, OLMoE)",
+            "RMSNorm on queries and keys: none, head (each head, Qwen3), full (all heads, OLMoE) or plain "
+            "(each head, without weights, after the rotation, nanochat)",
         )
         bias: bool | Literal["qkv"] = option(
             False, "biases in the four projections, or qkv: in all but the last (Qwen2)"
@@ -122,8 +123,10 @@ class Attention(nn.Module):
         self.k = linear(D, kv_width, std, bool(options.bias))
         self.v = linear(D, kv_width, std, bool(options.bias))
         self.out = linear(q_width, D, std / config.depth**0.5, options.bias is True)
-        self.q_norm = self.k_norm = None
-        if options.qk_norm != "none":
+        self.q_norm = self.k_norm = self.turned_norm = None
+        if options.qk_norm == "plain":
+            self.turned_norm = RMSNorm(self.head_dim, config.norm_eps, learned=False)
+        elif options.qk_norm != "none":
             full = options.qk_norm == "full"
             self.q_norm = RMSNorm(q_width if full else self.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(kv_width if full else self.head_dim, config.norm_eps)
@@ -153,6 +156,8 @@ class Attention(nn.Module):
         if self.options.rope_base:
             angles = self.angles(turned, context.cache)
             q, k = rotate(q, *angles), rotate(k, *angles)
+        if self.turned_norm is not None:
+            q, k = self.turned_norm(q).to(v.dtype), self.turned_norm(k).to(v.dtype)
         if self.options.scale is not None:
             q = q * (self.options.scale * self.head_dim**0.5)
 
@@ -210,8 +215,8 @@ class SwiGLU(nn.Module):
             "hidden width; by default 8/3 of the model's, in steps of 32, without a gate 4 times it",
         )
         bias: bool = option(False, "biases in the projections")
-        activation: Literal["silu", "gelu", "clamped"] = option(
-            "silu", "silu (SwiGLU), gelu (GEGLU, Gemma) or clamped (gpt-oss)"
+        activation: Literal["silu", "gelu", "clamped", "relu2"] = option(
+            "silu", "silu (SwiGLU), gelu (GEGLU, Gemma), clamped (gpt-oss) or relu2 (nanochat)"
         )
         gated: bool = option(True, "whether a gate multiplies; false: W_out act(W_up x) (GPT-2)")
 

@@ -5,6 +5,7 @@ from minimodels.published import (
     deltanet,
     gemma,
     gpt2,
+    granite,
     jamba,
     kimi,
     lfm2,
@@ -12,6 +13,7 @@ from minimodels.published import (
     mamba,
     mamba2,
     mixtral,
+    nanochat,
     olmo,
 )
 
@@ -28,6 +30,8 @@ FAMILIES = {
     **lfm2.FAMILIES,
     **deltanet.FAMILIES,
     **kimi.FAMILIES,
+    **granite.FAMILIES,
+    **nanochat.FAMILIES,
 }
 
 REFUSED = {  # model_type -> what its models have that no Config can say

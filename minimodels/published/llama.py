@@ -92,6 +92,14 @@ DIFFERENTIAL = Role(
     none={option: ATTENTION.none[option] for option in ("kv_heads", "head_dim")},
 )
 
+GRANITE = (
+    *FIELDS,
+    Entry("embedding_scale", "embedding_multiplier", 1.0),
+    Entry("residual_scale", "residual_multiplier", 1.0),
+    Computed("logit_scale", "logits_scaling", 1.0, lambda x: 1 / x, lambda x: 1 / x),
+)
+GRANITE_ATTENTION = ATTENTION.having(Entry("scale", "attention_multiplier", 1.0))
+
 FAMILIES = {
     "llama": Family(
         "LlamaForCausalLM",
@@ -146,14 +154,9 @@ FAMILIES = {
     ),
     "granite": Family(
         "GraniteForCausalLM",
-        (
-            *FIELDS,
-            Entry("embedding_scale", "embedding_multiplier", 1.0),
-            Entry("residual_scale", "residual_multiplier", 1.0),
-            Computed("logit_scale", "logits_scaling", 1.0, lambda x: 1 / x, lambda x: 1 / x),
-        ),
+        GRANITE,
         {
-            "full": ATTENTION.having(Entry("scale", "attention_multiplier", 1.0)),
+            "full": GRANITE_ATTENTION,
             "dense": MLP.having(Entry("bias", "mlp_bias", False)),
         },
         (Always("full"), Always("dense")),

@@ -162,6 +162,20 @@ class Shaped(Changed):
         return tensor.flatten()
 
 
+class Swapped(Changed):
+    """The rows of heads with the halves of each head swapped, because the model rotates its pairs
+    the other way round: it computes (x2, -x1) where others compute (-x2, x1)."""
+
+    def __init__(self, stored_as: Mapping | str, heads: int):
+        super().__init__(stored_as)
+        self.heads = heads
+
+    def to_file(self, tensor: Tensor) -> Tensor:
+        return tensor.unflatten(0, (self.heads, 2, -1)).flip(1).flatten(0, 2)
+
+    from_file = to_file
+
+
 class Transposed(Changed):
     """Matrices with inputs before outputs."""
 
