@@ -53,8 +53,8 @@ PLAIN = {int: "a whole number", float: "a number", str: "text", bool: "true or f
 def check_types(given: Any) -> None:
     """Raise InputError unless each field of a dataclass has a value of its type.
 
-    It checks int, float (which accepts an int), str, bool, Literal, None, their unions, and the
-    ranges above.
+    It checks int, float (which accepts an int), str, bool, Literal, None, their unions, tuples of
+    them, and the ranges above.
     """
     hints = get_type_hints(type(given), include_extras=True)
     for field in fields(given):
@@ -79,6 +79,8 @@ def fits(value: object, hint: Any) -> bool:
         return any(type(value) is type(choice) and value == choice for choice in get_args(hint))
     if get_origin(hint) in (Union, types.UnionType):
         return any(fits(value, choice) for choice in get_args(hint))
+    if get_origin(hint) is tuple:  # of any length
+        return type(value) is tuple and all(fits(each, get_args(hint)[0]) for each in value)
     if hint is float:
         return type(value) in (int, float) and math.isfinite(value)
     if hint in (int, str, bool):
@@ -95,6 +97,8 @@ def describe(hint: Any) -> str:
         return ", ".join(map(str, get_args(hint)))
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(describe(choice) for choice in get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"numbers in brackets, each {describe(get_args(hint)[0])}"
     if hint is type(None):
         return "none"
     return PLAIN.get(hint, getattr(hint, "__name__", str(hint)))

@@ -32,6 +32,16 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_f
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 24, "beta_fast": 4.0,
         "mscale": 1.0, "mscale_all_dim": 0.7}  # fmt: skip
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
+
+
+def longrope(pairs: int) -> dict:
+    """Factors for so many pairs."""
+    short, long = ([at + 0.2 * pair for pair in range(pairs)] for at in (1.0, 3.0))
+    return {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": short, "long_factor": long,
+            "original_max_position_embeddings": 60}  # fmt: skip
+
+
 LATENT = {
     **HEADS, "num_key_value_heads": 4, "q_lora_rank": 10, "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4,
     "v_head_dim": 5, "n_routed_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
@@ -86,6 +96,8 @@ CASES = {  # model_type -> options of its configuration class
         HEADS,
         {**HEADS, "num_key_value_heads": 4, "sliding_window": 7, "partial_rotary_factor": 0.5, "tie_word_embeddings": True},
         {**HEADS, "num_key_value_heads": 1, "head_dim": 12, "num_hidden_layers": 3},
+        {**HEADS, "rope_parameters": longrope(2), "partial_rotary_factor": 0.5, "max_position_embeddings": 300,
+         "original_max_position_embeddings": 70},
     ],
     "olmo2": [
         HEADS,

@@ -99,7 +99,7 @@ REFUSED = [
     ("mlp*-1", "-1", "here a whole number of 1 or more", "-1"),
     ("attention(heads=2 window=5)", "window", 'here ")"', "window=5"),
     ("attention(heads=2, heads=4)", "heads", "here each option once", "heads=4"),
-    ("attention(window=)", ")", "here a number, true, false or a word", ")"),
+    ("attention(window=)", ")", "here a number, true, false, a word or numbers in brackets", ")"),
     ("attention(rope_scaling=linear(mlp))", "linear", "here options in the paren", "linear("),
     ("attention (heads=2)", "=", "here a layer", "=2"),  # a space: a group
     ("mlp a=mamba", "=", A_LAYER, "=mamba"),  # a definition comes first
@@ -209,7 +209,8 @@ VALUES = st.recursive(
     st.integers(-(10**17), 10**17)
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.booleans()
-    | NAMES,
+    | NAMES
+    | many(st.integers(-9, 9) | st.floats(allow_nan=False, allow_infinity=False)),
     lambda inner: st.builds(
         lambda name, options: Call(name, options=options), NAMES, options_of(inner, 1)
     ),
@@ -298,7 +299,7 @@ def test_missing_options_alone_are_set():
         ("mamba=3", "LAYER.OPTION=VALUE"),
         ("attention.heads=8 mlp.width=64", "one LAYER.OPTION=VALUE; repeat --set"),
         ("mamba.state_size", "LAYER.OPTION=VALUE"),
-        ("mamba.state_size=", "here a number, true, false or a word"),
+        ("mamba.state_size=", "here a number, true, false, a word or numbers in brackets"),
         ("mamba.state_size=4, expand=1", "one option; --set is repeatable"),
         ("mamba.state_size=4) mlp(width=8", "a name with options"),
         ("mamba.state_size=4)", "here a layer or the end"),

@@ -14,11 +14,15 @@ import torch
 from mixers import use_torch
 from peers import (
     CASES,
+    DYNAMIC,
+    HEADS,
     LLAMA3,
     WITH_KERNELS,
     V,
     distance,
     double,
+    longrope,
+    model_of,
     saved,
     text,
     theirs,
@@ -514,12 +518,40 @@ def test_a_window_that_is_not_told_is_what_the_class_has(name, entries, tmp_path
         "llama3(factor=8, high=4, low=1, context=8192)",
         "yarn(factor=3)",
         "yarn(factor=4, context=20, fast=8, slow=2, whole=false, attention_factor=1.1)",
+        "dynamic(factor=3, context=40)",
+        "longrope(short=[1.5, 2], long=[3, 4], context=50, attention=1.2)",
     ],
 )
 def test_rope_scaling_however_it_is_written(scaling, tmp_path):
     lm, tokens = LM(Config(width=16, layers=f"attention(rope_scaling={scaling}) mlp")), text()
     save_pretrained(lm, tmp_path / "a")
     torch.testing.assert_close(from_pretrained(tmp_path / "a")(tokens)[0], lm(tokens)[0])
+
+
+LONGER = {
+    "dynamic": {"rope_parameters": DYNAMIC, "max_position_embeddings": 20},
+    "longrope": {
+        "rope_parameters": longrope(4),
+        "original_max_position_embeddings": 20,
+        "max_position_embeddings": 80,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("llama", "dynamic"), ("llama", "longrope"), ("phi3", "longrope")]
+)
+def test_the_rotation_of_a_longer_text_is_a_setting(name, kind, tmp_path):
+    """It is that of the text's own length in the class. Without the setting the text is refused."""
+    model, tokens = model_of(name, {**HEADS, **LONGER[kind]}), text()
+    folder = saved(model, tmp_path / "a")
+    lm = from_pretrained(folder)
+    assert distance(lm(tokens[:, :20])[0], model(tokens[:, :20]).logits) < 1e-4
+    with pytest.raises(InputError, match="at most 20 tokens"):
+        lm(tokens)
+    longer = from_pretrained(folder, set=[f"attention.rope_scaling.length={tokens.shape[1]}"])
+    assert distance(longer(tokens)[0], model(tokens).logits) < 1e-4
+    assert distance(longer(tokens[:, :20])[0], lm(tokens[:, :20])[0]) > 1e-2
 
 
 def test_a_loaded_model_trains_like_one_made_here(tmp_path):
@@ -564,7 +596,13 @@ def test_what_no_family_expresses_says_why(tmp_path):
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("llama", {"auto_map": {"AutoModel": "code.Model"}}, "auto_map"),
         ("llama", {"attention_dropout": 0.1}, "attention_dropout: 0.1"),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type: 'dynamic' .* default, linear"),
+        ("llama", {"rope_parameters": {"rope_type": "proportional"}}, "rope_type: 'proportional' .* default, linear"),
+        ("llama", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
+         "rope_parameters: '1 and 1 factors' .* 4 in each list"),
+        ("llama", {"rope_parameters": {"rope_type": "longrope", "short_factor": ["1"], "long_factor": [2.0]}},
+         "rope_parameters short"),
+        ("phi3", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type: 'yarn' .* default, longrope"),
+        ("smollm3", {"layer_types": ["sliding_attention"] * 5, "sliding_window": 3}, "use_sliding_window"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta": 1}}, "beta"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": "2"}}, "rope_parameters factor: '2'"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": -2}}, "rope_parameters factor: -2"),

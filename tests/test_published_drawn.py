@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mixers import use_torch
 from peers import (
     CASES,
+    DYNAMIC,
     LINEAR,
     LLAMA3,
     WITH_KERNELS,
@@ -21,6 +22,7 @@ from peers import (
     T,
     distance,
     double,
+    longrope,
     model_of,
     saved,
     text,
@@ -59,14 +61,28 @@ BOTH = [True, False]
 SWA = each_block("sliding_attention", "full_attention")
 EPSILON = {"rms_norm_eps": [1e-6, 1e-2]}
 TURNED = {"rope_type": "default", "rope_theta": 77.0}
-ROPES = {"rope_parameters": [LINEAR, YARN, LLAMA3, TURNED]}
+
+
+def longropes(drawn: dict) -> list[dict]:
+    """longrope for the rotated part of a head."""
+    usual = drawn["hidden_size"] // drawn["num_attention_heads"]
+    rotated = drawn.get("qk_rope_head_dim") or drawn.get("head_dim") or usual
+    fraction = drawn.get("partial_rotary_factor", 1.0)
+    return [longrope(int(rotated * fraction) // 2)]
+
+
+def ropes(drawn: dict) -> list[dict]:
+    return [LINEAR, YARN, LLAMA3, TURNED, DYNAMIC, *longropes(drawn)]
+
+
 STREAM = {
     "hidden_size": [24, 32, 40], "num_hidden_layers": [1, 2, 4], "intermediate_size": [8, 33],
     "tie_word_embeddings": BOTH, **EPSILON,
 }  # fmt: skip
 GROUPED = {"num_attention_heads": [2, 4], "num_key_value_heads": [1, 2]}
+ROPES = {"rope_parameters": ropes}
 WHOLE = {**STREAM, **GROUPED, **ROPES}
-DECODERS = {**WHOLE, "head_dim": [4, 8, 12]}
+DECODERS = {"head_dim": [4, 8, 12], **WHOLE}
 BIASED = {"attention_bias": BOTH}
 BIASED_MLP = {"mlp_bias": BOTH}
 WINDOWS = {"sliding_window": [1, 4, 20, 50]}
@@ -98,7 +114,7 @@ LATENTS = {
     "moe_intermediate_size": [8, 20],
 }  # fmt: skip
 DEEPSEEK = {
-    **STREAM, **ROPES, **BIASED, **LATENTS, "n_shared_experts": [1, 2], "routed_scaling_factor": [0.5, 2.0],
+    **STREAM, **LATENTS, **ROPES, **BIASED, "n_shared_experts": [1, 2], "routed_scaling_factor": [0.5, 2.0],
 }  # fmt: skip
 MAMBA = {
     "hidden_size": [16, 30], "num_hidden_layers": [1, 3], "state_size": [1, 5], "expand": [1, 2], "conv_kernel": [2, 4],
@@ -127,8 +143,8 @@ SPACES: dict[str, dict[str, Values]] = {  # model_type -> entry -> values
     "qwen2": {**DECODERS, **SWITCHED},
     "smollm3": {**DECODERS, **BIASED, **BIASED_MLP, **LISTED, "use_sliding_window": BOTH,
                 "no_rope_layer_interval": [1, 2, 3], "no_rope_layers": each_block(1, 0, 0)},
-    "phi3": {**DECODERS, "sliding_window": [None, 1, 20], "rope_parameters": [TURNED],
-             "partial_rotary_factor": [0.5, 1.0], "head_dim": [8, 16]},
+    "phi3": {"partial_rotary_factor": [0.5, 1.0], **DECODERS, "head_dim": [8, 16], "sliding_window": [None, 1, 20],
+             "rope_parameters": lambda drawn: [TURNED, *longropes(drawn)], "original_max_position_embeddings": [50, 90]},
     "olmo2": {**DECODERS, **BIASED},
     "olmo3": {**DECODERS, **BIASED, **LISTED, **NESTED},
     "granite": {**DECODERS, **BIASED, **BIASED_MLP, **MULTIPLIERS},

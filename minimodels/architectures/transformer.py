@@ -115,8 +115,8 @@ class Attention(nn.Module):
         self.options, self.impl = options, config.impl
         self.heads, self.kv_heads = options.heads, options.kv_heads or options.heads
         self.head_dim = options.head_dim or config.width // options.heads
-        self.window, self.scaling = options.window, scaling_text(options.rope_scaling)
-        self.rotated = options.rotated(config.width)
+        self.window, self.rotated = options.window, options.rotated(config.width)
+        self.scaling = scaling_text(options.rope_scaling, self.rotated)
         q_width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
         D, std = config.width, config.init_std
         self.q = linear(D, q_width, std, bool(options.bias))
