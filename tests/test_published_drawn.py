@@ -187,8 +187,9 @@ SPACES: dict[str, dict[str, Values]] = {  # model_type -> entry -> values
                     "mlp_layer_types": each_block("dense", "sparse"), "routed_scaling_factor": [0.5, 2.0],
                     "num_experts": [8, 12], "num_experts_per_token": [2, 3], "num_shared_experts": [1, 2],
                     "num_expert_group": [1, 2],
-                    "topk_group": lambda drawn: [*range(1, drawn["num_expert_group"] + 1)]},
-    "lfm2": {**{entry: values for entry, values in WHOLE.items() if entry not in EPSILON}, "num_hidden_layers": [2, 4], "norm_eps": [1e-6, 1e-2], "conv_bias": BOTH,
+                    "topk_group": lambda drawn: [*range(1, drawn.get("num_expert_group", 1) + 1)]},
+    "lfm2": {**{entry: values for entry, values in WHOLE.items() if entry not in EPSILON},
+             "num_hidden_layers": [2, 4], "norm_eps": [1e-6, 1e-2], "conv_bias": BOTH,
              "conv_L_cache": [1, 3, 5], "layer_types": each_block("conv", "full_attention"),
              "full_attn_idxs": [[0], [1, 2], [0, 1]], "block_multiple_of": [3, 16], "block_ffn_dim_multiplier": [0.7, 2],
              "block_auto_adjust_ff_dim": BOTH},
@@ -198,6 +199,9 @@ SPACES: dict[str, dict[str, Values]] = {  # model_type -> entry -> values
 }  # fmt: skip
 
 
+AS_IT_IS = object()
+
+
 @st.composite
 def configurations(draw, name: str) -> dict:
     """A configuration of a family: its first case with some entries drawn. What the class itself refuses is no example."""
@@ -205,10 +209,9 @@ def configurations(draw, name: str) -> dict:
     drawn.pop("output_router_logits", None)
     for entry, values in SPACES[name].items():
         values = values(drawn) if callable(values) else values
-        kept = [drawn[entry]] if entry in drawn else []
-        drawn[entry] = draw(
-            st.sampled_from([*values, *(each for each in kept if each not in values)])
-        )
+        chosen = draw(st.sampled_from([*values, AS_IT_IS]))
+        if chosen is not AS_IT_IS:
+            drawn[entry] = chosen
     return drawn
 
 

@@ -99,8 +99,8 @@ def read_config(
     text = read_layers(given, family, shared)
     if not is_packed(given.get("quantization_config")):
         require(given, "quantization_config", None)
-    for name, accepted in NEUTRAL.items():
-        if name not in given.asked:
+    for name, accepted in {**NEUTRAL, "head_dim": usual_head(given, shared.width)}.items():
+        if name not in given.asked and name not in family.idle:
             require(given, name, accepted)
     settings_of_roles = [each for role in family.roles.values() for each in role.settings]
     spoken = {name for setting in settings_of_roles for name in setting.names}  # in other models
@@ -116,6 +116,12 @@ def read_config(
     check_layers(config, family)
     text = set_options(config.layers, tuple(settings))
     return replace(config, **{"layers": text, **(overrides or {})})
+
+
+def usual_head(entries: Entries, width: int) -> int | None:
+    """The width of a head if no entry says it; None if there are no heads."""
+    heads = dict.get(entries, "num_attention_heads")  # which does not make the entry a known one
+    return width // heads if type(heads) is int and heads > 0 else None
 
 
 def require(entries: Entries, name: str, accepted: object) -> None:
