@@ -99,15 +99,17 @@ def read_config(
     text = read_layers(given, family, shared)
     if not is_packed(given.get("quantization_config")):
         require(given, "quantization_config", None)
-    for name, accepted in {**NEUTRAL, "head_dim": usual_head(given, shared.width)}.items():
-        if name not in given.asked and name not in family.idle:
+    for name, accepted in NEUTRAL.items():
+        if name not in given.asked:
             require(given, name, accepted)
     settings_of_roles = [each for role in family.roles.values() for each in role.settings]
     spoken = {name for setting in settings_of_roles for name in setting.names}  # in other models
     unknown = {
         name: value
         for name, value in given.items()
-        if name not in {*given.asked, *spoken, *family.idle} and not is_idle(name, value)
+        if name not in {*given.asked, *spoken, *family.idle}
+        if not is_idle(name, value)
+        if name != "head_dim" or value != usual_head(given, shared.width)
     }
     if unknown:
         accepted = "entries known for this model_type, or named in `ignore` to be left out"
@@ -119,8 +121,8 @@ def read_config(
 
 
 def usual_head(entries: Entries, width: int) -> int | None:
-    """The width of a head if no entry says it; None if there are no heads."""
-    heads = dict.get(entries, "num_attention_heads")  # which does not make the entry a known one
+    """The width of a head if head_dim does not say it; None if there are no heads."""
+    heads = dict.get(entries, "num_attention_heads")  # does not count as asked
     return width // heads if type(heads) is int and heads > 0 else None
 
 
