@@ -284,7 +284,7 @@ def model_of(name: str, options: dict):
     torch.manual_seed(0)
     no_special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     options = copy.deepcopy(options)  # some classes write into rope_parameters
-    config = transformers.AutoConfig.for_model(name, **options, **no_special)
+    config = transformers.AutoConfig.for_model(name, **{**options, **no_special})
     config._experts_implementation = "eager"  # the only one that computes in fp64
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():

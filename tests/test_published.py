@@ -879,6 +879,18 @@ def test_kimi_linear_as_it_is_published(tmp_path):
             from_pretrained(folder)
 
 
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_a_text_continued_without_positions_goes_on_where_it_ended(number, tmp_path):
+    """Bamba's class begins at position 0 again unless it is given positions."""
+    model, tokens = double(theirs("bamba", number)), text()
+    lm, later = from_pretrained(saved(model, tmp_path / "a")), torch.arange(20, 21).unsqueeze(0)
+    with torch.no_grad(), without_casts_to_single():
+        cache = model(tokens[:, :20], use_cache=True).cache
+        expected = model(tokens[:, 20:21], cache=cache, position_ids=later).logits
+    _, state = lm(tokens[:, :20])
+    assert distance(lm(tokens[:, 20:21], state)[0], expected) < 1e-9
+
+
 def test_sections_of_angles_change_nothing_in_a_text(tmp_path):
     folder, tokens = saved(theirs("qwen3_5_text", 1), tmp_path / "a"), text()
     expected, _ = from_pretrained(folder)(tokens)

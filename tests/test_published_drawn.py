@@ -1,6 +1,7 @@
 """Published models in configurations that nobody chose: every family has a space of entries, from
 which hypothesis draws. Three are drawn of each family; MINIMODELS_DRAWN=40 draws 40 others."""
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from peers import (
 )
 
 from minimodels import InputError, from_pretrained, save_pretrained
-from minimodels.published.config_json import NEUTRAL, is_idle
+from minimodels.published.config_json import NEUTRAL, is_idle, read_config
 from minimodels.published.families import FAMILIES
 
 from huggingface_hub.errors import StrictDataclassError  # isort: skip
@@ -230,6 +231,50 @@ def test_every_entry_of_a_class_is_drawn_or_has_one_value(name):
         assert entry in tried | passed or is_idle(entry, each.default), entry
 
 
+# what a class accepts, although its parts then disagree: refused here
+CONTRADICTIONS = {"smollm3": "use_sliding_window"}
+REFUSALS = (  # what classes raise for configurations that they do not accept
+    ValueError, RuntimeError, TypeError, KeyError, ZeroDivisionError, AttributeError, StrictDataclassError,
+)  # fmt: skip
+# about the form of the class's output, not about its numbers
+FORM = {
+    "return_dict",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "use_cache",
+}
+
+
+def another(value: object) -> object:
+    """Another value of the same type, or the same if there is none at hand."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    return value / 2 + 0.1 if isinstance(value, float) else value
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_an_entry_that_changes_nothing_here_changes_nothing_in_the_class(name, monkeypatch):
+    """Every entry is changed in turn. Those at which we read the same model are then changed together."""
+    use_torch(monkeypatch, *WITH_KERNELS)
+    model, tokens, family = model_of(name, CASES[name][0]), text(), FAMILIES[name]
+    entries = model.config.to_dict()
+    told, ignored = read_config(entries, family), {}
+    del entries["model_type"]
+    for entry, value in entries.items():
+        changed = {**entries, entry: another(value)}
+        with contextlib.suppress(InputError, *REFUSALS):  # by us or by the class
+            if changed != entries and read_config(changed, family) == told and entry not in FORM:
+                transformers.AutoConfig.for_model(name, **changed)
+                ignored[entry] = changed[entry]
+    again = model_of(name, {**entries, **ignored})
+    again.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert distance(again(tokens).logits, model(tokens).logits) < 1e-4, ignored
+
+
 @pytest.mark.parametrize("name", SPACES)
 @given(data=st.data())
 @settings(
@@ -261,6 +306,8 @@ def test_drawn_configurations(name, data):
         with torch.no_grad():
             logits, _ = lm(tokens)
             assert distance(logits, expected) < 1e-8
+            begun, state = lm(tokens[:, :20])
+            assert distance(torch.cat((begun, lm(tokens[:, 20:], state)[0]), dim=1), logits) < 1e-8
             save_pretrained(lm, ours)
             again = from_pretrained(ours)
             assert again.config == lm.config
@@ -269,10 +316,3 @@ def test_drawn_configurations(name, data):
                 ours, dtype=torch.float32, experts_implementation="eager"
             )
             assert distance(logits, back(tokens).logits) < 1e-3
-
-
-# what a class accepts, although its parts then disagree: refused here
-CONTRADICTIONS = {"smollm3": "use_sliding_window"}
-REFUSALS = (  # what classes raise for configurations that they do not accept
-    ValueError, RuntimeError, TypeError, KeyError, ZeroDivisionError, AttributeError, StrictDataclassError,
-)  # fmt: skip

@@ -33,13 +33,14 @@ NEUTRAL = {  # entries of any family -> the value at which they change nothing
 }  # fmt: skip
 
 IDLE = re.compile(  # entries without influence on what a model computes, by their subject
-    r"_.*|.*version.*|unsloth.*|transformers\..*|architectures|model_type|is_llama_config|task_specific_params"  # who wrote it
-    r"|(torch_)?dtype|use_cache|output_(?!.*scale).*|return_dict.*|torchscript|pretraining_tp|use_bfloat16"  # how it is run
+    r"_.*|.*_version|unsloth_.*|transformers\..*|architectures|model_type|is_llama_config|task_specific_params"  # who wrote it
+    r"|(torch_)?dtype|use_cache|return_dict.*|torchscript|pretraining_tp|use_bfloat16"  # how it is run
+    r"|output_(attentions|hidden_states|router_logits|scores|past)"
     r"|(.*_)?tokens?_ids?|tokenizer_class|prefix|max_position_embeddings"  # the text
     r"|initializer_.*|router_aux_loss_coef|problem_type|(.*_)?loss_type|finetuning_task"  # training
     r"|id2label|label2id|num_labels|pruned_heads|chunk_size_feed_forward|tie_encoder_decoder|cross_attention_hidden_size"
     r"|(max|min)_(new_tokens|length)|do_sample|temperature|top_[kp]|typical_p|.*_penalty|num_beam.*|num_return_sequences"
-    r"|early_stopping|.*ngram_size|bad_words_ids|remove_invalid_values|suppress_tokens|begin_suppress_tokens|tf_legacy_loss"
+    r"|early_stopping|(.*_)?no_repeat_ngram_size|bad_words_ids|remove_invalid_values|suppress_tokens|begin_suppress_tokens|tf_legacy_loss"
 )
 
 
