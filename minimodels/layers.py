@@ -42,7 +42,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,7 @@ from torch import Tensor, nn
 from minimodels.config import IMPLS, Config
 from minimodels.errors import InputError
 from minimodels.kernels import FASTER, require
+from minimodels.options import option
 
 
 class Place(NamedTuple):
@@ -292,8 +293,17 @@ class Sandwich(nn.Module):
         return x, scaled(self.after(update), self.scale), state
 
 
-# how a layer is added to the residual stream; one kind per model
+# how a layer is added to the residual stream
 RESIDUALS = {"pre_norm": PreNorm, "post_norm": PostNorm, "sandwich": Sandwich}
+
+
+@dataclass(frozen=True)
+class Joint:
+    """The options that every layer has besides its own: how it is added to the residual stream."""
+
+    residual: Literal["pre_norm", "post_norm", "sandwich"] | None = option(
+        None, "where the layer's norm is: before it, after it or both; by default as in the model"
+    )
 
 
 class Stack(nn.ModuleList):

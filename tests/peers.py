@@ -11,6 +11,7 @@ transformers = pytest.importorskip(
     "transformers", minversion="5", reason="the proof against transformers needs transformers >= 5"
 )
 from transformers.models.kimi_linear import modeling_kimi_linear  # noqa: E402
+from transformers.models.olmo_hybrid import modeling_olmo_hybrid  # noqa: E402
 from transformers.models.qwen3_5 import modeling_qwen3_5  # noqa: E402
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe  # noqa: E402
 from transformers.models.qwen3_next import modeling_qwen3_next  # noqa: E402
@@ -19,7 +20,13 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 # whose kernels, if they are installed, want a GPU
-WITH_KERNELS = (modeling_qwen3_5, modeling_qwen3_5_moe, modeling_qwen3_next, modeling_kimi_linear)
+WITH_KERNELS = (
+    modeling_olmo_hybrid,
+    modeling_qwen3_5,
+    modeling_qwen3_5_moe,
+    modeling_qwen3_next,
+    modeling_kimi_linear,
+)
 
 V, T = 67, 37
 
@@ -50,6 +57,11 @@ SSD = {**SIZE, "head_dim": 8, "state_size": 6, "chunk_size": 8}
 DELTA = {
     **HEADS, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 5,
 }  # fmt: skip
+EVEN_DELTA = {
+    **DELTA,
+    "linear_num_key_heads": 4,
+    "linear_value_head_dim": 6,
+}  # the class cuts its weights in thirds
 HYBRID = {"mamba_n_heads": 4, "mamba_d_state": 6, "mamba_chunk_size": 8}
 KIMI = {
     **LATENT, "q_lora_rank": None, "linear_num_heads": 3, "linear_head_dim": 6, "num_experts": 6, "num_experts_per_token": 2,
@@ -231,6 +243,13 @@ CASES = {  # model_type -> options of its configuration class
          "mamba_conv_bias": False, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
         {**HEADS, **HYBRID, "use_cache": False, "mamba_d_conv": 3, "time_step_limit": [0.6, 0.9]},
         {**HEADS, **HYBRID, "attn_layer_indices": [0], "rms_norm_eps": 1e-3, "rope_parameters": LINEAR, "mamba_n_heads": 8},
+    ],
+    "olmo_hybrid": [
+        {**EVEN_DELTA, "layer_types": ["linear_attention", "full_attention"]},
+        {**EVEN_DELTA, "num_hidden_layers": 3, "layer_types": ["full_attention", "linear_attention", "full_attention"],
+         "rope_parameters": {"rope_type": "default", "rope_theta": None}, "linear_allow_neg_eigval": False,
+         "attention_bias": True, "tie_word_embeddings": True, "rms_norm_eps": 1e-3},
+        {**EVEN_DELTA, "num_hidden_layers": 5, "linear_conv_kernel_dim": 3, "rope_parameters": LLAMA3},
     ],
     "granitemoehybrid": [
         {**HEADS, **HYBRID, "num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"],

@@ -376,6 +376,11 @@ MADE_WITH = [
     ("(attention(head_dim=6, softcap=9.0) mlp(activation=gelu))*2",
      {"residual": "sandwich", "embedding_scale": 32**0.5, "logit_softcap": 7.0}, "gemma2"),
     (GPT2, {"norm": "layer"}, "gpt2"),
+    ("delta=deltanet(gate=scalar, output_gate=silu, beta_max=2, norm_eps=1e-5, head_dim=4, value_dim=12)"
+     " (delta mlp)*2 attention(qk_norm=full, residual=post_norm) mlp(residual=post_norm)", {}, "olmo_hybrid"),
+    ("(attention(qk_norm=plain) mlp(gated=false, activation=relu2))*2",
+     {"norm": "plain", "embedding_norm": True, "logit_softcap": 9.0}, "nanochat"),
+    ("mamba2 mlp attention(rope_base=0, scale=0.3) mlp", {"logit_scale": 0.5}, "granitemoehybrid"),
     ("a=deltanet(gate=vector, output_gate=sigmoid, output_rank=head) b=latent_attention(rope_base=0) c=mlp(width=40)"
      " (a c)*2 b moe(router=sigmoid_bias, shared_experts=1)", {"tie_embeddings": False}, "kimi_linear"),
 ]  # fmt: skip
@@ -635,7 +640,6 @@ def test_what_no_family_expresses_says_why(tmp_path):
         ("llama", {"rope_parameters": {"rope_type": ["default"]}}, "rope_type"),
         ("llama", {"vocab_size": 10**30}, "vocab_size"),
         ("llama", {"model_type": "minimax"}, "'minimax' .* MiniMax adds to what the norm gives"),
-        ("llama", {"model_type": "olmo_hybrid"}, "'olmo_hybrid' .* before the delta rule but behind attention"),
         ("mamba2", {"time_step_limit": [0.1]}, "time_step_limit"),
         ("mamba2", {"time_step_limit": [0.1, "many"]}, "time_step_limit"),
         ("mamba2", {"time_step_limit": [0.5, 0.1]}, "time_step_limit: 0.1 .* at least step_min"),

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from minimodels.architectures.registry import LAYERS, build
+from minimodels.architectures.registry import build, read_call
 from minimodels.config import Config
 from minimodels.errors import InputError, nearest
 from minimodels.files import read_json
 from minimodels.grammar import MOST_LAYERS, Call, Option, set_options
-from minimodels.options import read_options
+from minimodels.layers import Joint
 from minimodels.published.entries import Entries
 from minimodels.published.families import FAMILIES, HINTS
 from minimodels.published.family import Family, Role, Setting, entry_of
@@ -154,8 +154,10 @@ def read_layers(entries: Entries, family: Family, shared: Config) -> str:
     for name in dict.fromkeys(names):
         role = family.roles[name]
         values = read_settings(entries, role.settings)
-        options = read_role(role, values)
-        calls[name] = call_of(role.layer, options, meaning_of_none(role, options, shared))
+        options, joint = read_role(role, values)
+        call = call_of(role.layer, options, meaning_of_none(role, options, shared))
+        joined = call_of(role.layer, joint, {"residual": shared.residual}).options
+        calls[name] = replace(call, options=(*call.options, *joined))
     return write_layers([(name, calls[name]) for name in names])
 
 
@@ -167,11 +169,11 @@ def read_settings(entries: Entries, settings: tuple[Setting, ...]) -> dict[str, 
     return values
 
 
-def read_role(role: Role, values: dict[str, object]) -> Any:
-    """The options of a layer, as its dataclass."""
+def read_role(role: Role, values: dict[str, object]) -> tuple[Any, Joint]:
+    """The options of a layer, and those that every layer has."""
     given = [Option(name, "none" if value is None else value) for name, value in values.items()]
     try:
-        return read_options(LAYERS[role.layer].Options, Call(role.layer, options=tuple(given)), "")
+        return read_call(Call(role.layer, options=tuple(given)), "")
     except InputError as error:
         raise of_entry(error, role, values) from None
 
@@ -266,11 +268,12 @@ def assign(config: Config, family: Family) -> list[tuple[str, dict[str, Any]]]:
         roles = [name for name in names if family.roles[name].layer == call.name]
         if not roles or call.shared:
             raise InputError("layers", call.name, ", ".join(names))
-        options = read_options(LAYERS[call.name].Options, call, config.layers)
+        options, joint = read_call(call, config.layers)
         none = meaning_of_none(family.roles[roles[0]], options, config)
+        none["residual"] = config.residual
         values = {
             name: none.get(name) if value is None else value
-            for name, value in vars(options).items()
+            for name, value in {**vars(options), **vars(joint)}.items()
         }
         found.append((min(roles, key=lambda name: misfits(family.roles[name], values)), values))
     return found

@@ -15,6 +15,7 @@ from minimodels.published import (
     mixtral,
     nanochat,
     olmo,
+    olmo_hybrid,
 )
 
 FAMILIES = {
@@ -32,11 +33,11 @@ FAMILIES = {
     **kimi.FAMILIES,
     **granite.FAMILIES,
     **nanochat.FAMILIES,
+    **olmo_hybrid.FAMILIES,
 }
 
 REFUSED = {  # model_type -> what its models have that no Config can say
     "minimax": "a family whose layers add to what comes before their norm; MiniMax adds to what the norm gives",
-    "olmo_hybrid": "a family whose norms have one place; OLMo-Hybrid's are before the delta rule but behind attention",
 }
 
 

@@ -100,20 +100,23 @@ class ByHead:
 
 @dataclass(frozen=True)
 class Apart:
-    """One part as several tensors of one size, each with its letter instead of "*"."""
+    """One part as several tensors, each with its letter instead of "*"; of one size unless `sizes` says it."""
 
     name: str
     letters: str
+    sizes: tuple[int, ...] = ()
+
+    def parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        return tensor.split(self.sizes) if self.sizes else tensor.chunk(len(self.letters))
 
     def write(self, name: str, tensors: list[Tensor]) -> dict[str, Tensor]:
-        parts = tensors[0].chunk(len(self.letters))
         return {
             name.replace("*", letter): part
-            for letter, part in zip(self.letters, parts, strict=True)
+            for letter, part in zip(self.letters, self.parts(tensors[0]), strict=True)
         }
 
     def read(self, name: str, stored: Callable[[str], Tensor], tensors: list[Tensor]) -> None:
-        for letter, part in zip(self.letters, tensors[0].chunk(len(self.letters)), strict=True):
+        for letter, part in zip(self.letters, self.parts(tensors[0]), strict=True):
             part.copy_(stored(name.replace("*", letter)))
 
 
