@@ -12,7 +12,7 @@
     definition := name ("=" | ":=") item
     item   := (name [ "(" [item+] [","] [options] ")" ] | "(" item+ ")") [ "*" count ]
     options := name "=" value ("," name "=" value)*
-    value  := number | true | false | word [ "(" options ")" ] | "[" number ("," number)* "]"
+    value  := number | true | false | word [ "(" options ")" ] | "[" numbers "]"
 
 A parenthesis directly after a name opens its arguments. A parenthesis after a space opens a group.
 `parse` reads a text into a Program, `write` writes it as text again, and `expand` lists the layers
@@ -235,12 +235,14 @@ class Reader:
         return int(text) if re.fullmatch(r"[+-]?\d{1,18}", text) else float(text)
 
     def numbers(self) -> tuple[int | float, ...]:
-        """Read numbers in brackets."""
+        """Read numbers in brackets, separated by commas."""
         self.take("[")
-        found = [self.number()]
-        while self.now.text == ",":
-            self.take()
+        found = []
+        while self.now.text != "]":
             found.append(self.number())
+            if self.now.text != ",":
+                break
+            self.take()
         self.take("]")
         return tuple(found)
 

@@ -8,7 +8,7 @@ The product of a rotated query and a rotated key then depends only on the distan
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Annotated
 
@@ -135,8 +135,8 @@ class LongRope:
     """Every frequency divided by a factor of its own, with one set of factors for texts up to
     `context` and another for longer ones (arXiv:2402.13753)."""
 
-    short: tuple[Positive, ...] = field(metadata={"help": "a factor for each pair, short texts"})
-    long: tuple[Positive, ...] = field(metadata={"help": "a factor for each pair, long texts"})
+    short: tuple[Positive, ...] = option((), "a factor for each pair in short texts; by default 1")
+    long: tuple[Positive, ...] = option((), "a factor for each pair in long texts; by default 1")
     context: Count = option(4096, "tokens of context in training")
     attention: Positive = option(1.0, "factor on queries and keys")
     length: Count | None = option(None, LENGTH)
@@ -147,9 +147,9 @@ class LongRope:
 
     def frequencies(self, periods: Tensor, base: float) -> Tensor:
         factors = self.long if self.longest > self.context else self.short
-        return (
-            torch.tensor(factors, dtype=torch.float32, device=periods.device) * periods
-        ).reciprocal()
+        if not factors:
+            return periods.reciprocal()
+        return (torch.tensor(factors, device=periods.device) * periods).reciprocal()
 
 
 SCALINGS = {
@@ -228,7 +228,7 @@ def scaling_text(scaling: Kind | None, rotated: int) -> str:
     if scaling is None:
         return ""
     pairs = rotated // 2
-    if isinstance(scaling, LongRope) and {len(scaling.short), len(scaling.long)} != {pairs}:
+    if isinstance(scaling, LongRope) and not {len(scaling.short), len(scaling.long)} <= {0, pairs}:
         given = f"{len(scaling.short)} and {len(scaling.long)} factors"
         raise InputError("rope_scaling", given, f"{pairs} in each list, one for each rotated pair")
     name = next(name for name, kind in SCALINGS.items() if isinstance(scaling, kind))

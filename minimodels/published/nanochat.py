@@ -5,6 +5,8 @@ Its pairs turn the other way round.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from minimodels.published.entries import Entry, Fixed
 from minimodels.published.family import Family
 from minimodels.published.llama import ATTENTION, DECODER, FIELDS, MLP
@@ -27,9 +29,12 @@ FAMILIES = {
                 q=lambda layer: Swapped("self_attn.q_proj", layer.heads),
                 k=lambda layer: Swapped("self_attn.k_proj", layer.kv_heads),
             ).norms(),
-            "dense": MLP.having(Fixed(gated=False, activation="relu2"))
-            .storing({"up": "mlp.fc1", "out": "mlp.fc2"})
-            .norms(),
+            "dense": replace(
+                MLP.having(Fixed(gated=False, activation="relu2")),
+                parts={"up": "mlp.fc1", "out": "mlp.fc2"},
+                residual={},
+                none={"width": lambda options, config: 4 * config.width},
+            ),
         },
         (Always("full"), Always("dense")),
         only={"hidden_act": "relu2"},

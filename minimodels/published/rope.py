@@ -123,7 +123,7 @@ class Rope:
             **(older if self.scaled else {}),
             **newer,
         }
-        return {name: value for name, value in rope.items() if value is not None}
+        return {name: value for name, value in rope.items() if value not in (None, [], ())}
 
     def write(self, values: dict[str, Any]) -> dict[str, object]:
         scaling = values["rope_scaling"]
