@@ -12,7 +12,8 @@
     definition := name ("=" | ":=") item
     item   := (name [ "(" [item+] [","] [options] ")" ] | "(" item+ ")") [ "*" count ]
     options := name "=" value ("," name "=" value)*
-    value  := number | true | false | word [ "(" options ")" ] | "[" numbers "]"
+    value  := number | true | false | word [ "(" options ")" ] | "[" [numbers] "]"
+    numbers := number ("," number)*
 
 A parenthesis directly after a name opens its arguments. A parenthesis after a space opens a group.
 `parse` reads a text into a Program, `write` writes it as text again, and `expand` lists the layers

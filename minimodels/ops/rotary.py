@@ -149,7 +149,9 @@ class LongRope:
         factors = self.long if self.longest > self.context else self.short
         if not factors:
             return periods.reciprocal()
-        return (torch.tensor(factors, device=periods.device) * periods).reciprocal()
+        return (
+            torch.tensor(factors, dtype=periods.dtype, device=periods.device) * periods
+        ).reciprocal()
 
 
 SCALINGS = {
