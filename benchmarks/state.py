@@ -67,8 +67,8 @@ def tracking(small: bool) -> Claim:
             x_log=True,
         )
         for task, label in (
-            ("parity", "parities right, by chance 1/2"),
-            ("s3", "permutations right, by chance 1/6"),
+            ("parity", "parities right"),
+            ("s3", "permutations right"),
         )
     ]
     return Claim(
@@ -167,7 +167,7 @@ def mixers(small: bool) -> Claim:
     }
     runs = [
         Run(
-            f"{name}, rate {rate}",
+            name,
             Config(layers=layers, width=width),
             task,
             context,
