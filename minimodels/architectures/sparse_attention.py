@@ -24,6 +24,14 @@ makes it the sparse stage; the parameters are the same.
 
 A ReLU makes scores of exactly zero, so many keys may be equally good. The latest of them are
 chosen. Without such a rule, a token that is decoded could see other keys than in training.
+
+At 4096 tokens, width 768 and 12 heads, k = 64 saves 73 % of the FLOPs of training, and the state is
+25 % larger. On a shared CPU a decoded token took 0.44 of the time of latent attention, and 0.85 at
+1024 tokens:
+
+    python -m minimodels.ledger --size small --context 4096 --layers "sparse_attention(heads=12)"
+    python -m benchmarks.throughput --size small --match none --modes decode --shortest 1024
+        --models --layers "latent_attention(heads=12)" "sparse_attention(heads=12)"
 """
 
 from __future__ import annotations
