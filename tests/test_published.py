@@ -932,6 +932,7 @@ def test_what_no_family_expresses_says_why(tmp_path):
         ("olmoe", {"norm_topk_prob": "sigmoid_bias"}, "norm_topk_prob: 'sigmoid_bias' .* true or false"),
         ("llama", {"rope_parameters": {"rope_type": ["default"]}}, "rope_type"),
         ("llama", {"vocab_size": 10**30}, "vocab_size"),
+        ("llama", {"model_type": "glm_moe_dsa"}, "'glm_moe_dsa' .* keys of their own"),
         ("llama", {"model_type": "minimax"}, "'minimax' .* MiniMax adds to what the norm gives"),
         ("llama", {"model_type": "olmo_hybrid"}, "'olmo_hybrid' .* before the delta rule but behind attention"),
         ("mamba2", {"time_step_limit": [0.1]}, "time_step_limit"),

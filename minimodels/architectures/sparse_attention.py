@@ -7,11 +7,15 @@ only the k tokens with the highest scores. So the part whose cost grows with the
 indexer, which has few narrow heads and no values.
 
 A choice has no gradient, so the language model's loss does not train the indexer. It learns from
-attention itself: its scores, as a distribution over the keys, come closer to the weights that the
-heads give to these keys, averaged over the heads. The indexer's inputs and this target are
-detached: its loss reaches no other part of the model. While k is at least the length of the text,
-every key is chosen. That is the dense warm-up of the paper. A smaller k in the text of the model
-makes it the sparse stage; the parameters are the same.
+attention itself: the softmax of its scores approaches the weights of attention over the same keys,
+averaged over the heads. Its inputs and this target are detached, so its loss reaches no other part
+of the model.
+
+If k is at least the length of the text, every key is chosen, and the layer computes latent
+attention. The paper's dense warm-up is such a k, with all parameters frozen but those with
+`.indexer.` in their names. A smaller k makes it the sparse stage, with the same parameters. Those
+of `latent` are the parameters of the layer latent_attention, so a trained model can be given an
+indexer.
 
     name        paper       shape
     x           h           (B, T, D)
@@ -25,13 +29,16 @@ makes it the sparse stage; the parameters are the same.
 A ReLU makes scores of exactly zero, so many keys may be equally good. The latest of them are
 chosen. Without such a rule, a token that is decoded could see other keys than in training.
 
-At 4096 tokens, width 768 and 12 heads, k = 64 saves 73 % of the FLOPs of training, and the state is
-25 % larger. On a shared CPU a decoded token took 0.44 of the time of latent attention, and 0.85 at
-1024 tokens:
+Compared with latent attention at 4096 tokens, width 768 and 12 heads, k = 64 saves 73 % of the
+FLOPs, and the state is 25 % larger (first command). On a shared CPU a decoded token took 0.44 of
+the time, and 0.85 at 1024 tokens (second). A training step took 1.6 times as long from 256 to 1024
+tokens (third, a small model), because PyTorch copies the chosen latents of every token.
 
     python -m minimodels.ledger --size small --context 4096 --layers "sparse_attention(heads=12)"
     python -m benchmarks.throughput --size small --match none --modes decode --shortest 1024
         --models --layers "latent_attention(heads=12)" "sparse_attention(heads=12)"
+    python -m benchmarks.throughput --match none --modes train --longest 1024
+        --models sparse_attention --layers "(latent_attention mlp)*4"
 """
 
 from __future__ import annotations
@@ -98,10 +105,10 @@ class SparseAttention(nn.Module):
         if joined.keys.shape[2] <= self.options.keys and not self.learns:
             y = self.latent.read(plain, turned, joined, positions, starts)  # nothing to choose
         else:
-            y, divergence = self.read(plain, turned, queries, shares, joined, positions, starts)
-            if self.learns:
-                real = torch.ones_like(divergence) if context.real is None else context.real
-                mean = (divergence * real).sum() / real.sum().clamp(min=1)
+            y, losses = self.read(plain, turned, queries, shares, joined, positions, starts)
+            if losses is not None:
+                real = torch.ones_like(losses) if context.real is None else context.real
+                mean = (losses * real).sum() / real.sum().clamp(min=1)
                 context.record.add_loss("index", self.options.index_loss * mean)
         return self.latent.out(y.transpose(1, 2).flatten(2)), after
 
@@ -120,14 +127,14 @@ class SparseAttention(nn.Module):
         positions: Tensor | None,
         starts: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention to the chosen keys (B, H, T, d_v), and the indexer's divergence (B, T) if it
-        learns."""
+        """Attention to the chosen keys (B, H, T, d_v), and each token's loss of the indexer (B, T),
+        if it learns."""
         path = choose(self.impl, "sparse_attention", plain.device)
         attend = self.masked if path == "reference" else self.gathered
         asked, present = positions_of(plain, memory.keys, positions, memory.positions)
         (B, _, S, width), k = memory.keys.shape, self.options.keys
         rows = max(1, ENTRIES // (B * (self.indexer.heads * S + min(k, S) * width)))
-        outputs, divergences = [], []
+        outputs, losses = [], []
         for start in range(0, plain.shape[2], rows):
             at = slice(start, start + rows)
             visible = sees(asked[:, at], present, None, None if starts is None else starts[:, at])
@@ -136,8 +143,8 @@ class SparseAttention(nn.Module):
             y, weights, scores = attend(plain[:, :, at], turned[:, :, at], memory.keys, scores)
             outputs.append(y)
             if self.learns:
-                divergences.append(divergence(weights.detach().mean(2), scores))
-        return torch.cat(outputs, dim=2), torch.cat(divergences, dim=1) if self.learns else None
+                losses.append(divergence(weights.detach().mean(2), scores))
+        return torch.cat(outputs, dim=2), torch.cat(losses, dim=1) if losses else None
 
     def masked(
         self, plain: Tensor, turned: Tensor, memory: Tensor, scores: Tensor
@@ -149,9 +156,8 @@ class SparseAttention(nn.Module):
         k, v = self.latent.expand(memory)
         order = scores.flip(-1).argsort(dim=-1, descending=True, stable=True)  # the latest first
         chosen = order.shape[-1] - 1 - order[..., : self.options.keys]
-        scores = torch.full_like(scores, float("-inf")).scatter(
-            -1, chosen, scores.gather(-1, chosen)
-        )
+        unread = torch.ones_like(scores, dtype=torch.bool).scatter(-1, chosen, False)
+        scores = scores.masked_fill(unread, float("-inf"))
         logits = torch.cat((plain, turned), dim=-1) @ k.mT * self.latent.scale  # (B, H, T, S)
         weights = masked_softmax(logits, scores.unsqueeze(1))
         return weights.to(v.dtype) @ v, weights.transpose(1, 2), scores
