@@ -53,6 +53,7 @@ LATENT = {
     **HEADS, "num_key_value_heads": 4, "q_lora_rank": 10, "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4,
     "v_head_dim": 5, "n_routed_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
 }  # fmt: skip
+INDEXED = {"index_topk": 9, "index_n_heads": 16, "index_head_dim": 6, "n_group": 1, "topk_group": 1}
 SSD = {**SIZE, "head_dim": 8, "state_size": 6, "chunk_size": 8}
 DELTA = {
     **HEADS, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 5,
@@ -207,6 +208,12 @@ CASES = {  # model_type -> options of its configuration class
         {**LATENT, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 5, "v_head_dim": 14, "rope_parameters": YARN},
         {**LATENT, "n_group": 4, "topk_group": 2, "n_routed_experts": 12, "num_experts_per_tok": 4,
          "first_k_dense_replace": 1},
+    ],
+    "deepseek_v32": [
+        {**LATENT, **INDEXED, "first_k_dense_replace": 1, "num_hidden_layers": 3},
+        {**LATENT, **INDEXED, "index_head_dim": 4, "attention_bias": True, "n_shared_experts": 2, "rope_parameters": YARN,
+         "mlp_layer_types": ["sparse", "dense"], "tie_word_embeddings": True},
+        {**LATENT, **INDEXED, "index_topk": 50, "n_routed_experts": 12, "n_group": 4, "topk_group": 2, "v_head_dim": 14},
     ],
     "jamba": [
         {**HEADS, "num_hidden_layers": 4, "attn_layer_period": 3, "attn_layer_offset": 1, "num_experts": 3, **AUXILIARY},

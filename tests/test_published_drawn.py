@@ -164,6 +164,11 @@ SPACES: dict[str, dict[str, Values]] = {  # model_type -> entry -> values
                     "topk_method": ["greedy", "group_limited_greedy"], "n_group": [2, 4], "topk_group": [2]},
     "deepseek_v3": {**DEEPSEEK, "n_routed_experts": [8], "num_experts_per_tok": [2], "n_group": [1, 2, 4],
                     "topk_group": [1]},
+    "deepseek_v32": {
+        **DEEPSEEK, "q_lora_rank": [6], "n_routed_experts": [8], "num_experts_per_tok": [2], "n_group": [1, 2, 4],
+        "topk_group": [1], "index_topk": [1, 9, 50], "index_n_heads": [8, 16], "index_head_dim": [6, 8],
+        "mlp_layer_types": each_block("dense", "sparse"),
+    },
     "mamba": MAMBA,
     "falcon_mamba": {**MAMBA, "mixer_rms_eps": [1e-6, 1e-2]},
     "jamba": {**STREAM, **GROUPED, "hidden_size": [16, 32], "attn_layer_period": [2, 3], "attn_layer_offset": [0, 1],

@@ -288,7 +288,9 @@ def has_window(entries: Entries, absent: int | None, switched: bool) -> bool:
 
 
 # older names of kinds of blocks
-OLDER = {"mamba": "linear_attention", "attention": "full_attention"}
+OLDER = {
+    "mamba": "linear_attention", "attention": "full_attention", "deepseek_sparse_attention": "indexed_attention",
+}  # fmt: skip
 
 
 def listed(
