@@ -167,7 +167,7 @@ SPACES: dict[str, dict[str, Values]] = {  # model_type -> entry -> values
     "deepseek_v32": {
         **DEEPSEEK, "q_lora_rank": [6], "n_routed_experts": [8], "num_experts_per_tok": [2], "n_group": [1, 2, 4],
         "topk_group": [1], "index_topk": [1, 9, 50], "index_n_heads": [8, 16], "index_head_dim": [6, 8],
-        "mlp_layer_types": each_block("dense", "sparse"),
+        "mlp_layer_types": each_block("dense", "sparse"), "layer_types": each_block("indexed_attention"),
     },
     "mamba": MAMBA,
     "falcon_mamba": {**MAMBA, "mixer_rms_eps": [1e-6, 1e-2]},
@@ -180,7 +180,7 @@ SPACES: dict[str, dict[str, Values]] = {  # model_type -> entry -> values
                "head_dim": lambda drawn: [drawn.get("expand", 2) * drawn["hidden_size"] // drawn["num_heads"]],
                "chunk_size": [5, 64], "tie_word_embeddings": BOTH, "layer_norm_epsilon": [1e-6, 1e-2], **LIMITS},
     "bamba": {**WHOLE, **BIASED, **BIASED_MLP, **SSD, "hidden_size": [16, 32], "num_hidden_layers": [2, 4],
-              "attn_layer_indices": [[0], [1, 2], [1]]},
+              "attn_layer_indices": [[0], [1, 2], [1], [0, 1, 2, 3]]},
     "olmo_hybrid": {
         **WHOLE, **BIASED, "layer_types": each_block("linear_attention", "full_attention"),
         "linear_num_key_heads": [1, 2, 4], "linear_key_head_dim": [4, 8], "linear_conv_kernel_dim": [2, 5],

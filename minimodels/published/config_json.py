@@ -237,7 +237,8 @@ def express(config: Config, name: str, origin: dict) -> dict:
     rows = layers[len(family.leading) :]
     blocks = len(rows) // len(family.places)
     spoken = [*family.fields, *family.places]
-    spoken += [setting for role in family.roles.values() for setting in role.settings]
+    used = dict.fromkeys(role for role, _ in layers)  # what is said of other layers stays as it is
+    spoken += [setting for role in used for setting in family.roles[role].settings]
     owned = {entry for each in spoken for entry in each.names}
     entries = {entry: value for entry, value in entries.items() if entry not in owned}
     entries |= {"model_type": name, "architectures": [family.architecture], family.count: blocks}
