@@ -413,7 +413,7 @@ REFUSED = [
     (["--layers", "mlp*" + "9" * 5000], "layers: '9999", "a whole number of 1 or more"),
     (["--layers", "(" * 3000], "layers: '('", "nested at most 50 deep"),
     (["--layers", "mod(" * 51 + "mlp" + ")" * 51], "layers: '('", "nested at most 50 deep"),
-    ([*SET, ROPE + ":"], "set: ':'", "a number, true, false or a word"),
+    ([*SET, ROPE + ":"], "set: ':'", "a number, true, false, a word or numbers"),
     (
         [*SET, ROPE + "wavy"],
         "layers: attention.rope_scaling: 'wavy'",
