@@ -1,4 +1,4 @@
-"""What all command lines share: options, one-line errors, the device, threads and memory."""
+"""What all command lines share: options, one-line errors, the device and signals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
@@ -43,11 +42,26 @@ def parse_options(
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, args=arguments, description=description, **given)
+            return tyro.cli(
+                kind,
+                prog=program(),
+                args=arguments,
+                description=description,
+                config=(tyro.conf.PositionalMetavarFromFieldName,),
+                **given,
+            )
     except SystemExit as end:
         if end.code in (0, None):
             raise
         raise command_line_error(said.getvalue(), kind, synonyms) from None
+
+
+def program() -> str:
+    """How this program is started: "python train.py" or "python -m minimodels.sample"."""
+    main = sys.modules["__main__"]
+    if spec := getattr(main, "__spec__", None):
+        return f"python -m {spec.name.removesuffix('.__main__')}"
+    return f"python {os.path.basename(sys.argv[0])}"
 
 
 def command_line_error(message: str, kind: type, synonyms: Mapping[str, str]) -> InputError:
@@ -62,6 +76,11 @@ def command_line_error(message: str, kind: type, synonyms: Mapping[str, str]) ->
         meant = [synonyms[name]] if name in synonyms else meant
         accepted = f"did you mean {' or '.join(meant)}?" if meant else "an option that --help lists"
         return InputError("option", found[1], accepted)
+    if found := re.search(r"Missing from .*?: (?P<name>[A-Z_]+) (?P<help>.*?) \(required\)", text):
+        return InputError(found["name"].lower(), "", found["help"])
+    if found := re.search(r"Missing value for argument '-+(?P<name>[\w.-]+)'", text):
+        name = found["name"].rpartition(".")[2].replace("-", "_")
+        return InputError(name, "", describe(known[name]))
     choice = re.search(
         r"invalid choice '(?P<value>.*?)' for argument '-{0,2}(?P<name>[\w.-]+)", text
     )
@@ -93,6 +112,7 @@ def hints_of(kind: type) -> dict[str, Any]:
 
 def run_command(main: Callable[[Options], None], options: Callable[[], Options]) -> None:
     """Parse the options and run. Bad input ends with one line on stderr and exit status 2."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as before minimodels/interrupts.py
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             # a terminal may lack characters that a model writes
@@ -108,7 +128,7 @@ def run_command(main: Callable[[Options], None], options: Callable[[], Options])
         reason = str(error).rpartition("Allocator: ")[2].partition("\n")[0] or "MemoryError"
         fail(f"out of memory: a smaller model, batch or context takes less ({reason})", 1)
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        fail("interrupted", 130)
     except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -177,41 +197,6 @@ def keep_freed_memory() -> None:
     trim_threshold, mmap_max = -1, -4  # mallopt(3)
     libc.mallopt(trim_threshold, 2**31 - 1)
     libc.mallopt(mmap_max, 0)
-
-
-def pick_threads(asked: int | None, device: torch.device) -> tuple[int, str]:
-    """Set the number of CPU threads, and return it with the reason: `asked`, or the
-    fastest of all, half, a quarter... On a shared or small machine a few threads can be
-    several times faster than all."""
-    most = torch.get_num_threads()
-    if asked is not None or device.type != "cpu" or most == 1:
-        torch.set_num_threads(asked or most)
-        return asked or most, ""
-    counts = [most]
-    while counts[-1] > 1:
-        counts.append(counts[-1] // 2)
-    seconds = {count: product_seconds(count) for count in counts}
-    best = min(counts, key=seconds.__getitem__)
-    if seconds[most] < 1.25 * seconds[best]:
-        best = most
-    torch.set_num_threads(best)
-    faster = seconds[most] / seconds[best]
-    return best, "" if best == most else f"{faster:.1f} times as fast as {most} on this machine now"
-
-
-def product_seconds(threads: int, budget: float = 0.1) -> float:
-    """Seconds for a small matrix product with this number of threads: the minimum over the runs
-    that fit in the budget."""
-    torch.set_num_threads(threads)
-    a, b = torch.ones(512, 256), torch.ones(256, 512)
-    a @ b
-    best, end = float("inf"), time.perf_counter() + budget
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        for _ in range(10):
-            a @ b
-        best = min(best, (time.perf_counter() - start) / 10)
-    return best
 
 
 def refuse_several_processes() -> None:

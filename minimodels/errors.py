@@ -25,11 +25,16 @@ class InputError(Exception):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The known names. The one that was probably meant comes first: "did you mean
-    moe? attention, mlp, moe"."""
+    """The known names, after the one that was probably meant: "did you mean moe? attention, mlp,
+    moe"."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, 1)
-    return (f"did you mean {close[0]}? " if close else "") + ", ".join(known)
+    return meant(name, known) + ", ".join(known)
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """ "did you mean moe? " if one of the known names is like this one, otherwise ""."""
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f"did you mean {close[0]}? " if close else ""
 
 
 class Range(NamedTuple):

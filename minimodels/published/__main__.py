@@ -1,6 +1,6 @@
 """Save the model of a training run in the Hugging Face format, if a family has its layers.
 
-python -m minimodels.published RUN FOLDER
+    python -m minimodels.published RUN FOLDER
 """
 
 from __future__ import annotations
