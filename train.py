@@ -48,7 +48,7 @@ from minimodels.memory import check_memory
 from minimodels.pace import Pace, pick_threads
 from minimodels.training import checkpoint
 from minimodels.training.evaluate import evaluate
-from minimodels.training.log import forget_after, write_log
+from minimodels.training.log import forget_after, write_log, write_scores
 from minimodels.training.optim import adamw, learning_rate
 from minimodels.training.options import Options, count_steps, label, new_folder, parse
 from minimodels.training.step import set_learning_rate, training_step
@@ -215,7 +215,7 @@ def main(options: Options) -> None:
 def report(run: Path, spent: dict[str, float], scores: dict[str, float]) -> str:
     """Write the scores of a validation, and what was `spent` so far, to the log;
     return a line to print."""
-    write_log(run, {**spent, **scores})
+    write_scores(run, {**spent, **scores})
     bits = f"{scores['bits_per_byte']:.3f} bits per byte, " if "bits_per_byte" in scores else ""
     return f"step {spent['step']}: validation {bits}{scores['accuracy']:.1%} right"
 

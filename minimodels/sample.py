@@ -2,6 +2,8 @@
 
     python -m minimodels.sample runs/transformer --prompt "def " --temperature 0.8 --min-p 0.05
     python -m minimodels.sample Qwen/Qwen3-0.6B --prompt "Once upon a time"
+
+A run's context is filled unless --tokens says otherwise.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
     python -m minimodels.architectures                  all layers and wrappers, a line each
     python -m minimodels.architectures attention        one of them, with its options
+
+The options are those of a model's text, such as attention(heads=8).
 """
 
 from __future__ import annotations

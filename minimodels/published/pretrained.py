@@ -169,7 +169,9 @@ def locate(path_or_id: str | Path, revision: str | None = None) -> Path:
     if name and Path(name).is_dir():
         return Path(name)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or Path(name.partition("/")[0]).is_dir():
-        accepted = "a folder that exists, with config.json and safetensors, or OWNER/NAME on the hub"
+        accepted = (
+            "a folder that exists, with config.json and safetensors, or OWNER/NAME on the hub"
+        )
         raise InputError("path_or_id", name, accepted)
     try:
         from huggingface_hub import snapshot_download

@@ -169,13 +169,17 @@ def save_options(run: Path, options: dict) -> None:
 
 def save_model(model: LM, folder: str | Path) -> None:
     """Save a model that was trained in Python, so that load_model and
-    minimodels.sample can read it.
+    minimodels.sample can read it. A model that save_model has written there is replaced.
 
-    Raises InputError if the folder is not new or empty, or cannot be written.
+    Raises InputError if the folder holds anything else, or cannot be written.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError("folder", str(folder), "a new or empty folder")
+    own = {"options.json", FILE}
+    if folder.exists() and not (
+        folder.is_dir() and own >= {path.name for path in folder.iterdir()}
+    ):
+        accepted = "a new or empty folder, or one that save_model has written"
+        raise InputError("folder", str(folder), accepted)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

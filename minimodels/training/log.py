@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from minimodels.files import atomic_write
@@ -17,13 +18,24 @@ def write_log(run: Path, record: dict) -> None:
         file.write(json.dumps(record) + "\n")
 
 
+def write_scores(run: Path, record: dict) -> None:
+    """Append the scores of a validation, in place of those at the same step, which a finished run
+    that is resumed measures again."""
+    keep(run, lambda line: not (step_of(line) == record["step"] and "validation_loss" in line))
+    write_log(run, record)
+
+
 def forget_after(run: Path, step: int) -> None:
     """Delete what was measured after a step, because the resumed run measures it again."""
+    keep(run, lambda line: step_of(line) <= step)
+
+
+def keep(run: Path, wanted: Callable[[str], bool]) -> None:
+    """Delete the lines that are not wanted."""
     log = run / FILE
-    if log.is_file():
-        kept = [
-            line for line in log.read_text(errors="replace").splitlines() if step_of(line) <= step
-        ]
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    kept = [line for line in lines if wanted(line)]
+    if kept != lines:
         with atomic_write(log) as partial:
             partial.write_text("".join(f"{line}\n" for line in kept))
 
