@@ -80,23 +80,20 @@ def overtaking(rows: list[dict], other: str = "transformer") -> dict[str, Crosso
 
 def sentence(found: dict[str, Crossover], other: str = "transformer") -> str:
     """Which models are faster than the `other`, and from which context on."""
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}  # where -> models; "" where each has its own place
     doubtful = []
     for model, place in found.items():
-        first, last, name = place.contexts[0], place.contexts[-1], unbroken(model)
+        first, last, name, where = place.contexts[0], place.contexts[-1], unbroken(model), ""
         if place.median is not None:
-            where = "from this context on"
-            name += unbroken(f" {place.median:,.0f} ({place.low:,.0f}-{place.high:,.0f})")
+            name += unbroken(f" from {place.median:,.0f} on ({place.low:,.0f}-{place.high:,.0f})")
         elif place.steady:
-            where = f"{'everywhere' if place.faster else 'nowhere'} from {first:,} to {last:,}"
+            where = f"{'everywhere' if place.faster else 'nowhere'} from {first:,} to {last:,}: "
         else:
-            parts = "in parts, and" if place.faster else "in parts, but not"
-            where = f"{parts} at {last:,}"
+            where = f"in parts, {'and' if place.faster else 'but not'} at {last:,}: "
         groups.setdefault(where, []).append(name)
         if place.overlap:
             doubtful.append(unbroken(model))
-    texts = [f"{where}: {', '.join(names)}" for where, names in groups.items()]
-    text = f"faster than the {other} {'; '.join(texts)}" if texts else ""
+    texts = [where + ", ".join(names) for where, names in groups.items()]
     if doubtful:
-        text += f"; too close to tell at the end: {', '.join(doubtful)}"
-    return text
+        texts.append(f"too close to tell at the end: {', '.join(doubtful)}")
+    return f"Faster than the {other}: {'; '.join(texts)}" if texts else ""

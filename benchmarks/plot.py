@@ -149,17 +149,22 @@ def claims(rows: Rows) -> Figures:
 def at_best_rate(rows: Rows) -> Rows:
     """The rows of one panel, of each model only those of the learning rate with the best end: the
     mean over its seeds at the last x. Rows that name no rate were trained at one."""
-    ended = defaultdict(dict)  # (model, rate) -> seed -> (x, y)
+    ended = defaultdict(dict)  # (model, layers), rate -> seed -> (x, y)
     for row in rows:
-        seeds = ended[row["model"], row.get("lr")]
+        seeds = ended[model_of(row), row.get("lr")]
         seeds[row["seed"]] = max(seeds.get(row["seed"], (-math.inf, 0)), (row["x"], row["y"]))
     sign = 1 if is_accuracy(rows[0]) else -1
-    best: dict[str, tuple[float, float | None]] = {}
+    best: dict[tuple, tuple[float, float | None]] = {}
     for (model, rate), seeds in ended.items():
         mean = sign * statistics.mean(y for _, y in seeds.values())
         if model not in best or mean > best[model][0]:
             best[model] = mean, rate
-    return [row for row in rows if row.get("lr") == best[row["model"]][1]]
+    return [row for row in rows if row.get("lr") == best[model_of(row)][1]]
+
+
+def model_of(row: dict) -> tuple:
+    """A model of a claim: a name may have several sizes."""
+    return row["model"], row.get("layers")
 
 
 def is_accuracy(row: dict) -> bool:

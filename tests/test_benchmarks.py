@@ -75,9 +75,8 @@ def test_a_sentence_says_who_is_faster_and_from_where():
         "at first": crossover([256, 512, 1024], [[2.0], [2.0], [0.5]]),
     }
     assert sentence(texts).replace("\xa0", " ") == (
-        "faster than the transformer from this context on: sooner 362 (362-362); nowhere from 256 "
-        "to 512: slow, also slow; everywhere from 256 to 512: fast; in parts, but not at "
-        "1,024: at first"
+        "Faster than the transformer: sooner from 362 on (362-362); nowhere from 256 to 512: slow, "
+        "also slow; everywhere from 256 to 512: fast; in parts, but not at 1,024: at first"
     )
     assert sentence({}) == ""
 
@@ -188,7 +187,7 @@ def test_throughput_writes_rows_that_plot_draws(tmp_path, capsys):
     for row in rows:
         assert len(row["seconds"]) == 2 and row["device"] and row["commit"] and row["limit"] > 0
         assert row["state_bytes"] > 0 and row["flops"] > 0 and row["parameters"] > 0
-    assert "faster than the transformer" in capsys.readouterr().out
+    assert "Faster than the transformer" in capsys.readouterr().out
     plot.main(plot.Options(results=(out, out), out=tmp_path / "pictures"))
     drawn = {path.name for path in (tmp_path / "pictures").iterdir()}
     names = ("throughput-train", "throughput-prefill", "throughput-decode-1", "throughput-decode-2")
