@@ -50,6 +50,7 @@ Count = Annotated[int, Range(1, LARGEST, f"a whole number from 1 to {LARGEST}")]
 Natural = Annotated[int, Range(0, LARGEST, f"a whole number from 0 to {LARGEST}")]
 Positive = Annotated[float, Range(0, math.inf, "a number above 0", above=True)]
 NonNegative = Annotated[float, Range(0, math.inf, "a number of 0 or more")]
+Share = Annotated[float, Range(0, 1, "a fraction from 0 to 1")]
 Fraction = Annotated[float, Range(0, 1, "a fraction above 0, at most 1", above=True)]
 
 PLAIN = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}

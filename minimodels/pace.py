@@ -20,7 +20,7 @@ class Threads(NamedTuple):
 
     count: int
     reason: str = ""
-    speed: float = 0.0  # 0: not measured, as on a GPU
+    speed: float = 0.0  # 0: not measured, because nothing depends on it
 
 
 def pick_threads(asked: int | None, device: torch.device) -> Threads:
@@ -28,9 +28,9 @@ def pick_threads(asked: int | None, device: torch.device) -> Threads:
 
     On a shared or small machine a few threads can be several times faster than all.
     """
-    most = torch.get_num_threads() if asked is None else asked
+    most = asked or torch.get_num_threads()
     torch.set_num_threads(most)
-    if device.type != "cpu":
+    if device.type != "cpu" or most == 1:
         return Threads(most)
     seconds = {count: product_seconds(count) for count in ([most] if asked else halves(most))}
     best = min(seconds, key=seconds.__getitem__)
