@@ -21,7 +21,7 @@ from small import small
 
 import minimodels.sample
 import train
-from minimodels import LM, Config, InputError, preset
+from minimodels import LM, Config, InputError, load_model, preset
 from minimodels.command import run_command
 from minimodels.files import LOCK, atomic_write
 from minimodels.presets import MAIN, PRESETS
@@ -710,6 +710,23 @@ def test_refuses_weights_that_are_not_finite(tmp_path, monkeypatch):
             monkeypatch=monkeypatch,
         )
     assert not (tmp_path / "run/checkpoint.safetensors").exists()
+
+
+def test_weights_are_looked_at_before_a_checkpoint_on_the_way(tmp_path, monkeypatch, capsys):
+    """Step 2 breaks them, long before the log would show it."""
+    step = train.training_step
+
+    def broken(model, *given):
+        taken = step(model, *given)
+        if (tmp_path / "run/checkpoint.safetensors").exists():
+            model.norm.weight.data.fill_(math.nan)
+        return taken
+
+    monkeypatch.setattr(train, "training_step", broken)
+    arguments = ["--data", "text", "--steps", 9, "--out", "run", *SMALL]
+    with pytest.raises(SystemExit, match="weights are not finite at step 2; .* checkpoint is good"):
+        run(*arguments, "--eval-every", 1, "--log-every", 9, monkeypatch=monkeypatch)
+    assert all(weight.isfinite().all() for weight in load_model("run").parameters())
 
 
 def test_a_run_on_a_task_continues_no_text(tmp_path, monkeypatch, capsys):
