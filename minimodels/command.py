@@ -53,7 +53,8 @@ def parse_options(
     except SystemExit as end:
         if end.code in (0, None):
             raise
-        raise command_line_error(said.getvalue(), kind, synonyms) from None
+        arguments = sys.argv[1:] if arguments is None else arguments
+        raise command_line_error(said.getvalue(), kind, synonyms, arguments) from None
 
 
 def program() -> str:
@@ -64,8 +65,10 @@ def program() -> str:
     return f"python {os.path.basename(sys.argv[0])}"
 
 
-def command_line_error(message: str, kind: type, synonyms: Mapping[str, str]) -> InputError:
-    """tyro's error message, shortened to one line."""
+def command_line_error(
+    message: str, kind: type, synonyms: Mapping[str, str], given: Sequence[str]
+) -> InputError:
+    """tyro's error message about the arguments `given`, shortened to one line."""
     lines = [line.strip("│ ") for line in message.splitlines()]
     text = " ".join(line for line in lines if line and line[0] not in "─╭╰")  # without the frame
     known = hints_of(kind)
@@ -81,6 +84,8 @@ def command_line_error(message: str, kind: type, synonyms: Mapping[str, str]) ->
     if found := re.search(r"Missing value for argument '-+(?P<name>[\w.-]+)'", text):
         name = found["name"].rpartition(".")[2].replace("-", "_")
         return InputError(name, "", describe(known[name]))
+    if found := re.search(r"Unrecognized options: (\S+)", text):
+        return stray_word(found[1], given, known)
     choice = re.search(
         r"invalid choice '(?P<value>.*?)' for argument '-{0,2}(?P<name>[\w.-]+)", text
     )
@@ -94,9 +99,18 @@ def command_line_error(message: str, kind: type, synonyms: Mapping[str, str]) ->
         name = wrong["name"].rpartition(".")[2].replace("-", "_")
         accepted = describe(known[name]) if name in known else "a value that --help describes"
         return InputError(name, wrong["value"], accepted)
-    given = " ".join(sys.argv[1:])[:80]
     reason = text.partition("For full")[0].strip()
-    return InputError("command line", given, f"what --help lists ({reason})")
+    return InputError("command line", " ".join(given)[:80], f"what --help lists ({reason})")
+
+
+def stray_word(word: str, given: Sequence[str], known: Mapping[str, Any]) -> InputError:
+    """The error for a word that belongs to no option, or that follows one without values."""
+    before = ["", *given][["", *given].index(word) - 1] if word in given else ""
+    name = before.removeprefix("--").removeprefix("no-").replace("-", "_")
+    if known.get(name) is bool:
+        flag = name.replace("_", "-")
+        return InputError(name, word, f"--{flag} or --no-{flag}, without a value")
+    return InputError("argument", word, "options and arguments that --help lists")
 
 
 def hints_of(kind: type) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 import json
 import re
 import sys
+from collections.abc import Iterator
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -17,7 +19,7 @@ from minimodels.grammar import set_options
 from minimodels.ledger import __main__ as ledgers
 from minimodels.published import __main__ as published
 from minimodels.published.pretrained import locate
-from minimodels.training import log
+from minimodels.training import log, options
 
 COMMANDS = {  # module -> its positional arguments in the usage
     sampling: "MODEL",
@@ -69,11 +71,12 @@ def test_help_lists_the_choices_of_its_own_program(capsys):
     [
         (published, [], "run: '' is not accepted; accepted: folder of a training run"),
         (published, ["run"], "folder: '' is not accepted; accepted: folder to write, new or"),
+        (published, ["run", "folder", "more"], "argument: 'more' is not accepted; accepted: opt"),
         (sampling, ["run", "--tokens"], "tokens: '' is not accepted; accepted: a whole number"),
-        (sampling, ["run", "--min-p"], "min_p: '' is not accepted; accepted: a number"),
+        (sampling, ["run", "--min-p"], "min_p: '' is not accepted; accepted: a fraction"),
     ],
 )
-def test_a_missing_argument_is_one_line(module, arguments, message):
+def test_a_missing_or_surplus_argument_is_one_line(module, arguments, message):
     with pytest.raises(InputError) as error:
         parse_options(module.Options, "", arguments=arguments)
     assert str(error.value).startswith(message)
@@ -149,3 +152,31 @@ def test_scores_of_a_step_are_in_the_log_once(tmp_path):
         (1, 3.0),
         (2, 1.0),
     ]
+
+
+WRONG = {  # type of a field -> values that it never accepts
+    bool: ["maybe", "0"],
+    int: ["abc", "-1", "1.5", "nan", ""],
+    float: ["abc", "-1", "nan", "inf", ""],
+    Literal: ["nope", ""],
+}
+
+
+def wrong_values() -> Iterator[tuple[str, str]]:
+    """Options of train.py with values of the wrong type, or out of range."""
+    for kind in (options.Options, Config):
+        for name, hint in get_type_hints(kind).items():
+            parts = [each for each in (get_args(hint) or (hint,)) if each is not type(None)]
+            base = Literal if get_origin(hint) is Literal else parts[0]
+            for value in WRONG.get(base, ()):
+                yield name, value
+
+
+def test_a_value_of_the_wrong_kind_is_one_line_that_names_its_option(monkeypatch):
+    for name, value in wrong_values():
+        monkeypatch.setattr(sys, "argv", ["train.py", f"--{name.replace('_', '-')}", value])
+        with pytest.raises(InputError) as error:
+            options.parse("")
+        assert error.value.field == name
+        assert value in str(error.value)
+        assert "\n" not in str(error.value)

@@ -70,7 +70,7 @@ def parse(*arguments: str, monkeypatch) -> options.Options:
         (["--widht", "8"], "did you mean --width"),
         (
             ["--tie-embeddings", "maybe"],
-            "what --help lists (Unrecognized options: maybe",
+            "tie_embeddings: 'maybe' is not accepted; accepted: --tie-embeddings or --no-tie-embeddings",
         ),
     ],
 )
