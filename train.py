@@ -144,6 +144,7 @@ def main(options: Options) -> None:
 
         def validate() -> str:
             scores = evaluate(model, data, options.batch_size, options.eval_batches, autocast)
+            refuse_nan(model, scores["validation_loss"], step, run)
             return report(run, spent(), scores)
 
         while not stopped.is_set():
@@ -198,6 +199,7 @@ def main(options: Options) -> None:
 
         bar.close()
         refuse_nan(model, losses[-1].item() if losses else 0.0, step, run)
+        said = "" if stopped.is_set() else validate()
         save()
     if stopped.is_set():
         print(
@@ -205,7 +207,7 @@ def main(options: Options) -> None:
         )
         sys.exit(130)
     print(f"saved in {run}", flush=True)
-    print(validate())
+    print(said)
     print(text := sample(model, data, options.prompt))
     if not text.startswith("no sample"):
         more = f"python -m minimodels.sample {shlex.quote(str(run))} --prompt {shlex.quote(options.prompt)}"

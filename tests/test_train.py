@@ -686,11 +686,36 @@ def test_a_log_that_ran_ahead_of_its_checkpoint_is_cut_back(tmp_path, monkeypatc
 def test_refuses_options_of_another_kind(change, tmp_path, monkeypatch, capsys):
     run("--data", "text", "--steps", 1, "--out", "run", *SMALL, monkeypatch=monkeypatch)
     options = json.loads((tmp_path / "run/options.json").read_text())
-    (tmp_path / "run/options.json").write_text(json.dumps({**options, **change}))
-    with pytest.raises(SystemExit) as exit:
+    changed = {**options, **change}
+    for given, message in (
+        (changed, "error: resume: 'run/options.json'"),
+        ({name: changed[name] for name in changed if name != "checksum"}, next(iter(change))),
+    ):
+        (tmp_path / "run/options.json").write_text(json.dumps(given))
+        with pytest.raises(SystemExit) as exit:
+            run("--resume", "run", monkeypatch=monkeypatch)
+        assert exit.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_options_that_still_parse_but_changed_are_refused(tmp_path, monkeypatch, capsys):
+    run("--data", "text", "--steps", 1, "--out", "run", *SMALL, monkeypatch=monkeypatch)
+    path = tmp_path / "run/options.json"
+    path.write_text(path.read_text().replace('"lr": 0.002', '"lr": 0.0025'))
+    with pytest.raises(SystemExit):
         run("--resume", "run", monkeypatch=monkeypatch)
-    assert exit.value.code == 2
-    assert f"error: {next(iter(change))}: " in capsys.readouterr().err
+    assert "these were changed or damaged" in capsys.readouterr().err
+    with pytest.raises(InputError, match="these were changed or damaged"):
+        load_model("run")
+
+
+def test_outputs_that_are_not_finite_are_neither_saved_nor_logged(tmp_path, monkeypatch):
+    """The loss before the last step, and the weights after it, may still be finite."""
+    monkeypatch.setattr(train, "evaluate", lambda *given: {"validation_loss": math.nan})
+    with pytest.raises(SystemExit, match="the loss is not finite at step 1; .* nothing was saved"):
+        run("--data", "text", "--steps", 1, "--out", "run", *SMALL, monkeypatch=monkeypatch)
+    assert not (tmp_path / "run/checkpoint.safetensors").exists()
+    assert all(math.isfinite(value) for row in log(tmp_path / "run") for value in row.values())
 
 
 def test_refuses_weights_that_are_not_finite(tmp_path, monkeypatch):

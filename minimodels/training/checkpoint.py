@@ -160,11 +160,27 @@ def save_options(run: Path, options: dict) -> None:
     """Write the options of a run, with which it can be resumed. Raises InputError if the
     folder cannot be written."""
     try:
-        write_json(run / "options.json", options)
+        write_json(run / "options.json", {**options, "checksum": options_checksum(options)})
     except OSError as error:
         raise InputError(
             "out", str(run), f"a folder that can be written ({error.strerror})"
         ) from None
+
+
+def read_saved_options(run: Path, field: str) -> dict:
+    """The options of a run. Raises InputError, which names `field`, if there are none, or if they
+    were changed since they were saved."""
+    path = run / "options.json"
+    saved = read_json(path, field)
+    if saved.pop("checksum", None) not in (None, options_checksum(saved)):
+        accepted = "options as a run saved them; these were changed or damaged"
+        raise InputError(field, str(path), accepted)
+    return saved
+
+
+def options_checksum(options: dict) -> int:
+    """The CRC-32 of options as JSON."""
+    return zlib.crc32(json.dumps(options, sort_keys=True).encode())
 
 
 def save_model(model: LM, folder: str | Path) -> None:
@@ -194,7 +210,7 @@ def load_model(run: str | Path) -> LM:
     run = Path(run)
     if not run.is_dir():
         raise InputError("run", str(run), "the folder of a training run; there is no such folder")
-    options = read_json(run / "options.json", "run")
+    options = read_saved_options(run, "run")
     try:
         model = LM(Config(**options["config"]))
     except (KeyError, TypeError) as error:

@@ -7,14 +7,18 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from minimodels.errors import InputError
 from minimodels.files import atomic_write
 
 FILE = "log.jsonl"
 
 
 def write_log(run: Path, record: dict) -> None:
-    """Append a record."""
-    with (run / FILE).open("a") as file:
+    """Append a record. Raises InputError if the log is no regular file, because a pipe would block."""
+    path = run / FILE
+    if path.exists() and not path.is_file():
+        raise InputError("log", str(path), "a regular file, or none")
+    with path.open("a") as file:
         file.write(json.dumps(record) + "\n")
 
 
