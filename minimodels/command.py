@@ -188,7 +188,7 @@ def require_compiler(device: torch.device) -> None:
     names = [name for name in config.cpp.cxx if name]
     if device.type == "cpu" and not any(map(shutil.which, names)):
         raise InputError(
-            "compile", True, f"False, for PyTorch finds no C++ compiler: {', '.join(names)}"
+            "compile", True, f"False, because PyTorch finds no C++ compiler: {', '.join(names)}"
         )
 
 

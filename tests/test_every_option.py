@@ -76,6 +76,9 @@ DEFAULTS = {
     "latent_attention": "heads=4, head_dim=none, rope_dim=none, value_dim=none, kv_rank=none, "
     "q_rank=none, rope_base=10000.0, rope_scaling=none, scale=none, norm_eps=1e-06, "
     "bias=false",
+    "sparse_attention": "heads=4, head_dim=none, rope_dim=none, value_dim=none, kv_rank=none, "
+    "q_rank=none, rope_base=10000.0, rope_scaling=none, scale=none, norm_eps=1e-06, "
+    "bias=false, keys=64, index_heads=4, index_dim=none, index_loss=1.0",
     "differential_attention": "version=v2, heads=4, kv_heads=none, head_dim=none, rope_base=10000.0, "
     "rope_scaling=none, bias=false",
     "learned_positions": "context=1024",
@@ -90,8 +93,8 @@ DEFAULTS = {
 
 
 def test_every_default_is_read_back():
-    """A default is part of every figure that was measured with it. A changed one belongs into the
-    change log, and here."""
+    """A default is part of every figure that was measured with it. A new or changed
+    one belongs here, and a changed one in the change log."""
     assert {name: defaults(kind) for name, kind in KINDS.items()} == DEFAULTS
     assert dict(SIZES["tiny"]._asdict()) == {
         "blocks": 4,

@@ -339,7 +339,7 @@ def test_refuses_to_compile_without_a_compiler(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         run("--data", "text", "--steps", 1, *SMALL, "--compile", monkeypatch=monkeypatch)
     assert (
-        "compile: True is not accepted; accepted: False, for PyTorch finds no C++ compiler"
+        "compile: True is not accepted; accepted: False, because PyTorch finds no C++ compiler"
         in capsys.readouterr().err
     )
     assert not (tmp_path / "runs").exists()

@@ -62,7 +62,7 @@ class Options:
     flops: Positive | None = None
     """bound: training FLOPs, as counted by the ledger"""
     minutes: Positive | None = None
-    """bound: wall-clock minutes of training, evaluation included"""
+    """bound: minutes of training by the clock, including evaluation"""
 
     context: Count = 256
     """tokens per sequence"""
@@ -71,7 +71,7 @@ class Options:
     accumulate: Count = 1
     """forward passes per optimizer step"""
     lr: Positive = 2e-3
-    """peak learning rate of AdamW"""
+    """highest learning rate of AdamW"""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """cosine (to a tenth), wsd (stable, then to zero over the last fifth) or constant"""
     warmup: Number = 50
