@@ -24,6 +24,7 @@ import train
 from minimodels import LM, Config, InputError, load_model, preset
 from minimodels.command import run_command
 from minimodels.files import LOCK, atomic_write
+from minimodels.memory import Memory
 from minimodels.presets import MAIN, PRESETS
 from minimodels.training.optim import adamw, learning_rate
 from minimodels.training.options import make_first
@@ -752,6 +753,23 @@ def test_weights_are_looked_at_before_a_checkpoint_on_the_way(tmp_path, monkeypa
     with pytest.raises(SystemExit, match="weights are not finite at step 2; .* checkpoint is good"):
         run(*arguments, "--eval-every", 1, "--log-every", 9, monkeypatch=monkeypatch)
     assert all(weight.isfinite().all() for weight in load_model("run").parameters())
+
+
+def test_a_run_that_cannot_fit_ends_before_its_first_step(tmp_path, monkeypatch, capsys):
+    """And one that may not fit starts with a note; slow steps are mentioned on the way."""
+    arguments = ["--data", "text", "--steps", 1, "--out", "run", *SMALL]
+    monkeypatch.setattr("minimodels.pace.Pace.remark", lambda self, speed: "slow")
+    monkeypatch.setattr("minimodels.memory.memory_of", lambda device: Memory(1000, 1000))
+    with pytest.raises(SystemExit) as exit:
+        run(*arguments, monkeypatch=monkeypatch)
+    assert exit.value.code == 2
+    assert "error: memory: 'at least " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr("minimodels.memory.memory_of", lambda device: Memory(1e12, 1000))
+    run(*arguments, monkeypatch=monkeypatch)
+    said = capsys.readouterr()
+    assert "memory   at least " in said.out
+    assert "note: slow" in said.out + said.err
 
 
 def test_a_run_on_a_task_continues_no_text(tmp_path, monkeypatch, capsys):
