@@ -384,8 +384,12 @@ def set_options(
         read, *others = parse_call(f"{name}({inner or option}={value})", "set").options
         if others:
             raise InputError("set", setting, "one option; --set is repeatable")
-        inside = option if inner else ""
-        program, hits = set_option(program, name, read, missing, inside)
+        program, hits = set_option(program, name, read, missing, option if inner else "")
+        if not hits and name in program.definitions:
+            item = program.definitions[name].item
+            inside = sorted(names_in(Program({}, (item,))))
+            layers = " or ".join(f"{each}.{option}" for each in inside)
+            raise InputError("set", setting, f"{layers}, because {name}={write_item(item)}")
         if not hits:
             raise InputError(
                 "set", setting, f"a layer of the model: {nearest(name, sorted(names_in(program)))}"
