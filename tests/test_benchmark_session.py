@@ -295,37 +295,40 @@ def test_again_checks_only_what_is_not_known_to_be_right(tmp_path, monkeypatch):
         everything.main(replace(options, again=tmp_path / "nowhere"))
 
 
-def test_the_sweep_tries_every_setting(session, monkeypatch):
+def test_the_sweep_times_the_settings_of_the_kernel_file(session, monkeypatch):
+    """Each reaches the launches of both passes, and the split of time."""
     module = importlib.import_module("minimodels.kernels.selective_scan")
-    monkeypatch.delattr(module, "SWEEP", raising=False)
+    before, launched, split = dict(vars(module)), set(), set()
+    sizes_of, divide = module.sizes_of, module.divide
+
+    def note_sizes(x, N, interval, steps, registers):
+        launched.add((interval, steps, registers))
+        return sizes_of(x, N, interval, steps, registers)
+
+    def note_split(*given):
+        split.add((module.WHOLE, module.RESIDENT))
+        return divide(*given)
+
+    monkeypatch.setattr(module, "sizes_of", note_sizes)
+    monkeypatch.setattr(module, "divide", note_split)
     sweep.sweep(sweep.SIZES[0], session)
-    assert statuses(session.journal.rows) == {"skipped"}
+    timed = [row for row in session.journal.rows if row.get("seconds")]
+    assert len(timed) == 2 * len({row["provider"] for row in timed}) == 2 * (1 + len(module.SWEEP))
+    assert launched >= {(64, 4, 64), (64, 4, None), (64, 4, 96), (32, 2, None), (32, 2, 168)}
+    assert split >= {(4, 8), (8, 8), (16, 8), (8, 12)}
+    assert all(getattr(module, name) == before[name] for name in ("WHOLE", "STEPS", "REGISTERS"))
 
-    seen, constant, run = [], module.STEPS, module.forward_kernel.run
 
-    def noted(*arguments, **options):
-        seen.append((module.STEPS, options.get("num_warps")))
-        return run(*arguments, **options)
-
-    monkeypatch.setattr(module.forward_kernel, "run", noted)
-    settings = [("two steps", {"STEPS": 2}), ("more warps", {"num_warps": 8, "maxnreg": 64})]
-    monkeypatch.setattr(module, "SWEEP", settings, raising=False)
-    session.journal.rows.clear()
+def test_a_setting_that_is_wrong_is_not_timed(session, monkeypatch):
+    module = importlib.import_module("minimodels.kernels.selective_scan")
+    right = module.selective_scan
+    monkeypatch.setattr(module, "SWEEP", [{"WHOLE": 4}])
+    monkeypatch.setattr(
+        module, "selective_scan", lambda *given: (right(*given)[0] * (1 + (module.WHOLE == 4)),)
+    )
     sweep.sweep(sweep.SIZES[0], session)
-    timed = {row["provider"] for row in session.journal.rows if row.get("seconds")}
-    assert timed == {"as it is", "two steps", "more warps"}
-    assert set(seen) >= {(constant, 1), (2, 1), (constant, 8)}
-    assert module.STEPS == constant and module.forward_kernel.run is noted
-
-
-def test_a_tuned_kernel_is_swept_by_its_configurations():
-    module = importlib.import_module("minimodels.kernels.attention")
-    kernel = module.forward_kernel
-    before = [config.num_warps for config in kernel.configs]
-    with sweep.applied(module, {"num_warps": 7, "BLOCK_S": 32}):
-        changed = [(config.num_warps, config.kwargs["BLOCK_S"]) for config in kernel.configs]
-        assert set(changed) == {(7, 32)} and not kernel.cache
-    assert [config.num_warps for config in kernel.configs] == before
+    assert statuses(session.journal.rows, provider="as it is") == {"done"}
+    assert statuses(session.journal.rows, provider="WHOLE 4") == {"wrong"}
 
 
 def test_what_is_missing_or_not_a_number_is_wrong():
