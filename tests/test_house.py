@@ -49,6 +49,7 @@ ORDER = [  # rooms from the lowest up; those on one line may import each other
     "presets",
     "ledger",
     "data training published",
+    "decoding",
     "generate",
     "draw sample",
     "",  # minimodels itself, which exports what is used in Python

@@ -109,7 +109,7 @@ def scaled(periods: Tensor, base: float, scaling: str) -> tuple[Tensor, float]:
     if call is None or call.name != "yarn":
         return slow(periods.reciprocal(), scaling), 1.0
     options = read_options(Yarn, call, scaling, "rope_scaling")
-    kept = 1 - yarn_ramp(len(periods), base, options).to(periods.device)
+    kept = 1 - yarn_ramp(len(periods), base, options, periods.device)
     slowed = (options.factor * periods).reciprocal()  # rounded as transformers does
     return slowed * (1 - kept) + periods.reciprocal() * kept, options.attention
 
@@ -128,7 +128,7 @@ def slow(frequencies: Tensor, scaling: str) -> Tensor:
     return (1 - kept) * slowed + kept * frequencies
 
 
-def yarn_ramp(pairs: int, base: float, options: Yarn) -> Tensor:
+def yarn_ramp(pairs: int, base: float, options: Yarn, device: torch.device) -> Tensor:
     """How much each frequency is slowed down, from 0 to 1: (pairs,)."""
 
     def pair(turns: float) -> float:  # the pair that turns so many times within the trained context
@@ -140,7 +140,8 @@ def yarn_ramp(pairs: int, base: float, options: Yarn) -> Tensor:
     first, last = max(first, 0), min(last, 2 * pairs - 1)
     if first == last:
         last += 0.001
-    return ((torch.arange(pairs, dtype=torch.float32) - first) / (last - first)).clamp(0, 1)
+    pair_index = torch.arange(pairs, dtype=torch.float32, device=device)
+    return ((pair_index - first) / (last - first)).clamp(0, 1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
