@@ -128,6 +128,17 @@ def test_a_failed_check_costs_its_kernel_alone(session, monkeypatch, tmp_path):
         assert statuses(rows, model=f"{model}, triton") == {"left out"}
 
 
+def test_a_session_goes_on_after_a_failed_check(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "command", code("import sys; sys.exit(1)"))
+    plan = races.jobs([NORM])
+    monkeypatch.setattr(everything, "plan", lambda toy: plan)
+    everything.main(everything.Options(out=tmp_path / "out", dry=True))
+    rows = read_rows(tmp_path / "out/rows.jsonl")
+    assert statuses(rows, job="check rmsnorm") == {"wrong"}
+    assert statuses(rows, job=NORM.name, provider="triton") == {"left out"}
+    assert statuses(rows, job=NORM.name, provider="torch") == {"done"}
+
+
 def test_each_check_has_a_cache_of_its_own(session, monkeypatch, tmp_path):
     text = "import os; print(os.environ['TRITON_CACHE_DIR'])"
     monkeypatch.setattr(checks, "command", code(text))
