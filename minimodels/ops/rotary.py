@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minimodels.errors import Count, InputError, Positive
 from minimodels.grammar import Call, parse_call, write_call
+from minimodels.layers import choose, full_precision
 from minimodels.options import OneOf, option, read_options, write_options
 
 
@@ -142,6 +144,46 @@ def yarn_ramp(pairs: int, base: float, options: Yarn, device: torch.device) -> T
         last += 0.001
     pair_index = torch.arange(pairs, dtype=torch.float32, device=device)
     return ((pair_index - first) / (last - first)).clamp(0, 1)
+
+
+def norm_rotate(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-5,
+    impl: str = "auto",
+) -> Tensor:
+    """Rotate each head, and before that give it an RMSNorm if there is a weight.
+
+    x (B, H, T, d); cos, sin (T, R) or (B, 1, T, R) as from `rotary`, R <= d; weight (d,). Returns
+    (B, H, T, d) in x's dtype, which a norm under autocast would leave. Raises ValueError if shapes
+    disagree.
+    """
+    check_angles(x, cos, sin, weight)
+    path = choose(impl, "norm_rotate", x.device)
+    if path == "triton":
+        from minimodels.kernels.norm_rotate import norm_rotate as kernel
+
+        return kernel(x, cos, sin, weight, eps)
+    if weight is not None and path == "reference":
+        full = full_precision(x)
+        x = (full * torch.rsqrt(full.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+    elif weight is not None:
+        x = F.rms_norm(x, weight.shape, weight.to(x.dtype), eps).to(x.dtype)
+    return rotate(x, cos, sin)
+
+
+def check_angles(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None) -> None:
+    """Raise ValueError unless the arguments have the shapes in norm_rotate's docstring.
+
+    The kernel uses this check too.
+    """
+    (B, _, T, d), R = x.shape, cos.shape[-1]
+    fits = cos.shape in ((T, R), (B, 1, T, R)) and sin.shape == cos.shape and R <= d
+    if not fits or (weight is not None and weight.shape != (d,)):
+        shapes = f"x {tuple(x.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}"
+        raise ValueError(f"norm_rotate: {shapes} and the weight do not fit")
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
