@@ -19,6 +19,7 @@ FIRST_TEST = ("test_kernel_*",)  # of these files the first test alone is fast
 FIRST_VARIANTS = (  # of each test in these files the first variant alone
     "test_attention_options",
     "test_benchmark*",
+    "test_decoding",
     "test_delta_rule",
     "test_deltanet",
     "test_linear_scan",

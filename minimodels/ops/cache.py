@@ -119,8 +119,9 @@ def compact(state: AttentionState, window: int | None, count: bool = True) -> At
 def slotted(state: AttentionState, count: int) -> AttentionState:
     """A copy of a state with room for `count` more tokens, which `carry` writes into this very copy.
 
-    The slot of a token is its position, whatever the window, and the free slots are empty. So no
-    tensor changes its address or its size, but no earlier state stays valid.
+    It is for chunks of one token. The slot of a token is its position, whatever the window, and the
+    free slots are empty. So no tensor changes its address or its size, but no earlier state stays
+    valid.
     """
     keys, values, positions, seen, _ = state
     B, S = len(keys), keys.shape[2]
