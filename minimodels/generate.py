@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minimodels.data.tokenizer import Bytes
 from minimodels.decoding import FixedStep, GrowingStep, has_graphs, waits
-from minimodels.errors import Fraction, InputError, Natural, NonNegative, check_types
+from minimodels.errors import Fraction, InputError, Natural, NonNegative, Share, check_types
 from minimodels.layers import Context
 from minimodels.lm import LM
 
@@ -27,13 +27,11 @@ class Sampling:
     """keep the k most likely tokens; 0: all"""
     top_p: Fraction = 1.0
     """keep the most likely tokens that together reach this probability (arXiv:1904.09751)"""
-    min_p: float = 0.0
+    min_p: Share = 0.0
     """keep tokens at least this fraction as likely as the most likely one (arXiv:2407.01082)"""
 
     def __post_init__(self):
         check_types(self)
-        if not 0 <= self.min_p <= 1:
-            raise InputError("min_p", self.min_p, "a fraction from 0 to 1")
 
 
 def complete(
