@@ -31,8 +31,10 @@ OPERATIONS = (
     "linear_cross_entropy",
     "delta_rule",
     "linear_scan",
+    "norm_rotate",
 )
-# operations whose kernel "auto" takes on a GPU, because it was measured to be faster: none so far
+# Operations whose kernel "auto" takes on a GPU, because it was measured to be faster: none so far.
+# With "attention" here, plain causal attention still goes to PyTorch's, see ops/attention.py.
 FASTER: frozenset[str] = frozenset()
 INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

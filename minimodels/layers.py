@@ -25,6 +25,8 @@ and may have
 
 - `on_stream`: True for a layer that works on the residual stream itself, as a wrapper does
 - `causal`: whether no token depends on a later one in the present mode, if that is not always so
+- `waits`: why the host must wait for values in a step of one token, if it must. Such a step cannot be
+  a CUDA graph (see minimodels/decoding.py)
 - `after_step()`: called once after each optimizer step
 - `no_weight_decay`: the names of its matrices that do not decay
 - `operations`: the names of the operations for which `impl` chooses a path

@@ -50,6 +50,7 @@ ORDER = [  # rooms from the lowest up; those on one line may import each other
     "presets",
     "ledger",
     "data training published",
+    "decoding",
     "generate",
     "memory pace",
     "draw sample",

@@ -13,10 +13,12 @@ from functools import cache
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minimodels.errors import Count, InputError, Positive
 from minimodels.grammar import Call, parse_call, write_call
+from minimodels.layers import choose, full_precision
 from minimodels.options import OneOf, option, read_options, write_options
 
 
@@ -80,11 +82,11 @@ class Yarn:
         return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
     def frequencies(self, periods: Tensor, base: float) -> Tensor:
-        kept = 1 - self.ramp(len(periods), base).to(periods.device)
+        kept = 1 - self.ramp(len(periods), base, periods.device)
         slowed = (self.factor * periods).reciprocal()  # rounded as transformers does
         return slowed * (1 - kept) + periods.reciprocal() * kept
 
-    def ramp(self, pairs: int, base: float) -> Tensor:
+    def ramp(self, pairs: int, base: float, device: torch.device) -> Tensor:
         """How much each frequency is slowed down, from 0 to 1: (pairs,)."""
 
         def pair(turns: float) -> float:  # which turns so many times within the trained context
@@ -96,7 +98,8 @@ class Yarn:
         first, last = max(first, 0), min(last, 2 * pairs - 1)
         if first == last:
             last += 0.001
-        return ((torch.arange(pairs, dtype=torch.float32) - first) / (last - first)).clamp(0, 1)
+        index = torch.arange(pairs, dtype=torch.float32, device=device)
+        return ((index - first) / (last - first)).clamp(0, 1)
 
 
 LENGTH = (
@@ -211,6 +214,46 @@ def refuse_beyond(longest: int | None, positions: Tensor) -> None:
     if longest is not None and positions.numel() and positions.amax() >= longest:
         accepted = f"at most {longest} tokens; rope_scaling's `length` allows longer texts"
         raise InputError("text", int(positions.amax()) + 1, accepted)
+
+
+def norm_rotate(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-5,
+    impl: str = "auto",
+) -> Tensor:
+    """Rotate each head, and before that give it an RMSNorm if there is a weight.
+
+    x (B, H, T, d); cos, sin (T, R) or (B, 1, T, R) as from `rotary`, R <= d; weight (d,). Returns
+    (B, H, T, d) in x's dtype, which a norm under autocast would leave. Raises ValueError if shapes
+    disagree.
+    """
+    check_angles(x, cos, sin, weight)
+    path = choose(impl, "norm_rotate", x.device)
+    if path == "triton":
+        from minimodels.kernels.norm_rotate import norm_rotate as kernel
+
+        return kernel(x, cos, sin, weight, eps)
+    if weight is not None and path == "reference":
+        full = full_precision(x)
+        x = (full * torch.rsqrt(full.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+    elif weight is not None:
+        x = F.rms_norm(x, weight.shape, weight.to(x.dtype), eps).to(x.dtype)
+    return rotate(x, cos, sin)
+
+
+def check_angles(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None) -> None:
+    """Raise ValueError unless the arguments have the shapes in norm_rotate's docstring.
+
+    The kernel uses this check too.
+    """
+    (B, _, T, d), R = x.shape, cos.shape[-1]
+    fits = cos.shape in ((T, R), (B, 1, T, R)) and sin.shape == cos.shape and R <= d
+    if not fits or (weight is not None and weight.shape != (d,)):
+        shapes = f"x {tuple(x.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}"
+        raise ValueError(f"norm_rotate: {shapes} and the weight do not fit")
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
