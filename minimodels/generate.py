@@ -83,7 +83,7 @@ def generate(
         raise InputError("tokens", count, "0 or more")
     if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
         raise InputError("prompts", prompts, "token ids; complete(model, text) continues a text")
-    vocab = model.embedding.num_embeddings
+    vocab = model.vocab
     try:
         prompts = [torch.as_tensor(prompt) for prompt in prompts]
     except (TypeError, ValueError, RuntimeError) as error:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from minimodels.config import Config
 from minimodels.errors import Count, InputError, NonNegative, Positive
-from minimodels.layers import Context, Place, RMSNorm, flops, linear
+from minimodels.layers import Context, Place, RMSNorm, flops, is_plain, linear
 from minimodels.ops.attention import attention
 from minimodels.ops.cache import AttentionState, advance, carry
 from minimodels.ops.rotary import Scaling, rotary, rotate, scaling_text
@@ -120,6 +120,7 @@ class LatentAttention(nn.Module):
         now = AttentionState(memory, memory.new_empty(B, 1, T, 0), positions, seen)
         joined, after = carry(state, now, None)  # S tokens
         absorb = state is not None and self.absorbing_saves(T, joined.keys.shape[2])
+        absorb = absorb and is_plain(self.kv_up)  # else the map must be called
         form = self.absorbed if absorb else self.expanded
         y = form(plain, turned, joined.keys, positions, joined.positions, starts)  # (B, H, T, d_v)
         return self.out(y.transpose(1, 2).flatten(2)), after
