@@ -40,9 +40,7 @@ class LM(nn.Module):
         self.norm = make_norm(config)
         # None: the head uses the embedding's matrix
         self.head = (
-            None
-            if config.tie_embeddings
-            else linear(config.width, self.vocab, config.init_std)
+            None if config.tie_embeddings else linear(config.width, self.vocab, config.init_std)
         )
         self.objective = OBJECTIVES[config.objective](config)
 

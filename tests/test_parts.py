@@ -27,16 +27,16 @@ EVERY = [*PRESETS, *ALL]
 MODELS = [*PRESETS, *(text for text in ALL if text.startswith(("latent", "differ", "learned")))]
 
 
-def model(name: str, dtype: torch.dtype = torch.float64, **fields) -> LM:
+def model(name: str, dtype=torch.float64, noise: float = 0.2, width: int = WIDTH, **fields) -> LM:
     """A preset or layers as a small model in training mode, in which every wrapped layer is used."""
     torch.manual_seed(0)
     if name in PRESETS:
-        config = preset(name, "tiny", *small(name), width=WIDTH, vocab=V, **fields)
+        config = preset(name, "tiny", *small(name), width=width, vocab=V, **fields)
     else:
-        config = Config(layers=name, width=WIDTH, vocab=V, **fields)
+        config = Config(layers=name, width=width, vocab=V, **fields)
     lm = LM(config).to(dtype)
     for parameter in lm.parameters():
-        parameter.data.add_(0.2 * torch.randn_like(parameter))
+        parameter.data.add_(noise * torch.randn_like(parameter))
     return lm
 
 
@@ -80,7 +80,9 @@ def adapted(lm: LM, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)):
     return peft.get_peft_model(copy.deepcopy(lm), settings).to(lm.embedding.weight.dtype)
 
 
-@pytest.mark.parametrize(("name", "tied"), [("transformer", True), *((name, False) for name in MODELS)])
+@pytest.mark.parametrize(
+    ("name", "tied"), [("transformer", True), *((name, False) for name in MODELS)]
+)
 def test_merged_adapters_give_what_adapters_give(name, tied, tmp_path):
     lm = model(name, tie_embeddings=tied)
     other = adapted(lm, (nn.Linear, nn.Embedding))
@@ -99,7 +101,9 @@ def test_merged_adapters_give_what_adapters_give(name, tied, tmp_path):
     same(merged.loss(text(), text())[0], loss, 1e-10)
     same(list(generate(merged.eval(), [[1, 2, 3]], 4, GREEDY)), tokens)
     save_model(merged.float(), tmp_path / "merged")
-    assert torch.equal(load_model(tmp_path / "merged").train()(text())[0], merged.train()(text())[0])
+    assert torch.equal(
+        load_model(tmp_path / "merged").train()(text())[0], merged.train()(text())[0]
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -120,13 +124,14 @@ def test_an_adapted_published_model_is_published_again(family, tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_quantised_linear_maps_are_near(name):
-    lm = model(name, torch.float32).eval()
+    lm = model(name, torch.float32, 0.0, 32).eval()
     ao = pytest.importorskip("torchao.quantization", reason="quantised weights need torchao")
     exact, other = lm(text())[0], copy.deepcopy(lm)
     ao.quantize_(other, ao.Int8WeightOnlyConfig(version=2))
-    assert any(type(part.weight) is not nn.Parameter for part in other.modules() if isinstance(part, nn.Linear))
+    maps = [part for part in other.modules() if isinstance(part, nn.Linear)]
+    assert all(type(part.weight) is not nn.Parameter for part in maps)
     logits = other(text())[0]
-    assert 0 < (logits - exact).norm() < 0.2 * exact.norm()
+    assert 0 < (logits - exact).norm() < 0.3 * exact.norm()
     assert other.loss(text(), text())[0].isfinite()
     assert len(list(generate(other, [[1, 2, 3]], 3, GREEDY))) == 3
 
@@ -134,8 +139,8 @@ def test_quantised_linear_maps_are_near(name):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", MODELS)
 def test_dynamically_quantised_linear_maps_are_near(name):
-    lm = model(name, torch.float32).eval()
+    lm = model(name, torch.float32, 0.0, 32).eval()
     other = torch.ao.quantization.quantize_dynamic(lm, {nn.Linear}, torch.qint8)
     exact, logits = lm(text())[0], other(text())[0]
-    assert 0 < (logits - exact).norm() < 0.2 * exact.norm()
+    assert 0 < (logits - exact).norm() < 0.3 * exact.norm()
     assert len(list(generate(other, [[1, 2, 3]], 3, GREEDY))) == 3
