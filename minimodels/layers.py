@@ -193,7 +193,7 @@ def rmsnorm(
     x, update (..., D), weight (D,) -> two (..., D). Under autocast the norm has autocast's
     precision, because otherwise each of the linear maps that read it would have to cast it.
     """
-    path = choose(impl, "rmsnorm", x.device)
+    path = choose(impl, "rmsnorm", x.device, portable=True)
     if path == "triton":
         from minimodels.kernels.rmsnorm import rmsnorm as kernel
 
@@ -229,7 +229,7 @@ def norm_of_sum(
     if (
         isinstance(norm, RMSNorm)
         and is_plain(norm)
-        and choose(impl, "rmsnorm", x.device) != "torch"
+        and choose(impl, "rmsnorm", x.device, portable=True) != "torch"
     ):
         return rmsnorm(x, norm.weight, norm.eps, update, impl)
     x = x if update is None else x + update
@@ -376,18 +376,55 @@ def full_precision(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def choose(impl: str, operation: str, device: torch.device) -> str:
+def choose(impl: str, operation: str, device: torch.device, portable: bool = False) -> str:
     """The path of an operation: "reference", "torch" or "triton".
 
-    Raises InputError if `impl` is unknown or cannot be used.
+    In torch.export and torch.func the reference takes the place of the torch path, because they
+    know PyTorch's own operations alone; unless the torch path is `portable`, which means that it
+    consists of them. Raises InputError if `impl` is unknown or cannot be used.
     """
+    if impl not in ("auto", *IMPLS):
+        raise InputError("impl", impl, ", ".join(IMPLS))
+    if impl in ("auto", "torch") and not portable and is_transformed():
+        return "reference"
     if impl == "auto":
         return "triton" if device.type == "cuda" and operation in FASTER else "torch"
-    if impl not in IMPLS:
-        raise InputError("impl", impl, ", ".join(IMPLS))
     if impl == "triton":
         require(operation, device)
     return impl
+
+
+def is_transformed() -> bool:
+    """Whether torch.export or a transformation of torch.func (grad, vmap, ...) runs the program.
+
+    Then no size and no branch may depend on the values of a tensor.
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch._C._are_functorch_transforms_active()
+
+
+def by_token(
+    step: Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, Tensor]],
+    state: Tensor,
+    parts: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor]:
+    """A recurrence step(state, now) -> (state, output) over the second dimension of all parts.
+
+    Returns the outputs (B, T, ...) and the final state. In torch.export it is one loop, so that a
+    text may have any length.
+    """
+    if torch.compiler.is_exporting():
+        from torch._higher_order_ops.scan import scan
+
+        state, y = scan(step, state, tuple(part.transpose(0, 1) for part in parts))
+        return y.transpose(0, 1), state
+    outputs = []
+    # unbind, because indexing [:, t] would make the backward pass quadratic in T
+    for now in zip(*(part.unbind(1) for part in parts), strict=True):
+        state, output = step(state, now)
+        outputs.append(output)
+    return torch.stack(outputs, dim=1), state
 
 
 def operations(model: nn.Module) -> list[str]:

@@ -2,7 +2,6 @@
 text from an exported model in transformers."""
 
 import json
-from datetime import datetime
 
 import pytest
 import torch
@@ -26,7 +25,8 @@ TEMPLATES = {
     "chatml": CHATML,
     "tokens": "{{ bos_token }}{% for m in messages %}[INST] {{ m.content | trim }} [/INST]{{ eos_token }}{% endfor %}",
     "blocks": "{%- set ns = namespace(n=0) %}\n{% for m in messages %}\n    {% set ns.n = ns.n + 1 %}\n"
-    "  {% generation %}{{ m['content'] }}{% endgeneration %}\n{% if loop.first %}{% continue %}{% endif %}\n{% endfor %}{{ ns.n }}",
+    "  {% generation %}{{ m['content'] }}{% endgeneration %}\n{% if loop.first %}{% continue %}{% endif %}\n"
+    "{% endfor %}{{ ns.n }}",
     "json": "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}{{ dict(a=1) }}",
     "date": "{{ strftime_now('%Y') }}{% if tools %}tools{% endif %}{{ messages[0].content }}",
 }

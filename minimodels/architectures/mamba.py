@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from minimodels.config import Config
 from minimodels.errors import Count, NonNegative
-from minimodels.layers import Context, Place, RMSNorm, choose, full_precision
+from minimodels.layers import Context, Place, RMSNorm, by_token, choose, full_precision
 from minimodels.ops.convolution import CausalConv1d
 from minimodels.ops.scan import scan
 from minimodels.options import option
@@ -234,13 +234,13 @@ def recurrence(
 
     Arguments as in selective_scan, except that delta is already after softplus.
     """
-    outputs = []
-    # unbind, because indexing [:, t] would make the backward pass quadratic in T
-    steps = zip(x.unbind(1), delta.unbind(1), B.unbind(1), C.unbind(1), strict=True)
-    for t, (x_t, delta_t, B_t, C_t) in enumerate(steps):
+
+    def step(h: Tensor, now: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        x_t, delta_t, B_t, C_t, *reset = now
         decay = torch.exp(delta_t.unsqueeze(-1) * A)  # (4): Ā, (B, I, N)
-        if resets is not None:
-            decay = decay.masked_fill(resets[:, t, None, None], 0)
+        if reset:
+            decay = decay.masked_fill(reset[0][:, None, None], 0)
         h = decay * h + (delta_t * x_t).unsqueeze(-1) * B_t.unsqueeze(1)  # (2a), (B, I, N)
-        outputs.append((h @ C_t.unsqueeze(-1)).squeeze(-1))  # (2b), (B, I)
-    return torch.stack(outputs, dim=1), h
+        return h, (h @ C_t.unsqueeze(-1)).squeeze(-1)  # (2b), (B, I)
+
+    return by_token(step, h, (x, delta, B, C) if resets is None else (x, delta, B, C, resets))

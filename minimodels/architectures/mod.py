@@ -48,6 +48,7 @@ from minimodels.layers import (
     Stack,
     flops,
     inactive_parameters,
+    is_transformed,
     linear,
     state_bytes,
     unrouted_flops,
@@ -165,8 +166,12 @@ class MixtureOfDepths(nn.Module):
             context.record.trace("taken", taken & present)
             return index, present.gather(1, index)
         context.record.trace("taken", taken)
-        k = int(taken.sum(1).amax())  # shorter rows are filled up to k
-        index = (~taken).long().argsort(dim=1, stable=True)[:, :k]
+        # shorter rows are filled up to k
+        k = taken.shape[1] if is_transformed() else int(taken.sum(1).amax())
+        # each token's place among the tokens that take the group, or else behind them
+        place = torch.where(taken, taken.cumsum(1), taken.sum(1, True) + (~taken).cumsum(1)) - 1
+        tokens = torch.arange(taken.shape[1], device=taken.device).expand_as(place)
+        index = torch.zeros_like(place).scatter(1, place, tokens)[:, :k]
         return index, taken.gather(1, index)
 
     def account(self, decision: Tensor, taken: Tensor, present: Tensor, context: Context) -> None:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from minimodels.architectures.transformer import SwiGLU, default_width
 from minimodels.config import Config
 from minimodels.errors import Count, InputError, Natural, NonNegative
-from minimodels.layers import Context, FullPrecisionLinear, Place, flops, linear
+from minimodels.layers import Context, FullPrecisionLinear, Place, flops, is_transformed, linear
 from minimodels.ops.documents import top_per_document
 from minimodels.ops.grouped_mlp import grouped_mlp
 from minimodels.options import option
@@ -185,7 +185,7 @@ class MoE(nn.Module):
         # (B, T, 1), the weight of a token in a mean
         weight = (real / real.sum().clamp(min=1)).unsqueeze(-1)
         if self.training:
-            self.visited.add_((visits * real.unsqueeze(-1)).sum((0, 1)).to(self.visited.dtype))
+            self.count(visits * real.unsqueeze(-1))
         # (E,) each
         fraction, probability = (visits * weight).sum((0, 1)), (probabilities * weight).sum((0, 1))
         record, options = context.record, self.options
@@ -198,6 +198,14 @@ class MoE(nn.Module):
         load = fraction / fraction.sum().clamp(min=1e-9)
         record.observe("load", load)
         record.observe("overload", load.amax() * load.numel())  # E times the largest share
+
+    def count(self, visits: Tensor) -> None:
+        """Count the visits (B, T, E) of a training step, which move the selection bias."""
+        if not is_transformed():
+            self.visited.add_(visits.sum((0, 1)).to(self.visited.dtype))
+        elif self.bias is not None:
+            accepted = "eval(), because torch.func and torch.export count no visits"
+            raise InputError("router", "sigmoid_bias in training mode", accepted)
 
     def _apply(self, fn, recurse=True):
         """Move or convert the layer as PyTorch does, but keep its buffers in fp32: in bfloat16 a step

@@ -170,7 +170,9 @@ def window_after(
     """The last W-1 inputs before the padding, 0 if of an earlier document: (B, W-1, D)."""
     (_, T, D), kept = x.shape, window.shape[1]
     if lengths is None:
-        late = torch.cat((window, x[:, max(0, T - kept) :]), dim=1)
+        # in an exported program without a maximum, which would bound the length of a text
+        recent = x if torch.compiler.is_exporting() else x[:, max(0, T - kept) :]
+        late = torch.cat((window, recent), dim=1)
         after = late[:, late.shape[1] - kept :].clone()
         last = None if within is None else within[:, -1:]  # (B, 1)
     else:
