@@ -16,7 +16,9 @@ from minimodels.presets import PRESETS
 
 V, WIDTH = 29, 16
 SHORT = {name: text.format(n=1, twice=1, half=1, quarter=1) for name, text in PRESETS.items()} | {
-    name: f"{name} mlp" for name in ("latent_attention", "differential_attention")
+    "latent_attention": "latent_attention mlp",
+    "differential_attention": "differential_attention mlp",
+    "sparse_attention": "sparse_attention(keys=128) mlp",  # for texts of up to so many tokens
 }
 # every preset takes a minute; the environment asks for it, as for more configurations of families
 NIGHTLY = "MINIMODELS_DRAWN" in os.environ

@@ -26,6 +26,8 @@ indexer.
     memory      c^KV, k^R   (B, 1, S, r + d_r)  latents and rotary keys; with the keys, the state
     weights     p           (B, T, H, k)        of attention, over the chosen keys
 
+An exported program (torch.export) takes texts of up to k tokens, of which all are chosen.
+
 A ReLU makes scores of exactly zero, so many keys may be equally good. The latest of them are
 chosen. Without such a rule, a token that is decoded could see other keys than in training.
 
