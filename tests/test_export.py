@@ -1,7 +1,7 @@
 """Models outside of this package: torch.export, ONNX and the transformations of torch.func."""
 
+import functools
 import os
-import warnings
 
 import pytest
 import torch
@@ -58,31 +58,35 @@ class Logits(nn.Module):
 def exported(lm: LM) -> torch.export.ExportedProgram:
     """The program for any number of texts of any length."""
     free = {"tokens": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}}
-    return torch.export.export(Logits(lm), (text(2, 7),), dynamic_shapes=free)
+    with torch.no_grad():
+        return torch.export.export(Logits(lm), (text(2, 7),), dynamic_shapes=free)
+
+
+@functools.cache
+def named_program(name: str) -> tuple[LM, torch.export.ExportedProgram]:
+    """A model and its program."""
+    lm = model(name).eval()
+    return lm, exported(lm)
 
 
 @pytest.mark.parametrize("name", EXPORTED)
 @torch.no_grad()
 def test_an_exported_program_gives_the_same_logits_at_any_length(name):
-    lm = model(name).eval()
-    program = exported(lm)
+    lm, program = named_program(name)
     assert not [node for node in program.graph.nodes if "minimodels" in str(node.target)]
     for tokens in (text(2, 7), text(1, 2), text(3, 70)):
         same(program.module()(tokens), lm(tokens)[0], 1e-4)
-    check_onnx(program, lm)
 
 
-def check_onnx(program: torch.export.ExportedProgram, lm: LM) -> None:
-    """The same for ONNX, if it is installed."""
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError:
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        graph = torch.onnx.export(program, dynamo=True, verbose=False)
-    session = onnxruntime.InferenceSession(graph.model_proto.SerializeToString())
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", EXPORTED)
+@torch.no_grad()
+def test_an_onnx_file_gives_the_same_logits_at_any_length(name):
+    pytest.importorskip("onnxscript", reason="ONNX needs the extra `export`")
+    runtime = pytest.importorskip("onnxruntime", reason="ONNX needs the extra `export`")
+    lm, program = named_program(name)
+    graph = torch.onnx.export(program, dynamo=True, verbose=False)
+    session = runtime.InferenceSession(graph.model_proto.SerializeToString())
     for tokens in (text(2, 7), text(1, 2), text(3, 70)):
         (logits,) = session.run(None, {"tokens": tokens.numpy()})
         same(torch.from_numpy(logits), lm(tokens)[0], 1e-4)

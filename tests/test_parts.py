@@ -1,6 +1,7 @@
 """Every part of a model is called as a module, so hooks, adapters and quantisation reach it."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -23,8 +24,12 @@ from minimodels.published.families import FAMILIES
 
 V, T = 29, 11
 GREEDY = Sampling(temperature=0)
+# all families and quantised models take half a minute; the environment asks for them
+NIGHTLY = "MINIMODELS_DRAWN" in os.environ
+UNLIKE = ["gpt2", "phi3", "gemma2", "mixtral", "jamba", "deepseek_v2", "qwen3_next"]
 EVERY = [*PRESETS, *ALL]
 MODELS = [*PRESETS, *(text for text in ALL if text.startswith(("latent", "differ", "learned")))]
+QUANTISED = MODELS if NIGHTLY else ["mod", "hybrid", "kimi_linear", "mamba2"]
 
 
 def model(name: str, dtype=torch.float64, noise: float = 0.2, width: int = WIDTH, **fields) -> LM:
@@ -106,7 +111,7 @@ def test_merged_adapters_give_what_adapters_give(name, tied, tmp_path):
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES if NIGHTLY else UNLIKE)
 def test_an_adapted_published_model_is_published_again(family, tmp_path):
     pytest.importorskip("transformers", reason="published models are made by transformers")
     import test_published as published
@@ -117,12 +122,11 @@ def test_an_adapted_published_model_is_published_again(family, tmp_path):
     assert (logits - lm(text())[0]).abs().max() > 1e-3
     merged = other.merge_and_unload()
     same(merged(text())[0], logits, 1e-10)
-    merged.published = lm.published
     save_pretrained(merged, tmp_path / "merged")
     same(from_pretrained(tmp_path / "merged")(text())[0], logits, 1e-10)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", QUANTISED)
 def test_quantised_linear_maps_are_near(name):
     lm = model(name, torch.float32, 0.0, 32).eval()
     ao = pytest.importorskip("torchao.quantization", reason="quantised weights need torchao")
@@ -137,7 +141,7 @@ def test_quantised_linear_maps_are_near(name):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", QUANTISED)
 def test_dynamically_quantised_linear_maps_are_near(name):
     lm = model(name, torch.float32, 0.0, 32).eval()
     other = torch.ao.quantization.quantize_dynamic(lm, {nn.Linear}, torch.qint8)
