@@ -111,6 +111,17 @@ def test_merged_adapters_give_what_adapters_give(name, tied, tmp_path):
     )
 
 
+def test_experts_take_adapters_on_their_parameters():
+    peft = pytest.importorskip("peft", reason="adapters need peft")
+    lm = model("moe(experts=4)")
+    names = ["layer.gate", "layer.up", "layer.out"]
+    settings = peft.LoraConfig(r=2, target_parameters=names, init_lora_weights=False)
+    other = peft.get_peft_model(copy.deepcopy(lm), settings).double()
+    logits = other(text())[0]
+    assert (logits - lm(text())[0]).abs().max() > 1e-3
+    same(other.merge_and_unload()(text())[0], logits, 1e-10)
+
+
 @pytest.mark.parametrize("family", FAMILIES if NIGHTLY else UNLIKE)
 def test_an_adapted_published_model_is_published_again(family, tmp_path):
     pytest.importorskip("transformers", reason="published models are made by transformers")
