@@ -67,6 +67,16 @@ def test_every_part_is_called(layers, tied):
     assert called == set(leaves(lm))
 
 
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_every_part_is_called_on_other_paths(impl):
+    lm, called = model("attention mamba(state_size=4)", torch.float32, impl=impl), set()
+    plain = lm(text())[0]
+    for name, part in leaves(lm).items():
+        part.register_forward_hook(lambda *_, name=name: called.add(name))
+    same(lm(text())[0], plain, 1e-4)
+    assert called == set(leaves(lm))
+
+
 def test_a_hook_sees_every_call_in_decoding():
     """Without it, latent attention decodes with the matrix of its map."""
     lm, calls = model("latent_attention(kv_rank=2)").eval(), []
@@ -115,7 +125,8 @@ def test_experts_take_adapters_on_their_parameters():
     peft = pytest.importorskip("peft", reason="adapters need peft")
     lm = model("moe(experts=4)")
     names = ["layer.gate", "layer.up", "layer.out"]
-    settings = peft.LoraConfig(r=2, target_parameters=names, init_lora_weights=False)
+    given = {"target_modules": [], "target_parameters": names, "init_lora_weights": False}
+    settings = peft.LoraConfig(r=2, **given)
     other = peft.get_peft_model(copy.deepcopy(lm), settings).double()
     logits = other(text())[0]
     assert (logits - lm(text())[0]).abs().max() > 1e-3
@@ -140,7 +151,9 @@ def test_an_adapted_published_model_is_published_again(family, tmp_path):
 @pytest.mark.parametrize("name", QUANTISED)
 def test_quantised_linear_maps_are_near(name):
     lm = model(name, torch.float32, 0.0, 32).eval()
-    ao = pytest.importorskip("torchao.quantization", reason="quantised weights need torchao")
+    ao = pytest.importorskip(
+        "torchao.quantization", reason="quantised weights need the extra `quantise`"
+    )
     exact, other = lm(text())[0], copy.deepcopy(lm)
     ao.quantize_(other, ao.Int8WeightOnlyConfig(version=2))
     maps = [part for part in other.modules() if isinstance(part, nn.Linear)]
