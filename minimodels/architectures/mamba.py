@@ -86,7 +86,7 @@ class Mamba(nn.Module):
         self.conv1d = CausalConv1d(I, options.conv_width, options.conv_bias, True, config.impl)
         self.x_proj = nn.Linear(I, R + 2 * N, bias=False)
         self.dt_proj = nn.Linear(R, I, bias=False)
-        self.dt_bias = nn.Parameter(torch.rand(I))
+        self.dt_bias = nn.Parameter(torch.rand(I))  # reset_parameters overwrites it
         # A_n = -(n + 1)
         self.A_log = nn.Parameter(torch.arange(1, N + 1).float().log().repeat(I, 1))
         self.D = nn.Parameter(torch.ones(I))
