@@ -13,6 +13,9 @@ the schedule follows the clock.
 
 from __future__ import annotations
 
+import minimodels  # noqa: F401, first, so that Ctrl-C ends the other imports at once
+
+# isort: split
 import math
 import shlex
 import sys
@@ -27,7 +30,6 @@ from minimodels.command import (
     has_bfloat16,
     keep_freed_memory,
     pick_device,
-    pick_threads,
     refuse_several_processes,
     require_compiler,
     run_command,
@@ -42,9 +44,11 @@ from minimodels.generate import Sampling, complete
 from minimodels.layers import choose, operations
 from minimodels.ledger import ledger
 from minimodels.lm import LM
+from minimodels.memory import check_memory
+from minimodels.pace import Pace, pick_threads
 from minimodels.training import checkpoint
 from minimodels.training.evaluate import evaluate
-from minimodels.training.log import forget_after, write_log
+from minimodels.training.log import forget_after, write_log, write_scores
 from minimodels.training.optim import adamw, learning_rate
 from minimodels.training.options import Options, count_steps, label, new_folder, parse
 from minimodels.training.step import set_learning_rate, training_step
@@ -65,8 +69,8 @@ def main(options: Options) -> None:
         accepted = f"{data.vocab} or more, because that many tokens are in the data"
         raise InputError("vocab", options.config.vocab, accepted)
     config = replace(options.config, vocab=options.config.vocab or data.vocab)
-    threads, why = pick_threads(options.threads, device)
-    options = replace(options, config=config, threads=threads)
+    threads = pick_threads(options.threads, device)
+    options = replace(options, config=config, threads=threads.count)
 
     torch.manual_seed(options.seed)
     model = LM(config).to(device)
@@ -83,8 +87,11 @@ def main(options: Options) -> None:
         loss_function = torch.compile(model.loss, fullgraph=True)
 
     cost = ledger(config, options.context)
+    pace = Pace(threads, cost.training_flops)
     tokens_per_step = options.batch_size * options.accumulate * options.context
     last_step = count_steps(options, tokens_per_step, cost.training_flops)
+    batch = (options.batch_size, options.context)
+    memory = check_memory(model, *batch, autocast, exact=not options.compile)
     run = options.resume or new_folder(options)
     with locked(run), stopped_by_signals() as stopped:
         done = {"step": 0, "seconds": 0.0}
@@ -103,7 +110,8 @@ def main(options: Options) -> None:
         step = done["step"]
 
         chosen = ", ".join(f"{name}: {path}" for name, path in paths.items())
-        cpu = f", threads: {threads}{why and f' ({why})'}" if device.type == "cpu" else ""
+        why = f" ({threads.reason})" if threads.reason else ""
+        cpu = f", threads: {threads.count}{why}" if device.type == "cpu" else ""
         bounds = [f"{last_step} steps"] if last_step < math.inf else []
         bounds += [f"{options.minutes} minutes"] if options.minutes else []
         print(f"model    {label(options)}: {config.layers}")
@@ -113,6 +121,8 @@ def main(options: Options) -> None:
         print(f"data     {data.describe()}, {tokens_per_step} tokens a step")
         print(f"run      {run}, from step {step}, to {' or '.join(bounds)}", flush=True)
 
+        if memory:
+            print(f"memory   {memory}", flush=True)
         if step == last_step:
             print("the run is at its bound; --steps continues it to a later step")
         bar_format = "{percentage:3.0f}% |{bar:20}| {elapsed}<{remaining} {postfix}"
@@ -134,6 +144,7 @@ def main(options: Options) -> None:
 
         def validate() -> str:
             scores = evaluate(model, data, options.batch_size, options.eval_batches, autocast)
+            refuse_nan(model, scores["validation_loss"], step, run)
             return report(run, spent(), scores)
 
         while not stopped.is_set():
@@ -174,6 +185,8 @@ def main(options: Options) -> None:
                     f"step {step}, loss {mean:.3f}, {speed:,.0f} tokens/s", refresh=False
                 )
                 bar.update(min(progress, 1.0) - bar.n)
+                if remark := pace.remark(speed):
+                    bar.write(f"note: {remark}")
             if options.eval_every and step % options.eval_every == 0 and step < last_step:
                 refuse_nan(model, taken.losses[-1].item(), step, run)
                 said = validate()
@@ -186,6 +199,7 @@ def main(options: Options) -> None:
 
         bar.close()
         refuse_nan(model, losses[-1].item() if losses else 0.0, step, run)
+        said = "" if stopped.is_set() else validate()
         save()
     if stopped.is_set():
         print(
@@ -193,7 +207,7 @@ def main(options: Options) -> None:
         )
         sys.exit(130)
     print(f"saved in {run}", flush=True)
-    print(validate())
+    print(said)
     print(text := sample(model, data, options.prompt))
     if not text.startswith("no sample"):
         more = f"python -m minimodels.sample {shlex.quote(str(run))} --prompt {shlex.quote(options.prompt)}"
@@ -203,7 +217,7 @@ def main(options: Options) -> None:
 def report(run: Path, spent: dict[str, float], scores: dict[str, float]) -> str:
     """Write the scores of a validation, and what was `spent` so far, to the log;
     return a line to print."""
-    write_log(run, {**spent, **scores})
+    write_scores(run, {**spent, **scores})
     bits = f"{scores['bits_per_byte']:.3f} bits per byte, " if "bits_per_byte" in scores else ""
     return f"step {spent['step']}: validation {bits}{scores['accuracy']:.1%} right"
 

@@ -176,7 +176,7 @@ def check(options: Options) -> torch.device:
             choose(impl, "rmsnorm", device)
         elif device.type != "cuda":
             raise InputError(
-                "impl", impl, f"auto, reference or torch, for the device is {device.type}"
+                "impl", impl, f"auto, reference or torch, because the device is {device.type}"
             )
     if not options.impl:
         raise InputError("impl", (), ", ".join(["auto, reference, torch, triton", *BACKENDS]))

@@ -255,7 +255,7 @@ def available(peers: dict[str, Peer]) -> dict[str, Callable]:
     found = {}
     for name, peer in peers.items():
         if importlib.util.find_spec(peer.module or peer.package.replace("-", "_")) is None:
-            print(f"  {name}: skipped, for {peer.package} is not installed")
+            print(f"  {name}: skipped, because {peer.package} is not installed")
         elif peer.gpu and not GPU:
             print(f"  {name}: skipped, because it needs a GPU")
         else:
@@ -384,7 +384,7 @@ def sweep(
                 except Exception as error:  # the compiler or the GPU may raise anything
                     reason = (str(error).splitlines() or [""])[0]
                     print(
-                        f"  {variant}: left out, for it failed ({type(error).__name__}: {reason})"
+                        f"  {variant}: left out, because it failed ({type(error).__name__}: {reason})"
                     )
                     continue
                 ceiling = limits[case.unit]
@@ -484,7 +484,7 @@ def time_providers(
             calls[name] = call
         except Exception as error:  # a peer may raise anything
             reason = (str(error).splitlines() or [""])[0]
-            print(f"  {name}: left out, for it failed ({type(error).__name__}: {reason})")
+            print(f"  {name}: left out, because it failed ({type(error).__name__}: {reason})")
     return interleave(calls, rounds=rounds, seconds=0.05 if GPU else 0.2, warm=False), memory
 
 

@@ -165,7 +165,9 @@ class Options:
 def main(options: Options) -> None:
     """Compile the kernels, and exit with 1 if the assembler expects losses."""
     if INTERPRETED:
-        raise InputError("TRITON_INTERPRET", 1, "unset, for what is interpreted is not compiled")
+        raise InputError(
+            "TRITON_INTERPRET", 1, "unset, because what is interpreted is not compiled"
+        )
     for name in options.names:
         if name not in OPERATIONS:
             raise InputError("operation", name, ", ".join(OPERATIONS))

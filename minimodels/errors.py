@@ -25,11 +25,16 @@ class InputError(Exception):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The known names. The one that was probably meant comes first: "did you mean
-    moe? attention, mlp, moe"."""
+    """The known names, after the one that was probably meant: "did you mean moe? attention, mlp,
+    moe"."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, 1)
-    return (f"did you mean {close[0]}? " if close else "") + ", ".join(known)
+    return meant(name, known) + ", ".join(known)
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """ "did you mean moe? " if one of the known names is like this one, otherwise ""."""
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f"did you mean {close[0]}? " if close else ""
 
 
 class Range(NamedTuple):
@@ -45,6 +50,7 @@ Count = Annotated[int, Range(1, LARGEST, f"a whole number from 1 to {LARGEST}")]
 Natural = Annotated[int, Range(0, LARGEST, f"a whole number from 0 to {LARGEST}")]
 Positive = Annotated[float, Range(0, math.inf, "a number above 0", above=True)]
 NonNegative = Annotated[float, Range(0, math.inf, "a number of 0 or more")]
+Share = Annotated[float, Range(0, 1, "a fraction from 0 to 1")]
 Fraction = Annotated[float, Range(0, 1, "a fraction above 0, at most 1", above=True)]
 
 PLAIN = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}

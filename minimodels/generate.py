@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from minimodels.data.tokenizer import Bytes, LibraryTokenizer, TokenizerFile
-from minimodels.errors import Fraction, InputError, Natural, NonNegative, Positive, check_types
+from minimodels.errors import (
+    Fraction,
+    InputError,
+    Natural,
+    NonNegative,
+    Positive,
+    Share,
+    check_types,
+)
 from minimodels.layers import Context
 from minimodels.lm import LM
 
@@ -30,13 +38,11 @@ class Sampling:
     """keep the k most likely tokens; 0: all"""
     top_p: Fraction = 1.0
     """keep the most likely tokens that together reach this probability (arXiv:1904.09751)"""
-    min_p: float = 0.0
+    min_p: Share = 0.0
     """keep tokens at least this fraction as likely as the most likely one (arXiv:2407.01082)"""
 
     def __post_init__(self):
         check_types(self)
-        if not 0 <= self.min_p <= 1:
-            raise InputError("min_p", self.min_p, "a fraction from 0 to 1")
 
 
 def complete(

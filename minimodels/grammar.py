@@ -363,6 +363,11 @@ def set_options(
         if others:
             raise InputError("set", setting, "one option; --set is repeatable")
         program, hits = set_option(program, name, read, missing)
+        if not hits and name in program.definitions:
+            item = program.definitions[name].item
+            inside = sorted(names_in(Program({}, (item,))))
+            layers = " or ".join(f"{each}.{option}" for each in inside)
+            raise InputError("set", setting, f"{layers}, because {name}={write_item(item)}")
         if not hits:
             raise InputError(
                 "set", setting, f"a layer of the model: {nearest(name, sorted(names_in(program)))}"

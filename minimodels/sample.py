@@ -1,8 +1,10 @@
-"""Continues a prompt with a trained or a published model, and prints each token as it is drawn:
+"""Continue a prompt with a trained or a published model, and print each token as it is drawn.
 
-python -m minimodels.sample runs/transformer --prompt "def " --temperature 0.8 --min-p 0.05
-python -m minimodels.sample FOLDER_OR_HUB_ID --prompt "Once upon a time"
-python -m minimodels.sample FOLDER_OR_HUB_ID --chat --prompt "Why is the sky blue?"
+    python -m minimodels.sample runs/transformer --prompt "def " --temperature 0.8 --min-p 0.05
+    python -m minimodels.sample Qwen/Qwen3-0.6B --prompt "Once upon a time"
+    python -m minimodels.sample Qwen/Qwen3-0.6B --chat --prompt "Why is the sky blue?"
+
+A run's context is filled unless --tokens says otherwise.
 """
 
 from __future__ import annotations

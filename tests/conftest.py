@@ -39,6 +39,7 @@ SLOW = {  # file -> tests that are not fast
     "peak_memory_is_that_of_the_call every_sweep_measures_the_points_of_the_first "
     "a_claim_leaves_rows_that_plot_draws what_does_not_fit_is_a_row "
     "routing_decisions_are_those_of_all_batches_scored",
+    "test_every_option": "every_option_of_training_has_an_effect",
     "test_first_hour": "a_signal_saves a_loss_that_is_not_finite_is_not_saved",
     "test_house": "the_fast_tier_has_a_test_of_every_file",
     "test_laws": "compiles_to_one_graph overfits_one_batch",

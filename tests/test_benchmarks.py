@@ -505,6 +505,7 @@ def test_the_loss_by_position_is_that_of_each_token(tmp_path, capsys):
     model = LM(Config(layers="attention(window=5) mod(mlp)", width=16, vocab=256))
     save_model(model, tmp_path / "run")
     about = json.loads((tmp_path / "run/options.json").read_text())
+    del about["checksum"]
     about |= {"data": "stdlib", "context": 8}
     (tmp_path / "run/options.json").write_text(json.dumps(about))
     out = tmp_path / "rows.jsonl"
@@ -663,7 +664,11 @@ def test_a_cpu_measures_nothing_if_the_results_are_wrong(tmp_path, monkeypatch):
         (plot.main, plot.Options(results=()), "results"),
         (curves.main, curves.Options(runs=(), axis="money"), "axis: 'money' .* tokens"),
         (positions.main, positions.Options(runs=()), "runs: .* folders of training runs"),
-        (positions.main, positions.Options(runs=(Path("never"),)), "run: 'never/options.json'"),
+        (
+            positions.main,
+            positions.Options(runs=(Path("never"),)),
+            "runs: 'never' .* the folder of a tr",
+        ),
     ],
 )
 def test_bad_input_is_refused(main, options, message):

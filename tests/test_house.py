@@ -33,6 +33,7 @@ from minimodels.training.step import training_step
 ROOT = Path(minimodels.__file__).resolve().parents[1]
 EVERY = {**LAYERS, **WRAPPERS}
 ORDER = [  # rooms from the lowest up; those on one line may import each other
+    "interrupts",
     "errors",
     "files",
     "colours command measure",
@@ -50,6 +51,7 @@ ORDER = [  # rooms from the lowest up; those on one line may import each other
     "ledger",
     "data training published",
     "generate",
+    "memory pace",
     "draw sample",
     "",  # minimodels itself, which exports what is used in Python
     "train",

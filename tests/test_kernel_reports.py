@@ -27,7 +27,7 @@ def test_a_provider_that_fails_or_is_wrong_is_left_out(direction, capsys):
     assert list(timings) == list(memory) == ["first", "same", "something else"]
     said = capsys.readouterr().out
     assert (
-        "wrong: left out, for it failed (AssertionError: result 0" in said
+        "wrong: left out, because it failed (AssertionError: result 0" in said
         and "failing: left out" in said
     )
 
@@ -169,7 +169,7 @@ def test_an_operation_reports_rows_that_table_reads(tmp_path, capsys, quick):
         row["rate"] > 0 and len(row["seconds"]) == 2 for row in rows
     )
     assert {row["provider"] for row in rows} >= {"torch", "torch.compile", "same"}
-    assert "absent: skipped, for no-such-package is not installed" in capsys.readouterr().out
+    assert "absent: skipped, because no-such-package is not installed" in capsys.readouterr().out
     table.main(table.Options(results=(out,)))
     assert "| `square` backward | large |" in capsys.readouterr().out
 
@@ -206,7 +206,7 @@ def test_a_sweep_times_the_variants_that_are_right(tmp_path, quick, capsys, monk
     found = [(row["provider"], row["direction"]) for row in read(out)]
     assert found == [(name, way) for name in ("first", "right") for way in ("forward", "backward")]
     assert {row["operation"] for row in read(out)} == {"square sweep"}
-    assert "wrong: left out, for it failed (AssertionError: result 0" in capsys.readouterr().out
+    assert "wrong: left out, because it failed (AssertionError: result 0" in capsys.readouterr().out
     with pytest.raises(InputError, match="^sweep: .* variants"):
         common.report("square", square, square, [case], {}, lambda: None)(
             common.Options(sweep=True)

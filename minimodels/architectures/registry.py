@@ -21,7 +21,7 @@ from minimodels.architectures.sparse_attention import SparseAttention
 from minimodels.architectures.transformer import Attention, SwiGLU
 from minimodels.config import Config
 from minimodels.errors import InputError, nearest
-from minimodels.grammar import Call, count_layers, excerpt
+from minimodels.grammar import Call, count_layers, excerpt, parse
 from minimodels.layers import RESIDUALS, Place, Stack
 from minimodels.options import read_options
 
@@ -95,7 +95,8 @@ def find(call: Call, text: str) -> type[nn.Module]:
     """
     known = {**LAYERS, **WRAPPERS}
     if call.name not in known:
-        raise InputError("layers", call.name, nearest(call.name, known), excerpt(text, call.at))
+        names = [*parse(text).definitions, *known]
+        raise InputError("layers", call.name, nearest(call.name, names), excerpt(text, call.at))
     if bool(call.layers) != (call.name in WRAPPERS):
         accepted = (
             "layers in its parentheses" if call.name in WRAPPERS else "no layers in its parentheses"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minimodels.data.byte_level import from_alphabet, save_bytes_tokenizer
 from minimodels.data.chat import read_template, render, special_tokens
-from minimodels.errors import InputError
+from minimodels.errors import InputError, meant
 from minimodels.files import atomic_write, read_json, write_json
 
 END = "<|end|>"  # ends a document in the tokenizers that are trained here
@@ -258,7 +258,9 @@ def open_tokenizer(spec: str, texts: Iterable[str] | None = None) -> Bytes | Lib
     if path.is_dir():
         return TokenizerFile(path)
     if not path.is_file():
-        raise InputError("tokenizer", spec, "bytes, bpe(vocab=8192) or a file tokenizer.json")
+        word = meant(spec.partition("(")[0], ("bytes", "bpe"))
+        accepted = f"{word}bytes, bpe(vocab=8192) or a file tokenizer.json"
+        raise InputError("tokenizer", spec, accepted)
     return TokenizerFile(path.parent, path.name)
 
 

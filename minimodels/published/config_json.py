@@ -202,15 +202,17 @@ def write_config(config: Config, origin: dict) -> tuple[str, dict]:
     `origin` is the config.json from which the model was read, or {}; its family is tried first.
     Raises InputError if no family can express the Config.
     """
-    differing = {}
+    differing: dict[str, list[str]] = {}  # what differs -> families
     for name in sorted(FAMILIES, key=lambda name: name != origin.get("model_type")):
         try:
             return name, express(config, name, origin)
         except InputError as error:
-            differing[name] = error.field.removeprefix("config.json ")
-    differences = ", ".join(f"{name} differs in {field}" for name, field in differing.items())
-    accepted = f"what a published family expresses; {differences}"
-    raise InputError("model", config.layers, accepted)
+            differing.setdefault(error.field.removeprefix("config.json "), []).append(name)
+    width = max(map(len, differing))
+    rows = sorted(differing.items(), key=lambda row: len(row[1]))
+    table = "\n".join(f"  {field:{width}}  {', '.join(names)}" for field, names in rows)
+    accepted = "what a published family expresses; this differs in"
+    raise InputError("model", config.layers, accepted, table)
 
 
 def express(config: Config, name: str, origin: dict) -> dict:
