@@ -25,12 +25,11 @@ class NextToken(nn.Module):
 
     def forward(self, model: nn.Module, x: Tensor, targets: Tensor, context: Context) -> Tensor:
         """The mean cross-entropy in nats per predicted token. Targets of IGNORE are left out."""
-        if model.config.logit_softcap is not None:  # the joint operation has no softcap
+        head, targets = model.plain_head, targets.flatten()
+        if head is None:  # the joint operation knows a matrix alone
             logits = full_precision(model.logits(x)).flatten(0, 1)
-            return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE)
-        return linear_cross_entropy(
-            x.flatten(0, 1), model.head_weight, targets.flatten(), self.impl
-        )
+            return F.cross_entropy(logits, targets, ignore_index=IGNORE)
+        return linear_cross_entropy(x.flatten(0, 1), head.weight, targets, self.impl)
 
 
 OBJECTIVES = {"next_token": NextToken}
