@@ -89,7 +89,11 @@ def main(options: Options) -> None:
     with locked(run), stopped_by_signals() as stopped:
         done = {"step": 0, "seconds": 0.0}
         if options.resume:
-            done = checkpoint.load(run, model, optimizer)
+            found = checkpoint.find(run)
+            for damaged in found.passed_over:
+                print(f"passed over a checkpoint: {damaged}")
+            checkpoint.restore(found, model, optimizer)
+            done = found.about["progress"]
             if done.get("data", data.fingerprint) != data.fingerprint:
                 given = f"{options.data}: {data.fingerprint}"
                 raise InputError("data", given, f"what {run} was started with: {done['data']}")
@@ -127,14 +131,16 @@ def main(options: Options) -> None:
             flops = tokens * cost.training_flops
             return {"step": step, "seconds": seconds, "tokens": tokens, "flops": flops}
 
-        def save() -> None:
+        def save(score: float | None = None) -> None:
             pending = {"losses": [loss.item() for loss in losses], "data": data.fingerprint}
             progress = {"step": step, "seconds": time.perf_counter() - start, **pending}
-            checkpoint.save(run, model, optimizer, progress)
+            checkpoint.save(run, model, optimizer, progress, score, options.keep)
 
-        def validate() -> str:
+        def validate_and_save() -> str:
             scores = evaluate(model, data, options.batch_size, options.eval_batches, autocast)
-            return report(run, spent(), scores)
+            said = report(run, spent(), scores)
+            save(scores.get("bits_per_byte", scores["validation_loss"]))
+            return said
 
         while not stopped.is_set():
             seconds = time.perf_counter() - start
@@ -176,9 +182,7 @@ def main(options: Options) -> None:
                 bar.update(min(progress, 1.0) - bar.n)
             if options.eval_every and step % options.eval_every == 0 and step < last_step:
                 refuse_nan(model, taken.losses[-1].item(), step, run)
-                said = validate()
-                save()
-                bar.write(said)
+                bar.write(validate_and_save())
                 lap, lap_step = time.perf_counter(), step
             if options.sample_every and step % options.sample_every == 0 and step < last_step:
                 bar.write(sample(model, data, options.prompt))
@@ -186,14 +190,17 @@ def main(options: Options) -> None:
 
         bar.close()
         refuse_nan(model, losses[-1].item() if losses else 0.0, step, run)
-        save()
+        if stopped.is_set():
+            save()
+        else:
+            said = validate_and_save()
     if stopped.is_set():
         print(
             f"\ninterrupted at step {step} and saved; to continue: python train.py --resume {shlex.quote(str(run))}"
         )
         sys.exit(130)
     print(f"saved in {run}", flush=True)
-    print(validate())
+    print(said)
     print(text := sample(model, data, options.prompt))
     if not text.startswith("no sample"):
         more = f"python -m minimodels.sample {shlex.quote(str(run))} --prompt {shlex.quote(options.prompt)}"
@@ -226,7 +233,7 @@ def refuse_nan(model: LM, loss: float, step: int, run: Path) -> None:
     """Exit if the model is broken, before it is saved over a good one."""
     weights = sum(parameter.detach().sum() for parameter in model.parameters())
     if not (weights.isfinite() and math.isfinite(loss)):
-        saved = (run / checkpoint.FILE).exists()
+        saved = checkpoint.exists(run)
         kept = (
             f"the last checkpoint is good: --resume {shlex.quote(str(run))}"
             if saved

@@ -143,7 +143,7 @@ def test_a_run_that_saved_nothing_leaves_its_folder_usable(tmp_path, monkeypatch
     (tmp_path / "thesis.txt").write_text("")
     with pytest.raises(InputError, match="a new or empty folder"):
         options.new_folder(given)
-    (tmp_path / "checkpoint.safetensors").write_text("")
+    (tmp_path / "checkpoints/step-1").mkdir(parents=True)
     with pytest.raises(InputError, match="--resume .* continues the run"):
         options.new_folder(given)
 
@@ -204,7 +204,7 @@ def test_a_loss_that_is_not_finite_is_not_saved(tmp_path):
     assert process.returncode == 1
     assert "not finite at step" in said
     assert "nothing was saved" in said
-    assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
+    assert not (tmp_path / "run/checkpoints").exists()
     for line in (
         (tmp_path / "run" / "log.jsonl").read_text().splitlines()
         if (tmp_path / "run" / "log.jsonl").exists()

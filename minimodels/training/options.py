@@ -24,8 +24,7 @@ from minimodels.errors import Count, InputError, NonNegative, Positive, Range, c
 from minimodels.files import LOCK, read_json
 from minimodels.grammar import set_options
 from minimodels.presets import fitted, preset
-from minimodels.training.checkpoint import FILE as CHECKPOINT
-from minimodels.training.checkpoint import differing_fields
+from minimodels.training import checkpoint
 
 Number = Annotated[int, Range(0, 2**63 - 1, "a whole number from 0, below 2^63")]
 
@@ -94,6 +93,8 @@ class Options:
 
     eval_every: Number = 100
     """steps between validations, each followed by a checkpoint; 0: only at the end"""
+    keep: Count = 2
+    """checkpoints kept, the newest; the one with the best validation is kept as well"""
     eval_batches: Count = 8
     """batches per validation"""
     sample_every: Number = 0
@@ -133,10 +134,10 @@ TRAINING = {  # size -> the options that differ from the defaults
 DEFAULT_STEPS = {"tiny": 600, "small": 20_000}  # if no bound is given
 BOUNDS = ("steps", "tokens", "flops", "minutes")
 # files of a run that saved no checkpoint
-LEFT_BEHIND = {"options.json", "log.jsonl", "tokenizer.json", LOCK}
+LEFT_BEHIND = {"options.json", "log.jsonl", "tokenizer.json", LOCK, checkpoint.FOLDER}
 CHANGEABLE = {
     *BOUNDS, "data", "cache", "device", "threads", "dtype", "compile", "eval_every", "eval_batches",
-    "sample_every", "prompt", "log_every", "resume",
+    "keep", "sample_every", "prompt", "log_every", "resume",
 }  # fmt: skip
 
 
@@ -172,7 +173,7 @@ def parse_resumed(run: Path, description: str) -> Options:
         before, after = getattr(saved, each.name), getattr(options, each.name)
         if before != after and each.name not in {*CHANGEABLE, "config"}:
             raise InputError(each.name, after, f"{before!r}, with which {run} was started")
-    changed = differing_fields(options.config, saved.config)
+    changed = checkpoint.differing_fields(options.config, saved.config)
     if changed:
         raise InputError("config", changed[0], accepted)
     return options
@@ -229,7 +230,7 @@ def new_folder(options: Options) -> Path:
     except OSError as error:
         accepted = f"a folder that can be made ({error.strerror})"
         raise InputError("out", str(named), accepted) from None
-    if CHECKPOINT in held:
+    if checkpoint.exists(named):
         again = f"--resume {shlex.quote(str(named))} continues the run in it"
         raise InputError("out", str(named), f"a new or empty folder; {again}")
     if held - LEFT_BEHIND:
