@@ -64,6 +64,8 @@ def mark_fast(items: Iterable[pytest.Item]) -> None:
 
     seen: set[tuple[str, ...]] = set()
     for item in items:
+        if item.get_closest_marker("nightly"):
+            continue
         file, name = item.path.stem, getattr(item, "originalname", item.name)
         first_test, first_variant = (file,) not in seen, (file, name) not in seen
         seen |= {(file,), (file, name)}

@@ -233,7 +233,7 @@ def new_folder(options: Options) -> Path:
     if checkpoint.exists(named):
         again = f"--resume {shlex.quote(str(named))} continues the run in it"
         raise InputError("out", str(named), f"a new or empty folder; {again}")
-    if held - LEFT_BEHIND:
+    if {name.removesuffix(".partial") for name in held} - LEFT_BEHIND:
         raise InputError("out", str(named), "a new or empty folder")
     return named
 
