@@ -13,7 +13,6 @@ the schedule follows the clock.
 
 from __future__ import annotations
 
-import math
 import shlex
 import sys
 import time
@@ -43,10 +42,12 @@ from minimodels.layers import choose, operations
 from minimodels.ledger import ledger
 from minimodels.lm import LM
 from minimodels.training import checkpoint
+from minimodels.training.budget import Budget, Shape, draw
 from minimodels.training.evaluate import evaluate
+from minimodels.training.guard import Guard, mean_of_finite, refuse_bad_step
 from minimodels.training.log import forget_after, write_log
 from minimodels.training.optim import adamw, learning_rate
-from minimodels.training.options import Options, count_steps, label, new_folder, parse
+from minimodels.training.options import Options, changes, label, new_folder, parse
 from minimodels.training.step import set_learning_rate, training_step
 
 
@@ -82,9 +83,7 @@ def main(options: Options) -> None:
         torch._dynamo.config.capture_dynamic_output_shape_ops = True
         loss_function = torch.compile(model.loss, fullgraph=True)
 
-    cost = ledger(config, options.context)
-    tokens_per_step = options.batch_size * options.accumulate * options.context
-    last_step = count_steps(options, tokens_per_step, cost.training_flops)
+    budget = Budget(options, config, data, {})
     run = options.resume or new_folder(options)
     with locked(run), stopped_by_signals() as stopped:
         done = {"step": 0, "seconds": 0.0}
@@ -97,43 +96,54 @@ def main(options: Options) -> None:
             if done.get("data", data.fingerprint) != data.fingerprint:
                 given = f"{options.data}: {data.fingerprint}"
                 raise InputError("data", given, f"what {run} was started with: {done['data']}")
-            if last_step < done["step"]:
-                accepted = f"{done['step']} or more, because {run} is at that step"
-                raise InputError("steps", last_step, accepted)
+            budget = Budget(options, config, data, done)
             forget_after(run, done["step"])
         elif options.tokenizer != "bytes":
             data.tokenizer.save(run)
+        changed = changes(options)
         checkpoint.save_options(run, asdict(replace(options, out=None, resume=None)))
-        step = done["step"]
+        guard = Guard(model, options.skip_bad_steps)
 
         chosen = ", ".join(f"{name}: {path}" for name, path in paths.items())
         cpu = f", threads: {threads}{why and f' ({why})'}" if device.type == "cpu" else ""
-        bounds = [f"{last_step} steps"] if last_step < math.inf else []
-        bounds += [f"{options.minutes} minutes"] if options.minutes else []
         print(f"model    {label(options)}: {config.layers}")
-        print(f"ledger   {cost}")
+        print(f"ledger   {ledger(config, options.context)}")
         dtype = "bfloat16 autocast" if bfloat16 else "float32"
         print(f"runs on  {device.type}{cpu}, {dtype}; {chosen}")
-        print(f"data     {data.describe()}, {tokens_per_step} tokens a step")
-        print(f"run      {run}, from step {step}, to {' or '.join(bounds)}", flush=True)
+        print(f"data     {data.describe()}, {budget.describe_steps()}")
+        for change in changed:
+            print(f"changed  {change}")
+        print(f"run      {run}, from step {budget.step}, to {budget.describe()}", flush=True)
 
-        if step == last_step:
+        if budget.ended(done["seconds"]):
             print("the run is at its bound; --steps continues it to a later step")
         bar_format = "{percentage:3.0f}% |{bar:20}| {elapsed}<{remaining} {postfix}"
         bar = tqdm(total=1.0, bar_format=bar_format, mininterval=0.5)
         start = time.perf_counter() - done["seconds"]
-        lap, lap_step = time.perf_counter(), step
+        lap, lap_tokens = time.perf_counter(), budget.tokens
         # not yet logged
         losses = [torch.tensor(loss, device=device) for loss in done.get("losses", [])]
+        shapes: dict[int, Shape] = {}  # of the steps since the last look at the guard
 
         def spent() -> dict[str, float]:
-            tokens, seconds = step * tokens_per_step, time.perf_counter() - start
-            flops = tokens * cost.training_flops
-            return {"step": step, "seconds": seconds, "tokens": tokens, "flops": flops}
+            seconds = time.perf_counter() - start
+            counted = {"step": budget.step, "tokens": budget.tokens, "flops": budget.flops}
+            return {**counted, "seconds": seconds}
+
+        def batches(step: int, shape: Shape) -> list[tuple]:
+            micro_steps = range(step * options.accumulate, (step + 1) * options.accumulate)
+            drawn = (draw(data, options.seed, micro, shape) for micro in micro_steps)
+            return [tuple(part.to(device) for part in batch) for batch in drawn]
+
+        def refuse() -> None:
+            failing = guard.failing(budget.step)
+            again = () if failing is None else batches(failing, shapes[failing])
+            refuse_bad_step(failing, model, again, autocast, run)
+            shapes.clear()
 
         def save(score: float | None = None) -> None:
-            pending = {"losses": [loss.item() for loss in losses], "data": data.fingerprint}
-            progress = {"step": step, "seconds": time.perf_counter() - start, **pending}
+            pending = [loss.item() for loss in losses if loss.isfinite()]
+            progress = {**spent(), "losses": pending, "data": data.fingerprint}
             checkpoint.save(run, model, optimizer, progress, score, options.keep)
 
         def validate_and_save() -> str:
@@ -144,31 +154,31 @@ def main(options: Options) -> None:
 
         while not stopped.is_set():
             seconds = time.perf_counter() - start
-            progress = max(
-                step / last_step, seconds / 60 / options.minutes if options.minutes else 0
-            )
-            if progress >= 1:
+            step, progress = budget.step, budget.progress(seconds)
+            shape = budget.shape(progress)
+            if not budget.allows(shape, seconds):
                 break
             rate = learning_rate(options.lr, options.schedule, step, options.warmup, progress)
             set_learning_rate(optimizer, rate)
-            micro_steps = range(step * options.accumulate, (step + 1) * options.accumulate)
-            batches = (data.batch(options.seed, micro, options.batch_size) for micro in micro_steps)
-            batches = [tuple(part.to(device) for part in batch) for batch in batches]
-            taken = training_step(model, optimizer, batches, autocast, options.clip, loss_function)
+            taken = training_step(
+                model, optimizer, batches(step, shape), autocast, options.clip, loss_function, guard
+            )
             losses += taken.losses
-            step += 1
-            progress = max(step / last_step, progress)
+            shapes[step] = shape
+            budget.spend(shape)
+            step, ended = budget.step, budget.ended(seconds)
 
-            if step % options.log_every == 0 or step == last_step:
-                mean = torch.stack(losses).mean().item()
-                refuse_nan(model, mean, step, run)
-                speed = (step - lap_step) * tokens_per_step / (time.perf_counter() - lap)
-                lap, lap_step, losses = time.perf_counter(), step, []
+            if step % options.log_every == 0 or ended:
+                refuse()
+                mean = mean_of_finite(losses)
+                speed = (budget.tokens - lap_tokens) / (time.perf_counter() - lap)
+                lap, lap_tokens, losses = time.perf_counter(), budget.tokens, []
                 record = {
                     "loss": mean,
                     "grad_norm": taken.norm.item(),
                     "lr": rate,
                     "tokens_per_second": speed,
+                    "skipped": guard.bad.item(),
                 }
                 record |= {
                     name: value.item()
@@ -179,24 +189,25 @@ def main(options: Options) -> None:
                 bar.set_postfix_str(
                     f"step {step}, loss {mean:.3f}, {speed:,.0f} tokens/s", refresh=False
                 )
-                bar.update(min(progress, 1.0) - bar.n)
-            if options.eval_every and step % options.eval_every == 0 and step < last_step:
-                refuse_nan(model, taken.losses[-1].item(), step, run)
+                bar.update(budget.progress(seconds) - bar.n)
+            if options.eval_every and step % options.eval_every == 0 and not ended:
+                refuse()
                 bar.write(validate_and_save())
-                lap, lap_step = time.perf_counter(), step
-            if options.sample_every and step % options.sample_every == 0 and step < last_step:
+                lap, lap_tokens = time.perf_counter(), budget.tokens
+            if options.sample_every and step % options.sample_every == 0 and not ended:
+                refuse()
                 bar.write(sample(model, data, options.prompt))
-                lap, lap_step = time.perf_counter(), step
+                lap, lap_tokens = time.perf_counter(), budget.tokens
 
         bar.close()
-        refuse_nan(model, losses[-1].item() if losses else 0.0, step, run)
+        refuse()
         if stopped.is_set():
             save()
         else:
             said = validate_and_save()
     if stopped.is_set():
         print(
-            f"\ninterrupted at step {step} and saved; to continue: python train.py --resume {shlex.quote(str(run))}"
+            f"\ninterrupted at step {budget.step} and saved; to continue: python train.py --resume {shlex.quote(str(run))}"
         )
         sys.exit(130)
     print(f"saved in {run}", flush=True)
@@ -227,20 +238,6 @@ def sample(model: LM, data: Source, prompt: str) -> str:
         text = f"--- sample ---\n{prompt}{written}"
     model.train()
     return text
-
-
-def refuse_nan(model: LM, loss: float, step: int, run: Path) -> None:
-    """Exit if the model is broken, before it is saved over a good one."""
-    weights = sum(parameter.detach().sum() for parameter in model.parameters())
-    if not (weights.isfinite() and math.isfinite(loss)):
-        saved = checkpoint.exists(run)
-        kept = (
-            f"the last checkpoint is good: --resume {shlex.quote(str(run))}"
-            if saved
-            else "nothing was saved"
-        )
-        what = "the loss is" if weights.isfinite() else "the weights are"
-        sys.exit(f"{what} not finite at step {step}; a lower lr may help; {kept}")
 
 
 if __name__ == "__main__":

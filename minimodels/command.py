@@ -7,6 +7,7 @@ import ctypes
 import difflib
 import errno
 import io
+import math
 import os
 import re
 import shutil
@@ -227,11 +228,16 @@ def refuse_several_processes() -> None:
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C, SIGTERM or SIGHUP sets, so that a run can finish its step and
-    save. A second signal ends the process at once, even inside a compiler."""
-    stopped = threading.Event()
+    save. A second signal ends the process at once, even inside a compiler.
+
+    Signals within a second of the first are the same one, because torchrun repeats Ctrl-C.
+    """
+    stopped, first = threading.Event(), math.inf
 
     def stop(number, frame):
-        if stopped.is_set():
+        nonlocal first
+        first = min(first, time.monotonic())
+        if time.monotonic() > first + 1:
             os.write(2, b"\nstopped at once; the last checkpoint is as it was\n")
             os._exit(128 + number)
         stopped.set()

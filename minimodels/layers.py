@@ -25,7 +25,7 @@ and may have
 
 - `on_stream`: True for a layer that works on the residual stream itself, as a wrapper does
 - `causal`: whether no token depends on a later one in the present mode, if that is not always so
-- `after_step()`: called once after each optimizer step
+- `after_step(taken)`: called once after each optimizer step; taken is 0 if that was skipped, else 1
 - `no_weight_decay`: the names of its matrices that do not decay
 - `operations`: the names of the operations for which `impl` chooses a path
 - `flops(context)`: forward FLOPs per token in a text of `context` tokens, as PyTorch's counter

@@ -132,11 +132,12 @@ class LM(nn.Module):
         """Whether, in the present mode, no token depends on a later one. Generation requires it."""
         return all(module.causal for module in self.routers)
 
-    def after_step(self):
-        """Call this once after each optimizer step, so that layers can balance themselves."""
+    def after_step(self, taken: Tensor | float = 1.0):
+        """Call this once after each optimizer step, so that layers can balance themselves. taken: 0
+        if the optimizer skipped the step."""
         for module in self.layers.modules():
             if hasattr(module, "after_step"):
-                module.after_step()
+                module.after_step(taken)
 
     def flops(self, context: int) -> float:
         """Forward FLOPs per token of the layers and of the head's product."""

@@ -212,10 +212,12 @@ class MoE(nn.Module):
         return self
 
     @torch.no_grad()
-    def after_step(self):
-        """Move the selection bias against the load (DeepSeek-V3 §2.1.2); reset the visits."""
+    def after_step(self, taken: Tensor | float = 1.0):
+        """Move the selection bias against the load (DeepSeek-V3 §2.1.2), unless the step was skipped
+        (taken: 0); reset the visits."""
         if self.bias is not None:
-            self.bias += self.options.bias_step * torch.sign(self.visited.mean() - self.visited)
+            rise = self.options.bias_step * torch.sign(self.visited.mean() - self.visited)
+            self.bias += taken * rise
         self.visited.zero_()
 
     def flops(self, context: int) -> float:

@@ -12,7 +12,9 @@ FILE = "log.jsonl"
 
 
 def write_log(run: Path, record: dict) -> None:
-    """Append a record."""
+    """Append a record. Numbers that are not finite are left out, because JSON has none."""
+    record = json.loads(json.dumps(record), parse_constant=lambda _: None)
+    record = {name: value for name, value in record.items() if value is not None}
     with (run / FILE).open("a") as file:
         file.write(json.dumps(record) + "\n")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import math
 import shlex
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -69,6 +68,9 @@ class Options:
     """sequences per forward pass"""
     accumulate: Count = 1
     """forward passes per optimizer step"""
+    ramp: str = ""
+    """what changes over the run: context=256:2048@0.5 grows until half of it and then stays;
+    batch_size and the names in a mixture change in the same way"""
     lr: Positive = 2e-3
     """peak learning rate of AdamW"""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -91,6 +93,8 @@ class Options:
     compile: bool = False
     """torch.compile the training step, which needs a C++ compiler on a CPU"""
 
+    skip_bad_steps: Number = 0
+    """steps that may be skipped because their loss is not finite or explodes, before the run ends"""
     eval_every: Number = 100
     """steps between validations, each followed by a checkpoint; 0: only at the end"""
     keep: Count = 2
@@ -108,7 +112,8 @@ class Options:
     layers), or the next free name"""
     resume: Path | None = None
     """folder of a run to continue. Its options stay, including its bounds (--steps None lifts one).
-    Only bounds, reporting and how it is computed (device, dtype, compile, impl) may change"""
+    Bounds, rates (lr, schedule, warmup, weight_decay, clip), batches (batch_size, accumulate, ramp),
+    reporting and how it is computed (device, dtype, compile, impl) may change"""
 
     def __post_init__(self):
         check_types(self)
@@ -136,7 +141,8 @@ BOUNDS = ("steps", "tokens", "flops", "minutes")
 # files of a run that saved no checkpoint
 LEFT_BEHIND = {"options.json", "log.jsonl", "tokenizer.json", LOCK, checkpoint.FOLDER}
 CHANGEABLE = {
-    *BOUNDS, "data", "cache", "device", "threads", "dtype", "compile", "eval_every", "eval_batches",
+    *BOUNDS, "lr", "schedule", "warmup", "weight_decay", "clip", "batch_size", "accumulate", "ramp",
+    "skip_bad_steps", "data", "cache", "device", "threads", "dtype", "compile", "eval_every", "eval_batches",
     "keep", "sample_every", "prompt", "log_every", "resume",
 }  # fmt: skip
 
@@ -192,23 +198,17 @@ def read_options(run: Path) -> Options:
         raise InputError("resume", str(run), f"the folder of a training run ({error})") from None
 
 
-def count_steps(options: Options, tokens_per_step: int, flops_per_token: float) -> float:
-    """The last step: the first of the bounds on steps, tokens and FLOPs; infinite if
-    only minutes bound the run."""
-    bounds = [
-        math.inf if options.steps is None else options.steps,
-        math.inf if options.tokens is None else options.tokens // tokens_per_step,
-        math.inf if options.flops is None else options.flops // (tokens_per_step * flops_per_token),
+def changes(options: Options) -> list[str]:
+    """What differs from the run that is resumed: "lr: 0.002 -> 0.001"."""
+    if options.resume is None:
+        return []
+    saved = read_options(options.resume)
+    pairs = {each.name: (getattr(saved, each.name), getattr(options, each.name))
+             for each in fields(Options) if each.name not in ("config", "out", "resume")}  # fmt: skip
+    pairs["impl"] = (saved.config.impl, options.config.impl)
+    return [
+        f"{name}: {before} -> {after}" for name, (before, after) in pairs.items() if before != after
     ]
-    if min(bounds) < 1:
-        raise InputError(
-            "tokens, flops",
-            (options.tokens, options.flops),
-            f"enough for one step of {tokens_per_step} tokens",
-        )
-    if min(bounds) == math.inf:
-        return DEFAULT_STEPS[options.size] if options.minutes is None else math.inf
-    return int(min(bounds))
 
 
 def label(options: Options) -> str:

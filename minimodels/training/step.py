@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minimodels.lm import LM
+from minimodels.training.guard import Guard
 
 
 class Step(NamedTuple):
@@ -28,12 +29,13 @@ def training_step(
     autocast: torch.autocast,
     clip: float = 0.0,
     loss_function: Callable | None = None,
+    guard: Guard | None = None,
 ) -> Step:
     """One optimizer step over the mean loss of the batches: forward, backward, clip, update.
 
     Each batch is (tokens, targets) or (tokens, targets, starts), (B, T) on the model's device.
     `clip` is the largest norm of the gradient; 0: no limit. `loss_function` replaces model.loss,
-    such as a compiled version of it.
+    such as a compiled version of it. A step that `guard` finds bad changes nothing.
     """
     loss_function = loss_function or model.loss
     batches, losses = list(batches), []
@@ -43,9 +45,13 @@ def training_step(
         (loss / len(batches)).backward()
         losses.append(parts["cross_entropy"])
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+    taken = 1.0
+    if guard is not None:
+        optimizer.found_inf = guard.skip(losses, norm)  # 1 leaves everything as it was
+        taken = 1 - optimizer.found_inf
     optimizer.step()
     optimizer.zero_grad()
-    model.after_step()
+    model.after_step(taken)
     return Step(losses, parts, norm)
 
 
