@@ -3,13 +3,16 @@
 import contextlib
 import io
 import json
+import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -25,14 +28,23 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 import train
-from minimodels import LM, Config, InputError
+from minimodels import LM, Config, InputError, command, ledger
+from minimodels.data.mixture import Mixture
+from minimodels.data.text import open_data
 from minimodels.presets import MAIN
 from minimodels.training import checkpoint, shards
+from minimodels.training.budget import Budget
+from minimodels.training.guard import Guard, explain
 from minimodels.training.optim import adamw
+from minimodels.training.options import Options
 from minimodels.training.step import training_step
 
 LAYERS = "attention(heads=2) moe(experts=3, router=sigmoid_bias, bias_step=0.1) mamba"
 CONFIG = Config(layers=LAYERS, width=12, vocab=7)
+TINY = (
+    "--threads 1 --layers mlp --width 8 --context 16 --batch-size 2 --warmup 0 --eval-batches 1 "
+    "--log-every 1 --device cpu"
+)
 NO_AUTOCAST = torch.autocast("cpu", enabled=False)
 
 
@@ -71,11 +83,12 @@ def make(mesh: str = "") -> tuple[LM, torch.optim.Optimizer]:
     return model, adamw(model, 1e-2, 0.1)
 
 
-def take_steps(model: LM, optimizer: torch.optim.Optimizer, *steps: int) -> None:
+def take_steps(model: LM, optimizer: torch.optim.Optimizer, *steps: int, guard=None) -> None:
     """Take training steps, each on its own tokens, the same in every process."""
     for step in steps:
         tokens = torch.randint(7, (2, 10), generator=torch.Generator().manual_seed(step))
-        training_step(model, optimizer, [(tokens[:, :-1], tokens[:, 1:])], NO_AUTOCAST)
+        batch = (tokens[:, :-1], tokens[:, 1:])
+        training_step(model, optimizer, [batch], NO_AUTOCAST, guard=guard)
 
 
 def whole(model: LM, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -218,11 +231,11 @@ def train_preset(
     (folder.parent / f"operations-{rank}").write_text(json.dumps(operations))
 
 
-def stored(folder: Path) -> dict[str, bytes]:
-    """The bytes of all tensors in the newest checkpoint, file by file."""
+def stored(folder: Path, step: int = 6) -> dict[str, bytes]:
+    """The bytes of all tensors in the newest checkpoint, which is of that step, file by file."""
     found = checkpoint.find(folder)
     assert found.passed_over == []
-    assert found.about["progress"]["step"] == 6
+    assert found.about["progress"]["step"] == step
     return {
         f"{file.name} {name}": tensor.numpy().tobytes()
         for file in found.folder.glob("*.safetensors")
@@ -236,7 +249,9 @@ def killed_and_resumed(kinds, tmp_path: Path, points=None, moments: int = 0) -> 
 
     kinds: (processes, function, its further arguments)."""
     count, function, *arguments = kinds
+    start = time.monotonic()
     in_processes(count, function, tmp_path / "whole", *arguments)
+    duration = 1000 * (time.monotonic() - start)
     expected = stored(tmp_path / "whole")
     plans = []
     for victim in range(count):
@@ -246,7 +261,7 @@ def killed_and_resumed(kinds, tmp_path: Path, points=None, moments: int = 0) -> 
         plans += [(victim, {"operation": number}) for number in chosen]
     draw = random.Random(0)
     plans += [
-        (draw.randrange(count), {"milliseconds": draw.uniform(0, 2000)}) for _ in range(moments)
+        (draw.randrange(count), {"milliseconds": draw.uniform(0, duration)}) for _ in range(moments)
     ]
     for number, (victim, when) in enumerate(plans):
         folder = tmp_path / f"run-{number}"
@@ -275,3 +290,191 @@ def test_every_kill_of_some_processes_is_survived(count, tmp_path):
 @pytest.mark.parametrize("model", MAIN)
 def test_every_kill_of_a_preset_is_survived(model, tmp_path):
     killed_and_resumed((1, train_preset, model), tmp_path, moments=30)
+
+
+# bad steps
+
+
+def spoil(model: LM) -> None:
+    """Make the next gradients of the embedding NaN."""
+    model.embedding.weight.register_hook(lambda gradient: gradient * math.nan)
+
+
+def snapshot(model: LM, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in whole(model, optimizer).items()}
+
+
+def test_a_bad_step_changes_nothing_and_after_too_many_no_step_does():
+    """Neither weights, moments, their count, nor the router's selection bias."""
+    model, optimizer = make()
+    guard = Guard(model, allowed=1)
+    take_steps(model, optimizer, 1, 2, guard=guard)
+    before = snapshot(model, optimizer)
+    hook = model.embedding.weight.register_hook(lambda gradient: gradient * math.nan)
+    take_steps(model, optimizer, 3, guard=guard)
+    after = snapshot(model, optimizer)
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert guard.failing(3) is None
+    hook.remove()
+    take_steps(model, optimizer, 4, guard=guard)
+    after = snapshot(model, optimizer)
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    assert {"layers.1.layer.bias", "embedding.weight", "embedding.weight.step"} <= moved
+    assert guard.failing(4) is None
+    spoil(model)
+    take_steps(model, optimizer, 5, guard=guard)
+    model.embedding.weight._backward_hooks.clear()
+    take_steps(model, optimizer, 6, guard=guard)
+    last = snapshot(model, optimizer)
+    assert [name for name in after if not torch.equal(after[name], last[name])] == []
+    assert (guard.failing(6), guard.bad.item()) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    "loss, bad", [(math.inf, 1), (10.1 * math.log(7), 1), (9 * math.log(7), 0)]
+)
+def test_a_loss_far_above_that_of_guessing_is_bad(loss, bad):
+    guard = Guard(make()[0])
+    assert guard.skip([torch.tensor(1.0), torch.tensor(loss)], torch.tensor(1.0)) == bad
+
+
+def test_an_explanation_names_the_first_layer_and_the_largest_activation():
+    model, _ = make()
+    tokens = torch.zeros(1, 4, dtype=torch.int64)
+    with torch.no_grad():
+        model.layers[2].layer.out_proj.weight.fill_(math.inf)
+        model.layers[0].layer.out.weight.fill_(1e20)
+    said = explain(model, [(tokens, tokens)], NO_AUTOCAST)
+    assert "the loss is nan; the first output that is not finite is that of layers.2" in said
+    assert re.search(r"the largest activation is \d\.?\d*e\+\d+, in layers\.0", said)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model, _ = make()
+    spoil(model)
+    said = explain(model, [(tokens, tokens)], NO_AUTOCAST)
+    assert "the first gradient that is not finite is that of embedding.weight" in said
+
+
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_a_run_skips_as_many_bad_steps_as_it_may(allowed, tmp_path, monkeypatch, capsys):
+    """Its log contains no NaN. If there are more, it stops before it saves."""
+    calls, loss = [], LM.loss
+
+    def bad_once(model, *batch):
+        calls.append(1)
+        total, parts = loss(model, *batch)
+        factor = math.nan if len(calls) >= 3 and (len(calls) == 3 or not allowed) else 1.0
+        return total * factor, {name: value * factor for name, value in parts.items()}
+
+    monkeypatch.setattr(LM, "loss", bad_once)
+    arguments = f"{TINY} --steps 5 --skip-bad-steps {allowed} --out {tmp_path}/a".split()
+    arguments += ["--data", "copying(tokens=2)"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    if not allowed:
+        with pytest.raises(SystemExit, match="step 3 was bad: the loss is nan.* nothing was saved"):
+            train.main(train.parse(""))
+        assert not checkpoint.exists(tmp_path / "a")
+        return
+    train.main(train.parse(""))
+    lines = (tmp_path / "a/log.jsonl").read_text().splitlines()
+    records = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert [(r["step"], r["skipped"], "loss" in r) for r in records[:5]] == [
+        (1, 0, True), (2, 0, True), (3, 1, False), (4, 1, True), (5, 1, True)]  # fmt: skip
+
+
+# ramps
+
+
+RAMP = "context=8:32@0.5 batch_size=4:2 b=1:4"
+TOKENS = [32, 48, 80, 128, 192, 256, 320, 384]  # after each of eight steps
+
+
+def test_a_run_with_ramps_counts_what_it_spent_and_resumes_to_the_bit(tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / name).write_bytes(bytes(range(32, 127)) * 60)
+    weights, batch = [], Mixture.batch
+
+    def watched(*given, **named):
+        weights.append(named["weights"]["b"])
+        return batch(*given, **named)
+
+    def run(*arguments) -> list[dict]:
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        train.main(train.parse(""))
+        lines = (tmp_path / "run/log.jsonl").read_text().splitlines()
+        return [record for record in map(json.loads, lines) if "loss" in record]
+
+    monkeypatch.setattr(Mixture, "batch", watched)
+    data = ["--data", f"a=1:{tmp_path}/a b=1:{tmp_path}/b", "--ramp", RAMP, "--keep", "9"]
+    bounds = ["--steps", "8", "--eval-every", "3", "--out", str(tmp_path / "run")]
+    first = run(*TINY.split(), *data, *bounds)
+    assert [record["tokens"] for record in first] == TOKENS
+    assert weights[-8:] == [1 + 3 * step / 8 for step in range(8)]
+    config = checkpoint.load_model(tmp_path / "run").config
+    costs = {8: 48, 16: 32, 24: 48, 32: 256}  # context: tokens
+    flops = sum(
+        tokens * ledger(config, context).training_flops for context, tokens in costs.items()
+    )
+    assert first[-1]["flops"] == pytest.approx(flops)
+    expected = stored(tmp_path / "run", 8)
+    for step in (6, 8):
+        shutil.rmtree(tmp_path / f"run/checkpoints/step-{step}")
+    again = run("--resume", str(tmp_path / "run"))
+    keys = ("loss", "tokens", "flops", "lr")
+    assert [[r[key] for key in keys] for r in again] == [[r[key] for key in keys] for r in first]
+    assert stored(tmp_path / "run", 8) == expected
+
+
+@pytest.mark.parametrize("bound", ["tokens", "flops"])
+def test_a_bound_is_never_passed_whatever_the_steps_cost(bound):
+    config = Config(layers="attention(heads=2)", width=8, vocab=16)
+    data = open_data("copying(tokens=2)", 32)
+    for limit in (700.0, 701.0, 1000.0):
+        limit *= 1 if bound == "tokens" else 30_000
+        options = Options(config, ramp="context=8:32@0.5", batch_size=2, **{bound: limit})
+        budget = Budget(options, config, data, {})
+        while budget.allows(shape := budget.shape(budget.progress(0.0)), 0.0):
+            budget.spend(shape)
+        cost = shape.tokens if bound == "tokens" else budget.cost(shape)
+        assert budget.ended(0.0)
+        assert getattr(budget, bound) <= limit < getattr(budget, bound) + cost
+        assert shape.context == 32
+
+
+@pytest.mark.parametrize(
+    "ramp, accepted",
+    [
+        ("width=1:2", "NAME of context, batch_size"),
+        ("context=8:9999999", "at least context"),
+        ("context=8", "FIRST:LAST"),
+    ],
+)
+def test_a_ramp_that_cannot_be_followed_is_refused_at_the_start(ramp, accepted, tmp_path):
+    (tmp_path / "text").write_bytes(bytes(range(32, 127)) * 60)
+    options = Options(Config(layers="mlp", width=8, vocab=256), ramp=ramp, context=16)
+    with pytest.raises(InputError, match=accepted):
+        Budget(options, options.config, open_data(str(tmp_path / "text"), 16), {})
+
+
+# signals and folders
+
+
+@pytest.mark.parametrize("seconds, code", [(0.9, 7), (1.1, 128 + signal.SIGTERM)])
+def test_a_signal_that_is_repeated_within_a_second_is_one(seconds, code, monkeypatch):
+    """torchrun repeats Ctrl-C. Later, a second signal ends the process at once."""
+    process = os.fork()
+    if not process:
+        with command.stopped_by_signals() as stopped:
+            os.kill(os.getpid(), signal.SIGINT)
+            later = time.monotonic() + seconds
+            monkeypatch.setattr(command.time, "monotonic", lambda: later)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(7 if stopped.is_set() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == code
+
+
+def test_a_folder_that_is_lost_is_one_line(tmp_path):
+    model, optimizer = make()
+    for _ in range(2):  # the first time, the folder is gone; then a file has its name
+        with pytest.raises(InputError, match="a folder with room for a checkpoint"):
+            checkpoint.save(tmp_path / "run", model, optimizer, {"step": 1})
+        (tmp_path / "run").touch()
