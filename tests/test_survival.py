@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -278,6 +279,33 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path):
 
 def test_two_processes_of_which_one_is_killed_end_with_the_weights_of_undisturbed_ones(tmp_path):
     killed_and_resumed((2, train_directly), tmp_path, points=1)
+
+
+def replace_checkpoint(rank: int, folder: Path, operation: int) -> None:
+    model, _ = make()
+    operations = die(folder / "checkpoints", operation)
+    torch.nn.init.constant_(model.embedding.weight, 2)
+    checkpoint.save(folder, model, None, {"step": 1})
+    (folder / "count").write_text(str(len(operations)))
+
+
+def test_a_checkpoint_that_is_replaced_is_whole_at_every_moment(tmp_path):
+    """If a run is saved again at the same step, no kill leaves it without a checkpoint."""
+    model, _ = make()
+    found = []
+    for operation in itertools.count(1):
+        shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+        torch.nn.init.constant_(model.embedding.weight, 1)
+        checkpoint.save(tmp_path, model, None, {"step": 1})
+        with contextlib.suppress(ProcessExitedException):
+            in_processes(1, replace_checkpoint, tmp_path, operation)
+        assert checkpoint.load(tmp_path, model) == {"step": 1}
+        found += model.embedding.weight.unique().tolist()
+        if (tmp_path / "count").exists():
+            break
+    assert found == sorted(found)  # the old one, and from some operation on the new one
+    assert found.count(1) > 4
+    assert found.count(2) > 1
 
 
 @pytest.mark.nightly

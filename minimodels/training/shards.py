@@ -33,7 +33,8 @@ from minimodels.files import read_json, sync, write_synced
 
 FOLDER = "checkpoints"
 PROGRESS = "progress.json"
-NAME = re.compile(r"step-(\d+)(\.replaced)?")
+REPLACED = ".replaced"  # a whole checkpoint that another of the same step replaces
+NAME = re.compile(rf"step-(\d+)({REPLACED})?")
 OLD_FILE = "checkpoint.safetensors"  # of earlier versions
 
 
@@ -88,13 +89,15 @@ def publish(partial: Path, target: Path, content: dict) -> None:
     text = json.dumps(content)
     write_synced(partial / PROGRESS, json.dumps({**content, "checksum": zlib.crc32(text.encode())}))
     sync(partial)
-    replaced = target.with_name(target.name + ".replaced")
     if target.exists():
+        replaced = target.with_name(target.name + REPLACED)
         shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)
     partial.rename(target)
     sync(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    for replaced in target.parent.glob(f"*{REPLACED}"):
+        if replaced.with_suffix("").exists():
+            shutil.rmtree(replaced)
 
 
 def delete_older(parent: Path, step: int, keep: int) -> None:
@@ -117,7 +120,8 @@ def folders(parent: Path) -> list[tuple[int, Path]]:
     """The checkpoints in a folder with their steps, newest first."""
     paths = parent.iterdir() if parent.is_dir() else ()
     named = [(match, path) for path in paths if (match := NAME.fullmatch(path.name))]
-    return sorted(((int(match[1]), path) for match, path in named), reverse=True)
+    named.sort(key=lambda each: (int(each[0][1]), each[0][2] is None), reverse=True)
+    return [(int(match[1]), path) for match, path in named]
 
 
 def exists(run: Path) -> bool:
