@@ -6,7 +6,7 @@
     python train.py --resume runs/transformer    continue where a run stopped
 
 A run ends when it reaches the first of its bounds: steps, tokens, FLOPs or minutes. It writes its
-options, a checkpoint and log.jsonl into a folder. Ctrl-C saves and stops. On a CPU a resumed run
+options, checkpoints and log.jsonl into a folder. Ctrl-C saves and stops. On a CPU a resumed run
 gives the same bits as one that was never stopped, unless it is bounded by --minutes, because then
 the schedule follows the clock.
 """
@@ -45,6 +45,7 @@ from minimodels.training import checkpoint
 from minimodels.training.budget import Budget, Shape, draw
 from minimodels.training.evaluate import evaluate
 from minimodels.training.guard import Guard, mean_of_finite, refuse_bad_step
+from minimodels.training.initial import copy_weights
 from minimodels.training.log import forget_after, write_log
 from minimodels.training.optim import adamw, learning_rate
 from minimodels.training.options import Options, changes, label, new_folder, parse
@@ -71,6 +72,8 @@ def main(options: Options) -> None:
 
     torch.manual_seed(options.seed)
     model = LM(config).to(device)
+    if options.init and not options.resume:
+        copy_weights(model, options.init)
     model.tokenizer = None if isinstance(data, Task) else data.tokenizer
     paths = {name: choose(config.impl, name, device) for name in operations(model)}
     bfloat16 = has_bfloat16(device) if options.dtype == "auto" else options.dtype == "bfloat16"

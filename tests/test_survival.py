@@ -33,6 +33,7 @@ from minimodels import LM, Config, InputError, command, ledger
 from minimodels.data.mixture import Mixture
 from minimodels.data.text import open_data
 from minimodels.presets import MAIN
+from minimodels.published import save_pretrained
 from minimodels.training import checkpoint, shards
 from minimodels.training.budget import Budget
 from minimodels.training.guard import Guard, explain
@@ -506,3 +507,36 @@ def test_a_folder_that_is_lost_is_one_line(tmp_path):
         with pytest.raises(InputError, match="a folder with room for a checkpoint"):
             checkpoint.save(tmp_path / "run", model, optimizer, {"step": 1})
         (tmp_path / "run").touch()
+
+
+# starting from other weights
+
+
+@pytest.mark.parametrize("kind", ["run", "checkpoint", "published"])
+def test_a_run_starts_from_the_weights_of_another(kind, tmp_path, monkeypatch):
+    """With its layers and its tokenizer. Its optimizer and its steps are its own."""
+
+    def run(*arguments) -> None:
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments, "--threads", "1"])
+        train.main(train.parse(""))
+
+    (tmp_path / "text").write_bytes(bytes(range(32, 127)) * 60)
+    common = (
+        f"--data {tmp_path}/text --context 16 --batch-size 2 --eval-batches 1 --device cpu".split()
+    )
+    layers = ["--layers", "attention(heads=2) mlp", "--width", "16"]
+    run(*common, *layers, "--steps", "2", "--out", str(tmp_path / "first"))
+    first = checkpoint.load_model(tmp_path / "first")
+    source = {"run": "first", "checkpoint": "first/checkpoints/step-2", "published": "hub"}[kind]
+    if kind == "published":
+        save_pretrained(first, tmp_path / "hub")
+    still = ["--lr", "1e-30", "--weight-decay", "0", "--steps", "1"]
+    run(*common, *still, "--init", str(tmp_path / source), "--out", str(tmp_path / "second"))
+    second = checkpoint.load_model(tmp_path / "second")
+    assert second.config == first.config
+    weights = zip(first.parameters(), second.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in weights)
+    assert checkpoint.find(tmp_path / "second").about["progress"]["step"] == 1
+    run("--resume", str(tmp_path / "second"), "--steps", "2")
+    with pytest.raises(InputError, match="init: .* differing: width 16 for 8"):
+        run(*common, "--init", str(tmp_path / source), "--width", "8")

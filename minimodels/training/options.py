@@ -24,6 +24,7 @@ from minimodels.files import LOCK, read_json
 from minimodels.grammar import set_options
 from minimodels.presets import fitted, preset
 from minimodels.training import checkpoint
+from minimodels.training.initial import open_initial
 
 Number = Annotated[int, Range(0, 2**63 - 1, "a whole number from 0, below 2^63")]
 
@@ -110,6 +111,9 @@ class Options:
     out: Path | None = None
     """folder of the run, new or empty; by default runs/MODEL (runs/custom for other
     layers), or the next free name"""
+    init: str = ""
+    """weights to start from: the folder of a run, of one of its checkpoints or of a published model,
+    or the id of one. Its layers and its tokenizer come with them"""
     resume: Path | None = None
     """folder of a run to continue. Its options stay, including its bounds (--steps None lifts one).
     Bounds, rates (lr, schedule, warmup, weight_decay, clip), batches (batch_size, accumulate, ramp),
@@ -151,13 +155,16 @@ def parse(description: str) -> Options:
     """Read the command line. The defaults come from the preset that it names or the run that it
     resumes. `description` is the first part of its help."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--model", "--size", "--resume", "--layers"):
+    for name in ("--model", "--size", "--resume", "--init", "--layers"):
         first.add_argument(name, nargs="?")
     named, _ = first.parse_known_args()
     if named.resume is not None:
         return parse_resumed(Path(named.resume), description)
     model, size = named.model or "transformer", named.size or "tiny"
     default = Options(preset(model, size), model, size, **TRAINING[size])
+    if named.init is not None:
+        initial, tokenizer = open_initial(named.init)
+        default = replace(default, config=initial.config, tokenizer=tokenizer)
     options = parse_options(Options, description, default, SYNONYMS)
     layers = options.config.layers
     if named.layers is not None:
