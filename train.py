@@ -4,6 +4,7 @@
     python train.py --model mamba                the same with another architecture
     python train.py --layers "mamba mlp attention(window=64) mlp" --data FILE --minutes 10
     python train.py --resume runs/transformer    continue where a run stopped
+    torchrun --nproc-per-node 8 train.py         the same on eight GPUs
 
 A run ends when it reaches the first of its bounds: steps, tokens, FLOPs or minutes. It writes its
 options, a checkpoint and log.jsonl into a folder. Ctrl-C saves and stops. On a CPU a resumed run
@@ -15,20 +16,21 @@ from __future__ import annotations
 
 import math
 import shlex
-import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 from minimodels.command import (
+    fail,
     has_bfloat16,
     keep_freed_memory,
     pick_device,
     pick_threads,
-    refuse_several_processes,
     require_compiler,
     run_command,
     stopped_by_signals,
@@ -42,7 +44,8 @@ from minimodels.generate import Sampling, complete
 from minimodels.layers import choose, operations
 from minimodels.ledger import ledger
 from minimodels.lm import LM
-from minimodels.training import checkpoint
+from minimodels.ranks import alone, averaged, from_first, largest, rank, whole, world
+from minimodels.training import checkpoint, parallel
 from minimodels.training.evaluate import evaluate
 from minimodels.training.log import forget_after, write_log
 from minimodels.training.optim import adamw, learning_rate
@@ -52,9 +55,9 @@ from minimodels.training.step import set_learning_rate, training_step
 
 def main(options: Options) -> None:
     """Train a model, or continue its run, and report its validation scores and a sample."""
-    refuse_several_processes()
     keep_freed_memory()
-    device = pick_device(options.device)
+    device = parallel.start(pick_device(options.device))
+    parallel.check_batch(options.batch_size)
     # a resumed run has kept its tokenizer
     kept = options.resume is not None and options.tokenizer != "bytes"
     tokenizer = str(options.resume) if kept else options.tokenizer
@@ -75,18 +78,14 @@ def main(options: Options) -> None:
     bfloat16 = has_bfloat16(device) if options.dtype == "auto" else options.dtype == "bfloat16"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
     optimizer = adamw(model, options.lr, options.weight_decay)
-    loss_function = model.loss
-    if options.compile:
-        require_compiler(device)
-        # routed tokens are counted in the graph
-        torch._dynamo.config.capture_dynamic_output_shape_ops = True
-        loss_function = torch.compile(model.loss, fullgraph=True)
 
     cost = ledger(config, options.context)
     tokens_per_step = options.batch_size * options.accumulate * options.context
     last_step = count_steps(options, tokens_per_step, cost.training_flops)
-    run = options.resume or new_folder(options)
-    with locked(run), stopped_by_signals() as stopped:
+    run = options.resume or from_first(lambda: new_folder(options))
+    with ExitStack() as stack:
+        from_first(lambda: stack.enter_context(locked(run)))
+        stopped = stack.enter_context(stopped_by_signals())
         done = {"step": 0, "seconds": 0.0}
         if options.resume:
             done = checkpoint.load(run, model, optimizer)
@@ -96,10 +95,19 @@ def main(options: Options) -> None:
             if last_step < done["step"]:
                 accepted = f"{done['step']} or more, because {run} is at that step"
                 raise InputError("steps", last_step, accepted)
-            forget_after(run, done["step"])
-        elif options.tokenizer != "bytes":
-            data.tokenizer.save(run)
-        checkpoint.save_options(run, asdict(replace(options, out=None, resume=None)))
+        if rank() == 0:
+            if options.resume:
+                forget_after(run, done["step"])
+            elif options.tokenizer != "bytes":
+                data.tokenizer.save(run)
+            checkpoint.save_options(run, asdict(replace(options, out=None, resume=None)))
+        parallel.distribute(model, optimizer, options.shard)
+        loss_function = model.loss
+        if options.compile:
+            require_compiler(device)
+            # routed tokens are counted in the graph
+            torch._dynamo.config.capture_dynamic_output_shape_ops = True
+            loss_function = torch.compile(model.loss, fullgraph=True)
         step = done["step"]
 
         chosen = ", ".join(f"{name}: {path}" for name, path in paths.items())
@@ -109,14 +117,15 @@ def main(options: Options) -> None:
         print(f"model    {label(options)}: {config.layers}")
         print(f"ledger   {cost}")
         dtype = "bfloat16 autocast" if bfloat16 else "float32"
-        print(f"runs on  {device.type}{cpu}, {dtype}; {chosen}")
+        several = f", {world()} processes" if world() > 1 else ""
+        print(f"runs on  {device.type}{cpu}{several}, {dtype}; {chosen}")
         print(f"data     {data.describe()}, {tokens_per_step} tokens a step")
         print(f"run      {run}, from step {step}, to {' or '.join(bounds)}", flush=True)
 
         if step == last_step:
             print("the run is at its bound; --steps continues it to a later step")
         bar_format = "{percentage:3.0f}% |{bar:20}| {elapsed}<{remaining} {postfix}"
-        bar = tqdm(total=1.0, bar_format=bar_format, mininterval=0.5)
+        bar = tqdm(total=1.0, bar_format=bar_format, mininterval=0.5, disable=rank() > 0)
         start = time.perf_counter() - done["seconds"]
         lap, lap_step = time.perf_counter(), step
         # not yet logged
@@ -128,54 +137,60 @@ def main(options: Options) -> None:
             return {"step": step, "seconds": seconds, "tokens": tokens, "flops": flops}
 
         def save() -> None:
-            pending = {"losses": [loss.item() for loss in losses], "data": data.fingerprint}
+            pending = {
+                "losses": [loss.item() for loss in averaged(losses)],
+                "data": data.fingerprint,
+            }
             progress = {"step": step, "seconds": time.perf_counter() - start, **pending}
-            checkpoint.save(run, model, optimizer, progress)
+            everything = parallel.gathered(model, optimizer)
+            if rank() == 0:
+                checkpoint.save(run, *everything, progress)
 
         def validate() -> str:
             scores = evaluate(model, data, options.batch_size, options.eval_batches, autocast)
             return report(run, spent(), scores)
 
-        while not stopped.is_set():
-            seconds = time.perf_counter() - start
+        while True:
+            # all ranks stop together, by the clock of the slowest
+            interrupted, seconds = largest(stopped.is_set(), time.perf_counter() - start)
             progress = max(
                 step / last_step, seconds / 60 / options.minutes if options.minutes else 0
             )
-            if progress >= 1:
+            if interrupted or progress >= 1:
                 break
             rate = learning_rate(options.lr, options.schedule, step, options.warmup, progress)
             set_learning_rate(optimizer, rate)
             micro_steps = range(step * options.accumulate, (step + 1) * options.accumulate)
             batches = (data.batch(options.seed, micro, options.batch_size) for micro in micro_steps)
-            batches = [tuple(part.to(device) for part in batch) for batch in batches]
+            batches = [tuple(part.to(device) for part in parallel.own(batch)) for batch in batches]
             taken = training_step(model, optimizer, batches, autocast, options.clip, loss_function)
             losses += taken.losses
             step += 1
             progress = max(step / last_step, progress)
 
             if step % options.log_every == 0 or step == last_step:
-                mean = torch.stack(losses).mean().item()
-                refuse_nan(model, mean, step, run)
+                mean, parts = averaged((torch.stack(losses).mean(), taken.parts))
+                refuse_nan(model, mean.item(), step, run)
                 speed = (step - lap_step) * tokens_per_step / (time.perf_counter() - lap)
                 lap, lap_step, losses = time.perf_counter(), step, []
                 record = {
-                    "loss": mean,
+                    "loss": mean.item(),
                     "grad_norm": taken.norm.item(),
                     "lr": rate,
                     "tokens_per_second": speed,
                 }
                 record |= {
-                    name: value.item()
-                    for name, value in taken.parts.items()
-                    if name != "cross_entropy"
+                    name: value.item() for name, value in parts.items() if name != "cross_entropy"
                 }
-                write_log(run, {**spent(), **record, **model.observations()})
+                record |= model.observations()
+                if rank() == 0:
+                    write_log(run, {**spent(), **record})
                 bar.set_postfix_str(
-                    f"step {step}, loss {mean:.3f}, {speed:,.0f} tokens/s", refresh=False
+                    f"step {step}, loss {record['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False
                 )
                 bar.update(min(progress, 1.0) - bar.n)
             if options.eval_every and step % options.eval_every == 0 and step < last_step:
-                refuse_nan(model, taken.losses[-1].item(), step, run)
+                refuse_nan(model, averaged(taken.losses[-1]).item(), step, run)
                 said = validate()
                 save()
                 bar.write(said)
@@ -185,38 +200,47 @@ def main(options: Options) -> None:
                 lap, lap_step = time.perf_counter(), step
 
         bar.close()
-        refuse_nan(model, losses[-1].item() if losses else 0.0, step, run)
+        refuse_nan(model, averaged(losses[-1]).item() if losses else 0.0, step, run)
         save()
-    if stopped.is_set():
+        (interrupted,) = largest(stopped.is_set())
+    if interrupted:
         print(
             f"\ninterrupted at step {step} and saved; to continue: python train.py --resume {shlex.quote(str(run))}"
         )
-        sys.exit(130)
+        parallel.stop(130)
     print(f"saved in {run}", flush=True)
     print(validate())
     print(text := sample(model, data, options.prompt))
     if not text.startswith("no sample"):
         more = f"python -m minimodels.sample {shlex.quote(str(run))} --prompt {shlex.quote(options.prompt)}"
         print(f"\nmore of it: {more}")
+    parallel.stop()
 
 
 def report(run: Path, spent: dict[str, float], scores: dict[str, float]) -> str:
     """Write the scores of a validation, and what was `spent` so far, to the log;
     return a line to print."""
-    write_log(run, {**spent, **scores})
+    if rank() == 0:
+        write_log(run, {**spent, **scores})
     bits = f"{scores['bits_per_byte']:.3f} bits per byte, " if "bits_per_byte" in scores else ""
     return f"step {spent['step']}: validation {bits}{scores['accuracy']:.1%} right"
 
 
 def sample(model: LM, data: Source, prompt: str) -> str:
-    """200 tokens of text, or a sentence that says why there are none."""
+    """200 tokens of text, or a sentence that says why there are none. Rank 0 writes the text."""
     if isinstance(data, Task):
         return "no sample: a task has answers, not text"
     model.eval()
     if not model.causal:
         text = "no sample: this model routes over the whole sequence, which does not exist yet when generating"
     else:
-        written = complete(model, prompt, 200, Sampling(temperature=0.7), seed=0)
+        whole_model, _ = parallel.gathered(model)
+        written = ""
+        if rank() == 0:
+            with alone():
+                written = complete(
+                    whole_model.eval(), prompt, 200, Sampling(temperature=0.7), seed=0
+                )
         text = f"--- sample ---\n{prompt}{written}"
     model.train()
     return text
@@ -224,7 +248,7 @@ def sample(model: LM, data: Source, prompt: str) -> str:
 
 def refuse_nan(model: LM, loss: float, step: int, run: Path) -> None:
     """Exit if the model is broken, before it is saved over a good one."""
-    weights = sum(parameter.detach().sum() for parameter in model.parameters())
+    weights = whole(sum(parameter.detach().sum() for parameter in model.parameters()))
     if not (weights.isfinite() and math.isfinite(loss)):
         saved = (run / checkpoint.FILE).exists()
         kept = (
@@ -233,8 +257,8 @@ def refuse_nan(model: LM, loss: float, step: int, run: Path) -> None:
             else "nothing was saved"
         )
         what = "the loss is" if weights.isfinite() else "the weights are"
-        sys.exit(f"{what} not finite at step {step}; a lower lr may help; {kept}")
+        fail(f"{what} not finite at step {step}; a lower lr may help; {kept}", 1)
 
 
 if __name__ == "__main__":
-    run_command(main, lambda: parse(__doc__))
+    run_command(record(main), lambda: parse(__doc__))

@@ -67,7 +67,7 @@ class Options:
     context: Count = 256
     """tokens per sequence"""
     batch_size: Count = 8
-    """sequences per forward pass"""
+    """sequences per forward pass, of all processes together"""
     accumulate: Count = 1
     """forward passes per optimizer step"""
     lr: Positive = 2e-3
@@ -91,6 +91,8 @@ class Options:
     """auto (bfloat16 autocast on GPUs that have it), float32 or bfloat16"""
     compile: bool = False
     """torch.compile the training step, which needs a C++ compiler on a CPU"""
+    shard: bool = False
+    """with torchrun: each process stores a part of the weights and moments, not all of them"""
 
     eval_every: Number = 100
     """steps between validations, each followed by a checkpoint; 0: only at the end"""
@@ -135,7 +137,7 @@ BOUNDS = ("steps", "tokens", "flops", "minutes")
 # files of a run that saved no checkpoint
 LEFT_BEHIND = {"options.json", "log.jsonl", "tokenizer.json", LOCK}
 CHANGEABLE = {
-    *BOUNDS, "data", "cache", "device", "threads", "dtype", "compile", "eval_every", "eval_batches",
+    *BOUNDS, "data", "cache", "device", "threads", "dtype", "compile", "shard", "eval_every", "eval_batches",
     "sample_every", "prompt", "log_every", "resume",
 }  # fmt: skip
 
