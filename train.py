@@ -46,6 +46,7 @@ from minimodels.ledger import ledger
 from minimodels.lm import LM
 from minimodels.ranks import alone, averaged, from_first, largest, rank, whole, world
 from minimodels.training import checkpoint, parallel
+from minimodels.training.blocks import compiled_loss, recompute
 from minimodels.training.evaluate import evaluate
 from minimodels.training.log import forget_after, write_log
 from minimodels.training.optim import adamw, learning_rate
@@ -78,6 +79,8 @@ def main(options: Options) -> None:
     bfloat16 = has_bfloat16(device) if options.dtype == "auto" else options.dtype == "bfloat16"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
     optimizer = adamw(model, options.lr, options.weight_decay)
+    if options.compile:
+        require_compiler(device)
 
     cost = ledger(config, options.context)
     tokens_per_step = options.batch_size * options.accumulate * options.context
@@ -104,10 +107,9 @@ def main(options: Options) -> None:
         parallel.distribute(model, optimizer, options.shard)
         loss_function = model.loss
         if options.compile:
-            require_compiler(device)
-            # routed tokens are counted in the graph
-            torch._dynamo.config.capture_dynamic_output_shape_ops = True
-            loss_function = torch.compile(model.loss, fullgraph=True)
+            loss_function = compiled_loss(model, world() > 1 or options.checkpoint_activations)
+        if options.checkpoint_activations:
+            recompute(model)
         step = done["step"]
 
         chosen = ", ".join(f"{name}: {path}" for name, path in paths.items())

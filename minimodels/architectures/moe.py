@@ -185,7 +185,7 @@ class MoE(nn.Module):
         )
         # (B, T, 1), the weight of a token in a mean over the ranks' tokens
         weight = (real / average(real.sum()).clamp(min=1)).unsqueeze(-1)
-        if self.training:
+        if self.training and not context.record.finished:
             self.visited.add_((visits * real.unsqueeze(-1)).sum((0, 1)).to(self.visited.dtype))
         sums = torch.stack(((visits * weight).sum((0, 1)), (probabilities * weight).sum((0, 1))))
         fraction, probability = average(

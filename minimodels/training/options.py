@@ -91,6 +91,8 @@ class Options:
     """auto (bfloat16 autocast on GPUs that have it), float32 or bfloat16"""
     compile: bool = False
     """torch.compile the training step, which needs a C++ compiler on a CPU"""
+    checkpoint_activations: bool = False
+    """compute each block again in the backward pass: a third more time for much less memory"""
     shard: bool = False
     """with torchrun: each process stores a part of the weights and moments, not all of them"""
 
@@ -137,7 +139,8 @@ BOUNDS = ("steps", "tokens", "flops", "minutes")
 # files of a run that saved no checkpoint
 LEFT_BEHIND = {"options.json", "log.jsonl", "tokenizer.json", LOCK}
 CHANGEABLE = {
-    *BOUNDS, "data", "cache", "device", "threads", "dtype", "compile", "shard", "eval_every", "eval_batches",
+    *BOUNDS, "data", "cache", "device", "threads", "dtype", "compile", "checkpoint_activations", "shard",
+    "eval_every", "eval_batches",
     "sample_every", "prompt", "log_every", "resume",
 }  # fmt: skip
 

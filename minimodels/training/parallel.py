@@ -18,12 +18,12 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from minimodels.errors import InputError
-from minimodels.layers import RESIDUALS
 from minimodels.lm import LM
 from minimodels.ranks import joined, rank, whole, world
+from minimodels.training.blocks import blocks
 
 TIMEOUT = timedelta(minutes=10)  # how long a rank waits for another that may hang
 STARTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
@@ -113,12 +113,6 @@ def mesh_of(device: str, shard: bool):
     if shard:
         return init_device_mesh(device, (world(),), mesh_dim_names=("shard",))
     return init_device_mesh(device, (world(), 1), mesh_dim_names=("replicate", "shard"))
-
-
-def blocks(model: LM) -> list[nn.Module]:
-    """The model's blocks, once each; wrappers last, because a layer may be inside them too."""
-    unique = dict.fromkeys(model.layers)
-    return sorted(unique, key=lambda block: not isinstance(block, tuple(RESIDUALS.values())))
 
 
 def gathered(
