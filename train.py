@@ -4,6 +4,7 @@
     python train.py --model mamba                the same with another architecture
     python train.py --layers "mamba mlp attention(window=64) mlp" --data FILE --minutes 10
     python train.py --resume runs/transformer    continue where a run stopped
+    torchrun --nproc-per-node 8 train.py         the same on eight GPUs
 
 A run ends when it reaches the first of its bounds: steps, tokens, FLOPs or minutes. It writes its
 options, checkpoints and log.jsonl into a folder. Ctrl-C saves and stops. On a CPU a resumed run
@@ -14,12 +15,13 @@ the schedule follows the clock.
 from __future__ import annotations
 
 import shlex
-import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 from minimodels.command import (
@@ -27,7 +29,6 @@ from minimodels.command import (
     keep_freed_memory,
     pick_device,
     pick_threads,
-    refuse_several_processes,
     require_compiler,
     run_command,
     stopped_by_signals,
@@ -41,7 +42,9 @@ from minimodels.generate import Sampling, complete
 from minimodels.layers import choose, operations
 from minimodels.ledger import ledger
 from minimodels.lm import LM
-from minimodels.training import checkpoint
+from minimodels.ranks import alone, averaged, from_first, largest, rank, world
+from minimodels.training import checkpoint, parallel
+from minimodels.training.blocks import compiled_loss, recompute
 from minimodels.training.budget import Budget, Shape, draw
 from minimodels.training.evaluate import evaluate
 from minimodels.training.guard import Guard, mean_of_finite, refuse_bad_step
@@ -54,9 +57,8 @@ from minimodels.training.step import set_learning_rate, training_step
 
 def main(options: Options) -> None:
     """Train a model, or continue its run, and report its validation scores and a sample."""
-    refuse_several_processes()
     keep_freed_memory()
-    device = pick_device(options.device)
+    device = parallel.start(pick_device(options.device))
     # a resumed run has kept its tokenizer
     kept = options.resume is not None and options.tokenizer != "bytes"
     tokenizer = str(options.resume) if kept else options.tokenizer
@@ -79,16 +81,18 @@ def main(options: Options) -> None:
     bfloat16 = has_bfloat16(device) if options.dtype == "auto" else options.dtype == "bfloat16"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
     optimizer = adamw(model, options.lr, options.weight_decay)
-    loss_function = model.loss
     if options.compile:
         require_compiler(device)
-        # routed tokens are counted in the graph
-        torch._dynamo.config.capture_dynamic_output_shape_ops = True
-        loss_function = torch.compile(model.loss, fullgraph=True)
 
     budget = Budget(options, config, data, {})
-    run = options.resume or new_folder(options)
-    with locked(run), stopped_by_signals() as stopped:
+    for shape in (budget.first, budget.last):
+        parallel.check_batch(shape.batch_size)
+    changed = changes(options)
+    run = options.resume or from_first(lambda: new_folder(options))
+    with ExitStack() as stack:
+        from_first(lambda: stack.enter_context(locked(run)))
+        stopped = stack.enter_context(stopped_by_signals())
+        parallel.distribute(model, optimizer, options.shard)
         done = {"step": 0, "seconds": 0.0}
         if options.resume:
             found = checkpoint.find(run)
@@ -100,11 +104,17 @@ def main(options: Options) -> None:
                 given = f"{options.data}: {data.fingerprint}"
                 raise InputError("data", given, f"what {run} was started with: {done['data']}")
             budget = Budget(options, config, data, done)
-            forget_after(run, done["step"])
-        elif options.tokenizer != "bytes":
-            data.tokenizer.save(run)
-        changed = changes(options)
-        checkpoint.save_options(run, asdict(replace(options, out=None, resume=None)))
+        if rank() == 0:
+            if options.resume:
+                forget_after(run, done["step"])
+            elif options.tokenizer != "bytes":
+                data.tokenizer.save(run)
+            checkpoint.save_options(run, asdict(replace(options, out=None, resume=None)))
+        loss_function = model.loss
+        if options.compile:
+            loss_function = compiled_loss(model, world() > 1 or options.checkpoint_activations)
+        if options.checkpoint_activations:
+            recompute(model)
         guard = Guard(model, options.skip_bad_steps)
 
         chosen = ", ".join(f"{name}: {path}" for name, path in paths.items())
@@ -112,7 +122,8 @@ def main(options: Options) -> None:
         print(f"model    {label(options)}: {config.layers}")
         print(f"ledger   {ledger(config, options.context)}")
         dtype = "bfloat16 autocast" if bfloat16 else "float32"
-        print(f"runs on  {device.type}{cpu}, {dtype}; {chosen}")
+        several = f", {world()} processes" if world() > 1 else ""
+        print(f"runs on  {device.type}{cpu}{several}, {dtype}; {chosen}")
         print(f"data     {data.describe()}, {budget.describe_steps()}")
         for change in changed:
             print(f"changed  {change}")
@@ -121,7 +132,7 @@ def main(options: Options) -> None:
         if budget.ended(done["seconds"]):
             print("the run is at its bound; --steps continues it to a later step")
         bar_format = "{percentage:3.0f}% |{bar:20}| {elapsed}<{remaining} {postfix}"
-        bar = tqdm(total=1.0, bar_format=bar_format, mininterval=0.5)
+        bar = tqdm(total=1.0, bar_format=bar_format, mininterval=0.5, disable=rank() > 0)
         start = time.perf_counter() - done["seconds"]
         lap, lap_tokens = time.perf_counter(), budget.tokens
         # not yet logged
@@ -136,7 +147,7 @@ def main(options: Options) -> None:
         def batches(step: int, shape: Shape) -> list[tuple]:
             micro_steps = range(step * options.accumulate, (step + 1) * options.accumulate)
             drawn = (draw(data, options.seed, micro, shape) for micro in micro_steps)
-            return [tuple(part.to(device) for part in batch) for batch in drawn]
+            return [tuple(part.to(device) for part in parallel.own(batch)) for batch in drawn]
 
         def refuse() -> None:
             failing = guard.failing(budget.step)
@@ -145,7 +156,7 @@ def main(options: Options) -> None:
             shapes.clear()
 
         def save(score: float | None = None) -> None:
-            pending = [loss.item() for loss in losses if loss.isfinite()]
+            pending = [loss.item() for loss in averaged(losses) if loss.isfinite()]
             progress = {**spent(), "losses": pending, "data": data.fingerprint}
             checkpoint.save(run, model, optimizer, progress, score, options.keep)
 
@@ -155,11 +166,12 @@ def main(options: Options) -> None:
             save(scores.get("bits_per_byte", scores["validation_loss"]))
             return said
 
-        while not stopped.is_set():
-            seconds = time.perf_counter() - start
+        while True:
+            # all ranks stop together, by the clock of the slowest
+            interrupted, seconds = largest(stopped.is_set(), time.perf_counter() - start)
             step, progress = budget.step, budget.progress(seconds)
             shape = budget.shape(progress)
-            if not budget.allows(shape, seconds):
+            if interrupted or not budget.allows(shape, seconds):
                 break
             rate = learning_rate(options.lr, options.schedule, step, options.warmup, progress)
             set_learning_rate(optimizer, rate)
@@ -173,24 +185,24 @@ def main(options: Options) -> None:
 
             if step % options.log_every == 0 or ended:
                 refuse()
-                mean = mean_of_finite(losses)
+                mean, parts = averaged((mean_of_finite(losses), taken.parts))
                 speed = (budget.tokens - lap_tokens) / (time.perf_counter() - lap)
                 lap, lap_tokens, losses = time.perf_counter(), budget.tokens, []
                 record = {
-                    "loss": mean,
+                    "loss": mean.item(),
                     "grad_norm": taken.norm.item(),
                     "lr": rate,
                     "tokens_per_second": speed,
                     "skipped": guard.bad.item(),
                 }
                 record |= {
-                    name: value.item()
-                    for name, value in taken.parts.items()
-                    if name != "cross_entropy"
+                    name: value.item() for name, value in parts.items() if name != "cross_entropy"
                 }
-                write_log(run, {**spent(), **record, **model.observations()})
+                record |= model.observations()
+                if rank() == 0:
+                    write_log(run, {**spent(), **record})
                 bar.set_postfix_str(
-                    f"step {step}, loss {mean:.3f}, {speed:,.0f} tokens/s", refresh=False
+                    f"step {step}, loss {record['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False
                 )
                 bar.update(budget.progress(seconds) - bar.n)
             if options.eval_every and step % options.eval_every == 0 and not ended:
@@ -204,44 +216,53 @@ def main(options: Options) -> None:
 
         bar.close()
         refuse()
-        if stopped.is_set():
+        if interrupted:
             save()
         else:
             said = validate_and_save()
-    if stopped.is_set():
+            (interrupted,) = largest(stopped.is_set())
+    if interrupted:
         print(
             f"\ninterrupted at step {budget.step} and saved; to continue: python train.py --resume {shlex.quote(str(run))}"
         )
-        sys.exit(130)
+        parallel.stop(130)
     print(f"saved in {run}", flush=True)
     print(said)
     print(text := sample(model, data, options.prompt))
     if not text.startswith("no sample"):
         more = f"python -m minimodels.sample {shlex.quote(str(run))} --prompt {shlex.quote(options.prompt)}"
         print(f"\nmore of it: {more}")
+    parallel.stop()
 
 
 def report(run: Path, spent: dict[str, float], scores: dict[str, float]) -> str:
     """Write the scores of a validation, and what was `spent` so far, to the log;
     return a line to print."""
-    write_log(run, {**spent, **scores})
+    if rank() == 0:
+        write_log(run, {**spent, **scores})
     bits = f"{scores['bits_per_byte']:.3f} bits per byte, " if "bits_per_byte" in scores else ""
     return f"step {spent['step']}: validation {bits}{scores['accuracy']:.1%} right"
 
 
 def sample(model: LM, data: Source, prompt: str) -> str:
-    """200 tokens of text, or a sentence that says why there are none."""
+    """200 tokens of text, or a sentence that says why there are none. Rank 0 writes the text."""
     if isinstance(data, Task):
         return "no sample: a task has answers, not text"
     model.eval()
     if not model.causal:
         text = "no sample: this model routes over the whole sequence, which does not exist yet when generating"
     else:
-        written = complete(model, prompt, 200, Sampling(temperature=0.7), seed=0)
+        whole_model = parallel.gathered(model)
+        written = ""
+        if rank() == 0:
+            with alone():
+                written = complete(
+                    whole_model.eval(), prompt, 200, Sampling(temperature=0.7), seed=0
+                )
         text = f"--- sample ---\n{prompt}{written}"
     model.train()
     return text
 
 
 if __name__ == "__main__":
-    run_command(main, lambda: parse(__doc__))
+    run_command(record(main), lambda: parse(__doc__))

@@ -24,6 +24,7 @@ import tyro
 from tqdm import tqdm
 
 from minimodels.errors import InputError, describe
+from minimodels.ranks import joined, rank
 
 Options = TypeVar("Options")
 
@@ -121,7 +122,13 @@ def run_command(main: Callable[[Options], None], options: Callable[[], Options])
 
 def fail(message: str, status: int) -> NoReturn:
     """Print the reason on a line of its own, below any progress bar, and exit."""
+    if rank() > 0:
+        time.sleep(
+            2
+        )  # all ranks may have the same reason; rank 0 ends first, and torchrun ends all
     tqdm.write(message, file=sys.stderr)
+    if joined():
+        os._exit(status)  # threads of gloo may abort an ordinary exit
     sys.exit(status)
 
 
@@ -215,22 +222,13 @@ def product_seconds(threads: int, budget: float = 0.1) -> float:
     return best
 
 
-def refuse_several_processes() -> None:
-    """Raise InputError if torchrun started several processes, because each
-    would train the same run."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world != "1":
-        raise InputError(
-            "WORLD_SIZE", world, "1, because a run is trained by one process: python train.py"
-        )
-
-
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C, SIGTERM or SIGHUP sets, so that a run can finish its step and
     save. A second signal ends the process at once, even inside a compiler.
 
-    Signals within a second of the first are the same one, because torchrun repeats Ctrl-C.
+    Signals within a second of the first are the same one: Ctrl-C reaches a process of torchrun twice,
+    from the terminal and from torchrun.
     """
     stopped, first = threading.Event(), math.inf
 

@@ -62,6 +62,9 @@ class Place(NamedTuple):
 class Record:
     """What the layers record in a pass, besides their outputs.
 
+    A finished record ignores what else is recorded: a layer that is computed again for the backward
+    pass records again.
+
     losses      weighted losses, to be added to the loss
     observed    values for the log: one entry for each layer that records something
     traces      whole tensors, such as each token's experts; None: not kept
@@ -72,29 +75,34 @@ class Record:
         self.observed: dict[str, list[Tensor]] = {}
         self.pools: dict[str, tuple[Callable, list]] = {}
         self.traces = traces
+        self.finished = False
 
     def add_loss(self, name: str, value: Tensor) -> None:
         """Add a weighted loss. Losses with the same name are summed."""
+        if self.finished:
+            return
         self.losses[name] = self.losses[name] + value if name in self.losses else value
 
     def observe(self, name: str, value: Tensor) -> None:
         """Append a value to the list of that name."""
-        self.observed.setdefault(name, []).append(value.detach())
+        if not self.finished:
+            self.observed.setdefault(name, []).append(value.detach())
 
     def pool(self, name: str, loss: Callable[[list], Tensor], value: object) -> None:
         """Append a value to a pool; `loss` turns the whole pool into one loss after the pass."""
-        self.pools.setdefault(name, (loss, []))[1].append(value)
+        if not self.finished:
+            self.pools.setdefault(name, (loss, []))[1].append(value)
 
     def trace(self, name: str, value: Tensor) -> None:
         """Append a whole tensor, such as each token's experts, if the caller asked for traces."""
-        if self.traces is not None:
+        if self.traces is not None and not self.finished:
             self.traces.setdefault(name, []).append(value.detach())
 
     def finish(self) -> dict[str, Tensor]:
-        """All losses, those of the pools included."""
+        """All losses, those of the pools included. The pass is over."""
         for name, (loss, values) in self.pools.items():
             self.add_loss(name, loss(values))
-        self.pools = {}
+        self.pools, self.finished = {}, True
         return self.losses
 
 

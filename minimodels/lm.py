@@ -18,6 +18,7 @@ from minimodels.config import Config
 from minimodels.errors import InputError
 from minimodels.layers import Context, Record, flops, linear, make_norm, scaled
 from minimodels.objectives import OBJECTIVES
+from minimodels.ranks import averaged
 
 
 class LM(nn.Module):
@@ -144,9 +145,11 @@ class LM(nn.Module):
         return flops(self.layers, context) + 2 * self.head_weight.numel()
 
     def observations(self) -> dict[str, list]:
-        """What the layers recorded in the last call of `loss`, one entry per layer."""
+        """What the layers recorded in the last call of `loss`, one entry per layer; the mean over
+        the ranks."""
         return {
-            name: [value.tolist() for value in values] for name, values in self.observed.items()
+            name: [value.tolist() for value in values]
+            for name, values in averaged(self.observed).items()
         }
 
 

@@ -162,14 +162,6 @@ def run(*arguments: str, **environment: str) -> subprocess.Popen:
     )
 
 
-def test_several_processes_are_refused():
-    process = run(*TINY, WORLD_SIZE="2")
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert said.startswith("error: WORLD_SIZE: '2'")
-    assert len(said.splitlines()) == 1
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves(number, tmp_path):
     process = run(*TINY, "--steps", "1000000", "--log-every", "1", "--out", str(tmp_path / "run"))

@@ -35,6 +35,7 @@ EVERY = {**LAYERS, **WRAPPERS}
 ORDER = [  # rooms from the lowest up; those on one line may import each other
     "errors",
     "files",
+    "ranks",
     "colours command measure",
     "grammar",
     "options",

@@ -54,6 +54,7 @@ from minimodels.layers import (
 )
 from minimodels.ops.documents import top_per_document
 from minimodels.options import option
+from minimodels.ranks import average
 
 
 class DepthState(NamedTuple):
@@ -171,7 +172,7 @@ class MixtureOfDepths(nn.Module):
         A decision that never routes a token is right for a fraction 1 - C of them.
         """
         target = taken.to(decision.dtype)
-        weight = present.to(decision.dtype) / present.sum().clamp(min=1)
+        weight = present.to(decision.dtype) / average(present.sum()).clamp(min=1)
         loss = F.binary_cross_entropy_with_logits(decision, target, weight, reduction="sum")
         routed = decision > 0
         context.record.add_loss("mod", self.options.loss * loss)

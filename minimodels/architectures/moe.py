@@ -37,6 +37,7 @@ from minimodels.layers import Context, Place, flops, full_precision, linear
 from minimodels.ops.documents import top_per_document
 from minimodels.ops.grouped_mlp import grouped_mlp
 from minimodels.options import option
+from minimodels.ranks import average, total
 
 
 class MoE(nn.Module):
@@ -182,12 +183,14 @@ class MoE(nn.Module):
             if context.real is None
             else context.real.to(logits.dtype)
         )
-        # (B, T, 1), the weight of a token in a mean
-        weight = (real / real.sum().clamp(min=1)).unsqueeze(-1)
-        if self.training:
+        # (B, T, 1), the weight of a token in a mean over the ranks' tokens
+        weight = (real / average(real.sum()).clamp(min=1)).unsqueeze(-1)
+        if self.training and not context.record.finished:
             self.visited.add_((visits * real.unsqueeze(-1)).sum((0, 1)).to(self.visited.dtype))
-        # (E,) each
-        fraction, probability = (visits * weight).sum((0, 1)), (probabilities * weight).sum((0, 1))
+        sums = torch.stack(((visits * weight).sum((0, 1)), (probabilities * weight).sum((0, 1))))
+        fraction, probability = average(
+            sums
+        )  # (E,) each, of all ranks, because they are multiplied
         record, options = context.record, self.options
         z = (logits.logsumexp(-1, keepdim=True).square() * weight).sum()
         record.add_loss("z", options.z_loss * z)
@@ -216,7 +219,8 @@ class MoE(nn.Module):
         """Move the selection bias against the load (DeepSeek-V3 §2.1.2), unless the step was skipped
         (taken: 0); reset the visits."""
         if self.bias is not None:
-            rise = self.options.bias_step * torch.sign(self.visited.mean() - self.visited)
+            visited = total(self.visited)
+            rise = self.options.bias_step * torch.sign(visited.mean() - visited)
             self.bias += taken * rise
         self.visited.zero_()
 

@@ -49,9 +49,9 @@ def save(
         state = {} if optimizer is None else optimizer.state.get(parameter, {})
         for key, value in state.items():
             tensors[f"optimizer.{name}.{key}"] = value
-    tensors[f"random.cpu.{shards.rank()}"] = torch.get_rng_state()
+    tensors[f"random.cpu.{shards.number()}"] = torch.get_rng_state()
     if next(model.parameters()).is_cuda:
-        tensors[f"random.cuda.{shards.rank()}"] = torch.cuda.get_rng_state()
+        tensors[f"random.cuda.{shards.number()}"] = torch.cuda.get_rng_state()
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     about = {"progress": progress, "score": score, "config": asdict(model.config)}
     shards.write(run, progress["step"], tensors, about, keep)
@@ -85,7 +85,7 @@ def restore(found: Found, model: LM, optimizer: torch.optim.Optimizer | None = N
     }
     shards.read(found.folder, tensors | moments | random)
     set_moments(model, optimizer, moments)
-    mine = f".{shards.rank()}"  # a process that the saved run did not have keeps its own
+    mine = f".{shards.number()}"  # a process that the saved run did not have keeps its own
     if f"random.cpu{mine}" in random:
         torch.set_rng_state(random[f"random.cpu{mine}"])
     if f"random.cuda{mine}" in random and torch.cuda.is_available():

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import shlex
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -19,8 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from minimodels.command import fail
 from minimodels.lm import LM
-from minimodels.training import checkpoint
+from minimodels.ranks import whole, world
+from minimodels.training import checkpoint, shards
 
 HIGHEST = 10  # times the loss of guessing
 
@@ -42,7 +43,7 @@ class Guard:
         """
         bad = ~(norm.isfinite() & (torch.stack(losses) <= self.highest).all())  # NaN is not <=
         bad = bad.to(self.bad.dtype)
-        if dist.is_available() and dist.is_initialized():
+        if world() > 1:
             dist.all_reduce(bad, dist.ReduceOp.MAX)
         self.bad += bad
         failed = (self.bad > self.allowed).to(bad.dtype)
@@ -67,13 +68,13 @@ def refuse_bad_step(
     be wrong."""
     if failing is not None:
         reason = f"step {failing + 1} was bad: {explain(model, batches, autocast)}"
-    elif not sum(parameter.detach().sum() for parameter in model.parameters()).isfinite():
+    elif not whole(sum(parameter.detach().sum() for parameter in model.parameters())).isfinite():
         reason = "the weights are not finite"
     else:
         return
     again = f"the last checkpoint is good: --resume {shlex.quote(str(run))}"
     kept = again if checkpoint.exists(run) else "nothing was saved"
-    sys.exit(f"{reason}; a lower lr may help; {kept}")
+    fail(f"{reason}; a lower lr may help; {kept}", 1)
 
 
 def explain(model: LM, batches: Iterable[tuple[Tensor, ...]], autocast: torch.autocast) -> str:
@@ -95,13 +96,23 @@ def explain(model: LM, batches: Iterable[tuple[Tensor, ...]], autocast: torch.au
     finally:
         for hook in hooks:
             hook.remove()
-    gradients = (name for name, p in model.named_parameters() if not is_finite(p.grad))
-    first = seen.first or next(gradients, None)
-    what = "output" if seen.first else "gradient"
-    where = f"the first {what} that is not finite is that of {first}" if first else "all is finite"
+    mine = (seen.largest, seen.place, seen.first, highest(losses))
+    reports = shards.gather(mine)  # of all processes, each of which has other tokens
+    first = next((report[2] for report in reports if report[2]), "")
+    where = "all is finite"
+    if first:
+        where = f"the first output that is not finite is that of {first}"
+    elif gradient := next((n for n, p in model.named_parameters() if not is_finite(p.grad)), ""):
+        where = f"the first gradient that is not finite is that of {gradient}"
     model.zero_grad()
-    said = f"the loss is {max(losses, key=lambda x: math.inf if math.isnan(x) else x):.4g}; {where}"
-    return f"{said}; the largest activation is {seen.largest:.3g}, in {seen.place}"
+    largest, place, _, _ = max(reports)
+    loss = highest([report[3] for report in reports])
+    return f"the loss is {loss:.4g}; {where}; the largest activation is {largest:.3g}, in {place}"
+
+
+def highest(losses: list[float]) -> float:
+    """The largest loss. NaN is larger than all numbers."""
+    return max(losses, key=lambda loss: math.inf if math.isnan(loss) else loss)
 
 
 class Activations:
@@ -128,12 +139,12 @@ class Activations:
         return look
 
 
-def mean_of_finite(losses: list[Tensor]) -> float:
+def mean_of_finite(losses: list[Tensor]) -> Tensor:
     """The mean without those of bad steps; NaN if there is no other."""
     values = torch.stack(losses)
-    return values[values.isfinite()].mean().item()
+    return values[values.isfinite()].mean()
 
 
 def is_finite(tensor: Tensor | None) -> bool:
     """Whether every number of a tensor is finite, if there is one."""
-    return tensor is None or bool(tensor.isfinite().all())
+    return tensor is None or bool(whole(tensor).isfinite().all())

@@ -66,7 +66,7 @@ class Options:
     context: Count = 256
     """tokens per sequence"""
     batch_size: Count = 8
-    """sequences per forward pass"""
+    """sequences per forward pass, of all processes together"""
     accumulate: Count = 1
     """forward passes per optimizer step"""
     ramp: str = ""
@@ -93,6 +93,10 @@ class Options:
     """auto (bfloat16 autocast on GPUs that have it), float32 or bfloat16"""
     compile: bool = False
     """torch.compile the training step, which needs a C++ compiler on a CPU"""
+    checkpoint_activations: bool = False
+    """compute each block again in the backward pass: a third more time for much less memory"""
+    shard: bool = False
+    """with torchrun: each process stores a part of the weights and moments, not all of them"""
 
     skip_bad_steps: Number = 0
     """steps that may be skipped because their loss is not finite or explodes, before the run ends"""
@@ -146,8 +150,9 @@ BOUNDS = ("steps", "tokens", "flops", "minutes")
 LEFT_BEHIND = {"options.json", "log.jsonl", "tokenizer.json", LOCK, checkpoint.FOLDER}
 CHANGEABLE = {
     *BOUNDS, "lr", "schedule", "warmup", "weight_decay", "clip", "batch_size", "accumulate", "ramp",
-    "skip_bad_steps", "data", "cache", "device", "threads", "dtype", "compile", "eval_every", "eval_batches",
-    "keep", "sample_every", "prompt", "log_every", "resume",
+    "skip_bad_steps", "data", "cache", "device", "threads", "dtype", "compile",
+    "checkpoint_activations", "shard", "eval_every", "eval_batches", "keep", "sample_every",
+    "prompt", "log_every", "resume",
 }  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from minimodels.errors import InputError
 from minimodels.files import read_json, sync, write_synced
+from minimodels.ranks import rank, world
 
 FOLDER = "checkpoints"
 PROGRESS = "progress.json"
@@ -57,7 +58,7 @@ def write(run: Path, step: int, tensors: dict[str, Tensor], about: dict, keep: i
     target = run / FOLDER / f"step-{step}"
     partial = target.with_name(target.name + ".partial")
     with together("out", run, "a folder with room for a checkpoint"):
-        if rank() == 0:
+        if number() == 0:
             partial.parent.mkdir(exist_ok=True)
             for left in partial.parent.glob("*.partial"):  # by a process that was killed
                 shutil.rmtree(left)
@@ -70,15 +71,15 @@ def write(run: Path, step: int, tensors: dict[str, Tensor], about: dict, keep: i
             )
         mine: dict[str, int] = {}
         with together("out", run, "a folder that can be read"):
-            for file in partial.glob(f"shard-{rank() + 1:05}-*"):
+            for file in partial.glob(f"shard-{number() + 1:05}-*"):
                 mine[file.name] = checksum(file)
         files = {name: value for each in gather(mine) for name, value in each.items()}
         with together("out", run, "a folder with room for a checkpoint"):
-            if rank() == 0:
+            if number() == 0:
                 publish(partial, target, {**about, "files": files})
                 delete_older(target.parent, step, keep)
     except InputError:
-        if rank() == 0:
+        if number() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
 
@@ -159,7 +160,7 @@ def inspect(folder: Path) -> tuple[dict, str]:
         files = about.pop("files")
         if {path.name for path in folder.glob("*.safetensors")} != files.keys():
             return {}, f"its files are not {', '.join(sorted(files))}"
-        for name in sorted(files)[rank() :: world()]:
+        for name in sorted(files)[number() :: world()]:
             if not (folder / name).is_file():
                 return {}, f"{name} is not a regular file"
             if checksum(folder / name) != files[name]:
@@ -194,19 +195,14 @@ def checksum(path: Path) -> int:
     return value
 
 
-def rank() -> int:
-    """This process's number in its group; 0 if it is alone."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world() -> int:
-    """The number of processes in the group."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+def number() -> int:
+    """This process's number among those that write together; 0 if it is alone."""
+    return rank() if world() > 1 else 0
 
 
 def gather(value: Any) -> list:
     """The values of all processes, in the order of their ranks."""
-    if not dist.is_initialized():
+    if world() == 1:
         return [value]
     values = [None] * world()
     dist.all_gather_object(values, value)

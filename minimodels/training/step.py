@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from minimodels.lm import LM
+from minimodels.ranks import whole
 from minimodels.training.guard import Guard
+from minimodels.training.parallel import synchronise
 
 
 class Step(NamedTuple):
     """The measurements of a step. Nothing here has waited for the GPU."""
 
-    losses: list[Tensor]  # cross-entropy in nats per token, of each forward pass
-    # of the last forward pass: "cross_entropy", and the layers' own losses
+    # cross-entropy in nats per token, of each forward pass; this rank's share
+    losses: list[Tensor]
+    # of the last forward pass: "cross_entropy", and the layers' own losses; this rank's shares
     parts: dict[str, Tensor]
     norm: Tensor  # of the gradient, before it was clipped
 
@@ -39,12 +42,13 @@ def training_step(
     """
     loss_function = loss_function or model.loss
     batches, losses = list(batches), []
-    for batch in batches:
+    for number, batch in enumerate(batches, 1):
+        synchronise(model, now=number == len(batches))
         with autocast:
             loss, parts = loss_function(*batch)
         (loss / len(batches)).backward()
         losses.append(parts["cross_entropy"])
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf))
     taken = 1.0
     if guard is not None:
         optimizer.found_inf = guard.skip(losses, norm)  # 1 leaves everything as it was
