@@ -194,7 +194,7 @@ def test_a_loss_that_is_not_finite_is_not_saved(tmp_path):
     process = run(*arguments, "--steps", "5", "--threads", "1", "--out", str(tmp_path / "run"))
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "not finite at step" in said
+    assert "step 2 was bad: the loss is nan; the first output that is not finite is that of" in said
     assert "nothing was saved" in said
     assert not (tmp_path / "run/checkpoints").exists()
     for line in (
