@@ -44,7 +44,7 @@ from minimodels.generate import Sampling, complete
 from minimodels.layers import choose, operations
 from minimodels.ledger import ledger
 from minimodels.lm import LM
-from minimodels.ranks import alone, averaged, from_first, largest, rank, whole, world
+from minimodels.ranks import averaged, from_first, largest, rank, whole, world
 from minimodels.training import checkpoint, parallel
 from minimodels.training.blocks import compiled_loss, recompute
 from minimodels.training.evaluate import evaluate
@@ -52,13 +52,14 @@ from minimodels.training.log import forget_after, write_log
 from minimodels.training.optim import adamw, learning_rate
 from minimodels.training.options import Options, count_steps, label, new_folder, parse
 from minimodels.training.step import set_learning_rate, training_step
+from minimodels.training.wavefront import split_context
 
 
 def main(options: Options) -> None:
     """Train a model, or continue its run, and report its validation scores and a sample."""
     keep_freed_memory()
     device = parallel.start(pick_device(options.device))
-    parallel.check_batch(options.batch_size)
+    parallel.check_division(options.batch_size, options.context, options.context_parallel)
     # a resumed run has kept its tokenizer
     kept = options.resume is not None and options.tokenizer != "bytes"
     tokenizer = str(options.resume) if kept else options.tokenizer
@@ -107,9 +108,10 @@ def main(options: Options) -> None:
         parallel.distribute(model, optimizer, options.shard)
         loss_function = model.loss
         if options.compile:
-            loss_function = compiled_loss(model, world() > 1 or options.checkpoint_activations)
+            loss_function = compiled_loss(model, by_block=world() > 1)
         if options.checkpoint_activations:
             recompute(model)
+        split_context(model, options.context_parallel)
         step = done["step"]
 
         chosen = ", ".join(f"{name}: {path}" for name, path in paths.items())
@@ -149,7 +151,14 @@ def main(options: Options) -> None:
                 checkpoint.save(run, *everything, progress)
 
         def validate() -> str:
-            scores = evaluate(model, data, options.batch_size, options.eval_batches, autocast)
+            scores = evaluate(
+                model,
+                data,
+                options.batch_size,
+                options.eval_batches,
+                autocast,
+                options.context_parallel,
+            )
             return report(run, spent(), scores)
 
         while True:
@@ -164,7 +173,8 @@ def main(options: Options) -> None:
             set_learning_rate(optimizer, rate)
             micro_steps = range(step * options.accumulate, (step + 1) * options.accumulate)
             batches = (data.batch(options.seed, micro, options.batch_size) for micro in micro_steps)
-            batches = [tuple(part.to(device) for part in parallel.own(batch)) for batch in batches]
+            batches = (parallel.own(batch, options.context_parallel) for batch in batches)
+            batches = [tuple(part.to(device) for part in batch) for batch in batches]
             taken = training_step(model, optimizer, batches, autocast, options.clip, loss_function)
             losses += taken.losses
             step += 1
@@ -239,10 +249,7 @@ def sample(model: LM, data: Source, prompt: str) -> str:
         whole_model, _ = parallel.gathered(model)
         written = ""
         if rank() == 0:
-            with alone():
-                written = complete(
-                    whole_model.eval(), prompt, 200, Sampling(temperature=0.7), seed=0
-                )
+            written = complete(whole_model.eval(), prompt, 200, Sampling(temperature=0.7), seed=0)
         text = f"--- sample ---\n{prompt}{written}"
     model.train()
     return text
