@@ -42,7 +42,7 @@ from minimodels.generate import Sampling, complete
 from minimodels.layers import choose, operations
 from minimodels.ledger import ledger
 from minimodels.lm import LM
-from minimodels.ranks import alone, averaged, from_first, largest, rank, world
+from minimodels.ranks import averaged, from_first, largest, rank, world
 from minimodels.training import checkpoint, parallel
 from minimodels.training.blocks import compiled_loss, recompute
 from minimodels.training.budget import Budget, Shape, draw
@@ -53,6 +53,7 @@ from minimodels.training.log import forget_after, write_log
 from minimodels.training.optim import adamw, learning_rate
 from minimodels.training.options import Options, changes, label, new_folder, parse
 from minimodels.training.step import set_learning_rate, training_step
+from minimodels.training.wavefront import split_context
 
 
 def main(options: Options) -> None:
@@ -86,7 +87,7 @@ def main(options: Options) -> None:
 
     budget = Budget(options, config, data, {})
     for shape in (budget.first, budget.last):
-        parallel.check_batch(shape.batch_size)
+        parallel.check_division(shape.batch_size, shape.context, options.context_parallel)
     changed = changes(options)
     run = options.resume or from_first(lambda: new_folder(options))
     with ExitStack() as stack:
@@ -112,9 +113,10 @@ def main(options: Options) -> None:
             checkpoint.save_options(run, asdict(replace(options, out=None, resume=None)))
         loss_function = model.loss
         if options.compile:
-            loss_function = compiled_loss(model, world() > 1 or options.checkpoint_activations)
+            loss_function = compiled_loss(model, by_block=world() > 1)
         if options.checkpoint_activations:
             recompute(model)
+        split_context(model, options.context_parallel)
         guard = Guard(model, options.skip_bad_steps)
 
         chosen = ", ".join(f"{name}: {path}" for name, path in paths.items())
@@ -147,7 +149,8 @@ def main(options: Options) -> None:
         def batches(step: int, shape: Shape) -> list[tuple]:
             micro_steps = range(step * options.accumulate, (step + 1) * options.accumulate)
             drawn = (draw(data, options.seed, micro, shape) for micro in micro_steps)
-            return [tuple(part.to(device) for part in parallel.own(batch)) for batch in drawn]
+            own = (parallel.own(batch, options.context_parallel) for batch in drawn)
+            return [tuple(part.to(device) for part in batch) for batch in own]
 
         def refuse() -> None:
             failing = guard.failing(budget.step)
@@ -161,7 +164,14 @@ def main(options: Options) -> None:
             checkpoint.save(run, model, optimizer, progress, score, options.keep)
 
         def validate_and_save() -> str:
-            scores = evaluate(model, data, options.batch_size, options.eval_batches, autocast)
+            scores = evaluate(
+                model,
+                data,
+                options.batch_size,
+                options.eval_batches,
+                autocast,
+                options.context_parallel,
+            )
             said = report(run, spent(), scores)
             save(scores.get("bits_per_byte", scores["validation_loss"]))
             return said
@@ -255,10 +265,7 @@ def sample(model: LM, data: Source, prompt: str) -> str:
         whole_model = parallel.gathered(model)
         written = ""
         if rank() == 0:
-            with alone():
-                written = complete(
-                    whole_model.eval(), prompt, 200, Sampling(temperature=0.7), seed=0
-                )
+            written = complete(whole_model.eval(), prompt, 200, Sampling(temperature=0.7), seed=0)
         text = f"--- sample ---\n{prompt}{written}"
     model.train()
     return text

@@ -50,6 +50,7 @@ from torch import Tensor, nn
 from minimodels.config import IMPLS, Config
 from minimodels.errors import InputError
 from minimodels.kernels import FASTER, require
+from minimodels.ranks import averaged
 
 
 class Place(NamedTuple):
@@ -73,7 +74,8 @@ class Record:
     def __init__(self, traces: dict[str, list[Tensor]] | None = None):
         self.losses: dict[str, Tensor] = {}
         self.observed: dict[str, list[Tensor]] = {}
-        self.pools: dict[str, tuple[Callable, list]] = {}
+        self.pools: dict[str, list] = {}
+        self.settlers: dict[str, Callable[[Record, list], None]] = {}
         self.traces = traces
         self.finished = False
 
@@ -88,10 +90,16 @@ class Record:
         if not self.finished:
             self.observed.setdefault(name, []).append(value.detach())
 
-    def pool(self, name: str, loss: Callable[[list], Tensor], value: object) -> None:
-        """Append a value to a pool; `loss` turns the whole pool into one loss after the pass."""
+    def pool(self, name: str, settle: Callable[[Record, list], None], sums: object) -> None:
+        """Append a layer's sums over its tokens to a pool.
+
+        After the pass `settle(record, pool)` turns the whole pool into losses and observations.
+        Between the two, every tensor in it is averaged over the ranks, so that losses which are no
+        sums over tokens are those of the whole batch.
+        """
         if not self.finished:
-            self.pools.setdefault(name, (loss, []))[1].append(value)
+            self.settlers[name] = settle
+            self.pools.setdefault(name, []).append(sums)
 
     def trace(self, name: str, value: Tensor) -> None:
         """Append a whole tensor, such as each token's experts, if the caller asked for traces."""
@@ -100,8 +108,8 @@ class Record:
 
     def finish(self) -> dict[str, Tensor]:
         """All losses, those of the pools included. The pass is over."""
-        for name, (loss, values) in self.pools.items():
-            self.add_loss(name, loss(values))
+        for name, sums in averaged(self.pools).items():
+            self.settlers[name](self, sums)
         self.pools, self.finished = {}, True
         return self.losses
 

@@ -101,18 +101,23 @@ class LM(nn.Module):
         return (self.head or self.embedding).weight
 
     def loss(
-        self, tokens: Tensor, targets: Tensor, starts: Tensor | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        starts: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to minimise, and its parts, detached.
 
         The parts are "cross_entropy", in nats per predicted token, and the layers' own losses.
-        tokens, targets and starts (B, T); a target is IGNORE if nothing is to be predicted.
+        tokens, targets, starts and positions (B, T); a target is IGNORE if nothing is to be
+        predicted.
         `observed` then contains what the layers recorded. Raises ValueError if shapes disagree.
         """
         if targets.shape != tokens.shape:
             accepted = f"the shape of tokens, {tuple(tokens.shape)}"
             raise ValueError(f"targets are {tuple(targets.shape)}; accepted: {accepted}")
-        context = self.context(tokens, starts=starts)
+        context = self.context(tokens, positions=positions, starts=starts)
         x, _ = self.features(tokens, None, context)
         total = self.objective(self, x, targets, context)
         parts = {"cross_entropy": total.detach()}

@@ -31,7 +31,7 @@ class NextToken(nn.Module):
         Each rank returns its share: the mean of the shares is the mean over all ranks' targets.
         """
         targets = targets.flatten()
-        count = (targets != IGNORE).sum()
+        count = (targets != IGNORE).to(full_precision(x).dtype).sum()
         share = count / average(count)
         # a rank without targets gets one, because a mean over none is NaN; its share is 0
         first = torch.where(count > 0, targets[:1], 0)

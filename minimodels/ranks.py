@@ -10,9 +10,8 @@ In one process all of this changes nothing.
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +22,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from minimodels.errors import InputError
 
 Result = TypeVar("Result")
-_alone = False
 
 
 def joined() -> bool:
@@ -37,19 +35,8 @@ def rank() -> int:
 
 
 def world() -> int:
-    """How many ranks compute together."""
-    return dist.get_world_size() if joined() and not _alone else 1
-
-
-@contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """Each rank computes for itself, as if it were the only one."""
-    global _alone
-    before, _alone = _alone, True
-    try:
-        yield
-    finally:
-        _alone = before
+    """How many ranks there are."""
+    return dist.get_world_size() if joined() else 1
 
 
 class Total(torch.autograd.Function):
@@ -76,16 +63,19 @@ def average(x: Tensor) -> Tensor:
     return x if world() == 1 else Total.apply(x) / world()
 
 
-@torch.no_grad()
 def averaged(tree: Any) -> Any:
-    """The means over the ranks of all tensors in lists and dicts, in fp32, by one message."""
-    leaves, structure = tree_flatten(tree)
-    if world() == 1 or not leaves:
+    """A tree of lists, tuples and dicts, with the mean over the ranks for each tensor in it, by one
+    message."""
+    if world() == 1:
         return tree
-    means = average(torch.cat([leaf.float().flatten() for leaf in leaves]))
-    parts = means.split([leaf.numel() for leaf in leaves])
-    means = [part.view_as(leaf) for part, leaf in zip(parts, leaves, strict=True)]
-    return tree_unflatten(means, structure)
+    leaves, structure = tree_flatten(tree)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if not tensors:
+        return tree
+    means = average(torch.cat([tensor.flatten() for tensor in tensors]))
+    means = iter(means.split([tensor.numel() for tensor in tensors]))
+    leaves = [next(means).view_as(x) if isinstance(x, Tensor) else x for x in leaves]
+    return tree_unflatten(leaves, structure)
 
 
 def largest(*values: float) -> list[float]:

@@ -47,17 +47,10 @@ def test_blocks_computed_again_remember_less(monkeypatch):
     assert kept(recompute) < kept(lambda model: None) / 3
 
 
-@pytest.mark.parametrize("again", [False, True])
-def test_blocks_compiled_one_by_one_compute_the_same(again, monkeypatch):
+def test_blocks_compiled_one_by_one_compute_the_same(monkeypatch):
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend="eager"))
-
-    def prepare(model):
-        loss_function = compiled_loss(model, by_block=True)
-        if again:
-            recompute(model)
-        return loss_function
-
     layers = "mamba(state_size=4) moe(experts=4) mod(attention mlp, capacity=0.5) attention mlp"
-    for found, expected in zip(learn(layers, prepare), learn(layers), strict=True):
+    compiled = learn(layers, lambda model: compiled_loss(model, by_block=True))
+    for found, expected in zip(compiled, learn(layers), strict=True):
         torch.testing.assert_close(found, expected)

@@ -22,13 +22,15 @@ import train
 from minimodels import LM, Config, InputError
 from minimodels.ops.linear_cross_entropy import IGNORE
 from minimodels.presets import PRESETS
-from minimodels.ranks import alone, average, averaged, from_first, largest, total
+from minimodels.ranks import average, averaged, from_first, largest, total
 from minimodels.training import checkpoint, parallel
+from minimodels.training.blocks import recompute
 from minimodels.training.optim import adamw
 from minimodels.training.step import training_step
+from minimodels.training.wavefront import split_context
 
 ROOT = Path(__file__).parents[1]
-VOCAB, B, T = 31, 4, 11
+VOCAB, B, T = 31, 4, 12
 PRESET_TEXTS = [*MODELS.values(), PRESETS["mamba"].format(twice=4)]
 OTHERS = [
     "moe(experts=4, router=sigmoid_bias, bias_step=0.1)",
@@ -36,6 +38,7 @@ OTHERS = [
     "A:=mamba(state_size=4) mod(A mod(moe(experts=4), capacity=0.5), capacity=0.75) A",
 ]
 TEXTS = list(dict.fromkeys([*PRESET_TEXTS, *NAMES, *OTHERS]))
+SPLIT_TOO = [MODELS["hybrid"], OTHERS[0]]
 CASES = [(2, text) for text in TEXTS] + [(4, text) for text in PRESET_TEXTS]
 
 
@@ -69,15 +72,21 @@ def steps_of_batches() -> list[list[tuple]]:
     return [[masked, (*packed, starts)], [plain]]
 
 
-def train_on(layers: str, shard: bool = False) -> list[list[float]]:
-    """Of each step: the losses, the norm of the gradient, the layers' own losses."""
+def train_on(layers: str, shard: bool = False, pieces: int = 1) -> list[list[float]]:
+    """Of each step: the losses, the layers' own losses, the norm of the gradient, the loads.
+
+    Where the context is split, blocks are computed again.
+    """
     torch.manual_seed(0)
     model = LM(Config(layers=layers, width=WIDTH, vocab=VOCAB))
     optimizer, autocast = adamw(model, 1e-3, 0.1), torch.autocast("cpu", enabled=False)
     parallel.distribute(model, optimizer, shard)
+    if pieces > 1:
+        recompute(model)
+        split_context(model, pieces)
     found = []
     for batches in steps_of_batches():
-        own = [parallel.own(batch) for batch in batches]
+        own = [parallel.own(batch, pieces) for batch in batches]
         taken = training_step(model, optimizer, own, autocast, 1.0)
         losses, parts = averaged((taken.losses, taken.parts))
         measured = [*losses, *parts.values(), taken.norm]
@@ -88,7 +97,10 @@ def train_on(layers: str, shard: bool = False) -> list[list[float]]:
 
 
 def train_all(texts: list[str]) -> dict[str, list]:
-    return {f"{text} {shard}": train_on(text, shard) for text in texts for shard in (False, True)}
+    found = {f"{text} {shard}": train_on(text, shard) for text in texts for shard in (False, True)}
+    for text in SPLIT_TOO:
+        found |= {f"{text} {shard} split": train_on(text, shard, 2) for shard in (False, True)}
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -107,11 +119,13 @@ def several(tmp_path_factory):
 
 @pytest.mark.parametrize("world, layers", CASES)
 def test_ranks_have_the_losses_and_gradient_norms_of_one_process(world, layers, several):
-    """With and without sharding; with masked targets, packed documents and accumulation."""
-    one = train_on(layers)
-    for shard in (False, True):
-        for step, expected in zip(several(world)[f"{layers} {shard}"], one, strict=True):
-            assert step == pytest.approx(expected, rel=1e-5, abs=1e-5), f"shard {shard}"
+    """With and without sharding; with masked targets, packed documents and accumulation; in some
+    models with a split context too."""
+    one, many = train_on(layers), several(world)
+    ways = [f"{layers} {shard}{split}" for shard in (False, True) for split in ("", " split")]
+    for way in filter(many.__contains__, ways):
+        for step, expected in zip(many[way], one, strict=True):
+            assert step == pytest.approx(expected, rel=1e-5, abs=1e-5), way
 
 
 def continue_from(folder: str, shard: bool) -> list[list[float]]:
@@ -163,8 +177,6 @@ def reduce() -> list:
     # the mean over the ranks of (rank + 1) · total², whose derivative by x is that of 1.5 · total²
     ((rank + 1) * total(x * (rank + 1)).square()).sum().backward()
     assert x.grad.tolist() == [18 * (rank + 1), 180 * (rank + 1)]
-    with alone():
-        assert total(x) is x
     with pytest.raises(InputError, match="folder: 'here' is not accepted; accepted: another"):
         from_first(refuse)
     means = averaged({"a": [torch.tensor(rank), torch.full((2, 1), float(rank))]})
@@ -202,15 +214,24 @@ def test_routers_of_ranks_compute_in_full_precision_under_autocast(tmp_path):
     assert forked(2, route, tmp_path) == ["torch.float32"]
 
 
-def refused() -> str:
-    with pytest.raises(InputError) as error:
-        parallel.check_batch(7)
-    return str(error.value)
+def refused() -> list[str]:
+    said = []
+    for given in ((7, 8, 1), (7, 8, 2), (8, 9, 2), (8, 9, 3)):
+        try:
+            parallel.check_division(*given)
+            said.append("")
+        except InputError as error:
+            said.append(str(error))
+    return said
 
 
 def test_a_batch_that_ranks_cannot_divide_is_refused(tmp_path):
-    accepted = "a multiple of 2, the number of processes"
-    assert forked(2, refused, tmp_path) == f"batch_size: 7 is not accepted; accepted: {accepted}"
+    assert forked(2, refused, tmp_path) == [
+        "batch_size: 7 is not accepted; accepted: a multiple of 2, the number of processes",
+        "",
+        "context: 9 is not accepted; accepted: a multiple of 2, the pieces of context_parallel",
+        "context_parallel: 3 is not accepted; accepted: a divisor of 2, the number of processes",
+    ]
 
 
 def test_several_processes_without_torchrun_are_refused(monkeypatch):
@@ -305,3 +326,70 @@ def wait_for(path: Path) -> None:
     deadline = time.monotonic() + 60
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
+
+
+SPLIT = [
+    "attention mlp attention",
+    "attention(window=5) attention(window=1)",
+    "mamba(state_size=4)*2",
+    "mamba2(state_size=4)*2",
+    "deltanet(gate=scalar)*2",
+    MODELS["hybrid"],
+    "A:=retention A mlp A short_convolution",
+    "learned_positions(context=160) latent_attention",
+]
+
+
+def split_and_whole(layers: str, pieces: int, packed: bool) -> float:
+    """The largest difference of logits, loss or gradients between a model whose context is split and
+    the same model in one process."""
+    B, T = 2, 24
+    config = Config(layers=layers, width=WIDTH, vocab=VOCAB)
+    batch = tuple(torch.randint(VOCAB, (2, B, T), generator=torch.Generator().manual_seed(1)))
+    batch[1][0, :15] = IGNORE
+    if packed:
+        starts = torch.zeros(B, T, dtype=torch.int64)
+        starts[0, 9:], starts[1, 3:], starts[1, 12:] = 9, 3, 12
+        batch = (*batch, starts)
+
+    def learn(batch: tuple, prepare) -> tuple:
+        torch.manual_seed(0)
+        model = LM(config).double()
+        prepare(model)
+        for _ in range(2):  # the first pass agrees on the form of the states
+            model.zero_grad()
+            loss, _ = model.loss(*batch)
+            loss.backward()
+        named = dict(zip(("starts", "positions"), batch[2:], strict=False))
+        with torch.no_grad():
+            logits, _ = model.eval()(batch[0], **named)
+        return logits, loss.detach(), [parameter.grad for parameter in model.parameters()]
+
+    logits, loss, gradients = learn(batch, lambda model: None)
+    own = parallel.own(batch, pieces)
+    found = learn(own, lambda model: split_context(model, pieces))
+    differences = [found[0] - parallel.own((logits,), pieces)[0], average(found[1]) - loss]
+    differences += [average(mine) - whole for mine, whole in zip(found[2], gradients, strict=True)]
+    return max(difference.abs().max().item() for difference in differences)
+
+
+def split_all(pieces: int) -> dict[str, float]:
+    """And all texts in one process group, because starting one takes longer."""
+    return {
+        f"{layers} {packed}": split_and_whole(layers, pieces, packed)
+        for layers in SPLIT
+        for packed in (False, True)
+    }
+
+
+@pytest.mark.parametrize("world, pieces", [(2, 2), (4, 4), (4, 2)])
+def test_a_split_context_gives_the_outputs_and_gradients_of_the_whole(world, pieces, tmp_path):
+    """With and without documents in a row; the third case splits rows too."""
+    for case, difference in forked(world, split_all, tmp_path, pieces).items():
+        assert difference < 1e-10, case
+
+
+def test_a_layer_that_routes_over_the_whole_text_has_no_split_context():
+    for layers in ("mod(mlp)", "moe(experts=4, router=expert_choice)"):
+        with pytest.raises(InputError, match="context_parallel: 2 .* routes over the whole text"):
+            split_context(LM(Config(layers=layers, width=WIDTH)), 2)

@@ -44,6 +44,7 @@ from minimodels.errors import Fraction, NonNegative
 from minimodels.layers import (
     Context,
     Place,
+    Record,
     Stack,
     flops,
     full_precision,
@@ -54,7 +55,6 @@ from minimodels.layers import (
 )
 from minimodels.ops.documents import top_per_document
 from minimodels.options import option
-from minimodels.ranks import average
 
 
 class DepthState(NamedTuple):
@@ -171,13 +171,12 @@ class MixtureOfDepths(nn.Module):
 
         A decision that never routes a token is right for a fraction 1 - C of them.
         """
-        target = taken.to(decision.dtype)
-        weight = present.to(decision.dtype) / average(present.sum()).clamp(min=1)
-        loss = F.binary_cross_entropy_with_logits(decision, target, weight, reduction="sum")
+        target, real = taken.to(decision.dtype), present.to(decision.dtype)
+        loss = F.binary_cross_entropy_with_logits(decision, target, real, reduction="sum")
         routed = decision > 0
-        context.record.add_loss("mod", self.options.loss * loss)
-        context.record.observe("routed", (routed * weight).sum())
-        context.record.observe("accuracy", ((routed == taken) * weight).sum())
+        right = ((routed == taken) * real).sum()
+        sums = Sums(self.options.loss, real.sum(), loss, (routed * real).sum(), right)
+        context.record.pool("mod", settle, sums)
 
     def flops(self, context: int) -> float:
         """Forward FLOPs per token.
@@ -210,6 +209,25 @@ class MixtureOfDepths(nn.Module):
     def state_bytes(self, context: int, itemsize: int) -> float:
         """Bytes remembered per sequence if a fraction C of the tokens takes the group."""
         return state_bytes(self.group, self.routed(context), itemsize)
+
+
+class Sums(NamedTuple):
+    """A wrapper's sums over its tokens."""
+
+    weight: float  # of the loss
+    count: Tensor  # () tokens
+    loss: Tensor  # () of the causal decision
+    routed: Tensor  # () tokens that it routes
+    right: Tensor  # () tokens for which it finds what the top k has found
+
+
+def settle(record: Record, wrappers: list[Sums]) -> None:
+    """Record the mean loss, and the shares of tokens that are routed, and routed rightly."""
+    for weight, count, loss, routed, right in wrappers:
+        count = count.clamp(min=1)
+        record.add_loss("mod", weight * (loss / count))
+        record.observe("routed", routed / count)
+        record.observe("accuracy", right / count)
 
 
 def first_of_documents(starts: Tensor, document: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +33,11 @@ from torch import Tensor, nn
 from minimodels.architectures.transformer import SwiGLU, default_width
 from minimodels.config import Config
 from minimodels.errors import Count, InputError, Natural, NonNegative
-from minimodels.layers import Context, Place, flops, full_precision, linear
+from minimodels.layers import Context, Place, Record, flops, full_precision, linear
 from minimodels.ops.documents import top_per_document
 from minimodels.ops.grouped_mlp import grouped_mlp
 from minimodels.options import option
-from minimodels.ranks import average, total
+from minimodels.ranks import total
 
 
 class MoE(nn.Module):
@@ -174,33 +174,18 @@ class MoE(nn.Module):
     def account(
         self, logits: Tensor, visits: Tensor, probabilities: Tensor, context: Context
     ) -> None:
-        """Record the losses over the real tokens, and each expert's share of the visits.
-
-        The losses are the z-loss, mean(logsumexp(logits)²), and the balance loss.
-        """
+        """Record the sums over the real tokens that the losses are made of, and count the visits."""
         real = (
             logits.new_ones(logits.shape[:2])
             if context.real is None
             else context.real.to(logits.dtype)
-        )
-        # (B, T, 1), the weight of a token in a mean over the ranks' tokens
-        weight = (real / average(real.sum()).clamp(min=1)).unsqueeze(-1)
+        ).unsqueeze(-1)  # (B, T, 1)
+        visited = (visits * real).sum((0, 1))  # (E,)
         if self.training and not context.record.finished:
-            self.visited.add_((visits * real.unsqueeze(-1)).sum((0, 1)).to(self.visited.dtype))
-        sums = torch.stack(((visits * weight).sum((0, 1)), (probabilities * weight).sum((0, 1))))
-        fraction, probability = average(
-            sums
-        )  # (E,) each, of all ranks, because they are multiplied
-        record, options = context.record, self.options
-        z = (logits.logsumexp(-1, keepdim=True).square() * weight).sum()
-        record.add_loss("z", options.z_loss * z)
-        if options.balance == "layer":
-            record.add_loss("balance", options.balance_loss * imbalance(fraction, probability))
-        else:
-            record.pool("balance", pooled_imbalance, (options.balance_loss, fraction, probability))
-        load = fraction / fraction.sum().clamp(min=1e-9)
-        record.observe("load", load)
-        record.observe("overload", load.amax() * load.numel())  # E times the largest share
+            self.visited.add_(visited.to(self.visited.dtype))
+        z = (logits.logsumexp(-1, keepdim=True).square() * real).sum()
+        sums = Sums(self.options, real.sum(), visited, (probabilities * real).sum((0, 1)), z)
+        context.record.pool("moe", settle, sums)
 
     def _apply(self, fn, recurse=True):
         """Move or convert the layer as PyTorch does, but keep its buffers in fp32: in bfloat16 a step
@@ -250,6 +235,35 @@ def full_precision_linear(x: Tensor, layer: nn.Linear) -> Tensor:
     """A linear layer applied to x in full precision, even if x or the layer has less."""
     bias = None if layer.bias is None else full_precision(layer.bias)
     return nn.functional.linear(full_precision(x), full_precision(layer.weight), bias)
+
+
+class Sums(NamedTuple):
+    """A layer's sums over its tokens."""
+
+    options: MoE.Options
+    count: Tensor  # () tokens
+    visits: Tensor  # (E,)
+    probabilities: Tensor  # (E,)
+    z: Tensor  # () of logsumexp(logits)²
+
+
+def settle(record: Record, layers: list[Sums]) -> None:
+    """Record the z-loss, mean(logsumexp(logits)²), the balance loss, and each expert's share of the
+    visits."""
+    pooled = []
+    for options, count, visits, probabilities, z in layers:
+        count = count.clamp(min=1)
+        fraction, probability = visits / count, probabilities / count  # (E,) each
+        record.add_loss("z", options.z_loss * (z / count))
+        if options.balance == "layer":
+            record.add_loss("balance", options.balance_loss * imbalance(fraction, probability))
+        else:
+            pooled.append((options.balance_loss, fraction, probability))
+        load = fraction / fraction.sum().clamp(min=1e-9)
+        record.observe("load", load)
+        record.observe("overload", load.amax() * load.numel())  # E times the largest share
+    if pooled:
+        record.add_loss("balance", pooled_imbalance(pooled))
 
 
 def imbalance(fraction: Tensor, probability: Tensor) -> Tensor:

@@ -31,10 +31,8 @@ def recompute(model: LM) -> None:
 
 
 def compiled_loss(model: LM, by_block: bool) -> Callable:
-    """The model's loss, compiled: in one graph, or each block for itself.
-
-    Blocks that are sharded or recomputed cannot be in one graph. Call this before `recompute`.
-    """
+    """The model's loss, compiled: in one graph, or each block for itself, because the blocks of
+    several ranks communicate."""
     # routed tokens are counted in the graph
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
     if not by_block:
@@ -42,5 +40,10 @@ def compiled_loss(model: LM, by_block: bool) -> Callable:
     # blocks of one kind share their code, but not what they have recorded before
     torch._dynamo.config.recompile_limit = 8 * len(model.layers)
     for block in blocks(model):
-        block.forward = torch.compile(block.forward)
+        block.forward = partial(train_compiled, block, block.forward, torch.compile(block.forward))
     return model.loss
+
+
+def train_compiled(block: nn.Module, plain: Callable, compiled: Callable, *arguments):
+    """Validation takes the plain path, because it would have to be compiled too."""
+    return (compiled if block.training else plain)(*arguments)

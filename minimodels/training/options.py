@@ -94,7 +94,10 @@ class Options:
     compile: bool = False
     """torch.compile the training step, which needs a C++ compiler on a CPU"""
     checkpoint_activations: bool = False
-    """compute each block again in the backward pass: a third more time for much less memory"""
+    """compute each block again in the backward pass, which takes a third longer and much less
+    memory; not with --compile"""
+    context_parallel: Count = 1
+    """with torchrun: so many processes share each text, and each of them has a piece of it"""
     shard: bool = False
     """with torchrun: each process stores a part of the weights and moments, not all of them"""
 
@@ -127,6 +130,11 @@ class Options:
         check_types(self)
         if not self.prompt:
             raise InputError("prompt", self.prompt, "at least one character")
+        if self.compile and self.checkpoint_activations:
+            accepted = (
+                "False with checkpoint_activations: a block that is computed again records nothing"
+            )
+            raise InputError("compile", True, f"{accepted}, so it would be another graph")
 
 
 SYNONYMS = {  # what other programs call an option -> what to write here
@@ -151,8 +159,8 @@ LEFT_BEHIND = {"options.json", "log.jsonl", "tokenizer.json", LOCK, checkpoint.F
 CHANGEABLE = {
     *BOUNDS, "lr", "schedule", "warmup", "weight_decay", "clip", "batch_size", "accumulate", "ramp",
     "skip_bad_steps", "data", "cache", "device", "threads", "dtype", "compile",
-    "checkpoint_activations", "shard", "eval_every", "eval_batches", "keep", "sample_every",
-    "prompt", "log_every", "resume",
+    "checkpoint_activations", "context_parallel", "shard", "eval_every", "eval_batches", "keep",
+    "sample_every", "prompt", "log_every", "resume",
 }  # fmt: skip
 
 

@@ -66,16 +66,31 @@ def stop(status: int = 0) -> None:
         sys.exit(status)
 
 
-def check_batch(batch_size: int) -> None:
-    """Raise InputError unless every rank gets as many rows as the others."""
-    if batch_size % world():
-        accepted = f"a multiple of {world()}, the number of processes"
+def check_division(batch_size: int, context: int, pieces: int) -> None:
+    """Raise InputError unless a batch can be divided equally among the ranks, with each text in so
+    many pieces."""
+    if world() % pieces:
+        accepted = f"a divisor of {world()}, the number of processes"
+        raise InputError("context_parallel", pieces, accepted)
+    if context % pieces:
+        accepted = f"a multiple of {pieces}, the pieces of context_parallel"
+        raise InputError("context", context, accepted)
+    if batch_size % (teams := world() // pieces):
+        of = " / context_parallel" if pieces > 1 else ""
+        accepted = f"a multiple of {teams}, the number of processes{of}"
         raise InputError("batch_size", batch_size, accepted)
 
 
-def own(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """This rank's rows of a batch."""
-    return tuple(part[rank() :: world()] for part in batch) if world() > 1 else batch
+def own(batch: tuple[Tensor, ...], pieces: int = 1) -> tuple[Tensor, ...]:
+    """This rank's part of a batch (tokens, targets) or (tokens, targets, starts).
+
+    Every `pieces` consecutive ranks share their rows, and each of them has a piece. With documents,
+    the tokens' positions in the whole row are added.
+    """
+    (team, place), teams = divmod(rank(), pieces), world() // pieces
+    if pieces > 1 and len(batch) > 2:
+        batch = (*batch, torch.arange(batch[0].shape[1]).expand_as(batch[0]))
+    return tuple(part[team::teams].chunk(pieces, dim=1)[place] for part in batch)
 
 
 def distribute(model: LM, optimizer: torch.optim.Optimizer, shard: bool) -> None:
