@@ -45,7 +45,7 @@ from minimodels.lm import LM
 from minimodels.ranks import averaged, from_first, largest, rank, world
 from minimodels.training import checkpoint, parallel
 from minimodels.training.blocks import compiled_loss, recompute
-from minimodels.training.budget import Budget, Shape, draw
+from minimodels.training.budget import Budget, Shape
 from minimodels.training.evaluate import evaluate
 from minimodels.training.guard import Guard, mean_of_finite, refuse_bad_step
 from minimodels.training.initial import copy_weights
@@ -96,14 +96,7 @@ def main(options: Options) -> None:
         parallel.distribute(model, optimizer, options.shard)
         done = {"step": 0, "seconds": 0.0}
         if options.resume:
-            found = checkpoint.find(run)
-            for damaged in found.passed_over:
-                print(f"passed over a checkpoint: {damaged}")
-            checkpoint.restore(found, model, optimizer)
-            done = found.about["progress"]
-            if done.get("data", data.fingerprint) != data.fingerprint:
-                given = f"{options.data}: {data.fingerprint}"
-                raise InputError("data", given, f"what {run} was started with: {done['data']}")
+            done = checkpoint.resume(run, model, optimizer, data.fingerprint)
             budget = Budget(options, config, data, done)
         if rank() == 0:
             if options.resume:
@@ -142,15 +135,13 @@ def main(options: Options) -> None:
         shapes: dict[int, Shape] = {}  # of the steps since the last look at the guard
 
         def spent() -> dict[str, float]:
-            seconds = time.perf_counter() - start
-            counted = {"step": budget.step, "tokens": budget.tokens, "flops": budget.flops}
-            return {**counted, "seconds": seconds}
+            return budget.record(time.perf_counter() - start)
 
         def batches(step: int, shape: Shape) -> list[tuple]:
-            micro_steps = range(step * options.accumulate, (step + 1) * options.accumulate)
-            drawn = (draw(data, options.seed, micro, shape) for micro in micro_steps)
-            own = (parallel.own(batch, options.context_parallel) for batch in drawn)
-            return [tuple(part.to(device) for part in batch) for batch in own]
+            drawn = (
+                parallel.own(each, options.context_parallel) for each in budget.draw(step, shape)
+            )
+            return [tuple(part.to(device) for part in batch) for batch in drawn]
 
         def refuse() -> None:
             failing = guard.failing(budget.step)

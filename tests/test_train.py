@@ -676,7 +676,7 @@ def test_refuses_to_go_on_with_other_data(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run("--resume", "texts/run", "--steps", 6, monkeypatch=monkeypatch)
     error = capsys.readouterr().err
-    assert "error: data: 'texts: 3 files," in error and "was started with: 2 files," in error
+    assert "error: data: '3 files," in error and "was started with: 2 files," in error
 
 
 def test_a_log_that_ran_ahead_of_its_checkpoint_is_cut_back(tmp_path, monkeypatch):

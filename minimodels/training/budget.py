@@ -8,6 +8,7 @@ that bound, so what a step costs changes too. The budget counts what each step r
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from minimodels.config import Config
@@ -37,7 +38,7 @@ class Budget:
     """
 
     def __init__(self, options: Options, config: Config, data: Source, done: dict):
-        self.options = options
+        self.options, self.data = options, data
         bounds = {name: getattr(options, name) for name in BOUNDS}
         self.bounds = {name: bound for name, bound in bounds.items() if bound is not None}
         self.bounds = self.bounds or {"steps": DEFAULT_STEPS[options.size]}
@@ -51,7 +52,7 @@ class Budget:
         self.first, self.last = self.shape(0.0), self.shape(1.0)
         if options.ramp:
             for shape in (self.first, self.last):  # raises InputError if the text is too short
-                draw(data, options.seed, 0, shape._replace(batch_size=1))
+                next(self.draw(0, shape._replace(batch_size=1)))
         for name, spent in self.spent(0.0).items():
             if spent > self.bounds.get(name, spent):
                 accepted = f"{spent} or more, because the run has spent that"
@@ -70,6 +71,10 @@ class Budget:
             "minutes": seconds / 60,
         }
 
+    def record(self, seconds: float) -> dict[str, float]:
+        """What was spent, for a line of the log and for a checkpoint."""
+        return {"step": self.step, "seconds": seconds, "tokens": self.tokens, "flops": self.flops}
+
     def progress(self, seconds: float) -> float:
         """The fraction of the nearest bound that is spent, from 0 to 1."""
         spent = self.spent(seconds)
@@ -82,6 +87,13 @@ class Budget:
         context = weights.pop("context", options.context)
         batch_size = weights.pop("batch_size", options.batch_size)
         return Shape(context, batch_size, context * batch_size * options.accumulate, weights)
+
+    def draw(self, step: int, shape: Shape) -> Iterator[tuple]:
+        """The batches of a step, one for each forward pass."""
+        changed = {"weights": shape.weights} if shape.weights else {}
+        seed, count = self.options.seed, self.options.accumulate
+        for micro_step in range(step * count, (step + 1) * count):
+            yield self.data.batch(seed, micro_step, shape.batch_size, shape.context, **changed)
 
     def allows(self, shape: Shape, seconds: float) -> bool:
         """Whether a step of this shape fits into every bound."""
@@ -113,9 +125,3 @@ class Budget:
         """The bounds, for the header of a run."""
         return " or ".join(f"{bound:g} {name}" if isinstance(bound, float) else f"{bound} {name}"
                            for name, bound in self.bounds.items())  # fmt: skip
-
-
-def draw(data: Source, seed: int, micro_step: int, shape: Shape) -> tuple:
-    """The batch of one forward pass."""
-    changed = {"weights": shape.weights} if shape.weights else {}
-    return data.batch(seed, micro_step, shape.batch_size, shape.context, **changed)

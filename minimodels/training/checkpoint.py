@@ -25,7 +25,10 @@ from minimodels.lm import LM
 from minimodels.training import shards
 from minimodels.training.shards import FOLDER, Found, exists, find
 
-__all__ = ["FOLDER", "exists", "find", "load", "load_model", "restore", "save", "save_model"]
+__all__ = [
+    "FOLDER", "differing_fields", "exists", "find", "home", "load", "load_model", "persistent_tensors",
+    "restore", "resume", "save", "save_model", "save_options", "saved_config",
+]  # fmt: skip
 
 
 def save(
@@ -55,6 +58,22 @@ def save(
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     about = {"progress": progress, "score": score, "config": asdict(model.config)}
     shards.write(run, progress["step"], tensors, about, keep)
+
+
+def resume(run: Path, model: LM, optimizer: torch.optim.Optimizer, data: str) -> dict:
+    """Restore the newest whole checkpoint of a run, and return its progress. Says which checkpoints
+    were passed over, and why. Collective.
+
+    data: the fingerprint of the data. Raises InputError if the run was trained on other data.
+    """
+    found = find(run)
+    for damaged in found.passed_over:
+        print(f"passed over a checkpoint: {damaged}")
+    progress = found.about["progress"]
+    if progress.get("data", data) != data:
+        raise InputError("data", data, f"what {run} was started with: {progress['data']}")
+    restore(found, model, optimizer)
+    return progress
 
 
 def load(run: Path, model: LM, optimizer: torch.optim.Optimizer | None = None) -> dict:
