@@ -48,18 +48,18 @@ from minimodels.ranks import averaged, from_first, largest, rank, whole, world
 from minimodels.training import checkpoint, parallel
 from minimodels.training.blocks import compiled_loss, recompute
 from minimodels.training.evaluate import evaluate
+from minimodels.training.fit import fill_memory
 from minimodels.training.log import forget_after, write_log
 from minimodels.training.optim import adamw, learning_rate
 from minimodels.training.options import Options, count_steps, label, new_folder, parse
 from minimodels.training.step import set_learning_rate, training_step
-from minimodels.training.wavefront import split_context
+from minimodels.training.wavefront import check_causal, split_context
 
 
 def main(options: Options) -> None:
     """Train a model, or continue its run, and report its validation scores and a sample."""
     keep_freed_memory()
     device = parallel.start(pick_device(options.device))
-    parallel.check_division(options.batch_size, options.context, options.context_parallel)
     # a resumed run has kept its tokenizer
     kept = options.resume is not None and options.tokenizer != "bytes"
     tokenizer = str(options.resume) if kept else options.tokenizer
@@ -70,6 +70,11 @@ def main(options: Options) -> None:
         accepted = f"{data.vocab} or more, because that many tokens are in the data"
         raise InputError("vocab", options.config.vocab, accepted)
     config = replace(options.config, vocab=options.config.vocab or data.vocab)
+    bfloat16 = has_bfloat16(device) if options.dtype == "auto" else options.dtype == "bfloat16"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+    if options.batch_size == "auto":
+        options = fill_memory(options, config, device, autocast)
+    parallel.check_division(options.batch_size, options.context, options.context_parallel)
     threads, why = pick_threads(options.threads, device)
     options = replace(options, config=config, threads=threads)
 
@@ -77,8 +82,7 @@ def main(options: Options) -> None:
     model = LM(config).to(device)
     model.tokenizer = None if isinstance(data, Task) else data.tokenizer
     paths = {name: choose(config.impl, name, device) for name in operations(model)}
-    bfloat16 = has_bfloat16(device) if options.dtype == "auto" else options.dtype == "bfloat16"
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+    check_causal(model, options.context_parallel)
     optimizer = adamw(model, options.lr, options.weight_decay)
     if options.compile:
         require_compiler(device)
