@@ -47,13 +47,14 @@ from minimodels.training import checkpoint, parallel
 from minimodels.training.blocks import compiled_loss, recompute
 from minimodels.training.budget import Budget, Shape
 from minimodels.training.evaluate import evaluate
+from minimodels.training.fit import fill_memory
 from minimodels.training.guard import Guard, mean_of_finite, refuse_bad_step
 from minimodels.training.initial import copy_weights
 from minimodels.training.log import forget_after, write_log
 from minimodels.training.optim import adamw, learning_rate
 from minimodels.training.options import Options, changes, label, new_folder, parse
 from minimodels.training.step import set_learning_rate, training_step
-from minimodels.training.wavefront import split_context
+from minimodels.training.wavefront import check_causal, split_context
 
 
 def main(options: Options) -> None:
@@ -72,6 +73,10 @@ def main(options: Options) -> None:
     config = replace(options.config, vocab=options.config.vocab or data.vocab)
     threads, why = pick_threads(options.threads, device)
     options = replace(options, config=config, threads=threads)
+    bfloat16 = has_bfloat16(device) if options.dtype == "auto" else options.dtype == "bfloat16"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+    if options.batch_size == "auto":
+        options = fill_memory(options, config, device, autocast)
 
     torch.manual_seed(options.seed)
     model = LM(config).to(device)
@@ -79,8 +84,7 @@ def main(options: Options) -> None:
         copy_weights(model, options.init)
     model.tokenizer = None if isinstance(data, Task) else data.tokenizer
     paths = {name: choose(config.impl, name, device) for name in operations(model)}
-    bfloat16 = has_bfloat16(device) if options.dtype == "auto" else options.dtype == "bfloat16"
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+    check_causal(model, options.context_parallel)
     optimizer = adamw(model, options.lr, options.weight_decay)
     if options.compile:
         require_compiler(device)

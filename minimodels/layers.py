@@ -85,6 +85,11 @@ class Record:
             return
         self.losses[name] = self.losses[name] + value if name in self.losses else value
 
+    def add_mean(self, name: str, weight: float, total: Tensor, count: Tensor) -> None:
+        """Add a weight times the mean of something over all tokens. `total` is its sum over the
+        layer's tokens, and `count` is their number."""
+        self.pool(name, add_means, (name, weight, total, count))
+
     def observe(self, name: str, value: Tensor) -> None:
         """Append a value to the list of that name."""
         if not self.finished:
@@ -112,6 +117,12 @@ class Record:
             self.settlers[name](self, sums)
         self.pools, self.finished = {}, True
         return self.losses
+
+
+def add_means(record: Record, sums: list[tuple[str, float, Tensor, Tensor]]) -> None:
+    """What Record.add_mean adds after the pass."""
+    for name, weight, total, count in sums:
+        record.add_loss(name, weight * (total / count.clamp(min=1)))
 
 
 @dataclass

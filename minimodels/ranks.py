@@ -2,10 +2,10 @@
 
 Every rank has a copy of the model, or a part of it, and its own tokens of each batch. The loss of a
 rank is its share: the loss of the batch is the mean of the shares, so the gradient of the batch is
-the mean of the gradients. What is no sum over tokens, such as a product of two means, must be
-computed from the whole batch. It uses `total` or `average`, which all ranks must call together.
+the mean of the gradients. A loss that is no sum over tokens, such as a product of two means, is
+computed from the sums of all ranks. All ranks must call the functions here together.
 
-In one process all of this changes nothing.
+In one process they change nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ def joined() -> bool:
 
 def rank() -> int:
     """The number of this process, from 0. Rank 0 prints and writes."""
-    return dist.get_rank() if joined() else int(os.environ.get("RANK", "0"))
+    if joined():
+        return dist.get_rank()
+    # torchrun has numbered it before it joins
+    return int(os.environ.get("RANK", "0")) if os.environ.get("WORLD_SIZE", "1") != "1" else 0
 
 
 def world() -> int:

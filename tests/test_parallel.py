@@ -356,10 +356,8 @@ def split_and_whole(layers: str, pieces: int, packed: bool) -> float:
         torch.manual_seed(0)
         model = LM(config).double()
         prepare(model)
-        for _ in range(2):  # the first pass agrees on the form of the states
-            model.zero_grad()
-            loss, _ = model.loss(*batch)
-            loss.backward()
+        loss, _ = model.loss(*batch)
+        loss.backward()
         named = dict(zip(("starts", "positions"), batch[2:], strict=False))
         with torch.no_grad():
             logits, _ = model.eval()(batch[0], **named)
@@ -373,19 +371,23 @@ def split_and_whole(layers: str, pieces: int, packed: bool) -> float:
     return max(difference.abs().max().item() for difference in differences)
 
 
-def split_all(pieces: int) -> dict[str, float]:
+def split_all(pieces: int, texts: list[str]) -> dict[str, float]:
     """And all texts in one process group, because starting one takes longer."""
     return {
         f"{layers} {packed}": split_and_whole(layers, pieces, packed)
-        for layers in SPLIT
+        for layers in texts
         for packed in (False, True)
     }
 
 
-@pytest.mark.parametrize("world, pieces", [(2, 2), (4, 4), (4, 2)])
-def test_a_split_context_gives_the_outputs_and_gradients_of_the_whole(world, pieces, tmp_path):
+@pytest.mark.parametrize(
+    "world, pieces, texts", [(2, 2, SPLIT), (4, 4, SPLIT[:6]), (4, 2, SPLIT[:1])]
+)
+def test_a_split_context_gives_the_outputs_and_gradients_of_the_whole(
+    world, pieces, texts, tmp_path
+):
     """With and without documents in a row; the third case splits rows too."""
-    for case, difference in forked(world, split_all, tmp_path, pieces).items():
+    for case, difference in forked(world, split_all, tmp_path, pieces, texts).items():
         assert difference < 1e-10, case
 
 

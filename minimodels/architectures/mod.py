@@ -44,7 +44,6 @@ from minimodels.errors import Fraction, NonNegative
 from minimodels.layers import (
     Context,
     Place,
-    Record,
     Stack,
     flops,
     full_precision,
@@ -173,10 +172,10 @@ class MixtureOfDepths(nn.Module):
         """
         target, real = taken.to(decision.dtype), present.to(decision.dtype)
         loss = F.binary_cross_entropy_with_logits(decision, target, real, reduction="sum")
-        routed = decision > 0
-        right = ((routed == taken) * real).sum()
-        sums = Sums(self.options.loss, real.sum(), loss, (routed * real).sum(), right)
-        context.record.pool("mod", settle, sums)
+        context.record.add_mean("mod", self.options.loss, loss, real.sum())
+        routed, weight = decision > 0, real / real.sum().clamp(min=1)
+        context.record.observe("routed", (routed * weight).sum())
+        context.record.observe("accuracy", ((routed == taken) * weight).sum())
 
     def flops(self, context: int) -> float:
         """Forward FLOPs per token.
@@ -209,25 +208,6 @@ class MixtureOfDepths(nn.Module):
     def state_bytes(self, context: int, itemsize: int) -> float:
         """Bytes remembered per sequence if a fraction C of the tokens takes the group."""
         return state_bytes(self.group, self.routed(context), itemsize)
-
-
-class Sums(NamedTuple):
-    """A wrapper's sums over its tokens."""
-
-    weight: float  # of the loss
-    count: Tensor  # () tokens
-    loss: Tensor  # () of the causal decision
-    routed: Tensor  # () tokens that it routes
-    right: Tensor  # () tokens for which it finds what the top k has found
-
-
-def settle(record: Record, wrappers: list[Sums]) -> None:
-    """Record the mean loss, and the shares of tokens that are routed, and routed rightly."""
-    for weight, count, loss, routed, right in wrappers:
-        count = count.clamp(min=1)
-        record.add_loss("mod", weight * (loss / count))
-        record.observe("routed", routed / count)
-        record.observe("accuracy", right / count)
 
 
 def first_of_documents(starts: Tensor, document: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:

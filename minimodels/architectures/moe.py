@@ -174,7 +174,8 @@ class MoE(nn.Module):
     def account(
         self, logits: Tensor, visits: Tensor, probabilities: Tensor, context: Context
     ) -> None:
-        """Record the sums over the real tokens that the losses are made of, and count the visits."""
+        """Record the z-loss, mean(logsumexp(logits)²) over the real tokens, and what the balance loss is
+        made of; count the visits."""
         real = (
             logits.new_ones(logits.shape[:2])
             if context.real is None
@@ -183,9 +184,11 @@ class MoE(nn.Module):
         visited = (visits * real).sum((0, 1))  # (E,)
         if self.training and not context.record.finished:
             self.visited.add_(visited.to(self.visited.dtype))
+        count, record = real.sum(), context.record
         z = (logits.logsumexp(-1, keepdim=True).square() * real).sum()
-        sums = Sums(self.options, real.sum(), visited, (probabilities * real).sum((0, 1)), z)
-        context.record.pool("moe", settle, sums)
+        record.add_mean("z", self.options.z_loss, z, count)
+        sums = Sums(self.options, count, visited, (probabilities * real).sum((0, 1)))
+        record.pool("balance", balance, sums)
 
     def _apply(self, fn, recurse=True):
         """Move or convert the layer as PyTorch does, but keep its buffers in fp32: in bfloat16 a step
@@ -238,23 +241,20 @@ def full_precision_linear(x: Tensor, layer: nn.Linear) -> Tensor:
 
 
 class Sums(NamedTuple):
-    """A layer's sums over its tokens."""
+    """A layer's sums over its real tokens."""
 
     options: MoE.Options
     count: Tensor  # () tokens
     visits: Tensor  # (E,)
     probabilities: Tensor  # (E,)
-    z: Tensor  # () of logsumexp(logits)²
 
 
-def settle(record: Record, layers: list[Sums]) -> None:
-    """Record the z-loss, mean(logsumexp(logits)²), the balance loss, and each expert's share of the
-    visits."""
+def balance(record: Record, layers: list[Sums]) -> None:
+    """Record the balance loss, and each expert's share of the visits."""
     pooled = []
-    for options, count, visits, probabilities, z in layers:
+    for options, count, visits, probabilities in layers:
         count = count.clamp(min=1)
         fraction, probability = visits / count, probabilities / count  # (E,) each
-        record.add_loss("z", options.z_loss * (z / count))
         if options.balance == "layer":
             record.add_loss("balance", options.balance_loss * imbalance(fraction, probability))
         else:

@@ -65,8 +65,9 @@ class Options:
 
     context: Count = 256
     """tokens per sequence"""
-    batch_size: Count = 8
-    """sequences per forward pass, of all processes together"""
+    batch_size: Count | Literal["auto"] = 8
+    """sequences per forward pass, of all processes together; auto: the default, in as few forward
+    passes as the memory allows"""
     accumulate: Count = 1
     """forward passes per optimizer step"""
     ramp: str = ""
@@ -152,6 +153,7 @@ TRAINING = {  # size -> the options that differ from the defaults
     "tiny": {},
     "small": {"context": 1024, "batch_size": 32, "lr": 6e-4, "warmup": 500, "eval_every": 1000},
 }
+DEFAULT_ROWS = {size: given.get("batch_size", 8) for size, given in TRAINING.items()}
 DEFAULT_STEPS = {"tiny": 600, "small": 20_000}  # if no bound is given
 BOUNDS = ("steps", "tokens", "flops", "minutes")
 # files of a run that saved no checkpoint

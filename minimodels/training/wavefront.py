@@ -26,12 +26,17 @@ from minimodels.ranks import rank
 from minimodels.training.blocks import blocks
 
 
-def split_context(model: LM, pieces: int) -> None:
-    """Let every `pieces` consecutive ranks share their texts. Raises InputError if a layer needs the
-    whole text at once. Call this after `recompute`, because what is sent is sent once."""
+def check_causal(model: LM, pieces: int) -> None:
+    """Raise InputError if texts are in pieces, but a layer needs the whole text at once."""
     if pieces > 1 and not model.causal:
         accepted = "1, because a layer routes over the whole text"
         raise InputError("context_parallel", pieces, accepted)
+
+
+def split_context(model: LM, pieces: int) -> None:
+    """Let every `pieces` consecutive ranks share their texts. Raises InputError if a layer needs the
+    whole text at once. Call this after `recompute`, because what is sent is sent once."""
+    check_causal(model, pieces)
     if pieces > 1:
         for block in blocks(model):
             block.forward = Carried(block.forward, pieces)
