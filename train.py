@@ -14,6 +14,9 @@ the schedule follows the clock.
 
 from __future__ import annotations
 
+import minimodels  # noqa: F401, first, so that Ctrl-C ends the other imports at once
+
+# isort: split
 import shlex
 import time
 from contextlib import ExitStack
@@ -28,7 +31,6 @@ from minimodels.command import (
     has_bfloat16,
     keep_freed_memory,
     pick_device,
-    pick_threads,
     require_compiler,
     run_command,
     stopped_by_signals,
@@ -42,15 +44,17 @@ from minimodels.generate import Sampling, complete
 from minimodels.layers import choose, operations
 from minimodels.ledger import ledger
 from minimodels.lm import LM
+from minimodels.memory import check_memory
+from minimodels.pace import Pace, pick_threads
 from minimodels.ranks import averaged, from_first, largest, rank, world
 from minimodels.training import checkpoint, parallel
 from minimodels.training.blocks import compiled_loss, recompute
 from minimodels.training.budget import Budget, Shape
 from minimodels.training.evaluate import evaluate
 from minimodels.training.fit import fill_memory
-from minimodels.training.guard import Guard, mean_of_finite, refuse_bad_step
+from minimodels.training.guard import Guard, mean_of_finite, refuse_bad_step, refuse_score
 from minimodels.training.initial import copy_weights
-from minimodels.training.log import forget_after, write_log
+from minimodels.training.log import forget_after, write_log, write_scores
 from minimodels.training.optim import adamw, learning_rate
 from minimodels.training.options import Options, changes, label, new_folder, parse
 from minimodels.training.step import set_learning_rate, training_step
@@ -71,8 +75,8 @@ def main(options: Options) -> None:
         accepted = f"{data.vocab} or more, because that many tokens are in the data"
         raise InputError("vocab", options.config.vocab, accepted)
     config = replace(options.config, vocab=options.config.vocab or data.vocab)
-    threads, why = pick_threads(options.threads, device)
-    options = replace(options, config=config, threads=threads)
+    threads = pick_threads(options.threads, device)
+    options = replace(options, config=config, threads=threads.count)
     bfloat16 = has_bfloat16(device) if options.dtype == "auto" else options.dtype == "bfloat16"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
     if options.batch_size == "auto":
@@ -92,6 +96,11 @@ def main(options: Options) -> None:
     budget = Budget(options, config, data, {})
     for shape in (budget.first, budget.last):
         parallel.check_division(shape.batch_size, shape.context, options.context_parallel)
+    cost = ledger(config, options.context)
+    pace = Pace(threads, cost.training_flops)
+    own = (max(1, budget.largest.batch_size // world()), budget.largest.context)
+    usual = not (options.compile or options.checkpoint_activations or world() > 1)
+    memory = check_memory(model, *own, autocast, exact=usual)
     changed = changes(options)
     run = options.resume or from_first(lambda: new_folder(options))
     with ExitStack() as stack:
@@ -117,9 +126,10 @@ def main(options: Options) -> None:
         guard = Guard(model, options.skip_bad_steps)
 
         chosen = ", ".join(f"{name}: {path}" for name, path in paths.items())
-        cpu = f", threads: {threads}{why and f' ({why})'}" if device.type == "cpu" else ""
+        why = f" ({threads.reason})" if threads.reason else ""
+        cpu = f", threads: {threads.count}{why}" if device.type == "cpu" else ""
         print(f"model    {label(options)}: {config.layers}")
-        print(f"ledger   {ledger(config, options.context)}")
+        print(f"ledger   {cost}")
         dtype = "bfloat16 autocast" if bfloat16 else "float32"
         several = f", {world()} processes" if world() > 1 else ""
         print(f"runs on  {device.type}{cpu}{several}, {dtype}; {chosen}")
@@ -128,6 +138,8 @@ def main(options: Options) -> None:
             print(f"changed  {change}")
         print(f"run      {run}, from step {budget.step}, to {budget.describe()}", flush=True)
 
+        if memory:
+            print(f"memory   {memory}", flush=True)
         if budget.ended(done["seconds"]):
             print("the run is at its bound; --steps continues it to a later step")
         bar_format = "{percentage:3.0f}% |{bar:20}| {elapsed}<{remaining} {postfix}"
@@ -167,6 +179,7 @@ def main(options: Options) -> None:
                 autocast,
                 options.context_parallel,
             )
+            refuse_score(scores["validation_loss"], run)
             said = report(run, spent(), scores)
             save(scores.get("bits_per_byte", scores["validation_loss"]))
             return said
@@ -210,6 +223,8 @@ def main(options: Options) -> None:
                     f"step {step}, loss {record['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False
                 )
                 bar.update(budget.progress(seconds) - bar.n)
+                if remark := pace.remark(speed):
+                    bar.write(f"note: {remark}")
             if options.eval_every and step % options.eval_every == 0 and not ended:
                 refuse()
                 bar.write(validate_and_save())
@@ -244,7 +259,7 @@ def report(run: Path, spent: dict[str, float], scores: dict[str, float]) -> str:
     """Write the scores of a validation, and what was `spent` so far, to the log;
     return a line to print."""
     if rank() == 0:
-        write_log(run, {**spent, **scores})
+        write_scores(run, {**spent, **scores})
     bits = f"{scores['bits_per_byte']:.3f} bits per byte, " if "bits_per_byte" in scores else ""
     return f"step {spent['step']}: validation {bits}{scores['accuracy']:.1%} right"
 

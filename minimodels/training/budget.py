@@ -50,6 +50,7 @@ class Budget:
             lambda context: ledger(config, context).training_flops
         )
         self.first, self.last = self.shape(0.0), self.shape(1.0)
+        self.largest = max(self.first, self.last, key=lambda shape: shape.tokens)
         if options.ramp:
             for shape in (self.first, self.last):  # raises InputError if the text is too short
                 next(self.draw(0, shape._replace(batch_size=1)))

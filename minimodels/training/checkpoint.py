@@ -11,6 +11,8 @@ tensors (see shards.py). It contains no code, because no pickle is read.
 
 from __future__ import annotations
 
+import json
+import zlib
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -222,22 +224,42 @@ def save_options(run: Path, options: dict) -> None:
     """Write the options of a run, with which it can be resumed. Raises InputError if the
     folder cannot be written."""
     try:
-        write_json(run / "options.json", options)
+        write_json(run / "options.json", {**options, "checksum": options_checksum(options)})
     except OSError as error:
         raise InputError(
             "out", str(run), f"a folder that can be written ({error.strerror})"
         ) from None
 
 
+def read_saved_options(run: Path, field: str) -> dict:
+    """The options of a run. Raises InputError, which names `field`, if there are none, or if they
+    were changed since they were saved."""
+    path = run / "options.json"
+    saved = read_json(path, field)
+    if saved.pop("checksum", None) not in (None, options_checksum(saved)):
+        accepted = "options as a run saved them; these were changed or damaged"
+        raise InputError(field, str(path), accepted)
+    return saved
+
+
+def options_checksum(options: dict) -> int:
+    """The CRC-32 of options as JSON."""
+    return zlib.crc32(json.dumps(options, sort_keys=True).encode())
+
+
 def save_model(model: LM, folder: str | Path) -> None:
     """Save a model that was trained in Python, so that load_model and
-    minimodels.sample can read it.
+    minimodels.sample can read it. A model that save_model has written there is replaced.
 
-    Raises InputError if the folder is not new or empty, or cannot be written.
+    Raises InputError if the folder holds anything else, or cannot be written.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError("folder", str(folder), "a new or empty folder")
+    own = {"options.json", FOLDER}
+    if folder.exists() and not (
+        folder.is_dir() and own >= {path.name for path in folder.iterdir()}
+    ):
+        accepted = "a new or empty folder, or one that save_model has written"
+        raise InputError("folder", str(folder), accepted)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -255,7 +277,7 @@ def load_model(run: str | Path) -> LM:
     found = find(run)
     model = LM(saved_config(found))
     restore(found, model)
-    options = read_json(home(run) / "options.json", "run")
+    options = read_saved_options(home(run), "run")
     if options.get("tokenizer", "bytes") != "bytes":
         model.tokenizer = TokenizerFile(home(run))
     return model

@@ -13,6 +13,7 @@ import math
 import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -72,6 +73,17 @@ def refuse_bad_step(
         reason = "the weights are not finite"
     else:
         return
+    leave(reason, run)
+
+
+def refuse_score(loss: float, run: Path) -> None:
+    """Exit if a validation's loss is not finite, before it is saved."""
+    if not math.isfinite(loss):
+        leave("the validation loss is not finite", run)
+
+
+def leave(reason: str, run: Path) -> NoReturn:
+    """Exit, and say what is kept."""
     again = f"the last checkpoint is good: --resume {shlex.quote(str(run))}"
     kept = again if checkpoint.exists(run) else "nothing was saved"
     fail(f"{reason}; a lower lr may help; {kept}", 1)

@@ -20,7 +20,7 @@ from minimodels.architectures.registry import LAYERS, WRAPPERS
 from minimodels.command import parse_options
 from minimodels.config import Config
 from minimodels.errors import Count, InputError, NonNegative, Positive, Range, check_types
-from minimodels.files import LOCK, read_json
+from minimodels.files import LOCK
 from minimodels.grammar import set_options
 from minimodels.presets import fitted, preset
 from minimodels.training import checkpoint
@@ -61,7 +61,7 @@ class Options:
     flops: Positive | None = None
     """bound: training FLOPs, as counted by the ledger"""
     minutes: Positive | None = None
-    """bound: wall-clock minutes of training, evaluation included"""
+    """bound: minutes of training by the clock, including evaluation"""
 
     context: Count = 256
     """tokens per sequence"""
@@ -74,7 +74,7 @@ class Options:
     """what changes over the run: context=256:2048@0.5 grows until half of it and then stays;
     batch_size and the names in a mixture change in the same way"""
     lr: Positive = 2e-3
-    """peak learning rate of AdamW"""
+    """highest learning rate of AdamW"""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """cosine (to a tenth), wsd (stable, then to zero over the last fifth) or constant"""
     warmup: Number = 50
@@ -213,7 +213,7 @@ def read_options(run: Path) -> Options:
         raise InputError(
             "resume", str(run), "the folder of a training run; there is no such folder"
         )
-    saved = read_json(run / "options.json", "resume")
+    saved = checkpoint.read_saved_options(run, "resume")
     try:
         return Options(**{**saved, "config": Config(**saved["config"]), "out": None, "resume": run})
     except (KeyError, TypeError) as error:
