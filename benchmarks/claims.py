@@ -294,6 +294,7 @@ def decisions(model: LM, run: Run, device: torch.device) -> dict[str, float]:
     model.eval()
     for tokens, _ in open_data(run.data, run.context).validation(run.batch, SCORED):
         model(tokens.to(device), record=record)
+    record.finish()
     model.train()
     return {
         name: torch.stack(seen).double().mean().item() for name, seen in record.observed.items()

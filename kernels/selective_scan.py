@@ -720,10 +720,9 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dy, dfinal, _):
-    *gradients, dz, dbias, dstate = selective_scan_backward(
-        dy, dfinal, *ctx.saved_tensors, ctx.interval
-    )
-    *_, z, bias, _, _ = ctx.saved_tensors
+    saved = ctx.saved_tensors  # read once: activation checkpointing computes them again here
+    *gradients, dz, dbias, dstate = selective_scan_backward(dy, dfinal, *saved, ctx.interval)
+    *_, z, bias, _, _ = saved
     dz, dbias = None if z is None else dz, None if bias is None else dbias
     dstate = None if ctx.state is None else dstate.to(ctx.state)
     return *gradients, dz, dbias, dstate, None, None

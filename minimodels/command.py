@@ -7,12 +7,14 @@ import ctypes
 import difflib
 import errno
 import io
+import math
 import os
 import re
 import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
@@ -22,6 +24,7 @@ import tyro
 from tqdm import tqdm
 
 from minimodels.errors import InputError, describe
+from minimodels.ranks import joined, rank
 
 Options = TypeVar("Options")
 
@@ -154,7 +157,13 @@ def run_command(main: Callable[[Options], None], options: Callable[[], Options])
 
 def fail(message: str, status: int) -> NoReturn:
     """Print the reason on a line of its own, below any progress bar, and exit."""
+    if rank() > 0:
+        time.sleep(
+            2
+        )  # all ranks may have the same reason; rank 0 ends first, and torchrun ends all
     tqdm.write(message, file=sys.stderr)
+    if joined():
+        os._exit(status)  # threads of gloo may abort an ordinary exit
     sys.exit(status)
 
 
@@ -213,24 +222,20 @@ def keep_freed_memory() -> None:
     libc.mallopt(mmap_max, 0)
 
 
-def refuse_several_processes() -> None:
-    """Raise InputError if torchrun started several processes, because each
-    would train the same run."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world != "1":
-        raise InputError(
-            "WORLD_SIZE", world, "1, because a run is trained by one process: python train.py"
-        )
-
-
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C, SIGTERM or SIGHUP sets, so that a run can finish its step and
-    save. A second signal ends the process at once, even inside a compiler."""
-    stopped = threading.Event()
+    save. A second signal ends the process at once, even inside a compiler.
+
+    Signals within a second of the first are the same one: Ctrl-C reaches a process of torchrun twice,
+    from the terminal and from torchrun.
+    """
+    stopped, first = threading.Event(), math.inf
 
     def stop(number, frame):
-        if stopped.is_set():
+        nonlocal first
+        first = min(first, time.monotonic())
+        if time.monotonic() > first + 1:
             os.write(2, b"\nstopped at once; the last checkpoint is as it was\n")
             os._exit(128 + number)
         stopped.set()

@@ -27,7 +27,7 @@ and may have
 - `causal`: whether no token depends on a later one in the present mode, if that is not always so
 - `waits`: why the host must wait for values in a step of one token, if it must. Such a step cannot be
   a CUDA graph (see minimodels/decoding.py)
-- `after_step()`: called once after each optimizer step
+- `after_step(taken)`: called once after each optimizer step; taken is 0 if that was skipped, else 1
 - `no_weight_decay`: the names of its matrices that do not decay
 - `operations`: the names of the operations for which `impl` chooses a path
 - `flops(context)`: forward FLOPs per token in a text of `context` tokens, as PyTorch's counter
@@ -54,6 +54,7 @@ from minimodels.config import IMPLS, Config
 from minimodels.errors import InputError
 from minimodels.kernels import FASTER, require
 from minimodels.options import option
+from minimodels.ranks import averaged
 
 
 class Place(NamedTuple):
@@ -66,6 +67,9 @@ class Place(NamedTuple):
 class Record:
     """What the layers record in a pass, besides their outputs.
 
+    A finished record ignores what else is recorded: a layer that is computed again for the backward
+    pass records again.
+
     losses      weighted losses, to be added to the loss
     observed    values for the log: one entry for each layer that records something
     traces      whole tensors, such as each token's experts; None: not kept
@@ -74,32 +78,55 @@ class Record:
     def __init__(self, traces: dict[str, list[Tensor]] | None = None):
         self.losses: dict[str, Tensor] = {}
         self.observed: dict[str, list[Tensor]] = {}
-        self.pools: dict[str, tuple[Callable, list]] = {}
+        self.pools: dict[str, list] = {}
+        self.settlers: dict[str, Callable[[Record, list], None]] = {}
         self.traces = traces
+        self.finished = False
 
     def add_loss(self, name: str, value: Tensor) -> None:
         """Add a weighted loss. Losses with the same name are summed."""
+        if self.finished:
+            return
         self.losses[name] = self.losses[name] + value if name in self.losses else value
+
+    def add_mean(self, name: str, weight: float, total: Tensor, count: Tensor) -> None:
+        """Add a weight times the mean of something over all tokens. `total` is its sum over the
+        layer's tokens, and `count` is their number."""
+        self.pool(name, add_means, (name, weight, total, count))
 
     def observe(self, name: str, value: Tensor) -> None:
         """Append a value to the list of that name."""
-        self.observed.setdefault(name, []).append(value.detach())
+        if not self.finished:
+            self.observed.setdefault(name, []).append(value.detach())
 
-    def pool(self, name: str, loss: Callable[[list], Tensor], value: object) -> None:
-        """Append a value to a pool; `loss` turns the whole pool into one loss after the pass."""
-        self.pools.setdefault(name, (loss, []))[1].append(value)
+    def pool(self, name: str, settle: Callable[[Record, list], None], sums: object) -> None:
+        """Append a layer's sums over its tokens to a pool.
+
+        After the pass `settle(record, pool)` turns the whole pool into losses and observations.
+        Between the two, every tensor in it is averaged over the ranks, so that losses which are no
+        sums over tokens are those of the whole batch.
+        """
+        if not self.finished:
+            self.settlers[name] = settle
+            self.pools.setdefault(name, []).append(sums)
 
     def trace(self, name: str, value: Tensor) -> None:
         """Append a whole tensor, such as each token's experts, if the caller asked for traces."""
-        if self.traces is not None:
+        if self.traces is not None and not self.finished:
             self.traces.setdefault(name, []).append(value.detach())
 
     def finish(self) -> dict[str, Tensor]:
-        """All losses, those of the pools included."""
-        for name, (loss, values) in self.pools.items():
-            self.add_loss(name, loss(values))
-        self.pools = {}
+        """All losses, those of the pools included. The pass is over."""
+        for name, sums in averaged(self.pools).items():
+            self.settlers[name](self, sums)
+        self.pools, self.finished = {}, True
         return self.losses
+
+
+def add_means(record: Record, sums: list[tuple[str, float, Tensor, Tensor]]) -> None:
+    """What Record.add_mean adds after the pass."""
+    for name, weight, total, count in sums:
+        record.add_loss(name, weight * (total / count.clamp(min=1)))
 
 
 @dataclass

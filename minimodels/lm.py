@@ -18,6 +18,7 @@ from minimodels.config import Config
 from minimodels.errors import InputError
 from minimodels.layers import Context, Record, flops, is_plain, linear, make_norm, scaled
 from minimodels.objectives import OBJECTIVES
+from minimodels.ranks import averaged
 
 
 class LM(nn.Module):
@@ -111,18 +112,23 @@ class LM(nn.Module):
         return part if self.config.logit_softcap is None and is_plain(part) else None
 
     def loss(
-        self, tokens: Tensor, targets: Tensor, starts: Tensor | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        starts: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to minimise, and its parts, detached.
 
         The parts are "cross_entropy", in nats per predicted token, and the layers' own losses.
-        tokens, targets and starts (B, T); a target is IGNORE if nothing is to be predicted.
+        tokens, targets, starts and positions (B, T); a target is IGNORE if nothing is to be
+        predicted.
         `observed` then contains what the layers recorded. Raises ValueError if shapes disagree.
         """
         if targets.shape != tokens.shape:
             accepted = f"the shape of tokens, {tuple(tokens.shape)}"
             raise ValueError(f"targets are {tuple(targets.shape)}; accepted: {accepted}")
-        context = self.context(tokens, starts=starts)
+        context = self.context(tokens, positions=positions, starts=starts)
         x, _ = self.features(tokens, None, context)
         total = self.objective(self, x, targets, context)
         parts = {"cross_entropy": total.detach()}
@@ -143,20 +149,23 @@ class LM(nn.Module):
         """Whether, in the present mode, no token depends on a later one. Generation requires it."""
         return all(module.causal for module in self.routers)
 
-    def after_step(self):
-        """Call this once after each optimizer step, so that layers can balance themselves."""
+    def after_step(self, taken: Tensor | float = 1.0):
+        """Call this once after each optimizer step, so that layers can balance themselves. taken: 0
+        if the optimizer skipped the step."""
         for module in self.layers.modules():
             if hasattr(module, "after_step"):
-                module.after_step()
+                module.after_step(taken)
 
     def flops(self, context: int) -> float:
         """Forward FLOPs per token of the layers and of the head's product."""
         return flops(self.layers, context) + 2 * self.embedding.weight.numel()
 
     def observations(self) -> dict[str, list]:
-        """What the layers recorded in the last call of `loss`, one entry per layer."""
+        """What the layers recorded in the last call of `loss`, one entry per layer; the mean over
+        the ranks."""
         return {
-            name: [value.tolist() for value in values] for name, values in self.observed.items()
+            name: [value.tolist() for value in values]
+            for name, values in averaged(self.observed).items()
         }
 
 

@@ -24,7 +24,7 @@ from minimodels.errors import InputError, Natural, Range, check_types
 from minimodels.files import read_json
 from minimodels.generate import Sampling, stream, tokenizer_of, until
 from minimodels.published import from_pretrained
-from minimodels.training.checkpoint import load_model
+from minimodels.training.checkpoint import home, load_model
 
 DTYPES = {
     "auto": None,
@@ -41,8 +41,8 @@ class Options:
     each token as it is drawn."""
 
     model: tyro.conf.Positional[str]
-    """folder of a training run, or a published model: a folder in the Hugging Face
-    format or an id of its hub"""
+    """folder of a training run or of one of its checkpoints (RUN/checkpoints/step-N), or a
+    published model: a folder in the Hugging Face format or an id of its hub"""
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = Sampling()
     prompt: str = "def "
     """text to continue"""
@@ -74,8 +74,8 @@ def main(options: Options) -> None:
     """Print the prompt unless it is a message, and then each token as it is drawn."""
     device, dtype = pick_device(options.device), DTYPES[options.dtype]
     folder, context = Path(options.model), None
-    if (folder / "options.json").exists():
-        run = read_json(folder / "options.json", "model")
+    if (home(folder) / "options.json").exists():
+        run = read_json(home(folder) / "options.json", "model")
         if is_task(str(run.get("data"))):
             raise InputError(
                 "model", options.model, f"a run on text; {run['data']} has answers, not text"

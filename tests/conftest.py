@@ -27,6 +27,7 @@ FIRST_VARIANTS = (  # of each test in these files the first variant alone
     "test_linear_scan",
     "test_mamba2",
     "test_packing_operations",
+    "test_parallel",
     "test_parts",
     "test_published*",
     "test_retention",
@@ -44,6 +45,8 @@ SLOW = {  # file -> tests that are not fast
     "test_first_hour": "a_signal_saves a_loss_that_is_not_finite_is_not_saved",
     "test_house": "the_fast_tier_has_a_test_of_every_file",
     "test_laws": "compiles_to_one_graph overfits_one_batch",
+    "test_parallel": "torchrun_takes_the_steps_of_one_process_which_continues_its_run "
+    "a_rank_that_dies_ends_the_job_with_its_number_and_reason sigterm_to_torchrun_saves",
     "test_packing_operations": "attention_of_documents_compiles_to_one_graph",
     "test_published": "loading_never_holds_two_copies",
     "test_train": "main_path a_compiled_run_takes_the_same_steps resuming_is_exact "
@@ -69,6 +72,8 @@ def mark_fast(items: Iterable[pytest.Item]) -> None:
 
     seen: set[tuple[str, ...]] = set()
     for item in items:
+        if item.get_closest_marker("nightly"):
+            continue
         file, name = item.path.stem, getattr(item, "originalname", item.name)
         first_test, first_variant = (file,) not in seen, (file, name) not in seen
         seen |= {(file,), (file, name)}

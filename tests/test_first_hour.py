@@ -148,7 +148,7 @@ def test_a_run_that_saved_nothing_leaves_its_folder_usable(tmp_path, monkeypatch
     (tmp_path / "thesis.txt").write_text("")
     with pytest.raises(InputError, match="a new or empty folder"):
         options.new_folder(given)
-    (tmp_path / "checkpoint.safetensors").write_text("")
+    (tmp_path / "checkpoints/step-1").mkdir(parents=True)
     with pytest.raises(InputError, match="--resume .* continues the run"):
         options.new_folder(given)
 
@@ -165,14 +165,6 @@ def run(*arguments: str, **environment: str) -> subprocess.Popen:
         stderr=text,
         text=True,
     )
-
-
-def test_several_processes_are_refused():
-    process = run(*TINY, WORLD_SIZE="2")
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert said.startswith("error: WORLD_SIZE: '2'")
-    assert len(said.splitlines()) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -207,9 +199,9 @@ def test_a_loss_that_is_not_finite_is_not_saved(tmp_path):
     process = run(*arguments, "--steps", "5", "--threads", "1", "--out", str(tmp_path / "run"))
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "not finite at step" in said
+    assert "step 2 was bad: the loss is nan; the first output that is not finite is that of" in said
     assert "nothing was saved" in said
-    assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
+    assert not (tmp_path / "run/checkpoints").exists()
     for line in (
         (tmp_path / "run" / "log.jsonl").read_text().splitlines()
         if (tmp_path / "run" / "log.jsonl").exists()

@@ -36,6 +36,7 @@ ORDER = [  # rooms from the lowest up; those on one line may import each other
     "interrupts",
     "errors",
     "files",
+    "ranks",
     "colours command measure",
     "grammar",
     "options",

@@ -180,11 +180,10 @@ class MixtureOfDepths(nn.Module):
 
         A decision that never routes a token is right for a fraction 1 - C of them.
         """
-        target = taken.to(decision.dtype)
-        weight = present.to(decision.dtype) / present.sum().clamp(min=1)
-        loss = F.binary_cross_entropy_with_logits(decision, target, weight, reduction="sum")
-        routed = decision > 0
-        context.record.add_loss("mod", self.options.loss * loss)
+        target, real = taken.to(decision.dtype), present.to(decision.dtype)
+        loss = F.binary_cross_entropy_with_logits(decision, target, real, reduction="sum")
+        context.record.add_mean("mod", self.options.loss, loss, real.sum())
+        routed, weight = decision > 0, real / real.sum().clamp(min=1)
         context.record.observe("routed", (routed * weight).sum())
         context.record.observe("accuracy", ((routed == taken) * weight).sum())
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +33,19 @@ from torch import Tensor, nn
 from minimodels.architectures.transformer import SwiGLU, default_width
 from minimodels.config import Config
 from minimodels.errors import Count, InputError, Natural, NonNegative
-from minimodels.layers import Context, FullPrecisionLinear, Place, flops, is_transformed, linear
+from minimodels.layers import (
+    Context,
+    FullPrecisionLinear,
+    Place,
+    Record,
+    flops,
+    is_transformed,
+    linear,
+)
 from minimodels.ops.documents import top_per_document
 from minimodels.ops.grouped_mlp import grouped_mlp, path_of
 from minimodels.options import option
+from minimodels.ranks import total
 
 
 class MoE(nn.Module):
@@ -181,36 +190,26 @@ class MoE(nn.Module):
     def account(
         self, logits: Tensor, visits: Tensor, probabilities: Tensor, context: Context
     ) -> None:
-        """Record the losses over the real tokens, and each expert's share of the visits.
-
-        The losses are the z-loss, mean(logsumexp(logits)²), and the balance loss.
-        """
+        """Record the z-loss, mean(logsumexp(logits)²) over the real tokens, and what the balance loss is
+        made of; count the visits."""
         real = (
             logits.new_ones(logits.shape[:2])
             if context.real is None
             else context.real.to(logits.dtype)
-        )
-        # (B, T, 1), the weight of a token in a mean
-        weight = (real / real.sum().clamp(min=1)).unsqueeze(-1)
-        if self.training:
-            self.count(visits * real.unsqueeze(-1))
-        # (E,) each
-        fraction, probability = (visits * weight).sum((0, 1)), (probabilities * weight).sum((0, 1))
-        record, options = context.record, self.options
-        z = (logits.logsumexp(-1, keepdim=True).square() * weight).sum()
-        record.add_loss("z", options.z_loss * z)
-        if options.balance == "layer":
-            record.add_loss("balance", options.balance_loss * imbalance(fraction, probability))
-        else:
-            record.pool("balance", pooled_imbalance, (options.balance_loss, fraction, probability))
-        load = fraction / fraction.sum().clamp(min=1e-9)
-        record.observe("load", load)
-        record.observe("overload", load.amax() * load.numel())  # E times the largest share
+        ).unsqueeze(-1)  # (B, T, 1)
+        visited = (visits * real).sum((0, 1))  # (E,)
+        if self.training and not context.record.finished:
+            self.count(visited)
+        count, record = real.sum(), context.record
+        z = (logits.logsumexp(-1, keepdim=True).square() * real).sum()
+        record.add_mean("z", self.options.z_loss, z, count)
+        sums = Sums(self.options, count, visited, (probabilities * real).sum((0, 1)))
+        record.pool("balance", balance, sums)
 
-    def count(self, visits: Tensor) -> None:
-        """Count the visits (B, T, E) of a training step, which move the selection bias."""
+    def count(self, visited: Tensor) -> None:
+        """Count the visits (E,) of a training step, which move the selection bias."""
         if not is_transformed():
-            self.visited.add_(visits.sum((0, 1)).to(self.visited.dtype))
+            self.visited.add_(visited.to(self.visited.dtype))
         elif self.bias is not None:
             accepted = "eval(), because torch.func and torch.export count no visits"
             raise InputError("router", "sigmoid_bias in training mode", accepted)
@@ -228,10 +227,13 @@ class MoE(nn.Module):
         return self
 
     @torch.no_grad()
-    def after_step(self):
-        """Move the selection bias against the load (DeepSeek-V3 §2.1.2); reset the visits."""
+    def after_step(self, taken: Tensor | float = 1.0):
+        """Move the selection bias against the load (DeepSeek-V3 §2.1.2), unless the step was skipped
+        (taken: 0); reset the visits."""
         if self.bias is not None:
-            self.bias += self.options.bias_step * torch.sign(self.visited.mean() - self.visited)
+            visited = total(self.visited)
+            rise = self.options.bias_step * torch.sign(visited.mean() - visited)
+            self.bias += taken * rise
         self.visited.zero_()
 
     def flops(self, context: int) -> float:
@@ -254,6 +256,32 @@ class MoE(nn.Module):
         biases = (self.gate_bias, self.up_bias, self.out_bias) if self.options.expert_bias else ()
         routed = 3 * self.out.numel() + sum(bias.numel() for bias in biases)
         return (1 - self.options.experts_per_token / self.options.experts) * routed
+
+
+class Sums(NamedTuple):
+    """A layer's sums over its real tokens."""
+
+    options: MoE.Options
+    count: Tensor  # () tokens
+    visits: Tensor  # (E,)
+    probabilities: Tensor  # (E,)
+
+
+def balance(record: Record, layers: list[Sums]) -> None:
+    """Record the balance loss, and each expert's share of the visits."""
+    pooled = []
+    for options, count, visits, probabilities in layers:
+        count = count.clamp(min=1)
+        fraction, probability = visits / count, probabilities / count  # (E,) each
+        if options.balance == "layer":
+            record.add_loss("balance", options.balance_loss * imbalance(fraction, probability))
+        else:
+            pooled.append((options.balance_loss, fraction, probability))
+        load = fraction / fraction.sum().clamp(min=1e-9)
+        record.observe("load", load)
+        record.observe("overload", load.amax() * load.numel())  # E times the largest share
+    if pooled:
+        record.add_loss("balance", pooled_imbalance(pooled))
 
 
 def imbalance(fraction: Tensor, probability: Tensor) -> Tensor:

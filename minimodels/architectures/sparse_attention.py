@@ -110,8 +110,8 @@ class SparseAttention(nn.Module):
             y, losses = self.read(plain, turned, queries, shares, joined, positions, starts)
             if losses is not None:
                 real = torch.ones_like(losses) if context.real is None else context.real
-                mean = (losses * real).sum() / real.sum().clamp(min=1)
-                context.record.add_loss("index", self.options.index_loss * mean)
+                total = (losses * real).sum()
+                context.record.add_mean("index", self.options.index_loss, total, real.sum())
         return self.latent.out(y.transpose(1, 2).flatten(2)), after
 
     @property

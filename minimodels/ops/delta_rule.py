@@ -540,8 +540,9 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dy, dstate, _):
-    dq, dk, dv, dg, de, dinitial = delta_rule_backward(dy, dstate, *ctx.saved_tensors)
-    return dq, dk, dv, dg, None if ctx.saved_tensors[4] is None else de, dinitial, None
+    saved = ctx.saved_tensors  # read once: activation checkpointing computes them again here
+    dq, dk, dv, dg, de, dinitial = delta_rule_backward(dy, dstate, *saved)
+    return dq, dk, dv, dg, None if saved[4] is None else de, dinitial, None
 
 
 delta_rule_forward.register_autograd(_differentiate, setup_context=_save)

@@ -22,7 +22,7 @@ class Options:
     """Save the model of a training run in the Hugging Face format."""
 
     run: tyro.conf.Positional[Path]
-    """folder of a training run"""
+    """folder of a training run, or of one of its checkpoints"""
     folder: tyro.conf.Positional[Path]
     """folder to write, new or empty"""
 

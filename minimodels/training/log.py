@@ -14,10 +14,13 @@ FILE = "log.jsonl"
 
 
 def write_log(run: Path, record: dict) -> None:
-    """Append a record. Raises InputError if the log is no regular file, because a pipe would block."""
+    """Append a record. Numbers that are not finite are left out, because JSON has none. Raises
+    InputError if the log is no regular file, because a pipe would block."""
     path = run / FILE
     if path.exists() and not path.is_file():
         raise InputError("log", str(path), "a regular file, or none")
+    record = json.loads(json.dumps(record), parse_constant=lambda _: None)
+    record = {name: value for name, value in record.items() if value is not None}
     with path.open("a") as file:
         file.write(json.dumps(record) + "\n")
 
