@@ -26,7 +26,7 @@ from tqdm import tqdm
 from minimodels import LM, Config
 from minimodels.architectures.transformer import Attention
 from minimodels.command import parse_options, run_command
-from minimodels.data.text import open_data
+from minimodels.data.text import Text, open_data
 from minimodels.grammar import set_options
 from minimodels.ledger import ledger
 from minimodels.ops.cache import AttentionState
@@ -39,7 +39,7 @@ from .training import SCORED, Run, score, train
 
 LONGER = 8  # times the trained length, up to which texts are tested
 BEGIN = 32  # the position at which the first bin begins; the bits before it vary too much
-READ = (8, 4)  # held-out texts that are read by position: rows, batches
+READ = (8, 2)  # held-out texts that are read by position: rows, batches
 FIRST = 4  # tokens kept from the beginning of a stream, as in StreamingLLM
 TUNED = 50  # steps of tuning on long texts
 
@@ -81,13 +81,13 @@ def cache(small: bool) -> Claim:
 
 def sinks(small: bool) -> Claim:
     """StreamingLLM (arXiv:2309.17453): heads attend to the first token, so a model fails as soon as
-    a window loses this token. With a learned sink (same paper, section 3.3), or with a gate
-    (arXiv:2505.06708), they have no need to.
+    a window loses this token. With a learned sink (gpt-oss, arXiv:2508.10925) or a gate
+    (arXiv:2505.06708) they have no need to.
 
     The models have equal active parameters, as in `cache`.
     """
     blocks, width, heads, context, steps, batch = (
-        (2, 64, 4, 256, 1000, 4) if small else (12, 768, 12, 1024, 5000, 32)
+        (2, 64, 4, 256, 600, 4) if small else (12, 768, 12, 1024, 5000, 32)
     )
     models = {
         "neither": f"attention(heads={heads})",
@@ -102,16 +102,17 @@ def sinks(small: bool) -> Claim:
 
     def measured(model: LM, run: Run, device: torch.device) -> Iterator[dict]:
         yield from first_token(model, run, device)
-        for row in by_position(model, run):
-            yield {"reach": row["position"], "all_bits": row["bits"]}
+        data = open_data(run.data, LONGER * context)
+        for position, bits in by_position(model, data, context):
+            yield {"reach": position, "all_bits": bits}
         for first in (0, FIRST):
-            name = run.model + f", {first} first kept" * bool(first)
-            for row in by_position(Stream(model, context, first), run):
-                yield {"model": name, "reach": row["position"], "window_bits": row["bits"]}
+            name = f"{run.model}, {first} first kept" if first else run.model
+            for position, bits in by_position(Stream(model, context, first), data, context):
+                yield {"model": name, "reach": position, "window_bits": bits}
 
     place = f"position in the text, up to (trained to {context:,})"
     panels = [
-        Panel("first", "block", "first", "block", "share of the attention on the first token"),
+        Panel("first", "block", "first", "block", "share of attention on the first token", True),
         Panel("all", "reach", "all_bits", place, BITS, x_log=True),
         Panel("window", "reach", "window_bits", place, BITS, x_log=True),
     ]
@@ -124,7 +125,7 @@ def positions(small: bool) -> Claim:
     one layer of four (SmolLM3), models reach further. Yarn (arXiv:2309.00071) does so after a few
     steps of tuning, or without any."""
     blocks, width, heads, context, steps, batch = (
-        (4, 64, 4, 256, 600, 4) if small else (12, 768, 12, 1024, 5000, 32)
+        (4, 64, 4, 256, 400, 4) if small else (12, 768, 12, 1024, 5000, 32)
     )
     rotating, plain = f"attention(heads={heads}) mlp", f"attention(heads={heads}, rope_base=0) mlp"
     models = {
@@ -139,19 +140,20 @@ def positions(small: bool) -> Claim:
     yarn = f"attention.rope_scaling=yarn(factor={LONGER}, context={context})"
 
     def lengths(model: LM, run: Run, device: torch.device) -> Iterator[dict]:
-        yield from by_position(model, run)
+        readers = {run.model: model}
         if run.model == "rotary":
-            scaled = set_options(run.config.layers, [yarn])
-            for name, layers, tuning in (
-                ("rotary, tuned", run.config.layers, TUNED),
-                ("yarn", scaled, 0),
-                ("yarn, tuned", scaled, TUNED),
-            ):
-                for row in by_position(continued(model, run, layers, tuning, device), run):
-                    yield {"model": name, **row}
+            text = run.config.layers
+            scaled = set_options(text, [yarn])
+            readers["rotary, tuned"] = continued(model, run, text, TUNED, device)
+            readers["yarn"] = continued(model, run, scaled, 0, device)
+            readers["yarn, tuned"] = continued(model, run, scaled, TUNED, device)
+        data = open_data(run.data, LONGER * context)
+        for name, reader in readers.items():
+            for position, bits in by_position(reader, data, context):
+                yield {"model": name, "reach": position, "bits": bits}
 
     place = f"position in the text, up to (trained to {context:,})"
-    panel = Panel("length", "position", "bits", place, BITS, x_log=True)
+    panel = Panel("length", "reach", "bits", place, BITS, x_log=True)
     question = "Which positions reach further than the texts of training?"
     return Claim(question, runs, [panel], 1, lengths)
 
@@ -171,21 +173,21 @@ def equal_parameters(texts: list[str], width: int) -> list[str]:
     def widened(text: str, hidden: int) -> str:
         return set_options(text, [f"mlp.width={hidden}"])
 
-    matched = []
+    matched, budget = [], active(texts[0])
     for text in texts:
-        least, next_one = active(widened(text, 1)), active(widened(text, 2))
-        matched.append(widened(text, 1 + round((active(texts[0]) - least) / (next_one - least))))
+        least = active(widened(text, 1))
+        step = active(widened(text, 2)) - least
+        matched.append(widened(text, 1 + round((budget - least) / step)))
     return matched
 
 
-def by_position(model: nn.Module, run: Run) -> Iterator[dict[str, float]]:
-    """The bits per byte of a trained model, in bins of positions that double, up to LONGER times the
-    trained length."""
-    longest = LONGER * run.context
-    bits = loss_by_position(model, open_data(run.data, longest), *READ) / math.log(2)
-    for first, stop in pairwise(bins(run.context, longest, 1)):
+def by_position(model: nn.Module, data: Text, context: int) -> Iterator[tuple[int, float]]:
+    """The bits per byte of a model trained on `context` bytes, in bins of positions that double: the
+    end of each bin, and the mean over it."""
+    bits = loss_by_position(model, data, *READ) / math.log(2)
+    for first, stop in pairwise(bins(context, data.context, 1)):
         if first >= BEGIN:
-            yield {"position": stop, "bits": bits[first:stop].mean().item()}
+            yield stop, bits[first:stop].mean().item()
 
 
 def continued(model: LM, run: Run, layers: str, steps: int, device: torch.device) -> LM:
