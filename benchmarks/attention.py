@@ -87,7 +87,7 @@ def sinks(small: bool) -> Claim:
     The models have equal active parameters, as in `cache`.
     """
     blocks, width, heads, context, steps, batch = (
-        (2, 64, 4, 256, 600, 4) if small else (12, 768, 12, 1024, 5000, 32)
+        (2, 64, 4, 256, 1000, 4) if small else (12, 768, 12, 1024, 5000, 32)
     )
     models = {
         "neither": f"attention(heads={heads})",
@@ -125,7 +125,7 @@ def positions(small: bool) -> Claim:
     one layer of four (SmolLM3), models reach further. Yarn (arXiv:2309.00071) does so after a few
     steps of tuning, or without any."""
     blocks, width, heads, context, steps, batch = (
-        (4, 64, 4, 256, 400, 4) if small else (12, 768, 12, 1024, 5000, 32)
+        (4, 64, 4, 256, 700, 4) if small else (12, 768, 12, 1024, 5000, 32)
     )
     rotating, plain = f"attention(heads={heads}) mlp", f"attention(heads={heads}, rope_base=0) mlp"
     models = {
