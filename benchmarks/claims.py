@@ -345,12 +345,12 @@ def main(options: Options) -> None:
     with tqdm(total=total, unit="token", unit_scale=True, mininterval=1) as bar:
         for seed in seeds:
             for run in claim.runs:
-                bar.set_postfix_str(f"{run.model}, seed {seed}")
+                bar.set_postfix_str(f"{run.model}, rate {run.lr}, seed {seed}")
                 model, records = train(run, seed, claim.probes, device, bar)
                 records += claim.at_end(model, run, device) if claim.at_end else ()
                 shared = {
                     "benchmark": "claim", "claim": options.claim, "question": claim.question, "model": run.model, "seed": seed,
-                    "size": "cpu" if small else "gpu", "layers": run.config.layers, "data": run.data,
+                    "size": "cpu" if small else "gpu", "layers": run.config.layers, "data": run.data, "lr": run.lr,
                 }  # fmt: skip
                 rows += rows_of(records, claim.panels, shared)
                 write(out, rows, device)

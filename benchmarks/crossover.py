@@ -1,4 +1,4 @@
-"""From which context on is one model faster than another?
+"""From which context on is a model faster than another one?
 
 The crossover is computed separately for each round of measurements, which also gives its spread.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from .verdict import overlap, unbroken
 
 
 @dataclass(frozen=True)
@@ -21,17 +23,7 @@ class Crossover:
     high: float | None
     faster: bool  # at the longest context
     steady: bool  # and the same at all others
-
-    def __str__(self) -> str:
-        first, last = self.contexts[0], self.contexts[-1]
-        if self.median is None:
-            where = (
-                f"from {first:,} to {last:,}"
-                if self.steady
-                else f"at {last:,}, but not at every context from {first:,} on"
-            )
-            return f"Mamba is {'faster' if self.faster else 'slower'} than the transformer {where}"
-        return f"Mamba is faster than the transformer from {self.median:,.0f} tokens on ({self.low:,.0f}-{self.high:,.0f})"
+    overlap: bool = False  # their spreads at the longest context meet
 
 
 def crossover(contexts: list[int], ratios: list[list[float]]) -> Crossover:
@@ -61,24 +53,47 @@ def crossover(contexts: list[int], ratios: list[list[float]]) -> Crossover:
     return Crossover(contexts, statistics.median(places), min(places), max(places), wins[-1], False)
 
 
-def overtaking(rows: list[dict]) -> Crossover | None:
-    """The crossover in the rows of one file, mode and batch. Each model is taken at its fastest
-    path at each context. None if fewer than two contexts have both models."""
-    fastest: dict[int, dict[str, list[float]]] = {}
-    for row in rows:
+def overtaking(rows: list[dict], other: str = "transformer") -> dict[str, Crossover]:
+    """Where each model overtakes the `other`, in the rows of one file, mode and batch. Each is
+    taken at its fastest path at each context. Models that share fewer than two contexts with the
+    `other` are left out."""
+    fastest: dict[str, dict[int, list[float]]] = {}  # model -> context -> seconds
+    for row in sorted(rows, key=lambda row: row["context"]):
         if row["seconds"] and not row["model"].endswith(" again"):
-            models, base = fastest.setdefault(row["context"], {}), row.get("base", row["model"])
-            if base not in models or statistics.median(row["seconds"]) < statistics.median(
-                models[base]
-            ):
-                models[base] = row["seconds"]
-    both = {
-        context: models
-        for context, models in sorted(fastest.items())
-        if {"mamba", "transformer"} <= models.keys()
-    }
-    ratios = [
-        [t / m for t, m in zip(models["transformer"], models["mamba"], strict=False)]
-        for models in both.values()
-    ]
-    return crossover(list(both), ratios) if len(both) > 1 else None
+            times = fastest.setdefault(row.get("base", row["model"]), {})
+            known = times.get(row["context"])
+            if known is None or statistics.median(row["seconds"]) < statistics.median(known):
+                times[row["context"]] = row["seconds"]
+    base, found = fastest.pop(other, {}), {}
+    for model, times in fastest.items():
+        contexts = [context for context in times if context in base]
+        ratios = [
+            [theirs / own for theirs, own in zip(base[context], times[context], strict=False)]
+            for context in contexts
+        ]
+        if len(contexts) > 1:
+            last = contexts[-1]
+            meet = overlap(base[last], times[last])
+            found[model] = replace(crossover(contexts, ratios), overlap=meet)
+    return found
+
+
+def sentence(found: dict[str, Crossover], other: str = "transformer") -> str:
+    """Which models are faster than the `other`, and from which context on."""
+    groups: dict[str, list[str]] = {}  # where -> models; "" where each has its own place
+    doubtful = []
+    for model, place in found.items():
+        first, last, name, where = place.contexts[0], place.contexts[-1], unbroken(model), ""
+        if place.median is not None:
+            name += unbroken(f" from {place.median:,.0f} on ({place.low:,.0f}-{place.high:,.0f})")
+        elif place.steady:
+            where = f"{'everywhere' if place.faster else 'nowhere'} from {first:,} to {last:,}: "
+        else:
+            where = f"in parts, {'and' if place.faster else 'but not'} at {last:,}: "
+        groups.setdefault(where, []).append(name)
+        if place.overlap:
+            doubtful.append(unbroken(model))
+    texts = [where + ", ".join(names) for where, names in groups.items()]
+    if doubtful:
+        texts.append(f"too close to tell at the end: {', '.join(doubtful)}")
+    return f"Faster than the {other}: {'; '.join(texts)}" if texts else ""

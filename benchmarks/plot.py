@@ -11,6 +11,7 @@ commit.
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from collections import defaultdict
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from benchmarks.crossover import overtaking
+from benchmarks.crossover import overtaking, sentence
 from minimodels import InputError
 from minimodels.command import parse_options, run_command
 
@@ -39,7 +40,7 @@ from .drawing import (
     sources,
 )
 from .plot_operations import operations
-from .verdict import overlap, score, unbroken, verdict
+from .verdict import score, unbroken, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -120,22 +121,10 @@ def throughput(rows: Rows) -> Figures:
 
 
 def overtaken(rows: Rows) -> str:
-    """A sentence that says where Mamba overtakes the transformer, and whether their spreads at the
-    longest context leave a doubt."""
-    texts = []
-    for file in dict.fromkeys(row["file"] for row in rows):
-        own = [row for row in rows if row["file"] == file]
-        if place := overtaking(own):
-            last, spreads = place.contexts[-1], defaultdict(list)
-            for row in own:
-                if row["context"] == last:
-                    spreads[row.get("base", row["model"])].append(row["seconds"])
-            mamba, other = (
-                min(spreads[name], key=statistics.median) for name in ("mamba", "transformer")
-            )
-            doubt = f"; at {last:,} their spreads overlap, so that neither is ahead there"
-            texts.append(str(place) + doubt * overlap(mamba, other))
-    return "; ".join(dict.fromkeys(texts))
+    """A sentence that says from which context on each model is faster than the transformer."""
+    files = dict.fromkeys(row["file"] for row in rows)
+    found = [sentence(overtaking([row for row in rows if row["file"] == file])) for file in files]
+    return "; ".join(dict.fromkeys(filter(None, found)))
 
 
 def claims(rows: Rows) -> Figures:
@@ -145,6 +134,7 @@ def claims(rows: Rows) -> Figures:
         if row.get("benchmark") == "claim" and row.get("x") is not None:
             pictures[row["claim"], row["panel"]].append(row)
     for (claim, panel), picture in pictures.items():
+        picture = at_best_rate(picture)
         first, accuracy = picture[0], is_accuracy(picture[0])
         figure, axes = canvas(first["question"], ends(picture), sources(picture))
         logarithmic = bool(first.get("x_log"))
@@ -156,10 +146,31 @@ def claims(rows: Rows) -> Figures:
         yield f"{claim}-{panel}", figure
 
 
+def at_best_rate(rows: Rows) -> Rows:
+    """The rows of one panel, of each model only those of the learning rate with the best end: the
+    mean over its seeds at the last x. Rows that name no rate were trained at one."""
+    ended = defaultdict(dict)  # (model, layers), rate -> seed -> (x, y)
+    for row in rows:
+        seeds = ended[model_of(row), row.get("lr")]
+        seeds[row["seed"]] = max(seeds.get(row["seed"], (-math.inf, 0)), (row["x"], row["y"]))
+    sign = 1 if is_accuracy(rows[0]) else -1
+    best: dict[tuple, tuple[float, float | None]] = {}
+    for (model, rate), seeds in ended.items():
+        mean = sign * statistics.mean(y for _, y in seeds.values())
+        if model not in best or mean > best[model][0]:
+            best[model] = mean, rate
+    return [row for row in rows if row.get("lr") == best[model_of(row)][1]]
+
+
+def model_of(row: dict) -> tuple:
+    """A model of a claim: a name may have several sizes."""
+    return row["model"], row.get("layers")
+
+
 def is_accuracy(row: dict) -> bool:
     """Whether a claim's row counts right answers, of which more are better. Other
     rows count bits or load."""
-    return row["y_label"] == "answers right"
+    return " right" in row["y_label"]
 
 
 def chance(data: str) -> float | None:

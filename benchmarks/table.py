@@ -19,7 +19,7 @@ from minimodels import InputError
 from minimodels.command import parse_options, run_command
 from minimodels.measure import ratio
 
-from .plot import Rows, read
+from .plot import Rows, at_best_rate, read
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,9 @@ def claims(rows: Rows) -> str:
     drawn = [row for row in rows if row.get("benchmark") == "claim" and row["x"] is not None]
     panels = dict.fromkeys((row["claim"], row["panel"]) for row in drawn)
     for claim, panel in panels:
-        points = [row for row in drawn if (row["claim"], row["panel"]) == (claim, panel)]
+        points = at_best_rate(
+            [row for row in drawn if (row["claim"], row["panel"]) == (claim, panel)]
+        )
         final = defaultdict(dict)
         for row in points:
             final[row["model"]][row["seed"], row["x"] if row["x_log"] else 0] = row["y"]

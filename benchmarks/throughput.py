@@ -1,5 +1,5 @@
-"""How fast is each architecture as the context grows, and from which context on
-does Mamba beat attention?
+"""How fast is each architecture as the context grows, and from which context on does it beat the
+transformer?
 
     python -m benchmarks.throughput    every preset: training step, prefill and decode
     python -m benchmarks.throughput --models transformer mamba --modes train --longest 16384
@@ -45,7 +45,7 @@ from minimodels.measure import ceilings, check_writable, interleave, peak_bytes,
 from minimodels.options import read_options
 from minimodels.presets import MAIN, PRESETS, fitted
 
-from .crossover import overtaking
+from .crossover import overtaking, sentence
 from .modes import BACKENDS, DECODED, MODES, Provider, run
 
 AXES: dict[str, Callable[[Ledger], float]] = {
@@ -144,8 +144,8 @@ def main(options: Options) -> None:
                     rows[key] = row | {"seconds": timings[key] or None}
                 write(options.out, list(rows.values()), device)
     for mode, batch in measurements(options):
-        if place := overtaking([row for key, row in rows.items() if key[:2] == (mode, batch)]):
-            print(f"{mode}{f', batch {batch}' if batch else ''}: {place}")
+        if found := overtaking([row for key, row in rows.items() if key[:2] == (mode, batch)]):
+            print(f"{mode}{f', batch {batch}' if batch else ''}: {sentence(found)}")
     print(f"written to {options.out}")
 
 

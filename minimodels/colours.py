@@ -13,6 +13,7 @@ COLOURS = {  # of layers
     "deltanet": "#65a30d",
     "short_convolution": "#92400e",
     "latent_attention": "#1e3a8a",
+    "sparse_attention": "#9333ea",
     "differential_attention": "#60a5fa",
     "learned_positions": "#a8a29e",
 }

@@ -27,7 +27,13 @@ SIZES = {
     "small": Size(
         12,
         768,
-        ("attention.heads=12", "mamba2.heads=24", "retention.heads=6", "deltanet.heads=6"),
+        (
+            "attention.heads=12",
+            "mamba2.heads=24",
+            "retention.heads=6",
+            "deltanet.heads=6",
+            "sparse_attention.heads=12",
+        ),
     ),
 }
 # in the ratios of published models: Qwen3-Next, OLMo-Hybrid, Kimi Linear; Nemotron-H itself has

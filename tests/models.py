@@ -70,6 +70,11 @@ CASES = {
         "latent_attention",
         "latent_attention(q_rank=6, kv_rank=5, head_dim=3, rope_dim=2, value_dim=7, bias=true)",
     ],
+    "sparse_attention": [
+        "sparse_attention(keys=5, index_heads=2)",
+        "sparse_attention(keys=64, q_rank=6, kv_rank=5, head_dim=3, rope_dim=2, value_dim=7, bias=true)",
+        "sparse_attention(keys=3, index_heads=1, index_dim=5, rope_base=0)",
+    ],
     "differential_attention": [
         "differential_attention",
         "differential_attention(heads=4, kv_heads=2, version=v1)",

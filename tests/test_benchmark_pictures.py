@@ -202,11 +202,22 @@ def test_a_crossover_says_when_spreads_meet_at_the_end():
         for context, both in seconds.items()
         for i, model in enumerate(("mamba", "transformer"))
     ]
-    assert plot.overtaken(rows).endswith(
-        "at 512 their spreads overlap, so that neither is ahead there"
-    )
+    assert plot.overtaken(rows).endswith("; too close to tell at the end: mamba")
     rows[-1]["seconds"] = [2.5, 2.6]
-    assert "overlap" not in plot.overtaken(rows)
+    assert "too close" not in plot.overtaken(rows)
+
+
+def test_a_model_is_shown_at_its_best_rate():
+    def rows(rate, *ends, label="answers right"):
+        row = {"model": "a", "lr": rate, "y_label": label}
+        return [{**row, "seed": s, "x": x, "y": x * y} for s, y in enumerate(ends) for x in (0, 1)]
+
+    low, high = rows(0.1, 0.9, 0.1), rows(0.2, 0.6, 0.6)
+    assert plot.at_best_rate(low + high) == high
+    low, high = (rows(rate, *y, label="bits") for rate, y in ((0.1, (2, 2)), (0.2, (1, 4))))
+    assert plot.at_best_rate(low + high) == low
+    old = [{key: value for key, value in row.items() if key != "lr"} for row in low]
+    assert plot.at_best_rate(old) == old
 
 
 def test_several_files_are_told_apart_by_words():

@@ -23,7 +23,7 @@ def test_models_and_tasks_exist(name, small):
         assert tokens.shape == targets.shape == (2, run.context)
         with torch.device("meta"):
             LM(run.config)
-    drawn = {(run.model, run.data) for run in claim.runs}
+    drawn = {(run.config.layers, run.data, run.lr) for run in claim.runs}
     assert len(drawn) == len(claim.runs)
 
 

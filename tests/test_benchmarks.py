@@ -39,7 +39,7 @@ from benchmarks import (
     throughput,
     training,
 )
-from benchmarks.crossover import crossover, overtaking
+from benchmarks.crossover import crossover, overtaking, sentence
 from minimodels import LM, Config, InputError, measure, preset
 from minimodels.data.tokenizer import Bytes
 from minimodels.layers import Record
@@ -64,23 +64,21 @@ def test_crossover_is_where_the_ratio_rises_through_one():
         contexts, [[0.5, 0.5, 0.5], [0.5, 0.9, 0.5], [2.0, 1.1, 4.0], [4.0, 4.0, 4.0]]
     )
     assert spread.low < spread.median < spread.high
-    assert "faster than the transformer from" in str(spread)
 
 
-def test_no_crossover_is_told_as_such():
-    assert (
-        str(crossover([256, 512], [[0.5], [0.6]]))
-        == "Mamba is slower than the transformer from 256 to 512"
+def test_a_sentence_says_who_is_faster_and_from_where():
+    texts = {
+        "sooner": crossover([256, 512], [[0.5, 0.5], [2.0, 2.0]]),
+        "slow": crossover([256, 512], [[0.5], [0.6]]),
+        "also slow": crossover([256, 512], [[0.4], [0.4]]),
+        "fast": crossover([256, 512], [[2.0], [3.0]]),
+        "at first": crossover([256, 512, 1024], [[2.0], [2.0], [0.5]]),
+    }
+    assert sentence(texts).replace("\xa0", " ") == (
+        "Faster than the transformer: sooner from 362 on (362-362); nowhere from 256 to 512: slow, "
+        "also slow; everywhere from 256 to 512: fast; in parts, but not at 1,024: at first"
     )
-    assert (
-        str(crossover([256, 512], [[2.0], [3.0]]))
-        == "Mamba is faster than the transformer from 256 to 512"
-    )
-    overtaken_again = crossover([256, 512, 1024], [[0.5], [2.0], [0.5]])
-    assert (
-        str(overtaken_again)
-        == "Mamba is slower than the transformer at 1,024, but not at every context from 256 on"
-    )
+    assert sentence({}) == ""
 
 
 def test_the_crossover_is_that_of_the_fastest_way_of_either():
@@ -98,8 +96,8 @@ def test_the_crossover_is_that_of_the_fastest_way_of_either():
             )
     # only shows the noise
     rows.append({"model": "t again", "base": "transformer", "context": 1024, "seconds": [0.1, 0.1]})
-    assert overtaking(rows).median == pytest.approx(512 * 2 ** (2 / 3))  # from 1/4 to 2
-    assert overtaking(rows[:3]) is None  # one context
+    assert overtaking(rows)["mamba"].median == pytest.approx(512 * 2 ** (2 / 3))  # from 1/4 to 2
+    assert overtaking(rows[:3]) == {}  # one context
 
 
 def test_timings_are_interleaved_and_compared_round_by_round():
@@ -189,7 +187,7 @@ def test_throughput_writes_rows_that_plot_draws(tmp_path, capsys):
     for row in rows:
         assert len(row["seconds"]) == 2 and row["device"] and row["commit"] and row["limit"] > 0
         assert row["state_bytes"] > 0 and row["flops"] > 0 and row["parameters"] > 0
-    assert "Mamba is" in capsys.readouterr().out
+    assert "Faster than the transformer" in capsys.readouterr().out
     plot.main(plot.Options(results=(out, out), out=tmp_path / "pictures"))
     drawn = {path.name for path in (tmp_path / "pictures").iterdir()}
     names = ("throughput-train", "throughput-prefill", "throughput-decode-1", "throughput-decode-2")
@@ -769,7 +767,7 @@ def test_a_crossover_is_the_last_one_of_most_rounds():
         {**row, "context": 256, "base": "mamba", "seconds": [8.0] * 3},
     ]
     # 512 before 256, the faster by its median
-    assert overtaking(rows).median == pytest.approx(256 * math.sqrt(2))
+    assert overtaking(rows)["mamba"].median == pytest.approx(256 * math.sqrt(2))
 
 
 def test_timings_are_of_one_call():

@@ -105,7 +105,16 @@ class LatentAttention(nn.Module):
         B, T, _ = x.shape
         seen, starts = 0 if state is None else state.seen, context.starts
         positions, at, seen = advance(seen, x, context.positions, starts)
+        _, plain, turned, memory = self.project(x, at, context.cache)
+        now = AttentionState(memory, memory.new_empty(B, 1, T, 0), positions, seen)
+        joined, after = carry(state, now, None)  # S tokens
+        y = self.read(plain, turned, joined, positions, starts)  # (B, H, T, d_v)
+        return self.out(y.transpose(1, 2).flatten(2)), after
 
+    def project(self, x: Tensor, at: Tensor, cache: dict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a chunk x at positions `at` is turned into: the queries' latent, which is x if they
+        have none, both parts of the queries, and the memory of the chunk."""
+        B, T, _ = x.shape
         low = x if self.q_down is None else self.q_norm(self.q_down(x)).to(x.dtype)
         q = self.q(low).view(B, T, self.heads, -1).transpose(1, 2)  # (B, H, T, d + d_r)
         plain, turned = q.split((self.plain, self.turned), dim=-1)
@@ -113,16 +122,22 @@ class LatentAttention(nn.Module):
         latent = self.kv_norm(latent).to(key.dtype)  # a norm may leave autocast's precision
         key = key.unsqueeze(1)  # (B, 1, T, d_r)
         if self.options.rope_base:
-            angles = self.angles(at, context.cache)
+            angles = self.angles(at, cache)
             turned, key = (rotate(pairs_apart(part), *angles) for part in (turned, key))
+        return low, plain, turned, torch.cat((latent.unsqueeze(1), key), dim=-1)
 
-        memory = torch.cat((latent.unsqueeze(1), key), dim=-1)  # (B, 1, T, r + d_r)
-        now = AttentionState(memory, memory.new_empty(B, 1, T, 0), positions, seen)
-        joined, after = carry(state, now, None)  # S tokens
-        absorb = state is not None and self.absorbing_saves(T, joined.keys.shape[2])
-        form = self.absorbed if absorb else self.expanded
-        y = form(plain, turned, joined.keys, positions, joined.positions, starts)  # (B, H, T, d_v)
-        return self.out(y.transpose(1, 2).flatten(2)), after
+    def read(
+        self,
+        plain: Tensor,
+        turned: Tensor,
+        memory: AttentionState,
+        queries: Tensor | None,
+        starts: Tensor | None,
+    ) -> Tensor:
+        """Attention to the whole memory, in the form that takes fewer operations."""
+        T, S = plain.shape[2], memory.keys.shape[2]
+        form = self.absorbed if T < S and self.absorbing_saves(T, S) else self.expanded
+        return form(plain, turned, memory.keys, queries, memory.positions, starts)
 
     def expanded(
         self,
@@ -134,13 +149,8 @@ class LatentAttention(nn.Module):
         starts: Tensor | None,
     ) -> Tensor:
         """Attention over keys and values made from the latents: DeepSeek-V2, (10) to (19)."""
-        B, _, S, _ = memory.shape
-        latent, key = memory.squeeze(1).split((self.rank, self.turned), dim=-1)
-        up = self.kv_up(latent).view(B, S, self.heads, -1).transpose(1, 2)
-        k, v = up.split((self.plain, self.value), dim=-1)
-        k = torch.cat((k, key.unsqueeze(1).expand(-1, self.heads, -1, -1)), dim=-1)
         q = torch.cat((plain, turned), dim=-1)
-        return self.attend(q, k, v, queries, keys, starts)
+        return self.attend(q, *self.expand(memory), queries, keys, starts)
 
     def absorbed(
         self,
@@ -152,11 +162,22 @@ class LatentAttention(nn.Module):
         starts: Tensor | None,
     ) -> Tensor:
         """The same over the latents themselves, which serve as all heads' keys and values."""
+        q, to_values = self.absorb(plain, turned)
+        y = self.attend(q, memory, memory, queries, keys, starts)[..., : self.rank]
+        return y @ to_values.to(y.dtype)
+
+    def expand(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (B, H, S, d + d_r) and values (B, H, S, d_v) made from the memory."""
+        latent, key = memory.split((self.rank, self.turned), dim=-1)  # (B, 1, S, r or d_r)
+        up = self.kv_up(latent.squeeze(1)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = up.split((self.plain, self.value), dim=-1)
+        return torch.cat((k, key.expand(-1, self.heads, -1, -1)), dim=-1), v
+
+    def absorb(self, plain: Tensor, turned: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries of the memory (B, H, T, r + d_r), and the map from latents to values (H, r, d_v)."""
         up = self.kv_up.weight.view(self.heads, -1, self.rank)  # (H, d + d_v, r)
         to_keys, to_values = up.split((self.plain, self.value), dim=1)
-        q = torch.cat((plain @ to_keys.to(plain.dtype), turned), dim=-1)  # (B, H, T, r + d_r)
-        y = self.attend(q, memory, memory, queries, keys, starts)[..., : self.rank]
-        return y @ to_values.mT.to(y.dtype)
+        return torch.cat((plain @ to_keys.to(plain.dtype), turned), dim=-1), to_values.mT
 
     def attend(
         self,

@@ -17,6 +17,7 @@ from minimodels.architectures.mod import MixtureOfDepths
 from minimodels.architectures.moe import MoE
 from minimodels.architectures.retention import Retention
 from minimodels.architectures.short_convolution import ShortConvolution
+from minimodels.architectures.sparse_attention import SparseAttention
 from minimodels.architectures.transformer import Attention, SwiGLU
 from minimodels.config import Config
 from minimodels.errors import InputError, nearest
@@ -34,6 +35,7 @@ LAYERS = {
     "deltanet": DeltaNet,
     "short_convolution": ShortConvolution,
     "latent_attention": LatentAttention,
+    "sparse_attention": SparseAttention,
     "differential_attention": DifferentialAttention,
     "learned_positions": LearnedPositions,
 }

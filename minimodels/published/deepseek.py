@@ -1,12 +1,13 @@
-"""DeepSeek-V2, arXiv:2405.04434, and DeepSeek-V3, arXiv:2412.19437.
+"""DeepSeek-V2, arXiv:2405.04434, DeepSeek-V3, arXiv:2412.19437, and DeepSeek-V3.2, arXiv:2512.02556.
 
-They have latent attention and many experts, some of them shared. The reader leaves out blocks that
-predict further tokens.
+They have latent attention and many experts, some of them shared; in V3.2 an indexer chooses what
+attention reads. The reader leaves out blocks that predict further tokens.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from minimodels.errors import InputError
@@ -14,7 +15,7 @@ from minimodels.published.entries import Entries, Entry, Fixed
 from minimodels.published.family import Family, Role
 from minimodels.published.llama import DECODER, FIELDS, MLP
 from minimodels.published.mixtral import EXPERTS
-from minimodels.published.places import Leading
+from minimodels.published.places import Always, Kinds, Leading
 from minimodels.published.rope import WholeRope
 
 
@@ -132,6 +133,30 @@ ROLES = {
     "latent": LATENT.having(Entry("q_rank", "q_lora_rank", 1536, told=True, null=True)),
     "direct": LATENT.having(Fixed(q_rank=None), q="self_attn.q_proj"),
 }
+SPARSE = replace(
+    LATENT,
+    layer="sparse_attention",
+    parts={
+        **{f"latent.{part}": name for part, name in LATENT.parts.items()},
+        "indexer.q": "self_attn.indexer.wq_b",
+        "indexer.k": "self_attn.indexer.wk",
+        "indexer.norm": "self_attn.indexer.k_norm",
+        "indexer.shares": "self_attn.indexer.weights_proj",
+    },
+    none={
+        **LATENT.none,
+        "index_dim": lambda options, config: (
+            options.rope_dim or LATENT.none["rope_dim"](options, config)
+        ),
+    },
+    training=("index_loss",),
+).having(
+    Entry("q_rank", "q_lora_rank", 1536, told=True),
+    Entry("keys", "index_topk", 2048),
+    Entry("index_heads", "index_n_heads", 64),
+    Entry("index_dim", "index_head_dim", 128),
+    Fixed(index_loss=0.0),  # the class does not train its indexer
+)
 ROUTED = EXPERTS.having(
     Entry("experts", "n_routed_experts"),
     Entry("expert_width", "moe_intermediate_size"),
@@ -156,6 +181,9 @@ V2 = ROUTED.having(
     Groups(),
     Fixed(router="softmax"),
 )
+V3_ONLY = {
+    "norm_topk_prob": True, "rope_interleave": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
+}  # fmt: skip
 IDLE = (
     "moe_layer_freq", "ep_size", "num_mtp_layers", "num_nextn_predict_layers", "aux_loss_alpha", "seq_aux", "head_dim",
     "qk_head_dim",
@@ -191,12 +219,29 @@ FAMILIES = {
         FIELDS,
         {**ROLES, "dense": MLP, "experts": V3},
         (Queries(), Leading("first_k_dense_replace", "dense", "experts", 3)),
-        only={
-            "norm_topk_prob": True, "rope_interleave": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
-        },
+        only=V3_ONLY,
         more_blocks=True,
         idle=IDLE,
         aliases={"num_local_experts": "n_routed_experts"},
         **DECODER,
     ),
-}  # fmt: skip
+    "deepseek_v32": Family(
+        "DeepseekV32ForCausalLM",
+        FIELDS,
+        {"sparse": SPARSE, "dense": MLP, "experts": V3},
+        (
+            Kinds({"sparse": "indexed_attention"}, Always("sparse").read),
+            Kinds(
+                {"dense": "dense", "experts": "sparse"},
+                Leading("first_k_dense_replace", "dense", "experts", 3).read,
+                ("first_k_dense_replace",),
+                "mlp_layer_types",
+            ),
+        ),
+        only=V3_ONLY,
+        more_blocks=True,
+        idle=(*IDLE, "mlp_bias"),
+        aliases={"num_local_experts": "n_routed_experts", "num_experts": "n_routed_experts"},
+        **DECODER,
+    ),
+}

@@ -32,6 +32,7 @@ FAMILIES = {
 
 REFUSED = {  # model_type -> what its models have that no Config can say
     "minimax": "a family whose layers add to what comes before their norm; MiniMax adds to what the norm gives",
+    "glm_moe_dsa": "a family whose layers choose keys of their own; GLM-5's may share those of an earlier layer",
     "olmo_hybrid": "a family whose norms have one place; OLMo-Hybrid's are before the delta rule but behind attention",
 }
 

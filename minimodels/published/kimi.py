@@ -12,7 +12,7 @@ from minimodels.published.entries import Entries, Entry, Fixed
 from minimodels.published.family import Family
 from minimodels.published.llama import DECODER, FIELDS, MLP
 from minimodels.published.mappings import Apart, Shaped
-from minimodels.published.places import Kinds, listed
+from minimodels.published.places import Kinds, Leading, listed
 
 NESTED = "linear_attn_config"
 
@@ -81,12 +81,6 @@ class Mixers:
         return {"layer_types": kinds, "q_lora_rank": None}  # the role writes the rank that there is
 
 
-def leading_dense(entries: Entries, count: int) -> list[str]:
-    """MLPs in the first blocks, by default in one."""
-    first = entries.number("first_k_dense_replace", 1, least=0)
-    return ["dense" if i < first else "experts" for i in range(count)]
-
-
 KDA = DELTA.having(
     Nested("heads", "linear_num_heads", "num_heads", 32),
     Nested("head_dim", "linear_head_dim", "head_dim", 128),
@@ -145,7 +139,7 @@ FAMILIES = {
             Mixers(),
             Kinds(
                 {"dense": "dense", "experts": "sparse"},
-                leading_dense,
+                Leading("first_k_dense_replace", "dense", "experts", 1).read,
                 ("first_k_dense_replace",),
                 "mlp_layer_types",
             ),
