@@ -87,7 +87,7 @@ def sinks(small: bool) -> Claim:
     The models have equal active parameters, as in `cache`.
     """
     blocks, width, heads, context, steps, batch = (
-        (2, 64, 4, 256, 800, 4) if small else (12, 768, 12, 1024, 5000, 32)
+        (2, 64, 4, 256, 600, 4) if small else (12, 768, 12, 1024, 5000, 32)
     )
     models = {
         "neither": f"attention(heads={heads})",
