@@ -14,6 +14,9 @@ the schedule follows the clock.
 
 from __future__ import annotations
 
+import minimodels  # noqa: F401, first, so that Ctrl-C ends the other imports at once
+
+# isort: split
 import math
 import shlex
 import time
@@ -22,7 +25,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.multiprocessing.errors import record as recorded
 from tqdm import tqdm
 
 from minimodels.command import (
@@ -30,7 +33,6 @@ from minimodels.command import (
     has_bfloat16,
     keep_freed_memory,
     pick_device,
-    pick_threads,
     require_compiler,
     run_command,
     stopped_by_signals,
@@ -44,12 +46,14 @@ from minimodels.generate import Sampling, complete
 from minimodels.layers import choose, operations
 from minimodels.ledger import ledger
 from minimodels.lm import LM
-from minimodels.ranks import averaged, from_first, largest, rank, whole, world
+from minimodels.memory import check_memory
+from minimodels.pace import Pace, pick_threads
+from minimodels.ranks import alone, averaged, from_first, largest, rank, whole, world
 from minimodels.training import checkpoint, parallel
 from minimodels.training.blocks import compiled_loss, recompute
 from minimodels.training.evaluate import evaluate
 from minimodels.training.fit import fill_memory
-from minimodels.training.log import forget_after, write_log
+from minimodels.training.log import forget_after, write_log, write_scores
 from minimodels.training.optim import adamw, learning_rate
 from minimodels.training.options import Options, count_steps, label, new_folder, parse
 from minimodels.training.step import set_learning_rate, training_step
@@ -74,9 +78,9 @@ def main(options: Options) -> None:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
     if options.batch_size == "auto":
         options = fill_memory(options, config, device, autocast)
-    parallel.check_division(options.batch_size, options.context, options.context_parallel)
-    threads, why = pick_threads(options.threads, device)
-    options = replace(options, config=config, threads=threads)
+    shape = parallel.own_shape(options.batch_size, options.context, options.context_parallel)
+    threads = pick_threads(options.threads, device)
+    options = replace(options, config=config, threads=threads.count)
 
     torch.manual_seed(options.seed)
     model = LM(config).to(device)
@@ -88,8 +92,12 @@ def main(options: Options) -> None:
         require_compiler(device)
 
     cost = ledger(config, options.context)
+    pace = Pace(threads, cost.training_flops)
     tokens_per_step = options.batch_size * options.accumulate * options.context
     last_step = count_steps(options, tokens_per_step, cost.training_flops)
+    with alone():  # it computes a loss, perhaps, which is of no batch
+        exact = not (options.compile or options.checkpoint_activations)
+        memory = check_memory(model, *shape, autocast, exact)
     run = options.resume or from_first(lambda: new_folder(options))
     with ExitStack() as stack:
         from_first(lambda: stack.enter_context(locked(run)))
@@ -119,7 +127,8 @@ def main(options: Options) -> None:
         step = done["step"]
 
         chosen = ", ".join(f"{name}: {path}" for name, path in paths.items())
-        cpu = f", threads: {threads}{why and f' ({why})'}" if device.type == "cpu" else ""
+        why = f" ({threads.reason})" if threads.reason else ""
+        cpu = f", threads: {threads.count}{why}" if device.type == "cpu" else ""
         bounds = [f"{last_step} steps"] if last_step < math.inf else []
         bounds += [f"{options.minutes} minutes"] if options.minutes else []
         print(f"model    {label(options)}: {config.layers}")
@@ -130,6 +139,8 @@ def main(options: Options) -> None:
         print(f"data     {data.describe()}, {tokens_per_step} tokens a step")
         print(f"run      {run}, from step {step}, to {' or '.join(bounds)}", flush=True)
 
+        if memory:
+            print(f"memory   {memory}", flush=True)
         if step == last_step:
             print("the run is at its bound; --steps continues it to a later step")
         bar_format = "{percentage:3.0f}% |{bar:20}| {elapsed}<{remaining} {postfix}"
@@ -163,6 +174,7 @@ def main(options: Options) -> None:
                 autocast,
                 options.context_parallel,
             )
+            refuse_nan(model, scores["validation_loss"], step, run)
             return report(run, spent(), scores)
 
         while True:
@@ -205,6 +217,8 @@ def main(options: Options) -> None:
                     f"step {step}, loss {record['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False
                 )
                 bar.update(min(progress, 1.0) - bar.n)
+                if remark := pace.remark(speed):
+                    bar.write(f"note: {remark}")
             if options.eval_every and step % options.eval_every == 0 and step < last_step:
                 refuse_nan(model, averaged(taken.losses[-1]).item(), step, run)
                 said = validate()
@@ -217,6 +231,8 @@ def main(options: Options) -> None:
 
         bar.close()
         refuse_nan(model, averaged(losses[-1]).item() if losses else 0.0, step, run)
+        (interrupted,) = largest(stopped.is_set())
+        said = "" if interrupted else validate()
         save()
         (interrupted,) = largest(stopped.is_set())
     if interrupted:
@@ -225,7 +241,7 @@ def main(options: Options) -> None:
         )
         parallel.stop(130)
     print(f"saved in {run}", flush=True)
-    print(validate())
+    print(said)
     print(text := sample(model, data, options.prompt))
     if not text.startswith("no sample"):
         more = f"python -m minimodels.sample {shlex.quote(str(run))} --prompt {shlex.quote(options.prompt)}"
@@ -237,7 +253,7 @@ def report(run: Path, spent: dict[str, float], scores: dict[str, float]) -> str:
     """Write the scores of a validation, and what was `spent` so far, to the log;
     return a line to print."""
     if rank() == 0:
-        write_log(run, {**spent, **scores})
+        write_scores(run, {**spent, **scores})
     bits = f"{scores['bits_per_byte']:.3f} bits per byte, " if "bits_per_byte" in scores else ""
     return f"step {spent['step']}: validation {bits}{scores['accuracy']:.1%} right"
 
@@ -274,4 +290,4 @@ def refuse_nan(model: LM, loss: float, step: int, run: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_command(record(main), lambda: parse(__doc__))
+    run_command(recorded(main), lambda: parse(__doc__))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from minimodels.data.tokenizer import Bytes
-from minimodels.errors import Fraction, InputError, Natural, NonNegative, check_types
+from minimodels.decoding import FixedStep, GrowingStep, has_graphs, waits
+from minimodels.errors import Fraction, InputError, Natural, NonNegative, Share, check_types
 from minimodels.layers import Context
 from minimodels.lm import LM
 
@@ -26,13 +27,11 @@ class Sampling:
     """keep the k most likely tokens; 0: all"""
     top_p: Fraction = 1.0
     """keep the most likely tokens that together reach this probability (arXiv:1904.09751)"""
-    min_p: float = 0.0
+    min_p: Share = 0.0
     """keep tokens at least this fraction as likely as the most likely one (arXiv:2407.01082)"""
 
     def __post_init__(self):
         check_types(self)
-        if not 0 <= self.min_p <= 1:
-            raise InputError("min_p", self.min_p, "a fraction from 0 to 1")
 
 
 def complete(
@@ -66,7 +65,8 @@ def generate(
     prompts: B texts of token ids, (T,) int64 or lists, of any lengths. The prompts are processed as
     one chunk, and then each token as another, so only the state is kept. Row i draws from its own
     generator, seeded with seed + i. So a prompt has the same continuation in a batch as alone.
-    Without a seed, every call draws different tokens.
+    Without a seed, every call draws different tokens. On a GPU a step is a CUDA graph if the layers
+    allow it; `waits` in minimodels/decoding.py gives the reason if they do not.
 
     Raises InputError if there is no prompt, or an empty one, or one of another shape or type; for
     an id outside the vocabulary; for a negative count; and if the model is not causal in its
@@ -115,13 +115,19 @@ def continue_prompts(
     if len({len(prompt) for prompt in prompts}) == 1:
         positions = None  # nothing is padding
     generators = [torch.Generator(device).manual_seed(seed + row) for row in range(len(prompts))]
-    state, rows = None, torch.arange(len(prompts))
-    last = lengths - 1  # where each row's text ends in the chunk
-    for _ in range(count):
-        x, state = model.features(tokens, state, Context(positions, tokens=tokens))
-        token = pick(model.logits(x[rows, last]), sampling, generators)  # (B,)
+    if not count:
+        return
+    x, state = model.features(tokens, None, Context(positions, tokens=tokens))
+    x = x[torch.arange(len(prompts)), lengths - 1]  # (B, D), the last token of each
+    step = GrowingStep(model, state)
+    if has_graphs(device) and not waits(model):
+        step = FixedStep(model, state, len(prompts))
+    del state  # the step keeps what it needs of it
+    token = pick(model.logits(x), sampling, generators)  # (B,)
+    yield token
+    for _ in range(count - 1):
+        token = pick(step(token), sampling, generators)
         yield token
-        tokens, positions, last = token[:, None], None, torch.zeros_like(last)
 
 
 def pick(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:

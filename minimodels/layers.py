@@ -25,6 +25,8 @@ and may have
 
 - `on_stream`: True for a layer that works on the residual stream itself, as a wrapper does
 - `causal`: whether no token depends on a later one in the present mode, if that is not always so
+- `waits`: why the host must wait for values in a step of one token, if it must. Such a step cannot be
+  a CUDA graph (see minimodels/decoding.py)
 - `after_step()`: called once after each optimizer step
 - `no_weight_decay`: the names of its matrices that do not decay
 - `operations`: the names of the operations for which `impl` chooses a path
@@ -41,7 +43,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +53,7 @@ from torch import Tensor, nn
 from minimodels.config import IMPLS, Config
 from minimodels.errors import InputError
 from minimodels.kernels import FASTER, require
+from minimodels.options import option
 from minimodels.ranks import averaged
 
 
@@ -236,7 +240,11 @@ def norm_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-NORMS = {"rms": RMSNorm, "layer": nn.LayerNorm}  # of the residual stream; one kind per model
+NORMS = {  # of the residual stream; one kind per model
+    "rms": RMSNorm,
+    "plain": partial(RMSNorm, learned=False),
+    "layer": nn.LayerNorm,
+}
 
 
 def make_norm(config: Config) -> nn.Module:
@@ -249,7 +257,8 @@ def norm_of_sum(
 ) -> tuple[Tensor, Tensor]:
     """norm(x + update), and x + update itself."""
     if isinstance(norm, RMSNorm):
-        return rmsnorm(x, norm.weight, norm.eps, update, impl)
+        weight = x.new_ones(norm.width) if norm.weight is None else norm.weight
+        return rmsnorm(x, weight, norm.eps, update, impl)
     x = x if update is None else x + update
     return norm(x), x
 
@@ -313,8 +322,17 @@ class Sandwich(nn.Module):
         return x, scaled(self.after(update), self.scale), state
 
 
-# how a layer is added to the residual stream; one kind per model
+# how a layer is added to the residual stream
 RESIDUALS = {"pre_norm": PreNorm, "post_norm": PostNorm, "sandwich": Sandwich}
+
+
+@dataclass(frozen=True)
+class Joint:
+    """The options that every layer has besides its own: how it is added to the residual stream."""
+
+    residual: Literal["pre_norm", "post_norm", "sandwich"] | None = option(
+        None, "where the layer's norm is: before it, after it or both; by default as in the model"
+    )
 
 
 class Stack(nn.ModuleList):

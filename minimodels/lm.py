@@ -35,6 +35,7 @@ class LM(nn.Module):
         self.observed: dict[str, list[Tensor]] = {}
         self.embedding = nn.Embedding(config.vocab or 256, config.width)
         nn.init.normal_(self.embedding.weight, std=config.init_std)
+        self.embedding_norm = make_norm(config) if config.embedding_norm else None
         self.layers = build(config)
         self.routers = [module for module in self.layers.modules() if hasattr(module, "causal")]
         self.norm = make_norm(config)
@@ -87,6 +88,8 @@ class LM(nn.Module):
             )
             raise InputError("state", "carried", accepted)
         context.embedded = scaled(self.embedding(tokens), self.config.embedding_scale)
+        if self.embedding_norm is not None:
+            context.embedded = self.embedding_norm(context.embedded)
         x, state = self.layers(context.embedded, state, context)
         return scaled(self.norm(x), self.config.logit_scale), state
 

@@ -1,7 +1,9 @@
-"""Continues a prompt with a trained or a published model, and prints each token as it is drawn:
+"""Continue a prompt with a trained or a published model, and print each token as it is drawn.
 
-python -m minimodels.sample runs/transformer --prompt "def " --temperature 0.8 --min-p 0.05
-python -m minimodels.sample FOLDER_OR_HUB_ID --prompt "Once upon a time"
+    python -m minimodels.sample runs/transformer --prompt "def " --temperature 0.8 --min-p 0.05
+    python -m minimodels.sample Qwen/Qwen3-0.6B --prompt "Once upon a time"
+
+A run's context is filled unless --tokens says otherwise.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import tyro
 from minimodels.command import parse_options, pick_device, run_command
 from minimodels.data.tasks import is_task
 from minimodels.data.tokenizer import Bytes, TokenizerFile
+from minimodels.decoding import waits
 from minimodels.errors import InputError, Natural, Range, check_types
 from minimodels.files import read_json
 from minimodels.generate import Sampling, generate
@@ -80,6 +83,8 @@ def main(options: Options) -> None:
         tokenizer = TokenizerFile(model.published.folder)
     prompt = tokenizer.encode(options.prompt)
     count = tokens_to_add(options.tokens, context, len(prompt))
+    if device.type == "cuda" and (reason := waits(model)):
+        print(f"note: no CUDA graph, because {reason}", file=sys.stderr)
     tokens = generate(model, [prompt], count, options.sampling, options.seed)
     ids = itertools.takewhile(lambda token: token not in tokenizer.end, map(int, tokens))
     for text in tokenizer.stream(prompt, ids):

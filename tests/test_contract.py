@@ -8,7 +8,7 @@ import torch.utils.checkpoint
 
 from minimodels import LM, Config, InputError
 from minimodels.training import checkpoint
-from minimodels.training.log import forget_after
+from minimodels.training.log import forget_after, write_log
 
 SMALL = {"vocab": 16, "width": 16}
 
@@ -86,6 +86,8 @@ def test_files_that_would_block_are_refused(tmp_path):
         checkpoint.load(tmp_path, model)
     os.mkfifo(tmp_path / "log.jsonl")
     forget_after(tmp_path, 0)
+    with pytest.raises(InputError, match="a regular file, or none"):
+        write_log(tmp_path, {"step": 1})
     os.mkfifo(tmp_path / "options.json")
     with pytest.raises(InputError, match="not a regular file"):
         checkpoint.load_model(tmp_path)

@@ -33,6 +33,7 @@ from minimodels.training.step import training_step
 ROOT = Path(minimodels.__file__).resolve().parents[1]
 EVERY = {**LAYERS, **WRAPPERS}
 ORDER = [  # rooms from the lowest up; those on one line may import each other
+    "interrupts",
     "errors",
     "files",
     "ranks",
@@ -49,8 +50,10 @@ ORDER = [  # rooms from the lowest up; those on one line may import each other
     "lm",
     "presets",
     "ledger",
-    "data training published",
+    "data memory training published",
+    "decoding",
     "generate",
+    "pace",
     "draw sample",
     "",  # minimodels itself, which exports what is used in Python
     "train",

@@ -21,9 +21,10 @@ from small import small
 
 import minimodels.sample
 import train
-from minimodels import LM, Config, InputError, preset
+from minimodels import LM, Config, InputError, load_model, preset
 from minimodels.command import run_command
 from minimodels.files import LOCK, atomic_write
+from minimodels.memory import Memory
 from minimodels.presets import MAIN, PRESETS
 from minimodels.training.optim import adamw, learning_rate
 from minimodels.training.options import make_first
@@ -339,7 +340,7 @@ def test_refuses_to_compile_without_a_compiler(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         run("--data", "text", "--steps", 1, *SMALL, "--compile", monkeypatch=monkeypatch)
     assert (
-        "compile: True is not accepted; accepted: False, for PyTorch finds no C++ compiler"
+        "compile: True is not accepted; accepted: False, because PyTorch finds no C++ compiler"
         in capsys.readouterr().err
     )
     assert not (tmp_path / "runs").exists()
@@ -413,7 +414,7 @@ REFUSED = [
     (["--layers", "mlp*" + "9" * 5000], "layers: '9999", "a whole number of 1 or more"),
     (["--layers", "(" * 3000], "layers: '('", "nested at most 50 deep"),
     (["--layers", "mod(" * 51 + "mlp" + ")" * 51], "layers: '('", "nested at most 50 deep"),
-    ([*SET, ROPE + ":"], "set: ':'", "a number, true, false or a word"),
+    ([*SET, ROPE + ":"], "set: ':'", "a number, true, false, a word or numbers"),
     (
         [*SET, ROPE + "wavy"],
         "layers: attention.rope_scaling: 'wavy'",
@@ -686,11 +687,38 @@ def test_a_log_that_ran_ahead_of_its_checkpoint_is_cut_back(tmp_path, monkeypatc
 def test_refuses_options_of_another_kind(change, tmp_path, monkeypatch, capsys):
     run("--data", "text", "--steps", 1, "--out", "run", *SMALL, monkeypatch=monkeypatch)
     options = json.loads((tmp_path / "run/options.json").read_text())
-    (tmp_path / "run/options.json").write_text(json.dumps({**options, **change}))
-    with pytest.raises(SystemExit) as exit:
+    changed = {**options, **change}
+    for given, message in (
+        (changed, "error: resume: 'run/options.json'"),
+        ({name: changed[name] for name in changed if name != "checksum"}, next(iter(change))),
+    ):
+        (tmp_path / "run/options.json").write_text(json.dumps(given))
+        with pytest.raises(SystemExit) as exit:
+            run("--resume", "run", monkeypatch=monkeypatch)
+        assert exit.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_options_that_still_parse_but_changed_are_refused(tmp_path, monkeypatch, capsys):
+    run("--data", "text", "--steps", 1, "--out", "run", *SMALL, monkeypatch=monkeypatch)
+    path = tmp_path / "run/options.json"
+    path.write_text(path.read_text().replace('"lr": 0.002', '"lr": 0.0025'))
+    with pytest.raises(SystemExit):
         run("--resume", "run", monkeypatch=monkeypatch)
-    assert exit.value.code == 2
-    assert f"error: {next(iter(change))}: " in capsys.readouterr().err
+    assert "these were changed or damaged" in capsys.readouterr().err
+    with pytest.raises(InputError, match="these were changed or damaged"):
+        load_model("run")
+
+
+def test_outputs_that_are_not_finite_are_neither_saved_nor_logged(tmp_path, monkeypatch, capsys):
+    """The loss before the last step, and the weights after it, may still be finite."""
+    monkeypatch.setattr(train, "evaluate", lambda *given: {"validation_loss": math.nan})
+    with pytest.raises(SystemExit, match="1"):
+        run("--data", "text", "--steps", 1, "--out", "run", *SMALL, monkeypatch=monkeypatch)
+    said = capsys.readouterr().err
+    assert re.search("the loss is not finite at step 1; .* nothing was saved", said)
+    assert not (tmp_path / "run/checkpoint.safetensors").exists()
+    assert all(math.isfinite(value) for row in log(tmp_path / "run") for value in row.values())
 
 
 def test_refuses_weights_that_are_not_finite(tmp_path, monkeypatch, capsys):
@@ -712,6 +740,42 @@ def test_refuses_weights_that_are_not_finite(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert re.search("weights are not finite at step 1; .* nothing was saved", said)
     assert not (tmp_path / "run/checkpoint.safetensors").exists()
+
+
+def test_weights_are_looked_at_before_a_checkpoint_on_the_way(tmp_path, monkeypatch, capsys):
+    """Step 2 breaks them, long before the log would show it."""
+    step = train.training_step
+
+    def broken(model, *given):
+        taken = step(model, *given)
+        if (tmp_path / "run/checkpoint.safetensors").exists():
+            model.norm.weight.data.fill_(math.nan)
+        return taken
+
+    monkeypatch.setattr(train, "training_step", broken)
+    arguments = ["--data", "text", "--steps", 9, "--out", "run", *SMALL]
+    with pytest.raises(SystemExit, match="1"):
+        run(*arguments, "--eval-every", 1, "--log-every", 9, monkeypatch=monkeypatch)
+    said = capsys.readouterr().err
+    assert re.search("weights are not finite at step 2; .* checkpoint is good", said)
+    assert all(weight.isfinite().all() for weight in load_model("run").parameters())
+
+
+def test_a_run_that_cannot_fit_ends_before_its_first_step(tmp_path, monkeypatch, capsys):
+    """And one that may not fit starts with a note; slow steps are mentioned on the way."""
+    arguments = ["--data", "text", "--steps", 1, "--out", "run", *SMALL]
+    monkeypatch.setattr("minimodels.pace.Pace.remark", lambda self, speed: "slow")
+    monkeypatch.setattr("minimodels.memory.memory_of", lambda device: Memory(1000, 1000))
+    with pytest.raises(SystemExit) as exit:
+        run(*arguments, monkeypatch=monkeypatch)
+    assert exit.value.code == 2
+    assert "error: memory: 'at least " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr("minimodels.memory.memory_of", lambda device: Memory(1e12, 1000))
+    run(*arguments, monkeypatch=monkeypatch)
+    said = capsys.readouterr()
+    assert "memory   at least " in said.out
+    assert "note: slow" in said.out + said.err
 
 
 def test_a_run_on_a_task_continues_no_text(tmp_path, monkeypatch, capsys):

@@ -17,7 +17,7 @@ from minimodels import LM, Config
 from minimodels.architectures.transformer import Attention, default_width
 from minimodels.layers import Context, RMSNorm
 from minimodels.ops.attention import attention
-from minimodels.ops.rotary import rotary, rotate, slow
+from minimodels.ops.rotary import Llama3, rotary, rotate
 
 T, D = 24, WIDTH
 WINDOW = "attention(window=5)"
@@ -346,7 +346,7 @@ def test_llama3_frequencies_are_kept_lowered_or_between():
     between = (400 * 0.025 / (2 * math.pi) - 1) / 3
     expected = torch.tensor([1.0, 0.025 * (between + (1 - between) / 8), 0.01 / 8])
     same(
-        slow(torch.tensor([1.0, 0.025, 0.01]), "llama3(factor=8, low=1, high=4, context=400)"),
+        Llama3(8, 1, 4, 400).frequencies(torch.tensor([1.0, 40.0, 100.0]), 1e4),
         expected,
         1e-6,
     )

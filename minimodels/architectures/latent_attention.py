@@ -85,7 +85,7 @@ class LatentAttention(nn.Module):
         if self.turned % 2:
             accepted = "an even number, because rotation turns pairs"
             raise InputError("rope_dim", self.turned, accepted)
-        self.scaling = scaling_text(options.rope_scaling)
+        self.scaling = scaling_text(options.rope_scaling, self.turned)
         self.scale = options.scale or (self.plain + self.turned) ** -0.5
         q_width = H * (self.plain + self.turned)
         self.q_down = self.q_norm = None

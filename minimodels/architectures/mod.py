@@ -79,6 +79,7 @@ class MixtureOfDepths(nn.Module):
     paper = "Raposo et al., arXiv:2404.02258"
     presets = {"mod": "(attention mlp mod(attention mlp))*{half}"}
     topk = False
+    waits = "mixture-of-depths counts the tokens that take the group"
 
     @dataclass(frozen=True)
     class Options:

@@ -35,7 +35,7 @@ from minimodels.config import Config
 from minimodels.errors import Count, InputError, Natural, NonNegative
 from minimodels.layers import Context, Place, Record, flops, full_precision, linear
 from minimodels.ops.documents import top_per_document
-from minimodels.ops.grouped_mlp import grouped_mlp
+from minimodels.ops.grouped_mlp import grouped_mlp, path_of
 from minimodels.options import option
 from minimodels.ranks import total
 
@@ -170,6 +170,14 @@ class MoE(nn.Module):
                 shared = torch.sigmoid(self.shared_gate(x)) * shared
             y = y + shared
         return y, None
+
+    @property
+    def waits(self) -> str:
+        """Why the host must wait for values in a step of one token; empty if it need not."""
+        options = self.options
+        plain = not options.expert_bias and options.activation == "silu"
+        path = path_of(self.impl, self.gate.device, plain)
+        return "" if path == "triton" else f"the {path} path of moe counts each expert's tokens"
 
     def account(
         self, logits: Tensor, visits: Tensor, probabilities: Tensor, context: Context

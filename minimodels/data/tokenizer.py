@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from minimodels.data.byte_level import from_alphabet, save_bytes_tokenizer
-from minimodels.errors import InputError
+from minimodels.errors import InputError, meant
 from minimodels.files import atomic_write, read_json
 
 END = "<|end|>"  # ends a document in the tokenizers that are trained here
@@ -223,7 +223,9 @@ def open_tokenizer(spec: str, texts: Iterable[str] | None = None) -> Bytes | Lib
     if path.is_dir():
         return TokenizerFile(path)
     if not path.is_file():
-        raise InputError("tokenizer", spec, "bytes, bpe(vocab=8192) or a file tokenizer.json")
+        word = meant(spec.partition("(")[0], ("bytes", "bpe"))
+        accepted = f"{word}bytes, bpe(vocab=8192) or a file tokenizer.json"
+        raise InputError("tokenizer", spec, accepted)
     return TokenizerFile(path.parent, path.name)
 
 

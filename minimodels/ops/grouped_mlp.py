@@ -34,12 +34,7 @@ def grouped_mlp(
     other activation.
     """
     check_shapes(x, gates, visits, gate, up, out)
-    path = choose(impl, "grouped_mlp", x.device)
-    if path == "triton" and (biases is not None or activation != "silu"):
-        if impl != "auto":
-            accepted = "auto, reference or torch, because the kernel has neither biases nor activations but silu"
-            raise InputError("impl", impl, accepted)
-        path = "torch"
+    path = path_of(impl, x.device, biases is None and activation == "silu")
     act = GATED[activation]
     if path == "reference":
         y = torch.zeros_like(x)
@@ -72,6 +67,17 @@ def grouped_mlp(
     y = grouped_linear(hidden, out, counts)  # (A, D)
     y = (y if of_out is None else y + of_out) * gates[token, expert, None].to(hidden.dtype)
     return torch.zeros_like(x, dtype=dtype).index_add(0, token, y.to(dtype))
+
+
+def path_of(impl: str, device: torch.device, plain: bool) -> str:
+    """The path of the experts; `plain`: without biases and with silu, as the kernel has them."""
+    path = choose(impl, "grouped_mlp", device)
+    if path != "triton" or plain:
+        return path
+    if impl != "auto":
+        accepted = "auto, reference or torch, because the kernel has neither biases nor activations but silu"
+        raise InputError("impl", impl, accepted)
+    return "torch"
 
 
 def biases_of(

@@ -160,12 +160,18 @@ def read_device(device: str | torch.device) -> torch.device:
 
 
 def locate(path_or_id: str | Path, revision: str | None = None) -> Path:
-    """The folder of a published model. If there is no such folder here, it comes from the hub."""
+    """The folder of a published model: a folder here, or OWNER/NAME from the hub.
+
+    If there is a folder OWNER here, the name is not looked up on the hub, because it was meant as a
+    path.
+    """
     name = str(path_or_id)
     if name and Path(name).is_dir():
         return Path(name)
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        accepted = "a folder with config.json and safetensors, or an id of the hub"
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or Path(name.partition("/")[0]).is_dir():
+        accepted = (
+            "a folder that exists, with config.json and safetensors, or OWNER/NAME on the hub"
+        )
         raise InputError("path_or_id", name, accepted)
     try:
         from huggingface_hub import snapshot_download

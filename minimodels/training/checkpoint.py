@@ -160,22 +160,42 @@ def save_options(run: Path, options: dict) -> None:
     """Write the options of a run, with which it can be resumed. Raises InputError if the
     folder cannot be written."""
     try:
-        write_json(run / "options.json", options)
+        write_json(run / "options.json", {**options, "checksum": options_checksum(options)})
     except OSError as error:
         raise InputError(
             "out", str(run), f"a folder that can be written ({error.strerror})"
         ) from None
 
 
+def read_saved_options(run: Path, field: str) -> dict:
+    """The options of a run. Raises InputError, which names `field`, if there are none, or if they
+    were changed since they were saved."""
+    path = run / "options.json"
+    saved = read_json(path, field)
+    if saved.pop("checksum", None) not in (None, options_checksum(saved)):
+        accepted = "options as a run saved them; these were changed or damaged"
+        raise InputError(field, str(path), accepted)
+    return saved
+
+
+def options_checksum(options: dict) -> int:
+    """The CRC-32 of options as JSON."""
+    return zlib.crc32(json.dumps(options, sort_keys=True).encode())
+
+
 def save_model(model: LM, folder: str | Path) -> None:
     """Save a model that was trained in Python, so that load_model and
-    minimodels.sample can read it.
+    minimodels.sample can read it. A model that save_model has written there is replaced.
 
-    Raises InputError if the folder is not new or empty, or cannot be written.
+    Raises InputError if the folder holds anything else, or cannot be written.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError("folder", str(folder), "a new or empty folder")
+    own = {"options.json", FILE}
+    if folder.exists() and not (
+        folder.is_dir() and own >= {path.name for path in folder.iterdir()}
+    ):
+        accepted = "a new or empty folder, or one that save_model has written"
+        raise InputError("folder", str(folder), accepted)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -190,7 +210,7 @@ def load_model(run: str | Path) -> LM:
     run = Path(run)
     if not run.is_dir():
         raise InputError("run", str(run), "the folder of a training run; there is no such folder")
-    options = read_json(run / "options.json", "run")
+    options = read_saved_options(run, "run")
     try:
         model = LM(Config(**options["config"]))
     except (KeyError, TypeError) as error:

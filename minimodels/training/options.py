@@ -21,11 +21,11 @@ from minimodels.architectures.registry import LAYERS, WRAPPERS
 from minimodels.command import parse_options
 from minimodels.config import Config
 from minimodels.errors import Count, InputError, NonNegative, Positive, Range, check_types
-from minimodels.files import LOCK, read_json
+from minimodels.files import LOCK
 from minimodels.grammar import set_options
 from minimodels.presets import fitted, preset
 from minimodels.training.checkpoint import FILE as CHECKPOINT
-from minimodels.training.checkpoint import differing_fields
+from minimodels.training.checkpoint import differing_fields, read_saved_options
 
 Number = Annotated[int, Range(0, 2**63 - 1, "a whole number from 0, below 2^63")]
 
@@ -62,7 +62,7 @@ class Options:
     flops: Positive | None = None
     """bound: training FLOPs, as counted by the ledger"""
     minutes: Positive | None = None
-    """bound: wall-clock minutes of training, evaluation included"""
+    """bound: minutes of training by the clock, including evaluation"""
 
     context: Count = 256
     """tokens per sequence"""
@@ -72,7 +72,7 @@ class Options:
     accumulate: Count = 1
     """forward passes per optimizer step"""
     lr: Positive = 2e-3
-    """peak learning rate of AdamW"""
+    """highest learning rate of AdamW"""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """cosine (to a tenth), wsd (stable, then to zero over the last fifth) or constant"""
     warmup: Number = 50
@@ -199,7 +199,7 @@ def read_options(run: Path) -> Options:
         raise InputError(
             "resume", str(run), "the folder of a training run; there is no such folder"
         )
-    saved = read_json(run / "options.json", "resume")
+    saved = read_saved_options(run, "resume")
     try:
         return Options(**{**saved, "config": Config(**saved["config"]), "out": None, "resume": run})
     except (KeyError, TypeError) as error:
