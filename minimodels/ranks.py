@@ -56,7 +56,7 @@ def alone() -> Iterator[None]:
 
 
 class Total(torch.autograd.Function):
-    """The sum of a tensor over the ranks, in each of them; so each gradient is the sum of theirs."""
+    """The sum of a tensor over the ranks, in each of them. Its gradient is the sum of theirs."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

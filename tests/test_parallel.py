@@ -1,6 +1,7 @@
 """Several ranks that train one model do what one process does.
 
-The ranks are forked, which takes a fraction of a second. Three tests start `torchrun`, which takes ten.
+The ranks are forked, which takes a fraction of a second. Three tests start `torchrun`, which takes
+ten.
 """
 
 import json
@@ -98,7 +99,8 @@ def train_on(layers: str, shard: bool = False, pieces: int = 1) -> list[list[flo
 
 
 def ways(layers: str, world: int) -> list[tuple[bool, int]]:
-    """Whether to shard, and into how many pieces to split the context; four ranks replicate one model."""
+    """Whether to shard, and into how many pieces to split the context. Four ranks replicate one
+    model."""
     found = [(True, 1)]
     if world == 2 or layers == PRESET_TEXTS[0]:
         found.append((False, 1))

@@ -1,9 +1,9 @@
 """`--batch-size auto`: as many of a step's sequences in one forward pass as the memory holds.
 
 The rest of the step's sequences follow in further passes, so a step is the same whatever is found.
-Each number is tried with a step of a model that is then forgotten: on a GPU in this process, on a CPU
-in a child that may not take more memory than there is, because there the system ends a process that
-takes too much.
+Each number is tried with a step of a model that is then forgotten: on a GPU in this process, on a
+CPU in a child that may not take more memory than there is, because there the system ends a process
+that takes too much.
 """
 
 from __future__ import annotations
@@ -58,8 +58,10 @@ def fill_memory(
 
 
 def largest_batch(rows: int, teams: int, fits: Callable[[int], bool]) -> int:
-    """The largest divisor of `rows` that is a multiple of `teams` and fits. Raises InputError if none
-    does."""
+    """The largest divisor of `rows` that is a multiple of `teams` and fits.
+
+    Raises InputError if there is none.
+    """
     sizes = [size for size in range(rows, 0, -1) if rows % size == 0 and size % teams == 0]
     if not sizes:
         raise InputError("batch_size", "auto", f"a multiple of {teams}, the number of processes")

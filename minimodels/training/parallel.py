@@ -160,6 +160,6 @@ def gathered(
 
 
 def synchronise(model: LM, now: bool) -> None:
-    """Whether the next backward pass averages the gradients; before the last it only adds them up."""
+    """Let the next backward pass average the gradients over the ranks, or only add to them."""
     if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(now)
