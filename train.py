@@ -24,7 +24,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.multiprocessing.errors import record as recorded
 from tqdm import tqdm
 
 from minimodels.command import (
@@ -46,7 +46,7 @@ from minimodels.ledger import ledger
 from minimodels.lm import LM
 from minimodels.memory import check_memory
 from minimodels.pace import Pace, pick_threads
-from minimodels.ranks import averaged, from_first, largest, rank, world
+from minimodels.ranks import alone, averaged, from_first, largest, rank, world
 from minimodels.training import checkpoint, parallel
 from minimodels.training.blocks import compiled_loss, recompute
 from minimodels.training.budget import Budget, Shape
@@ -94,13 +94,13 @@ def main(options: Options) -> None:
         require_compiler(device)
 
     budget = Budget(options, config, data, {})
-    for shape in (budget.first, budget.last):
-        parallel.check_division(shape.batch_size, shape.context, options.context_parallel)
+    for shape in (budget.first, budget.last, budget.largest):
+        own = parallel.own_shape(shape.batch_size, shape.context, options.context_parallel)
     cost = ledger(config, options.context)
     pace = Pace(threads, cost.training_flops)
-    own = (max(1, budget.largest.batch_size // world()), budget.largest.context)
-    usual = not (options.compile or options.checkpoint_activations or world() > 1)
-    memory = check_memory(model, *own, autocast, exact=usual)
+    with alone():  # it computes a loss, perhaps, which is of no batch
+        exact = not (options.compile or options.checkpoint_activations)
+        memory = check_memory(model, *own, autocast, exact)
     changed = changes(options)
     run = options.resume or from_first(lambda: new_folder(options))
     with ExitStack() as stack:
@@ -282,4 +282,4 @@ def sample(model: LM, data: Source, prompt: str) -> str:
 
 
 if __name__ == "__main__":
-    run_command(record(main), lambda: parse(__doc__))
+    run_command(recorded(main), lambda: parse(__doc__))

@@ -227,8 +227,8 @@ def stopped_by_signals() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C, SIGTERM or SIGHUP sets, so that a run can finish its step and
     save. A second signal ends the process at once, even inside a compiler.
 
-    Signals within a second of the first are the same one: Ctrl-C reaches a process of torchrun twice,
-    from the terminal and from torchrun.
+    A signal within a second of the first is the same one: Ctrl-C reaches a process of torchrun
+    twice, from the terminal and from torchrun.
     """
     stopped, first = threading.Event(), math.inf
 

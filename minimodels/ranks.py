@@ -10,8 +10,9 @@ In one process they change nothing.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from minimodels.errors import InputError
 
 Result = TypeVar("Result")
+_alone = False
 
 
 def joined() -> bool:
@@ -38,12 +40,23 @@ def rank() -> int:
 
 
 def world() -> int:
-    """How many ranks there are."""
-    return dist.get_world_size() if joined() else 1
+    """How many ranks compute together."""
+    return dist.get_world_size() if joined() and not _alone else 1
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within this block a rank computes for itself, as one process does."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 class Total(torch.autograd.Function):
-    """The sum of a tensor over the ranks, in each of them; so each gradient is the sum of theirs."""
+    """The sum of a tensor over the ranks, in each of them. Its gradient is the sum of theirs."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """`--batch-size auto` finds what the memory holds, and a step stays what it is."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 import train
 from minimodels import Config, InputError
+from minimodels.memory import Memory
 from minimodels.training import fit
 
 MEGABYTE = 2**20
@@ -31,7 +33,7 @@ def test_the_largest_divisor_that_fits_is_found():
 
 @pytest.mark.skipif(not fit.resource, reason="memory cannot be limited here")
 def test_a_trial_has_only_the_memory_that_is_free(monkeypatch, capfd):
-    monkeypatch.setattr(fit, "free_memory", lambda: 200 * MEGABYTE)
+    monkeypatch.setattr(fit, "memory_of", lambda device: Memory(math.inf, 200 * MEGABYTE))
 
     def fill(rows: int) -> None:
         if rows == 3:
@@ -48,7 +50,7 @@ def test_a_trial_has_only_the_memory_that_is_free(monkeypatch, capfd):
 @pytest.mark.skipif(not fit.resource, reason="memory cannot be limited here")
 def test_a_trial_trains_the_model(monkeypatch):
     """A context that the free memory holds, and one that it does not."""
-    monkeypatch.setattr(fit, "free_memory", lambda: 200 * MEGABYTE)
+    monkeypatch.setattr(fit, "memory_of", lambda device: Memory(math.inf, 200 * MEGABYTE))
     config = Config(layers="mlp", width=64, vocab=256)
     device, autocast = torch.device("cpu"), torch.autocast("cpu", enabled=False)
     for context, enough in ((16, True), (400_000, False)):

@@ -50,10 +50,10 @@ ORDER = [  # rooms from the lowest up; those on one line may import each other
     "lm",
     "presets",
     "ledger",
-    "data training published",
+    "data memory training published",
     "decoding",
     "generate",
-    "memory pace",
+    "pace",
     "draw sample",
     "",  # minimodels itself, which exports what is used in Python
     "train",

@@ -1,6 +1,7 @@
 """Several ranks that train one model do what one process does.
 
-The ranks are forked, which takes a fraction of a second. Three tests start `torchrun`, which takes ten.
+The ranks are forked, which takes a fraction of a second. Three tests start `torchrun`, which takes
+ten.
 """
 
 import json
@@ -98,7 +99,8 @@ def train_on(layers: str, shard: bool = False, pieces: int = 1) -> list[list[flo
 
 
 def ways(layers: str, world: int) -> list[tuple[bool, int]]:
-    """Whether to shard, and into how many pieces to split the context; four ranks replicate one model."""
+    """Whether to shard, and into how many pieces to split the context. Four ranks replicate one
+    model."""
     found = [(True, 1)]
     if world == 2 or layers == PRESET_TEXTS[0]:
         found.append((False, 1))
@@ -227,8 +229,7 @@ def refused() -> list[str]:
     said = []
     for given in ((7, 8, 1), (7, 8, 2), (8, 9, 2), (8, 9, 3)):
         try:
-            parallel.check_division(*given)
-            said.append("")
+            said.append(parallel.own_shape(*given))
         except InputError as error:
             said.append(str(error))
     return said
@@ -237,7 +238,7 @@ def refused() -> list[str]:
 def test_a_batch_that_ranks_cannot_divide_is_refused(tmp_path):
     assert forked(2, refused, tmp_path) == [
         "batch_size: 7 is not accepted; accepted: a multiple of 2, the number of processes",
-        "",
+        [7, 4],
         "context: 9 is not accepted; accepted: a multiple of 2, the pieces of context_parallel",
         "context_parallel: 3 is not accepted; accepted: a divisor of 2, the number of processes",
     ]

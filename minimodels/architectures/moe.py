@@ -190,8 +190,8 @@ class MoE(nn.Module):
     def account(
         self, logits: Tensor, visits: Tensor, probabilities: Tensor, context: Context
     ) -> None:
-        """Record the z-loss, mean(logsumexp(logits)²) over the real tokens, and what the balance loss is
-        made of; count the visits."""
+        """Record the z-loss, mean(logsumexp(logits)²) over the real tokens, and what the balance
+        loss is made of. Count the visits."""
         real = (
             logits.new_ones(logits.shape[:2])
             if context.real is None

@@ -1,9 +1,9 @@
 """`--batch-size auto`: as many of a step's sequences in one forward pass as the memory holds.
 
 The rest of the step's sequences follow in further passes, so a step is the same whatever is found.
-Each number is tried with a step of a model that is then forgotten: on a GPU in this process, on a CPU
-in a child that may not take more memory than there is, because there the system ends a process that
-takes too much.
+Each number is tried with a step of a model that is then forgotten: on a GPU in this process, on a
+CPU in a child that may not take more memory than there is, because there the system ends a process
+that takes too much.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from minimodels.command import is_out_of_memory
 from minimodels.config import Config
 from minimodels.errors import InputError
 from minimodels.lm import LM
-from minimodels.ranks import largest, world
+from minimodels.memory import memory_of
+from minimodels.ranks import alone, largest, world
 from minimodels.training.blocks import recompute
 from minimodels.training.optim import adamw
 from minimodels.training.options import DEFAULT_ROWS, Options
@@ -37,11 +38,6 @@ from minimodels.training.step import training_step
 
 SPARE = 0.9  # the share of the free memory that a trial may take; the rest is for what comes later
 LACKING = 3  # exit status of a trial that finds too little memory
-GROUPS = Path("/sys/fs/cgroup")
-CONTAINER = [  # a container's limit and what it uses, in the two versions of control groups
-    (GROUPS / "memory.max", GROUPS / "memory.current"),
-    (GROUPS / "memory/memory.limit_in_bytes", GROUPS / "memory/memory.usage_in_bytes"),
-]
 
 
 def fill_memory(
@@ -55,14 +51,17 @@ def fill_memory(
     fits = tries(
         config, device, autocast, options.context // pieces, options.checkpoint_activations
     )
-    own = largest_batch(rows, teams, lambda size: fits(size // teams))
+    with alone():  # ranks may need different numbers of trials
+        own = largest_batch(rows, teams, lambda size: fits(size // teams))
     size = int(-largest(-own)[0])  # the smallest of all ranks
     return replace(options, batch_size=size, accumulate=rows // size)
 
 
 def largest_batch(rows: int, teams: int, fits: Callable[[int], bool]) -> int:
-    """The largest divisor of `rows` that is a multiple of `teams` and fits. Raises InputError if none
-    does."""
+    """The largest divisor of `rows` that is a multiple of `teams` and fits.
+
+    Raises InputError if there is none.
+    """
     sizes = [size for size in range(rows, 0, -1) if rows % size == 0 and size % teams == 0]
     if not sizes:
         raise InputError("batch_size", "auto", f"a multiple of {teams}, the number of processes")
@@ -112,7 +111,8 @@ def fits_gpu(train: Callable[[int], None], rows: int) -> bool:
 
 def fits_cpu(train: Callable[[int], None], rows: int) -> bool:
     """The same in a child whose memory is limited to what is free."""
-    limit = used_memory() + int(SPARE * free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    sharers = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks of this machine
+    limit = used_memory() + int(SPARE * memory_of(torch.device("cpu")).free / sharers)
     child = os.fork()
     if child == 0:
         try_within(limit, train, rows)
@@ -143,13 +143,3 @@ def try_within(limit: int, train: Callable[[int], None], rows: int) -> NoReturn:
 def used_memory() -> int:
     """Bytes of addresses that this process uses."""
     return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def free_memory() -> int:
-    """Bytes that processes of this machine, or of this container, may still take."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
-    for most, used in CONTAINER:
-        if most.exists() and (limit := most.read_text().strip()).isdigit():
-            free.append(int(limit) - int(used.read_text()))
-    return min(free)

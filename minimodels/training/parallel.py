@@ -66,9 +66,11 @@ def stop(status: int = 0) -> None:
         sys.exit(status)
 
 
-def check_division(batch_size: int, context: int, pieces: int) -> None:
-    """Raise InputError unless a batch can be divided equally among the ranks, with each text in so
-    many pieces."""
+def own_shape(batch_size: int, context: int, pieces: int) -> tuple[int, int]:
+    """The rows and tokens that each rank has of a batch, if each text is in so many pieces.
+
+    Raises InputError if the ranks cannot have equal parts.
+    """
     if world() % pieces:
         accepted = f"a divisor of {world()}, the number of processes"
         raise InputError("context_parallel", pieces, accepted)
@@ -79,6 +81,7 @@ def check_division(batch_size: int, context: int, pieces: int) -> None:
         of = " / context_parallel" if pieces > 1 else ""
         accepted = f"a multiple of {teams}, the number of processes{of}"
         raise InputError("batch_size", batch_size, accepted)
+    return batch_size // teams, context // pieces
 
 
 def own(batch: tuple[Tensor, ...], pieces: int = 1) -> tuple[Tensor, ...]:
@@ -136,6 +139,6 @@ def gathered(model: LM) -> LM:
 
 
 def synchronise(model: LM, now: bool) -> None:
-    """Whether the next backward pass averages the gradients; before the last it only adds them up."""
+    """Let the next backward pass average the gradients over the ranks, or only add to them."""
     if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(now)

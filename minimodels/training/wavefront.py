@@ -1,9 +1,10 @@
 """Context parallelism: several ranks share each text, by the state that every layer carries.
 
-Rank c of N has the c-th piece of the text. For each block it receives the state of the rank before,
-which has read the tokens before, applies the block as in inference, and sends its own state on.
-While rank 1 applies block l, rank 0 applies block l + 1, so L blocks take L + N - 1 rounds. Gradients
-run the other way. No layer knows of it, and the result is that of the whole text.
+Rank c of N has the c-th piece of the text. For each block it receives the state of the rank
+before, which has read the tokens before, applies the block as in inference, and sends its own state
+on. While rank 1 applies block l, rank 0 applies block l + 1, so L blocks take L + N - 1 rounds.
+Gradients run the other way. No layer knows of it, and the result is that of the whole text. With
+sharding the ranks wait for each other at every block, because each collects it for all.
 
     rank 0    block 0   block 1   block 2             a message is what the block remembers: keys and
     rank 1              block 0   block 1   block 2   values of all tokens before, or a state of
@@ -34,8 +35,11 @@ def check_causal(model: LM, pieces: int) -> None:
 
 
 def split_context(model: LM, pieces: int) -> None:
-    """Let every `pieces` consecutive ranks share their texts. Raises InputError if a layer needs the
-    whole text at once. Call this after `recompute`, because what is sent is sent once."""
+    """Let every `pieces` consecutive ranks share their texts.
+
+    Call this after `recompute`, because what is sent is sent once. Raises InputError if a layer
+    needs the whole text at once.
+    """
     check_causal(model, pieces)
     if pieces > 1:
         for block in blocks(model):
@@ -43,15 +47,14 @@ def split_context(model: LM, pieces: int) -> None:
 
 
 class Carried:
-    """The forward of a block between the rank that has the text before and the one that has the text
-    after."""
+    """The forward of a block between the ranks that have the text before and the text after."""
 
     def __init__(self, forward: Callable, pieces: int):
         self.forward, self.pieces = forward, pieces
         self.forms: dict[tuple, Any] = {}  # what decides a state's form -> a state without values
 
     def __call__(self, x: Tensor, *arguments):
-        """As the block: x, maybe an update, the state (None) and the context -> x, the same, a state."""
+        """As the block: x, maybe an update, the state and the context -> x, the same, the state."""
         *update, state, context = arguments
         place, me = rank() % self.pieces, rank()
         key = (x.shape, x.dtype, torch.is_grad_enabled(), context.positions is None)
