@@ -47,7 +47,7 @@ class Provider(NamedTuple):
 
 def train(model: LM, context: int, batch: int, provider: Provider) -> Callable[[], Step]:
     """Forward, backward, clipping, AdamW."""
-    device = model.embedding.weight.device
+    device = model.device
     optimizer = adamw(model, 1e-4, 0.1)
     tokens = torch.randint(model.embedding.num_embeddings, (batch, context + 1), device=device)
     loss_function = compiled(model, provider) if provider.compiled else model.loss
@@ -58,9 +58,7 @@ def train(model: LM, context: int, batch: int, provider: Provider) -> Callable[[
 def prefill(model: LM, context: int, batch: int, provider: Provider) -> Callable[[], tuple]:
     """The state after a prompt and the logits of its next token."""
     model = at_capacity(in_bfloat16(model.eval()))
-    tokens = torch.randint(
-        model.embedding.num_embeddings, (batch, context), device=model.embedding.weight.device
-    )
+    tokens = torch.randint(model.embedding.num_embeddings, (batch, context), device=model.device)
 
     @torch.inference_mode()
     def call() -> tuple:
@@ -76,7 +74,7 @@ def decode(model: LM, context: int, batch: int, provider: Provider) -> Callable[
     that need little memory. The first new token copies the state, because every call
     continues from the same one. A CUDA graph does not copy it, see `repeated`."""
     model, start = at_capacity(in_bfloat16(model.eval())), None
-    token = torch.zeros(batch, dtype=torch.int64, device=model.embedding.weight.device)
+    token = torch.zeros(batch, dtype=torch.int64, device=model.device)
     for length in torch.arange(context).split(max(1, PIECE // batch)):
         _, start = model.features(token[:, None].expand(batch, len(length)), start)
     if provider.compiled:
@@ -146,7 +144,7 @@ def at_capacity(model: LM) -> LM:
 
 def in_bfloat16(model: LM) -> LM:
     """The model in bf16 if its GPU supports it."""
-    return model.bfloat16() if has_bfloat16(model.embedding.weight.device) else model
+    return model.bfloat16() if has_bfloat16(model.device) else model
 
 
 MODES = {"train": train, "prefill": prefill, "decode": decode}

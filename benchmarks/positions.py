@@ -105,7 +105,7 @@ def measure(folder: Path, options: Options, device: torch.device) -> list[dict]:
 def loss_by_position(model: LM, data: Source, batch_size: int, batches: int) -> Tensor:
     """The mean loss in nats at each position, (T,), in evaluation mode, on the held-out windows."""
     model.eval()
-    device = model.embedding.weight.device
+    device = model.device
     total = torch.zeros(data.context, dtype=torch.float64)
     for tokens, targets in data.validation(batch_size, batches):
         with precision(device):

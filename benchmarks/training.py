@@ -80,7 +80,7 @@ def train(
 def score(model: LM, data: Source, batch: int, batches: int) -> dict[str, float]:
     """Bits per target and the fraction of right answers, in evaluation mode and full precision,
     always on the same batches."""
-    full = torch.autocast(model.embedding.weight.device.type, enabled=False)
+    full = torch.autocast(model.device.type, enabled=False)
     found = evaluate(model, data, batch, batches, full)
     return {"bits": found["validation_loss"] / math.log(2), "accuracy": found["accuracy"]}
 

@@ -41,7 +41,7 @@ class FixedStep:
     def __init__(self, model: LM, state: list, rows: int):
         if reason := waits(model):
             raise InputError("model", "with a state of fixed size", f"other layers: {reason}")
-        self.model, self.rows, self.device = model, rows, model.embedding.weight.device
+        self.model, self.rows, self.device = model, rows, model.device
         self.tokens = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
         self.begin(state)
 

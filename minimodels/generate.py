@@ -161,7 +161,7 @@ def continue_prompts(
     model: LM, prompts: list[Tensor], count: int, sampling: Sampling, seed: int
 ) -> Iterator[Tensor]:
     """The iterator that generate returns after it has checked its arguments."""
-    device = model.embedding.weight.device
+    device = model.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(device)  # (B, T)
     positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)

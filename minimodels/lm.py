@@ -92,6 +92,11 @@ class LM(nn.Module):
         x, state = self.layers(context.embedded, state, context)
         return scaled(self.norm(x), self.config.logit_scale), state
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.weight.device
+
     def logits(self, x: Tensor) -> Tensor:
         """The head's output for `features`: (..., D) -> (..., V)."""
         cap = self.config.logit_softcap
@@ -102,7 +107,7 @@ class LM(nn.Module):
         """The embeddings of all tokens (V, D), with what an adapter adds to them."""
         if type(self.embedding) is nn.Embedding:
             return self.embedding.weight
-        return self.embedding(torch.arange(self.vocab, device=self.embedding.weight.device))
+        return self.embedding(torch.arange(self.vocab, device=self.device))
 
     @property
     def plain_head(self) -> nn.Module | None:

@@ -28,7 +28,7 @@ def evaluate(
     of a batch, and `pieces` ranks share a row. The model is in evaluation mode, in which
     mixture-of-depths decides causally."""
     model.eval()
-    counts, device = torch.zeros(3), model.embedding.weight.device
+    counts, device = torch.zeros(3), model.device
     for batch in data.validation(batch_size, batches):
         tokens, targets, *packed = (part.to(device) for part in own(batch, pieces))
         packed = dict(zip(("starts", "positions"), packed, strict=False))

@@ -31,7 +31,7 @@ class Guard:
     """Counts the bad steps of a run. `allowed`: how many it may have."""
 
     def __init__(self, model: LM, allowed: int = 0):
-        device = model.embedding.weight.device
+        device = model.device
         self.allowed, self.highest = allowed, HIGHEST * math.log(max(model.config.vocab, 2))
         self.bad = torch.zeros((), device=device)  # steps so far
         self.since = torch.zeros((), device=device)  # steps since the one that failed, inclusive
