@@ -1,7 +1,7 @@
 """Checks that the kernels are right, before anything is timed. Every kernel checks itself in
 its own process, all at once.
 
-The checks have their own Triton cache, because they compete for the machine, and settings tuned at
+Each check has its own Triton cache, because they compete for the machine, and settings tuned at
 that time must not be used later. If a check fails or does not end in time, only its own kernel is
 affected: what needs it is left out by name.
 """
@@ -29,7 +29,7 @@ def check(
     """Write a row for each operation as soon as its check ends, and the output
     of the checks to `log`."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "TRITON_CACHE_DIR": str(Path(folder) / "cache")}
+        environment = dict(os.environ)
         if device.type == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
         outputs = {operation: Path(folder) / operation for operation in operations}
@@ -58,7 +58,8 @@ def command(operation: str) -> list[str]:
 
 
 def launch(operation: str, output: Path, environment: dict[str, str]) -> subprocess.Popen:
-    """Start a check in its own process group, which can be stopped as a whole."""
+    """Start a check in its own process group, which can be stopped as a whole, with its own cache."""
+    environment = {**environment, "TRITON_CACHE_DIR": f"{output}.cache"}
     with output.open("w") as file:
         return subprocess.Popen(
             command(operation),

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
@@ -32,6 +32,7 @@ from minimodels import LM, Config, InputError, preset
 from minimodels.architectures.mod import MixtureOfDepths
 from minimodels.command import keep_freed_memory, parse_options, pick_device, run_command
 from minimodels.data.text import open_data
+from minimodels.errors import nearest
 from minimodels.layers import Context, Record, choose
 from minimodels.ledger import ledger
 from minimodels.measure import check_writable, write
@@ -294,6 +295,7 @@ def decisions(model: LM, run: Run, device: torch.device) -> dict[str, float]:
     model.eval()
     for tokens, _ in open_data(run.data, run.context).validation(run.batch, SCORED):
         model(tokens.to(device), record=record)
+    record.finish()
     model.train()
     return {
         name: torch.stack(seen).double().mean().item() for name, seen in record.observed.items()
@@ -322,8 +324,13 @@ class Options:
 
 def main(options: Options) -> None:
     """Train, record, write, and print the result."""
-    if options.claim not in CLAIMS:
-        raise InputError("claim", options.claim, ", ".join(CLAIMS))
+    answer(options, CLAIMS)
+
+
+def answer(options: Options, claims: Mapping[str, Callable[[bool], Claim]]) -> None:
+    """Train the models of a claim, and write and print what was recorded."""
+    if options.claim not in claims:
+        raise InputError("claim", options.claim, nearest(options.claim, claims))
     if options.size not in ("auto", "cpu", "gpu"):
         raise InputError("size", options.size, "auto, cpu, gpu")
     if options.seeds < 0 or not 0 < options.scale < math.inf:
@@ -333,7 +340,7 @@ def main(options: Options) -> None:
     device = pick_device(options.device)
     keep_freed_memory()
     small = options.size == "cpu" or (options.size == "auto" and device.type == "cpu")
-    claim = CLAIMS[options.claim](small)
+    claim = claims[options.claim](small)
     choose(options.impl, "rmsnorm", device)
     for run in claim.runs:
         run.config = replace(run.config, impl=options.impl)

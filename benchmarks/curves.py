@@ -49,7 +49,9 @@ def main(options: Options) -> None:
         raise InputError("runs", (), "folders of training runs")
     logs = {}
     for path in options.runs:
-        rows = read(path / "log.jsonl" if path.is_dir() else path)
+        if not path.exists():
+            raise InputError("runs", str(path), "the folder of a training run, or its log.jsonl")
+        rows = read(path / "log.jsonl" if path.is_dir() else path, "runs")
         logs[name_of(path, logs)] = points(rows, options.axis)
     axis = AXES[options.axis]
     question = f"Which run learns fastest, counted in {axis}?"

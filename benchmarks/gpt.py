@@ -68,5 +68,5 @@ class GPT(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return loss, {"cross_entropy": loss.detach()}
 
-    def after_step(self) -> None:
+    def after_step(self, taken: float = 1.0) -> None:
         """Does nothing, because there are no experts to balance."""

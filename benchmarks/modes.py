@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minimodels import LM, Config
-from minimodels.architectures.mod import MixtureOfDepths, score
+from minimodels.architectures.mod import MixtureOfDepths
 from minimodels.command import has_bfloat16
+from minimodels.decoding import ROOM, FixedStep, GrowingStep, tensors
 from minimodels.training.optim import adamw
 from minimodels.training.step import Step, training_step
 
@@ -69,26 +70,39 @@ def prefill(model: LM, context: int, batch: int, provider: Provider) -> Callable
     return call
 
 
+@torch.inference_mode()
 def decode(model: LM, context: int, batch: int, provider: Provider) -> Callable[[], None]:
     """Write a number of tokens, one by one, after `context` tokens. These are read in pieces
     that need little memory. The first new token copies the state, because every call
-    continues from the same one."""
-    model = at_capacity(in_bfloat16(model.eval()))
-    token, start = (
-        torch.zeros(batch, 1, dtype=torch.int64, device=model.embedding.weight.device),
-        None,
-    )
-    with torch.inference_mode():
-        for length in torch.arange(context).split(max(1, PIECE // batch)):
-            _, start = model.features(token.expand(batch, len(length)), start)
+    continues from the same one. A CUDA graph does not copy it, see `repeated`."""
+    model, start = at_capacity(in_bfloat16(model.eval())), None
+    token = torch.zeros(batch, dtype=torch.int64, device=model.embedding.weight.device)
+    for length in torch.arange(context).split(max(1, PIECE // batch)):
+        _, start = model.features(token[:, None].expand(batch, len(length)), start)
+    if provider.compiled:
+        return partial(repeated, FixedStep(model, start, batch), context, token)
+    return partial(written, model, start, token)
 
-    @torch.inference_mode()
-    def call() -> None:
-        state = start
-        for _ in range(DECODED):
-            _, state = model(token, state)
 
-    return captured(provider.impl, call) if provider.compiled else call
+@torch.inference_mode()
+def written(model: LM, start: list, token: Tensor) -> None:
+    """Write DECODED tokens with a state that grows."""
+    step = GrowingStep(model, start)
+    for _ in range(DECODED):
+        step(token)
+
+
+@torch.inference_mode()
+def repeated(step: FixedStep, context: int, token: Tensor) -> None:
+    """Write DECODED tokens after `context` with a step of fixed size, which a GPU repeats as a
+    graph. Only the positions go back to the context: keys that are then in the future are
+    invisible, and a recurrent state costs the same whatever it is."""
+    for part in tensors(step.state):
+        if part.dtype == torch.int64 and part.ndim == 1:
+            part.fill_(context)
+    step.left = ROOM
+    for _ in range(DECODED):
+        step(token)
 
 
 def run(impl: str, call: Callable[[], object]) -> None:
@@ -106,24 +120,6 @@ def compiled(model: LM, provider: Provider) -> Callable:
     return torch.compile(model.loss, fullgraph=True, dynamic=False, options=options)
 
 
-def captured(impl: str, call: Callable[[], None]) -> Callable[[], None]:
-    """The call as a CUDA graph, with the attention that the path asks for. The first two
-    calls tune and allocate. In the second, as in all later ones, the memory after the
-    prompt's state is already allocated."""
-    run(impl, call)
-    run(impl, call)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run(impl, call)
-    return partial(replay, graph, call)
-
-
-def replay(graph: torch.cuda.CUDAGraph, call: Callable[[], None]) -> None:
-    """Run the graph. It reads the model and the state by address, and `call` keeps both alive."""
-    graph.replay()
-
-
 class AtCapacity(nn.Module):
     """Replaces the causal decision of a mixture-of-depths. An untrained model decides at random,
     and the same for all tokens. This decision costs the same, but takes the share of tokens that
@@ -135,8 +131,8 @@ class AtCapacity(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores (B, T, 1), above 0 with a probability equal to the capacity."""
-        decision = score(self.decide, x)  # (B, T)
-        return (self.capacity - torch.rand_like(decision) + 0 * decision).unsqueeze(-1)
+        decision = self.decide(x)  # (B, T, 1)
+        return self.capacity - torch.rand_like(decision) + 0 * decision
 
 
 def at_capacity(model: LM) -> LM:

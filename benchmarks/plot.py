@@ -90,14 +90,14 @@ def draw(
     ]
 
 
-def read(path: Path) -> Rows:
-    """The rows of a file. Raises InputError if it cannot be read."""
+def read(path: Path, field: str = "results") -> Rows:
+    """The rows of a file. Raises InputError, which names `field`, if it cannot be read."""
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise InputError("results", str(path), f"a file of JSON rows ({error})") from None
+        raise InputError(field, str(path), f"a file of JSON rows ({error})") from None
     if not rows or not all(isinstance(row, dict) for row in rows):
-        raise InputError("results", str(path), "a file of JSON rows, at least one")
+        raise InputError(field, str(path), "a file of JSON rows, at least one")
     return [{**row, "file": str(path)} for row in rows]
 
 

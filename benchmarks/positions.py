@@ -74,13 +74,19 @@ def main(options: Options) -> None:
 
 def measure(folder: Path, options: Options, device: torch.device) -> list[dict]:
     """The rows of one run."""
-    run = read_json(folder / "options.json", "run")
+    if not (folder / "options.json").is_file():
+        raise InputError("runs", str(folder), "the folder of a training run")
+    run = read_json(folder / "options.json", "runs")
     if not {"data", "context"} <= run.keys():
         raise InputError("runs", str(folder), "the folder of a training run")
     if is_task(run["data"]):
         raise InputError("runs", str(folder), f"a run on text; {run['data']} is a task")
     longest = options.longest or 4 * run["context"]
-    data = open_data(run["data"], longest)
+    try:
+        data = open_data(run["data"], longest)
+    except InputError as error:
+        accepted = f"{error.accepted}; --longest sets the tokens of a window, here {longest}"
+        raise InputError(error.field, error.value, accepted) from None
     model = load_model(folder).to(device)
     nats = loss_by_position(model, data, options.batch_size, options.batches)
     byte = math.log(2) * data.bytes_per_token(options.batch_size, options.batches)

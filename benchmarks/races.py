@@ -120,6 +120,7 @@ LATER = (
     *(Race("attention", (2**14, 1024, 16, d), (16, 16, 1, 16)) for d in (64, 128)),
     Race("grouped_mlp", (8192, 8, 2, 2048, 5632), (8, 2, 2, 16, 16)),
     Race("rmsnorm", (2**15, 4096), (3, 16)),
+    Race("norm_rotate", (2**17, 1024, 12, 64), (4, 4, 1, 16)),
     Race("linear_scan", (2**17, 4096, 1536), (16, 8, 32)),
     Race("delta_rule", (*GATED, 2**16, 16, 16, 128, 128), (*TOY_GATED, 8, 1, 1, 16, 16), paths=with_rate),
     Race("selective_scan", (2**16, 2**16, 1536), (9, 9, 32)),

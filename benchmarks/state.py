@@ -12,8 +12,10 @@ Options, rows and pictures are those of `python -m benchmarks.claims`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
+import tyro
 
 from minimodels import LM, Config
 from minimodels.command import parse_options, run_command
@@ -191,6 +193,18 @@ def mixers(small: bool) -> Claim:
 STATE = {claim.__name__: claim for claim in (tracking, overwrite, mixers)}
 
 
+@dataclass(frozen=True)
+class Options(claims.Options):
+    """Train small models until they answer a question about their states."""
+
+    claim: tyro.conf.Positional[str]
+    """tracking, mixers or overwrite"""
+
+
+def main(options: Options) -> None:
+    """Train, record, write, and print the result."""
+    claims.answer(options, STATE)
+
+
 if __name__ == "__main__":
-    claims.CLAIMS = STATE
-    run_command(claims.main, lambda: parse_options(claims.Options, __doc__))
+    run_command(main, lambda: parse_options(Options, __doc__))

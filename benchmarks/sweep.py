@@ -1,13 +1,12 @@
 """Which settings make the selective scan fastest? Its kernel file lists those to try.
 
-`SWEEP` in minimodels.kernels.selective_scan is a list of (name, settings). A setting with the name
-of a constant of that file, such as STEPS, replaces the constant. Any other setting, such as
-num_warps or maxnreg, is an option for launching the file's kernels.
+`SWEEP` in minimodels.kernels.selective_scan is a list of settings: how time is split, the steps of
+a group, the registers of a thread, forward and backward. A setting replaces some constants of that
+file. Each is compared with the torch path, and then timed.
 """
 
 from __future__ import annotations
 
-import copy
 import importlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,8 +17,8 @@ from .races import FIRST_CALLS, TOLERANCE, Race, distance, inputs_of, outcome, t
 from .session import Job, Session
 
 SIZES = (
-    Race("selective_scan", (2**16, 1024, 1536), (16, 8, 32)),
-    Race("selective_scan", (2**16, 16384, 1536), (9, 9, 32)),
+    Race("selective_scan", (2**16, 1024, 1536), (8, 4, 8)),
+    Race("selective_scan", (2**16, 16384, 1536), (5, 5, 8)),
 )
 
 
@@ -32,19 +31,16 @@ def sweep(this: Race, session: Session) -> None:
     """Time each setting whose results agree with the torch path."""
     journal, module = session.journal, importlib.import_module("minimodels.kernels.selective_scan")
     row = {"benchmark": "sweep", "job": f"sweep {this.name}", "operation": this.operation}
-    settings = [("as it is", {}), *getattr(module, "SWEEP", [])]
     if reason := session.refusal([this.operation]):
         journal.add("left out", **row, error=reason)
         return
-    if len(settings) == 1:
-        journal.add("skipped", **row, error="the kernel file lists no settings in SWEEP")
-        return
     case, arguments = inputs_of(module, this, session.toy)
     row |= {"case": case.label, "unit": case.unit, "ceiling": session.limits[case.unit]}
-    own = {**row, "provider": "torch"}
     torch_path = partial(module.operation, impl="torch")
+    own = {**row, "provider": "torch"}
     expected = journal.attempt(own, partial(outcome, torch_path, arguments), FIRST_CALLS)
-    for name, setting in settings if expected else ():
+    for setting in ({}, *module.SWEEP) if expected else ():
+        name = ", ".join(f"{name} {value}" for name, value in setting.items()) or "as it is"
         own = {**row, "provider": name}
         with applied(module, setting):
             call = module.selective_scan
@@ -64,41 +60,8 @@ def sweep(this: Race, session: Session) -> None:
 
 @contextmanager
 def applied(module, setting: dict[str, object]) -> Iterator[None]:
-    """The kernel file with other constants and launch options."""
-    # here, because the command that imports this file also runs without Triton
-    from triton.runtime.autotuner import Autotuner
-    from triton.runtime.jit import KernelInterface
-
-    constants = {name: value for name, value in setting.items() if hasattr(module, name)}
-    options = {name: value for name, value in setting.items() if name not in constants}
-    kernels = [kernel for kernel in vars(module).values() if isinstance(kernel, KernelInterface)]
+    """The kernel file with other constants. A name that it does not have is an AttributeError."""
     with ExitStack() as stack:
-        for name, value in constants.items():
+        for name, value in setting.items():
             stack.enter_context(patch.object(module, name, value))
-        for kernel in kernels if options else ():
-            if isinstance(kernel, Autotuner):
-                configs = [changed(config, options) for config in kernel.configs]
-                stack.enter_context(patch.object(kernel, "configs", configs))
-                stack.enter_context(patch.object(kernel, "cache", {}))
-            else:
-                stack.enter_context(
-                    patch.object(kernel, "run", partial(launch, kernel.run, options))
-                )
         yield
-
-
-def launch(run, options: dict[str, object], *arguments, **given) -> object:
-    """Launch a kernel with some of its options replaced."""
-    return run(*arguments, **{**given, **options})
-
-
-def changed(config, options: dict[str, object]) -> object:
-    """A copy of a configuration with other options."""
-    config = copy.copy(config)
-    config.kwargs = dict(config.kwargs)
-    for name, value in options.items():
-        if hasattr(config, name):
-            setattr(config, name, value)
-        else:
-            config.kwargs[name] = value
-    return config

@@ -38,6 +38,7 @@ from minimodels.command import (
     require_compiler,
     run_command,
 )
+from minimodels.decoding import has_graphs
 from minimodels.grammar import Call, names_in, parse, set_options
 from minimodels.layers import choose
 from minimodels.ledger import Ledger, ledger
@@ -94,8 +95,8 @@ class Options:
     """paths to compare: auto, reference, torch, triton; on a GPU also flash and cudnn, which are
     torch with that attention"""
     compile: bool = False
-    """also time the training step with torch.compile and, on a GPU, decoding as a CUDA graph,
-    which avoids the launches"""
+    """also time the training step with torch.compile, and decoding with a state of fixed size that
+    is written in place; on a GPU this is a CUDA graph, which avoids the launches"""
     device: str = "auto"
     """auto, cpu or cuda"""
     out: Path = Path("runs/benchmarks/throughput.jsonl")
@@ -176,7 +177,7 @@ def check(options: Options) -> torch.device:
             choose(impl, "rmsnorm", device)
         elif device.type != "cuda":
             raise InputError(
-                "impl", impl, f"auto, reference or torch, for the device is {device.type}"
+                "impl", impl, f"auto, reference or torch, because the device is {device.type}"
             )
     if not options.impl:
         raise InputError("impl", (), ", ".join(["auto, reference, torch, triton", *BACKENDS]))
@@ -207,7 +208,7 @@ def providers(configs: dict[str, Config], options: Options, mode: str) -> dict[s
     found = {}
     suffixes = {
         "train": " compiled",
-        **({"decode": " as a graph"} if pick_device(options.device).type == "cuda" else {}),
+        "decode": " as a graph" if has_graphs(pick_device(options.device)) else " in place",
     }
     for compiled in (False, True) if options.compile and mode in suffixes else (False,):
         for impl in options.impl:
@@ -215,8 +216,9 @@ def providers(configs: dict[str, Config], options: Options, mode: str) -> dict[s
                 names = names_in(parse(config.layers))
                 if impl in BACKENDS and "attention" not in names:
                     continue
-                waits = bool({"moe", "mod"} & names)  # until the GPU has counted
-                if compiled and mode == "decode" and waits:
+                # layers that wait for values; and a fixed state is masked, which these do not take
+                waiting = {"mod", "learned_positions", *(() if impl == "triton" else ("moe",))}
+                if compiled and mode == "decode" and (waiting & names or impl in BACKENDS):
                     continue
                 path = f", {impl}" if len(options.impl) > 1 else ""
                 way = path + (suffixes.get(mode, "") if compiled else "")

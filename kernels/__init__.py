@@ -31,8 +31,10 @@ OPERATIONS = (
     "linear_cross_entropy",
     "delta_rule",
     "linear_scan",
+    "norm_rotate",
 )
-# operations whose kernel "auto" takes on a GPU, because it was measured to be faster: none so far
+# Operations whose kernel "auto" takes on a GPU, because it was measured to be faster: none so far.
+# With "attention" here, plain causal attention still goes to PyTorch's, see ops/attention.py.
 FASTER: frozenset[str] = frozenset()
 INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -52,14 +54,16 @@ ACCEPTED = "auto, reference or torch"
 def require(operation: str, device: torch.device) -> None:
     """Raise InputError unless `operation` has a kernel that runs on `device`."""
     if operation not in OPERATIONS:
-        raise InputError("impl", "triton", f"{ACCEPTED}, for {operation} has no kernel")
+        raise InputError("impl", "triton", f"{ACCEPTED}, because {operation} has no kernel")
     if not INSTALLED:
-        raise InputError("impl", "triton", f"{ACCEPTED}, for the package triton is not installed")
+        raise InputError(
+            "impl", "triton", f"{ACCEPTED}, because the package triton is not installed"
+        )
     if device.type != "cuda" and not INTERPRETED:
         reason = f"Triton compiles only for a GPU and the device is {device.type}; TRITON_INTERPRET=1 interprets it, slowly"
-        raise InputError("impl", "triton", f"{ACCEPTED}, for {reason}")
+        raise InputError("impl", "triton", f"{ACCEPTED}, because {reason}")
     if REFUSED:
-        raise InputError("impl", "triton", f"{ACCEPTED}, for {REFUSED}")
+        raise InputError("impl", "triton", f"{ACCEPTED}, because {REFUSED}")
 
 
 def require_product(dtype: torch.dtype) -> None:
@@ -69,4 +73,4 @@ def require_product(dtype: torch.dtype) -> None:
     """
     if INTERPRETED and dtype == torch.bfloat16:
         reason = "its interpreter multiplies matrices of bfloat16 wrongly; it is right with float32"
-        raise InputError("impl", "triton", f"{ACCEPTED}, for {reason}")
+        raise InputError("impl", "triton", f"{ACCEPTED}, because {reason}")

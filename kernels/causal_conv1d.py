@@ -341,8 +341,9 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dy):
-    _, _, bias, window, _ = ctx.saved_tensors
-    dx, dweight, dbias, dwindow = causal_conv1d_backward(dy, *ctx.saved_tensors, ctx.activation)
+    saved = ctx.saved_tensors  # read once: activation checkpointing computes them again here
+    _, _, bias, window, _ = saved
+    dx, dweight, dbias, dwindow = causal_conv1d_backward(dy, *saved, ctx.activation)
     dbias, dwindow = None if bias is None else dbias, None if window is None else dwindow
     return dx, dweight, dbias, dwindow, None, None
 

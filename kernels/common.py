@@ -255,7 +255,7 @@ def available(peers: dict[str, Peer]) -> dict[str, Callable]:
     found = {}
     for name, peer in peers.items():
         if importlib.util.find_spec(peer.module or peer.package.replace("-", "_")) is None:
-            print(f"  {name}: skipped, for {peer.package} is not installed")
+            print(f"  {name}: skipped, because {peer.package} is not installed")
         elif peer.gpu and not GPU:
             print(f"  {name}: skipped, because it needs a GPU")
         else:
@@ -273,8 +273,6 @@ class Options:
     """rounds of interleaved timings"""
     check_only: bool = False
     """compare with the reference and time nothing"""
-    sweep: bool = False
-    """time only the kernel, with its settings and in its other variants"""
 
 
 def report(
@@ -284,7 +282,6 @@ def report(
     cases: list[Case],
     peers: dict[str, Peer],
     check: Callable,
-    variants: Callable[[], Iterator[str]] | None = None,
 ) -> Callable:
     """The command of a kernel file: run `check`, then time every case.
 
@@ -307,17 +304,9 @@ def report(
             sys.exit(1 if wrong else 0)
         if options.rounds < 1:
             raise InputError("rounds", options.rounds, "1 or more")
-        if options.sweep and variants is None:
-            raise InputError("sweep", True, "an operation that has variants: selective_scan")
-        if options.sweep and not GPU and not INTERPRETED:
-            raise InputError("sweep", True, "a machine with a GPU")
         keep_freed_memory()  # as train.py does
         device = torch.device(TIMED["device"])
-        rows = Rows(options.out, environment(device), f"{name} sweep" if options.sweep else name)
-        if options.sweep:
-            if not wrong:
-                sweep(kernel, cases, variants, rows, options.rounds)
-            return
+        rows = Rows(options.out, environment(device), name)
         torch_path, installed = partial(operation, impl="torch"), available(peers)
         for case in cases:
             torch._dynamo.reset()  # otherwise a second size makes it compile for any size
@@ -355,40 +344,6 @@ def time_case(
         timings, memory = time_providers(providers, others, case.inputs, direction, rounds)
         for provider, seconds in timings.items():
             rows.add(case, direction, work, provider, seconds, memory[provider], limits[case.unit])
-
-
-def sweep(
-    kernel: Callable,
-    cases: list[Case],
-    variants: Callable[[], Iterator[str]],
-    rows: Rows,
-    rounds: int,
-) -> None:
-    """Time the kernel in each of its variants.
-
-    The first is the one that was checked. A variant that fails, or whose results differ from the
-    first, is named and left out.
-    """
-    limits, expected = ceilings(torch.device(TIMED["device"])), {}
-    for variant in variants():
-        for case in cases:
-            for direction, work in (("forward", case.forward), ("backward", case.backward)):
-                if not work:
-                    continue
-                try:
-                    torch.manual_seed(0)
-                    call = prepare(kernel, case.inputs(), direction)
-                    results = tensors(call())  # compiles
-                    agree(results, expected.setdefault((case.label, direction), results))
-                    seconds = interleave({variant: call}, rounds, 0.05 if GPU else 0.2, warm=False)
-                except Exception as error:  # the compiler or the GPU may raise anything
-                    reason = (str(error).splitlines() or [""])[0]
-                    print(
-                        f"  {variant}: left out, for it failed ({type(error).__name__}: {reason})"
-                    )
-                    continue
-                ceiling = limits[case.unit]
-                rows.add(case, direction, work, variant, seconds[variant], None, ceiling)
 
 
 class Rows:
@@ -484,7 +439,7 @@ def time_providers(
             calls[name] = call
         except Exception as error:  # a peer may raise anything
             reason = (str(error).splitlines() or [""])[0]
-            print(f"  {name}: left out, for it failed ({type(error).__name__}: {reason})")
+            print(f"  {name}: left out, because it failed ({type(error).__name__}: {reason})")
     return interleave(calls, rounds=rounds, seconds=0.05 if GPU else 0.2, warm=False), memory
 
 

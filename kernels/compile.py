@@ -4,8 +4,8 @@
 
 Each kernel file has EXAMPLES, inputs of its operation. The command runs each operation on them
 forward and backward in bf16. It binds each launch to its arguments and compiles it in every
-configuration that tuning would try, but it does not run it, so the outputs are meaningless. What is
-not in Triton's cache takes some minutes.
+configuration that tuning would try, but it does not run it, so the outputs are meaningless. Every
+core compiles one example at a time. What is not in Triton's cache takes some minutes.
 
 It prints registers per thread, spilled bytes and shared memory. For each innermost loop it prints
 what a warp must issue in each round: the instructions, and how many of them are special functions
@@ -18,12 +18,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 import torch
 import triton
@@ -165,27 +168,54 @@ class Options:
 def main(options: Options) -> None:
     """Compile the kernels, and exit with 1 if the assembler expects losses."""
     if INTERPRETED:
-        raise InputError("TRITON_INTERPRET", 1, "unset, for what is interpreted is not compiled")
+        raise InputError(
+            "TRITON_INTERPRET", 1, "unset, because what is interpreted is not compiled"
+        )
     for name in options.names:
         if name not in OPERATIONS:
             raise InputError("operation", name, ", ".join(OPERATIONS))
+    names = options.names or OPERATIONS
+    examples = [(name, i) for name in names for i in range(len(module_of(name).EXAMPLES))]
+    lossy, seen, shown = [], set(), None
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), pretend) as pool:
+        for (name, _), lines in zip(examples, pool.map(compile_example, examples), strict=True):
+            if name != shown:
+                print(name)
+                shown = name
+            for digest, kernel, line in lines:
+                if digest not in seen:
+                    seen.add(digest)
+                    print(line, flush=True)
+                    lossy += [f"{name}.{kernel}"] if "LOSS" in line else []
+    if lossy:
+        sys.exit(f"the assembler expects losses in {', '.join(lossy)}")
+
+
+def pretend() -> None:
+    """Compile for a GPU in this process, which needs none."""
+    torch.set_num_threads(1)
     driver.set_active(Hopper())
     common.TIMED.update(device="cpu", dtype=torch.bfloat16)
     common.PRETENDED = 132  # an H100's
-    lossy = []
-    for name in options.names or OPERATIONS:
-        module = importlib.import_module(f"minimodels.kernels.{name}")
-        print(name)
-        seen = set()
-        for example in module.EXAMPLES:
-            for kernel, tuned, compiled in launches(getattr(module, name), example()):
-                if compiled.hash not in seen:
-                    seen.add(compiled.hash)
-                    used = resources(compiled)
-                    print(f"  {kernel:28} {used}, {loops(compiled)}{tuned}", flush=True)
-                    lossy += [f"{name}.{kernel}"] if "LOSS" in used else []
-    if lossy:
-        sys.exit(f"the assembler expects losses in {', '.join(lossy)}")
+
+
+def module_of(name: str):
+    """The kernel file of an operation."""
+    return importlib.import_module(f"minimodels.kernels.{name}")
+
+
+def compile_example(which: tuple[str, int]) -> list[tuple[str, str, str]]:
+    """The hash, the kernel and the printed line of each launch of an operation on one example."""
+    name, i = which
+    module, lines = module_of(name), {}
+    try:
+        for kernel, tuned, compiled in launches(getattr(module, name), module.EXAMPLES[i]()):
+            if compiled.hash not in lines:
+                line = f"  {kernel:28} {resources(compiled)}, {loops(compiled)}{tuned}"
+                lines[compiled.hash] = compiled.hash, kernel, line
+    except Exception as error:  # the compiler's own errors do not survive the way between processes
+        raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from None
+    return list(lines.values())
 
 
 if __name__ == "__main__":

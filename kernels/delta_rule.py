@@ -736,8 +736,9 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dy, dfinal, _):
-    *gradients, de, dinitial = delta_rule_backward(dy, dfinal, *ctx.saved_tensors)
-    return *gradients, None if ctx.saved_tensors[4] is None else de, dinitial, None
+    saved = ctx.saved_tensors  # read once: activation checkpointing computes them again here
+    *gradients, de, dinitial = delta_rule_backward(dy, dfinal, *saved)
+    return *gradients, None if saved[4] is None else de, dinitial, None
 
 
 delta_rule_forward.register_autograd(_differentiate, setup_context=_save)

@@ -11,6 +11,9 @@ tensor. So logits exist only for a chunk of the vocabulary at a time, for all ro
 library computes the products. A kernel can make everything between them cross the memory only once:
 forward reads the chunk (2 bytes a logit in bf16), and backward reads it and writes it in place (4).
 At D = 2048 that is about a tenth and a fifth of the time of one product's 2·D operations a logit.
+The compiler (Triton 3.9) reports 52 and 32 registers, nothing spilled, and 283 instructions for a
+forward step of 4096 columns, 33 of them special. The same figures held when lse was stored, with
+fewer digits, instead of `top` and `total` below.
 
 There are two ways to compute dweight without (n, V), with these counts:
 

@@ -15,7 +15,8 @@ n = r · total, r = 1/sqrt(mean(total²) + eps), and g = weight · dy:
 
 A program of backward takes many rows, and loads the next two while it computes one. At D = 1024 it
 compiles for Hopper to 56 registers and 12 KB of shared memory. An SM then runs 8 programs, 32
-warps, with 24 rows in flight. Without loading ahead it ran 4 programs with 4 rows.
+warps, with 24 rows in flight. Without loading ahead (48 registers, 4 KB) it ran 4 programs with 4
+rows.
 
     name        shape
     x, update   (..., D)    one row per token

@@ -17,7 +17,7 @@ clocks. 19 of them are special functions with 2 clocks each, which makes 38. The
 steps. Backward has two inner loops.)
 
 The compiler reports the following at N = 16 under Triton 3.9. Only a GPU can decide between the
-variants, and `--sweep` times both:
+variants, and `benchmarks.all --again` times them (SWEEP):
 
     forward     87 registers, 137 instructions a step, 23 warps an SM: a plan of 32 takes two waves.
                 With 64 registers: 143 instructions, 32 warps, 24 bytes spilled (the default)
@@ -69,8 +69,7 @@ for longer intervals.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -99,7 +98,7 @@ from torch import Tensor
 from minimodels.architectures.mamba import check_shapes
 from minimodels.architectures.mamba import selective_scan as operation
 
-# What a sweep may change (--sweep).
+# What SWEEP may change.
 INTERVAL = 64  # steps between the states that are kept for backward
 STEPS = 4  # of a group, at most: their loads are in flight together
 BACKWARD_STEPS = 4  # the same in backward, which recomputes their states into registers
@@ -721,10 +720,9 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dy, dfinal, _):
-    *gradients, dz, dbias, dstate = selective_scan_backward(
-        dy, dfinal, *ctx.saved_tensors, ctx.interval
-    )
-    *_, z, bias, _, _ = ctx.saved_tensors
+    saved = ctx.saved_tensors  # read once: activation checkpointing computes them again here
+    *gradients, dz, dbias, dstate = selective_scan_backward(dy, dfinal, *saved, ctx.interval)
+    *_, z, bias, _, _ = saved
     dz, dbias = None if z is None else dz, None if bias is None else dbias
     dstate = None if ctx.state is None else dstate.to(ctx.state)
     return *gradients, dz, dbias, dstate, None, None
@@ -830,8 +828,8 @@ def accelerated_scan(decay: Tensor, new: Tensor) -> Tensor:
     return rearrange(scan(decay, new), "b (d n) t -> b t d n", n=N_TIMED)
 
 
-VARIANTS = [  # the chosen settings, and others that may be faster
-    {},
+# other settings that may be faster: benchmarks.all --again compares and times each
+SWEEP = [
     {"REGISTERS": None},
     {"REGISTERS": 96},
     {"WHOLE": 4},
@@ -842,22 +840,6 @@ VARIANTS = [  # the chosen settings, and others that may be faster
     {"BACKWARD_STEPS": 2, "INTERVAL": 32, "BACKWARD_REGISTERS": 168, "RESIDENT": 12},
     {"BACKWARD_STEPS": 2, "INTERVAL": 16, "BACKWARD_REGISTERS": 168, "RESIDENT": 12},
 ]
-
-
-def variants() -> Iterator[str]:
-    """Set each of VARIANTS in turn, and yield its name."""
-    module = sys.modules[__name__]
-    for variant in VARIANTS:
-        before = {name: getattr(module, name) for name in variant}
-        try:
-            for name, value in variant.items():
-                setattr(module, name, value)
-            yield ", ".join(f"{name} {value}" for name, value in variant.items()) or "as it is"
-        finally:
-            for name, value in before.items():
-                setattr(module, name, value)
-
-
 N_TIMED = 16
 PEERS = {
     "mamba_ssm": Peer("mamba_ssm", mamba_ssm),
@@ -896,6 +878,4 @@ if __name__ == "__main__":
         if GPU
         else [case(T, T, 512) for T in (256, 1024, 4096)]
     )
-    command(
-        report("selective_scan", selective_scan, operation, cases, PEERS, check, variants), __doc__
-    )
+    command(report("selective_scan", selective_scan, operation, cases, PEERS, check), __doc__)

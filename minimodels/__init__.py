@@ -1,5 +1,8 @@
 """minimodels: compact implementations of the architectures beyond the transformer, to read, to train and to measure."""
 
+from minimodels import interrupts  # noqa: F401, first, because the other imports take seconds
+
+# isort: split
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 

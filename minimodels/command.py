@@ -1,4 +1,4 @@
-"""What all command lines share: options, one-line errors, the device, threads and memory."""
+"""What all command lines share: options, one-line errors, the device and signals."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import ctypes
 import difflib
 import errno
 import io
+import math
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ import tyro
 from tqdm import tqdm
 
 from minimodels.errors import InputError, describe
+from minimodels.ranks import joined, rank
 
 Options = TypeVar("Options")
 
@@ -43,15 +45,33 @@ def parse_options(
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, args=arguments, description=description, **given)
+            return tyro.cli(
+                kind,
+                prog=program(),
+                args=arguments,
+                description=description,
+                config=(tyro.conf.PositionalMetavarFromFieldName,),
+                **given,
+            )
     except SystemExit as end:
         if end.code in (0, None):
             raise
-        raise command_line_error(said.getvalue(), kind, synonyms) from None
+        arguments = sys.argv[1:] if arguments is None else arguments
+        raise command_line_error(said.getvalue(), kind, synonyms, arguments) from None
 
 
-def command_line_error(message: str, kind: type, synonyms: Mapping[str, str]) -> InputError:
-    """tyro's error message, shortened to one line."""
+def program() -> str:
+    """How this program is started: "python train.py" or "python -m minimodels.sample"."""
+    main = sys.modules["__main__"]
+    if spec := getattr(main, "__spec__", None):
+        return f"python -m {spec.name.removesuffix('.__main__')}"
+    return f"python {os.path.basename(sys.argv[0])}"
+
+
+def command_line_error(
+    message: str, kind: type, synonyms: Mapping[str, str], given: Sequence[str]
+) -> InputError:
+    """tyro's error message about the arguments `given`, shortened to one line."""
     lines = [line.strip("│ ") for line in message.splitlines()]
     text = " ".join(line for line in lines if line and line[0] not in "─╭╰")  # without the frame
     known = hints_of(kind)
@@ -62,6 +82,13 @@ def command_line_error(message: str, kind: type, synonyms: Mapping[str, str]) ->
         meant = [synonyms[name]] if name in synonyms else meant
         accepted = f"did you mean {' or '.join(meant)}?" if meant else "an option that --help lists"
         return InputError("option", found[1], accepted)
+    if found := re.search(r"Missing from .*?: (?P<name>[A-Z_]+) (?P<help>.*?) \(required\)", text):
+        return InputError(found["name"].lower(), "", found["help"])
+    if found := re.search(r"Missing value for argument '-+(?P<name>[\w.-]+)'", text):
+        name = found["name"].rpartition(".")[2].replace("-", "_")
+        return InputError(name, "", describe(known[name]))
+    if found := re.search(r"Unrecognized options: (\S+)", text):
+        return stray_word(found[1], given, known)
     choice = re.search(
         r"invalid choice '(?P<value>.*?)' for argument '-{0,2}(?P<name>[\w.-]+)", text
     )
@@ -75,9 +102,18 @@ def command_line_error(message: str, kind: type, synonyms: Mapping[str, str]) ->
         name = wrong["name"].rpartition(".")[2].replace("-", "_")
         accepted = describe(known[name]) if name in known else "a value that --help describes"
         return InputError(name, wrong["value"], accepted)
-    given = " ".join(sys.argv[1:])[:80]
     reason = text.partition("For full")[0].strip()
-    return InputError("command line", given, f"what --help lists ({reason})")
+    return InputError("command line", " ".join(given)[:80], f"what --help lists ({reason})")
+
+
+def stray_word(word: str, given: Sequence[str], known: Mapping[str, Any]) -> InputError:
+    """The error for a word that belongs to no option, or that follows one without values."""
+    before = ["", *given][["", *given].index(word) - 1] if word in given else ""
+    name = before.removeprefix("--").removeprefix("no-").replace("-", "_")
+    if known.get(name) is bool:
+        flag = name.replace("_", "-")
+        return InputError(name, word, f"--{flag} or --no-{flag}, without a value")
+    return InputError("argument", word, "options and arguments that --help lists")
 
 
 def hints_of(kind: type) -> dict[str, Any]:
@@ -93,6 +129,7 @@ def hints_of(kind: type) -> dict[str, Any]:
 
 def run_command(main: Callable[[Options], None], options: Callable[[], Options]) -> None:
     """Parse the options and run. Bad input ends with one line on stderr and exit status 2."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as before minimodels/interrupts.py
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             # a terminal may lack characters that a model writes
@@ -108,7 +145,7 @@ def run_command(main: Callable[[Options], None], options: Callable[[], Options])
         reason = str(error).rpartition("Allocator: ")[2].partition("\n")[0] or "MemoryError"
         fail(f"out of memory: a smaller model, batch or context takes less ({reason})", 1)
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        fail("interrupted", 130)
     except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -120,7 +157,13 @@ def run_command(main: Callable[[Options], None], options: Callable[[], Options])
 
 def fail(message: str, status: int) -> NoReturn:
     """Print the reason on a line of its own, below any progress bar, and exit."""
+    if rank() > 0:
+        time.sleep(
+            2
+        )  # all ranks may have the same reason; rank 0 ends first, and torchrun ends all
     tqdm.write(message, file=sys.stderr)
+    if joined():
+        os._exit(status)  # threads of gloo may abort an ordinary exit
     sys.exit(status)
 
 
@@ -154,7 +197,7 @@ def require_compiler(device: torch.device) -> None:
     names = [name for name in config.cpp.cxx if name]
     if device.type == "cpu" and not any(map(shutil.which, names)):
         raise InputError(
-            "compile", True, f"False, for PyTorch finds no C++ compiler: {', '.join(names)}"
+            "compile", True, f"False, because PyTorch finds no C++ compiler: {', '.join(names)}"
         )
 
 
@@ -179,59 +222,20 @@ def keep_freed_memory() -> None:
     libc.mallopt(mmap_max, 0)
 
 
-def pick_threads(asked: int | None, device: torch.device) -> tuple[int, str]:
-    """Set the number of CPU threads, and return it with the reason: `asked`, or the
-    fastest of all, half, a quarter... On a shared or small machine a few threads can be
-    several times faster than all."""
-    most = torch.get_num_threads()
-    if asked is not None or device.type != "cpu" or most == 1:
-        torch.set_num_threads(asked or most)
-        return asked or most, ""
-    counts = [most]
-    while counts[-1] > 1:
-        counts.append(counts[-1] // 2)
-    seconds = {count: product_seconds(count) for count in counts}
-    best = min(counts, key=seconds.__getitem__)
-    if seconds[most] < 1.25 * seconds[best]:
-        best = most
-    torch.set_num_threads(best)
-    faster = seconds[most] / seconds[best]
-    return best, "" if best == most else f"{faster:.1f} times as fast as {most} on this machine now"
-
-
-def product_seconds(threads: int, budget: float = 0.1) -> float:
-    """Seconds for a small matrix product with this number of threads: the minimum over the runs
-    that fit in the budget."""
-    torch.set_num_threads(threads)
-    a, b = torch.ones(512, 256), torch.ones(256, 512)
-    a @ b
-    best, end = float("inf"), time.perf_counter() + budget
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        for _ in range(10):
-            a @ b
-        best = min(best, (time.perf_counter() - start) / 10)
-    return best
-
-
-def refuse_several_processes() -> None:
-    """Raise InputError if torchrun started several processes, because each
-    would train the same run."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world != "1":
-        raise InputError(
-            "WORLD_SIZE", world, "1, because a run is trained by one process: python train.py"
-        )
-
-
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C, SIGTERM or SIGHUP sets, so that a run can finish its step and
-    save. A second signal ends the process at once, even inside a compiler."""
-    stopped = threading.Event()
+    save. A second signal ends the process at once, even inside a compiler.
+
+    Signals within a second of the first are the same one: Ctrl-C reaches a process of torchrun twice,
+    from the terminal and from torchrun.
+    """
+    stopped, first = threading.Event(), math.inf
 
     def stop(number, frame):
-        if stopped.is_set():
+        nonlocal first
+        first = min(first, time.monotonic())
+        if time.monotonic() > first + 1:
             os.write(2, b"\nstopped at once; the last checkpoint is as it was\n")
             os._exit(128 + number)
         stopped.set()

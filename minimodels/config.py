@@ -27,8 +27,9 @@ class Config:
     """D, width of the residual stream"""
     norm_eps: NonNegative = 1e-5
     """epsilon of every norm"""
-    norm: Literal["rms", "layer"] = "rms"
-    """norm of the residual stream: RMSNorm, or LayerNorm with biases (GPT-2)"""
+    norm: Literal["rms", "plain", "layer"] = "rms"
+    """norm of the residual stream: rms (RMSNorm), plain (RMSNorm without weights, nanochat) or layer
+    (LayerNorm with biases, GPT-2)"""
     tie_embeddings: bool = True
     """use the embedding matrix as the output head too"""
     impl: Literal["auto", "reference", "torch", "triton"] = "auto"
@@ -38,6 +39,8 @@ class Config:
     """where the norm of a layer is: before it, after it (OLMo 2) or both (Gemma)"""
     embedding_scale: Positive = 1.0
     """factor on the embeddings (Gemma: the square root of the width)"""
+    embedding_norm: bool = False
+    """a norm on the embeddings (nanochat)"""
     residual_scale: Positive = 1.0
     """factor on what each layer adds to the residual stream (Granite)"""
     logit_scale: Positive = 1.0

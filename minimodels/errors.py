@@ -25,11 +25,16 @@ class InputError(Exception):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The known names. The one that was probably meant comes first: "did you mean
-    moe? attention, mlp, moe"."""
+    """The known names, after the one that was probably meant: "did you mean moe? attention, mlp,
+    moe"."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, 1)
-    return (f"did you mean {close[0]}? " if close else "") + ", ".join(known)
+    return meant(name, known) + ", ".join(known)
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """ "did you mean moe? " if one of the known names is like this one, otherwise ""."""
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f"did you mean {close[0]}? " if close else ""
 
 
 class Range(NamedTuple):
@@ -45,6 +50,7 @@ Count = Annotated[int, Range(1, LARGEST, f"a whole number from 1 to {LARGEST}")]
 Natural = Annotated[int, Range(0, LARGEST, f"a whole number from 0 to {LARGEST}")]
 Positive = Annotated[float, Range(0, math.inf, "a number above 0", above=True)]
 NonNegative = Annotated[float, Range(0, math.inf, "a number of 0 or more")]
+Share = Annotated[float, Range(0, 1, "a fraction from 0 to 1")]
 Fraction = Annotated[float, Range(0, 1, "a fraction above 0, at most 1", above=True)]
 
 PLAIN = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
@@ -53,8 +59,8 @@ PLAIN = {int: "a whole number", float: "a number", str: "text", bool: "true or f
 def check_types(given: Any) -> None:
     """Raise InputError unless each field of a dataclass has a value of its type.
 
-    It checks int, float (which accepts an int), str, bool, Literal, None, their unions, and the
-    ranges above.
+    It checks int, float (which accepts an int), str, bool, Literal, None, their unions, tuples of
+    them, and the ranges above.
     """
     hints = get_type_hints(type(given), include_extras=True)
     for field in fields(given):
@@ -79,6 +85,8 @@ def fits(value: object, hint: Any) -> bool:
         return any(type(value) is type(choice) and value == choice for choice in get_args(hint))
     if get_origin(hint) in (Union, types.UnionType):
         return any(fits(value, choice) for choice in get_args(hint))
+    if get_origin(hint) is tuple:  # of any length
+        return type(value) is tuple and all(fits(each, get_args(hint)[0]) for each in value)
     if hint is float:
         return type(value) in (int, float) and math.isfinite(value)
     if hint in (int, str, bool):
@@ -95,6 +103,8 @@ def describe(hint: Any) -> str:
         return ", ".join(map(str, get_args(hint)))
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(describe(choice) for choice in get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"numbers in brackets, each {describe(get_args(hint)[0])}"
     if hint is type(None):
         return "none"
     return PLAIN.get(hint, getattr(hint, "__name__", str(hint)))

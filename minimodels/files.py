@@ -40,7 +40,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path. At the end it replaces the file; after an error it is deleted.
 
     The path is in a folder of its own. If a process was killed and left any files there, the next
-    call deletes them.
+    call deletes them. The file is on the disk before it replaces the other.
     """
     folder = path.with_name(path.name + ".partial")
     shutil.rmtree(folder, ignore_errors=True)
@@ -49,9 +49,28 @@ def atomic_write(path: Path) -> Iterator[Path]:
         yield folder / path.name
         # use the umask, because safetensors makes files private
         os.chmod(folder / path.name, folder.stat().st_mode & 0o666)
+        sync(folder / path.name)
         os.replace(folder / path.name, path)
+        sync(path.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Write a file, and wait until it is on the disk."""
+    path.write_text(text, encoding="utf-8")
+    sync(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, is on the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

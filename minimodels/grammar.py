@@ -12,7 +12,8 @@
     definition := name ("=" | ":=") item
     item   := (name [ "(" [item+] [","] [options] ")" ] | "(" item+ ")") [ "*" count ]
     options := name "=" value ("," name "=" value)*
-    value  := number | true | false | word [ "(" options ")" ]
+    value  := number | true | false | word [ "(" options ")" ] | "[" [numbers] "]"
+    numbers := number ("," number)*
 
 A parenthesis directly after a name opens its arguments. A parenthesis after a space opens a group.
 `parse` reads a text into a Program, `write` writes it as text again, and `expand` lists the layers
@@ -40,7 +41,7 @@ class Option:
     """name=value within the arguments of a call."""
 
     name: str
-    value: object  # int, float, bool, str or Call
+    value: object  # int, float, bool, str, Call or a tuple of numbers
     at: int = field(default=0, compare=False)  # where it begins in the text
 
 
@@ -211,15 +212,14 @@ class Reader:
         return tuple(found)
 
     def value(self) -> object:
-        """Read a number, true, false, a word, or a word with options."""
+        """Read a number, true, false, a word, a word with options, or numbers in brackets."""
         token = self.now
+        if token.text == "[":
+            return self.numbers()
         if token.kind == "number":
-            self.take()
-            return (
-                int(token.text) if re.fullmatch(r"[+-]?\d{1,18}", token.text) else float(token.text)
-            )
+            return self.number()
         if token.kind != "name":
-            raise self.error("a number, true, false or a word")
+            raise self.error("a number, true, false, a word or numbers in brackets")
         if token.text in ("true", "false"):
             self.take()
             return token.text == "true"
@@ -227,6 +227,25 @@ class Reader:
         if call.layers:
             raise self.error("options in the parentheses of a value", token)
         return call if call.options else call.name
+
+    def number(self) -> int | float:
+        """Read a number."""
+        if self.now.kind != "number":
+            raise self.error("a number")
+        text = self.take().text
+        return int(text) if re.fullmatch(r"[+-]?\d{1,18}", text) else float(text)
+
+    def numbers(self) -> tuple[int | float, ...]:
+        """Read numbers in brackets, separated by commas."""
+        self.take("[")
+        found = []
+        while self.now.text != "]":
+            found.append(self.number())
+            if self.now.text != ",":
+                break
+            self.take()
+        self.take("]")
+        return tuple(found)
 
     def count(self) -> int:
         """Read "*" and a number; 1 if there is none."""
@@ -338,6 +357,8 @@ def write_value(value: object) -> str:
     """The value of an option as text."""
     if isinstance(value, Call):
         return write_call(value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(str, value))}]"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -346,6 +367,7 @@ def set_options(
 ) -> str:
     """The text with an option set: "mamba.state_size=32" sets it in every call and definition named
     mamba, or, with `missing`, only in those that do not set it themselves.
+    "attention.rope_scaling.factor=4" sets an option of an option.
 
     Raises InputError if a setting has another form, or its name is not in the text.
     """
@@ -353,16 +375,21 @@ def set_options(
         return text
     program = parse(text, field)
     for setting in settings:
-        found = re.fullmatch(r"\s*(\w+)\.(\w+)\s*=(.*)", setting, re.DOTALL)
+        found = re.fullmatch(r"\s*(\w+)\.(\w+)(?:\.(\w+))?\s*=(.*)", setting, re.DOTALL)
         if not found:
             raise InputError("set", setting, "LAYER.OPTION=VALUE, such as mamba.state_size=32")
-        name, option, value = found.groups()
-        if re.search(r"\s\w+\.\w+\s*=", value):
+        name, option, inner, value = found.groups()
+        if re.search(r"\s\w+\.[\w.]+\s*=", value):
             raise InputError("set", setting, "one LAYER.OPTION=VALUE; repeat --set for another")
-        read, *others = parse_call(f"{name}({option}={value})", "set").options
+        read, *others = parse_call(f"{name}({inner or option}={value})", "set").options
         if others:
             raise InputError("set", setting, "one option; --set is repeatable")
-        program, hits = set_option(program, name, read, missing)
+        program, hits = set_option(program, name, read, missing, option if inner else "")
+        if not hits and name in program.definitions:
+            item = program.definitions[name].item
+            inside = sorted(names_in(Program({}, (item,))))
+            layers = " or ".join(f"{each}.{option}" for each in inside)
+            raise InputError("set", setting, f"{layers}, because {name}={write_item(item)}")
         if not hits:
             raise InputError(
                 "set", setting, f"a layer of the model: {nearest(name, sorted(names_in(program)))}"
@@ -370,8 +397,13 @@ def set_options(
     return write(program)
 
 
-def set_option(program: Program, name: str, option: Option, missing: bool) -> tuple[Program, int]:
-    """Set an option in all calls of a name. Returns the program, and the number of these calls."""
+def set_option(
+    program: Program, name: str, option: Option, missing: bool, inside: str = ""
+) -> tuple[Program, int]:
+    """Set an option in all calls of a name, or in the value of their option `inside`.
+
+    Returns the program, and the number of these calls.
+    """
     hits = 0
 
     def visit(item: Call | Group, defined: bool = False) -> Call | Group:
@@ -382,16 +414,32 @@ def set_option(program: Program, name: str, option: Option, missing: bool) -> tu
         if not (defined or item.name == name) or item.name in program.definitions:
             return item
         hits += 1
-        if all(each.name != option.name for each in item.options):
-            return replace(item, options=(*item.options, option))
-        kept = [option if each.name == option.name else each for each in item.options]
-        return item if missing else replace(item, options=tuple(kept))
+        return with_option(item, within(item, inside, option) if inside else option, missing)
 
     definitions = {
         key: Definition(shared, visit(item, key == name))
         for key, (shared, item) in program.definitions.items()
     }
     return Program(definitions, tuple(map(visit, program.items))), hits
+
+
+def with_option(call: Call, option: Option, missing: bool = False) -> Call:
+    """The call with an option set, or, with `missing`, set if it was not."""
+    if all(each.name != option.name for each in call.options):
+        return replace(call, options=(*call.options, option))
+    kept = [option if each.name == option.name else each for each in call.options]
+    return call if missing else replace(call, options=tuple(kept))
+
+
+def within(call: Call, name: str, option: Option) -> Option:
+    """The option `name` of a call, with an option of its value set."""
+    value = next((each.value for each in call.options if each.name == name), None)
+    if isinstance(value, str):
+        value = Call(value)
+    if not isinstance(value, Call):
+        accepted = f"an option of {call.name} that the text sets"
+        raise InputError("set", f"{name}.{option.name}", accepted)
+    return Option(name, with_option(value, option))
 
 
 def names_in(program: Program) -> set[str]:

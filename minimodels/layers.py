@@ -25,7 +25,9 @@ and may have
 
 - `on_stream`: True for a layer that works on the residual stream itself, as a wrapper does
 - `causal`: whether no token depends on a later one in the present mode, if that is not always so
-- `after_step()`: called once after each optimizer step
+- `waits`: why the host must wait for values in a step of one token, if it must. Such a step cannot be
+  a CUDA graph (see minimodels/decoding.py)
+- `after_step(taken)`: called once after each optimizer step; taken is 0 if that was skipped, else 1
 - `no_weight_decay`: the names of its matrices that do not decay
 - `operations`: the names of the operations for which `impl` chooses a path
 - `flops(context)`: forward FLOPs per token in a text of `context` tokens, as PyTorch's counter
@@ -41,7 +43,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +53,8 @@ from torch import Tensor, nn
 from minimodels.config import IMPLS, Config
 from minimodels.errors import InputError
 from minimodels.kernels import FASTER, require
+from minimodels.options import option
+from minimodels.ranks import averaged
 
 
 class Place(NamedTuple):
@@ -62,6 +67,9 @@ class Place(NamedTuple):
 class Record:
     """What the layers record in a pass, besides their outputs.
 
+    A finished record ignores what else is recorded: a layer that is computed again for the backward
+    pass records again.
+
     losses      weighted losses, to be added to the loss
     observed    values for the log: one entry for each layer that records something
     traces      whole tensors, such as each token's experts; None: not kept
@@ -70,32 +78,55 @@ class Record:
     def __init__(self, traces: dict[str, list[Tensor]] | None = None):
         self.losses: dict[str, Tensor] = {}
         self.observed: dict[str, list[Tensor]] = {}
-        self.pools: dict[str, tuple[Callable, list]] = {}
+        self.pools: dict[str, list] = {}
+        self.settlers: dict[str, Callable[[Record, list], None]] = {}
         self.traces = traces
+        self.finished = False
 
     def add_loss(self, name: str, value: Tensor) -> None:
         """Add a weighted loss. Losses with the same name are summed."""
+        if self.finished:
+            return
         self.losses[name] = self.losses[name] + value if name in self.losses else value
+
+    def add_mean(self, name: str, weight: float, total: Tensor, count: Tensor) -> None:
+        """Add a weight times the mean of something over all tokens. `total` is its sum over the
+        layer's tokens, and `count` is their number."""
+        self.pool(name, add_means, (name, weight, total, count))
 
     def observe(self, name: str, value: Tensor) -> None:
         """Append a value to the list of that name."""
-        self.observed.setdefault(name, []).append(value.detach())
+        if not self.finished:
+            self.observed.setdefault(name, []).append(value.detach())
 
-    def pool(self, name: str, loss: Callable[[list], Tensor], value: object) -> None:
-        """Append a value to a pool; `loss` turns the whole pool into one loss after the pass."""
-        self.pools.setdefault(name, (loss, []))[1].append(value)
+    def pool(self, name: str, settle: Callable[[Record, list], None], sums: object) -> None:
+        """Append a layer's sums over its tokens to a pool.
+
+        After the pass `settle(record, pool)` turns the whole pool into losses and observations.
+        Between the two, every tensor in it is averaged over the ranks, so that losses which are no
+        sums over tokens are those of the whole batch.
+        """
+        if not self.finished:
+            self.settlers[name] = settle
+            self.pools.setdefault(name, []).append(sums)
 
     def trace(self, name: str, value: Tensor) -> None:
         """Append a whole tensor, such as each token's experts, if the caller asked for traces."""
-        if self.traces is not None:
+        if self.traces is not None and not self.finished:
             self.traces.setdefault(name, []).append(value.detach())
 
     def finish(self) -> dict[str, Tensor]:
-        """All losses, those of the pools included."""
-        for name, (loss, values) in self.pools.items():
-            self.add_loss(name, loss(values))
-        self.pools = {}
+        """All losses, those of the pools included. The pass is over."""
+        for name, sums in averaged(self.pools).items():
+            self.settlers[name](self, sums)
+        self.pools, self.finished = {}, True
         return self.losses
+
+
+def add_means(record: Record, sums: list[tuple[str, float, Tensor, Tensor]]) -> None:
+    """What Record.add_mean adds after the pass."""
+    for name, weight, total, count in sums:
+        record.add_loss(name, weight * (total / count.clamp(min=1)))
 
 
 @dataclass
@@ -165,19 +196,24 @@ class Context:
 class RMSNorm(nn.Module):
     """y = w · x / sqrt(mean(x²) + eps) over the last dimension, with the mean in fp32.
 
-    arXiv:1910.07467. `learned` is false for a norm without w.
+    arXiv:1910.07467. `learned` is false for a norm without w. With several `groups` the mean is
+    that of a group, a part of the last dimension.
     """
 
-    def __init__(self, width: int, eps: float = 1e-5, learned: bool = True):
+    def __init__(self, width: int, eps: float = 1e-5, learned: bool = True, groups: int = 1):
         super().__init__()
-        self.width, self.eps = width, eps
+        self.width, self.eps, self.groups = width, eps, groups
         self.weight = nn.Parameter(torch.ones(width)) if learned else None  # None: w = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        # F.rms_norm takes a slow path if the dtypes of x and weight differ
         """x (..., D) -> (..., D)."""
+        # F.rms_norm takes a slow path if the dtypes of x and weight differ
         weight = None if self.weight is None else self.weight.to(x.dtype)
-        return F.rms_norm(x, (self.width,), weight, self.eps)
+        if self.groups == 1:
+            return F.rms_norm(x, (self.width,), weight, self.eps)
+        x = x.unflatten(-1, (self.groups, -1))
+        x = F.rms_norm(x, x.shape[-1:], None, self.eps).flatten(-2)
+        return x if weight is None else x * weight
 
 
 def rmsnorm(
@@ -188,7 +224,7 @@ def rmsnorm(
     x, update (..., D), weight (D,) -> two (..., D). Under autocast the norm has autocast's
     precision, because otherwise each of the linear maps that read it would have to cast it.
     """
-    path = choose(impl, "rmsnorm", x.device)
+    path = choose(impl, "rmsnorm", x.device, portable=True)
     if path == "triton":
         from minimodels.kernels.rmsnorm import rmsnorm as kernel
 
@@ -209,7 +245,11 @@ def norm_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-NORMS = {"rms": RMSNorm, "layer": nn.LayerNorm}  # of the residual stream; one kind per model
+NORMS = {  # of the residual stream; one kind per model
+    "rms": RMSNorm,
+    "plain": partial(RMSNorm, learned=False),
+    "layer": nn.LayerNorm,
+}
 
 
 def make_norm(config: Config) -> nn.Module:
@@ -220,11 +260,16 @@ def make_norm(config: Config) -> nn.Module:
 def norm_of_sum(
     norm: nn.Module, x: Tensor, update: Tensor | None, impl: str
 ) -> tuple[Tensor, Tensor]:
-    """norm(x + update), and x + update itself."""
-    if isinstance(norm, RMSNorm):
-        return rmsnorm(x, norm.weight, norm.eps, update, impl)
+    """norm(x + update), and x + update itself; a kernel computes both at once."""
+    if (
+        isinstance(norm, RMSNorm)
+        and is_plain(norm)
+        and choose(impl, "rmsnorm", x.device, portable=True) != "torch"
+    ):
+        weight = x.new_ones(norm.width) if norm.weight is None else norm.weight
+        return rmsnorm(x, weight, norm.eps, update, impl)
     x = x if update is None else x + update
-    return norm(x), x
+    return norm(x).to(norm_dtype(x)), x
 
 
 class PreNorm(nn.Module):
@@ -286,8 +331,17 @@ class Sandwich(nn.Module):
         return x, scaled(self.after(update), self.scale), state
 
 
-# how a layer is added to the residual stream; one kind per model
+# how a layer is added to the residual stream
 RESIDUALS = {"pre_norm": PreNorm, "post_norm": PostNorm, "sandwich": Sandwich}
+
+
+@dataclass(frozen=True)
+class Joint:
+    """The options that every layer has besides its own: how it is added to the residual stream."""
+
+    residual: Literal["pre_norm", "post_norm", "sandwich"] | None = option(
+        None, "where the layer's norm is: before it, after it or both; by default as in the model"
+    )
 
 
 class Stack(nn.ModuleList):
@@ -311,13 +365,48 @@ class Stack(nn.ModuleList):
         return x if update is None else x + update, after
 
 
-def linear(inputs: int, outputs: int, std: float, bias: bool = False) -> nn.Linear:
+class FullPrecisionLinear(nn.Linear):
+    """A linear map computed in full precision even if x or the parameters have less.
+
+    Routers need it. Autocast must be off around it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., inputs) -> (..., outputs) in fp32 (fp64 if x is)."""
+        bias = None if self.bias is None else full_precision(self.bias)
+        return F.linear(full_precision(x), full_precision(self.weight), bias)
+
+
+def linear(
+    inputs: int,
+    outputs: int,
+    std: float,
+    bias: bool = False,
+    kind: type[nn.Linear] = nn.Linear,
+) -> nn.Linear:
     """A linear map with weights from N(0, std²) and, if any, biases of zero."""
-    layer = nn.Linear(inputs, outputs, bias=bias)
+    layer = kind(inputs, outputs, bias=bias)
     nn.init.normal_(layer.weight, std=std)
     if bias:
         nn.init.zeros_(layer.bias)
     return layer
+
+
+def is_plain(part: nn.Module) -> bool:
+    """Whether a part does nothing but apply its weight, so that an operation may use the weight
+    instead of calling the part.
+
+    It does more if it has hooks, an adapter or a quantised weight. A tensor that
+    torch.func.functional_call puts in place of the weight counts as more too.
+    """
+    hooks = (
+        part._forward_hooks,
+        part._forward_pre_hooks,
+        part._backward_hooks,
+        part._backward_pre_hooks,
+    )
+    known = type(part) in (nn.Linear, nn.Embedding, RMSNorm)
+    return known and type(part.weight) in (nn.Parameter, type(None)) and not any(hooks)
 
 
 def scaled(x: Tensor, factor: float) -> Tensor:
@@ -332,18 +421,55 @@ def full_precision(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def choose(impl: str, operation: str, device: torch.device) -> str:
+def choose(impl: str, operation: str, device: torch.device, portable: bool = False) -> str:
     """The path of an operation: "reference", "torch" or "triton".
 
-    Raises InputError if `impl` is unknown or cannot be used.
+    In torch.export and torch.func the reference takes the place of the torch path, because they
+    know PyTorch's own operations alone; unless the torch path is `portable`, which means that it
+    consists of them. Raises InputError if `impl` is unknown or cannot be used.
     """
+    if impl not in ("auto", *IMPLS):
+        raise InputError("impl", impl, ", ".join(IMPLS))
+    if impl in ("auto", "torch") and not portable and is_transformed():
+        return "reference"
     if impl == "auto":
         return "triton" if device.type == "cuda" and operation in FASTER else "torch"
-    if impl not in IMPLS:
-        raise InputError("impl", impl, ", ".join(IMPLS))
     if impl == "triton":
         require(operation, device)
     return impl
+
+
+def is_transformed() -> bool:
+    """Whether torch.export or a transformation of torch.func (grad, vmap, ...) runs the program.
+
+    Then no size and no branch may depend on the values of a tensor.
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch._C._are_functorch_transforms_active()
+
+
+def by_token(
+    step: Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, Tensor]],
+    state: Tensor,
+    parts: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor]:
+    """A recurrence step(state, now) -> (state, output) over the second dimension of all parts.
+
+    Returns the outputs (B, T, ...) and the final state. In torch.export it is one loop, so that a
+    text may have any length.
+    """
+    if torch.compiler.is_exporting():
+        from torch._higher_order_ops.scan import scan
+
+        state, y = scan(step, state, tuple(part.transpose(0, 1) for part in parts))
+        return y.transpose(0, 1), state
+    outputs = []
+    # unbind, because indexing [:, t] would make the backward pass quadratic in T
+    for now in zip(*(part.unbind(1) for part in parts), strict=True):
+        state, output = step(state, now)
+        outputs.append(output)
+    return torch.stack(outputs, dim=1), state
 
 
 def operations(model: nn.Module) -> list[str]:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from minimodels.architectures.registry import build
 from minimodels.config import Config
 from minimodels.errors import InputError
-from minimodels.layers import Context, Record, flops, linear, make_norm, scaled
+from minimodels.layers import Context, Record, flops, is_plain, linear, make_norm, scaled
 from minimodels.objectives import OBJECTIVES
+from minimodels.ranks import averaged
 
 
 class LM(nn.Module):
@@ -32,16 +33,16 @@ class LM(nn.Module):
         self.tokenizer = None  # the tokenizer of a loaded model; None: bytes
         # what the layers recorded in the last call of `loss`
         self.observed: dict[str, list[Tensor]] = {}
-        self.embedding = nn.Embedding(config.vocab or 256, config.width)
+        self.vocab = config.vocab or 256
+        self.embedding = nn.Embedding(self.vocab, config.width)
         nn.init.normal_(self.embedding.weight, std=config.init_std)
+        self.embedding_norm = make_norm(config) if config.embedding_norm else None
         self.layers = build(config)
         self.routers = [module for module in self.layers.modules() if hasattr(module, "causal")]
         self.norm = make_norm(config)
         # None: the head uses the embedding's matrix
         self.head = (
-            None
-            if config.tie_embeddings
-            else linear(config.width, config.vocab or 256, config.init_std)
+            None if config.tie_embeddings else linear(config.width, self.vocab, config.init_std)
         )
         self.objective = OBJECTIVES[config.objective](config)
 
@@ -86,32 +87,48 @@ class LM(nn.Module):
             )
             raise InputError("state", "carried", accepted)
         context.embedded = scaled(self.embedding(tokens), self.config.embedding_scale)
+        if self.embedding_norm is not None:
+            context.embedded = self.embedding_norm(context.embedded)
         x, state = self.layers(context.embedded, state, context)
         return scaled(self.norm(x), self.config.logit_scale), state
 
     def logits(self, x: Tensor) -> Tensor:
         """The head's output for `features`: (..., D) -> (..., V)."""
-        logits, cap = F.linear(x, self.head_weight), self.config.logit_softcap
+        cap = self.config.logit_softcap
+        logits = F.linear(x, self.tied_matrix()) if self.head is None else self.head(x)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
+    def tied_matrix(self) -> Tensor:
+        """The embeddings of all tokens (V, D), with what an adapter adds to them."""
+        if type(self.embedding) is nn.Embedding:
+            return self.embedding.weight
+        return self.embedding(torch.arange(self.vocab, device=self.embedding.weight.device))
+
     @property
-    def head_weight(self) -> Tensor:
-        """The head's matrix (V, D): its own, or the embedding's if they are tied."""
-        return (self.head or self.embedding).weight
+    def plain_head(self) -> nn.Module | None:
+        """The part whose weight is the head's matrix (V, D); None if the head is more than that
+        (see is_plain), so that logits must be computed."""
+        part = self.embedding if self.head is None else self.head
+        return part if self.config.logit_softcap is None and is_plain(part) else None
 
     def loss(
-        self, tokens: Tensor, targets: Tensor, starts: Tensor | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        starts: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to minimise, and its parts, detached.
 
         The parts are "cross_entropy", in nats per predicted token, and the layers' own losses.
-        tokens, targets and starts (B, T); a target is IGNORE if nothing is to be predicted.
+        tokens, targets, starts and positions (B, T); a target is IGNORE if nothing is to be
+        predicted.
         `observed` then contains what the layers recorded. Raises ValueError if shapes disagree.
         """
         if targets.shape != tokens.shape:
             accepted = f"the shape of tokens, {tuple(tokens.shape)}"
             raise ValueError(f"targets are {tuple(targets.shape)}; accepted: {accepted}")
-        context = self.context(tokens, starts=starts)
+        context = self.context(tokens, positions=positions, starts=starts)
         x, _ = self.features(tokens, None, context)
         total = self.objective(self, x, targets, context)
         parts = {"cross_entropy": total.detach()}
@@ -132,20 +149,23 @@ class LM(nn.Module):
         """Whether, in the present mode, no token depends on a later one. Generation requires it."""
         return all(module.causal for module in self.routers)
 
-    def after_step(self):
-        """Call this once after each optimizer step, so that layers can balance themselves."""
+    def after_step(self, taken: Tensor | float = 1.0):
+        """Call this once after each optimizer step, so that layers can balance themselves. taken: 0
+        if the optimizer skipped the step."""
         for module in self.layers.modules():
             if hasattr(module, "after_step"):
-                module.after_step()
+                module.after_step(taken)
 
     def flops(self, context: int) -> float:
         """Forward FLOPs per token of the layers and of the head's product."""
-        return flops(self.layers, context) + 2 * self.head_weight.numel()
+        return flops(self.layers, context) + 2 * self.embedding.weight.numel()
 
     def observations(self) -> dict[str, list]:
-        """What the layers recorded in the last call of `loss`, one entry per layer."""
+        """What the layers recorded in the last call of `loss`, one entry per layer; the mean over
+        the ranks."""
         return {
-            name: [value.tolist() for value in values] for name, values in self.observed.items()
+            name: [value.tolist() for value in values]
+            for name, values in averaged(self.observed).items()
         }
 
 

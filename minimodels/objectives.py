@@ -8,12 +8,14 @@ context's record, as layers do.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimodels.config import Config
 from minimodels.layers import Context, full_precision
 from minimodels.ops.linear_cross_entropy import IGNORE, linear_cross_entropy
+from minimodels.ranks import average
 
 
 class NextToken(nn.Module):
@@ -24,13 +26,20 @@ class NextToken(nn.Module):
         self.impl = config.impl
 
     def forward(self, model: nn.Module, x: Tensor, targets: Tensor, context: Context) -> Tensor:
-        """The mean cross-entropy in nats per predicted token. Targets of IGNORE are left out."""
-        if model.config.logit_softcap is not None:  # the joint operation has no softcap
+        """The mean cross-entropy in nats per predicted token. Targets of IGNORE are left out.
+
+        Each rank returns its share: the mean of the shares is the mean over all ranks' targets.
+        """
+        head, targets = model.plain_head, targets.flatten()
+        count = (targets != IGNORE).to(full_precision(x).dtype).sum()
+        share = count / average(count)
+        # a rank without targets gets one, because a mean over none is NaN; its share is 0
+        first = torch.where(count > 0, targets[:1], 0)
+        targets = torch.cat((first, targets[1:]))
+        if head is None:  # the joint operation knows a matrix alone
             logits = full_precision(model.logits(x)).flatten(0, 1)
-            return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE)
-        return linear_cross_entropy(
-            x.flatten(0, 1), model.head_weight, targets.flatten(), self.impl
-        )
+            return share * F.cross_entropy(logits, targets, ignore_index=IGNORE)
+        return share * linear_cross_entropy(x.flatten(0, 1), head.weight, targets, self.impl)
 
 
 OBJECTIVES = {"next_token": NextToken}

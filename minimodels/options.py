@@ -4,7 +4,8 @@
     class Options:
         heads: Count = option(4, "H, query heads")
 
-`read_options` makes the dataclass of a call such as attention(heads=8) and checks it by its types.
+`read_options` checks the options of a call such as attention(heads=8) by their types and makes the
+dataclass.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, field, fields
 from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
-from minimodels.errors import InputError, check_types, nearest
+from minimodels.errors import InputError, describe, fits, nearest
 from minimodels.grammar import Call, Option, excerpt, write_call
 
 Options = TypeVar("Options")
@@ -54,7 +55,11 @@ def read_options(
         if given.name not in known:
             accepted = nearest(given.name, known) or "no options"
             raise InputError(f"{field}: {call.name}", given.name, accepted, excerpt(text, given.at))
-        values[given.name] = read_value(given.value, hints[given.name], text)
+        value, hint = read_value(given.value, hints[given.name], text), hints[given.name]
+        if not fits(value, hint):
+            place = f"{field}: {call.name}.{given.name}"
+            raise InputError(place, value, describe(hint), excerpt(text, given.at))
+        values[given.name] = value
     missing = [
         name for name, each in known.items() if each.default is MISSING and name not in values
     ]
@@ -63,14 +68,12 @@ def read_options(
             f"{field}: {call.name}", call.name, f"with {', '.join(missing)}", excerpt(text, call.at)
         )
     try:
-        made = kind(**values)
-        check_types(made)
+        return kind(**values)
     except InputError as error:
         at = next((given.at for given in call.options if given.name == error.field), call.at)
         raise InputError(
             f"{field}: {call.name}.{error.field}", error.value, error.accepted, excerpt(text, at)
         ) from None
-    return made
 
 
 def read_value(value: object, hint: Any, text: str) -> object:

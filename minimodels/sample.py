@@ -1,12 +1,14 @@
-"""Continues a prompt with a trained or a published model, and prints each token as it is drawn:
+"""Continue a prompt with a trained or a published model, and print each token as it is drawn.
 
-python -m minimodels.sample runs/transformer --prompt "def " --temperature 0.8 --min-p 0.05
-python -m minimodels.sample FOLDER_OR_HUB_ID --prompt "Once upon a time"
+    python -m minimodels.sample runs/transformer --prompt "def " --temperature 0.8 --min-p 0.05
+    python -m minimodels.sample Qwen/Qwen3-0.6B --prompt "Once upon a time"
+    python -m minimodels.sample Qwen/Qwen3-0.6B --chat --prompt "Why is the sky blue?"
+
+A run's context is filled unless --tokens says otherwise.
 """
 
 from __future__ import annotations
 
-import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +19,12 @@ import tyro
 
 from minimodels.command import parse_options, pick_device, run_command
 from minimodels.data.tasks import is_task
-from minimodels.data.tokenizer import Bytes, TokenizerFile
+from minimodels.decoding import waits
 from minimodels.errors import InputError, Natural, Range, check_types
 from minimodels.files import read_json
-from minimodels.generate import Sampling, generate
+from minimodels.generate import Sampling, stream, tokenizer_of, until
 from minimodels.published import from_pretrained
-from minimodels.training.checkpoint import load_model
+from minimodels.training.checkpoint import home, load_model
 
 DTYPES = {
     "auto": None,
@@ -39,11 +41,15 @@ class Options:
     each token as it is drawn."""
 
     model: tyro.conf.Positional[str]
-    """folder of a training run, or a published model: a folder in the Hugging Face
-    format or an id of its hub"""
+    """folder of a training run or of one of its checkpoints (RUN/checkpoints/step-N), or a
+    published model: a folder in the Hugging Face format or an id of its hub"""
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = Sampling()
     prompt: str = "def "
     """text to continue"""
+    chat: bool = False
+    """the prompt is a message to a chat model, which answers it"""
+    stop: tuple[str, ...] = ()
+    """end the text before any of these"""
     tokens: Natural | None = None
     """most tokens to add, unless the model ends the text earlier; by default a run's context is
     filled, and a published model adds 400"""
@@ -60,29 +66,33 @@ class Options:
         check_types(self)
         if not self.prompt:
             raise InputError("prompt", self.prompt, "at least one character")
+        if not all(self.stop):
+            raise InputError("stop", self.stop, "texts of at least one character")
 
 
 def main(options: Options) -> None:
-    """Print the prompt, and then each token as it is drawn."""
+    """Print the prompt unless it is a message, and then each token as it is drawn."""
     device, dtype = pick_device(options.device), DTYPES[options.dtype]
     folder, context = Path(options.model), None
-    if (folder / "options.json").exists():
-        run = read_json(folder / "options.json", "model")
+    if (home(folder) / "options.json").exists():
+        run = read_json(home(folder) / "options.json", "model")
         if is_task(str(run.get("data"))):
             raise InputError(
                 "model", options.model, f"a run on text; {run['data']} has answers, not text"
             )
         context = run.get("context")
         model = load_model(folder).to(device, dtype).eval()
-        tokenizer = model.tokenizer or Bytes()
     else:
         model = from_pretrained(options.model, dtype, device, ignore=options.ignore)
-        tokenizer = TokenizerFile(model.published.folder)
-    prompt = tokenizer.encode(options.prompt)
+    tokenizer = tokenizer_of(model)
+    prompt = tokenizer.chat(options.prompt) if options.chat else tokenizer.encode(options.prompt)
     count = tokens_to_add(options.tokens, context, len(prompt))
-    tokens = generate(model, [prompt], count, options.sampling, options.seed)
-    ids = itertools.takewhile(lambda token: token not in tokenizer.end, map(int, tokens))
-    for text in tokenizer.stream(prompt, ids):
+    if device.type == "cuda" and (reason := waits(model)):
+        print(f"note: no CUDA graph, because {reason}", file=sys.stderr)
+    texts = stream(model, tokenizer, prompt, count, options.sampling, options.seed)
+    opening = next(texts)
+    print("" if options.chat else opening, end="", flush=True)
+    for text in until(texts, options.stop):
         print(text, end="", flush=True)
     print()
 

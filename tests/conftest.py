@@ -19,26 +19,39 @@ FIRST_TEST = ("test_kernel_*",)  # of these files the first test alone is fast
 FIRST_VARIANTS = (  # of each test in these files the first variant alone
     "test_attention_options",
     "test_benchmark*",
+    "test_blocks",
+    "test_chat",
+    "test_decoding",
     "test_delta_rule",
     "test_deltanet",
+    "test_export",
     "test_linear_scan",
     "test_mamba2",
     "test_packing_operations",
-    "test_published",
+    "test_parallel",
+    "test_parts",
+    "test_published*",
     "test_retention",
     "test_short_convolution",
 )
 SLOW = {  # file -> tests that are not fast
     "test_benchmark_session": "a_rehearsal_runs_every_branch a_wrong_kernel_loses_its_own_rows_alone "
-    "the_sweep_tries_every_setting again_checks_only_what_is_not_known_to_be_right "
-    "a_failed_check_costs_its_kernel_alone",
+    "the_sweep_times_the_settings_of_the_kernel_file again_checks_only_what_is_not_known_to_be_right "
+    "a_failed_check_costs_its_kernel_alone a_session_goes_on_after_a_failed_check",
     "test_benchmarks": "throughput_writes_rows_that_plot_draws throughput_compares_paths "
     "peak_memory_is_that_of_the_call every_sweep_measures_the_points_of_the_first "
     "a_claim_leaves_rows_that_plot_draws what_does_not_fit_is_a_row "
     "routing_decisions_are_those_of_all_batches_scored",
+    "test_every_option": "every_option_of_training_has_an_effect",
     "test_first_hour": "a_signal_saves a_loss_that_is_not_finite_is_not_saved",
     "test_house": "the_fast_tier_has_a_test_of_every_file",
     "test_laws": "compiles_to_one_graph overfits_one_batch",
+    "test_blocks": "blocks_compiled_one_by_one_compute_the_same",
+    "test_fit": "a_trial_trains_the_model",
+    "test_parallel": "ranks_have_the_losses_and_gradient_norms_of_one_process "
+    "a_split_context_gives_the_outputs_and_gradients_of_the_whole "
+    "torchrun_takes_the_steps_of_one_process_which_continues_its_run "
+    "a_rank_that_dies_ends_the_job_with_its_number_and_reason sigterm_to_torchrun_saves",
     "test_packing_operations": "attention_of_documents_compiles_to_one_graph",
     "test_published": "loading_never_holds_two_copies",
     "test_train": "main_path a_compiled_run_takes_the_same_steps resuming_is_exact "
@@ -64,6 +77,8 @@ def mark_fast(items: Iterable[pytest.Item]) -> None:
 
     seen: set[tuple[str, ...]] = set()
     for item in items:
+        if item.get_closest_marker("nightly"):
+            continue
         file, name = item.path.stem, getattr(item, "originalname", item.name)
         first_test, first_variant = (file,) not in seen, (file, name) not in seen
         seen |= {(file,), (file, name)}

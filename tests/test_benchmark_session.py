@@ -128,12 +128,24 @@ def test_a_failed_check_costs_its_kernel_alone(session, monkeypatch, tmp_path):
         assert statuses(rows, model=f"{model}, triton") == {"left out"}
 
 
-def test_checks_have_a_cache_of_their_own(session, monkeypatch, tmp_path):
+def test_a_session_goes_on_after_a_failed_check(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "command", code("import sys; sys.exit(1)"))
+    plan = races.jobs([NORM])
+    monkeypatch.setattr(everything, "plan", lambda toy: plan)
+    everything.main(everything.Options(out=tmp_path / "out", dry=True))
+    rows = read_rows(tmp_path / "out/rows.jsonl")
+    assert statuses(rows, job="check rmsnorm") == {"wrong"}
+    assert statuses(rows, job=NORM.name, provider="triton") == {"left out"}
+    assert statuses(rows, job=NORM.name, provider="torch") == {"done"}
+
+
+def test_each_check_has_a_cache_of_its_own(session, monkeypatch, tmp_path):
     text = "import os; print(os.environ['TRITON_CACHE_DIR'])"
     monkeypatch.setattr(checks, "command", code(text))
     monkeypatch.setenv("TRITON_CACHE_DIR", "shared")
-    checks.check(("rmsnorm",), 30, session.journal, tmp_path / "log", CPU)
-    assert "shared" not in (tmp_path / "log").read_text()
+    checks.check(("rmsnorm", "attention"), 30, session.journal, tmp_path / "log", CPU)
+    caches = [line for line in (tmp_path / "log").read_text().splitlines() if line[:3] != "---"]
+    assert len({*caches, "shared"}) == 3
 
 
 def test_what_a_check_runs_is_the_kernels_own():
@@ -295,37 +307,40 @@ def test_again_checks_only_what_is_not_known_to_be_right(tmp_path, monkeypatch):
         everything.main(replace(options, again=tmp_path / "nowhere"))
 
 
-def test_the_sweep_tries_every_setting(session, monkeypatch):
+def test_the_sweep_times_the_settings_of_the_kernel_file(session, monkeypatch):
+    """Each reaches the launches of both passes, and the split of time."""
     module = importlib.import_module("minimodels.kernels.selective_scan")
-    monkeypatch.delattr(module, "SWEEP", raising=False)
+    before, launched, split = dict(vars(module)), set(), set()
+    sizes_of, divide = module.sizes_of, module.divide
+
+    def note_sizes(x, N, interval, steps, registers):
+        launched.add((interval, steps, registers))
+        return sizes_of(x, N, interval, steps, registers)
+
+    def note_split(*given):
+        split.add((module.WHOLE, module.RESIDENT))
+        return divide(*given)
+
+    monkeypatch.setattr(module, "sizes_of", note_sizes)
+    monkeypatch.setattr(module, "divide", note_split)
     sweep.sweep(sweep.SIZES[0], session)
-    assert statuses(session.journal.rows) == {"skipped"}
+    timed = [row for row in session.journal.rows if row.get("seconds")]
+    assert len(timed) == 2 * len({row["provider"] for row in timed}) == 2 * (1 + len(module.SWEEP))
+    assert launched >= {(64, 4, 64), (64, 4, None), (64, 4, 96), (32, 2, None), (32, 2, 168)}
+    assert split >= {(4, 8), (8, 8), (16, 8), (8, 12)}
+    assert all(getattr(module, name) == before[name] for name in ("WHOLE", "STEPS", "REGISTERS"))
 
-    seen, constant, run = [], module.STEPS, module.forward_kernel.run
 
-    def noted(*arguments, **options):
-        seen.append((module.STEPS, options.get("num_warps")))
-        return run(*arguments, **options)
-
-    monkeypatch.setattr(module.forward_kernel, "run", noted)
-    settings = [("two steps", {"STEPS": 2}), ("more warps", {"num_warps": 8, "maxnreg": 64})]
-    monkeypatch.setattr(module, "SWEEP", settings, raising=False)
-    session.journal.rows.clear()
+def test_a_setting_that_is_wrong_is_not_timed(session, monkeypatch):
+    module = importlib.import_module("minimodels.kernels.selective_scan")
+    right = module.selective_scan
+    monkeypatch.setattr(module, "SWEEP", [{"WHOLE": 4}])
+    monkeypatch.setattr(
+        module, "selective_scan", lambda *given: (right(*given)[0] * (1 + (module.WHOLE == 4)),)
+    )
     sweep.sweep(sweep.SIZES[0], session)
-    timed = {row["provider"] for row in session.journal.rows if row.get("seconds")}
-    assert timed == {"as it is", "two steps", "more warps"}
-    assert set(seen) >= {(constant, 1), (2, 1), (constant, 8)}
-    assert module.STEPS == constant and module.forward_kernel.run is noted
-
-
-def test_a_tuned_kernel_is_swept_by_its_configurations():
-    module = importlib.import_module("minimodels.kernels.attention")
-    kernel = module.forward_kernel
-    before = [config.num_warps for config in kernel.configs]
-    with sweep.applied(module, {"num_warps": 7, "BLOCK_S": 32}):
-        changed = [(config.num_warps, config.kwargs["BLOCK_S"]) for config in kernel.configs]
-        assert set(changed) == {(7, 32)} and not kernel.cache
-    assert [config.num_warps for config in kernel.configs] == before
+    assert statuses(session.journal.rows, provider="as it is") == {"done"}
+    assert statuses(session.journal.rows, provider="WHOLE 4") == {"wrong"}
 
 
 def test_what_is_missing_or_not_a_number_is_wrong():

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from minimodels import LM, Config, InputError, preset
 from minimodels.grammar import parse, write
@@ -173,3 +174,21 @@ def test_shared_layers_are_stored_once_and_computed_at_every_use():
     assert shared.parameters == one.parameters
     assert shared.forward_flops == apart.forward_flops
     assert shared.state_bytes == apart.state_bytes == 2 * one.state_bytes
+
+
+def test_a_layer_can_be_added_in_its_own_way():
+    """It says where its norm is, or the model does."""
+    tokens = torch.arange(20).view(2, 10)
+
+    def logits(**fields) -> torch.Tensor:
+        torch.manual_seed(0)
+        return LM(Config(width=16, **fields))(tokens)[0]
+
+    layers = "attention(residual=post_norm) mlp(residual=post_norm)"
+    after = logits(layers="attention mlp", residual="post_norm")
+    assert torch.equal(logits(layers=layers), after)
+    assert torch.equal(logits(layers=layers, residual="sandwich"), after)
+    assert not torch.equal(logits(layers=layers.replace("post", "pre")), after)
+    for wrong in ("learned_positions(residual=post_norm)", "mod(mlp, residual=post_norm)"):
+        with pytest.raises(InputError, match="residual"):
+            LM(Config(layers=wrong))

@@ -8,7 +8,7 @@ import torch.utils.checkpoint
 
 from minimodels import LM, Config, InputError
 from minimodels.training import checkpoint
-from minimodels.training.log import forget_after
+from minimodels.training.log import forget_after, write_log
 
 SMALL = {"vocab": 16, "width": 16}
 
@@ -80,12 +80,17 @@ def test_a_loss_that_lost_its_gradient_is_refused(reentrant):
 
 
 def test_files_that_would_block_are_refused(tmp_path):
-    os.mkfifo(tmp_path / checkpoint.FILE)
     model = LM(Config(layers="mlp", **SMALL))
-    with pytest.raises(InputError, match="not a regular file"):
-        checkpoint.load(tmp_path, model)
+    checkpoint.save(tmp_path, model, None, {"step": 1})
+    for name in ("shard-00001-model-00001-of-00001.safetensors", "progress.json"):
+        (tmp_path / "checkpoints/step-1" / name).unlink()
+        os.mkfifo(tmp_path / "checkpoints/step-1" / name)
+        with pytest.raises(InputError, match="not a regular file"):
+            checkpoint.load(tmp_path, model)
     os.mkfifo(tmp_path / "log.jsonl")
     forget_after(tmp_path, 0)
+    with pytest.raises(InputError, match="a regular file, or none"):
+        write_log(tmp_path, {"step": 1})
     os.mkfifo(tmp_path / "options.json")
     with pytest.raises(InputError, match="not a regular file"):
         checkpoint.load_model(tmp_path)

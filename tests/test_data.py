@@ -69,9 +69,9 @@ def test_few_files_are_joined_and_split_by_position(folder):
     """The split does not depend on their names, so no file is held out whole."""
     joined = b"".join(file.read_bytes() for file in sorted(folder.iterdir()))
     (folder / os.fsdecode(b"\xff")).write_bytes(b"last")  # a name that is no text
-    (folder / "run").mkdir()
+    (folder / "run/checkpoints/step-1").mkdir(parents=True)
     # files that a training run has written are not text
-    for name in ("checkpoint.safetensors", "log.jsonl"):
+    for name in ("checkpoints/step-1/progress.json", "log.jsonl"):
         (folder / "run" / name).write_bytes(b"not this")
     data = open_data(str(folder), 30)
     spans = [bytes(span[0 : len(span)].tolist()) for span in data.spans.values()]

@@ -99,7 +99,7 @@ REFUSED = [
     ("mlp*-1", "-1", "here a whole number of 1 or more", "-1"),
     ("attention(heads=2 window=5)", "window", 'here ")"', "window=5"),
     ("attention(heads=2, heads=4)", "heads", "here each option once", "heads=4"),
-    ("attention(window=)", ")", "here a number, true, false or a word", ")"),
+    ("attention(window=)", ")", "here a number, true, false, a word or numbers in brackets", ")"),
     ("attention(rope_scaling=linear(mlp))", "linear", "here options in the paren", "linear("),
     ("attention (heads=2)", "=", "here a layer", "=2"),  # a space: a group
     ("mlp a=mamba", "=", A_LAYER, "=mamba"),  # a definition comes first
@@ -209,7 +209,8 @@ VALUES = st.recursive(
     st.integers(-(10**17), 10**17)
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.booleans()
-    | NAMES,
+    | NAMES
+    | many(st.integers(-9, 9) | st.floats(allow_nan=False, allow_infinity=False)),
     lambda inner: st.builds(
         lambda name, options: Call(name, options=options), NAMES, options_of(inner, 1)
     ),
@@ -261,6 +262,9 @@ LOCAL = "local=attention(window=512) (local mlp)*2 attention"
         ("mod(mlp, capacity=0.5)", "mod.route=router", "mod(mlp, capacity=0.5, route=router)"),
         ("attention", "attention.rope_scaling=linear(factor=4)", "attention(rope_scaling=linear(factor=4))"),
         ("attention(window=5)", "attention.window=none", "attention(window=none)"),
+        ("attention(rope_scaling=yarn)", "attention.rope_scaling.factor=4", "attention(rope_scaling=yarn(factor=4))"),
+        ("attention(rope_scaling=longrope(short=[1, 2], context=8)) mlp", "attention.rope_scaling.context=9",
+         "attention(rope_scaling=longrope(short=[1, 2], context=9)) mlp"),
         (LOCAL, "local.window=64", LOCAL.replace("512", "64")),
         (
             LOCAL,
@@ -298,10 +302,11 @@ def test_missing_options_alone_are_set():
         ("mamba=3", "LAYER.OPTION=VALUE"),
         ("attention.heads=8 mlp.width=64", "one LAYER.OPTION=VALUE; repeat --set"),
         ("mamba.state_size", "LAYER.OPTION=VALUE"),
-        ("mamba.state_size=", "here a number, true, false or a word"),
+        ("mamba.state_size=", "here a number, true, false, a word or numbers in brackets"),
         ("mamba.state_size=4, expand=1", "one option; --set is repeatable"),
         ("mamba.state_size=4) mlp(width=8", "a name with options"),
         ("mamba.state_size=4)", "here a layer or the end"),
+        ("mamba.scaling.factor=4", "an option of mamba that the text sets"),
         ("mambo.state_size=4", "a layer of the model: did you mean mamba? mamba, mlp, mod"),
         ("attention.heads=4", "a layer of the model: mamba, mlp, mod"),
     ],
@@ -337,6 +342,7 @@ def test_a_call_is_one_name_with_options():
     "text, value",
     [
         ("3", 3), ("-3", -3), ("+3", 3), ("3.0", 3.0), (".5", 0.5), ("3.", 3.0), ("1e4", 1e4), ("-1.5E-3", -1.5e-3),
+        ("[1, 2.5]", (1, 2.5)), ("[]", ()), ("[ 3, ]", (3,)),
         ("true", True), ("false", False), ("word", "word"), ("word()", "word"), ("9" * 30, float("9" * 30)),
         ("f(x=1, y=g(z=true))", Call("f", options=(Option("x", 1), Option("y", Call("g", options=(Option("z", True),)))))),
     ],
@@ -383,14 +389,17 @@ def test_defaults_can_be_written(name, field):
 NUMBERS = [1e-4, 1e-3, 0.01, 0.1, 0.3, 0.5, 0.6, 2.5, 100.0]
 MORE_TEXTS = {"attention.rope_fraction": ["attention(heads=2)"]}  # wider heads
 VALUES_OF = {int: [1, 2, 3, 4, 6, 8, 24], float: NUMBERS, bool: [True, False]}
-SCALINGS = ["linear(factor=2)", "llama3(factor=8, low=1, high=4, context=16)"]
+SCALINGS = [
+    "linear(factor=2)", "llama3(factor=8, low=1, high=4, context=16)", "dynamic(context=8, length=64)",
+    "longrope(attention=1.5)", "yarn(context=16)",
+]  # fmt: skip
 
 
 def values_of(name: str, field) -> tuple[list, int]:
     """The values at which an option is tried, including its default, and how many of
     the models must differ."""
     if field.name == "rope_scaling":
-        return [field.default, *SCALINGS], 3
+        return [field.default, *SCALINGS], 1 + len(SCALINGS)
     hint = get_type_hints(EVERY[name].Options)[field.name]  # without its range
     union = get_origin(hint) in (Union, types.UnionType)
     kinds = [kind for kind in (get_args(hint) if union else (hint,)) if kind is not type(None)]

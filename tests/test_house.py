@@ -33,8 +33,10 @@ from minimodels.training.step import training_step
 ROOT = Path(minimodels.__file__).resolve().parents[1]
 EVERY = {**LAYERS, **WRAPPERS}
 ORDER = [  # rooms from the lowest up; those on one line may import each other
+    "interrupts",
     "errors",
     "files",
+    "ranks",
     "colours command measure",
     "grammar",
     "options",
@@ -49,7 +51,9 @@ ORDER = [  # rooms from the lowest up; those on one line may import each other
     "presets",
     "ledger",
     "data training published",
+    "decoding",
     "generate",
+    "memory pace",
     "draw sample",
     "",  # minimodels itself, which exports what is used in Python
     "train",

@@ -9,6 +9,7 @@ from models import WIDTH, make, same, tensors
 pytest.importorskip("triton", reason="the kernels need the package triton")
 
 from minimodels import LM, Config, Sampling, generate
+from minimodels.decoding import FixedStep, GrowingStep
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -123,3 +124,15 @@ def test_a_whole_model_on_kernels_compiles_to_one_graph(layers):
     compiled = torch.compile(lm.loss, fullgraph=True, backend="aot_eager")
     loss, _ = compiled(given[:, :-1], given[:, 1:])
     same(loss, expected)
+
+
+@pytest.mark.parametrize("layers", ["attention(kv_heads=2, window=3) mamba(state_size=4)", MOE])
+@torch.inference_mode()
+def test_a_step_of_fixed_size_on_kernels_gives_the_logits_of_the_ordinary_one(layers):
+    """On a GPU it is a CUDA graph from the second step on."""
+    lm, given = model(layers, "triton").eval(), tokens()
+    _, state = lm(given)
+    step, ordinary = FixedStep(lm, state, 2), GrowingStep(lm, state)
+    for token in given.T[:4]:
+        same(step(token), ordinary(token), 1e-8)
+    assert DEVICE == "cpu" or step.graph

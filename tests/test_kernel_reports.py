@@ -27,7 +27,7 @@ def test_a_provider_that_fails_or_is_wrong_is_left_out(direction, capsys):
     assert list(timings) == list(memory) == ["first", "same", "something else"]
     said = capsys.readouterr().out
     assert (
-        "wrong: left out, for it failed (AssertionError: result 0" in said
+        "wrong: left out, because it failed (AssertionError: result 0" in said
         and "failing: left out" in said
     )
 
@@ -169,7 +169,7 @@ def test_an_operation_reports_rows_that_table_reads(tmp_path, capsys, quick):
         row["rate"] > 0 and len(row["seconds"]) == 2 for row in rows
     )
     assert {row["provider"] for row in rows} >= {"torch", "torch.compile", "same"}
-    assert "absent: skipped, for no-such-package is not installed" in capsys.readouterr().out
+    assert "absent: skipped, because no-such-package is not installed" in capsys.readouterr().out
     table.main(table.Options(results=(out,)))
     assert "| `square` backward | large |" in capsys.readouterr().out
 
@@ -184,30 +184,3 @@ def test_rows_of_an_operation_take_the_place_of_earlier_ones(tmp_path):
     with pytest.raises(InputError, match="rows of kernels"):
         common.forget(path, "attention")
     assert path.read_text() == "something else"
-
-
-def test_a_sweep_times_the_variants_that_are_right(tmp_path, quick, capsys, monkeypatch):
-    monkeypatch.setattr(
-        common, "interleave", lambda calls, *_, **__: {name: [1.0] for name in calls}
-    )
-    setting = {"factor": 1}
-
-    def variants():
-        for name, factor in (("first", 1), ("wrong", 2), ("right", 1)):
-            setting["factor"] = factor
-            yield name
-
-    out = tmp_path / "kernels.jsonl"
-    case = common.Case("small", small_inputs, forward=64, backward=96)
-    kernel = lambda x: setting["factor"] * x * x  # noqa: E731
-    common.report("square", kernel, square, [case], {}, lambda: None, variants)(
-        common.Options(out=out, rounds=2, sweep=True)
-    )
-    found = [(row["provider"], row["direction"]) for row in read(out)]
-    assert found == [(name, way) for name in ("first", "right") for way in ("forward", "backward")]
-    assert {row["operation"] for row in read(out)} == {"square sweep"}
-    assert "wrong: left out, for it failed (AssertionError: result 0" in capsys.readouterr().out
-    with pytest.raises(InputError, match="^sweep: .* variants"):
-        common.report("square", square, square, [case], {}, lambda: None)(
-            common.Options(sweep=True)
-        )

@@ -11,6 +11,7 @@ from models import same
 
 pytest.importorskip("triton", reason="the kernels need the package triton")
 
+from minimodels.kernels import rmsnorm as module
 from minimodels.kernels.common import compare
 from minimodels.kernels.rmsnorm import rmsnorm
 
@@ -67,6 +68,22 @@ def test_under_autocast_the_norm_has_its_precision_and_the_stream_keeps_its_own(
     for impl in ("torch", "triton"):
         for one, other in zip(results[impl], results["reference"], strict=True):
             assert (one - other).float().norm() < 1e-2 * other.float().norm(), impl
+
+
+@pytest.mark.parametrize("D", [64, 768, 4096, 16384])
+def test_the_programs_of_backward_fit_the_multiprocessors(D, monkeypatch):
+    """Each SM holds 32 warps of 64 registers a thread. What does not fit runs in a second wave."""
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *given, num_warps: launched.append(grid[0] * num_warps)
+
+    monkeypatch.setattr(module, "backward_kernel", Kernel())
+    monkeypatch.setattr(module, "multiprocessors", lambda tensor: 10)
+    total, weight, rstd = torch.zeros(2, D), torch.zeros(D), torch.zeros(2)
+    module.rmsnorm_backward(total, None, total, weight, rstd)
+    assert 0 < launched[0] <= 10 * 32
 
 
 def test_it_compiles_for_a_gpu():

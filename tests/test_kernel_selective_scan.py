@@ -224,20 +224,25 @@ def test_division():
             assert 1 <= span <= intervals and walks * -(-intervals // span) / share <= 8 * 132
 
 
-def test_variants():
-    """After a sweep the settings are restored. Every variant computes the same."""
-    names = sorted(set().union(*module.VARIANTS))
-    before = [getattr(module, name) for name in names]
+@pytest.mark.parametrize("setting", module.SWEEP, ids=str)
+def test_every_setting_of_the_sweep_computes_the_same(setting, monkeypatch):
     torch.manual_seed(10)
     given = tuple(arguments(1, 35, 3, 2))
     expected = module.selective_scan(*given)
-    seen = set()
-    for variant in module.variants():
-        seen.add(variant)
-        for one, other in zip(module.selective_scan(*given), expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-    assert len(seen) == len(module.VARIANTS)
-    assert [getattr(module, name) for name in names] == before
+    for name, value in setting.items():
+        monkeypatch.setattr(module, name, value)
+    for one, other in zip(module.selective_scan(*given), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_the_warps_that_a_split_plans_fit_an_sm():
+    """An SM has 65,536 registers. What does not fit runs in a second wave."""
+    x = torch.zeros(1, 64, 32)
+    registers = module.sizes_of(x, 16, 64, 4, module.REGISTERS)["maxnreg"]
+    assert module.FILL * 32 * registers <= 2**16
+    for setting in ({}, *module.SWEEP):
+        used = setting.get("BACKWARD_REGISTERS", module.BACKWARD_REGISTERS) or 255
+        assert setting.get("RESIDENT", module.RESIDENT) * 32 * used <= 2**16
 
 
 def test_compiled():

@@ -45,6 +45,14 @@ def test_identical_experts_are_one_dense_mlp():
     same(moe(text())[0], dense(text())[0])
 
 
+@pytest.mark.parametrize("shared", [0, 1, 2, 3])
+def test_shared_experts_are_as_many_as_asked_for(shared):
+    moe = layer(shared_experts=shared)
+    width = moe.gate.shape[1]  # of one expert
+    built = 0 if moe.shared is None else moe.shared.up.weight.shape[0] / width
+    assert built == shared
+
+
 @pytest.mark.parametrize("router", ["softmax_topk", "softmax"])
 def test_all_experts_are_the_soft_mixture(router):
     moe, x = layer(experts_per_token=E, router=router), text()

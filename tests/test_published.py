@@ -1,366 +1,55 @@
 """Published models: every family against transformers, an independent implementation, from its
 files to ours and back."""
 
-import contextlib
 import copy
 import json
-import os
 import re
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from random import Random
 
 import pytest
 import torch
 from mixers import use_torch
+from peers import (
+    CASES,
+    DYNAMIC,
+    HEADS,
+    LLAMA3,
+    WITH_KERNELS,
+    V,
+    distance,
+    double,
+    longrope,
+    model_of,
+    saved,
+    text,
+    theirs,
+    transformers,
+    without_casts_to_single,
+)
 from safetensors.torch import load_file, save_file
 
 from minimodels import LM, Config, InputError, from_pretrained, preset, save_pretrained
+from minimodels.generate import Sampling, generate
 from minimodels.grammar import Call, parse_call, set_options, write_value
 from minimodels.ops.linear_cross_entropy import IGNORE
 from minimodels.published import __main__ as command
 from minimodels.published.families import FAMILIES
 from minimodels.published.mappings import Offset
 from minimodels.published.text import write_layers
-from minimodels.sample import Sampling, generate
 from minimodels.training import checkpoint
 from minimodels.training.optim import adamw
 
-transformers = pytest.importorskip(
-    "transformers", minversion="5", reason="the proof against transformers needs transformers >= 5"
-)
-from huggingface_hub.errors import StrictDataclassError  # noqa: E402
-from transformers.models.kimi_linear import modeling_kimi_linear  # noqa: E402
-from transformers.models.qwen3_5 import modeling_qwen3_5  # noqa: E402
-from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe  # noqa: E402
-from transformers.models.qwen3_next import modeling_qwen3_next  # noqa: E402
-
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
-
-V, T = 67, 37
-
-
-@pytest.fixture(autouse=True)
-def peers_in_torch(monkeypatch):
-    """The package of kernels, if it is installed, wants a GPU."""
-    use_torch(
-        monkeypatch,
-        modeling_qwen3_5,
-        modeling_qwen3_5_moe,
-        modeling_qwen3_next,
-        modeling_kimi_linear,
-    )
-
-
-SIZE = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2}
-HEADS = {**SIZE, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40}
-SQUARE = {**HEADS, "hidden_size": 36, "head_dim": 8}  # its square root is exact in single precision
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 24}  # fmt: skip
-YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 24, "beta_fast": 4.0,
-        "mscale": 1.0, "mscale_all_dim": 0.7}  # fmt: skip
-LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
-LATENT = {
-    **HEADS, "num_key_value_heads": 4, "q_lora_rank": 10, "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4,
-    "v_head_dim": 5, "n_routed_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
-}  # fmt: skip
-INDEXED = {"index_topk": 9, "index_n_heads": 16, "index_head_dim": 6, "n_group": 1, "topk_group": 1}
-SSD = {**SIZE, "head_dim": 8, "state_size": 6, "chunk_size": 8}
-DELTA = {
-    **HEADS, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 5,
-}  # fmt: skip
-HYBRID = {"mamba_n_heads": 4, "mamba_d_state": 6, "mamba_chunk_size": 8}
-KIMI = {
-    **LATENT, "q_lora_rank": None, "linear_num_heads": 3, "linear_head_dim": 6, "num_experts": 6, "num_experts_per_token": 2,
-}  # fmt: skip
-KIMI.pop("n_routed_experts"), KIMI.pop("num_experts_per_tok")
-ROUTED = {
-    "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 10,
-}  # fmt: skip
-AUXILIARY = {"output_router_logits": True, "router_aux_loss_coef": 0.3}
-
-CASES = {  # model_type -> options of its configuration class
-    "llama": [
-        HEADS,
-        {**HEADS, "num_key_value_heads": 4, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
-        {**HEADS, "num_key_value_heads": 1, "rope_parameters": LLAMA3, "head_dim": 10, "num_hidden_layers": 3},
-        {**HEADS, "rope_parameters": LINEAR, "rms_norm_eps": 1e-3},
-        {**HEADS, "rope_parameters": YARN, "head_dim": 12},
-    ],
-    "mistral": [
-        {**HEADS, "sliding_window": 7},
-        {**HEADS, "sliding_window": None, "tie_word_embeddings": True},
-        # shorter than the text, and longer than half of it
-        {**HEADS, "sliding_window": 30, "head_dim": 6},
-    ],
-    "qwen3": [
-        {**HEADS, "head_dim": 12},
-        {**HEADS, "head_dim": 8, "attention_bias": True, "tie_word_embeddings": True},
-        {**HEADS, "head_dim": 8, "num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 5,
-         "max_window_layers": 1},
-    ],
-    "qwen2": [
-        HEADS,
-        {**HEADS, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1, "tie_word_embeddings": True},
-        {**HEADS, "num_key_value_heads": 1, "head_dim": 6, "rope_parameters": YARN},
-    ],
-    "smollm3": [
-        {**HEADS, "num_hidden_layers": 5},
-        {**HEADS, "no_rope_layers": [0, 1], "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
-        {**HEADS, "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 5, "num_hidden_layers": 3},
-        {**HEADS, "no_rope_layers": [0, 1, 1], "use_sliding_window": True, "sliding_window": 30, "num_hidden_layers": 3,
-         "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
-    ],
-    "phi3": [
-        HEADS,
-        {**HEADS, "num_key_value_heads": 4, "sliding_window": 7, "partial_rotary_factor": 0.5, "tie_word_embeddings": True},
-        {**HEADS, "num_key_value_heads": 1, "head_dim": 12, "num_hidden_layers": 3},
-    ],
-    "olmo2": [
-        HEADS,
-        {**HEADS, "num_key_value_heads": 4, "attention_bias": True, "tie_word_embeddings": True},
-        {**HEADS, "rms_norm_eps": 1e-3, "num_hidden_layers": 3, "head_dim": 6, "rope_parameters": LINEAR},
-    ],
-    "olmo3": [
-        {**HEADS, "num_hidden_layers": 5, "sliding_window": 6},
-        {**HEADS, "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 30, "attention_bias": True,
-         "rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}},
-        {**HEADS, "layer_types": ["full_attention"] * 2, "tie_word_embeddings": True},
-    ],
-    "gemma2": [
-        {**SQUARE, "sliding_window": 6, "num_hidden_layers": 3},
-        {**SQUARE, "attn_logit_softcapping": None, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 7,
-         "sliding_window": 5, "attention_bias": True},
-        {**SQUARE, "attn_logit_softcapping": 2.0, "final_logit_softcapping": None, "tie_word_embeddings": False,
-         "layer_types": ["full_attention"] * 2, "num_key_value_heads": 1},
-    ],
-    "gemma3_text": [
-        {**SQUARE, "sliding_window": 6, "num_hidden_layers": 7},
-        {**SQUARE, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 7, "attention_bias": True, "sliding_window": 5,
-         "layer_types": ["full_attention", "sliding_attention"], "attn_logit_softcapping": 2.0,
-         "rope_parameters": {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}},
-    ],
-    "granite": [
-        {**HEADS, "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 4.0},
-        {**HEADS, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "attention_multiplier": 0.5},
-    ],
-    "mamba": [
-        SIZE,
-        {**SIZE, "tie_word_embeddings": False, "use_bias": True, "use_conv_bias": False, "state_size": 5, "conv_kernel": 3},
-        {**SIZE, "expand": 3, "time_step_rank": 5, "hidden_size": 30, "num_hidden_layers": 3},
-    ],
-    "falcon_mamba": [
-        SIZE,
-        {**SIZE, "tie_word_embeddings": False, "use_bias": True, "mixer_rms_eps": 1e-2, "state_size": 5},
-        # as in the published 7B: the second is the one that counts
-        {**SIZE, "expand": 16, "intermediate_size": 64},
-    ],
-    "mixtral": [
-        {**HEADS, "num_local_experts": 3, **AUXILIARY},
-        {**HEADS, "num_local_experts": 8, "num_experts_per_tok": 3, "sliding_window": 7, "tie_word_embeddings": True},
-        {**HEADS, "num_local_experts": 2, "num_experts_per_tok": 2, "head_dim": 6, **AUXILIARY},
-    ],
-    "olmoe": [
-        {**HEADS, "num_experts": 6, "num_experts_per_tok": 3, **AUXILIARY},
-        {**HEADS, "num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 1, "attention_bias": True},
-        {**HEADS, "num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": True, "tie_word_embeddings": True},
-    ],
-    "qwen3_moe": [
-        {**HEADS, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, **AUXILIARY},
-        {**HEADS, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True,
-         "head_dim": 12, "num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3], "attention_bias": True},
-        {**HEADS, "num_experts": 3, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "use_sliding_window": True,
-         "sliding_window": 6, "tie_word_embeddings": True},
-    ],
-    "qwen2_moe": [
-        {**HEADS, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
-         "shared_expert_intermediate_size": 16, **AUXILIARY},
-        {**HEADS, "num_experts": 3, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "qkv_bias": False,
-         "shared_expert_intermediate_size": 20, "num_hidden_layers": 4, "decoder_sparse_step": 2, "tie_word_embeddings": True},
-        {**HEADS, "num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 8, "norm_topk_prob": True,
-         "shared_expert_intermediate_size": 8, "num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 6,
-         "max_window_layers": 3, "mlp_only_layers": [0]},
-    ],
-    "gpt_oss": [
-        {**HEADS, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6, **AUXILIARY},
-        {**HEADS, "head_dim": 12, "num_local_experts": 5, "num_experts_per_tok": 3, "attention_bias": False,
-         "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
-         "layer_types": ["full_attention", "sliding_attention", "full_attention"], "num_hidden_layers": 3},
-    ],
-    "gpt2": [
-        {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 61},
-        {"vocab_size": V, "n_embd": 24, "n_layer": 3, "n_head": 2, "n_positions": 40, "n_inner": 40,
-         "tie_word_embeddings": False, "layer_norm_epsilon": 1e-3},
-    ],
-    "diffllama": [
-        {**HEADS, "num_hidden_layers": 3},
-        {**HEADS, "num_key_value_heads": 4, "tie_word_embeddings": True, "attention_bias": True, "head_dim": 6,
-         "rope_parameters": YARN},
-    ],
-    "deepseek_v2": [
-        {**LATENT, "first_k_dense_replace": 1, "num_hidden_layers": 3},
-        {**LATENT, "q_lora_rank": None, "attention_bias": True, "mlp_bias": True, "n_shared_experts": 1,
-         "routed_scaling_factor": 1.7, "rope_parameters": YARN, "first_k_dense_replace": 1},
-        {**LATENT, "tie_word_embeddings": True, "v_head_dim": 14, "num_experts_per_tok": 1, "rope_parameters": LINEAR},
-        {**LATENT, "n_routed_experts": 6, "topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2,
-         "num_experts_per_tok": 3},
-    ],
-    "deepseek_v3": [
-        {**LATENT, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_hidden_layers": 3},
-        {**LATENT, "n_group": 1, "topk_group": 1, "q_lora_rank": None, "attention_bias": True, "first_k_dense_replace": 0,
-         "n_shared_experts": 2, "rope_parameters": {**YARN, "attention_factor": 1.2}, "tie_word_embeddings": True},
-        {**LATENT, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 5, "v_head_dim": 14, "rope_parameters": YARN},
-        {**LATENT, "n_group": 4, "topk_group": 2, "n_routed_experts": 12, "num_experts_per_tok": 4,
-         "first_k_dense_replace": 1},
-    ],
-    "deepseek_v32": [
-        {**LATENT, **INDEXED, "first_k_dense_replace": 1, "num_hidden_layers": 3},
-        {**LATENT, **INDEXED, "index_head_dim": 4, "attention_bias": True, "n_shared_experts": 2, "rope_parameters": YARN,
-         "mlp_layer_types": ["sparse", "dense"], "tie_word_embeddings": True},
-        {**LATENT, **INDEXED, "index_topk": 50, "n_routed_experts": 12, "n_group": 4, "topk_group": 2, "v_head_dim": 14},
-    ],
-    "jamba": [
-        {**HEADS, "num_hidden_layers": 4, "attn_layer_period": 3, "attn_layer_offset": 1, "num_experts": 3, **AUXILIARY},
-        {**HEADS, "num_hidden_layers": 3, "attn_layer_period": 2, "attn_layer_offset": 0, "num_experts": 4,
-         "num_experts_per_tok": 1, "expert_layer_period": 3, "expert_layer_offset": 2, "mamba_proj_bias": True,
-         "mamba_conv_bias": False, "tie_word_embeddings": True, "mamba_d_state": 6},
-        {**HEADS, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "num_experts_per_tok": 1},
-    ],
-    "mamba2": [
-        {**SSD, "num_heads": 8, "n_groups": 2},
-        {**SSD, "num_heads": 4, "head_dim": 16, "n_groups": 4, "use_bias": True, "use_conv_bias": False,
-         "num_hidden_layers": 3},
-        {**SSD, "num_heads": 3, "head_dim": 30, "hidden_size": 30, "expand": 3, "n_groups": 1, "conv_kernel": 3,
-         "tie_word_embeddings": True, "layer_norm_epsilon": 1e-2},
-        {**SSD, "num_heads": 8, "n_groups": 2, "time_step_limit": [0.6, 0.9], "use_cache": False},
-        {**SSD, "num_heads": 8, "n_groups": 2, "time_step_limit": [0.6, float("inf")], "use_cache": False},
-    ],
-    "qwen3_5_moe_text": [
-        {**DELTA, **ROUTED, "layer_types": ["linear_attention"] * 2, "num_experts_per_tok": 3, "use_cache": False},
-        {**DELTA, **ROUTED, "layer_types": ["linear_attention", "full_attention"], "head_dim": 16, **AUXILIARY},
-    ],
-    "qwen3_next": [
-        {**DELTA, **ROUTED, "layer_types": ["linear_attention"] * 2, "num_experts_per_tok": 3, "norm_topk_prob": False,
-         "use_cache": False},
-        {**DELTA, **ROUTED, "layer_types": ["linear_attention", "full_attention"], "head_dim": 16, **AUXILIARY},
-        {**DELTA, **ROUTED, "num_hidden_layers": 5, "head_dim": 8, "norm_topk_prob": False, "decoder_sparse_step": 2,
-         "mlp_only_layers": [3], "tie_word_embeddings": True, "linear_num_key_heads": 1, "linear_conv_kernel_dim": 2},
-        {**DELTA, **ROUTED, "full_attention_interval": 2, "head_dim": 12, "linear_num_key_heads": 4, "rms_norm_eps": 1e-3,
-         "linear_num_value_heads": 8, "rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}},
-    ],
-    "bamba": [
-        {**HEADS, **HYBRID, "attn_layer_indices": [1]},
-        {**HEADS, **HYBRID, "num_hidden_layers": 3, "attn_layer_indices": [0, 2], "mamba_proj_bias": True, "mamba_n_groups": 2,
-         "mamba_conv_bias": False, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
-        {**HEADS, **HYBRID, "use_cache": False, "mamba_d_conv": 3, "time_step_limit": [0.6, 0.9]},
-        {**HEADS, **HYBRID, "attn_layer_indices": [0], "rms_norm_eps": 1e-3, "rope_parameters": LINEAR, "mamba_n_heads": 8},
-    ],
-    "kimi_linear": [
-        {**KIMI, "layer_types": ["linear_attention"] * 2, "mlp_layer_types": ["dense"] * 2, "use_cache": False},
-        {**KIMI, "num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-         "mlp_layer_types": ["dense", "sparse", "sparse"]},
-        {**KIMI, "num_hidden_layers": 6, "first_k_dense_replace": 5, "q_lora_rank": 10, "attention_bias": True,
-         "rms_norm_eps": 1e-3, "num_shared_experts": 2, "num_expert_group": 2, "linear_conv_kernel_dim": 3},
-    ],
-    "lfm2": [
-        {**HEADS, "layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "block_multiple_of": 4},
-        {**HEADS, "full_attn_idxs": [0], "conv_bias": True, "conv_L_cache": 4, "tie_word_embeddings": False,
-         "block_auto_adjust_ff_dim": False, "rope_parameters": {"rope_type": "default", "rope_theta": 50.0}},
-        {**HEADS, "layer_types": ["conv"] * 2, "block_multiple_of": 8, "block_ffn_dim_multiplier": 1.3, "norm_eps": 1e-2,
-         "use_cache": False},
-        {**HEADS, "num_key_value_heads": 4, "block_multiple_of": 1},
-    ],
-    "qwen3_5_text": [
-        {**DELTA, "linear_num_key_heads": 4, "layer_types": ["linear_attention"] * 2, "linear_conv_kernel_dim": 3,
-         "tie_word_embeddings": True, "use_cache": False},
-        {**DELTA, "head_dim": 16, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-         "num_hidden_layers": 3},
-        {**DELTA, "full_attention_interval": 2, "num_hidden_layers": 4, "head_dim": 12, "rms_norm_eps": 1e-3,
-         "rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}, "num_key_value_heads": 4},
-    ],
-}  # fmt: skip
 every = pytest.mark.parametrize(
     ("name", "number"), [(name, i) for name, cases in CASES.items() for i in range(len(cases))]
 )
 
 
-def theirs(name: str, number: int = 0):
-    """One of the models of CASES."""
-    return model_of(name, CASES[name][number])
-
-
-def model_of(name: str, options: dict):
-    """A model of the published class, its weights so large that every part has its say."""
-    torch.manual_seed(0)
-    no_special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    options = copy.deepcopy(options)  # some classes write into rope_parameters
-    config = transformers.AutoConfig.for_model(name, **options, **no_special)
-    config._experts_implementation = "eager"  # the only one that computes in fp64
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
-
-
-def double(model):
-    """In fp64, except for the rotary frequencies, which are fp32 both here and there."""
-    model.double()
-    for name, buffer in model.named_buffers():
-        if name.endswith("inv_freq"):
-            buffer.data = buffer.data.float()
-    return model
-
-
-def saved(model, folder):
-    model.save_pretrained(folder)
-    return folder
-
-
-def text(batch: int = 2, seed: int = 1) -> torch.Tensor:
-    return torch.randint(V, (batch, T), generator=torch.Generator().manual_seed(seed))
-
-
-@contextlib.contextmanager
-def without_casts_to_single():
-    """Inside, fp64 stays fp64 in transformers too. Otherwise it computes norms, routers and
-    scans in fp32 at any dtype."""
-    to, single, softmax, type_of = (
-        torch.Tensor.to,
-        torch.Tensor.float,
-        torch.Tensor.softmax,
-        torch.Tensor.type,
-    )
-
-    def lifted_to(x, *args, **kwargs):
-        if x.dtype == torch.float64 and (
-            torch.float32 in args or kwargs.get("dtype") == torch.float32
-        ):
-            return x
-        return to(x, *args, **kwargs)
-
-    def lifted_softmax(x, dim=None, dtype=None):
-        return softmax(x, dim=dim, dtype=None if x.dtype == torch.float64 else dtype)
-
-    def lifted_type(x, dtype=None):
-        return x if x.dtype == torch.float64 and dtype == torch.float32 else type_of(x, dtype)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "to", lifted_to)
-        patch.setattr(torch.Tensor, "type", lifted_type)
-        patch.setattr(torch, "sum", lambda x, dim=None, dtype=None: x.sum(dim))
-        # it rounds its cosines differently from cos
-        patch.setattr(torch, "polar", lambda one, angles: torch.complex(angles.cos(), angles.sin()))
-        patch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else single(x))
-        patch.setattr(torch.Tensor, "softmax", lifted_softmax)
-        yield
-
-
-def distance(ours, reference) -> float:
-    return (ours.double() - reference.double()).abs().max().item()
+@pytest.fixture(autouse=True)
+def peers_in_torch(monkeypatch):
+    use_torch(monkeypatch, *WITH_KERNELS)
 
 
 @every
@@ -708,6 +397,11 @@ MADE_WITH = [
     ("(attention(head_dim=6, softcap=9.0) mlp(activation=gelu))*2",
      {"residual": "sandwich", "embedding_scale": 32**0.5, "logit_softcap": 7.0}, "gemma2"),
     (GPT2, {"norm": "layer"}, "gpt2"),
+    ("delta=deltanet(gate=scalar, output_gate=silu, beta_max=2, norm_eps=1e-5, head_dim=4, value_dim=12)"
+     " (delta mlp)*2 attention(qk_norm=full, residual=post_norm) mlp(residual=post_norm)", {}, "olmo_hybrid"),
+    ("(attention(qk_norm=plain) mlp(gated=false, activation=relu2))*2",
+     {"norm": "plain", "embedding_norm": True, "logit_softcap": 9.0}, "nanochat"),
+    ("mamba2 mlp attention(rope_base=0, scale=0.3) mlp", {"logit_scale": 0.5}, "granitemoehybrid"),
     ("a=deltanet(gate=vector, output_gate=sigmoid, output_rank=head) b=latent_attention(rope_base=0) c=mlp(width=40)"
      " (a c)*2 b moe(router=sigmoid_bias, shared_experts=1)", {"tie_embeddings": False}, "kimi_linear"),
 ]  # fmt: skip
@@ -804,7 +498,7 @@ def test_no_option_is_lost(what, layers, tmp_path):
     except InputError as error:
         widths = {"mlp.width", "moe.expert_width"}  # which are equal in Jamba
         named = widths if what in widths else {what}
-        assert any(f"differs in {name}" in str(error) for name in named), error
+        assert any(f"\n  {name} " in str(error) for name in named), error
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
         assert distance(lm(tokens)[0], model(tokens).logits) < 1e-4
@@ -815,7 +509,7 @@ def test_no_option_is_lost(what, layers, tmp_path):
 def test_a_router_that_no_family_has_is_refused(router, qk_norm, tmp_path):
     lm = LM(Config(width=16, layers=f"attention(qk_norm={qk_norm}) moe(router={router})"))
     family = "olmoe" if qk_norm == "full" else "qwen3_moe"
-    with pytest.raises(InputError, match=f"{family} differs in moe.router"):
+    with pytest.raises(InputError, match=f"\n  moe.router .*{family}"):
         save_pretrained(lm, tmp_path / "a")
 
 
@@ -850,12 +544,40 @@ def test_a_window_that_is_not_told_is_what_the_class_has(name, entries, tmp_path
         "llama3(factor=8, high=4, low=1, context=8192)",
         "yarn(factor=3)",
         "yarn(factor=4, context=20, fast=8, slow=2, whole=false, attention_factor=1.1)",
+        "dynamic(factor=3, context=40)",
+        "longrope(short=[1.5, 2], long=[3, 4], context=50, attention=1.2)",
     ],
 )
 def test_rope_scaling_however_it_is_written(scaling, tmp_path):
     lm, tokens = LM(Config(width=16, layers=f"attention(rope_scaling={scaling}) mlp")), text()
     save_pretrained(lm, tmp_path / "a")
     torch.testing.assert_close(from_pretrained(tmp_path / "a")(tokens)[0], lm(tokens)[0])
+
+
+LONGER = {
+    "dynamic": {"rope_parameters": DYNAMIC, "max_position_embeddings": 20},
+    "longrope": {
+        "rope_parameters": longrope(4),
+        "original_max_position_embeddings": 20,
+        "max_position_embeddings": 80,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("llama", "dynamic"), ("llama", "longrope"), ("phi3", "longrope")]
+)
+def test_the_rotation_of_a_longer_text_is_a_setting(name, kind, tmp_path):
+    """It is that of the text's own length in the class. Without the setting the text is refused."""
+    model, tokens = model_of(name, {**HEADS, **LONGER[kind]}), text()
+    folder = saved(model, tmp_path / "a")
+    lm = from_pretrained(folder)
+    assert distance(lm(tokens[:, :20])[0], model(tokens[:, :20]).logits) < 1e-4
+    with pytest.raises(InputError, match="at most 20 tokens"):
+        lm(tokens)
+    longer = from_pretrained(folder, set=[f"attention.rope_scaling.length={tokens.shape[1]}"])
+    assert distance(longer(tokens)[0], model(tokens).logits) < 1e-4
+    assert distance(longer(tokens[:, :20])[0], lm(tokens[:, :20])[0]) > 1e-2
 
 
 def test_a_loaded_model_trains_like_one_made_here(tmp_path):
@@ -882,8 +604,13 @@ def test_a_folder_that_cannot_be_written_is_refused(path, tmp_path):
 
 def test_what_no_family_expresses_says_why(tmp_path):
     for model in ("mod", "hybrid"):
-        with pytest.raises(InputError, match="llama differs in layers.*jamba differs in"):
+        with pytest.raises(InputError, match="model: ") as error:
             save_pretrained(LM(preset(model)), tmp_path / model)
+        line, *table = str(error.value).splitlines()
+        assert line.endswith("differs in")
+        rows = {row.split()[0]: row.split(maxsplit=1)[1].split(", ") for row in table}
+        assert "llama" in rows["layers"]
+        assert sorted(name for names in rows.values() for name in names) == sorted(FAMILIES)
         assert not any(tmp_path.iterdir())
 
 
@@ -900,7 +627,13 @@ def test_what_no_family_expresses_says_why(tmp_path):
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("llama", {"auto_map": {"AutoModel": "code.Model"}}, "auto_map"),
         ("llama", {"attention_dropout": 0.1}, "attention_dropout: 0.1"),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type: 'dynamic' .* default, linear"),
+        ("llama", {"rope_parameters": {"rope_type": "proportional"}}, "rope_type: 'proportional' .* default, linear"),
+        ("llama", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
+         "rope_parameters: '1 and 1 factors' .* 4 in each list"),
+        ("llama", {"rope_parameters": {"rope_type": "longrope", "short_factor": ["1"], "long_factor": [2.0]}},
+         "rope_parameters short"),
+        ("phi3", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type: 'yarn' .* default, longrope"),
+        ("smollm3", {"layer_types": ["sliding_attention"] * 5, "sliding_window": 3}, "use_sliding_window"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta": 1}}, "beta"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": "2"}}, "rope_parameters factor: '2'"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": -2}}, "rope_parameters factor: -2"),
@@ -934,7 +667,6 @@ def test_what_no_family_expresses_says_why(tmp_path):
         ("llama", {"vocab_size": 10**30}, "vocab_size"),
         ("llama", {"model_type": "glm_moe_dsa"}, "'glm_moe_dsa' .* keys of their own"),
         ("llama", {"model_type": "minimax"}, "'minimax' .* MiniMax adds to what the norm gives"),
-        ("llama", {"model_type": "olmo_hybrid"}, "'olmo_hybrid' .* before the delta rule but behind attention"),
         ("mamba2", {"time_step_limit": [0.1]}, "time_step_limit"),
         ("mamba2", {"time_step_limit": [0.1, "many"]}, "time_step_limit"),
         ("mamba2", {"time_step_limit": [0.5, 0.1]}, "time_step_limit: 0.1 .* at least step_min"),
@@ -1178,6 +910,18 @@ def test_kimi_linear_as_it_is_published(tmp_path):
             from_pretrained(folder)
 
 
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_a_text_continued_without_positions_goes_on_where_it_ended(number, tmp_path):
+    """Bamba's class begins at position 0 again unless it is given positions."""
+    model, tokens = double(theirs("bamba", number)), text()
+    lm, later = from_pretrained(saved(model, tmp_path / "a")), torch.arange(20, 21).unsqueeze(0)
+    with torch.no_grad(), without_casts_to_single():
+        cache = model(tokens[:, :20], use_cache=True).cache
+        expected = model(tokens[:, 20:21], cache=cache, position_ids=later).logits
+    _, state = lm(tokens[:, :20])
+    assert distance(lm(tokens[:, 20:21], state)[0], expected) < 1e-9
+
+
 def test_sections_of_angles_change_nothing_in_a_text(tmp_path):
     folder, tokens = saved(theirs("qwen3_5_text", 1), tmp_path / "a"), text()
     expected, _ = from_pretrained(folder)(tokens)
@@ -1233,166 +977,3 @@ def test_many_layers_are_a_short_text(pattern, expected):
     layers = [layer for letter in pattern for layer in (kinds[letter], mlp)]
     assert write_layers(layers) == expected
     assert Config(layers=expected).calls == tuple(call for _, call in layers)
-
-
-# Configurations that nobody chose: for each family a space of entries, from which some are drawn.
-
-DECODERS = {
-    "hidden_size": [24, 32, 40], "num_hidden_layers": [1, 2, 4], "num_attention_heads": [2, 4], "num_key_value_heads": [1, 2],
-    "head_dim": [4, 8, 12], "intermediate_size": [8, 33], "tie_word_embeddings": [True, False], "rms_norm_eps": [1e-6, 1e-2],
-    "rope_parameters": [LINEAR, YARN, LLAMA3, {"rope_type": "default", "rope_theta": 77.0}],
-}  # fmt: skip
-WHOLE = {entry: values for entry, values in DECODERS.items() if entry != "head_dim"}
-BIASED = {"attention_bias": [True, False]}
-WINDOWS = {"sliding_window": [1, 4, 20, 50]}
-SWITCHED = {**WINDOWS, "use_sliding_window": [True, False], "max_window_layers": [0, 1, 3]}
-CHOICE = {"num_experts_per_tok": [1, 2, 3]}
-ROTATED = {
-    "rope_parameters": [
-        {
-            "full_attention": LINEAR,
-            "sliding_attention": {"rope_type": "default", "rope_theta": 9.0},
-        },
-        {"full_attention": YARN, "sliding_attention": YARN},
-    ]
-}
-SCALARS = {
-    "query_pre_attn_scalar": [5, 256], "attn_logit_softcapping": [None, 3.0], "final_logit_softcapping": [None, 2.0],
-    "hidden_size": [16, 36],
-}  # fmt: skip
-RANKS = {
-    "q_lora_rank": [None, 6], "kv_lora_rank": [4, 10], "qk_nope_head_dim": [2, 8], "qk_rope_head_dim": [2, 6],
-    "v_head_dim": [2, 8], "num_attention_heads": [4], "num_key_value_heads": [4],
-    "first_k_dense_replace": [0, 1, 9], "moe_intermediate_size": [8, 20], "n_shared_experts": [1, 2],
-    "routed_scaling_factor": [0.5, 2.0], "n_routed_experts": [8], "num_experts_per_tok": [1, 2, 4],
-}  # fmt: skip
-SPACES = {  # model_type -> entry -> values
-    "llama": {**DECODERS, **BIASED, "mlp_bias": [True, False]},
-    "mistral": {**DECODERS, **WINDOWS},
-    "qwen3": {**DECODERS, **BIASED, **SWITCHED},
-    "qwen2": {**DECODERS, **SWITCHED},
-    "smollm3": {**DECODERS, **BIASED, **WINDOWS, "use_sliding_window": [True, False],
-                "no_rope_layer_interval": [1, 2, 3], "mlp_bias": [True, False]},
-    "phi3": {**DECODERS, **WINDOWS, "rope_parameters": [None], "partial_rotary_factor": [0.5, 1.0], "head_dim": [8, 16]},
-    "olmo2": {**DECODERS, **BIASED},
-    "olmo3": {**DECODERS, **BIASED, **WINDOWS, **ROTATED},
-    "granite": {**DECODERS, **BIASED, "embedding_multiplier": [1.0, 7.0], "residual_multiplier": [0.2, 1.0],
-                "logits_scaling": [1.0, 6.0], "attention_multiplier": [0.1, 1.0], "mlp_bias": [True, False]},
-    "diffllama": {**DECODERS, **BIASED, "num_key_value_heads": [2]},
-    "gemma2": {**DECODERS, **BIASED, **WINDOWS, **SCALARS},
-    "gemma3_text": {**DECODERS, **BIASED, **WINDOWS, **SCALARS, **ROTATED},
-    "gpt2": {"n_embd": [16, 24], "n_layer": [1, 3], "n_head": [1, 2, 4], "n_inner": [None, 30], "n_positions": [T, 99],
-             "tie_word_embeddings": [True, False], "layer_norm_epsilon": [1e-6, 1e-2]},
-    "mixtral": {**DECODERS, **CHOICE, **WINDOWS, "num_local_experts": [3, 8], "num_experts_per_tok": [2, 3]},
-    "olmoe": {**DECODERS, **BIASED, **CHOICE, "num_experts": [3, 8], "norm_topk_prob": [True, False], "head_dim": [None],
-              "num_experts_per_tok": [2, 3]},
-    "qwen2_moe": {**DECODERS, **CHOICE, **SWITCHED, "num_experts": [3, 8], "moe_intermediate_size": [8, 20],
-                  "decoder_sparse_step": [1, 2, 9], "shared_expert_intermediate_size": [8, 12], "qkv_bias": [True, False]},
-    "qwen3_moe": {**DECODERS, **BIASED, **CHOICE, **WINDOWS, "num_experts": [3, 8], "moe_intermediate_size": [8, 20],
-                  "decoder_sparse_step": [1, 2, 9], "use_sliding_window": [True, False]},
-    "gpt_oss": {**DECODERS, **BIASED, **WINDOWS, "num_local_experts": [3, 8], "num_experts_per_tok": [2, 3]},
-    "deepseek_v2": {**WHOLE, **BIASED, **RANKS, "mlp_bias": [True, False], "n_group": [2, 4], "topk_group": [2],
-                    "topk_method": ["greedy", "group_limited_greedy"]},
-    "deepseek_v3": {**WHOLE, **BIASED, **RANKS, "n_group": [1, 2, 4], "topk_group": [1], "num_experts_per_tok": [2]},
-    "mamba": {"hidden_size": [16, 30], "num_hidden_layers": [1, 3], "state_size": [1, 5], "expand": [1, 2],
-              "conv_kernel": [2, 4], "time_step_rank": ["auto", 3], "use_bias": [True, False], "use_conv_bias": [True, False]},
-}  # fmt: skip
-SPACES["falcon_mamba"] = {**SPACES["mamba"], "mixer_rms_eps": [1e-6, 1e-2]}
-SPACES["jamba"] = {
-    "hidden_size": [16, 32], "num_hidden_layers": [1, 4], "attn_layer_period": [2, 3], "attn_layer_offset": [0, 1],
-    "expert_layer_period": [2, 3], "expert_layer_offset": [0, 1], "num_experts": [1, 3], "mamba_d_state": [3, 8],
-    "mamba_conv_bias": [True, False], "mamba_proj_bias": [True, False], "tie_word_embeddings": [True, False],
-    "num_experts_per_tok": [1, 2], "mamba_expand": [1, 2], "mamba_dt_rank": [2, 5],
-}  # fmt: skip
-SPACES["mamba2"] = {
-    "hidden_size": [16, 32], "num_hidden_layers": [1, 3], "state_size": [1, 5], "n_groups": [1, 2], "conv_kernel": [2, 4],
-    "num_heads": [4, 8], "head_dim": [4, 8], "expand": [1, 2], "use_bias": [True, False], "use_conv_bias": [True, False],
-    "time_step_limit": [[0.0, 0.5], [0.1, 2.0]], "chunk_size": [5, 64], "tie_word_embeddings": [True, False],
-}  # fmt: skip
-SPACES["bamba"] = {
-    **WHOLE, **BIASED, "hidden_size": [16, 32], "num_hidden_layers": [2, 4], "mlp_bias": [True, False],
-    "attn_layer_indices": [[0], [1, 2], [1]],
-    "mamba_n_heads": [2, 8], "mamba_d_state": [3, 8], "mamba_n_groups": [1, 2], "mamba_d_conv": [2, 4], "mamba_expand": [1, 3],
-    "mamba_conv_bias": [True, False], "mamba_proj_bias": [True, False], "time_step_limit": [[0.0, 0.5], [0.1, 2.0]],
-}  # fmt: skip
-SPACES["kimi_linear"] = {
-    **{entry: values for entry, values in {**WHOLE, **BIASED, **RANKS}.items() if entry not in (
-        "rope_parameters", "tie_word_embeddings", "n_routed_experts", "n_shared_experts", "num_experts_per_tok")},
-    "linear_num_heads": [1, 4], "linear_head_dim": [3, 8], "linear_conv_kernel_dim": [2, 5], "num_hidden_layers": [5, 6],
-    "layer_types": [None], "mlp_layer_types": [None], "num_experts": [8, 12], "num_experts_per_token": [2, 3],
-    "num_shared_experts": [1, 2], "num_expert_group": [1, 2],
-}  # fmt: skip
-SPACES["qwen3_5_text"] = {
-    **DECODERS, "head_dim": [8, 16], "layer_types": [None], "full_attention_interval": [1, 2, 3],
-    "linear_num_key_heads": [1, 2, 4], "linear_key_head_dim": [3, 8], "linear_value_head_dim": [4, 7],
-    "linear_conv_kernel_dim": [2, 5], "num_hidden_layers": [3, 4],
-    "rope_parameters": [LINEAR, {**YARN, "partial_rotary_factor": 0.5}],
-}  # fmt: skip
-MORE = {
-    "num_experts": [3, 8],
-    "moe_intermediate_size": [8, 20],
-    "shared_expert_intermediate_size": [8, 12],
-    "num_experts_per_tok": [2, 3],
-}
-SPACES["qwen3_5_moe_text"] = {**SPACES["qwen3_5_text"], **MORE, "num_hidden_layers": [4, 5]}
-SPACES["qwen3_next"] = {
-    **SPACES["qwen3_5_moe_text"], "norm_topk_prob": [True, False], "decoder_sparse_step": [1, 2, 9],
-    "mlp_only_layers": [[], [1]],
-}  # fmt: skip
-SPACES["lfm2"] = {
-    **{entry: values for entry, values in WHOLE.items() if entry != "rms_norm_eps"},
-    "conv_bias": [True, False], "conv_L_cache": [1, 3, 5], "full_attn_idxs": [[0], [1, 2], [0, 1]],
-    "block_multiple_of": [3, 16], "block_ffn_dim_multiplier": [0.7, 2], "block_auto_adjust_ff_dim": [True, False],
-    "norm_eps": [1e-6, 1e-2], "num_hidden_layers": [2, 4], "layer_types": [None],
-}  # fmt: skip
-DRAWN = int(os.environ.get("MINIMODELS_DRAWN", "2"))  # configurations of each family
-
-
-def draw(name: str, seed: int) -> dict:
-    """A configuration of a family; what the class itself refuses is drawn again."""
-    random = Random(f"{name} {seed}")
-    while True:
-        drawn = {
-            entry: random.choice(values)
-            for entry, values in SPACES[name].items()
-            if random.random() < 0.7 or "group" in entry or entry == "n_routed_experts"
-        }
-        try:
-            options = {**CASES[name][0], **drawn}
-            options.pop("output_router_logits", None)
-            model_of(name, options)
-        except (
-            ValueError,
-            RuntimeError,
-            TypeError,
-            KeyError,
-            ZeroDivisionError,
-            AttributeError,
-            StrictDataclassError,
-        ):
-            continue
-        return options
-
-
-def test_every_family_has_a_space():
-    assert SPACES.keys() == CASES.keys() == FAMILIES.keys()
-
-
-@pytest.mark.parametrize("seed", range(DRAWN))
-@pytest.mark.parametrize("name", SPACES)
-def test_drawn_configurations(name, seed, tmp_path):
-    """Logits in double precision from their files, and the same model from ours."""
-    options, tokens = draw(name, seed), text()
-    model = double(model_of(name, options))
-    with torch.no_grad(), without_casts_to_single():
-        expected = model(tokens).logits
-    lm = from_pretrained(saved(model, tmp_path / "a"))
-    assert distance(lm(tokens)[0], expected) < 1e-8, options
-    save_pretrained(lm, tmp_path / "b")
-    again = from_pretrained(tmp_path / "b")
-    assert again.config == lm.config, options
-    assert torch.equal(again(tokens)[0], lm(tokens)[0]), options
-    back = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "b", dtype=torch.float32, experts_implementation="eager"
-    )
-    assert distance(lm(tokens)[0], back(tokens).logits) < 1e-3, options

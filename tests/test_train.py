@@ -21,9 +21,10 @@ from small import small
 
 import minimodels.sample
 import train
-from minimodels import LM, Config, InputError, preset
+from minimodels import LM, Config, InputError, load_model, preset
 from minimodels.command import run_command
 from minimodels.files import LOCK, atomic_write
+from minimodels.memory import Memory
 from minimodels.presets import MAIN, PRESETS
 from minimodels.training.optim import adamw, learning_rate
 from minimodels.training.options import make_first
@@ -51,11 +52,18 @@ def run(*arguments, monkeypatch) -> None:
 
 
 def contents(folder) -> dict[str, bytes]:
-    with safe_open(folder / "checkpoint.safetensors", "pt") as file:
+    """The bytes of all tensors in a run's newest checkpoint, which one process wrote."""
+    with safe_open(shard(folder), "pt") as file:
         return {
             name: file.get_tensor(name).reshape(-1).view(torch.uint8).numpy().tobytes()
             for name in file.keys()  # noqa: SIM118
         }
+
+
+def shard(folder) -> Path:
+    """The file of tensors in a run's newest checkpoint."""
+    (file,) = train.checkpoint.find(folder).folder.glob("*.safetensors")
+    return file
 
 
 def log(folder) -> list[dict]:
@@ -80,7 +88,7 @@ def test_main_path(model, tmp_path, monkeypatch, capsys):
         assert word in printed
     folder = tmp_path / "runs" / model
     assert sorted(file.name for file in folder.iterdir()) == [
-        "checkpoint.safetensors",
+        "checkpoints",
         LOCK,
         "log.jsonl",
         "options.json",
@@ -129,8 +137,8 @@ def test_samples_in_the_precision_that_is_asked_for(monkeypatch):
     dtypes = []
     monkeypatch.setattr(
         minimodels.sample,
-        "generate",
-        lambda model, *_: dtypes.append(model.embedding.weight.dtype) or iter(()),
+        "stream",
+        lambda model, *_: dtypes.append(model.embedding.weight.dtype) or iter([""]),
     )
     for dtype in ("auto", "float32", "bfloat16"):
         minimodels.sample.main(minimodels.sample.Options("run", dtype=dtype, device="cpu"))
@@ -339,7 +347,7 @@ def test_refuses_to_compile_without_a_compiler(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         run("--data", "text", "--steps", 1, *SMALL, "--compile", monkeypatch=monkeypatch)
     assert (
-        "compile: True is not accepted; accepted: False, for PyTorch finds no C++ compiler"
+        "compile: True is not accepted; accepted: False, because PyTorch finds no C++ compiler"
         in capsys.readouterr().err
     )
     assert not (tmp_path / "runs").exists()
@@ -413,7 +421,7 @@ REFUSED = [
     (["--layers", "mlp*" + "9" * 5000], "layers: '9999", "a whole number of 1 or more"),
     (["--layers", "(" * 3000], "layers: '('", "nested at most 50 deep"),
     (["--layers", "mod(" * 51 + "mlp" + ")" * 51], "layers: '('", "nested at most 50 deep"),
-    ([*SET, ROPE + ":"], "set: ':'", "a number, true, false or a word"),
+    ([*SET, ROPE + ":"], "set: ':'", "a number, true, false, a word or numbers"),
     (
         [*SET, ROPE + "wavy"],
         "layers: attention.rope_scaling: 'wavy'",
@@ -484,57 +492,66 @@ def test_an_unknown_option_names_the_nearest(monkeypatch, capsys):
 
 
 def test_refuses_to_resume_what_is_damaged_or_another_run(tmp_path, monkeypatch, capsys):
-    run("--data", "text", "--steps", 2, "--out", "run", *SMALL, monkeypatch=monkeypatch)
-    whole = (tmp_path / "run/checkpoint.safetensors").read_bytes()
-    other = tmp_path / "other"
-    run(
-        "--data",
-        "text",
-        "--steps",
-        2,
-        "--out",
-        "other",
-        *SMALL,
-        "--width",
-        16,
-        monkeypatch=monkeypatch,
-    )
-    shutil.copy(other / "checkpoint.safetensors", tmp_path / "wider.safetensors")
-    flipped = bytearray(whole)
-    flipped[-100] ^= 1
-    elsewhere = whole.replace(b'\\"step\\": 2', b'\\"step\\": 1')
-    assert elsewhere != whole
-    relabelled = whole.replace(
-        b'"dtype":"F32","shape":[256,32]', b'"dtype":"I32","shape":[256,32]', 1
-    )
-    start = whole.index(b'"checksums":"') + len('"checksums":"')
-    stop = whole.index(b'}"', start) + 1
-    unchecked = whole[:start] + b"5".ljust(stop - start) + whole[stop:]
-    damaged = {
-        "a whole safetensors file": whole[: len(whole) // 2],
-        "checksum": bytes(flipped),
-        "checksum is": elsewhere,
-        "differing: embedding.weight [256, 32] int32 for [256, 32] float32": relabelled,
-        "not a mapping": unchecked,
-        "differing": (tmp_path / "wider.safetensors").read_bytes(),
-        "safetensors": b"",
-    }
-    for message, content in damaged.items():
-        (tmp_path / "run/checkpoint.safetensors").write_bytes(content)
+    def refused(*arguments) -> str:
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit:
-            run("--resume", "run", "--steps", 4, monkeypatch=monkeypatch)
+            run("--resume", "run", *arguments, monkeypatch=monkeypatch)
         error = capsys.readouterr().err
-        assert exit.value.code == 2
-        assert error.count("\n") == 1
-        assert message in error
-        assert (tmp_path / "run/checkpoint.safetensors").read_bytes() == content
+        assert (exit.value.code, error.count("\n")) == (2, 1)
+        return error
+
+    common = ["--data", "text", "--steps", 2, *SMALL]
+    run(*common, "--out", "run", monkeypatch=monkeypatch)
+    run(*common, "--width", 16, "--out", "other", monkeypatch=monkeypatch)
+    checkpoint, file = tmp_path / "run/checkpoints/step-2", shard(tmp_path / "run")
+    whole = file.read_bytes()
+    for content in (whole[: len(whole) // 2], b""):
+        file.write_bytes(content)
+        assert "step-2: the checksum of shard-00001" in refused("--steps", 4)
+        assert file.read_bytes() == content
+    checkpoint.rename(tmp_path / "mine")
+    assert "accepted: a run with a whole checkpoint, checkpoints/step-N (it has none)" in refused()
     (tmp_path / "run/checkpoint.safetensors").write_bytes(whole)
-    for field, value in {"width": 16, "data": "stdlib", "lr": 1, "seed": 5}.items():
-        with pytest.raises(SystemExit):
-            run("--resume", "run", f"--{field}", value, monkeypatch=monkeypatch)
+    assert "checkpoint.safetensors is of an earlier version" in refused()
+    shutil.copytree(tmp_path / "other/checkpoints/step-2", checkpoint)
+    assert "a model of this configuration; differing: width 16 for 32" in refused("--steps", 4)
+    shutil.rmtree(checkpoint)
+    (tmp_path / "mine").rename(checkpoint)
+    file.write_bytes(whole)
+    for field, value in {"width": 16, "data": "stdlib", "context": 16, "seed": 5}.items():
         named = "config: 'width 16 for 32'" if field == "width" else f"{field}: "
-        assert f"error: {named}" in capsys.readouterr().err
+        assert f"error: {named}" in refused(f"--{field}", value)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_as_if_undamaged(
+    tmp_path, monkeypatch, capsys
+):
+    """The log says which one and why. The steps since the one before are taken again."""
+    common = ["--data", "text", "--steps", 6, *SMALL, "--eval-every", 2]
+    run(*common, "--out", "run", monkeypatch=monkeypatch)
+    expected = contents(tmp_path / "run")
+    shard(tmp_path / "run").write_bytes(b"damaged")
+    capsys.readouterr()
+    run("--resume", "run", monkeypatch=monkeypatch)
+    said = capsys.readouterr().out
+    assert re.search(r"passed over a checkpoint: step-6: the checksum of shard-\S+ is not", said)
+    assert "from step 4, to 6 steps" in said
+    assert train.checkpoint.find(tmp_path / "run").folder.name == "step-6"
+    assert contents(tmp_path / "run") == expected
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
+    """The best one is sampled from by its folder."""
+    model = LM(Config(layers="mlp", width=8))
+    for step, score in enumerate([3.0, 1.0, 2.0, None, 4.0, 5.0]):
+        with torch.no_grad():
+            model.embedding.weight.fill_(step)
+        train.checkpoint.save(tmp_path, model, None, {"step": step}, score, keep=2)
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"step-1", "step-4", "step-5"}
+    train.checkpoint.save_options(tmp_path, {"config": {}})
+    for folder, weight in ((tmp_path, 5), (tmp_path / "checkpoints/step-1", 1)):
+        assert (train.checkpoint.load_model(folder).embedding.weight == weight).all()
 
 
 def test_says_that_memory_is_lacking(tmp_path, monkeypatch, capsys):
@@ -569,20 +586,18 @@ def test_a_file_that_fails_half_way_is_as_it_was(tmp_path):
 
 
 def test_what_a_killed_save_left_goes_away(tmp_path, monkeypatch):
-    left = tmp_path / "run/checkpoint.safetensors.partial"
+    left = tmp_path / "run/checkpoints/step-7.partial"
     left.mkdir(parents=True)
-    (left / ".tmp123").write_text("half")  # as safetensors names it
+    (left / "shard-00001-model-00001-of-00001.safetensors").write_text("half")
     train.checkpoint.save(
         tmp_path / "run",
         model := LM(Config(layers="mlp", width=8)),
         adamw(model, 1e-3, 0.1),
         {"step": 1},
     )
-    assert [file.name for file in (tmp_path / "run").iterdir()] == ["checkpoint.safetensors"]
+    assert [path.name for path in left.parent.iterdir()] == ["step-1"]
     (tmp_path / "plain").touch()
-    assert (tmp_path / "run/checkpoint.safetensors").stat().st_mode == (
-        tmp_path / "plain"
-    ).stat().st_mode
+    assert shard(tmp_path / "run").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_a_file_that_cannot_be_had_is_one_line(tmp_path, capsys):
@@ -616,7 +631,7 @@ def test_a_validation_counts_what_was_spent(tmp_path, monkeypatch):
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
     run("--data", "text", "--steps", 2, "--out", "run", *SMALL, monkeypatch=monkeypatch)
-    before = (tmp_path / "run/checkpoint.safetensors").read_bytes()
+    before = shard(tmp_path / "run").read_bytes()
     resource = pytest.importorskip("resource")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limit[1]))
@@ -630,7 +645,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
         "error: out: 'run' is not accepted; accepted: a folder with room for a checkpoint"
         in capsys.readouterr().err
     )
-    assert (tmp_path / "run/checkpoint.safetensors").read_bytes() == before
+    assert shard(tmp_path / "run").read_bytes() == before
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-2"]
 
 
 def test_refuses_moments_of_another_shape(tmp_path):
@@ -661,7 +677,7 @@ def test_refuses_to_go_on_with_other_data(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run("--resume", "texts/run", "--steps", 6, monkeypatch=monkeypatch)
     error = capsys.readouterr().err
-    assert "error: data: 'texts: 3 files," in error and "was started with: 2 files," in error
+    assert "error: data: '3 files," in error and "was started with: 2 files," in error
 
 
 def test_a_log_that_ran_ahead_of_its_checkpoint_is_cut_back(tmp_path, monkeypatch):
@@ -686,15 +702,42 @@ def test_a_log_that_ran_ahead_of_its_checkpoint_is_cut_back(tmp_path, monkeypatc
 def test_refuses_options_of_another_kind(change, tmp_path, monkeypatch, capsys):
     run("--data", "text", "--steps", 1, "--out", "run", *SMALL, monkeypatch=monkeypatch)
     options = json.loads((tmp_path / "run/options.json").read_text())
-    (tmp_path / "run/options.json").write_text(json.dumps({**options, **change}))
-    with pytest.raises(SystemExit) as exit:
+    changed = {**options, **change}
+    for given, message in (
+        (changed, "error: resume: 'run/options.json'"),
+        ({name: changed[name] for name in changed if name != "checksum"}, next(iter(change))),
+    ):
+        (tmp_path / "run/options.json").write_text(json.dumps(given))
+        with pytest.raises(SystemExit) as exit:
+            run("--resume", "run", monkeypatch=monkeypatch)
+        assert exit.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_options_that_still_parse_but_changed_are_refused(tmp_path, monkeypatch, capsys):
+    run("--data", "text", "--steps", 1, "--out", "run", *SMALL, monkeypatch=monkeypatch)
+    path = tmp_path / "run/options.json"
+    path.write_text(path.read_text().replace('"lr": 0.002', '"lr": 0.0025'))
+    with pytest.raises(SystemExit):
         run("--resume", "run", monkeypatch=monkeypatch)
-    assert exit.value.code == 2
-    assert f"error: {next(iter(change))}: " in capsys.readouterr().err
+    assert "these were changed or damaged" in capsys.readouterr().err
+    with pytest.raises(InputError, match="these were changed or damaged"):
+        load_model("run")
 
 
-def test_refuses_weights_that_are_not_finite(tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match="weights are not finite at step 1; .* nothing was saved"):
+def test_outputs_that_are_not_finite_are_neither_saved_nor_logged(tmp_path, monkeypatch, capsys):
+    """The loss before the last step, and the weights after it, may still be finite."""
+    monkeypatch.setattr(train, "evaluate", lambda *given: {"validation_loss": math.nan})
+    with pytest.raises(SystemExit, match="1"):
+        run("--data", "text", "--steps", 1, "--out", "run", *SMALL, monkeypatch=monkeypatch)
+    said = capsys.readouterr().err
+    assert re.search("the validation loss is not finite; .* nothing was saved", said)
+    assert not train.checkpoint.exists(tmp_path / "run")
+    assert all(math.isfinite(value) for row in log(tmp_path / "run") for value in row.values())
+
+
+def test_refuses_weights_that_are_not_finite(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="1"):
         run(
             "--data",
             "text",
@@ -709,7 +752,45 @@ def test_refuses_weights_that_are_not_finite(tmp_path, monkeypatch):
             *SMALL,
             monkeypatch=monkeypatch,
         )
-    assert not (tmp_path / "run/checkpoint.safetensors").exists()
+    said = capsys.readouterr().err
+    assert re.search("weights are not finite; .* nothing was saved", said)
+    assert not train.checkpoint.exists(tmp_path / "run")
+
+
+def test_weights_are_looked_at_before_a_checkpoint_on_the_way(tmp_path, monkeypatch, capsys):
+    """Step 2 breaks them, long before the log would show it."""
+    step = train.training_step
+
+    def broken(model, *given):
+        taken = step(model, *given)
+        if train.checkpoint.exists(tmp_path / "run"):
+            model.norm.weight.data.fill_(math.nan)
+        return taken
+
+    monkeypatch.setattr(train, "training_step", broken)
+    arguments = ["--data", "text", "--steps", 9, "--out", "run", *SMALL]
+    with pytest.raises(SystemExit, match="1"):
+        run(*arguments, "--eval-every", 1, "--log-every", 9, monkeypatch=monkeypatch)
+    said = capsys.readouterr().err
+    assert re.search("weights are not finite; .* the last checkpoint is good", said)
+    assert all(weight.isfinite().all() for weight in load_model("run").parameters())
+
+
+def test_a_run_that_cannot_fit_ends_before_its_first_step(tmp_path, monkeypatch, capsys):
+    """And one that may not fit starts with a note; slow steps are mentioned on the way."""
+    arguments = ["--data", "text", "--steps", 1, "--out", "run", *SMALL]
+    monkeypatch.setattr("minimodels.pace.Pace.remark", lambda self, speed: "slow")
+    monkeypatch.setattr("minimodels.memory.memory_of", lambda device: Memory(1000, 1000))
+    with pytest.raises(SystemExit) as exit:
+        run(*arguments, monkeypatch=monkeypatch)
+    assert exit.value.code == 2
+    assert "error: memory: 'at least " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr("minimodels.memory.memory_of", lambda device: Memory(1e12, 1000))
+    run(*arguments, monkeypatch=monkeypatch)
+    said = capsys.readouterr()
+    assert "memory   at least " in said.out
+    assert "note: slow" in said.out + said.err
 
 
 def test_a_run_on_a_task_continues_no_text(tmp_path, monkeypatch, capsys):
@@ -779,8 +860,14 @@ def test_validation_scores_every_held_out_batch_as_in_use(name):
 
 def test_a_resumed_run_counts_the_seconds_before(tmp_path, monkeypatch):
     run("--data", "text", "--steps", 2, "--out", "run", *SMALL, monkeypatch=monkeypatch)
-    load = train.checkpoint.load
-    monkeypatch.setattr(train.checkpoint, "load", lambda *given: {**load(*given), "seconds": 100.0})
+    find = train.checkpoint.find
+
+    def found_late(run):
+        found = find(run)
+        found.about["progress"]["seconds"] = 100.0
+        return found
+
+    monkeypatch.setattr(train.checkpoint, "find", found_late)
     run("--resume", "run", "--steps", 3, monkeypatch=monkeypatch)
     assert 100 < log(tmp_path / "run")[-1]["seconds"] < 200
 
@@ -821,9 +908,14 @@ def test_a_size_brings_its_shape_and_its_training(monkeypatch):
         500,
     )
     assert train.label(options) == "mamba"
-    assert train.count_steps(options, 64, 1.0) == 20_000
-    assert train.count_steps(replace(options, size="tiny"), 64, 1.0) == 600
-    assert train.count_steps(replace(options, minutes=1.0), 64, 1.0) == math.inf
+    data = train.open_data("text", 32)
+    for change, bounds in (
+        ({}, "20000 steps"),
+        ({"size": "tiny"}, "600 steps"),
+        ({"minutes": 1.5, "tokens": 1e6}, "1e+06 tokens or 1.5 minutes"),
+    ):
+        budget = train.Budget(replace(options, **change), options.config, data, {})
+        assert budget.describe() == bounds
 
 
 def test_what_may_change_on_resuming_is_taken(tmp_path, monkeypatch, capsys):
@@ -831,17 +923,17 @@ def test_what_may_change_on_resuming_is_taken(tmp_path, monkeypatch, capsys):
     changes = "--steps 2 --impl reference --dtype float32 --eval-every 1 --sample-every 1 --prompt b --log-every 2".split()
     run("--resume", "run", *changes, "--eval-batches", 2, monkeypatch=monkeypatch)
     assert "rmsnorm: reference" in capsys.readouterr().out
-    for change in (
-        "--batch-size 3",
-        "--accumulate 2",
-        "--schedule wsd",
-        "--warmup 9",
-        "--weight-decay 1",
-        "--clip 3",
-    ):
-        with pytest.raises(SystemExit):
-            run("--resume", "run", *change.split(), monkeypatch=monkeypatch)
-        assert f"error: {change.split()[0][2:].replace('-', '_')}: " in capsys.readouterr().err
+    changes = (
+        "--batch-size 3 --accumulate 2 --schedule constant --warmup 1 --weight-decay 1 --clip 3"
+    )
+    run("--resume", "run", *changes.split(), "--lr", 1e-3, "--steps", 4, monkeypatch=monkeypatch)
+    said = capsys.readouterr().out
+    for change in ("batch_size: 2 -> 3", "lr: 0.002 -> 0.001", "clip: 1.0 -> 3.0"):
+        assert f"changed  {change}\n" in said
+    record = log(Path("run"))[-2]
+    assert (record["lr"], record["tokens"]) == (1e-3, 2 * 64 + 2 * 2 * 3 * 32)
+    run("--resume", "run", "--steps", 5, monkeypatch=monkeypatch)
+    assert "batch_size" not in capsys.readouterr().out
 
 
 def test_decay_is_what_is_asked_for():
@@ -959,7 +1051,7 @@ def test_a_validation_on_the_way_is_checkpointed_and_no_part_of_the_speed(tmp_pa
         train, "evaluate", lambda *_: tick(100, {"validation_loss": 1.0, "accuracy": 0.5})
     )
     monkeypatch.setattr(
-        train.checkpoint, "save", lambda *given: saved.append(given[-1]["step"]) or save(*given)
+        train.checkpoint, "save", lambda *given: saved.append(given[3]["step"]) or save(*given)
     )
     arguments = [
         "--layers",
@@ -984,21 +1076,38 @@ def test_a_validation_on_the_way_is_checkpointed_and_no_part_of_the_speed(tmp_pa
 
 
 def test_damage_anywhere_is_seen(tmp_path):
+    """In every tensor, in the progress, and in the list of files."""
     model = LM(Config(layers="mlp", width=8))
     optimizer = adamw(model, 1e-3, 0.1)
     model.loss(*torch.zeros(2, 1, 3, dtype=torch.int64))[0].backward()
     optimizer.step()
     train.checkpoint.save(tmp_path, model, optimizer, {"step": 1})
-    file = tmp_path / "checkpoint.safetensors"
+    file = shard(tmp_path)
     whole = file.read_bytes()
     start = 8 + int.from_bytes(whole[:8], "little")
-    for name, told in json.loads(whole[8:start]).items():
-        if name != "__metadata__":
-            damaged = bytearray(whole)
-            damaged[start + told["data_offsets"][0]] ^= 1
-            file.write_bytes(damaged)
-            with pytest.raises(InputError, match="checksum is"):
-                train.checkpoint.load(tmp_path, model, optimizer)
+    places = [start + told["data_offsets"][0] for name, told in json.loads(whole[8:start]).items()
+              if name != "__metadata__"]  # fmt: skip
+    for place in [0, start - 1, *places]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        file.write_bytes(damaged)
+        with pytest.raises(InputError, match="step-1: the checksum of shard-00001.*tensors is not"):
+            train.checkpoint.load(tmp_path, model, optimizer)
+    file.write_bytes(whole)
+    progress = file.with_name("progress.json")
+    content = progress.read_text()
+    for hurt, message in {
+        content.replace('"step": 1', '"step": 2'): "the checksum of progress.json is not",
+        content[:-9]: "a JSON object",
+        "{}": "the checksum of progress.json",
+    }.items():
+        progress.write_text(hurt)
+        with pytest.raises(InputError, match=message):
+            train.checkpoint.load(tmp_path, model, optimizer)
+    progress.write_text(content)
+    shutil.copy(file, file.with_name("shard-00002-model-00001-of-00001.safetensors"))
+    with pytest.raises(InputError, match="its files are not shard-00001"):
+        train.checkpoint.load(tmp_path, model, optimizer)
 
 
 def test_a_file_is_replaced_and_not_written_over(tmp_path):

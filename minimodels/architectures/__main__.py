@@ -1,7 +1,9 @@
 """Print what every layer is, where it was published, and which options it has.
 
-python -m minimodels.architectures                  all layers and wrappers, a line each
-python -m minimodels.architectures attention        one of them, with its options
+    python -m minimodels.architectures                  all layers and wrappers, a line each
+    python -m minimodels.architectures attention        one of them, with its options
+
+The options are those of a model's text, such as attention(heads=8).
 """
 
 from __future__ import annotations
@@ -12,10 +14,11 @@ from typing import get_type_hints
 
 import tyro
 
-from minimodels.architectures.registry import LAYERS, WRAPPERS
+from minimodels.architectures.registry import LAYERS, WRAPPERS, on_stream
 from minimodels.command import parse_options, run_command
 from minimodels.errors import InputError, describe, nearest
 from minimodels.grammar import write_value
+from minimodels.layers import Joint
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def list_layers() -> str:
 def describe_layer(name: str) -> str:
     """A layer's docstring, its options with their defaults, and its presets."""
     kind = {**LAYERS, **WRAPPERS}[name]
-    hints = get_type_hints(kind.Options, include_extras=True)
+    shared = () if name in WRAPPERS or on_stream(kind) else (Joint,)
     lines = [
         f"{name}: {inspect.getdoc(kind)}",
         "",
@@ -55,10 +58,12 @@ def describe_layer(name: str) -> str:
         f"file:  {file_of(kind)}",
         "",
     ]
-    for field in fields(kind.Options):
-        default = "none" if field.default is None else write_value(field.default)
-        lines += [f"  {field.name}={default}", f"      {field.metadata['help']}"]
-        lines += [f"      accepted: {describe(hints[field.name])}"]
+    for options in (kind.Options, *shared):
+        hints = get_type_hints(options, include_extras=True)
+        for field in fields(options):
+            default = "none" if field.default is None else write_value(field.default)
+            lines += [f"  {field.name}={default}", f"      {field.metadata['help']}"]
+            lines += [f"      accepted: {describe(hints[field.name])}"]
     for preset, layers in getattr(kind, "presets", {}).items():
         lines += ["", f"preset {preset}: {layers}"]
     return "\n".join(lines)

@@ -79,7 +79,7 @@ class DifferentialAttention(nn.Module):
         self.options, self.impl = options, config.impl
         self.heads, self.kv_heads = options.heads, options.kv_heads or options.heads
         self.head_dim = d = options.head_dim or config.width // options.heads
-        self.scaling = scaling_text(options.rope_scaling)
+        self.scaling = scaling_text(options.rope_scaling, d)
         D, std, paired = config.width, config.init_std, options.version == "v1"
         self.q = linear(D, self.heads * d * (1 if paired else 2), std, options.bias)
         self.k = linear(D, self.kv_heads * d, std, options.bias)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +33,19 @@ from torch import Tensor, nn
 from minimodels.architectures.transformer import SwiGLU, default_width
 from minimodels.config import Config
 from minimodels.errors import Count, InputError, Natural, NonNegative
-from minimodels.layers import Context, Place, flops, full_precision, linear
+from minimodels.layers import (
+    Context,
+    FullPrecisionLinear,
+    Place,
+    Record,
+    flops,
+    is_transformed,
+    linear,
+)
 from minimodels.ops.documents import top_per_document
-from minimodels.ops.grouped_mlp import grouped_mlp
+from minimodels.ops.grouped_mlp import grouped_mlp, path_of
 from minimodels.options import option
+from minimodels.ranks import total
 
 
 class MoE(nn.Module):
@@ -126,7 +135,7 @@ class MoE(nn.Module):
         E, D = options.experts, config.width
         I = options.expert_width or -(-default_width(D) // visited)
         std = config.init_std
-        self.router = linear(D, E, std, options.expert_bias)
+        self.router = linear(D, E, std, options.expert_bias, FullPrecisionLinear)
         self.gate = nn.Parameter(torch.empty(E, I, D).normal_(std=std))
         self.up = nn.Parameter(torch.empty(E, I, D).normal_(std=std))
         self.out = nn.Parameter(torch.empty(E, D, I).normal_(std=std / config.depth**0.5))
@@ -148,7 +157,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, state: None = None, context: Context | None = None):
         context = context or Context()
         with torch.autocast(x.device.type, enabled=False):  # routing needs full precision
-            logits = full_precision_linear(x, self.router)  # (B, T, E)
+            logits = self.router(x)  # (B, T, E)
             gates, visits, probabilities = self.route(
                 logits, self.options.experts_per_token, self.bias, context.starts
             )
@@ -170,34 +179,40 @@ class MoE(nn.Module):
             y = y + shared
         return y, None
 
+    @property
+    def waits(self) -> str:
+        """Why the host must wait for values in a step of one token; empty if it need not."""
+        options = self.options
+        plain = not options.expert_bias and options.activation == "silu"
+        path = path_of(self.impl, self.gate.device, plain)
+        return "" if path == "triton" else f"the {path} path of moe counts each expert's tokens"
+
     def account(
         self, logits: Tensor, visits: Tensor, probabilities: Tensor, context: Context
     ) -> None:
-        """Record the losses over the real tokens, and each expert's share of the visits.
-
-        The losses are the z-loss, mean(logsumexp(logits)²), and the balance loss.
-        """
+        """Record the z-loss, mean(logsumexp(logits)²) over the real tokens, and what the balance loss is
+        made of; count the visits."""
         real = (
             logits.new_ones(logits.shape[:2])
             if context.real is None
             else context.real.to(logits.dtype)
-        )
-        # (B, T, 1), the weight of a token in a mean
-        weight = (real / real.sum().clamp(min=1)).unsqueeze(-1)
-        if self.training:
-            self.visited.add_((visits * real.unsqueeze(-1)).sum((0, 1)).to(self.visited.dtype))
-        # (E,) each
-        fraction, probability = (visits * weight).sum((0, 1)), (probabilities * weight).sum((0, 1))
-        record, options = context.record, self.options
-        z = (logits.logsumexp(-1, keepdim=True).square() * weight).sum()
-        record.add_loss("z", options.z_loss * z)
-        if options.balance == "layer":
-            record.add_loss("balance", options.balance_loss * imbalance(fraction, probability))
-        else:
-            record.pool("balance", pooled_imbalance, (options.balance_loss, fraction, probability))
-        load = fraction / fraction.sum().clamp(min=1e-9)
-        record.observe("load", load)
-        record.observe("overload", load.amax() * load.numel())  # E times the largest share
+        ).unsqueeze(-1)  # (B, T, 1)
+        visited = (visits * real).sum((0, 1))  # (E,)
+        if self.training and not context.record.finished:
+            self.count(visited)
+        count, record = real.sum(), context.record
+        z = (logits.logsumexp(-1, keepdim=True).square() * real).sum()
+        record.add_mean("z", self.options.z_loss, z, count)
+        sums = Sums(self.options, count, visited, (probabilities * real).sum((0, 1)))
+        record.pool("balance", balance, sums)
+
+    def count(self, visited: Tensor) -> None:
+        """Count the visits (E,) of a training step, which move the selection bias."""
+        if not is_transformed():
+            self.visited.add_(visited.to(self.visited.dtype))
+        elif self.bias is not None:
+            accepted = "eval(), because torch.func and torch.export count no visits"
+            raise InputError("router", "sigmoid_bias in training mode", accepted)
 
     def _apply(self, fn, recurse=True):
         """Move or convert the layer as PyTorch does, but keep its buffers in fp32: in bfloat16 a step
@@ -212,10 +227,13 @@ class MoE(nn.Module):
         return self
 
     @torch.no_grad()
-    def after_step(self):
-        """Move the selection bias against the load (DeepSeek-V3 §2.1.2); reset the visits."""
+    def after_step(self, taken: Tensor | float = 1.0):
+        """Move the selection bias against the load (DeepSeek-V3 §2.1.2), unless the step was skipped
+        (taken: 0); reset the visits."""
         if self.bias is not None:
-            self.bias += self.options.bias_step * torch.sign(self.visited.mean() - self.visited)
+            visited = total(self.visited)
+            rise = self.options.bias_step * torch.sign(visited.mean() - visited)
+            self.bias += taken * rise
         self.visited.zero_()
 
     def flops(self, context: int) -> float:
@@ -240,10 +258,30 @@ class MoE(nn.Module):
         return (1 - self.options.experts_per_token / self.options.experts) * routed
 
 
-def full_precision_linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    """A linear layer applied to x in full precision, even if x or the layer has less."""
-    bias = None if layer.bias is None else full_precision(layer.bias)
-    return nn.functional.linear(full_precision(x), full_precision(layer.weight), bias)
+class Sums(NamedTuple):
+    """A layer's sums over its real tokens."""
+
+    options: MoE.Options
+    count: Tensor  # () tokens
+    visits: Tensor  # (E,)
+    probabilities: Tensor  # (E,)
+
+
+def balance(record: Record, layers: list[Sums]) -> None:
+    """Record the balance loss, and each expert's share of the visits."""
+    pooled = []
+    for options, count, visits, probabilities in layers:
+        count = count.clamp(min=1)
+        fraction, probability = visits / count, probabilities / count  # (E,) each
+        if options.balance == "layer":
+            record.add_loss("balance", options.balance_loss * imbalance(fraction, probability))
+        else:
+            pooled.append((options.balance_loss, fraction, probability))
+        load = fraction / fraction.sum().clamp(min=1e-9)
+        record.observe("load", load)
+        record.observe("overload", load.amax() * load.numel())  # E times the largest share
+    if pooled:
+        record.add_loss("balance", pooled_imbalance(pooled))
 
 
 def imbalance(fraction: Tensor, probability: Tensor) -> Tensor:

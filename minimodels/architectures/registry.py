@@ -5,6 +5,9 @@ A new architecture needs one import and one line in LAYERS or WRAPPERS.
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+from typing import Any
+
 from torch import nn
 
 from minimodels.architectures.deltanet import DeltaNet
@@ -21,8 +24,8 @@ from minimodels.architectures.sparse_attention import SparseAttention
 from minimodels.architectures.transformer import Attention, SwiGLU
 from minimodels.config import Config
 from minimodels.errors import InputError, nearest
-from minimodels.grammar import Call, count_layers, excerpt
-from minimodels.layers import RESIDUALS, Place, Stack
+from minimodels.grammar import Call, count_layers, excerpt, parse
+from minimodels.layers import RESIDUALS, Joint, Place, Stack
 from minimodels.options import read_options
 
 LAYERS = {
@@ -68,18 +71,30 @@ def build_stack(
 def build_block(config: Config, call: Call, index: int, shared: dict[str, nn.Module]) -> nn.Module:
     """Build one layer with its residual connection, or one wrapper."""
     kind = find(call, config.layers)
-    options = read_options(kind.Options, call, config.layers)
+    options, joint = read_call(call, config.layers)
     place = Place(index, config.depth)
     try:
         if call.name in WRAPPERS:
             return kind(options, config, place, build_stack(config, call.layers, index, shared))
         layer = kind(options, config, place)
-        return layer if on_stream(kind) else RESIDUALS[config.residual](config, layer)
+        residual = joint.residual or config.residual
+        return layer if on_stream(kind) else RESIDUALS[residual](config, layer)
     except InputError as error:
         if error.excerpt:  # raised for a layer inside; it already shows its place
             raise
         field, shown = f"layers: {call.name}.{error.field}", excerpt(config.layers, call.at)
         raise InputError(field, error.value, error.accepted, shown) from None
+
+
+def read_call(call: Call, text: str) -> tuple[Any, Joint]:
+    """The options of a call: the layer's own, and those that every layer has."""
+    kind, shared = find(call, text), {each.name for each in fields(Joint)}
+    if call.name in WRAPPERS or on_stream(kind):
+        shared = set()
+    own = tuple(each for each in call.options if each.name not in shared)
+    others = tuple(each for each in call.options if each.name in shared)
+    options = read_options(kind.Options, replace(call, options=own), text)
+    return options, read_options(Joint, replace(call, options=others), text)
 
 
 def on_stream(kind: type[nn.Module]) -> bool:
@@ -95,7 +110,8 @@ def find(call: Call, text: str) -> type[nn.Module]:
     """
     known = {**LAYERS, **WRAPPERS}
     if call.name not in known:
-        raise InputError("layers", call.name, nearest(call.name, known), excerpt(text, call.at))
+        names = [*parse(text).definitions, *known]
+        raise InputError("layers", call.name, nearest(call.name, names), excerpt(text, call.at))
     if bool(call.layers) != (call.name in WRAPPERS):
         accepted = (
             "layers in its parentheses" if call.name in WRAPPERS else "no layers in its parentheses"

@@ -38,11 +38,11 @@ from torch import Tensor, nn
 
 from minimodels.config import Config
 from minimodels.errors import Count, Fraction, InputError, NonNegative, Positive
-from minimodels.layers import Context, Place, RMSNorm, linear
+from minimodels.layers import Context, Place, RMSNorm, choose, is_plain, linear
 from minimodels.ops.activation import GATED, PLAIN
 from minimodels.ops.attention import attention
 from minimodels.ops.cache import AttentionState, advance, carry
-from minimodels.ops.rotary import Scaling, rotary, rotate, scaling_text
+from minimodels.ops.rotary import Scaling, norm_rotate, rotary, scaling_text
 from minimodels.options import option
 
 
@@ -51,7 +51,7 @@ class Attention(nn.Module):
 
     paper = "Vaswani et al., arXiv:1706.03762"
     presets = {"transformer": "(attention mlp)*{n}"}
-    operations = ("attention",)
+    operations = ("attention", "norm_rotate")
 
     @dataclass(frozen=True)
     class Options:
@@ -68,9 +68,10 @@ class Attention(nn.Module):
         rope_scaling: Scaling = option(
             None, "slower angles for texts longer than those of training"
         )
-        qk_norm: Literal["none", "head", "full"] = option(
+        qk_norm: Literal["none", "head", "full", "plain"] = option(
             "none",
-            "RMSNorm on queries and keys: none, head (each head, Qwen3), full (all heads, OLMoE)",
+            "RMSNorm on queries and keys: none, head (each head, Qwen3), full (all heads, OLMoE) or plain "
+            "(each head, without weights, after the rotation, nanochat)",
         )
         bias: bool | Literal["qkv"] = option(
             False, "biases in the four projections, or qkv: in all but the last (Qwen2)"
@@ -114,16 +115,18 @@ class Attention(nn.Module):
         self.options, self.impl = options, config.impl
         self.heads, self.kv_heads = options.heads, options.kv_heads or options.heads
         self.head_dim = options.head_dim or config.width // options.heads
-        self.window, self.scaling = options.window, scaling_text(options.rope_scaling)
-        self.rotated = options.rotated(config.width)
+        self.window, self.rotated = options.window, options.rotated(config.width)
+        self.scaling = scaling_text(options.rope_scaling, self.rotated)
         q_width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
         D, std = config.width, config.init_std
         self.q = linear(D, q_width, std, bool(options.bias))
         self.k = linear(D, kv_width, std, bool(options.bias))
         self.v = linear(D, kv_width, std, bool(options.bias))
         self.out = linear(q_width, D, std / config.depth**0.5, options.bias is True)
-        self.q_norm = self.k_norm = None
-        if options.qk_norm != "none":
+        self.q_norm = self.k_norm = self.turned_norm = None
+        if options.qk_norm == "plain":
+            self.turned_norm = RMSNorm(self.head_dim, config.norm_eps, learned=False)
+        elif options.qk_norm != "none":
             full = options.qk_norm == "full"
             self.q_norm = RMSNorm(q_width if full else self.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(kv_width if full else self.head_dim, config.norm_eps)
@@ -141,8 +144,9 @@ class Attention(nn.Module):
         positions, turned, seen = advance(seen, x, context.positions, starts)
 
         q, k, v = self.q(x), self.k(x), self.v(x)
-        if self.q_norm is not None:  # a norm may leave autocast's precision
-            q, k = normalised(q, self.q_norm).to(v.dtype), normalised(k, self.k_norm).to(v.dtype)
+        options = self.options
+        if options.qk_norm == "full":  # a norm may leave autocast's precision
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         q = q.view(B, T, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, d)
         # (B, G, T, d)
         k, v = (x.view(B, T, self.kv_heads, self.head_dim).transpose(1, 2) for x in (k, v))
@@ -150,22 +154,34 @@ class Attention(nn.Module):
             first = context.cache.setdefault(("values", *v.shape[1::2]), v)
             own, other = self.mix.to(v.dtype)
             v = own * v + other * first
-        if self.options.rope_base:
-            angles = self.angles(turned, context.cache)
-            q, k = rotate(q, *angles), rotate(k, *angles)
-        if self.options.scale is not None:
-            q = q * (self.options.scale * self.head_dim**0.5)
+        angles = self.angles(turned, context.cache) if options.rope_base else None
+        q, k = self.turn(q, self.q_norm, angles), self.turn(k, self.k_norm, angles)
+        if self.turned_norm is not None:
+            q, k = self.turned_norm(q).to(v.dtype), self.turned_norm(k).to(v.dtype)
+        if options.scale is not None:
+            q = q * (options.scale * self.head_dim**0.5)
 
         joined, after = carry(state, AttentionState(k, v, positions, seen), self.window)  # S keys
         y = attention(
             q, joined.keys, joined.values, positions, joined.positions,
             window=self.window, impl=self.impl, query_starts=starts,
-            sink=self.sink, softcap=self.options.softcap,
+            sink=self.sink, softcap=options.softcap,
         )  # (B, H, T, d)  # fmt: skip
         y = y.transpose(1, 2)  # (B, T, H, d)
         if self.gate is not None:
             y = y * torch.sigmoid(self.gate(x)).view(B, T, self.heads, -1)
         return self.out(y.flatten(2)), after
+
+    def turn(self, x: Tensor, norm: RMSNorm | None, angles: tuple[Tensor, Tensor] | None) -> Tensor:
+        """x (B, H, T, d) with the norm of each head, if it has one, and rotated, if there are
+        angles. A kernel does both at once."""
+        norm = norm if self.options.qk_norm == "head" else None
+        path = choose(self.impl, "norm_rotate", x.device, portable=True)
+        if norm is not None and angles is not None and path == "triton" and is_plain(norm):
+            return norm_rotate(x, *angles, norm.weight, norm.eps, path)
+        if norm is not None:
+            x = norm(x).to(x.dtype)
+        return x if angles is None else norm_rotate(x, *angles, impl=self.impl)
 
     def angles(self, positions: Tensor, cache: dict) -> tuple[Tensor, Tensor]:
         """The angles of `rotary`, computed once for all layers with the same rotation."""
@@ -193,11 +209,6 @@ class Attention(nn.Module):
         return slots * 2 * self.kv_heads * self.head_dim * itemsize
 
 
-def normalised(x: Tensor, norm: RMSNorm) -> Tensor:
-    """RMSNorm of x (B, T, heads · d) over each head, or over all of it if the norm is as wide."""
-    return norm(x.unflatten(-1, (-1, norm.width))).flatten(-2)
-
-
 class SwiGLU(nn.Module):
     """The MLP of the modern decoder: W_out (silu(W_gate x) ⊙ W_up x). It has no state."""
 
@@ -210,8 +221,8 @@ class SwiGLU(nn.Module):
             "hidden width; by default 8/3 of the model's, in steps of 32, without a gate 4 times it",
         )
         bias: bool = option(False, "biases in the projections")
-        activation: Literal["silu", "gelu", "clamped"] = option(
-            "silu", "silu (SwiGLU), gelu (GEGLU, Gemma) or clamped (gpt-oss)"
+        activation: Literal["silu", "gelu", "clamped", "relu2"] = option(
+            "silu", "silu (SwiGLU), gelu (GEGLU, Gemma), clamped (gpt-oss) or relu2 (nanochat)"
         )
         gated: bool = option(True, "whether a gate multiplies; false: W_out act(W_up x) (GPT-2)")
 

@@ -34,7 +34,7 @@ from minimodels.data.formats import (
 )
 from minimodels.data.span import Piece, Span
 from minimodels.data.tasks import TASKS
-from minimodels.errors import InputError
+from minimodels.errors import InputError, meant
 
 HELD_OUT = 20  # one byte (or file, or document) in this many is kept for validation
 FEW = 200  # with fewer files, a twentieth chosen by chance may be none, or none that matter
@@ -68,7 +68,8 @@ def open_corpus(name: str, field: str, cache: Path) -> Corpus:
             return open_hub(name, field, cache)
         files = list_files(name)
         if not files:
-            raise InputError("data", name, ACCEPTED)
+            word = name.partition("(")[0]
+            raise InputError("data", name, meant(word, [*TASKS, "stdlib"]) + ACCEPTED)
         digest, total = fingerprint(files), sum(file.size for file in files.values())
         newest = max(file.path.stat().st_mtime_ns for file in files.values())
     except (OSError, ValueError, RuntimeError) as error:  # ValueError: the name contains a NUL

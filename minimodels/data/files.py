@@ -99,7 +99,7 @@ def is_leftover(name: str) -> bool:
 
 def is_run(folder: Path) -> bool:
     """Whether a training run has written into a folder."""
-    if (folder / "checkpoint.safetensors").exists():
+    if any(folder.glob("checkpoints/step-*")):
         return True
     path = folder / "options.json"
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from minimodels.command import parse_options, run_command
-from minimodels.errors import Count, check_types
+from minimodels.errors import Count, InputError, check_types
 from minimodels.ledger import ledger
 from minimodels.presets import PRESETS, fitted, preset
 
@@ -14,8 +14,10 @@ from minimodels.presets import PRESETS, fitted, preset
 class Options:
     """Print what models cost."""
 
+    model: str = ""
+    """preset to count; by default every preset"""
     layers: str = ""
-    """layers to count, at the width of `size`; by default every preset"""
+    """layers to count instead, at the width of `size`"""
     size: str = "tiny"
     """tiny or small"""
     context: Count = 1024
@@ -23,18 +25,23 @@ class Options:
 
     def __post_init__(self):
         check_types(self)
+        if self.model and self.layers:
+            raise InputError(
+                "layers", self.layers, f"model or layers; the model {self.model} is given"
+            )
 
 
 def main(options: Options) -> None:
     """Print one line for each model."""
-    configs = {model: preset(model, options.size) for model in PRESETS}
+    models = [options.model] if options.model else PRESETS
+    configs = {model: preset(model, options.size) for model in models}
     if options.layers:
         text = fitted(options.layers, options.size)
         configs = {options.layers: preset("transformer", options.size, layers=text)}
+    costs = {name: ledger(config, options.context) for name, config in configs.items()}
     width = max(map(len, configs))
     print(f"{'':{width}}  parameters   active  MFLOPs/trained token  state KiB  unrouted/routed")
-    for name, config in configs.items():
-        cost = ledger(config, options.context)
+    for name, cost in costs.items():
         sizes = f"{cost.parameters / 1e6:9.2f}M {cost.active / 1e6:7.2f}M"
         flops = f"{cost.training_flops / 1e6:20.1f}"
         print(

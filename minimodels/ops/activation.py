@@ -23,7 +23,12 @@ def clamped(gate: Tensor, up: Tensor) -> Tensor:
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
 
-GATED = {function.__name__: function for function in (silu, gelu, clamped)}
+def relu2(gate: Tensor, up: Tensor) -> Tensor:
+    """relu(gate)² ⊙ up (Primer, arXiv:2109.08668)."""
+    return squared_relu(gate) * up
+
+
+GATED = {function.__name__: function for function in (silu, gelu, clamped, relu2)}
 
 
 def tanh_gelu(x: Tensor) -> Tensor:
@@ -31,4 +36,10 @@ def tanh_gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-PLAIN = {"silu": F.silu, "gelu": tanh_gelu}  # for an MLP without a gate
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)²."""
+    return F.relu(x).square()
+
+
+# for an MLP without a gate
+PLAIN = {"silu": F.silu, "gelu": tanh_gelu, "relu2": squared_relu}

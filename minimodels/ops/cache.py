@@ -2,7 +2,8 @@
 
 `carry` appends a chunk's keys and values to the remembered ones. If gradients may flow, it copies
 both into new tensors. In generation it writes them into free slots after the used ones (`Room`), so
-a token does not cost a copy of the whole text.
+a token does not cost a copy of the whole text. In a memory of fixed size (`slotted`) each token has
+the slot of its position, and is written there.
 """
 
 from __future__ import annotations
@@ -30,8 +31,12 @@ class AttentionState(NamedTuple):
     values: Tensor  # (B, G, S, d)
     positions: Tensor | None  # (B, S) int64, ascending except for the empty slots
     seen: Tensor | int  # the position of the next token
-    # the memory that contains the slots, if it has free slots after them
-    room: Room | None = None
+    # the memory that contains the slots, if it has free slots after them; SLOTTED: the slots are
+    # positions, and the next tokens are written into them
+    room: Room | str | None = None
+
+
+SLOTTED = "slotted"
 
 
 def advance(
@@ -62,6 +67,8 @@ def carry(
     # empty slots stay, because counting them would make every training step wait for the GPU
     if before is None:
         return now, compact(now, window, count=False)
+    if before.room == SLOTTED:
+        return (write(before, now),) * 2
     if now.positions is not None and before.positions is None:
         slots = torch.arange(
             before.seen - before.keys.shape[2], before.seen, device=now.keys.device
@@ -93,7 +100,9 @@ def compact(state: AttentionState, window: int | None, count: bool = True) -> At
     """
     keys, values, positions, seen, _ = state
     slots = keys.shape[2]
-    keep = slots if window is None else min(slots, window - 1)
+    keep = slots
+    if window is not None and not torch.compiler.is_exporting():  # there it would bound the length
+        keep = min(slots, window - 1)
     if positions is not None:
         # empty slots first, because slots are dropped at the front
         positions, order = positions.sort(dim=1, stable=True)
@@ -107,6 +116,40 @@ def compact(state: AttentionState, window: int | None, count: bool = True) -> At
         keys, values = (part[:, :, slots - keep :].clone() for part in (keys, values))
         positions = None if positions is None else positions[:, slots - keep :].clone()
     return AttentionState(keys, values, positions, seen)
+
+
+def slotted(state: AttentionState, count: int) -> AttentionState:
+    """A copy of a state with room for `count` more tokens, which `carry` writes into this very copy.
+
+    It is for chunks of one token. The slot of a token is its position, whatever the window, and the
+    free slots are empty. So no tensor changes its address or its size, but no earlier state stays
+    valid.
+    """
+    keys, values, positions, seen, _ = state
+    B, S = len(keys), keys.shape[2]
+    if positions is None:
+        positions = torch.arange(seen - S, seen, device=keys.device).expand(B, S)
+        seen = torch.full((B,), seen, device=keys.device)
+    slots = count + (int(seen.amax()))
+    # what is empty gets a slot more, which is cut off
+    place = positions.masked_fill(positions < 0, slots)  # (B, S)
+    at = place[:, None, :, None]
+
+    def spread(x: Tensor) -> Tensor:
+        memory = x.new_zeros(B, x.shape[1], slots + 1, x.shape[3])
+        return memory.scatter_(2, at.expand_as(x), x)[:, :, :slots]
+
+    positions = positions.new_full((B, slots + 1), -1).scatter_(1, place, positions)[:, :slots]
+    return AttentionState(spread(keys), spread(values), positions, seen.clone(), SLOTTED)
+
+
+def write(before: AttentionState, now: AttentionState) -> AttentionState:
+    """The slotted state `before`, into which the tokens of `now` are written."""
+    at = now.positions[:, None, :, None]  # (B, 1, T, 1)
+    for memory, new in zip(before[:2], now[:2], strict=True):
+        memory.scatter_(2, at.expand_as(new), new)
+    before.positions.scatter_(1, now.positions, now.positions)
+    return before._replace(seen=now.seen)
 
 
 class Room:

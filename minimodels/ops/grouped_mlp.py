@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from minimodels.errors import InputError
-from minimodels.layers import choose
+from minimodels.layers import choose, is_transformed
 from minimodels.ops.activation import GATED
 
 
@@ -34,13 +36,10 @@ def grouped_mlp(
     other activation.
     """
     check_shapes(x, gates, visits, gate, up, out)
-    path = choose(impl, "grouped_mlp", x.device)
-    if path == "triton" and (biases is not None or activation != "silu"):
-        if impl != "auto":
-            accepted = "auto, reference or torch, because the kernel has neither biases nor activations but silu"
-            raise InputError("impl", impl, accepted)
-        path = "torch"
+    path = path_of(impl, x.device, biases is None and activation == "silu")
     act = GATED[activation]
+    if path == "reference" and is_transformed():
+        return dense(x, gates, visits, (gate, up, out), biases or (None, None, None), act)
     if path == "reference":
         y = torch.zeros_like(x)
         for e in range(len(gate)):
@@ -72,6 +71,37 @@ def grouped_mlp(
     y = grouped_linear(hidden, out, counts)  # (A, D)
     y = (y if of_out is None else y + of_out) * gates[token, expert, None].to(hidden.dtype)
     return torch.zeros_like(x, dtype=dtype).index_add(0, token, y.to(dtype))
+
+
+def path_of(impl: str, device: torch.device, plain: bool) -> str:
+    """The path of the experts; `plain`: without biases and with silu, as the kernel has them."""
+    path = choose(impl, "grouped_mlp", device)
+    if path != "triton" or plain:
+        return path
+    if impl != "auto":
+        accepted = "auto, reference or torch, because the kernel has neither biases nor activations but silu"
+        raise InputError("impl", impl, accepted)
+    return "torch"
+
+
+def dense(
+    x: Tensor,
+    gates: Tensor,
+    visits: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor],
+    biases: tuple[Tensor | None, ...],
+    act: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """All experts of all tokens, so that no size depends on the visits: E / K times the work."""
+
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = x @ weight.mT  # (E, n, ·)
+        return y if bias is None else y + bias.unsqueeze(1).to(y.dtype)
+
+    gate, up, out = zip(weights, biases, strict=True)
+    experts = product(act(product(x, *gate), product(x, *up)), *out)  # (E, n, D)
+    share = gates.masked_fill(~visits, 0).mT.unsqueeze(-1)  # (E, n, 1)
+    return (share.to(experts.dtype) * experts).sum(0)
 
 
 def biases_of(

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minimodels.errors import Count, InputError, Positive
 from minimodels.grammar import Call, parse_call, write_call
+from minimodels.layers import choose, full_precision, is_transformed
 from minimodels.options import OneOf, option, read_options, write_options
 
 
@@ -24,6 +27,9 @@ class Linear:
     """All frequencies divided by a factor (arXiv:2306.15595)."""
 
     factor: Positive = option(1.0, "how much longer texts may be than those of training")
+
+    def frequencies(self, periods: Tensor, base: float) -> Tensor:
+        return periods.reciprocal() / self.factor
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,12 @@ class Llama3:
     def __post_init__(self):
         if not self.low < self.high:
             raise InputError("low", self.low, f"less than high, {self.high}")
+
+    def frequencies(self, periods: Tensor, base: float) -> Tensor:
+        frequencies = periods.reciprocal()
+        turns = self.context / (2 * math.pi / frequencies)  # rounded as transformers does
+        kept = ((turns - self.low) / (self.high - self.low)).clamp(0, 1)
+        return (1 - kept) * (frequencies / self.factor) + kept * frequencies
 
 
 @dataclass(frozen=True)
@@ -69,12 +81,93 @@ class Yarn:
             return self.attention_factor
         return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
+    def frequencies(self, periods: Tensor, base: float) -> Tensor:
+        kept = 1 - self.ramp(len(periods), base, periods.device)
+        slowed = (self.factor * periods).reciprocal()  # rounded as transformers does
+        return slowed * (1 - kept) + periods.reciprocal() * kept
 
-SCALINGS = {"linear": Linear, "llama3": Llama3, "yarn": Yarn}
-Scaling = Annotated[Linear | Llama3 | Yarn | None, OneOf(SCALINGS)]
+    def ramp(self, pairs: int, base: float, device: torch.device) -> Tensor:
+        """How much each frequency is slowed down, from 0 to 1: (pairs,)."""
+
+        def pair(turns: float) -> float:  # which turns so many times within the trained context
+            return pairs * math.log(self.context / (turns * 2 * math.pi)) / math.log(base)
+
+        first, last = pair(self.fast), pair(self.slow)
+        if self.whole:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, 2 * pairs - 1)
+        if first == last:
+            last += 0.001
+        index = torch.arange(pairs, dtype=torch.float32, device=device)
+        return ((index - first) / (last - first)).clamp(0, 1)
 
 
-@torch.library.custom_op("minimodels::rotary", mutates_args=())
+LENGTH = (
+    "the longest text, for which the frequencies are made; by default `context`, and a longer text is "
+    "refused. Published code makes them again as a text grows, so that the tokens before change"
+)
+
+
+@dataclass(frozen=True)
+class Dynamic:
+    """A larger base for a longer text, so that the slowest frequency turns no further.
+
+    NTK-aware scaling, arXiv:2309.00071 §3.1.
+    """
+
+    factor: Positive = option(2.0, "how much of the length beyond `context` the base allows for")
+    context: Count = option(2048, "tokens of context in training")
+    length: Count | None = option(None, LENGTH)
+
+    @property
+    def longest(self) -> int:
+        return self.length or self.context
+
+    def frequencies(self, periods: Tensor, base: float) -> Tensor:
+        pairs = len(periods)
+        if self.longest <= self.context or pairs == 1:
+            return periods.reciprocal()
+        longer = self.factor * self.longest / self.context - (self.factor - 1)
+        # (base · longer^(d / (d - 2)))^(j / pairs) for the pair j of d / 2
+        exponents = torch.arange(pairs, device=periods.device, dtype=torch.float32) / pairs
+        return ((base * longer ** (pairs / (pairs - 1))) ** exponents).reciprocal()
+
+
+@dataclass(frozen=True)
+class LongRope:
+    """Every frequency divided by a factor of its own, with one set of factors for texts up to
+    `context` and another for longer ones (arXiv:2402.13753)."""
+
+    short: tuple[Positive, ...] = option((), "a factor for each pair in short texts; by default 1")
+    long: tuple[Positive, ...] = option((), "a factor for each pair in long texts; by default 1")
+    context: Count = option(4096, "tokens of context in training")
+    attention: Positive = option(1.0, "factor on queries and keys")
+    length: Count | None = option(None, LENGTH)
+
+    @property
+    def longest(self) -> int:
+        return self.length or self.context
+
+    def frequencies(self, periods: Tensor, base: float) -> Tensor:
+        factors = self.long if self.longest > self.context else self.short
+        if not factors:
+            return periods.reciprocal()
+        return (
+            torch.tensor(factors, dtype=periods.dtype, device=periods.device) * periods
+        ).reciprocal()
+
+
+SCALINGS = {
+    "linear": Linear,
+    "llama3": Llama3,
+    "yarn": Yarn,
+    "dynamic": Dynamic,
+    "longrope": LongRope,
+}
+Kind = Linear | Llama3 | Yarn | Dynamic | LongRope
+Scaling = Annotated[Kind | None, OneOf(SCALINGS)]
+
+
 def rotary(
     positions: Tensor, head_dim: int, base: float, scaling: str = ""
 ) -> tuple[Tensor, Tensor]:
@@ -82,65 +175,94 @@ def rotary(
 
     They cover both halves of a head. The frequencies are θ_j = base^(-2j/d), lowered by `scaling`,
     a call of SCALINGS as text. The pairs are (x_j, x_{j+d/2}): the first of a pair is rotated with
-    -sin, the second with sin. This is an operation of its own, because a compiler would recompute
-    something so cheap in each rotation, for every head and row. Angles are in fp32, as in published
-    models: those of position 100,000 may be off by 0.004.
+    -sin, the second with sin. Angles are in fp32, as in published models: those of position 100,000
+    may be off by 0.004.
     """
+    make = angles if is_transformed() else angles_operation
+    return make(positions, head_dim, base, scaling)
+
+
+def angles(positions: Tensor, head_dim: int, base: float, scaling: str) -> tuple[Tensor, Tensor]:
+    """As rotary."""
     exponents = (
         torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     )
-    frequencies, factor = scaled(base**exponents, base, scaling)  # (d/2,)
+    periods, how = base**exponents, read_scaling(scaling)  # (d/2,)
+    refuse_beyond(getattr(how, "longest", None), positions)
+    frequencies = periods.reciprocal() if how is None else how.frequencies(periods, base)
     signed = torch.cat((-frequencies, frequencies))  # (d,); cos is even, and sin takes the sign
-    angles = positions.contiguous().unsqueeze(-1) * signed  # (..., d)
+    turns = positions.contiguous().unsqueeze(-1) * signed  # (..., d)
+    factor = getattr(how, "attention", 1.0)
     if factor != 1.0:
-        return angles.cos() * factor, angles.sin() * factor
-    return angles.cos(), angles.sin()
+        return turns.cos() * factor, turns.sin() * factor
+    return turns.cos(), turns.sin()
 
 
-@rotary.register_fake
-def _(positions, head_dim, base, scaling=""):
+# an operation of its own, because a compiler would recompute something so cheap in each rotation, for
+# every head and row
+angles_operation = torch.library.custom_op("minimodels::rotary", angles, mutates_args=())
+
+
+@angles_operation.register_fake
+def _(positions, head_dim, base, scaling):
     shape = (*positions.shape, head_dim)
     return tuple(positions.new_empty(shape, dtype=torch.float32) for _ in range(2))
 
 
-def scaled(periods: Tensor, base: float, scaling: str) -> tuple[Tensor, float]:
-    """The rotary frequencies for periods base^(2j/d) (d/2,), and the factor on queries and keys."""
-    call = parse_call(scaling, "rope_scaling") if scaling else None
-    if call is None or call.name != "yarn":
-        return slow(periods.reciprocal(), scaling), 1.0
-    options = read_options(Yarn, call, scaling, "rope_scaling")
-    kept = 1 - yarn_ramp(len(periods), base, options).to(periods.device)
-    slowed = (options.factor * periods).reciprocal()  # rounded as transformers does
-    return slowed * (1 - kept) + periods.reciprocal() * kept, options.attention
+@cache
+def read_scaling(text: str) -> Kind | None:
+    """The scaling that a text describes."""
+    if not text:
+        return None
+    call = parse_call(text, "rope_scaling")
+    return read_options(SCALINGS[call.name], call, text, "rope_scaling")
 
 
-def slow(frequencies: Tensor, scaling: str) -> Tensor:
-    """Rotary frequencies (d/2,), lowered so that longer texts rotate no further than in training."""
-    if not scaling:
-        return frequencies
-    call = parse_call(scaling, "rope_scaling")
-    options = read_options(SCALINGS[call.name], call, scaling, "rope_scaling")
-    slowed = frequencies / options.factor
-    if isinstance(options, Linear):
-        return slowed
-    turns = options.context / (2 * math.pi / frequencies)  # rounded as transformers does
-    kept = ((turns - options.low) / (options.high - options.low)).clamp(0, 1)
-    return (1 - kept) * slowed + kept * frequencies
+def refuse_beyond(longest: int | None, positions: Tensor) -> None:
+    """Raise InputError for a position for which the frequencies are not made."""
+    if longest is not None and positions.numel() and positions.amax() >= longest:
+        accepted = f"at most {longest} tokens; rope_scaling's `length` allows longer texts"
+        raise InputError("text", int(positions.amax()) + 1, accepted)
 
 
-def yarn_ramp(pairs: int, base: float, options: Yarn) -> Tensor:
-    """How much each frequency is slowed down, from 0 to 1: (pairs,)."""
+def norm_rotate(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-5,
+    impl: str = "auto",
+) -> Tensor:
+    """Rotate each head, and before that give it an RMSNorm if there is a weight.
 
-    def pair(turns: float) -> float:  # the pair that turns so many times within the trained context
-        return pairs * math.log(options.context / (turns * 2 * math.pi)) / math.log(base)
+    x (B, H, T, d); cos, sin (T, R) or (B, 1, T, R) as from `rotary`, R <= d; weight (d,). Returns
+    (B, H, T, d) in x's dtype, which a norm under autocast would leave. Raises ValueError if shapes
+    disagree.
+    """
+    check_angles(x, cos, sin, weight)
+    path = choose(impl, "norm_rotate", x.device)
+    if path == "triton":
+        from minimodels.kernels.norm_rotate import norm_rotate as kernel
 
-    first, last = pair(options.fast), pair(options.slow)
-    if options.whole:
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, 2 * pairs - 1)
-    if first == last:
-        last += 0.001
-    return ((torch.arange(pairs, dtype=torch.float32) - first) / (last - first)).clamp(0, 1)
+        return kernel(x, cos, sin, weight, eps)
+    if weight is not None and path == "reference":
+        full = full_precision(x)
+        x = (full * torch.rsqrt(full.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+    elif weight is not None:
+        x = F.rms_norm(x, weight.shape, weight.to(x.dtype), eps).to(x.dtype)
+    return rotate(x, cos, sin)
+
+
+def check_angles(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None) -> None:
+    """Raise ValueError unless the arguments have the shapes in norm_rotate's docstring.
+
+    The kernel uses this check too.
+    """
+    (B, _, T, d), R = x.shape, cos.shape[-1]
+    fits = cos.shape in ((T, R), (B, 1, T, R)) and sin.shape == cos.shape and R <= d
+    if not fits or (weight is not None and weight.shape != (d,)):
+        shapes = f"x {tuple(x.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}"
+        raise ValueError(f"norm_rotate: {shapes} and the weight do not fit")
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -154,9 +276,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
 
-def scaling_text(scaling: Linear | Llama3 | Yarn | None) -> str:
-    """A scaling as the text that `rotary` takes: "" for None."""
+def scaling_text(scaling: Kind | None, rotated: int) -> str:
+    """A scaling as the text that `rotary` takes: "" for None. Raises InputError if it has another
+    number of factors than there are pairs in the `rotated` dimensions."""
     if scaling is None:
         return ""
+    pairs = rotated // 2
+    if isinstance(scaling, LongRope) and not {len(scaling.short), len(scaling.long)} <= {0, pairs}:
+        given = f"{len(scaling.short)} and {len(scaling.long)} factors"
+        raise InputError("rope_scaling", given, f"{pairs} in each list, one for each rotated pair")
     name = next(name for name, kind in SCALINGS.items() if isinstance(scaling, kind))
     return write_call(Call(name, options=write_options(scaling)))

@@ -1,6 +1,8 @@
 """Save the model of a training run in the Hugging Face format, if a family has its layers.
 
-python -m minimodels.published RUN FOLDER
+    python -m minimodels.published RUN FOLDER
+
+transformers loads the folder, and so does from_pretrained.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ class Options:
     """Save the model of a training run in the Hugging Face format."""
 
     run: tyro.conf.Positional[Path]
-    """folder of a training run"""
+    """folder of a training run, or of one of its checkpoints"""
     folder: tyro.conf.Positional[Path]
     """folder to write, new or empty"""
 

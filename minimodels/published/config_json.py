@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from minimodels.architectures.registry import LAYERS, build
+from minimodels.architectures.registry import build, read_call
 from minimodels.config import Config
 from minimodels.errors import InputError, nearest
 from minimodels.files import read_json
 from minimodels.grammar import MOST_LAYERS, Call, Option, set_options
-from minimodels.options import read_options
+from minimodels.layers import Joint
 from minimodels.published.entries import Entries
 from minimodels.published.families import FAMILIES, HINTS
 from minimodels.published.family import Family, Role, Setting, entry_of
@@ -33,13 +33,14 @@ NEUTRAL = {  # entries of any family -> the value at which they change nothing
 }  # fmt: skip
 
 IDLE = re.compile(  # entries without influence on what a model computes, by their subject
-    r"_.*|.*version.*|unsloth.*|transformers\..*|architectures|model_type|is_llama_config|task_specific_params"  # who wrote it
-    r"|(torch_)?dtype|use_cache|output_(?!.*scale).*|return_dict.*|torchscript|pretraining_tp|use_bfloat16"  # how it is run
+    r"_.*|.*_version|unsloth_.*|transformers\..*|architectures|model_type|is_llama_config|task_specific_params"  # who wrote it
+    r"|(torch_)?dtype|use_cache|return_dict.*|torchscript|pretraining_tp|use_bfloat16"  # how it is run
+    r"|output_(attentions|hidden_states|router_logits|scores|past)"
     r"|(.*_)?tokens?_ids?|tokenizer_class|prefix|max_position_embeddings"  # the text
     r"|initializer_.*|router_aux_loss_coef|problem_type|(.*_)?loss_type|finetuning_task"  # training
     r"|id2label|label2id|num_labels|pruned_heads|chunk_size_feed_forward|tie_encoder_decoder|cross_attention_hidden_size"
     r"|(max|min)_(new_tokens|length)|do_sample|temperature|top_[kp]|typical_p|.*_penalty|num_beam.*|num_return_sequences"
-    r"|early_stopping|.*ngram_size|bad_words_ids|remove_invalid_values|suppress_tokens|begin_suppress_tokens|tf_legacy_loss"
+    r"|early_stopping|(.*_)?no_repeat_ngram_size|bad_words_ids|remove_invalid_values|suppress_tokens|begin_suppress_tokens|tf_legacy_loss"
 )
 
 
@@ -107,7 +108,9 @@ def read_config(
     unknown = {
         name: value
         for name, value in given.items()
-        if name not in {*given.asked, *spoken, *family.idle} and not is_idle(name, value)
+        if name not in {*given.asked, *spoken, *family.idle}
+        if not is_idle(name, value)
+        if name != "head_dim" or value != usual_head(given, shared.width)
     }
     if unknown:
         accepted = "entries known for this model_type, or named in `ignore` to be left out"
@@ -116,6 +119,12 @@ def read_config(
     check_layers(config, family)
     text = set_options(config.layers, tuple(settings))
     return replace(config, **{"layers": text, **(overrides or {})})
+
+
+def usual_head(entries: Entries, width: int) -> int | None:
+    """The width of a head if head_dim does not say it; None if there are no heads."""
+    heads = dict.get(entries, "num_attention_heads")  # does not count as asked
+    return width // heads if type(heads) is int and heads > 0 else None
 
 
 def require(entries: Entries, name: str, accepted: object) -> None:
@@ -145,8 +154,10 @@ def read_layers(entries: Entries, family: Family, shared: Config) -> str:
     for name in dict.fromkeys(names):
         role = family.roles[name]
         values = read_settings(entries, role.settings)
-        options = read_role(role, values)
-        calls[name] = call_of(role.layer, options, meaning_of_none(role, options, shared))
+        options, joint = read_role(role, values)
+        call = call_of(role.layer, options, meaning_of_none(role, options, shared))
+        joined = call_of(role.layer, joint, {"residual": shared.residual}).options
+        calls[name] = replace(call, options=(*call.options, *joined))
     return write_layers([(name, calls[name]) for name in names])
 
 
@@ -158,11 +169,11 @@ def read_settings(entries: Entries, settings: tuple[Setting, ...]) -> dict[str, 
     return values
 
 
-def read_role(role: Role, values: dict[str, object]) -> Any:
-    """The options of a layer, as its dataclass."""
+def read_role(role: Role, values: dict[str, object]) -> tuple[Any, Joint]:
+    """The options of a layer, and those that every layer has."""
     given = [Option(name, "none" if value is None else value) for name, value in values.items()]
     try:
-        return read_options(LAYERS[role.layer].Options, Call(role.layer, options=tuple(given)), "")
+        return read_call(Call(role.layer, options=tuple(given)), "")
     except InputError as error:
         raise of_entry(error, role, values) from None
 
@@ -202,15 +213,17 @@ def write_config(config: Config, origin: dict) -> tuple[str, dict]:
     `origin` is the config.json from which the model was read, or {}; its family is tried first.
     Raises InputError if no family can express the Config.
     """
-    differing = {}
+    differing: dict[str, list[str]] = {}  # what differs -> families
     for name in sorted(FAMILIES, key=lambda name: name != origin.get("model_type")):
         try:
             return name, express(config, name, origin)
         except InputError as error:
-            differing[name] = error.field.removeprefix("config.json ")
-    differences = ", ".join(f"{name} differs in {field}" for name, field in differing.items())
-    accepted = f"what a published family expresses; {differences}"
-    raise InputError("model", config.layers, accepted)
+            differing.setdefault(error.field.removeprefix("config.json "), []).append(name)
+    width = max(map(len, differing))
+    rows = sorted(differing.items(), key=lambda row: len(row[1]))
+    table = "\n".join(f"  {field:{width}}  {', '.join(names)}" for field, names in rows)
+    accepted = "what a published family expresses; this differs in"
+    raise InputError("model", config.layers, accepted, table)
 
 
 def express(config: Config, name: str, origin: dict) -> dict:
@@ -226,7 +239,8 @@ def express(config: Config, name: str, origin: dict) -> dict:
     rows = layers[len(family.leading) :]
     blocks = len(rows) // len(family.places)
     spoken = [*family.fields, *family.places]
-    spoken += [setting for role in family.roles.values() for setting in role.settings]
+    used = dict.fromkeys(role for role, _ in layers)  # what is said of other layers stays as it is
+    spoken += [setting for role in used for setting in family.roles[role].settings]
     owned = {entry for each in spoken for entry in each.names}
     entries = {entry: value for entry, value in entries.items() if entry not in owned}
     entries |= {"model_type": name, "architectures": [family.architecture], family.count: blocks}
@@ -257,11 +271,12 @@ def assign(config: Config, family: Family) -> list[tuple[str, dict[str, Any]]]:
         roles = [name for name in names if family.roles[name].layer == call.name]
         if not roles or call.shared:
             raise InputError("layers", call.name, ", ".join(names))
-        options = read_options(LAYERS[call.name].Options, call, config.layers)
+        options, joint = read_call(call, config.layers)
         none = meaning_of_none(family.roles[roles[0]], options, config)
+        none["residual"] = config.residual
         values = {
             name: none.get(name) if value is None else value
-            for name, value in vars(options).items()
+            for name, value in {**vars(options), **vars(joint)}.items()
         }
         found.append((min(roles, key=lambda name: misfits(family.roles[name], values)), values))
     return found

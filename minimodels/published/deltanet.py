@@ -1,8 +1,4 @@
-"""Models of the delta rule: Qwen3-Next and Qwen3.5, Gated DeltaNet in most blocks and attention with a gate in the others.
-
-OLMo-Hybrid is not among them: its norms are before the delta rule but behind attention, and a Config has one place
-for all.
-"""
+"""Models of the delta rule: Qwen3-Next and Qwen3.5, Gated DeltaNet in most blocks and attention with a gate in the others."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from minimodels.published import (
     deltanet,
     gemma,
     gpt2,
+    granite,
     jamba,
     kimi,
     lfm2,
@@ -12,7 +13,9 @@ from minimodels.published import (
     mamba,
     mamba2,
     mixtral,
+    nanochat,
     olmo,
+    olmo_hybrid,
 )
 
 FAMILIES = {
@@ -28,12 +31,14 @@ FAMILIES = {
     **lfm2.FAMILIES,
     **deltanet.FAMILIES,
     **kimi.FAMILIES,
+    **granite.FAMILIES,
+    **nanochat.FAMILIES,
+    **olmo_hybrid.FAMILIES,
 }
 
 REFUSED = {  # model_type -> what its models have that no Config can say
     "minimax": "a family whose layers add to what comes before their norm; MiniMax adds to what the norm gives",
     "glm_moe_dsa": "a family whose layers choose keys of their own; GLM-5's may share those of an earlier layer",
-    "olmo_hybrid": "a family whose norms have one place; OLMo-Hybrid's are before the delta rule but behind attention",
 }
 
 

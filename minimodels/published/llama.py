@@ -7,7 +7,8 @@ arXiv:2410.05258; Phi-3, arXiv:2404.14219.
 
 from __future__ import annotations
 
-from minimodels.published.entries import Computed, Entry, Fixed, divides
+from minimodels.errors import InputError
+from minimodels.published.entries import Computed, Entries, Entry, Fixed, divides
 from minimodels.published.family import Family, Role
 from minimodels.published.mappings import Fused
 from minimodels.published.places import Always, LayerTypes, SomeUnturned, Windowed
@@ -71,7 +72,23 @@ KV_HEADS = Entry("kv_heads", "num_key_value_heads")
 QWEN2 = ATTENTION.having(KV_HEADS, Fixed(bias="qkv"))
 SMOLLM3 = ATTENTION.having(KV_HEADS, Rope(2_000_000.0))
 UNTURNED = SMOLLM3.having(Fixed(rope_base=0.0, rope_scaling=None, rope_fraction=1.0))
-PHI3 = ATTENTION.having(Fixed(bias=False), Rope(partial=True)).storing(
+
+
+class PhiRope(Rope):
+    """Rotary positions of a class that counts the factors of longrope by width / heads, even if
+    there is a head_dim, and knows no other scaling."""
+
+    def read(self, entries: Entries) -> dict[str, object]:
+        found = super().read(entries)
+        usual = entries.number("hidden_size") // entries.number("num_attention_heads")
+        if found["rope_scaling"] is not None and entries.get("head_dim", usual) != usual:
+            accepted = f"{usual}, hidden_size / num_attention_heads, because of rope_type longrope"
+            raise InputError("config.json head_dim", entries["head_dim"], accepted)
+        return found
+
+
+PHI_ROPE = PhiRope(partial=True, kinds=("default", "longrope"), context=4096)
+PHI3 = ATTENTION.having(Fixed(bias=False), PHI_ROPE).storing(
     {"q k v": Fused("self_attn.qkv_proj"), "out": "self_attn.o_proj"}
 )
 DIFFERENTIAL = Role(
@@ -91,6 +108,14 @@ DIFFERENTIAL = Role(
     residual=ATTENTION.residual,
     none={option: ATTENTION.none[option] for option in ("kv_heads", "head_dim")},
 )
+
+GRANITE = (
+    *FIELDS,
+    Entry("embedding_scale", "embedding_multiplier", 1.0),
+    Entry("residual_scale", "residual_multiplier", 1.0),
+    Computed("logit_scale", "logits_scaling", 1.0, lambda x: 1 / x, lambda x: 1 / x),
+)
+GRANITE_ATTENTION = ATTENTION.having(Entry("scale", "attention_multiplier", 1.0))
 
 FAMILIES = {
     "llama": Family(
@@ -146,14 +171,9 @@ FAMILIES = {
     ),
     "granite": Family(
         "GraniteForCausalLM",
-        (
-            *FIELDS,
-            Entry("embedding_scale", "embedding_multiplier", 1.0),
-            Entry("residual_scale", "residual_multiplier", 1.0),
-            Computed("logit_scale", "logits_scaling", 1.0, lambda x: 1 / x, lambda x: 1 / x),
-        ),
+        GRANITE,
         {
-            "full": ATTENTION.having(Entry("scale", "attention_multiplier", 1.0)),
+            "full": GRANITE_ATTENTION,
             "dense": MLP.having(Entry("bias", "mlp_bias", False)),
         },
         (Always("full"), Always("dense")),
@@ -168,7 +188,6 @@ FAMILIES = {
             "dense": MLP.storing({"gate up": Fused("mlp.gate_up_proj"), "out": "mlp.down_proj"}),
         },
         (Windowed(), Always("dense")),
-        idle=("original_max_position_embeddings",),
         **DECODER,
     ),
 }

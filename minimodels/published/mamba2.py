@@ -89,6 +89,23 @@ MAMBA2 = Role(
 )
 
 
+SSM = replace(  # in a model with other layers
+    MAMBA2.having(
+        Entry("heads", "mamba_n_heads", 128),
+        Entry("head_dim", "mamba_d_head", None, words={"auto": None}),
+        Entry("state_size", "mamba_d_state", 256),
+        Entry("groups", "mamba_n_groups", 1),
+        Entry("expand", "mamba_expand", 2),
+        Entry("conv_width", "mamba_d_conv", 4),
+        Entry("conv_bias", "mamba_conv_bias", True),
+        Entry("bias", "mamba_proj_bias", False),
+        **{part: name.replace("mixer.", "mamba.") for part, name in MAMBA2.parts.items()},
+    ),
+    residual={"norm": "input_layernorm"},
+)
+SSM_WIDTH = inner_width("mamba_n_heads", "mamba_d_head", "mamba_expand")
+
+
 @dataclass(frozen=True)
 class Numbered:
     """One role in the blocks whose numbers are listed, another elsewhere."""
@@ -135,23 +152,7 @@ FAMILIES = {
         FIELDS,
         {
             "full": ATTENTION.having(KV_HEADS, Rope(partial=True, fraction=0.5)),
-            "ssm": replace(
-                MAMBA2.having(
-                    Entry("heads", "mamba_n_heads", 128),
-                    Entry("head_dim", "mamba_d_head", None, words={"auto": None}),
-                    Entry("state_size", "mamba_d_state", 256),
-                    Entry("groups", "mamba_n_groups", 1),
-                    Entry("expand", "mamba_expand", 2),
-                    Entry("conv_width", "mamba_d_conv", 4),
-                    Entry("conv_bias", "mamba_conv_bias", True),
-                    Entry("bias", "mamba_proj_bias", False),
-                    **{
-                        part: name.replace("mixer.", "mamba.")
-                        for part, name in MAMBA2.parts.items()
-                    },
-                ),
-                residual={"norm": "input_layernorm"},
-            ),
+            "ssm": SSM,
             "dense": MLP.having(
                 Entry("bias", "mlp_bias", False),
                 gate="feed_forward.gate_proj",
@@ -162,7 +163,7 @@ FAMILIES = {
         (Numbered("attn_layer_indices", "full", "ssm"), Always("dense")),
         only={"z_loss_coefficient": 0.0},
         idle=("mamba_chunk_size", "num_logits_to_keep"),
-        checks=(inner_width("mamba_n_heads", "mamba_d_head", "mamba_expand"),),
+        checks=(SSM_WIDTH,),
         **{**DECODER, "whole": {**DECODER["whole"], "norm": "model.final_layernorm"}},
     ),
 }

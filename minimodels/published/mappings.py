@@ -100,20 +100,23 @@ class ByHead:
 
 @dataclass(frozen=True)
 class Apart:
-    """One part as several tensors of one size, each with its letter instead of "*"."""
+    """One part as several tensors, each with its letter instead of "*"; of one size unless `sizes` says it."""
 
     name: str
     letters: str
+    sizes: tuple[int, ...] = ()
+
+    def parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        return tensor.split(self.sizes) if self.sizes else tensor.chunk(len(self.letters))
 
     def write(self, name: str, tensors: list[Tensor]) -> dict[str, Tensor]:
-        parts = tensors[0].chunk(len(self.letters))
         return {
             name.replace("*", letter): part
-            for letter, part in zip(self.letters, parts, strict=True)
+            for letter, part in zip(self.letters, self.parts(tensors[0]), strict=True)
         }
 
     def read(self, name: str, stored: Callable[[str], Tensor], tensors: list[Tensor]) -> None:
-        for letter, part in zip(self.letters, tensors[0].chunk(len(self.letters)), strict=True):
+        for letter, part in zip(self.letters, self.parts(tensors[0]), strict=True):
             part.copy_(stored(name.replace("*", letter)))
 
 
@@ -160,6 +163,20 @@ class Shaped(Changed):
 
     def from_file(self, tensor: Tensor) -> Tensor:
         return tensor.flatten()
+
+
+class Swapped(Changed):
+    """The rows of heads with the halves of each head swapped, because the model rotates its pairs
+    the other way round: it computes (x2, -x1) where others compute (-x2, x1)."""
+
+    def __init__(self, stored_as: Mapping | str, heads: int):
+        super().__init__(stored_as)
+        self.heads = heads
+
+    def to_file(self, tensor: Tensor) -> Tensor:
+        return tensor.unflatten(0, (self.heads, 2, -1)).flip(1).flatten(0, 2)
+
+    from_file = to_file
 
 
 class Transposed(Changed):

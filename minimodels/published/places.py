@@ -140,8 +140,9 @@ class SomeUnturned:
         known = {"full_attention": False, "sliding_attention": True}
         kinds = entries.get("layer_types")
         local = [window and not i for i in turned] if kinds is None else listed(kinds, count, known)
-        if any(local) and not window:
-            local = [False] * count  # then the class has no window, whatever layer_types says
+        if any(local) and not window:  # the class's mask has a window then, its kernels have none
+            accepted = "true, and a sliding_window, because layer_types has sliding_attention"
+            raise InputError("config.json use_sliding_window", False, accepted)
         names = {
             (1, False): "full",
             (0, False): "nope",
@@ -286,10 +287,18 @@ def has_window(entries: Entries, absent: int | None, switched: bool) -> bool:
     return bool(used) and window is not None
 
 
+# older names of kinds of blocks
+OLDER = {
+    "mamba": "linear_attention", "attention": "full_attention", "deepseek_sparse_attention": "indexed_attention",
+}  # fmt: skip
+
+
 def listed(
     kinds: object, count: int, roles: dict[str, Any], name: str = "layer_types"
 ) -> list[Any]:
     """The roles that an entry lists."""
+    if type(kinds) is list:
+        kinds = [OLDER.get(kind, kind) if type(kind) is str else kind for kind in kinds]
     if (
         type(kinds) is not list
         or len(kinds) != count

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError
 
-from minimodels.data.byte_level import save_bytes_tokenizer
+from minimodels.data.tokenizer import Bytes
 from minimodels.errors import InputError
 from minimodels.files import read_json, write_json
 from minimodels.lm import LM
@@ -134,8 +134,8 @@ def write_tokenizer(model: LM, folder: Path) -> None:
                 shutil.copyfile(model.published.folder / file, folder / file)
     elif tokenizer is not None:
         tokenizer.save(folder)
-    elif (model.config.vocab or 256) >= 256:
-        save_bytes_tokenizer(folder / "tokenizer.json")
+    elif model.vocab >= 256:
+        Bytes().save(folder)
 
 
 def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -160,12 +160,18 @@ def read_device(device: str | torch.device) -> torch.device:
 
 
 def locate(path_or_id: str | Path, revision: str | None = None) -> Path:
-    """The folder of a published model. If there is no such folder here, it comes from the hub."""
+    """The folder of a published model: a folder here, or OWNER/NAME from the hub.
+
+    If there is a folder OWNER here, the name is not looked up on the hub, because it was meant as a
+    path.
+    """
     name = str(path_or_id)
     if name and Path(name).is_dir():
         return Path(name)
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        accepted = "a folder with config.json and safetensors, or an id of the hub"
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or Path(name.partition("/")[0]).is_dir():
+        accepted = (
+            "a folder that exists, with config.json and safetensors, or OWNER/NAME on the hub"
+        )
         raise InputError("path_or_id", name, accepted)
     try:
         from huggingface_hub import snapshot_download

@@ -18,6 +18,13 @@ TYPES = {  # rope_type -> its parameters -> our options of rope_scaling
     "default": {},
     "linear": {"factor": "factor"},
     "llama3": {**SHARED, "low_freq_factor": "low", "high_freq_factor": "high"},
+    "dynamic": {"factor": "factor"},
+    "longrope": {
+        "short_factor": "short",
+        "long_factor": "long",
+        "original_max_position_embeddings": "context",
+        "attention_factor": "attention",
+    },
     "yarn": {
         **SHARED,
         "beta_fast": "fast",
@@ -26,6 +33,7 @@ TYPES = {  # rope_type -> its parameters -> our options of rope_scaling
         "attention_factor": "attention_factor",
     },
 }
+CONTEXT = "original_max_position_embeddings"
 OPTIONAL = ("beta_fast", "beta_slow", "truncate", "attention_factor")
 
 
@@ -47,6 +55,10 @@ class Rope:
     """the part of a head, if no entry says it"""
     untold: dict[str, Any] = field(default_factory=dict)
     """the parameters if there are no rope_parameters"""
+    kinds: tuple[str, ...] = tuple(TYPES)
+    """the rope_types of the class"""
+    context: int | None = None
+    """the class's default for original_max_position_embeddings outside rope_parameters"""
     options = ("rope_base", "rope_scaling", "rope_fraction")
     names = (
         "rope_parameters",
@@ -54,31 +66,40 @@ class Rope:
         "rope_scaling",
         "partial_rotary_factor",
         "rope_local_base_freq",
+        CONTEXT,
     )
 
     def read(self, entries: Entries) -> dict[str, object]:
         rope = self.parameters(entries)
         kind, theta = rope.pop("type", "default"), rope.pop("rope_theta")
         kind, fraction = rope.pop("rope_type", kind), rope.pop("partial_rotary_factor")
-        if not isinstance(kind, str) or kind not in TYPES:
-            raise InputError("config.json rope_type", kind, ", ".join(TYPES))
+        kind = "longrope" if kind == "su" else kind  # its older name
+        if not isinstance(kind, str) or kind not in self.kinds:
+            raise InputError("config.json rope_type", kind, ", ".join(self.kinds))
         if type(theta) not in (int, float) or not 0 < theta <= 1e300:
             raise InputError("config.json rope_theta", theta, "a positive number up to 1e300")
         if fraction != 1 and not self.partial:
             raise InputError("config.json partial_rotary_factor", fraction, "1.0, or no such entry")
-        if kind in ("llama3", "yarn"):
-            trained = entries.get("max_position_embeddings")
-            rope.setdefault("original_max_position_embeddings", trained)
+        trained = entries.get("max_position_embeddings")
+        if CONTEXT in TYPES[kind]:
+            outside = None if self.layer_type else entries.get(CONTEXT, self.context)
+            rope[CONTEXT] = outside or rope.get(CONTEXT, trained)
         if kind == "yarn":
             sharpen(rope)
+        if kind == "longrope":
+            soften(rope, trained)
         needed = set(TYPES[kind]).difference(OPTIONAL)
         if not needed <= rope.keys() <= set(TYPES[kind]):
             accepted = ", ".join(TYPES[kind]) or "none"
             raise InputError(f"config.json parameters of rope_type {kind}", sorted(rope), accepted)
-        given = tuple(
-            Option(ours, rope[theirs]) for theirs, ours in TYPES[kind].items() if theirs in rope
-        )
-        scaling = Call(kind, options=given) if given else None
+        given = [
+            Option(ours, option_of(rope[theirs]))
+            for theirs, ours in TYPES[kind].items()
+            if theirs in rope
+        ]
+        if kind == "dynamic":
+            given.append(Option("context", trained))
+        scaling = Call(kind, options=tuple(given)) if given else None
         return {"rope_base": float(theta), "rope_scaling": scaling, "rope_fraction": fraction}
 
     def parameters(self, entries: Entries) -> dict[str, Any]:
@@ -102,7 +123,7 @@ class Rope:
             **(older if self.scaled else {}),
             **newer,
         }
-        return {name: value for name, value in rope.items() if value is not None}
+        return {name: value for name, value in rope.items() if value not in (None, [], ())}
 
     def write(self, values: dict[str, Any]) -> dict[str, object]:
         scaling = values["rope_scaling"]
@@ -113,7 +134,10 @@ class Rope:
                 rope[theirs] = getattr(scaling, ours)
         if self.partial:
             rope["partial_rotary_factor"] = values["rope_fraction"]
-        return {"rope_parameters": {self.layer_type: rope} if self.layer_type else rope}
+        more = {"max_position_embeddings": scaling.context} if kind == "dynamic" else {}
+        if self.context and CONTEXT in rope:
+            more[CONTEXT] = rope[CONTEXT]
+        return {"rope_parameters": {self.layer_type: rope} if self.layer_type else rope, **more}
 
     def fits(self, values: dict[str, Any]) -> bool:
         return values["rope_base"] != 0
@@ -128,6 +152,22 @@ class WholeRope(Rope):
         found = super().read(entries)
         del found["rope_fraction"]
         return found
+
+
+def option_of(value: object) -> object:
+    """A value of JSON as the value of an option."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def soften(rope: dict[str, Any], longest: object) -> None:
+    """Replace the factor of longrope, by default that between the two lengths, by attention_factor."""
+    factor, context = rope.pop("factor", None), rope.get(CONTEXT)
+    if "attention_factor" in rope or type(context) is not int or context < 2:
+        return
+    factor = factor or (longest if type(longest) is int else context) / context
+    if type(factor) in (int, float):
+        grown = math.log(factor) / math.log(context) if factor > 1 else 0.0
+        rope["attention_factor"] = math.sqrt(1 + grown)
 
 
 def sharpen(rope: dict[str, Any]) -> None:

@@ -1,12 +1,12 @@
-"""A run on disk: one safetensors file, which is either complete or absent, and readable JSON.
+"""What a training run stores, and how it continues from it.
 
-    RUN/options.json             how the run was started, or last resumed
-    RUN/checkpoint.safetensors   weights (model.*), optimizer state (optimizer.*), random state;
-                                 progress as JSON in the header
-    RUN/log.jsonl                what was measured
+    RUN/options.json               how the run was started, or last resumed
+    RUN/checkpoints/step-N/        weights (model.*), optimizer state (optimizer.*), random state
+                                   of each process (random.*), and the progress
+    RUN/log.jsonl                  what was measured
 
-A checkpoint is written under another name and then replaces the last one. It contains no code,
-because no pickle is read.
+A checkpoint has one format, whether one process wrote it or many, and however they split the
+tensors (see shards.py). It contains no code, because no pickle is read.
 """
 
 from __future__ import annotations
@@ -15,124 +15,188 @@ import json
 import zlib
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minimodels.config import Config
 from minimodels.data.tokenizer import TokenizerFile
 from minimodels.errors import InputError
-from minimodels.files import atomic_write, read_json, write_json
+from minimodels.files import read_json, write_json
 from minimodels.lm import LM
+from minimodels.training import shards
+from minimodels.training.shards import FOLDER, Found, exists, find
 
-FILE = "checkpoint.safetensors"
-PARTS = ("model.", "optimizer.", "random.")
+__all__ = [
+    "FOLDER", "differing_fields", "exists", "find", "home", "load", "load_model", "persistent_tensors",
+    "restore", "resume", "save", "save_model", "save_options", "saved_config",
+]  # fmt: skip
 
 
-def save(run: Path, model: LM, optimizer: torch.optim.Optimizer | None, progress: dict) -> None:
-    """Write the whole state of a training run. `progress` is any JSON object. Raises InputError
-    if it cannot be written."""
+def save(
+    run: Path,
+    model: LM,
+    optimizer: torch.optim.Optimizer | None,
+    progress: dict,
+    score: float | None = None,
+    keep: int = 2,
+) -> None:
+    """Write the whole state of a training run after step `progress["step"]`.
+
+    progress: any JSON object. score: of the model on held-out data, lower is better.
+    keep: the number of checkpoints kept; the one with the best score is kept as well.
+
+    Collective: all processes of a run call it, with the same progress. Raises InputError if the
+    checkpoint cannot be written; then the earlier ones are as they were.
+    """
     tensors = {f"model.{name}": tensor for name, tensor in persistent_tensors(model).items()}
     for name, parameter in model.named_parameters():
         state = {} if optimizer is None else optimizer.state.get(parameter, {})
         for key, value in state.items():
             tensors[f"optimizer.{name}.{key}"] = value
-    tensors["random.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available() and next(model.parameters()).is_cuda:
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    checksums = {part: checksum(tensors, part) for part in PARTS}
-    header = {"progress": json.dumps(progress), "config": json.dumps(asdict(model.config))}
-    header["checksums"] = json.dumps({**checksums, "header": header_checksum(header)})
-    try:
-        with atomic_write(run / FILE) as path:
-            save_file(tensors, path, header)
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            "out", str(run), f"a folder with room for a checkpoint ({error})"
-        ) from None
+    tensors[f"random.cpu.{shards.number()}"] = torch.get_rng_state()
+    if next(model.parameters()).is_cuda:
+        tensors[f"random.cuda.{shards.number()}"] = torch.cuda.get_rng_state()
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    about = {"progress": progress, "score": score, "config": asdict(model.config)}
+    shards.write(run, progress["step"], tensors, about, keep)
 
 
-class Saved(NamedTuple):
-    """What a checkpoint holds."""
+def resume(run: Path, model: LM, optimizer: torch.optim.Optimizer, data: str) -> dict:
+    """Restore the newest whole checkpoint of a run, and return its progress. Says which checkpoints
+    were passed over, and why. Collective.
 
-    progress: dict
-    config: Config
-    tensors: dict[str, Tensor]  # model.*, optimizer.* and random.*
-
-
-BROKEN = (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError, InputError)
+    data: the fingerprint of the data. Raises InputError if the run was trained on other data.
+    """
+    found = find(run)
+    for damaged in found.passed_over:
+        print(f"passed over a checkpoint: {damaged}")
+    progress = found.about["progress"]
+    if progress.get("data", data) != data:
+        raise InputError("data", data, f"what {run} was started with: {progress['data']}")
+    restore(found, model, optimizer)
+    return progress
 
 
 def load(run: Path, model: LM, optimizer: torch.optim.Optimizer | None = None) -> dict:
-    """Read a checkpoint into the model, and into the optimizer and random state if an optimizer is given.
+    """Restore the newest whole checkpoint of a run, and return its progress. `run` can also be the
+    folder of one checkpoint."""
+    found = find(run)
+    restore(found, model, optimizer)
+    return found.about["progress"]
 
-    Returns the `progress` that was saved. Raises InputError if the file is missing, damaged, or of
-    another model; then nothing is changed.
+
+def restore(found: Found, model: LM, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Read a checkpoint into the model, and into the optimizer and random state if an optimizer is
+    given. Collective.
+
+    Raises InputError if the checkpoint is of another model; then nothing is changed.
     """
-    path = run / FILE
-    saved = read(path, PARTS if optimizer is not None else PARTS[:1])
-    check_model(path, saved, model)
-    with torch.no_grad():
-        for name, tensor in persistent_tensors(model).items():
-            tensor.copy_(saved.tensors[f"model.{name}"])
-    if optimizer is not None:
-        restore_optimizer(model, optimizer, saved.tensors)
-        restore_random(saved.tensors)
-    return saved.progress
+    saved = shards.described(found.folder)
+    check_model(found, saved, model)
+    tensors = {f"model.{name}": tensor for name, tensor in persistent_tensors(model).items()}
+    if optimizer is None:
+        shards.read(found.folder, tensors)
+        return
+    moments = empty_moments(saved, model)
+    random = {
+        name: torch.empty(size, dtype=dtype)
+        for name, (size, dtype) in saved.items()
+        if name.startswith("random.")
+    }
+    shards.read(found.folder, tensors | moments | random)
+    set_moments(model, optimizer, moments)
+    mine = f".{shards.number()}"  # a process that the saved run did not have keeps its own
+    if f"random.cpu{mine}" in random:
+        torch.set_rng_state(random[f"random.cpu{mine}"])
+    if f"random.cuda{mine}" in random and torch.cuda.is_available():
+        torch.cuda.set_rng_state(random[f"random.cuda{mine}"])
 
 
-def read(path: Path, parts: tuple[str, ...]) -> Saved:
-    """The parts of a checkpoint. Raises InputError if the file is missing or damaged."""
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError("not a regular file")
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            progress, config, checksums = (
-                json.loads(header[key]) for key in ("progress", "config", "checksums")
-            )
-            config = Config(**config)  # a field that is newer than the file gets its default
-            float(progress["step"])
-            names = [name for name in file.keys() if name.startswith(parts)]  # noqa: SIM118
-            tensors = {name: file.get_tensor(name) for name in names}
-            known = {"header": header_checksum(header), **checksums}
-    except BROKEN as error:
-        accepted = f"a whole safetensors file of a training run ({error})"
-        raise InputError("checkpoint", str(path), accepted) from None
-    found = {"header": header_checksum(header), **{part: checksum(tensors, part) for part in parts}}
-    if any(known.get(part) != value for part, value in found.items()):
-        accepted = "a file whose checksum is that of its contents; this one is damaged"
-        raise InputError("checkpoint", str(path), accepted)
-    return Saved(progress, config, tensors)
-
-
-def check_model(path: Path, saved: Saved, model: LM) -> None:
+def check_model(found: Found, saved: dict[str, tuple[list[int], torch.dtype]], model: LM) -> None:
     """Raise InputError unless a checkpoint is of a model like this one."""
-    changed = differing_fields(saved.config, model.config)
+    changed = differing_fields(saved_config(found), model.config)
     if changed:
         accepted = f"a model of this configuration; differing: {', '.join(changed)}"
-        raise InputError("checkpoint", str(path), accepted)
-    wanted = {f"model.{name}": tensor for name, tensor in persistent_tensors(model).items()}
-    found = {name: tensor for name, tensor in saved.tensors.items() if name.startswith("model.")}
+        raise InputError("checkpoint", str(found.folder), accepted)
+    wanted = {
+        f"model.{name}": (list(tensor.shape), tensor.dtype)
+        for name, tensor in persistent_tensors(model).items()
+    }
+    stored = {name: each for name, each in saved.items() if name.startswith("model.")}
     wrong = sorted(
-        f"{name.removeprefix('model.')} {shape(found.get(name))} for {shape(wanted.get(name))}"
-        for name in wanted.keys() | found.keys()
-        if shape(found.get(name)) != shape(wanted.get(name))
+        f"{name.removeprefix('model.')} {text(stored.get(name))} for {text(wanted.get(name))}"
+        for name in wanted.keys() | stored.keys()
+        if stored.get(name) != wanted.get(name)
     )
     if wrong:
         accepted = f"the tensors of this model; differing: {', '.join(wrong)}"
-        raise InputError("checkpoint", str(path), accepted)
+        raise InputError("checkpoint", str(found.folder), accepted)
 
 
-def restore_random(tensors: dict[str, Tensor]) -> None:
-    """Set the random state to the saved one."""
-    torch.set_rng_state(tensors["random.cpu"])
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
+def saved_config(found: Found) -> Config:
+    """The configuration of the model in a checkpoint. A field that is newer than the checkpoint
+    has its default."""
+    try:
+        return Config(**found.about["config"])
+    except (KeyError, TypeError) as error:
+        accepted = f"the checkpoint of a model ({error})"
+        raise InputError("checkpoint", str(found.folder), accepted) from None
+
+
+def empty_moments(
+    saved: dict[str, tuple[list[int], torch.dtype]], model: nn.Module
+) -> dict[str, Tensor]:
+    """A tensor for each entry of the saved optimizer state: split among the processes like its
+    parameter, or a single number. Raises InputError if an entry has another shape."""
+    moments = {}
+    for parameter_name, parameter in model.named_parameters():
+        prefix = f"optimizer.{parameter_name}."
+        for name in saved:
+            if name.startswith(prefix):
+                size, dtype = saved[name]
+                if size and size != list(parameter.shape):
+                    wanted = text((list(parameter.shape), dtype))
+                    raise InputError(
+                        "checkpoint",
+                        f"{name} {text(saved[name])}",
+                        f"the shape of its parameter, {wanted}",
+                    )
+                moments[name] = (
+                    torch.zeros_like(parameter.detach(), dtype=dtype)
+                    if size
+                    else torch.zeros((), dtype=dtype, device=parameter.device)
+                )
+    return moments
+
+
+def set_moments(
+    model: nn.Module, optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]
+) -> None:
+    """Give each parameter the optimizer state that was saved under its name."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    ordered = [
+        names[parameter] for group in optimizer.param_groups for parameter in group["params"]
+    ]
+    state = {
+        index: {
+            name.removeprefix(f"optimizer.{parameter}."): moment
+            for name, moment in moments.items()
+            if name.startswith(f"optimizer.{parameter}.")
+        }
+        for index, parameter in enumerate(ordered)
+    }
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
+
+
+def text(described: tuple[list[int], torch.dtype] | None) -> str:
+    """The shape and type of a tensor in an error."""
+    if described is None:
+        return "missing"
+    size, dtype = described
+    return f"{size} {str(dtype).removeprefix('torch.')}"
 
 
 def persistent_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -160,22 +224,42 @@ def save_options(run: Path, options: dict) -> None:
     """Write the options of a run, with which it can be resumed. Raises InputError if the
     folder cannot be written."""
     try:
-        write_json(run / "options.json", options)
+        write_json(run / "options.json", {**options, "checksum": options_checksum(options)})
     except OSError as error:
         raise InputError(
             "out", str(run), f"a folder that can be written ({error.strerror})"
         ) from None
 
 
+def read_saved_options(run: Path, field: str) -> dict:
+    """The options of a run. Raises InputError, which names `field`, if there are none, or if they
+    were changed since they were saved."""
+    path = run / "options.json"
+    saved = read_json(path, field)
+    if saved.pop("checksum", None) not in (None, options_checksum(saved)):
+        accepted = "options as a run saved them; these were changed or damaged"
+        raise InputError(field, str(path), accepted)
+    return saved
+
+
+def options_checksum(options: dict) -> int:
+    """The CRC-32 of options as JSON."""
+    return zlib.crc32(json.dumps(options, sort_keys=True).encode())
+
+
 def save_model(model: LM, folder: str | Path) -> None:
     """Save a model that was trained in Python, so that load_model and
-    minimodels.sample can read it.
+    minimodels.sample can read it. A model that save_model has written there is replaced.
 
-    Raises InputError if the folder is not new or empty, or cannot be written.
+    Raises InputError if the folder holds anything else, or cannot be written.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError("folder", str(folder), "a new or empty folder")
+    own = {"options.json", FOLDER}
+    if folder.exists() and not (
+        folder.is_dir() and own >= {path.name for path in folder.iterdir()}
+    ):
+        accepted = "a new or empty folder, or one that save_model has written"
+        raise InputError("folder", str(folder), accepted)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -185,70 +269,20 @@ def save_model(model: LM, folder: str | Path) -> None:
 
 
 def load_model(run: str | Path) -> LM:
-    """The trained model of a run, on the CPU, with its tokenizer. Raises
-    InputError if there is none."""
+    """The trained model of a run, or of one of its checkpoints (RUN/checkpoints/step-N), on the
+    CPU, with its tokenizer. Raises InputError if there is none."""
     run = Path(run)
     if not run.is_dir():
         raise InputError("run", str(run), "the folder of a training run; there is no such folder")
-    options = read_json(run / "options.json", "run")
-    try:
-        model = LM(Config(**options["config"]))
-    except (KeyError, TypeError) as error:
-        raise InputError("run", str(run), f"the folder of a training run ({error})") from None
-    load(run, model)
+    found = find(run)
+    model = LM(saved_config(found))
+    restore(found, model)
+    options = read_saved_options(home(run), "run")
     if options.get("tokenizer", "bytes") != "bytes":
-        model.tokenizer = TokenizerFile(run)
+        model.tokenizer = TokenizerFile(home(run))
     return model
 
 
-def restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
-) -> None:
-    """Give each parameter the optimizer moments that were saved under its name."""
-    parameters = dict(model.named_parameters())
-    names = {parameter: name for name, parameter in parameters.items()}
-    ordered = [
-        names[parameter] for group in optimizer.param_groups for parameter in group["params"]
-    ]
-    state: dict[int, dict[str, Tensor]] = {}
-    for index, name in enumerate(ordered):
-        prefix = f"optimizer.{name}."
-        state[index] = {
-            key.removeprefix(prefix): value
-            for key, value in tensors.items()
-            if key.startswith(prefix)
-        }
-        for key, value in state[index].items():
-            if value.ndim and value.shape != parameters[name].shape:
-                given, accepted = (
-                    f"{prefix}{key} {shape(value)}",
-                    f"the shape of its parameter, {shape(parameters[name])}",
-                )
-                raise InputError("checkpoint", given, accepted)
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
-
-
-def shape(tensor: Tensor | None) -> str:
-    """A tensor's description in an error."""
-    return (
-        "missing"
-        if tensor is None
-        else f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-    )
-
-
-def checksum(tensors: dict[str, Tensor], part: str) -> int:
-    """The CRC-32 of the tensors whose names start with `part`: of their names and bytes."""
-    value = 0
-    for name in sorted(name for name in tensors if name.startswith(part)):
-        value = zlib.crc32(
-            tensors[name].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), value)
-        )
-    return value
-
-
-def header_checksum(header: dict[str, str]) -> int:
-    """The CRC-32 of the progress and configuration in the header."""
-    return zlib.crc32((header["progress"] + header["config"]).encode())
+def home(folder: Path) -> Path:
+    """The folder of the run to which the folder of a checkpoint belongs. A run is its own."""
+    return folder.resolve().parents[1] if (folder / shards.PROGRESS).exists() else folder

@@ -4,26 +4,45 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
+from minimodels.errors import InputError
 from minimodels.files import atomic_write
 
 FILE = "log.jsonl"
 
 
 def write_log(run: Path, record: dict) -> None:
-    """Append a record."""
-    with (run / FILE).open("a") as file:
+    """Append a record. Numbers that are not finite are left out, because JSON has none. Raises
+    InputError if the log is no regular file, because a pipe would block."""
+    path = run / FILE
+    if path.exists() and not path.is_file():
+        raise InputError("log", str(path), "a regular file, or none")
+    record = json.loads(json.dumps(record), parse_constant=lambda _: None)
+    record = {name: value for name, value in record.items() if value is not None}
+    with path.open("a") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def write_scores(run: Path, record: dict) -> None:
+    """Append the scores of a validation, in place of those at the same step, which a finished run
+    that is resumed measures again."""
+    keep(run, lambda line: not (step_of(line) == record["step"] and "validation_loss" in line))
+    write_log(run, record)
 
 
 def forget_after(run: Path, step: int) -> None:
     """Delete what was measured after a step, because the resumed run measures it again."""
+    keep(run, lambda line: step_of(line) <= step)
+
+
+def keep(run: Path, wanted: Callable[[str], bool]) -> None:
+    """Delete the lines that are not wanted."""
     log = run / FILE
-    if log.is_file():
-        kept = [
-            line for line in log.read_text(errors="replace").splitlines() if step_of(line) <= step
-        ]
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    kept = [line for line in lines if wanted(line)]
+    if kept != lines:
         with atomic_write(log) as partial:
             partial.write_text("".join(f"{line}\n" for line in kept))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import math
 import shlex
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -21,11 +20,11 @@ from minimodels.architectures.registry import LAYERS, WRAPPERS
 from minimodels.command import parse_options
 from minimodels.config import Config
 from minimodels.errors import Count, InputError, NonNegative, Positive, Range, check_types
-from minimodels.files import LOCK, read_json
+from minimodels.files import LOCK
 from minimodels.grammar import set_options
 from minimodels.presets import fitted, preset
-from minimodels.training.checkpoint import FILE as CHECKPOINT
-from minimodels.training.checkpoint import differing_fields
+from minimodels.training import checkpoint
+from minimodels.training.initial import open_initial
 
 Number = Annotated[int, Range(0, 2**63 - 1, "a whole number from 0, below 2^63")]
 
@@ -62,16 +61,20 @@ class Options:
     flops: Positive | None = None
     """bound: training FLOPs, as counted by the ledger"""
     minutes: Positive | None = None
-    """bound: wall-clock minutes of training, evaluation included"""
+    """bound: minutes of training by the clock, including evaluation"""
 
     context: Count = 256
     """tokens per sequence"""
-    batch_size: Count = 8
-    """sequences per forward pass"""
+    batch_size: Count | Literal["auto"] = 8
+    """sequences per forward pass, of all processes together; auto: the default, in as few forward
+    passes as the memory allows"""
     accumulate: Count = 1
     """forward passes per optimizer step"""
+    ramp: str = ""
+    """what changes over the run: context=256:2048@0.5 grows until half of it and then stays;
+    batch_size and the names in a mixture change in the same way"""
     lr: Positive = 2e-3
-    """peak learning rate of AdamW"""
+    """highest learning rate of AdamW"""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """cosine (to a tenth), wsd (stable, then to zero over the last fifth) or constant"""
     warmup: Number = 50
@@ -91,9 +94,20 @@ class Options:
     """auto (bfloat16 autocast on GPUs that have it), float32 or bfloat16"""
     compile: bool = False
     """torch.compile the training step, which needs a C++ compiler on a CPU"""
+    checkpoint_activations: bool = False
+    """compute each block again in the backward pass, which takes a third longer and much less
+    memory; not with --compile"""
+    context_parallel: Count = 1
+    """with torchrun: so many processes share each text, and each of them has a piece of it"""
+    shard: bool = False
+    """with torchrun: each process stores a part of the weights and moments, not all of them"""
 
+    skip_bad_steps: Number = 0
+    """steps that may be skipped because their loss is not finite or explodes, before the run ends"""
     eval_every: Number = 100
     """steps between validations, each followed by a checkpoint; 0: only at the end"""
+    keep: Count = 2
+    """checkpoints kept, the newest; the one with the best validation is kept as well"""
     eval_batches: Count = 8
     """batches per validation"""
     sample_every: Number = 0
@@ -105,14 +119,23 @@ class Options:
     out: Path | None = None
     """folder of the run, new or empty; by default runs/MODEL (runs/custom for other
     layers), or the next free name"""
+    init: str = ""
+    """weights to start from: the folder of a run, of one of its checkpoints or of a published model,
+    or the id of one. Its layers and its tokenizer come with them"""
     resume: Path | None = None
     """folder of a run to continue. Its options stay, including its bounds (--steps None lifts one).
-    Only bounds, reporting and how it is computed (device, dtype, compile, impl) may change"""
+    Bounds, rates (lr, schedule, warmup, weight_decay, clip), batches (batch_size, accumulate, ramp),
+    reporting and how it is computed (device, dtype, compile, impl) may change"""
 
     def __post_init__(self):
         check_types(self)
         if not self.prompt:
             raise InputError("prompt", self.prompt, "at least one character")
+        if self.compile and self.checkpoint_activations:
+            accepted = (
+                "False with checkpoint_activations: a block that is computed again records nothing"
+            )
+            raise InputError("compile", True, f"{accepted}, so it would be another graph")
 
 
 SYNONYMS = {  # what other programs call an option -> what to write here
@@ -130,12 +153,15 @@ TRAINING = {  # size -> the options that differ from the defaults
     "tiny": {},
     "small": {"context": 1024, "batch_size": 32, "lr": 6e-4, "warmup": 500, "eval_every": 1000},
 }
+DEFAULT_ROWS = {size: given.get("batch_size", 8) for size, given in TRAINING.items()}
 DEFAULT_STEPS = {"tiny": 600, "small": 20_000}  # if no bound is given
 BOUNDS = ("steps", "tokens", "flops", "minutes")
 # files of a run that saved no checkpoint
-LEFT_BEHIND = {"options.json", "log.jsonl", "tokenizer.json", LOCK}
+LEFT_BEHIND = {"options.json", "log.jsonl", "tokenizer.json", LOCK, checkpoint.FOLDER}
 CHANGEABLE = {
-    *BOUNDS, "data", "cache", "device", "threads", "dtype", "compile", "eval_every", "eval_batches",
+    *BOUNDS, "lr", "schedule", "warmup", "weight_decay", "clip", "batch_size", "accumulate", "ramp",
+    "skip_bad_steps", "data", "cache", "device", "threads", "dtype", "compile",
+    "checkpoint_activations", "context_parallel", "shard", "eval_every", "eval_batches", "keep",
     "sample_every", "prompt", "log_every", "resume",
 }  # fmt: skip
 
@@ -144,13 +170,16 @@ def parse(description: str) -> Options:
     """Read the command line. The defaults come from the preset that it names or the run that it
     resumes. `description` is the first part of its help."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--model", "--size", "--resume", "--layers"):
+    for name in ("--model", "--size", "--resume", "--init", "--layers"):
         first.add_argument(name, nargs="?")
     named, _ = first.parse_known_args()
     if named.resume is not None:
         return parse_resumed(Path(named.resume), description)
     model, size = named.model or "transformer", named.size or "tiny"
     default = Options(preset(model, size), model, size, **TRAINING[size])
+    if named.init is not None:
+        initial, tokenizer = open_initial(named.init)
+        default = replace(default, config=initial.config, tokenizer=tokenizer)
     options = parse_options(Options, description, default, SYNONYMS)
     layers = options.config.layers
     if named.layers is not None:
@@ -172,7 +201,7 @@ def parse_resumed(run: Path, description: str) -> Options:
         before, after = getattr(saved, each.name), getattr(options, each.name)
         if before != after and each.name not in {*CHANGEABLE, "config"}:
             raise InputError(each.name, after, f"{before!r}, with which {run} was started")
-    changed = differing_fields(options.config, saved.config)
+    changed = checkpoint.differing_fields(options.config, saved.config)
     if changed:
         raise InputError("config", changed[0], accepted)
     return options
@@ -184,30 +213,24 @@ def read_options(run: Path) -> Options:
         raise InputError(
             "resume", str(run), "the folder of a training run; there is no such folder"
         )
-    saved = read_json(run / "options.json", "resume")
+    saved = checkpoint.read_saved_options(run, "resume")
     try:
         return Options(**{**saved, "config": Config(**saved["config"]), "out": None, "resume": run})
     except (KeyError, TypeError) as error:
         raise InputError("resume", str(run), f"the folder of a training run ({error})") from None
 
 
-def count_steps(options: Options, tokens_per_step: int, flops_per_token: float) -> float:
-    """The last step: the first of the bounds on steps, tokens and FLOPs; infinite if
-    only minutes bound the run."""
-    bounds = [
-        math.inf if options.steps is None else options.steps,
-        math.inf if options.tokens is None else options.tokens // tokens_per_step,
-        math.inf if options.flops is None else options.flops // (tokens_per_step * flops_per_token),
+def changes(options: Options) -> list[str]:
+    """What differs from the run that is resumed: "lr: 0.002 -> 0.001"."""
+    if options.resume is None:
+        return []
+    saved = read_options(options.resume)
+    pairs = {each.name: (getattr(saved, each.name), getattr(options, each.name))
+             for each in fields(Options) if each.name not in ("config", "out", "resume")}  # fmt: skip
+    pairs["impl"] = (saved.config.impl, options.config.impl)
+    return [
+        f"{name}: {before} -> {after}" for name, (before, after) in pairs.items() if before != after
     ]
-    if min(bounds) < 1:
-        raise InputError(
-            "tokens, flops",
-            (options.tokens, options.flops),
-            f"enough for one step of {tokens_per_step} tokens",
-        )
-    if min(bounds) == math.inf:
-        return DEFAULT_STEPS[options.size] if options.minutes is None else math.inf
-    return int(min(bounds))
 
 
 def label(options: Options) -> str:
@@ -229,10 +252,10 @@ def new_folder(options: Options) -> Path:
     except OSError as error:
         accepted = f"a folder that can be made ({error.strerror})"
         raise InputError("out", str(named), accepted) from None
-    if CHECKPOINT in held:
+    if checkpoint.exists(named):
         again = f"--resume {shlex.quote(str(named))} continues the run in it"
         raise InputError("out", str(named), f"a new or empty folder; {again}")
-    if held - LEFT_BEHIND:
+    if {name.removesuffix(".partial") for name in held} - LEFT_BEHIND:
         raise InputError("out", str(named), "a new or empty folder")
     return named
 

@@ -10,13 +10,17 @@ import torch
 from torch import Tensor
 
 from minimodels.lm import LM
+from minimodels.ranks import whole
+from minimodels.training.guard import Guard
+from minimodels.training.parallel import synchronise
 
 
 class Step(NamedTuple):
     """The measurements of a step. Nothing here has waited for the GPU."""
 
-    losses: list[Tensor]  # cross-entropy in nats per token, of each forward pass
-    # of the last forward pass: "cross_entropy", and the layers' own losses
+    # cross-entropy in nats per token, of each forward pass; this rank's share
+    losses: list[Tensor]
+    # of the last forward pass: "cross_entropy", and the layers' own losses; this rank's shares
     parts: dict[str, Tensor]
     norm: Tensor  # of the gradient, before it was clipped
 
@@ -28,24 +32,30 @@ def training_step(
     autocast: torch.autocast,
     clip: float = 0.0,
     loss_function: Callable | None = None,
+    guard: Guard | None = None,
 ) -> Step:
     """One optimizer step over the mean loss of the batches: forward, backward, clip, update.
 
     Each batch is (tokens, targets) or (tokens, targets, starts), (B, T) on the model's device.
     `clip` is the largest norm of the gradient; 0: no limit. `loss_function` replaces model.loss,
-    such as a compiled version of it.
+    such as a compiled version of it. A step that `guard` finds bad changes nothing.
     """
     loss_function = loss_function or model.loss
     batches, losses = list(batches), []
-    for batch in batches:
+    for number, batch in enumerate(batches, 1):
+        synchronise(model, now=number == len(batches))
         with autocast:
             loss, parts = loss_function(*batch)
         (loss / len(batches)).backward()
         losses.append(parts["cross_entropy"])
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf))
+    taken = 1.0
+    if guard is not None:
+        optimizer.found_inf = guard.skip(losses, norm)  # 1 leaves everything as it was
+        taken = 1 - optimizer.found_inf
     optimizer.step()
     optimizer.zero_grad()
-    model.after_step()
+    model.after_step(taken)
     return Step(losses, parts, norm)
 
 

@@ -1,0 +1,409 @@
+"""Several ranks that train one model do what one process does.
+
+The ranks are forked, which takes a fraction of a second. Three tests start `torchrun`, which takes ten.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo  # once, and not in every rank
+import torch.distributed as dist
+import torch.distributed.fsdp
+from models import MODELS, NAMES, WIDTH
+
+import train
+from minimodels import LM, Config, InputError
+from minimodels.ops.linear_cross_entropy import IGNORE
+from minimodels.presets import PRESETS
+from minimodels.ranks import average, averaged, from_first, largest, total
+from minimodels.training import checkpoint, parallel
+from minimodels.training.blocks import recompute
+from minimodels.training.optim import adamw
+from minimodels.training.step import training_step
+from minimodels.training.wavefront import split_context
+
+ROOT = Path(__file__).parents[1]
+VOCAB, B, T = 31, 4, 12
+PRESET_TEXTS = [*MODELS.values(), PRESETS["mamba"].format(twice=4)]
+OTHERS = [
+    "moe(experts=4, router=sigmoid_bias, bias_step=0.1)",
+    "moe(experts=4, balance=pooled)*2",
+    "A:=mamba(state_size=4) mod(A mod(moe(experts=4), capacity=0.5), capacity=0.75) A",
+]
+MIXERS = " ".join(["learned_positions(context=160)", *NAMES])  # one of each, in one model
+SPLIT_TOO = [MODELS["hybrid"], OTHERS[0]]
+CASES = [(2, text) for text in (*PRESET_TEXTS, MIXERS, *OTHERS)]
+CASES += [(4, text) for text in (*PRESET_TEXTS, MIXERS)]
+
+
+def forked(world: int, function, folder: Path, *arguments):
+    """What `function` returns in rank 0 of several forked processes, as JSON."""
+    torch.multiprocessing.start_processes(
+        join, (world, function, folder, arguments), nprocs=world, start_method="fork"
+    )
+    return json.loads((folder / "result.json").read_text())
+
+
+def join(rank: int, world: int, function, folder: Path, arguments) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    result = function(*arguments)
+    if rank == 0:
+        (folder / "result.json").write_text(json.dumps(result))
+    parallel.stop()
+
+
+def steps_of_batches() -> list[list[tuple]]:
+    """Two optimizer steps: rows without targets and packed documents, then a plain batch."""
+    g = torch.Generator().manual_seed(0)
+    tokens, targets, starts = torch.randint(VOCAB, (3, 3, B, T), generator=g)
+    starts = starts[0] % (T - 1)
+    starts = torch.where(torch.arange(T) < starts[:, :1], 0, starts[:, :1])
+    targets[0, ::2] = IGNORE  # half of the ranks have nothing to predict
+    targets[0, 1, ::3] = IGNORE
+    masked, packed, plain = zip(tokens, targets, strict=True)
+    return [[masked, (*packed, starts)], [plain]]
+
+
+def train_on(layers: str, shard: bool = False, pieces: int = 1) -> list[list[float]]:
+    """Of each step: the losses, the layers' own losses, the norm of the gradient, the loads.
+
+    Where the context is split, blocks are computed again.
+    """
+    torch.manual_seed(0)
+    model = LM(Config(layers=layers, width=WIDTH, vocab=VOCAB))
+    optimizer, autocast = adamw(model, 1e-3, 0.1), torch.autocast("cpu", enabled=False)
+    parallel.distribute(model, optimizer, shard)
+    if pieces > 1:
+        recompute(model)
+        split_context(model, pieces)
+    found = []
+    for batches in steps_of_batches():
+        own = [parallel.own(batch, pieces) for batch in batches]
+        taken = training_step(model, optimizer, own, autocast, 1.0)
+        losses, parts = averaged((taken.losses, taken.parts))
+        measured = [*losses, *parts.values(), taken.norm]
+        found.append([value.item() for value in measured])
+        loads = model.observations().get("load", [])
+        found.append([share for layer in loads for share in layer])
+    return found
+
+
+def ways(layers: str, world: int) -> list[tuple[bool, int]]:
+    """Whether to shard, and into how many pieces to split the context; four ranks replicate one model."""
+    found = [(True, 1)]
+    if world == 2 or layers == PRESET_TEXTS[0]:
+        found.append((False, 1))
+    if layers in SPLIT_TOO:
+        found.append((world == 2, 2))
+    return found
+
+
+def train_all(texts: list[str]) -> dict[str, list]:
+    return {
+        text: [train_on(text, *way) for way in ways(text, dist.get_world_size())] for text in texts
+    }
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """world -> what that many ranks measure; they are started once."""
+    found = {}
+
+    def measure(world: int) -> dict[str, list]:
+        if world not in found:
+            texts = [text for ranks, text in CASES if ranks == world]
+            found[world] = forked(world, train_all, tmp_path_factory.mktemp("ranks"), texts)
+        return found[world]
+
+    return measure
+
+
+@pytest.mark.parametrize("world, layers", CASES)
+def test_ranks_have_the_losses_and_gradient_norms_of_one_process(world, layers, several):
+    """With and without sharding; with masked targets, packed documents and accumulation; in some
+    models with a split context too."""
+    one = train_on(layers)
+    for way, many in zip(ways(layers, world), several(world)[layers], strict=True):
+        for step, expected in zip(many, one, strict=True):
+            assert step == pytest.approx(expected, rel=1e-5, abs=1e-5), way
+
+
+def continue_from(folder: str, shard: bool) -> list[list[float]]:
+    """The losses of two steps that are saved, and of two more by a model that has loaded them."""
+    config = Config(layers="moe(experts=4, router=sigmoid_bias, bias_step=0.1)", width=WIDTH)
+    torch.manual_seed(0)
+    batches = [tuple(torch.randint(256, (2, B, T))) for _ in range(4)]
+
+    def prepared(load: bool) -> tuple:
+        torch.manual_seed(int(load))
+        model = LM(config)
+        optimizer = adamw(model, 1e-2, 0.1)
+        parallel.distribute(model, optimizer, shard)
+        if load:
+            checkpoint.load(Path(folder), model, optimizer)
+        return model, optimizer
+
+    def trained(model: LM, optimizer, batches) -> list[float]:
+        autocast = torch.autocast("cpu", enabled=False)
+        own = [[parallel.own(batch)] for batch in batches]
+        taken = [training_step(model, optimizer, each, autocast) for each in own]
+        return [averaged(step.losses[0]).item() for step in taken]
+
+    run = prepared(load=False)
+    trained(*run, batches[:2])
+    checkpoint.save(Path(folder), *run, {"step": 2})
+    return [trained(*run, batches[2:]), trained(*prepared(load=True), batches[2:])]
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_run_of_ranks_is_saved_whole_and_continues_exactly(shard, tmp_path):
+    through, resumed = forked(2, continue_from, tmp_path, str(tmp_path), shard)
+    assert resumed == through
+    # and by one process
+    torch.manual_seed(1)
+    model = LM(checkpoint.saved_config(checkpoint.find(tmp_path)))
+    optimizer = adamw(model, 1e-2, 0.1)
+    checkpoint.load(tmp_path, model, optimizer)
+    torch.manual_seed(0)
+    batches = [tuple(torch.randint(256, (2, B, T))) for _ in range(4)][2:]
+    autocast = torch.autocast("cpu", enabled=False)
+    losses = [training_step(model, optimizer, [each], autocast).losses[0] for each in batches]
+    assert torch.stack(losses).tolist() == pytest.approx(through, rel=1e-5)
+
+
+def reduce() -> list:
+    rank = dist.get_rank()
+    x = torch.tensor([1.0, 10.0], requires_grad=True)
+    # the mean over the ranks of (rank + 1) · total², whose derivative by x is that of 1.5 · total²
+    ((rank + 1) * total(x * (rank + 1)).square()).sum().backward()
+    assert x.grad.tolist() == [18 * (rank + 1), 180 * (rank + 1)]
+    with pytest.raises(InputError, match="folder: 'here' is not accepted; accepted: another"):
+        from_first(refuse)
+    means = averaged({"a": [torch.tensor(rank), torch.full((2, 1), float(rank))]})
+    return [average(torch.tensor(rank)).item(), means["a"][1].tolist(), largest(rank, -rank)]
+
+
+def refuse() -> None:
+    assert dist.get_rank() == 0
+    raise InputError("folder", "here", "another")
+
+
+def test_sums_over_ranks_have_gradients_and_errors_of_the_first_are_of_all(tmp_path):
+    assert forked(2, reduce, tmp_path) == [0.5, [[0.5], [0.5]], [1.0, 0.0]]
+
+
+def route() -> list[str]:
+    """The types that a router computes with, under autocast."""
+    model = LM(Config(layers="moe(experts=4) mod(mlp, capacity=0.5)", width=WIDTH))
+    parallel.distribute(model, adamw(model, 1e-3, 0.1), shard=True)
+    seen, linear = [], torch.nn.functional.linear
+
+    def watch(x, weight, bias=None):
+        y = linear(x, weight, bias)
+        if len(weight) in (1, 4):  # scores of experts, or of a token
+            seen.extend(str(part.dtype) for part in (x, weight, y))
+        return y
+
+    torch.nn.functional.linear = watch
+    with torch.autocast("cpu", torch.bfloat16):
+        model.loss(*torch.randint(256, (2, 2, 5)))[0].backward()
+    return sorted(set(seen))
+
+
+def test_routers_of_ranks_compute_in_full_precision_under_autocast(tmp_path):
+    assert forked(2, route, tmp_path) == ["torch.float32"]
+
+
+def refused() -> list[str]:
+    said = []
+    for given in ((7, 8, 1), (7, 8, 2), (8, 9, 2), (8, 9, 3)):
+        try:
+            parallel.check_division(*given)
+            said.append("")
+        except InputError as error:
+            said.append(str(error))
+    return said
+
+
+def test_a_batch_that_ranks_cannot_divide_is_refused(tmp_path):
+    assert forked(2, refused, tmp_path) == [
+        "batch_size: 7 is not accepted; accepted: a multiple of 2, the number of processes",
+        "",
+        "context: 9 is not accepted; accepted: a multiple of 2, the pieces of context_parallel",
+        "context_parallel: 3 is not accepted; accepted: a divisor of 2, the number of processes",
+    ]
+
+
+def test_several_processes_without_torchrun_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="'2' is not accepted; accepted: 1 without torchrun"):
+        parallel.start(torch.device("cpu"))
+
+
+SMALL = (
+    "--layers attention,moe(experts=4) --width 16 --context 16 --batch-size 4 --eval-batches 1 "
+    "--log-every 1 --threads 1 --data text --device cpu"
+).split()
+SMALL[1] = SMALL[1].replace(",", " ")
+
+
+def torchrun(folder: Path, *arguments: str, script: str = "train.py") -> subprocess.Popen:
+    """train.py in two processes, started in a folder with a text."""
+    (folder / "text").write_bytes(bytes(range(32, 127)) * 60)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, str(ROOT / script), *arguments],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def log(run: Path) -> dict[int, list[float]]:
+    """Step -> what was measured."""
+    lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return {
+        (line["step"], kind): [line[kind], line.get("grad_norm", 0), *line.get("load", [[]])[0]]
+        for line in lines
+        for kind in ("loss", "bits_per_byte")
+        if kind in line
+    }
+
+
+def test_torchrun_takes_the_steps_of_one_process_which_continues_its_run(tmp_path, monkeypatch):
+    process = torchrun(tmp_path, *SMALL, "--shard", "--steps", "3", "--out", "run")
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert out.count("model    custom") == out.count("--- sample ---") == 1
+    assert "runs on  cpu, threads: 1, 2 processes" in out
+    monkeypatch.chdir(tmp_path)
+    for arguments in (
+        ["--resume", "run", "--steps", "5"],
+        [*SMALL, "--steps", "3", "--out", "one"],
+    ):
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        train.main(train.parse(""))
+    many, one = log(tmp_path / "run"), log(tmp_path / "one")
+    assert max(many) == (5, "loss")
+    for key, measured in one.items():
+        assert many[key] == pytest.approx(measured, rel=1e-5), key
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the processes are not listed")
+def test_a_rank_that_dies_ends_the_job_with_its_number_and_reason(tmp_path):
+    process = torchrun(tmp_path, *SMALL, "--steps", "1000000", "--out", "run")
+    wait_for(tmp_path / "run" / "log.jsonl")
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(max(map(int, workers)), signal.SIGKILL)
+    begun = time.monotonic()
+    out, _ = process.communicate(timeout=60)
+    assert time.monotonic() - begun < 30
+    assert process.returncode == 1
+    cause = out.partition("Root Cause")[2]
+    assert "rank      : 1" in cause and "Signal 9 (SIGKILL)" in cause
+
+
+def test_sigterm_to_torchrun_saves(tmp_path):
+    process = torchrun(tmp_path, *SMALL, "--steps", "1000000", "--out", "run")
+    wait_for(tmp_path / "run" / "log.jsonl")
+    process.terminate()
+    out, _ = process.communicate(timeout=60)
+    assert "and saved; to continue: python train.py --resume" in out
+    checkpoint.load_model(tmp_path / "run")
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+SPLIT = [
+    "attention mlp attention",
+    "attention(window=5) attention(window=1)",
+    "mamba(state_size=4)*2",
+    "mamba2(state_size=4)*2",
+    "deltanet(gate=scalar)*2",
+    MODELS["hybrid"],
+    "A:=retention A mlp A short_convolution",
+    "learned_positions(context=160) latent_attention",
+]
+FOUR = (
+    "attention(window=5) mamba(state_size=4) mamba2(state_size=4) deltanet moe(experts=4) attention"
+)
+
+
+def split_and_whole(layers: str, pieces: int, packed: bool) -> float:
+    """The largest difference of logits, loss or gradients between a model whose context is split and
+    the same model in one process."""
+    B, T = 2, 24
+    config = Config(layers=layers, width=WIDTH, vocab=VOCAB)
+    batch = tuple(torch.randint(VOCAB, (2, B, T), generator=torch.Generator().manual_seed(1)))
+    batch[1][0, :15] = IGNORE
+    if packed:
+        starts = torch.zeros(B, T, dtype=torch.int64)
+        starts[0, 9:], starts[1, 3:], starts[1, 12:] = 9, 3, 12
+        batch = (*batch, starts)
+
+    def learn(batch: tuple, prepare) -> tuple:
+        torch.manual_seed(0)
+        model = LM(config).double()
+        prepare(model)
+        loss, _ = model.loss(*batch)
+        loss.backward()
+        named = dict(zip(("starts", "positions"), batch[2:], strict=False))
+        with torch.no_grad():
+            logits, _ = model.eval()(batch[0], **named)
+        return logits, loss.detach(), [parameter.grad for parameter in model.parameters()]
+
+    logits, loss, gradients = learn(batch, lambda model: None)
+    own = parallel.own(batch, pieces)
+    found = learn(own, lambda model: split_context(model, pieces))
+    differences = [found[0] - parallel.own((logits,), pieces)[0], average(found[1]) - loss]
+    differences += [average(mine) - whole for mine, whole in zip(found[2], gradients, strict=True)]
+    return max(difference.abs().max().item() for difference in differences)
+
+
+def split_all(pieces: int, texts: list[str]) -> dict[str, float]:
+    """And all texts in one process group, because starting one takes longer."""
+    return {
+        f"{layers} {packed}": split_and_whole(layers, pieces, packed)
+        for layers in texts
+        for packed in (False, True)
+    }
+
+
+@pytest.mark.parametrize(
+    "world, pieces, texts", [(2, 2, SPLIT), (4, 4, [FOUR, SPLIT[0]]), (4, 2, SPLIT[:1])]
+)
+def test_a_split_context_gives_the_outputs_and_gradients_of_the_whole(
+    world, pieces, texts, tmp_path
+):
+    """With and without documents in a row; the third case splits rows too."""
+    for case, difference in forked(world, split_all, tmp_path, pieces, texts).items():
+        assert difference < 1e-10, case
+
+
+def test_a_layer_that_routes_over_the_whole_text_has_no_split_context():
+    for layers in ("mod(mlp)", "moe(experts=4, router=expert_choice)"):
+        with pytest.raises(InputError, match="context_parallel: 2 .* routes over the whole text"):
+            split_context(LM(Config(layers=layers, width=WIDTH)), 2)
