@@ -100,21 +100,21 @@ def sinks(small: bool) -> Claim:
         for name, text in zip(models, texts, strict=True)
     ]
 
-    def measured(model: LM, run: Run, device: torch.device) -> Iterator[dict]:
+    def measured(model: LM, run: Run, device: torch.device) -> Iterator[dict[str, float]]:
         yield from first_token(model, run, device)
         data = open_data(run.data, LONGER * context)
-        for position, bits in by_position(model, data, context):
-            yield {"reach": position, "all_bits": bits}
-        for first in (0, FIRST):
-            name = f"{run.model}, {first} first kept" if first else run.model
-            for position, bits in by_position(Stream(model, context, first), data, context):
-                yield {"model": name, "reach": position, "window_bits": bits}
+        readers = model, Stream(model, context, 0), Stream(model, context, FIRST)
+        found = [by_position(reader, data, context) for reader in readers]
+        for (position, whole), (_, window), (_, kept) in zip(*found, strict=True):
+            yield {"reach": position, "whole": whole, "window": window, "kept": kept}
 
-    place = f"position in the text, up to (trained to {context:,})"
+    place = f"position in the text, end of a bin (trained up to {context:,})"
+    both = f"{BITS}, first {FIRST} and last {context - FIRST:,} kept"
     panels = [
-        Panel("first", "block", "first", "block", "share of attention on the first token", True),
-        Panel("all", "reach", "all_bits", place, BITS, x_log=True),
-        Panel("window", "reach", "window_bits", place, BITS, x_log=True),
+        Panel("first", "block", "first", "block", "share of attention on the first token"),
+        Panel("whole", "reach", "whole", place, f"{BITS}, all tokens kept", x_log=True),
+        Panel("window", "reach", "window", place, f"{BITS}, last {context:,} kept", x_log=True),
+        Panel("kept", "reach", "kept", place, both, x_log=True),
     ]
     question = "Do heads need the first token, and is a sink or a gate a substitute?"
     return Claim(question, runs, panels, 1, measured)
@@ -152,7 +152,7 @@ def positions(small: bool) -> Claim:
             for position, bits in by_position(reader, data, context):
                 yield {"model": name, "reach": position, "bits": bits}
 
-    place = f"position in the text, up to (trained to {context:,})"
+    place = f"position in the text, end of a bin (trained up to {context:,})"
     panel = Panel("length", "reach", "bits", place, BITS, x_log=True)
     question = "Which positions reach further than the texts of training?"
     return Claim(question, runs, [panel], 1, lengths)

@@ -122,6 +122,8 @@ def scale_axis(
         measured = side == "x" and few(marks)
         axis.set_major_locator(ticker.FixedLocator(marks) if measured else rounded)
         axis.set_minor_locator(ticker.NullLocator())
+    elif all(float(place).is_integer() for place in places):
+        axis.get_major_locator().set_params(integer=True)
     plain = ticker.FuncFormatter(lambda value, _: number(value / unit))
     axis.set_major_formatter(ticker.PercentFormatter(1, decimals=0) if share else plain)
 

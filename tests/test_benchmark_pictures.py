@@ -130,6 +130,16 @@ def test_large_numbers_have_a_unit_in_words():
     assert "1.5" in {tick.get_text() for tick in axes.get_xticklabels()}
 
 
+def test_an_axis_of_whole_numbers_has_no_ticks_between_them():
+    figure, axes = drawing.canvas("?", "", "")
+    axes.plot([1, 2], [1, 2])
+    drawing.scale_axis(axes, "x", "block", [1, 2])
+    drawing.scale_axis(axes, "y", "bits", [1.0, 1.5])
+    figure.draw_without_rendering()
+    assert {tick.get_text() for tick in axes.get_xticklabels()} <= {"0", "1", "2", "3"}
+    assert any("." in tick.get_text() for tick in axes.get_yticklabels())
+
+
 def test_names_are_moved_apart_no_further_than_they_must():
     assert drawing.spread([50, 0, 100], 10, 200) == [50, 0, 100]
     assert drawing.spread([50, 50], 10, 200) == [45, 55]
