@@ -10,7 +10,8 @@ minutes, on a GPU in full.
     python -m benchmarks.claims presets      every preset on the same text
 
 Each command trains every model with several seeds on the same data and writes JSON rows, which
-`python -m benchmarks.plot` draws. On a GPU `--impl triton` trains with the kernels.
+`python -m benchmarks.plot` draws. On a GPU `--impl triton` trains with the kernels. The claims about
+states and about attention are in `python -m benchmarks.state` and `python -m benchmarks.attention`.
 """
 
 from __future__ import annotations

@@ -134,13 +134,15 @@ def few(marks: list[float]) -> bool:
 
 
 def line(axes, name: str, points: list, look: tuple[str, str, str]) -> None:
-    """Draw a line through the centres, and a band that contains all samples. points:
-    (place, centre, samples)."""
+    """Draw a line through the centres, and a band that contains all samples; for a single point, a
+    bar. points: (place, centre, samples)."""
     places, centres, samples = zip(*points, strict=True)
     colour, marker, style = look
     axes.plot(places, centres, style, color=colour, marker=marker, markersize=4, label=name or None)
     low, high = [min(values) for values in samples], [max(values) for values in samples]
     axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
+    if len(points) == 1:  # a band of no width
+        axes.vlines(places, low, high, color=colour, linewidth=1)
 
 
 def level(axes, height: float, name: str) -> None:

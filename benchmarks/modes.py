@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minimodels import LM, Config
-from minimodels.architectures.mod import MixtureOfDepths, score
+from minimodels.architectures.mod import MixtureOfDepths
 from minimodels.command import has_bfloat16
 from minimodels.decoding import ROOM, FixedStep, GrowingStep, tensors
 from minimodels.training.optim import adamw
@@ -131,8 +131,8 @@ class AtCapacity(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores (B, T, 1), above 0 with a probability equal to the capacity."""
-        decision = score(self.decide, x)  # (B, T)
-        return (self.capacity - torch.rand_like(decision) + 0 * decision).unsqueeze(-1)
+        decision = self.decide(x)  # (B, T, 1)
+        return self.capacity - torch.rand_like(decision) + 0 * decision
 
 
 def at_capacity(model: LM) -> LM:

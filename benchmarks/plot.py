@@ -199,6 +199,7 @@ def curve(rows: Rows) -> list[tuple]:
     for row in rows:
         seeds[row["seed"]].append((row["x"], row["y"]))
     for points in seeds.values():
+        points.sort()
         if len(points) > 2 and points[-2][0] > 0.98 * points[-1][0]:
             del points[-2]
     points = (tuple(zip(*group, strict=True)) for group in zip(*seeds.values(), strict=False))

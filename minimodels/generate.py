@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from minimodels.data.tokenizer import Bytes
+from minimodels.data.tokenizer import Bytes, LibraryTokenizer, TokenizerFile
 from minimodels.decoding import FixedStep, GrowingStep, has_graphs, waits
-from minimodels.errors import Fraction, InputError, Natural, NonNegative, Share, check_types
+from minimodels.errors import (
+    Fraction,
+    InputError,
+    Natural,
+    NonNegative,
+    Positive,
+    Share,
+    check_types,
+)
 from minimodels.layers import Context
 from minimodels.lm import LM
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. The filters apply in this order."""
+    """How the next token is drawn. The penalty comes first, then the temperature and the filters,
+    in this order."""
 
+    repetition_penalty: Positive = 1.0
+    """divides the logits of tokens that the text already contains, or multiplies them if they are
+    negative; 1: none (arXiv:1909.05858)"""
     temperature: NonNegative = 0.8
     """divides the logits; 0 takes the most likely token"""
     top_k: Natural = 0
@@ -40,17 +52,59 @@ def complete(
     tokens: int = 200,
     sampling: Sampling = Sampling(),
     seed: int | None = None,
+    stop: Sequence[str] = (),
 ) -> str:
     """Text in, text out: the text that a model writes after `text`, up to `tokens` tokens.
 
-    It uses the model's own tokenizer, or bytes if the model has none. Without a seed, every call
-    gives another text. Raises InputError as generate does.
+    It ends before any of the texts in `stop`. It uses the model's own tokenizer, or bytes if the
+    model has none. Without a seed, every call gives another text. Raises InputError as generate
+    does.
     """
-    tokenizer = model.tokenizer or Bytes()
+    tokenizer = tokenizer_of(model)
     prompt = tokenizer.encode(text)
+    texts = stream(model, tokenizer, prompt, tokens, sampling, seed)
+    next(texts)  # the prompt
+    return "".join(until(texts, stop))
+
+
+def tokenizer_of(model: LM) -> Bytes | LibraryTokenizer:
+    """The model's own tokenizer; bytes if it has none. Raises InputError if that of a published
+    model is missing or damaged."""
+    if model.tokenizer is None and model.published:
+        model.tokenizer = TokenizerFile(model.published.folder)
+    return model.tokenizer or Bytes()
+
+
+def stream(
+    model: LM,
+    tokenizer: Bytes | LibraryTokenizer,
+    prompt: Tensor,
+    tokens: int,
+    sampling: Sampling,
+    seed: int | None,
+) -> Iterator[str]:
+    """The text of the prompt, then that of each token as it is drawn, until the text ends."""
     ids = (int(token) for token in generate(model, [prompt], tokens, sampling, seed))
-    ids = itertools.takewhile(lambda token: token not in tokenizer.end, ids)
-    return "".join(tokenizer.stream(prompt, ids)).removeprefix(text)
+    return tokenizer.stream(
+        prompt, itertools.takewhile(lambda token: token not in tokenizer.end, ids)
+    )
+
+
+def until(texts: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
+    """The texts up to the first that `stop` contains, which is left out. What may become one of
+    them is held back until it is known."""
+    held = ""
+    for text in texts:
+        held += text
+        found = [held.index(each) for each in stop if each in held]
+        if found:
+            yield held[: min(found)]
+            return
+        begun = [n for each in stop for n in range(1, len(each)) if held.endswith(each[:n])]
+        shown = len(held) - max(begun, default=0)
+        yield held[:shown]
+        held = held[shown:]
+    yield held
 
 
 def generate(
@@ -83,7 +137,7 @@ def generate(
         raise InputError("tokens", count, "0 or more")
     if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
         raise InputError("prompts", prompts, "token ids; complete(model, text) continues a text")
-    vocab = model.embedding.num_embeddings
+    vocab = model.vocab
     try:
         prompts = [torch.as_tensor(prompt) for prompt in prompts]
     except (TypeError, ValueError, RuntimeError) as error:
@@ -115,26 +169,46 @@ def continue_prompts(
     if len({len(prompt) for prompt in prompts}) == 1:
         positions = None  # nothing is padding
     generators = [torch.Generator(device).manual_seed(seed + row) for row in range(len(prompts))]
+    seen = None  # (B, V), the tokens of each text, if a penalty needs them
+    if sampling.repetition_penalty != 1.0:
+        seen = torch.zeros(len(prompts), model.vocab, dtype=torch.bool, device=device)
+        for row, prompt in zip(seen, prompts, strict=True):
+            row[prompt.to(device)] = True
     if not count:
         return
+    rows = torch.arange(len(prompts))
     x, state = model.features(tokens, None, Context(positions, tokens=tokens))
-    x = x[torch.arange(len(prompts)), lengths - 1]  # (B, D), the last token of each
+    x = x[rows, lengths - 1]  # (B, D), the last token of each
     step = GrowingStep(model, state)
     if has_graphs(device) and not waits(model):
         step = FixedStep(model, state, len(prompts))
     del state  # the step keeps what it needs of it
-    token = pick(model.logits(x), sampling, generators)  # (B,)
+    token = pick(model.logits(x), sampling, generators, seen)  # (B,)
     yield token
     for _ in range(count - 1):
-        token = pick(step(token), sampling, generators)
+        if seen is not None:
+            seen[rows, token] = True
+        token = pick(step(token), sampling, generators, seen)
         yield token
 
 
-def pick(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
-    """Draw one token per row: (B, V) -> (B,). Raises InputError if the logits are not finite."""
+def pick(
+    logits: Tensor,
+    sampling: Sampling,
+    generators: list[torch.Generator],
+    seen: Tensor | None = None,
+) -> Tensor:
+    """Draw one token per row: (B, V) -> (B,). Raises InputError if the logits are not finite.
+
+    seen (B, V) bool: which tokens the penalty for repetition applies to; None for none.
+    """
     if not logits.isfinite().all():
         accepted = "float32 or bfloat16, because the logits are not finite in this one"
         raise InputError("dtype", str(logits.dtype).removeprefix("torch."), accepted)
+    if seen is not None:
+        penalty = sampling.repetition_penalty
+        penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
+        logits = torch.where(seen, penalised, logits)
     # in fp32, division by it would be division by 0
     if sampling.temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(-1)

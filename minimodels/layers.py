@@ -196,19 +196,24 @@ class Context:
 class RMSNorm(nn.Module):
     """y = w · x / sqrt(mean(x²) + eps) over the last dimension, with the mean in fp32.
 
-    arXiv:1910.07467. `learned` is false for a norm without w.
+    arXiv:1910.07467. `learned` is false for a norm without w. With several `groups` the mean is
+    that of a group, a part of the last dimension.
     """
 
-    def __init__(self, width: int, eps: float = 1e-5, learned: bool = True):
+    def __init__(self, width: int, eps: float = 1e-5, learned: bool = True, groups: int = 1):
         super().__init__()
-        self.width, self.eps = width, eps
+        self.width, self.eps, self.groups = width, eps, groups
         self.weight = nn.Parameter(torch.ones(width)) if learned else None  # None: w = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        # F.rms_norm takes a slow path if the dtypes of x and weight differ
         """x (..., D) -> (..., D)."""
+        # F.rms_norm takes a slow path if the dtypes of x and weight differ
         weight = None if self.weight is None else self.weight.to(x.dtype)
-        return F.rms_norm(x, (self.width,), weight, self.eps)
+        if self.groups == 1:
+            return F.rms_norm(x, (self.width,), weight, self.eps)
+        x = x.unflatten(-1, (self.groups, -1))
+        x = F.rms_norm(x, x.shape[-1:], None, self.eps).flatten(-2)
+        return x if weight is None else x * weight
 
 
 def rmsnorm(
@@ -219,7 +224,7 @@ def rmsnorm(
     x, update (..., D), weight (D,) -> two (..., D). Under autocast the norm has autocast's
     precision, because otherwise each of the linear maps that read it would have to cast it.
     """
-    path = choose(impl, "rmsnorm", x.device)
+    path = choose(impl, "rmsnorm", x.device, portable=True)
     if path == "triton":
         from minimodels.kernels.rmsnorm import rmsnorm as kernel
 
@@ -255,12 +260,16 @@ def make_norm(config: Config) -> nn.Module:
 def norm_of_sum(
     norm: nn.Module, x: Tensor, update: Tensor | None, impl: str
 ) -> tuple[Tensor, Tensor]:
-    """norm(x + update), and x + update itself."""
-    if isinstance(norm, RMSNorm):
+    """norm(x + update), and x + update itself; a kernel computes both at once."""
+    if (
+        isinstance(norm, RMSNorm)
+        and is_plain(norm)
+        and choose(impl, "rmsnorm", x.device, portable=True) != "torch"
+    ):
         weight = x.new_ones(norm.width) if norm.weight is None else norm.weight
         return rmsnorm(x, weight, norm.eps, update, impl)
     x = x if update is None else x + update
-    return norm(x), x
+    return norm(x).to(norm_dtype(x)), x
 
 
 class PreNorm(nn.Module):
@@ -356,13 +365,48 @@ class Stack(nn.ModuleList):
         return x if update is None else x + update, after
 
 
-def linear(inputs: int, outputs: int, std: float, bias: bool = False) -> nn.Linear:
+class FullPrecisionLinear(nn.Linear):
+    """A linear map computed in full precision even if x or the parameters have less.
+
+    Routers need it. Autocast must be off around it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., inputs) -> (..., outputs) in fp32 (fp64 if x is)."""
+        bias = None if self.bias is None else full_precision(self.bias)
+        return F.linear(full_precision(x), full_precision(self.weight), bias)
+
+
+def linear(
+    inputs: int,
+    outputs: int,
+    std: float,
+    bias: bool = False,
+    kind: type[nn.Linear] = nn.Linear,
+) -> nn.Linear:
     """A linear map with weights from N(0, std²) and, if any, biases of zero."""
-    layer = nn.Linear(inputs, outputs, bias=bias)
+    layer = kind(inputs, outputs, bias=bias)
     nn.init.normal_(layer.weight, std=std)
     if bias:
         nn.init.zeros_(layer.bias)
     return layer
+
+
+def is_plain(part: nn.Module) -> bool:
+    """Whether a part does nothing but apply its weight, so that an operation may use the weight
+    instead of calling the part.
+
+    It does more if it has hooks, an adapter or a quantised weight. A tensor that
+    torch.func.functional_call puts in place of the weight counts as more too.
+    """
+    hooks = (
+        part._forward_hooks,
+        part._forward_pre_hooks,
+        part._backward_hooks,
+        part._backward_pre_hooks,
+    )
+    known = type(part) in (nn.Linear, nn.Embedding, RMSNorm)
+    return known and type(part.weight) in (nn.Parameter, type(None)) and not any(hooks)
 
 
 def scaled(x: Tensor, factor: float) -> Tensor:
@@ -377,18 +421,55 @@ def full_precision(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def choose(impl: str, operation: str, device: torch.device) -> str:
+def choose(impl: str, operation: str, device: torch.device, portable: bool = False) -> str:
     """The path of an operation: "reference", "torch" or "triton".
 
-    Raises InputError if `impl` is unknown or cannot be used.
+    In torch.export and torch.func the reference takes the place of the torch path, because they
+    know PyTorch's own operations alone; unless the torch path is `portable`, which means that it
+    consists of them. Raises InputError if `impl` is unknown or cannot be used.
     """
+    if impl not in ("auto", *IMPLS):
+        raise InputError("impl", impl, ", ".join(IMPLS))
+    if impl in ("auto", "torch") and not portable and is_transformed():
+        return "reference"
     if impl == "auto":
         return "triton" if device.type == "cuda" and operation in FASTER else "torch"
-    if impl not in IMPLS:
-        raise InputError("impl", impl, ", ".join(IMPLS))
     if impl == "triton":
         require(operation, device)
     return impl
+
+
+def is_transformed() -> bool:
+    """Whether torch.export or a transformation of torch.func (grad, vmap, ...) runs the program.
+
+    Then no size and no branch may depend on the values of a tensor.
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch._C._are_functorch_transforms_active()
+
+
+def by_token(
+    step: Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, Tensor]],
+    state: Tensor,
+    parts: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor]:
+    """A recurrence step(state, now) -> (state, output) over the second dimension of all parts.
+
+    Returns the outputs (B, T, ...) and the final state. In torch.export it is one loop, so that a
+    text may have any length.
+    """
+    if torch.compiler.is_exporting():
+        from torch._higher_order_ops.scan import scan
+
+        state, y = scan(step, state, tuple(part.transpose(0, 1) for part in parts))
+        return y.transpose(0, 1), state
+    outputs = []
+    # unbind, because indexing [:, t] would make the backward pass quadratic in T
+    for now in zip(*(part.unbind(1) for part in parts), strict=True):
+        state, output = step(state, now)
+        outputs.append(output)
+    return torch.stack(outputs, dim=1), state
 
 
 def operations(model: nn.Module) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from minimodels.architectures.registry import build
 from minimodels.config import Config
 from minimodels.errors import InputError
-from minimodels.layers import Context, Record, flops, linear, make_norm, scaled
+from minimodels.layers import Context, Record, flops, is_plain, linear, make_norm, scaled
 from minimodels.objectives import OBJECTIVES
 from minimodels.ranks import averaged
 
@@ -33,7 +33,8 @@ class LM(nn.Module):
         self.tokenizer = None  # the tokenizer of a loaded model; None: bytes
         # what the layers recorded in the last call of `loss`
         self.observed: dict[str, list[Tensor]] = {}
-        self.embedding = nn.Embedding(config.vocab or 256, config.width)
+        self.vocab = config.vocab or 256
+        self.embedding = nn.Embedding(self.vocab, config.width)
         nn.init.normal_(self.embedding.weight, std=config.init_std)
         self.embedding_norm = make_norm(config) if config.embedding_norm else None
         self.layers = build(config)
@@ -41,9 +42,7 @@ class LM(nn.Module):
         self.norm = make_norm(config)
         # None: the head uses the embedding's matrix
         self.head = (
-            None
-            if config.tie_embeddings
-            else linear(config.width, config.vocab or 256, config.init_std)
+            None if config.tie_embeddings else linear(config.width, self.vocab, config.init_std)
         )
         self.objective = OBJECTIVES[config.objective](config)
 
@@ -95,13 +94,22 @@ class LM(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """The head's output for `features`: (..., D) -> (..., V)."""
-        logits, cap = F.linear(x, self.head_weight), self.config.logit_softcap
+        cap = self.config.logit_softcap
+        logits = F.linear(x, self.tied_matrix()) if self.head is None else self.head(x)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
+    def tied_matrix(self) -> Tensor:
+        """The embeddings of all tokens (V, D), with what an adapter adds to them."""
+        if type(self.embedding) is nn.Embedding:
+            return self.embedding.weight
+        return self.embedding(torch.arange(self.vocab, device=self.embedding.weight.device))
+
     @property
-    def head_weight(self) -> Tensor:
-        """The head's matrix (V, D): its own, or the embedding's if they are tied."""
-        return (self.head or self.embedding).weight
+    def plain_head(self) -> nn.Module | None:
+        """The part whose weight is the head's matrix (V, D); None if the head is more than that
+        (see is_plain), so that logits must be computed."""
+        part = self.embedding if self.head is None else self.head
+        return part if self.config.logit_softcap is None and is_plain(part) else None
 
     def loss(
         self,
@@ -150,7 +158,7 @@ class LM(nn.Module):
 
     def flops(self, context: int) -> float:
         """Forward FLOPs per token of the layers and of the head's product."""
-        return flops(self.layers, context) + 2 * self.head_weight.numel()
+        return flops(self.layers, context) + 2 * self.embedding.weight.numel()
 
     def observations(self) -> dict[str, list]:
         """What the layers recorded in the last call of `loss`, one entry per layer; the mean over

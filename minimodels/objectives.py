@@ -30,16 +30,16 @@ class NextToken(nn.Module):
 
         Each rank returns its share: the mean of the shares is the mean over all ranks' targets.
         """
-        targets = targets.flatten()
+        head, targets = model.plain_head, targets.flatten()
         count = (targets != IGNORE).to(full_precision(x).dtype).sum()
         share = count / average(count)
         # a rank without targets gets one, because a mean over none is NaN; its share is 0
         first = torch.where(count > 0, targets[:1], 0)
         targets = torch.cat((first, targets[1:]))
-        if model.config.logit_softcap is not None:  # the joint operation has no softcap
+        if head is None:  # the joint operation knows a matrix alone
             logits = full_precision(model.logits(x)).flatten(0, 1)
             return share * F.cross_entropy(logits, targets, ignore_index=IGNORE)
-        return share * linear_cross_entropy(x.flatten(0, 1), model.head_weight, targets, self.impl)
+        return share * linear_cross_entropy(x.flatten(0, 1), head.weight, targets, self.impl)
 
 
 OBJECTIVES = {"next_token": NextToken}

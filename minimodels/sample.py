@@ -2,13 +2,13 @@
 
     python -m minimodels.sample runs/transformer --prompt "def " --temperature 0.8 --min-p 0.05
     python -m minimodels.sample Qwen/Qwen3-0.6B --prompt "Once upon a time"
+    python -m minimodels.sample Qwen/Qwen3-0.6B --chat --prompt "Why is the sky blue?"
 
 A run's context is filled unless --tokens says otherwise.
 """
 
 from __future__ import annotations
 
-import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +19,10 @@ import tyro
 
 from minimodels.command import parse_options, pick_device, run_command
 from minimodels.data.tasks import is_task
-from minimodels.data.tokenizer import Bytes, TokenizerFile
 from minimodels.decoding import waits
 from minimodels.errors import InputError, Natural, Range, check_types
 from minimodels.files import read_json
-from minimodels.generate import Sampling, generate
+from minimodels.generate import Sampling, stream, tokenizer_of, until
 from minimodels.published import from_pretrained
 from minimodels.training.checkpoint import home, load_model
 
@@ -47,6 +46,10 @@ class Options:
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = Sampling()
     prompt: str = "def "
     """text to continue"""
+    chat: bool = False
+    """the prompt is a message to a chat model, which answers it"""
+    stop: tuple[str, ...] = ()
+    """end the text before any of these"""
     tokens: Natural | None = None
     """most tokens to add, unless the model ends the text earlier; by default a run's context is
     filled, and a published model adds 400"""
@@ -63,10 +66,12 @@ class Options:
         check_types(self)
         if not self.prompt:
             raise InputError("prompt", self.prompt, "at least one character")
+        if not all(self.stop):
+            raise InputError("stop", self.stop, "texts of at least one character")
 
 
 def main(options: Options) -> None:
-    """Print the prompt, and then each token as it is drawn."""
+    """Print the prompt unless it is a message, and then each token as it is drawn."""
     device, dtype = pick_device(options.device), DTYPES[options.dtype]
     folder, context = Path(options.model), None
     if (home(folder) / "options.json").exists():
@@ -77,17 +82,17 @@ def main(options: Options) -> None:
             )
         context = run.get("context")
         model = load_model(folder).to(device, dtype).eval()
-        tokenizer = model.tokenizer or Bytes()
     else:
         model = from_pretrained(options.model, dtype, device, ignore=options.ignore)
-        tokenizer = TokenizerFile(model.published.folder)
-    prompt = tokenizer.encode(options.prompt)
+    tokenizer = tokenizer_of(model)
+    prompt = tokenizer.chat(options.prompt) if options.chat else tokenizer.encode(options.prompt)
     count = tokens_to_add(options.tokens, context, len(prompt))
     if device.type == "cuda" and (reason := waits(model)):
         print(f"note: no CUDA graph, because {reason}", file=sys.stderr)
-    tokens = generate(model, [prompt], count, options.sampling, options.seed)
-    ids = itertools.takewhile(lambda token: token not in tokenizer.end, map(int, tokens))
-    for text in tokenizer.stream(prompt, ids):
+    texts = stream(model, tokenizer, prompt, count, options.sampling, options.seed)
+    opening = next(texts)
+    print("" if options.chat else opening, end="", flush=True)
+    for text in until(texts, options.stop):
         print(text, end="", flush=True)
     print()
 

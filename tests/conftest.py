@@ -19,13 +19,17 @@ FIRST_TEST = ("test_kernel_*",)  # of these files the first test alone is fast
 FIRST_VARIANTS = (  # of each test in these files the first variant alone
     "test_attention_options",
     "test_benchmark*",
+    "test_blocks",
+    "test_chat",
     "test_decoding",
     "test_delta_rule",
     "test_deltanet",
+    "test_export",
     "test_linear_scan",
     "test_mamba2",
     "test_packing_operations",
     "test_parallel",
+    "test_parts",
     "test_published*",
     "test_retention",
     "test_short_convolution",
@@ -42,7 +46,11 @@ SLOW = {  # file -> tests that are not fast
     "test_first_hour": "a_signal_saves a_loss_that_is_not_finite_is_not_saved",
     "test_house": "the_fast_tier_has_a_test_of_every_file",
     "test_laws": "compiles_to_one_graph overfits_one_batch",
-    "test_parallel": "torchrun_takes_the_steps_of_one_process_which_continues_its_run "
+    "test_blocks": "blocks_compiled_one_by_one_compute_the_same",
+    "test_fit": "a_trial_trains_the_model",
+    "test_parallel": "ranks_have_the_losses_and_gradient_norms_of_one_process "
+    "a_split_context_gives_the_outputs_and_gradients_of_the_whole "
+    "torchrun_takes_the_steps_of_one_process_which_continues_its_run "
     "a_rank_that_dies_ends_the_job_with_its_number_and_reason sigterm_to_torchrun_saves",
     "test_packing_operations": "attention_of_documents_compiles_to_one_graph",
     "test_published": "loading_never_holds_two_copies",

@@ -289,6 +289,19 @@ def test_experts_that_share_a_colour_share_a_place_in_the_legend():
     assert len({*routing.COLOURS, routing.TAKEN_COLOUR}) == 11
 
 
+def test_the_points_of_a_line_may_come_in_any_order():
+    rows = claim({"a": [[7.0, 6.0, 5.0]]})
+    ordered = plot.curve(rows)
+    assert [place for place, *_ in ordered] == [1, 2, 3]
+    assert plot.curve(rows[::-1]) == ordered
+
+
+def test_a_single_point_shows_the_spread_of_its_seeds():
+    (figure,) = (figure for _, figure in plot.claims(claim({"a": [[4.0], [6.0], [7.0]]})))
+    (bar,) = (each for each in figure.axes[0].collections if hasattr(each, "get_segments"))
+    assert [[list(end) for end in segment] for segment in bar.get_segments()] == [[[1, 4], [1, 7]]]
+
+
 def test_operations_are_marked_at_their_share():
     row = {"benchmark": "kernels", "operation": "scan", "direction": "forward", "ceiling": 10.0}
     row |= {"file": "f", "unit": "GB/s"}

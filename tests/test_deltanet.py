@@ -33,9 +33,9 @@ from minimodels.architectures import mamba2
 from minimodels.architectures.deltanet import DeltaNet, micro_steps, recurrence
 from minimodels.config import Config
 from minimodels.errors import InputError
-from minimodels.layers import flops, state_bytes
+from minimodels.layers import RMSNorm, flops, state_bytes
 from minimodels.ops.delta_rule import delta_rule
-from minimodels.ops.normalise import gated_rmsnorm, l2norm
+from minimodels.ops.normalise import gated_norm, l2norm
 
 PLAIN = "deltanet(heads=2)"
 GATED = "deltanet(heads=4, key_heads=2, value_dim=5, gate=scalar, output_gate=silu)"
@@ -311,16 +311,19 @@ def test_refuses_options_that_do_not_fit(text, field):
 
 
 def test_gated_norms_in_both_orders():
-    x, gate, weight = random(3, 2, 5), random(3, 2, 5, seed=2), random(2, 5, seed=3)
+    x, gate, weight = random(3, 10), random(3, 10, seed=2), random(10, seed=3)
+    norm = RMSNorm(10, 0.1, groups=2).double()
+    norm.weight.data.copy_(weight)
 
-    def norm(x):
-        return weight * x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt()
+    def expected(x):
+        groups = x.unflatten(-1, (2, 5))
+        return weight * (groups / (groups.square().mean(-1, keepdim=True) + 0.1).sqrt()).flatten(-2)
 
-    same(gated_rmsnorm(x, weight, 0.1), norm(x))
-    same(gated_rmsnorm(x, weight, 0.1, gate, "silu"), norm(x) * F.silu(gate))
-    same(gated_rmsnorm(x, weight, 0.1, gate, "sigmoid", "gate_norm"), norm(x * gate.sigmoid()))
-    with pytest.raises(ValueError, match="do not fit"):
-        gated_rmsnorm(x, weight, 0.1, gate[:, :1])
+    same(gated_norm(norm, x), expected(x))
+    same(gated_norm(norm, x, gate, "silu"), expected(x) * F.silu(gate))
+    same(gated_norm(norm, x, gate, "sigmoid", "gate_norm"), expected(x * gate.sigmoid()))
+    with pytest.raises(ValueError, match="does not fit"):
+        gated_norm(norm, x, gate[:1])
 
 
 # Parity.

@@ -130,7 +130,7 @@ def test_initialisation_is_the_papers():
     layer = Mamba(Mamba.Options(), Config(width=64, layers="mamba*4"))
     same(layer.A_log.exp(), torch.arange(1.0, 17).expand(128, 16), 1e-5)
     assert (layer.D == 1).all()
-    dt = F.softplus(layer.dt_proj.bias)
+    dt = F.softplus(layer.dt_bias)
     assert 0.00099 < dt.min() < 0.003 < 0.03 < dt.max() < 0.101
     assert dt.log().mean() == pytest.approx(math.log(0.01), abs=0.5)
     assert layer.dt_proj.weight.abs().max() <= 4**-0.5

@@ -32,13 +32,13 @@ from peers import (
 from safetensors.torch import load_file, save_file
 
 from minimodels import LM, Config, InputError, from_pretrained, preset, save_pretrained
+from minimodels.generate import Sampling, generate
 from minimodels.grammar import Call, parse_call, set_options, write_value
 from minimodels.ops.linear_cross_entropy import IGNORE
 from minimodels.published import __main__ as command
 from minimodels.published.families import FAMILIES
 from minimodels.published.mappings import Offset
 from minimodels.published.text import write_layers
-from minimodels.sample import Sampling, generate
 from minimodels.training import checkpoint
 from minimodels.training.optim import adamw
 

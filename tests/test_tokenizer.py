@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from minimodels import LM, Config, InputError, from_pretrained, save_pretrained
 from minimodels.data.tokenizer import Bytes, TokenizerFile, open_tokenizer, read_end
-from minimodels.sample import Options, Sampling, generate, main
+from minimodels.generate import Sampling, generate
+from minimodels.sample import Options, main
 
 TEXT = "def añadir(x):\n    return x + 1  # 日本\n"
 

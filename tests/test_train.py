@@ -137,8 +137,8 @@ def test_samples_in_the_precision_that_is_asked_for(monkeypatch):
     dtypes = []
     monkeypatch.setattr(
         minimodels.sample,
-        "generate",
-        lambda model, *_: dtypes.append(model.embedding.weight.dtype) or iter(()),
+        "stream",
+        lambda model, *_: dtypes.append(model.embedding.weight.dtype) or iter([""]),
     )
     for dtype in ("auto", "float32", "bfloat16"):
         minimodels.sample.main(minimodels.sample.Options("run", dtype=dtype, device="cpu"))

@@ -17,7 +17,7 @@ from minimodels import LM, Config
 from minimodels.architectures.transformer import Attention, default_width
 from minimodels.layers import Context, RMSNorm
 from minimodels.ops.attention import attention
-from minimodels.ops.rotary import Llama3, rotary, rotate
+from minimodels.ops.rotary import Llama3, angles_operation, rotary, rotate
 
 T, D = 24, WIDTH
 WINDOW = "attention(window=5)"
@@ -43,7 +43,7 @@ def test_rotation_depends_on_distance_alone_and_keeps_length():
     "positions", [torch.arange(9), torch.arange(18).view(3, 6).T, torch.arange(6).expand(3, 1, 6)]
 )
 def test_rotary_angles_are_an_operation_that_a_compiler_may_trust(positions):
-    torch.library.opcheck(rotary, (positions, 8, 1e4, "linear(factor=2)"))
+    torch.library.opcheck(angles_operation, (positions, 8, 1e4, "linear(factor=2)"))
 
 
 def test_layers_that_turn_alike_share_their_angles(monkeypatch):

@@ -58,10 +58,10 @@ from minimodels.config import Config
 from minimodels.errors import Count, InputError, NonNegative, Positive
 from minimodels.layers import Context, Place, RMSNorm, flops, full_precision, linear
 from minimodels.ops import delta_rule as rule
-from minimodels.ops.convolution import causal_conv1d
+from minimodels.ops.convolution import CausalConv1d
 from minimodels.ops.decay import step_bias
 from minimodels.ops.delta_rule import delta_rule
-from minimodels.ops.normalise import gated_rmsnorm, l2norm
+from minimodels.ops.normalise import gated_norm, l2norm
 from minimodels.options import option
 
 
@@ -134,8 +134,7 @@ class DeltaNet(nn.Module):
         self.split = (self.G * self.K, n * self.G * self.K, n * self.H * self.V)  # of q, k and v
         C = sum(self.split)
         self.qkv = linear(D, C, std)
-        # contains the weights only; causal_conv1d does the work
-        self.conv1d = nn.Conv1d(C, C, options.conv_width, groups=C, bias=False)
+        self.conv1d = CausalConv1d(C, options.conv_width, False, True, config.impl)
         self.beta = linear(D, n * self.H, std)
         self.decay = self.A_log = self.dt_bias = None
         if options.gate != "none":
@@ -163,10 +162,7 @@ class DeltaNet(nn.Module):
         context, n = context or Context(), self.options.steps
         window, S = state or (None, None)
         lengths = None if context.real is None else context.real.sum(1)  # tokens before the padding
-        qkv, window = causal_conv1d(
-            self.qkv(x), self.conv1d.weight.squeeze(1), None, window, lengths,
-            activation=True, impl=self.impl, resets=context.resets,
-        )  # fmt: skip
+        qkv, window = self.conv1d(self.qkv(x), window, lengths, context.resets)
         q, k, v = qkv.split(self.split, dim=-1)
         q = l2norm(q.unflatten(2, (self.G, self.K))) * self.K**-0.5
         k = l2norm(k.unflatten(2, (n, self.G, self.K)))  # (B, T, n, G, K)
@@ -185,7 +181,7 @@ class DeltaNet(nn.Module):
         )
         y = y[:, n - 1 :: n]  # (B, T, H, V), what the last step of each token reads
         z = None if self.z is None else self.z(x).unflatten(2, (self.H, self.V))
-        y = gated_rmsnorm(y, self.norm.weight, self.norm.eps, z, self.options.output_gate)
+        y = gated_norm(self.norm, y, z, self.options.output_gate)
         return self.out(y.flatten(2).to(x.dtype)), DeltaNetState(window, S)
 
     def log_decay(self, x: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from minimodels.config import Config
 from minimodels.errors import Count, InputError, NonNegative, Positive
-from minimodels.layers import Context, Place, RMSNorm, flops, linear
+from minimodels.layers import Context, Place, RMSNorm, flops, is_plain, linear
 from minimodels.ops.attention import attention
 from minimodels.ops.cache import AttentionState, advance, carry
 from minimodels.ops.rotary import Scaling, rotary, rotate, scaling_text
@@ -136,7 +136,9 @@ class LatentAttention(nn.Module):
     ) -> Tensor:
         """Attention to the whole memory, in the form that takes fewer operations."""
         T, S = plain.shape[2], memory.keys.shape[2]
-        form = self.absorbed if T < S and self.absorbing_saves(T, S) else self.expanded
+        # an adapter or a hook needs the map itself to be called, in the expanded form
+        absorb = T < S and is_plain(self.kv_up) and self.absorbing_saves(T, S)
+        form = self.absorbed if absorb else self.expanded
         return form(plain, turned, memory.keys, queries, memory.positions, starts)
 
     def expanded(

@@ -42,8 +42,8 @@ from torch import Tensor, nn
 
 from minimodels.config import Config
 from minimodels.errors import Count, NonNegative
-from minimodels.layers import Context, Place, RMSNorm, choose, full_precision
-from minimodels.ops.convolution import causal_conv1d
+from minimodels.layers import Context, Place, RMSNorm, by_token, choose, full_precision
+from minimodels.ops.convolution import CausalConv1d
 from minimodels.ops.scan import scan
 from minimodels.options import option
 
@@ -83,10 +83,10 @@ class Mamba(nn.Module):
         R = options.rank or math.ceil(config.width / 16)
         self.N, self.R, self.impl = N, R, config.impl
         self.in_proj = nn.Linear(config.width, 2 * I, bias=options.bias)
-        # contains the weights only; causal_conv1d does the work
-        self.conv1d = nn.Conv1d(I, I, options.conv_width, groups=I, bias=options.conv_bias)
+        self.conv1d = CausalConv1d(I, options.conv_width, options.conv_bias, True, config.impl)
         self.x_proj = nn.Linear(I, R + 2 * N, bias=False)
-        self.dt_proj = nn.Linear(R, I)
+        self.dt_proj = nn.Linear(R, I, bias=False)
+        self.dt_bias = nn.Parameter(torch.rand(I))  # reset_parameters overwrites it
         # A_n = -(n + 1)
         self.A_log = nn.Parameter(torch.arange(1, N + 1).float().log().repeat(I, 1))
         self.D = nn.Parameter(torch.ones(I))
@@ -107,8 +107,8 @@ class Mamba(nn.Module):
         State n decays at the rate n + 1, so it remembers 10/(n + 1) to 1000/(n + 1) tokens.
         """
         nn.init.uniform_(self.dt_proj.weight, -(self.R**-0.5), self.R**-0.5)
-        dt = torch.exp(torch.empty_like(self.dt_proj.bias).uniform_(math.log(0.001), math.log(0.1)))
-        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        dt = torch.exp(torch.empty_like(self.dt_bias).uniform_(math.log(0.001), math.log(0.1)))
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
         self.out_proj.weight.div_(math.sqrt(depth))
 
     def forward(self, u: Tensor, state: MambaState | None = None, context: Context | None = None):
@@ -116,19 +116,16 @@ class Mamba(nn.Module):
         window, h = state or (None, None)
         x, z = self.in_proj(u).chunk(2, dim=-1)  # (B, T, I) each
         lengths = None if context.real is None else context.real.sum(1)  # tokens before the padding
-        x, window = causal_conv1d(
-            x, self.conv1d.weight.squeeze(1), self.conv1d.bias, window, lengths,
-            activation=True, impl=self.impl, resets=context.resets,
-        )  # fmt: skip
+        x, window = self.conv1d(x, window, lengths, context.resets)
         # (B, T, R), (B, T, N) twice
         dt, B, C = self.x_proj(x).split((self.R, self.N, self.N), dim=-1)
         dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
-        delta = F.linear(dt, self.dt_proj.weight)  # (B, T, I); the bias is added once, in the scan
+        delta = self.dt_proj(dt)  # (B, T, I); the scan adds the bias, in full precision
         if context.real is not None:  # Δ = 0 freezes the state
             delta = delta.masked_fill(~context.real.unsqueeze(-1), float("-inf"))
         A = -torch.exp(self.A_log)
         y, h = selective_scan(
-            x, delta, A, B, C, self.D, z, self.dt_proj.bias, h, self.impl, context.resets
+            x, delta, A, B, C, self.D, z, self.dt_bias, h, self.impl, context.resets
         )
         return self.out_proj(y), MambaState(window, h)
 
@@ -237,13 +234,13 @@ def recurrence(
 
     Arguments as in selective_scan, except that delta is already after softplus.
     """
-    outputs = []
-    # unbind, because indexing [:, t] would make the backward pass quadratic in T
-    steps = zip(x.unbind(1), delta.unbind(1), B.unbind(1), C.unbind(1), strict=True)
-    for t, (x_t, delta_t, B_t, C_t) in enumerate(steps):
+
+    def step(h: Tensor, now: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        x_t, delta_t, B_t, C_t, *reset = now
         decay = torch.exp(delta_t.unsqueeze(-1) * A)  # (4): Ā, (B, I, N)
-        if resets is not None:
-            decay = decay.masked_fill(resets[:, t, None, None], 0)
+        if reset:
+            decay = decay.masked_fill(reset[0][:, None, None], 0)
         h = decay * h + (delta_t * x_t).unsqueeze(-1) * B_t.unsqueeze(1)  # (2a), (B, I, N)
-        outputs.append((h @ C_t.unsqueeze(-1)).squeeze(-1))  # (2b), (B, I)
-    return torch.stack(outputs, dim=1), h
+        return h, (h @ C_t.unsqueeze(-1)).squeeze(-1)  # (2b), (B, I)
+
+    return by_token(step, h, (x, delta, B, C) if resets is None else (x, delta, B, C, resets))

@@ -46,10 +46,10 @@ from minimodels.config import Config
 from minimodels.errors import Count, InputError, NonNegative, Positive
 from minimodels.layers import Context, Place, RMSNorm, full_precision
 from minimodels.ops import delta_rule as rule
-from minimodels.ops.convolution import causal_conv1d
+from minimodels.ops.convolution import CausalConv1d
 from minimodels.ops.decay import step_bias
 from minimodels.ops.delta_rule import delta_rule
-from minimodels.ops.normalise import gated_rmsnorm
+from minimodels.ops.normalise import gated_norm
 from minimodels.options import option
 
 
@@ -106,9 +106,8 @@ class Mamba2(nn.Module):
         self.H, self.E = H, H * self.P
         convolved = self.E + 2 * G * N
         self.in_proj = nn.Linear(config.width, self.E + convolved + H, bias=options.bias)
-        # contains the weights only; causal_conv1d does the work
-        self.conv1d = nn.Conv1d(
-            convolved, convolved, options.conv_width, groups=convolved, bias=options.conv_bias
+        self.conv1d = CausalConv1d(
+            convolved, options.conv_width, options.conv_bias, True, config.impl
         )
         self.A_log = nn.Parameter(torch.empty(H))
         self.dt_bias = nn.Parameter(torch.empty(H))
@@ -116,7 +115,7 @@ class Mamba2(nn.Module):
         self.norm = None
         if options.norm != "none":
             eps = config.norm_eps if options.norm_eps is None else options.norm_eps
-            self.norm = RMSNorm(self.E, eps)
+            self.norm = RMSNorm(self.E, eps, groups=G)
         self.out_proj = nn.Linear(self.E, config.width, bias=options.bias)
         self.reset_parameters(config.depth)
 
@@ -137,10 +136,7 @@ class Mamba2(nn.Module):
         G, N = options.groups, options.state_size
         z, xBC, dt = self.in_proj(u).split((self.E, self.E + 2 * G * N, self.H), dim=-1)
         lengths = None if context.real is None else context.real.sum(1)  # tokens before the padding
-        xBC, window = causal_conv1d(
-            xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, window, lengths,
-            activation=True, impl=self.impl, resets=context.resets,
-        )  # fmt: skip
+        xBC, window = self.conv1d(xBC, window, lengths, context.resets)
         x, B, C = xBC.split((self.E, G * N, G * N), dim=-1)
         x = full_precision(x).unflatten(2, (self.H, -1))  # (B, T, H, P)
         B, C = B.unflatten(2, (G, N)), C.unflatten(2, (G, N))  # (B, T, G, N) each
@@ -159,11 +155,7 @@ class Mamba2(nn.Module):
         """Apply the gate and the norm in the order that the options choose: (B, T, E)."""
         if self.norm is None:
             return y * F.silu(full_precision(z))
-        y, z, weight = (
-            part.unflatten(-1, (self.options.groups, -1)) for part in (y, z, self.norm.weight)
-        )
-        order = self.options.norm
-        return gated_rmsnorm(y, weight, self.norm.eps, z, "silu", order).flatten(-2)
+        return gated_norm(self.norm, y, z, "silu", self.options.norm)
 
     def flops(self, context: int) -> float:
         """Forward FLOPs per token: projections, convolution, and the chunked operation."""

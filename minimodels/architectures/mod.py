@@ -43,11 +43,12 @@ from minimodels.config import Config
 from minimodels.errors import Fraction, NonNegative
 from minimodels.layers import (
     Context,
+    FullPrecisionLinear,
     Place,
     Stack,
     flops,
-    full_precision,
     inactive_parameters,
+    is_transformed,
     linear,
     state_bytes,
     unrouted_flops,
@@ -93,12 +94,14 @@ class MixtureOfDepths(nn.Module):
     def __init__(self, options: Options, config: Config, place: Place, group: Stack):
         super().__init__()
         self.options, self.group = options, group
-        self.router = linear(config.width, 1, config.init_std)
+        self.router = linear(config.width, 1, config.init_std, kind=FullPrecisionLinear)
         self.predictor = None
         if options.route == "predictor":
             hidden = max(1, config.width // 4)
             self.predictor = nn.Sequential(
-                nn.Linear(config.width, hidden), nn.SiLU(), nn.Linear(hidden, 1)
+                FullPrecisionLinear(config.width, hidden),
+                nn.SiLU(),
+                FullPrecisionLinear(hidden, 1),
             )
 
     @property
@@ -118,8 +121,10 @@ class MixtureOfDepths(nn.Module):
         if positions is None:
             positions = seen[:, None] + torch.arange(T, device=x.device)
         with torch.autocast(x.device.type, enabled=False):  # routing needs full precision
-            scores = score(self.router, x)  # (B, T)
-            decision = scores if self.predictor is None else score(self.predictor, x.detach())
+            scores = self.router(x).squeeze(-1)  # (B, T)
+            decision = scores
+            if self.predictor is not None:
+                decision = self.predictor(x.detach()).squeeze(-1)
         index, real = self.select(scores.detach(), decision, positions, context)
         seen = torch.maximum(seen, positions.amax(1) + 1)
         if index.shape[1] == 0:  # no token takes the group
@@ -162,8 +167,12 @@ class MixtureOfDepths(nn.Module):
             context.record.trace("taken", taken & present)
             return index, present.gather(1, index)
         context.record.trace("taken", taken)
-        k = int(taken.sum(1).amax())  # shorter rows are filled up to k
-        index = (~taken).long().argsort(dim=1, stable=True)[:, :k]
+        # shorter rows are filled up to k
+        k = taken.shape[1] if is_transformed() else int(taken.sum(1).amax())
+        # each token's place among the tokens that take the group, or else behind them
+        place = torch.where(taken, taken.cumsum(1), taken.sum(1, True) + (~taken).cumsum(1)) - 1
+        tokens = torch.arange(taken.shape[1], device=taken.device).expand_as(place)
+        index = torch.zeros_like(place).scatter(1, place, tokens)[:, :k]
         return index, taken.gather(1, index)
 
     def account(self, decision: Tensor, taken: Tensor, present: Tensor, context: Context) -> None:
@@ -221,18 +230,3 @@ def first_of_documents(starts: Tensor, document: Tensor, real: Tensor) -> tuple[
     last = (real.sum(1, keepdim=True) - 1).clamp(min=0)
     document = torch.where(real.any(1), starts.gather(1, last).squeeze(1), document)
     return (starts != before) & real, document
-
-
-def score(router: nn.Module, x: Tensor) -> Tensor:
-    """A router's score of each token: (B, T, D) -> (B, T).
-
-    It is computed in full precision even if x or the router's parameters have less.
-    """
-    x = full_precision(x)
-    for part in router if isinstance(router, nn.Sequential) else (router,):
-        if isinstance(part, nn.Linear):
-            bias = None if part.bias is None else full_precision(part.bias)
-            x = F.linear(x, full_precision(part.weight), bias)
-        else:
-            x = part(x)
-    return x.squeeze(-1)

@@ -33,7 +33,15 @@ from torch import Tensor, nn
 from minimodels.architectures.transformer import SwiGLU, default_width
 from minimodels.config import Config
 from minimodels.errors import Count, InputError, Natural, NonNegative
-from minimodels.layers import Context, Place, Record, flops, full_precision, linear
+from minimodels.layers import (
+    Context,
+    FullPrecisionLinear,
+    Place,
+    Record,
+    flops,
+    is_transformed,
+    linear,
+)
 from minimodels.ops.documents import top_per_document
 from minimodels.ops.grouped_mlp import grouped_mlp, path_of
 from minimodels.options import option
@@ -127,7 +135,7 @@ class MoE(nn.Module):
         E, D = options.experts, config.width
         I = options.expert_width or -(-default_width(D) // visited)
         std = config.init_std
-        self.router = linear(D, E, std, options.expert_bias)
+        self.router = linear(D, E, std, options.expert_bias, FullPrecisionLinear)
         self.gate = nn.Parameter(torch.empty(E, I, D).normal_(std=std))
         self.up = nn.Parameter(torch.empty(E, I, D).normal_(std=std))
         self.out = nn.Parameter(torch.empty(E, D, I).normal_(std=std / config.depth**0.5))
@@ -149,7 +157,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, state: None = None, context: Context | None = None):
         context = context or Context()
         with torch.autocast(x.device.type, enabled=False):  # routing needs full precision
-            logits = full_precision_linear(x, self.router)  # (B, T, E)
+            logits = self.router(x)  # (B, T, E)
             gates, visits, probabilities = self.route(
                 logits, self.options.experts_per_token, self.bias, context.starts
             )
@@ -191,12 +199,20 @@ class MoE(nn.Module):
         ).unsqueeze(-1)  # (B, T, 1)
         visited = (visits * real).sum((0, 1))  # (E,)
         if self.training and not context.record.finished:
-            self.visited.add_(visited.to(self.visited.dtype))
+            self.count(visited)
         count, record = real.sum(), context.record
         z = (logits.logsumexp(-1, keepdim=True).square() * real).sum()
         record.add_mean("z", self.options.z_loss, z, count)
         sums = Sums(self.options, count, visited, (probabilities * real).sum((0, 1)))
         record.pool("balance", balance, sums)
+
+    def count(self, visited: Tensor) -> None:
+        """Count the visits (E,) of a training step, which move the selection bias."""
+        if not is_transformed():
+            self.visited.add_(visited.to(self.visited.dtype))
+        elif self.bias is not None:
+            accepted = "eval(), because torch.func and torch.export count no visits"
+            raise InputError("router", "sigmoid_bias in training mode", accepted)
 
     def _apply(self, fn, recurse=True):
         """Move or convert the layer as PyTorch does, but keep its buffers in fp32: in bfloat16 a step
@@ -240,12 +256,6 @@ class MoE(nn.Module):
         biases = (self.gate_bias, self.up_bias, self.out_bias) if self.options.expert_bias else ()
         routed = 3 * self.out.numel() + sum(bias.numel() for bias in biases)
         return (1 - self.options.experts_per_token / self.options.experts) * routed
-
-
-def full_precision_linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    """A linear layer applied to x in full precision, even if x or the layer has less."""
-    bias = None if layer.bias is None else full_precision(layer.bias)
-    return nn.functional.linear(full_precision(x), full_precision(layer.weight), bias)
 
 
 class Sums(NamedTuple):

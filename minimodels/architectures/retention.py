@@ -55,7 +55,7 @@ from minimodels.errors import Count, InputError, Natural, NonNegative, Positive
 from minimodels.layers import Context, Place, RMSNorm, flops, full_precision, linear
 from minimodels.ops import delta_rule as rule
 from minimodels.ops.delta_rule import delta_rule
-from minimodels.ops.normalise import ACTIVATIONS, gated_rmsnorm
+from minimodels.ops.normalise import ACTIVATIONS, gated_norm
 from minimodels.ops.rotary import rotary, rotate
 from minimodels.options import option
 
@@ -198,7 +198,7 @@ class Retention(nn.Module):
         if kind == "full":
             y, gate = y.flatten(2), None if gate is None else gate.flatten(2)
         if self.norm is not None:
-            return gated_rmsnorm(y, self.norm.weight, self.norm.eps, gate, activation)
+            return gated_norm(self.norm, y, gate, activation)
         if kind == "sum":
             # the addend is that of the paper's code: padding reads a sum of 0
             y = y[..., :-1] / (y[..., -1:] + 1e-6)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from minimodels.config import Config
 from minimodels.errors import Count
 from minimodels.layers import Context, Place, linear
-from minimodels.ops.convolution import causal_conv1d
+from minimodels.ops.convolution import CausalConv1d
 from minimodels.options import option
 
 
@@ -52,10 +52,8 @@ class ShortConvolution(nn.Module):
     def __init__(self, options: Options, config: Config, place: Place = Place()):
         super().__init__()
         D, std, bias = config.width, config.init_std, options.bias
-        self.impl = config.impl
         self.in_proj = linear(D, 3 * D, std, bias)
-        # contains the weights only; causal_conv1d does the work
-        self.conv1d = nn.Conv1d(D, D, options.conv_width, groups=D, bias=bias)
+        self.conv1d = CausalConv1d(D, options.conv_width, bias, impl=config.impl)
         self.out_proj = linear(D, D, std / config.depth**0.5, bias)
 
     def forward(
@@ -65,10 +63,7 @@ class ShortConvolution(nn.Module):
         window = None if state is None else state.window
         lengths = None if context.real is None else context.real.sum(1)  # tokens before the padding
         enter, leave, value = self.in_proj(x).chunk(3, dim=-1)  # (B, T, D) each
-        h, window = causal_conv1d(
-            enter * value, self.conv1d.weight.squeeze(1), self.conv1d.bias, window, lengths,
-            impl=self.impl, resets=context.resets,
-        )  # fmt: skip
+        h, window = self.conv1d(enter * value, window, lengths, context.resets)
         return self.out_proj(leave * h), ShortConvolutionState(window)
 
     def flops(self, context: int) -> float:

@@ -26,6 +26,8 @@ indexer.
     memory      c^KV, k^R   (B, 1, S, r + d_r)  latents and rotary keys; with the keys, the state
     weights     p           (B, T, H, k)        of attention, over the chosen keys
 
+An exported program (torch.export) takes texts of up to k tokens, of which all are chosen.
+
 A ReLU makes scores of exactly zero, so many keys may be equally good. The latest of them are
 chosen. Without such a rule, a token that is decoded could see other keys than in training.
 
@@ -52,7 +54,7 @@ from torch import Tensor, nn
 from minimodels.architectures.latent_attention import LatentAttention
 from minimodels.config import Config
 from minimodels.errors import Count, InputError, NonNegative
-from minimodels.layers import Context, Place, choose, flops, full_precision, linear
+from minimodels.layers import Context, Place, choose, flops, full_precision, is_plain, linear
 from minimodels.ops.attention import positions_of, sees
 from minimodels.ops.cache import AttentionState, advance, carry
 from minimodels.ops.rotary import rotate
@@ -130,7 +132,9 @@ class SparseAttention(nn.Module):
         """Attention to the chosen keys (B, H, T, d_v), and each token's loss of the indexer (B, T),
         if it learns."""
         path = choose(self.impl, "sparse_attention", plain.device)
-        attend = self.masked if path == "reference" else self.gathered
+        # an adapter or a hook needs the map of the latents itself to be called
+        gather = path != "reference" and is_plain(self.latent.kv_up)
+        attend = self.gathered if gather else self.masked
         asked, present = positions_of(plain, memory.keys, positions, memory.positions)
         (B, _, S, width), k = memory.keys.shape, self.options.keys
         rows = max(1, ENTRIES // (B * (self.indexer.heads * S + min(k, S) * width)))

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from minimodels.config import Config
 from minimodels.errors import Count, Fraction, InputError, NonNegative, Positive
-from minimodels.layers import Context, Place, RMSNorm, linear
+from minimodels.layers import Context, Place, RMSNorm, choose, is_plain, linear
 from minimodels.ops.activation import GATED, PLAIN
 from minimodels.ops.attention import attention
 from minimodels.ops.cache import AttentionState, advance, carry
@@ -145,10 +145,8 @@ class Attention(nn.Module):
 
         q, k, v = self.q(x), self.k(x), self.v(x)
         options = self.options
-        # the norm of each head, which goes with the rotation
-        of_heads = options.rope_base and options.qk_norm == "head"
-        if self.q_norm is not None and not of_heads:  # a norm may leave autocast's precision
-            q, k = normalised(q, self.q_norm).to(v.dtype), normalised(k, self.k_norm).to(v.dtype)
+        if options.qk_norm == "full":  # a norm may leave autocast's precision
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         q = q.view(B, T, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, d)
         # (B, G, T, d)
         k, v = (x.view(B, T, self.kv_heads, self.head_dim).transpose(1, 2) for x in (k, v))
@@ -156,10 +154,8 @@ class Attention(nn.Module):
             first = context.cache.setdefault(("values", *v.shape[1::2]), v)
             own, other = self.mix.to(v.dtype)
             v = own * v + other * first
-        if options.rope_base:
-            angles = self.angles(turned, context.cache)
-            norms = (self.q_norm, self.k_norm) if of_heads else (None, None)
-            q, k = (self.turn(*pair, angles) for pair in zip((q, k), norms, strict=True))
+        angles = self.angles(turned, context.cache) if options.rope_base else None
+        q, k = self.turn(q, self.q_norm, angles), self.turn(k, self.k_norm, angles)
         if self.turned_norm is not None:
             q, k = self.turned_norm(q).to(v.dtype), self.turned_norm(k).to(v.dtype)
         if options.scale is not None:
@@ -176,10 +172,16 @@ class Attention(nn.Module):
             y = y * torch.sigmoid(self.gate(x)).view(B, T, self.heads, -1)
         return self.out(y.flatten(2)), after
 
-    def turn(self, x: Tensor, norm: RMSNorm | None, angles: tuple[Tensor, Tensor]) -> Tensor:
-        """x (B, H, T, d) with its norm, if there is one, and rotated."""
-        weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-        return norm_rotate(x, *angles, weight, eps, self.impl)
+    def turn(self, x: Tensor, norm: RMSNorm | None, angles: tuple[Tensor, Tensor] | None) -> Tensor:
+        """x (B, H, T, d) with the norm of each head, if it has one, and rotated, if there are
+        angles. A kernel does both at once."""
+        norm = norm if self.options.qk_norm == "head" else None
+        path = choose(self.impl, "norm_rotate", x.device, portable=True)
+        if norm is not None and angles is not None and path == "triton" and is_plain(norm):
+            return norm_rotate(x, *angles, norm.weight, norm.eps, path)
+        if norm is not None:
+            x = norm(x).to(x.dtype)
+        return x if angles is None else norm_rotate(x, *angles, impl=self.impl)
 
     def angles(self, positions: Tensor, cache: dict) -> tuple[Tensor, Tensor]:
         """The angles of `rotary`, computed once for all layers with the same rotation."""
@@ -205,11 +207,6 @@ class Attention(nn.Module):
         """Bytes of keys and values remembered per sequence after `context` tokens."""
         slots = context if self.window is None else min(context, self.window - 1)
         return slots * 2 * self.kv_heads * self.head_dim * itemsize
-
-
-def normalised(x: Tensor, norm: RMSNorm) -> Tensor:
-    """RMSNorm of x (B, T, heads · d) over each head, or over all of it if the norm is as wide."""
-    return norm(x.unflatten(-1, (-1, norm.width))).flatten(-2)
 
 
 class SwiGLU(nn.Module):

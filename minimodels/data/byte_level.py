@@ -37,8 +37,7 @@ def save_bytes_tokenizer(path: Path) -> None:
     """Write a tokenizer.json whose tokens 0 to 255 are the 256 bytes. It
     decodes every text exactly.
 
-    The library `tokenizers` and transformers can read it. The file tokenizer_config.json, which
-    transformers' AutoTokenizer needs, is written next to it.
+    The library `tokenizers` and transformers can read it.
     """
     level = {
         "type": "ByteLevel",
@@ -69,9 +68,3 @@ def save_bytes_tokenizer(path: Path) -> None:
         },
     }
     write_json(path, content)
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],
-    }
-    write_json(path.with_name("tokenizer_config.json"), settings)

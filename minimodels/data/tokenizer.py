@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from minimodels.data.byte_level import from_alphabet, save_bytes_tokenizer
+from minimodels.data.chat import read_template, render, special_tokens
 from minimodels.errors import InputError, meant
-from minimodels.files import atomic_write, read_json
+from minimodels.files import atomic_write, read_json, write_json
 
 END = "<|end|>"  # ends a document in the tokenizers that are trained here
 ENDS = (END, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # tokens that end a document
@@ -50,9 +51,14 @@ class Bytes:
             yield text.decode(bytes([token] if token < 256 else []))
         yield text.decode(b"", final=True)
 
+    def chat(self, message: str) -> Tensor:
+        """Raise InputError, because bytes have no chat template."""
+        raise InputError("chat", "a model of bytes", "a model whose tokenizer has a chat template")
+
     def save(self, folder: Path) -> None:
         """Write a tokenizer.json, with which other programs read and write the same tokens."""
         save_bytes_tokenizer(folder / "tokenizer.json")
+        save_settings(folder, {})
 
 
 class LibraryTokenizer:
@@ -81,19 +87,26 @@ class LibraryTokenizer:
         known = [token for token in (*sorted(self.end), *named) if token is not None]
         return next((token for token in known if 0 <= token < self.vocab), None)
 
-    def encode(self, text: str) -> Tensor:
-        """The tokens of a text, including those that the tokenizer adds before
-        or after it: (T,) int64."""
+    def encode(self, text: str, whole: bool = True) -> Tensor:
+        """The tokens of a text: (T,) int64. If it is `whole`, they include those that the tokenizer
+        adds before or after it."""
         # whatever a command line has given
         readable = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        return torch.tensor(self.tokenizer.encode(readable).ids, dtype=torch.int64)
+        encoded = self.tokenizer.encode(readable, add_special_tokens=whole)
+        return torch.tensor(encoded.ids, dtype=torch.int64)
 
     def stream(self, prompt: Tensor, tokens: Iterable[int]) -> Iterator[str]:
         """Yield the text of the prompt, then the text of the tokens as they arrive. Special tokens
         are left out, and invalid bytes become the replacement character."""
+        pieces = self.pieces(itertools.chain(prompt.tolist(), tokens))
+        yield "".join(itertools.islice(pieces, len(prompt)))
+        yield from pieces
+
+    def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
+        """One text for each token, and one for what is left at the end."""
         text = codecs.getincrementaldecoder("utf-8")("replace")
         begun, previous = False, None  # `previous`: the last token that is not bytes
-        for token in itertools.chain(prompt.tolist(), tokens):
+        for token in tokens:
             content = self.token_bytes.get(token)
             if content is None:
                 yield text.decode(b"", final=True) + self.text_of(token, begun, previous)
@@ -136,13 +149,17 @@ class LibraryTokenizer:
         return known
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json."""
+        """Write tokenizer.json, and what it does not say: which tokens end a text."""
         with atomic_write(folder / "tokenizer.json") as path:
             path.write_text(self.content, encoding="utf-8")
+        end = sorted(self.end)
+        save_settings(folder, {"eos_token": self.tokenizer.id_to_token(end[0])} if end else {})
+        if end:
+            write_json(folder / "generation_config.json", {"eos_token_id": end})
 
 
 class TokenizerFile(LibraryTokenizer):
-    """A published tokenizer.json. A config.json in the same folder may say which tokens end a text.
+    """A published tokenizer.json. Other files in the same folder may say which tokens end a text.
 
     Truncation and padding stored in the file are switched off, so that a prompt has all its tokens
     and no others.
@@ -160,9 +177,27 @@ class TokenizerFile(LibraryTokenizer):
             raise InputError(
                 "tokenizer.json", str(path), f"a tokenizer of the library tokenizers ({error})"
             ) from None
-        own = tokenizer.token_to_id(END)
-        end = read_end(folder) or frozenset([] if own is None else [own])
+        named = tokenizer.token_to_id(special_tokens(folder).get("eos_token", END))
+        end = read_end(folder) | frozenset([] if named is None else [named])
         super().__init__(tokenizer, end, content)
+        self.folder = folder
+
+    def chat(self, message: str) -> Tensor:
+        """The tokens of a conversation that a user's message begins: (T,) int64. The model's answer
+        follows. Raises InputError if the tokenizer has no chat template, or a wrong one."""
+        messages = [{"role": "user", "content": message}]
+        text = render(read_template(self.folder), messages, special_tokens(self.folder))
+        return self.encode(text, whole=False)
+
+
+def save_settings(folder: Path, special: dict[str, str]) -> None:
+    """Write tokenizer_config.json, which transformers' AutoTokenizer needs."""
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    write_json(folder / "tokenizer_config.json", settings | special)
 
 
 def load_tokenizer(content: str):

@@ -49,7 +49,9 @@ def attention(
     masked = window is not None or query_positions is not None or query_starts is not None
     # cuDNN and FlashAttention handle the causal mask; the kernel is for the other masks
     plain = impl == "auto" and not masked and q.shape[2] == k.shape[2]
-    path = "torch" if plain else choose(impl, "attention", q.device)
+    # then PyTorch's own operation does it all, and no branch depends on the length
+    portable = window is None and query_starts is None and q.shape[2] == k.shape[2]
+    path = "torch" if plain else choose(impl, "attention", q.device, portable)
     weigh = partial(weighted_mean, sink=sink, softcap=softcap)
     if path == "triton" and (sink is not None or softcap is not None):
         if impl != "auto":

@@ -100,7 +100,9 @@ def compact(state: AttentionState, window: int | None, count: bool = True) -> At
     """
     keys, values, positions, seen, _ = state
     slots = keys.shape[2]
-    keep = slots if window is None else min(slots, window - 1)
+    keep = slots
+    if window is not None and not torch.compiler.is_exporting():  # there it would bound the length
+        keep = min(slots, window - 1)
     if positions is not None:
         # empty slots first, because slots are dropped at the front
         positions, order = positions.sort(dim=1, stable=True)

@@ -1,12 +1,47 @@
-"""The causal depthwise convolution."""
+"""The causal depthwise convolution: a part of a layer, and its operation."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from minimodels.layers import choose
+
+
+class CausalConv1d(nn.Module):
+    """The convolution with its weights (D, 1, W), which start as those of nn.Conv1d do."""
+
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        bias: bool = True,
+        activation: bool = False,
+        impl: str = "auto",
+    ):
+        super().__init__()
+        self.activation, self.impl = activation, impl
+        self.weight = nn.Parameter(torch.empty(channels, 1, width))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+        if bias:
+            nn.init.uniform_(self.bias, -(width**-0.5), width**-0.5)
+
+    def forward(
+        self,
+        x: Tensor,
+        window: Tensor | None = None,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Arguments and results as in causal_conv1d."""
+        taps = self.weight.squeeze(1)
+        return causal_conv1d(
+            x, taps, self.bias, window, lengths, self.activation, self.impl, resets
+        )
 
 
 def causal_conv1d(
@@ -135,7 +170,9 @@ def window_after(
     """The last W-1 inputs before the padding, 0 if of an earlier document: (B, W-1, D)."""
     (_, T, D), kept = x.shape, window.shape[1]
     if lengths is None:
-        late = torch.cat((window, x[:, max(0, T - kept) :]), dim=1)
+        # in an exported program without a maximum, which would bound the length of a text
+        recent = x if torch.compiler.is_exporting() else x[:, max(0, T - kept) :]
+        late = torch.cat((window, recent), dim=1)
         after = late[:, late.shape[1] - kept :].clone()
         last = None if within is None else within[:, -1:]  # (B, 1)
     else:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from minimodels.layers import choose, full_precision
+from minimodels.layers import by_token, choose, full_precision
 
 # numbers in one step of all pieces: with fewer, the call costs more than its arithmetic
 WORK = 2**15
@@ -88,11 +88,13 @@ def check_shapes(a: Tensor, x: Tensor, state: Tensor | None, resets: Tensor | No
 
 def reference(a: Tensor, x: Tensor, h: Tensor) -> Tensor:
     """The recurrence, token by token: all states (B, T, D)."""
-    outputs = []
-    for a_t, x_t in zip(a.unbind(1), x.unbind(1), strict=True):
+
+    def step(h: Tensor, now: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        a_t, x_t = now
         h = a_t * h + x_t  # (1), (B, D)
-        outputs.append(h)
-    return torch.stack(outputs, dim=1)
+        return h, h.clone()
+
+    return by_token(step, h, (a, x))[0]
 
 
 @torch.library.custom_op("minimodels::linear_scan_forward", mutates_args=())

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from minimodels.layers import full_precision
 
@@ -28,29 +28,24 @@ def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
 
 
-def gated_rmsnorm(
+def gated_norm(
+    norm: nn.Module,
     x: Tensor,
-    weight: Tensor,
-    eps: float,
     gate: Tensor | None = None,
     activation: str = "silu",
     order: Literal["norm_gate", "gate_norm"] = "norm_gate",
 ) -> Tensor:
     """norm(x) · act(gate) or, with order="gate_norm", norm(x · act(gate)).
 
-    norm(x) = weight · x / sqrt(mean(x²) + eps). x and gate (..., d), normalised over d; weight
-    (d,), or (groups, d) if x is (..., groups, d). gate None leaves the gate out. activation is one
-    of ACTIVATIONS. Returns fp32 (fp64 if x is). Raises ValueError if shapes disagree.
+    x and gate (..., d); gate None leaves the gate out. activation is one of ACTIVATIONS. Returns
+    fp32 (fp64 if x is). Raises ValueError if shapes disagree.
     """
-    fits = x.shape[-weight.ndim :] == weight.shape and (gate is None or gate.shape == x.shape)
-    if not fits:
-        shown = "none" if gate is None else tuple(gate.shape)
-        raise ValueError(
-            f"gated_rmsnorm: weight {tuple(weight.shape)} and gate {shown} do not fit x {tuple(x.shape)}"
-        )
-    x, weight = full_precision(x), full_precision(weight)
+    if gate is not None and gate.shape != x.shape:
+        shapes = f"gate {tuple(gate.shape)} does not fit x {tuple(x.shape)}"
+        raise ValueError(f"gated_norm: {shapes}")
+    x = full_precision(x)
     gate = None if gate is None else ACTIVATIONS[activation](full_precision(gate))
     if gate is not None and order == "gate_norm":
         x, gate = x * gate, None
-    x = F.rms_norm(x, x.shape[-1:], None, eps) * weight
+    x = norm(x)
     return x if gate is None else x * gate

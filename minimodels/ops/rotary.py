@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minimodels.errors import Count, InputError, Positive
 from minimodels.grammar import Call, parse_call, write_call
-from minimodels.layers import choose, full_precision
+from minimodels.layers import choose, full_precision, is_transformed
 from minimodels.options import OneOf, option, read_options, write_options
 
 
@@ -168,7 +168,6 @@ Kind = Linear | Llama3 | Yarn | Dynamic | LongRope
 Scaling = Annotated[Kind | None, OneOf(SCALINGS)]
 
 
-@torch.library.custom_op("minimodels::rotary", mutates_args=())
 def rotary(
     positions: Tensor, head_dim: int, base: float, scaling: str = ""
 ) -> tuple[Tensor, Tensor]:
@@ -176,10 +175,15 @@ def rotary(
 
     They cover both halves of a head. The frequencies are θ_j = base^(-2j/d), lowered by `scaling`,
     a call of SCALINGS as text. The pairs are (x_j, x_{j+d/2}): the first of a pair is rotated with
-    -sin, the second with sin. This is an operation of its own, because a compiler would recompute
-    something so cheap in each rotation, for every head and row. Angles are in fp32, as in published
-    models: those of position 100,000 may be off by 0.004.
+    -sin, the second with sin. Angles are in fp32, as in published models: those of position 100,000
+    may be off by 0.004.
     """
+    make = angles if is_transformed() else angles_operation
+    return make(positions, head_dim, base, scaling)
+
+
+def angles(positions: Tensor, head_dim: int, base: float, scaling: str) -> tuple[Tensor, Tensor]:
+    """As rotary."""
     exponents = (
         torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     )
@@ -187,15 +191,20 @@ def rotary(
     refuse_beyond(getattr(how, "longest", None), positions)
     frequencies = periods.reciprocal() if how is None else how.frequencies(periods, base)
     signed = torch.cat((-frequencies, frequencies))  # (d,); cos is even, and sin takes the sign
-    angles = positions.contiguous().unsqueeze(-1) * signed  # (..., d)
+    turns = positions.contiguous().unsqueeze(-1) * signed  # (..., d)
     factor = getattr(how, "attention", 1.0)
     if factor != 1.0:
-        return angles.cos() * factor, angles.sin() * factor
-    return angles.cos(), angles.sin()
+        return turns.cos() * factor, turns.sin() * factor
+    return turns.cos(), turns.sin()
 
 
-@rotary.register_fake
-def _(positions, head_dim, base, scaling=""):
+# an operation of its own, because a compiler would recompute something so cheap in each rotation, for
+# every head and row
+angles_operation = torch.library.custom_op("minimodels::rotary", angles, mutates_args=())
+
+
+@angles_operation.register_fake
+def _(positions, head_dim, base, scaling):
     shape = (*positions.shape, head_dim)
     return tuple(positions.new_empty(shape, dtype=torch.float32) for _ in range(2))
 

@@ -49,6 +49,7 @@ MAMBA = Role(
         "conv1d": "mixer.conv1d",
         "x_proj": "mixer.x_proj",
         "dt_proj": "mixer.dt_proj",
+        "dt_bias": "mixer.dt_proj.bias",
         "A_log": "mixer.A_log",
         "D": "mixer.D",
         "out_proj": "mixer.out_proj",

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError
 
-from minimodels.data.byte_level import save_bytes_tokenizer
+from minimodels.data.tokenizer import Bytes
 from minimodels.errors import InputError
 from minimodels.files import read_json, write_json
 from minimodels.lm import LM
@@ -134,8 +134,8 @@ def write_tokenizer(model: LM, folder: Path) -> None:
                 shutil.copyfile(model.published.folder / file, folder / file)
     elif tokenizer is not None:
         tokenizer.save(folder)
-    elif (model.config.vocab or 256) >= 256:
-        save_bytes_tokenizer(folder / "tokenizer.json")
+    elif model.vocab >= 256:
+        Bytes().save(folder)
 
 
 def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
