@@ -102,7 +102,7 @@ def distribute(model: LM, optimizer: torch.optim.Optimizer, shard: bool) -> None
 
     # a block that returns its input; nothing changes it in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-    mesh = mesh_of(model.head_weight.device.type, shard)
+    mesh = mesh_of(model.embedding.weight.device.type, shard)
     before = {parameter: name for name, parameter in model.named_parameters()}
     for module in (*blocks(model), model):
         fully_shard(module, mesh=mesh, reshard_after_forward=shard and module is not model)
@@ -127,7 +127,7 @@ def gathered(model: LM) -> LM:
     """In rank 0, the whole model. In the others it is useless. All ranks must call this."""
     if world() == 1:
         return model
-    plain = LM(model.config).to(model.head_weight.device)
+    plain = LM(model.config).to(model.embedding.weight.device)
     plain.tokenizer = model.tokenizer
     copies = persistent_tensors(plain)
     for name, tensor in persistent_tensors(model).items():
