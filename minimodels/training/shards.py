@@ -228,7 +228,10 @@ def together(field: str, path: Path, accepted: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_process_is_fine() -> Iterator[None]:
-    """A block in which PyTorch does not warn that no group of processes exists."""
+    """A block in which PyTorch does not warn that no group of processes exists, nor of what itself
+    does."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        warnings.filterwarnings(
+            "ignore", "torch.distributed is disabled|TypedStorage is deprecated"
+        )
         yield
