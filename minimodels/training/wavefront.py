@@ -5,6 +5,7 @@ before, which has read the tokens before, applies the block as in inference, and
 on. While rank 1 applies block l, rank 0 applies block l + 1, so L blocks take L + N - 1 rounds.
 Gradients run the other way. No layer knows of it, and the result is that of the whole text. With
 sharding the ranks wait for each other at every block, because each collects it for all.
+Models of linear recurrences alone take a shorter way (prefix.py).
 
     rank 0    block 0   block 1   block 2             a message is what the block remembers: keys and
     rank 1              block 0   block 1   block 2   values of all tokens before, or a state of
@@ -25,6 +26,7 @@ from minimodels.errors import InputError
 from minimodels.lm import LM
 from minimodels.ranks import rank
 from minimodels.training.blocks import blocks
+from minimodels.training.prefix import is_linear, split_linear
 
 
 def check_causal(model: LM, pieces: int) -> None:
@@ -41,7 +43,9 @@ def split_context(model: LM, pieces: int) -> None:
     needs the whole text at once.
     """
     check_causal(model, pieces)
-    if pieces > 1:
+    if pieces > 1 and is_linear(model):
+        split_linear(model, pieces)
+    elif pieces > 1:
         for block in blocks(model):
             block.forward = Carried(block.forward, pieces)
 
