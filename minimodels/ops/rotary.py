@@ -138,8 +138,8 @@ class LongRope:
     """Every frequency divided by its own factor, with one set of factors for texts up to `context`
     and another for longer ones (arXiv:2402.13753)."""
 
-    short: tuple[Positive, ...] = option((), "a divisor per pair up to `context`; by default 1")
-    long: tuple[Positive, ...] = option((), "a divisor per pair beyond `context`; by default 1")
+    short: tuple[Positive, ...] = option((), "each pair's divisor in texts up to `context`")
+    long: tuple[Positive, ...] = option((), "each pair's divisor in longer texts")
     context: Count = option(4096, "tokens of context in training")
     attention: Positive = option(1.0, "factor on queries and keys")
     length: Count | None = option(None, LENGTH)
