@@ -9,9 +9,9 @@ a GPU.
     python -m benchmarks.claims balance      keeping experts in use: five ways
     python -m benchmarks.claims presets      every preset on the same text
 
-Each command trains every model with several seeds on the same data and writes JSON rows. Draw them
-with `python -m benchmarks.plot`. On a GPU `--impl triton` trains with the kernels. Claims about
-states are in benchmarks.state, those about attention in benchmarks.attention.
+Each command trains every model with several seeds on the same data and writes JSON rows, which
+benchmarks.plot draws. On a GPU `--impl triton` trains with the kernels. Claims about states are in
+benchmarks.state, those about attention in benchmarks.attention.
 """
 
 from __future__ import annotations
