@@ -416,7 +416,7 @@ REFUSED = [
     (["--dtype", "int8"], "dtype: 'int8'", "auto, float32, bfloat16"),
     (["--steps", "0"], "steps: 0", "a whole number from 1"),
     (["--tokens", "inf"], "tokens: inf", "above 0"),
-    (["--out", "text/run"], "out: 'text/run'", "a folder that can be made"),
+    (["--out", "text/run"], "out: 'text/run'", "a folder that can be created"),
     (["--layers", "mlp*99999999"], "layers: 'mlp*99999999...'", "at most 10000 layers"),
     (["--layers", "mlp*" + "9" * 5000], "layers: '9999", "a whole number of 1 or more"),
     (["--layers", "(" * 3000], "layers: '('", "nested at most 50 deep"),
