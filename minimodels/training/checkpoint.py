@@ -44,7 +44,7 @@ def save(
     """Write the whole state of a training run after step `progress["step"]`.
 
     progress: any JSON object with "step". score: of the model on held-out data; lower is better.
-    keep: the number of checkpoints to keep, besides the one with the best score.
+    keep: how many of the newest checkpoints to keep; the one with the best score is kept too.
 
     Collective: all processes of a run call it, with the same progress. Raises InputError if the
     checkpoint cannot be written; then the earlier ones do not change.
@@ -147,7 +147,7 @@ def saved_config(found: Found) -> Config:
 def empty_moments(
     saved: dict[str, tuple[list[int], torch.dtype]], model: nn.Module
 ) -> dict[str, Tensor]:
-    """An empty tensor for each entry of the saved optimizer state: a single number, or split among
+    """A tensor to fill for each entry of the saved optimizer state: a single number, or split among
     the processes like its parameter. Raises InputError if an entry has another shape."""
     moments = {}
     for parameter_name, parameter in model.named_parameters():

@@ -35,14 +35,14 @@ class Options:
 
     config: tyro.conf.OmitArgPrefixes[Config]
     model: str = "transformer"
-    """preset that the layers and the width start from; python -m minimodels.ledger lists them"""
+    """preset of layers and width to start from; python -m minimodels.ledger lists them"""
     size: str = "tiny"
     """tiny, for a CPU, or small, for a GPU: GPT-2's 124M, or 85M with bytes as tokens"""
     set: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
     """LAYER.OPTION=VALUE, such as mamba.state_size=32, for all layers of that name; repeatable"""
     data: str = "stdlib"
     """stdlib (Python's own source), a file, a folder, a mixture ("code=0.7:DIR
-    prose=0.3:FILE"), an id of the Hugging Face hub, or a task: copying, induction,
+    prose=0.3:FILE"), an id on the Hugging Face hub, or a task: copying, induction,
     mqar(pairs=8, vocab=256), overwrite, parity, s3"""
 
     tokenizer: str = "bytes"
@@ -61,7 +61,7 @@ class Options:
     flops: Positive | None = None
     """bound: training FLOPs, as counted by the ledger"""
     minutes: Positive | None = None
-    """bound: minutes of wall-clock time, including evaluation"""
+    """bound: wall-clock minutes of training, including evaluation"""
 
     context: Count = 256
     """tokens per sequence"""
@@ -103,8 +103,8 @@ class Options:
     """with torchrun: each process stores a part of the weights and moments, not all of them"""
 
     skip_bad_steps: Number = 0
-    """how many steps to skip before the run ends, if their loss explodes or their loss or gradient
-    is not finite"""
+    """how many bad steps to skip before the run ends: those with an exploding loss, or with a loss
+    or gradient that is not finite"""
     eval_every: Number = 100
     """steps between validations, each followed by a checkpoint; 0: only at the end"""
     keep: Count = 2

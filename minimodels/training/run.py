@@ -26,8 +26,8 @@ class Run:
     """A run after any number of steps.
 
     model, optimizer: spread over the ranks. budget: what the run may spend; nothing is spent yet.
-    A run that is resumed continues from its newest whole checkpoint, and raises InputError if there
-    is none. All ranks call every method together; rank 0 writes.
+    A resumed run continues from its newest undamaged checkpoint, and raises InputError if there is
+    none. All ranks call every method together; rank 0 writes.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Run:
         self.model, self.optimizer, self.autocast = model, optimizer, autocast
         self.guard = Guard(model, options.skip_bad_steps)
         self.losses: list[torch.Tensor] = []  # not yet logged
-        self.shapes: dict[int, Shape] = {}  # of the steps since the last look at the guard
+        self.shapes: dict[int, Shape] = {}  # of the steps since the guard was last checked
         seconds = self.resume() if options.resume else 0.0
         if rank() == 0:
             if not options.resume and options.tokenizer != "bytes":
@@ -60,7 +60,7 @@ class Run:
         self.begin_lap()
 
     def resume(self) -> float:
-        """Continue from the newest whole checkpoint. Returns the seconds that were spent before."""
+        """Continue from the newest undamaged checkpoint. Returns the seconds spent before it."""
         done = checkpoint.resume(self.folder, self.model, self.optimizer, self.data.fingerprint)
         self.budget = Budget(self.options, self.options.config, self.data, done)
         device = self.model.device
@@ -71,7 +71,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """The seconds that the run has taken, those before it was resumed included."""
+        """The seconds that the run has taken, including those before it was resumed."""
         return time.perf_counter() - self.started
 
     def begin_lap(self) -> None:
@@ -97,7 +97,7 @@ class Run:
         return taken
 
     def refuse_bad_steps(self) -> None:
-        """Exit with an explanation if more steps were bad than are allowed. Waits for the device."""
+        """Exit with an explanation if there were too many bad steps. Waits for the device."""
         failing = self.guard.failing(self.budget.step)
         again = () if failing is None else self.batches(failing, self.shapes[failing])
         refuse_bad_step(failing, self.model, again, self.autocast, self.folder)
