@@ -272,7 +272,7 @@ class Stream(nn.Module):
 
     def __init__(self, model: LM, window: int, first: int, pieces: int = 8):
         super().__init__()
-        self.model, self.embedding, self.first = model, model.embedding, first
+        self.model, self.device, self.first = model, model.device, first
         self.piece = window // pieces
         self.keep = window - self.piece
 
