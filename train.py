@@ -168,7 +168,7 @@ def sample(model: LM, data: Source, prompt: str) -> str:
 
 
 def open_source(options: Options) -> Source:
-    """The data. A resumed run has kept its tokenizer."""
+    """Open the data. A resumed run uses the tokenizer that it has kept."""
     kept = options.resume is not None and options.tokenizer != "bytes"
     tokenizer = str(options.resume) if kept else options.tokenizer
     return open_data(
@@ -190,7 +190,7 @@ def check_fit(model: LM, budget: Budget, autocast: torch.autocast) -> str:
     options = budget.options
     for shape in (budget.first, budget.last, budget.largest):
         own = parallel.own_shape(shape.batch_size, shape.context, options.context_parallel)
-    with alone():  # it computes a loss, perhaps, which is of no batch
+    with alone():  # a trial of one rank must not wait for the others
         exact = not (options.compile or options.checkpoint_activations)
         return check_memory(model, *own, autocast, exact)
 

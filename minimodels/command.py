@@ -235,7 +235,7 @@ def stopped_by_signals() -> Iterator[threading.Event]:
         nonlocal first
         first = min(first, time.monotonic())
         if time.monotonic() > first + 1:
-            os.write(2, b"\nstopped at once; the last checkpoint is as it was\n")
+            os.write(2, b"\nstopped at once; no checkpoint was changed\n")
             os._exit(128 + number)
         stopped.set()
 

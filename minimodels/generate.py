@@ -203,7 +203,9 @@ def pick(
     seen (B, V) bool: which tokens the penalty for repetition applies to; None for none.
     """
     if not logits.isfinite().all():
-        accepted = "float32 or bfloat16, because the logits are not finite in this one"
+        accepted = "a model whose logits are finite"
+        if logits.dtype == torch.float16:
+            accepted = "float32 or bfloat16, because the logits are not finite in this one"
         raise InputError("dtype", str(logits.dtype).removeprefix("torch."), accepted)
     if seen is not None:
         penalty = sampling.repetition_penalty

@@ -43,7 +43,8 @@ def start(device: torch.device) -> torch.device:
     if device.type == "cuda":
         local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= count:
-            raise InputError("nproc-per-node", local + 1, f"at most {count}, one process per GPU")
+            given = os.environ.get("LOCAL_WORLD_SIZE", local + 1)
+            raise InputError("nproc-per-node", given, f"at most {count}, one process per GPU")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     # gloo, because small messages between CPUs need not wait for the GPU
