@@ -69,14 +69,18 @@ class Mamba(nn.Module):
         expand: Count = option(2, "inner width over the model's width")
         state_size: Count = option(16, "N, numbers of state per channel")
         conv_width: Count = option(4, "W, taps of the causal convolution")
-        rank: Count | None = option(None, "R, of the step size; by default width / 16, rounded up")
+        rank: Count | None = option(
+            None, "R, rank of the step size; by default width / 16, rounded up"
+        )
         conv_bias: bool = option(True, "a bias in the convolution")
         bias: bool = option(False, "biases in the input and the output projection")
         norm: Literal["none", "plain", "learned"] = option(
             "none",
             "RMSNorm on dt, B and C: none, plain (without weights, Falcon-Mamba) or learned (Jamba)",
         )
-        norm_eps: NonNegative | None = option(None, "epsilon of these; by default the model's")
+        norm_eps: NonNegative | None = option(
+            None, "epsilon of these norms; by default the model's"
+        )
 
     def __init__(self, options: Options, config: Config, place: Place = Place()):
         super().__init__()

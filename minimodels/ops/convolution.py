@@ -1,4 +1,4 @@
-"""The causal depthwise convolution: a part of a layer, and its operation."""
+"""The causal depthwise convolution: the part of a layer, and its operation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from minimodels.ops.before import Before
 
 
 class CausalConv1d(nn.Module):
-    """The convolution with its weights (D, 1, W), which start as those of nn.Conv1d do."""
+    """The convolution with its weights (D, 1, W), initialised as in nn.Conv1d."""
 
     def __init__(
         self,
@@ -191,7 +191,7 @@ def window_after(
     """The last W-1 inputs before the padding, 0 if of an earlier document: (B, W-1, D)."""
     (_, T, D), kept = x.shape, window.shape[1]
     if lengths is None:
-        # in an exported program without a maximum, which would bound the length of a text
+        # an exported program omits max, which would bound the length of a text
         recent = x if torch.compiler.is_exporting() else x[:, max(0, T - kept) :]
         late = torch.cat((window, recent), dim=1)
         after = late[:, late.shape[1] - kept :].clone()

@@ -559,7 +559,7 @@ def chunk_length(T: int) -> int:
 @delta_rule_forward.register_fake
 def empty_outputs(q, k, v, g, e, state, resets):
     """y, the final state and the boundaries, not yet filled."""
-    chunks = -(-v.shape[1] // CHUNK)  # one if the text is shorter
+    chunks = -(-v.shape[1] // CHUNK)  # a shorter text is one chunk
     plain = torch.contiguous_format
     return (
         torch.empty_like(v, memory_format=plain),
@@ -580,7 +580,7 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dy, dstate, _):
-    saved = ctx.saved_tensors  # read once: activation checkpointing computes them again here
+    saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them here
     dq, dk, dv, dg, de, dinitial = delta_rule_backward(dy, dstate, *saved)
     return dq, dk, dv, dg, None if saved[4] is None else de, dinitial, None
 

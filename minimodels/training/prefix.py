@@ -6,10 +6,11 @@ its state by one exchange between them (see minimodels/ops/before.py). No layer 
 a layer only hands its state to its operations.
 
 The price is arithmetic. The selective scan and the linear scan run twice. The delta rule carries K
-more columns, but without an erase vector it only reads once more. The wavefront's price is that L
-blocks on N ranks take L + N - 1 rounds instead of L, and with sharding about N L. So the exchange
-is faster for the delta rule, and for any model that is sharded or in many pieces. It is slower for
-Mamba in two pieces without sharding, and if the ranks have to share one processor.
+more columns, but without an erase vector it only reads once more. With activation checkpointing
+the exchanges are repeated too. The wavefront's price is that L blocks on N ranks take L + N - 1
+rounds instead of L, and more with sharding. So the exchange is faster for the delta rule, and for
+every model if there are many pieces. It is slower for Mamba in two pieces, and if the ranks have to
+share one processor.
 
 One layer of attention sends the whole model to the wavefront, because its rank 1 would wait in each
 exchange for rank 0. Ring attention would not. But the state that an attention layer gets is the
