@@ -6,18 +6,18 @@ its state by one exchange between them (see minimodels/ops/before.py). No layer 
 a layer only hands its state to its operations.
 
 The price is arithmetic. The selective scan and the linear scan run twice. The delta rule carries K
-more columns, but without an erase vector it only reads once more. With activation checkpointing
+more columns if it has an erase vector, and otherwise reads once more. With activation checkpointing
 the exchanges are repeated too. The wavefront's price is that L blocks on N ranks take L + N - 1
 rounds instead of L, and more with sharding. So the exchange is faster for the delta rule, and for
 every model if there are many pieces. It is slower for Mamba in two pieces, and if the ranks have to
 share one processor.
 
-One layer of attention sends the whole model to the wavefront, because its rank 1 would wait in each
-exchange for rank 0. Ring attention would not. But the state that an attention layer gets is the
-keys of all earlier tokens, and a ring never has these in one place. It would need a second path
-beside `attention`, with windows, documents, sinks and softcaps, and another one for latent and for
-sparse attention. To balance its work it would also need pieces that are not contiguous, which a
-recurrence cannot use.
+A model with any other state takes the wavefront for all its layers, because an exchange would make
+rank 0 wait for the ranks after it. Ring attention would need no state of another rank, but it does
+not fit the layers. The state of an attention layer is the keys and values of all earlier tokens,
+and a ring never has these in one place. It would need a second path beside `attention`, with
+windows, documents, sinks and softcaps, and another one each for latent and sparse attention. To
+balance its work it would also need pieces that are not contiguous, which a recurrence cannot use.
 """
 
 from __future__ import annotations
