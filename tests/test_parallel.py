@@ -6,6 +6,7 @@ ten.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -326,8 +327,9 @@ def test_a_rank_that_dies_ends_the_job_with_its_number_and_reason(tmp_path):
     out, _ = process.communicate(timeout=60)
     assert time.monotonic() - begun < 30
     assert process.returncode == 1
-    cause = out.partition("Root Cause")[2]
-    assert "rank      : 1" in cause and "Signal 9 (SIGKILL)" in cause, out
+    # the root cause, or listed beside that of the rank that lost its neighbour, if torchrun
+    # looks at both at once
+    assert re.search(r"rank +: 1 [^[]*Signal 9 \(SIGKILL\)", out), out
 
 
 def test_sigterm_to_torchrun_saves(tmp_path):
