@@ -153,15 +153,13 @@ def main(options: Options) -> None:
         def spent() -> dict[str, float]:
             return budget.record(time.perf_counter() - start)
 
-        def batches(step: int, shape: Shape) -> list[tuple]:
-            drawn = (
-                parallel.own(each, options.context_parallel) for each in budget.draw(step, shape)
-            )
+        def batches(shape: Shape) -> list[tuple]:
+            drawn = (parallel.own(each, options.context_parallel) for each in budget.draw(shape))
             return [tuple(part.to(device) for part in batch) for batch in drawn]
 
         def refuse() -> None:
             failing = guard.failing(budget.step)
-            again = () if failing is None else batches(failing, shapes[failing])
+            again = () if failing is None else batches(shapes[failing])
             refuse_bad_step(failing, model, again, autocast, run)
             shapes.clear()
 
@@ -194,7 +192,7 @@ def main(options: Options) -> None:
             rate = learning_rate(options.lr, options.schedule, step, options.warmup, progress)
             set_learning_rate(optimizer, rate)
             taken = training_step(
-                model, optimizer, batches(step, shape), autocast, options.clip, loss_function, guard
+                model, optimizer, batches(shape), autocast, options.clip, loss_function, guard
             )
             losses += taken.losses
             shapes[step] = shape

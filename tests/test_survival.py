@@ -32,7 +32,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 import train
 from minimodels import LM, Config, InputError, command, ledger
 from minimodels.data.mixture import Mixture
-from minimodels.data.text import open_data
+from minimodels.data.text import Text, open_data
 from minimodels.presets import MAIN
 from minimodels.published import save_pretrained
 from minimodels.training import checkpoint, parallel, shards
@@ -435,6 +435,24 @@ def test_a_run_with_ramps_counts_what_it_spent_and_resumes_to_the_bit(tmp_path, 
     keys = ("loss", "tokens", "flops", "lr")
     assert [[r[key] for key in keys] for r in again] == [[r[key] for key in keys] for r in first]
     assert stored(tmp_path / "run", 8) == expected
+
+
+def test_a_run_whose_accumulation_changes_repeats_no_batch(tmp_path, monkeypatch):
+    """Nor does it leave one out, at the change or after another resumption."""
+    (tmp_path / "text").write_bytes(bytes(range(32, 127)) * 60)
+    drawn, batch = [], Text.batch
+
+    def watched(data, seed, number, *given):
+        drawn.append(number)
+        return batch(data, seed, number, *given)
+
+    monkeypatch.setattr(Text, "batch", watched)
+    run = f"--resume {tmp_path}/run"
+    start = f"{TINY} --data {tmp_path}/text --out {tmp_path}/run --accumulate 3"
+    for arguments in (f"{start} --steps 2", f"{run} --steps 4 --accumulate 2", f"{run} --steps 5"):
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments.split()])
+        train.main(train.parse(""))
+    assert drawn == list(range(12))
 
 
 @pytest.mark.parametrize("bound", ["tokens", "flops"])
