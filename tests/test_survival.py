@@ -11,20 +11,17 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
 
-import hypothesis.strategies as st
 import pytest
 import torch
 import torch._dynamo  # now, because fully_shard would import it in each process
 import torch.distributed as dist
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
-import torch.multiprocessing
-from hypothesis import given, settings
+from processes import in_processes
 from safetensors.torch import load_file
 from small import small
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
@@ -49,26 +46,6 @@ TINY = (
     "--log-every 1 --device cpu"
 )
 NO_AUTOCAST = torch.autocast("cpu", enabled=False)
-
-
-def in_processes(count: int, function, *arguments) -> None:
-    """Call function(rank, *arguments) in forked processes that form a group. Raises what one
-    raises."""
-    store = Path(tempfile.mkdtemp()) / "group"
-    torch.multiprocessing.start_processes(
-        join_group, (count, store, function, arguments), count, start_method="fork"
-    )
-
-
-def join_group(rank: int, count: int, store: Path, function, arguments: tuple) -> None:
-    torch.set_num_threads(1)
-    if count > 1:
-        rendezvous = dist.FileStore(str(store), count)
-        dist.init_process_group("gloo", store=rendezvous, rank=rank, world_size=count)
-    function(rank, *arguments)
-    if count > 1:
-        dist.destroy_process_group()
-    os._exit(0)
 
 
 def make(mesh: str = "") -> tuple[LM, torch.optim.Optimizer]:
@@ -542,101 +519,3 @@ def test_a_run_starts_from_the_weights_of_another(kind, tmp_path, monkeypatch):
     run("--resume", str(tmp_path / "second"), "--steps", "2")
     with pytest.raises(InputError, match="init: .* differing: width 16 for 8"):
         run(*common, "--init", str(tmp_path / source), "--width", "8")
-
-
-# fuzzing
-
-
-VALUES = [
-    "0",
-    "1",
-    "-1",
-    "1e30",
-    "nan",
-    "inf",
-    "abc",
-    "",
-    "None",
-    "true",
-    "9" * 30,
-    "@",
-    "0.5",
-    "é\x00",
-]
-FUZZED = [
-    "width", "context", "batch-size", "accumulate", "lr", "schedule", "warmup", "weight-decay", "clip",
-    "seed", "keep", "ramp", "skip-bad-steps", "eval-every", "eval-batches", "log-every", "layers", "set",
-    "tokens", "flops", "minutes", "dtype", "impl", "tokenizer", "data", "init", "resume", "out", "model",
-]  # fmt: skip
-
-
-def end(rank: int, folder: Path, arguments: list[str]) -> None:
-    """Run train.py. It ends well, or with a status and a few lines of error."""
-    said = io.StringIO()
-    os.chdir(folder)
-    sys.argv = ["train.py", *arguments]
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-        try:
-            command.run_command(train.main, lambda: train.parse(""))
-        except SystemExit as status:
-            lines = [line for line in said.getvalue().splitlines() if "error: " in line]
-            assert status.code in (0, 1, 130) or len(lines) == 1, said.getvalue()
-    assert "Traceback" not in said.getvalue()
-
-
-def quick(folder: Path) -> list[str]:
-    """The arguments of a run that ends soon."""
-    (folder / "text").write_bytes(bytes(range(32, 127)) * 60)
-    return [*TINY.split(), "--data", "text", "--steps", "2"]
-
-
-@pytest.mark.nightly
-@settings(max_examples=300, deadline=None)
-@given(
-    st.lists(st.tuples(st.sampled_from(FUZZED), st.sampled_from(VALUES)), min_size=1, max_size=3)
-)
-def test_any_command_line_trains_or_ends_in_one_line(changes):
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = [part for name, value in changes for part in (f"--{name}", value)]
-        in_processes(1, end, Path(folder), [*quick(Path(folder)), *arguments])
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """The folder of a run with checkpoints of two steps."""
-    folder = tmp_path_factory.mktemp("finished")
-    arguments = [*quick(folder), "--eval-every", "1", "--out", "run"]
-    in_processes(1, end, folder, arguments)
-    return folder
-
-
-@pytest.mark.nightly
-@settings(max_examples=300, deadline=None)
-@given(
-    st.integers(0, 6),
-    st.floats(0, 1),
-    st.sampled_from(["cut", "flip", "gone", "empty", "folder"]),
-    st.integers(1, 255),
-)
-def test_any_damage_to_a_run_is_passed_over_or_refused_in_one_line(
-    finished, number, place, how, bits
-):
-    """The other checkpoint is as it was."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "copy"
-        shutil.copytree(finished, folder)
-        files = sorted(path for path in (folder / "run").rglob("*") if path.is_file())
-        assert len(files) == 7  # the lock, the log, the options, and two in each checkpoint
-        damaged = files[number]
-        content = bytearray(damaged.read_bytes())
-        place = int(place * max(len(content) - 1, 0))
-        if how == "flip" and content:
-            content[place] ^= bits
-        damaged.unlink()
-        if how == "folder":
-            damaged.mkdir()
-        elif how != "gone":
-            damaged.write_bytes({"cut": content[:place], "empty": b""}.get(how, content))
-        first = {path.name: path.read_bytes() for path in files[:2] if path.is_file()}
-        in_processes(1, end, folder, ["--resume", "run", "--steps", "3", "--keep", "9"])
-        assert first == {path.name: path.read_bytes() for path in files[:2] if path.is_file()}
