@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import types
 from pathlib import Path
@@ -24,10 +23,9 @@ import pytest
 import torch
 import zstandard
 from hypothesis import HealthCheck, given, settings
-from processes import in_processes
+from processes import in_processes, run_train
 
-import train
-from minimodels import LM, Config, InputError, command, from_pretrained, ledger, save_pretrained
+from minimodels import LM, Config, InputError, from_pretrained, ledger, save_pretrained
 from minimodels.architectures.registry import LAYERS, WRAPPERS, on_stream
 from minimodels.data.text import open_data
 from minimodels.data.tokenizer import END, open_tokenizer, train_bpe
@@ -76,17 +74,9 @@ FUZZED = [
 
 
 def end(rank: int, folder: Path, arguments: list[str]) -> None:
-    """Run train.py. It ends well, or with a status and a few lines of error."""
-    said = io.StringIO()
+    """Run train.py in a folder. It ends well, or with a status and one line of error."""
     os.chdir(folder)
-    sys.argv = ["train.py", *arguments]
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-        try:
-            command.run_command(train.main, lambda: train.parse(""))
-        except SystemExit as status:
-            lines = [line for line in said.getvalue().splitlines() if "error: " in line]
-            assert status.code in (0, 1, 130) or len(lines) == 1, said.getvalue()
-    assert "Traceback" not in said.getvalue()
+    run_train(arguments)
 
 
 def quick(folder: Path) -> list[str]:
@@ -261,7 +251,7 @@ WEIRD = st.sampled_from([
     "", "abc", "none", "silu", "a\x00b", "\ud800", [], [0], [None], [[]], ["full_attention"], ["full_attention"] * 2,
     [1.0] * 4, {}, {"a": 1}, {"type": "ByteLevel"}, {"rope_type": "yarn"}, {"rope_type": "linear", "factor": 0},
     {"full_attention": 3}, {"quant_method": "mxfp4"}, {"quant_method": 1},
-])  # fmt: skip
+]).map(copy.deepcopy)  # fmt: skip
 
 
 @st.composite
@@ -331,14 +321,16 @@ def test_any_config_json_is_loaded_or_refused(model):
         copied.mkdir()
         (copied / "model.safetensors").symlink_to(folder / "model.safetensors")
         (copied / "config.json").write_text(json.dumps(entries))
+        tokens = torch.arange(6).view(2, 3)
         try:
             lm = from_pretrained(copied)
-            logits, _ = lm(torch.arange(6).remainder(lm.vocab).view(2, 3))
+            logits, _ = lm(tokens % lm.vocab)
         except InputError:
             return
         assert logits.shape == (2, 3, lm.vocab)
         save_pretrained(lm, again)
-        assert from_pretrained(again).config == lm.config
+        repeated, _ = from_pretrained(again)(tokens % lm.vocab)
+        torch.testing.assert_close(repeated, logits, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 # data
@@ -392,15 +384,16 @@ def files(draw) -> tuple[str, bytes]:
         lines = texts if format == "txt" else [json.dumps({"text": each}) for each in texts]
         lines = [*lines, *(draw(LINES) if format == "jsonl" else ())]
         content = "\n".join(lines).encode(draw(st.sampled_from(ENCODINGS)), "replace")
-    compression = draw(st.sampled_from(["", "", ".gz", ".zst"]))
+    compressions = ["", ".gz", ".zst"] if format != "parquet" else [""]
+    compression = draw(st.sampled_from(compressions))
     if compression == ".gz":
         content = gzip.compress(content, 1)
     if compression == ".zst":
         content = zstandard.compress(content)
-    how = draw(st.sampled_from(["whole"] * 4 + ["cut", "flip", "more", "empty"]))
+    how = draw(st.sampled_from(["whole"] * 7 + ["cut", "flip", "more", "empty"]))
     content = damage(content, how, draw(PLACES["place"]), draw(PLACES["bits"]))
     ending = draw(
-        st.sampled_from([f".{format}{compression}"] * 5 + [".gz", ".parquet", ".JSONL.zst", ""])
+        st.sampled_from([f".{format}{compression}"] * 12 + [".gz", ".parquet", ".JSONL.zst", ""])
     )
     return f"file{ending}", content
 
@@ -424,7 +417,9 @@ def tokenizers_json() -> list[dict]:
     )
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     words.add_special_tokens(["</s>"])
-    return [json.loads(each) for each in (trained.content, unigram.to_str(), words.to_str())]
+    made = [json.loads(each) for each in (trained.content, unigram.to_str(), words.to_str())]
+    # the library writes a vocabulary in any order
+    return [json.loads(json.dumps(each, sort_keys=True)) for each in made]
 
 
 @st.composite

@@ -1,6 +1,7 @@
 """What happens to a run does not lose it: processes that come and go, kills, full disks."""
 
 import contextlib
+import errno
 import io
 import itertools
 import json
@@ -21,7 +22,7 @@ import torch._dynamo  # now, because fully_shard would import it in each process
 import torch.distributed as dist
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
-from processes import in_processes
+from processes import in_processes, run_train
 from safetensors.torch import load_file
 from small import small
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
@@ -277,7 +278,9 @@ def test_a_checkpoint_that_is_replaced_is_whole_at_every_moment(tmp_path):
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("model", MAIN)
 def test_every_kill_of_a_preset_is_survived(model, count, tmp_path):
-    killed_and_resumed((count, train_preset, model), tmp_path, moments=30)
+    """MINIMODELS_KILLS=4 kills at four operations and four moments instead."""
+    points = int(os.environ.get("MINIMODELS_KILLS", "0")) or None
+    killed_and_resumed((count, train_preset, model), tmp_path, points, moments=points or 30)
 
 
 # bad steps
@@ -486,6 +489,50 @@ def test_a_folder_that_is_lost_is_one_line(tmp_path):
         with pytest.raises(InputError, match="a folder with room for a checkpoint"):
             checkpoint.save(tmp_path / "run", model, optimizer, {"step": 1})
         (tmp_path / "run").touch()
+
+
+def replace_by_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.touch()
+
+
+def forbid_writing(folder: Path) -> None:
+    """From now on, this process finds the folder as on a disk that is mounted read-only."""
+
+    def refuse(event: str, arguments: tuple) -> None:
+        if event in FILE_OPERATIONS and str(arguments[0]).startswith(str(folder)):
+            reads = event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            if not reads and event not in ("os.listdir", "os.scandir", "fcntl.flock"):
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), arguments[0])
+
+    sys.addaudithook(refuse)
+
+
+def lose_folder(rank: int, folder: Path, how, log_every: int) -> None:
+    """A run whose folder is lost in its third step, before the next line of the log or checkpoint."""
+    calls, loss = [], LM.loss
+
+    def losing(model, *batch):
+        calls.append(1)
+        if len(calls) == 3:
+            how(folder)
+        return loss(model, *batch)
+
+    LM.loss = losing
+    arguments = f"{TINY} --steps 6 --eval-every 2 --log-every {log_every} --out {folder}".split()
+    status, lines = run_train([*arguments, "--data", "copying(tokens=2)"])
+    assert status != 0
+    assert len(lines) == 1
+    assert str(folder) in lines[0]
+
+
+@pytest.mark.parametrize("log_every", [1, 9])
+@pytest.mark.parametrize("how", [shutil.rmtree, replace_by_file, forbid_writing])
+def test_a_folder_that_is_lost_during_a_run_ends_it_with_one_line(how, log_every, tmp_path):
+    """A checkpoint that is still there is whole."""
+    in_processes(1, lose_folder, tmp_path / "run", how, log_every)
+    if how is forbid_writing:
+        assert checkpoint.find(tmp_path / "run").about["progress"]["step"] == 2
 
 
 # starting from other weights
