@@ -508,29 +508,31 @@ def forbid_writing(folder: Path) -> None:
     sys.addaudithook(refuse)
 
 
-def lose_folder(rank: int, folder: Path, how, log_every: int) -> None:
-    """A run whose folder is lost in its third step, before the next line of the log or checkpoint."""
+def lose_folder(rank: int, folder: Path, how, stopped: bool) -> None:
+    """A run whose folder is lost in its third step. Then it writes its log, or is stopped and saves."""
     calls, loss = [], LM.loss
 
     def losing(model, *batch):
         calls.append(1)
         if len(calls) == 3:
             how(folder)
+            if stopped:
+                os.kill(os.getpid(), signal.SIGTERM)
         return loss(model, *batch)
 
     LM.loss = losing
-    arguments = f"{TINY} --steps 6 --eval-every 2 --log-every {log_every} --out {folder}".split()
+    arguments = f"{TINY} --steps 6 --eval-every 2 --log-every 9 --out {folder}".split()
     status, lines = run_train([*arguments, "--data", "copying(tokens=2)"])
     assert status != 0
     assert len(lines) == 1
     assert str(folder) in lines[0]
 
 
-@pytest.mark.parametrize("log_every", [1, 9])
+@pytest.mark.parametrize("stopped", [False, True])
 @pytest.mark.parametrize("how", [shutil.rmtree, replace_by_file, forbid_writing])
-def test_a_folder_that_is_lost_during_a_run_ends_it_with_one_line(how, log_every, tmp_path):
+def test_a_folder_that_is_lost_during_a_run_ends_it_with_one_line(how, stopped, tmp_path):
     """A checkpoint that is still there is whole."""
-    in_processes(1, lose_folder, tmp_path / "run", how, log_every)
+    in_processes(1, lose_folder, tmp_path / "run", how, stopped)
     if how is forbid_writing:
         assert checkpoint.find(tmp_path / "run").about["progress"]["step"] == 2
 
