@@ -3,6 +3,7 @@ which hypothesis draws. Three are drawn of each family; MINIMODELS_DRAWN=40 draw
 
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import fields
@@ -164,9 +165,9 @@ SPACES: dict[str, dict[str, Values]] = {  # model_type -> entry -> values
                     "topk_method": ["greedy", "group_limited_greedy"], "n_group": [2, 4], "topk_group": [2]},
     "deepseek_v3": {**DEEPSEEK, "n_routed_experts": [8], "num_experts_per_tok": [2], "n_group": [1, 2, 4],
                     "topk_group": [1]},
-    "deepseek_v32": {
+    "deepseek_v32": {  # with fewer index_n_heads, scores are equal zeros, of which the class takes any
         **DEEPSEEK, "q_lora_rank": [6], "n_routed_experts": [8], "num_experts_per_tok": [2], "n_group": [1, 2, 4],
-        "topk_group": [1], "index_topk": [1, 9, 50], "index_n_heads": [8, 16], "index_head_dim": [6, 8],
+        "topk_group": [1], "index_topk": [1, 9, 50], "index_n_heads": [16, 24], "index_head_dim": [6, 8],
         "mlp_layer_types": each_block("dense", "sparse"), "layer_types": each_block("indexed_attention"),
     },
     "mamba": MAMBA,
@@ -244,7 +245,13 @@ def test_every_entry_of_a_class_is_drawn_or_has_one_value(name):
 
 # what a class accepts although its parts then disagree, or saves in another form than its publisher:
 # OLMo-Hybrid's cuts the weights of a convolution in thirds, even if values are wider than keys
-CONTRADICTIONS = {"smollm3": "use_sliding_window", "olmo_hybrid": "conv1d.weight"}
+# Phi-3's takes the frequencies of an odd number of dimensions by that number, and then turns one more;
+# it counts the factors of longrope by width / heads, even if there is a head_dim
+CONTRADICTIONS = {
+    "smollm3": "use_sliding_window",
+    "olmo_hybrid": "conv1d.weight",
+    "phi3": "an even number of rotated dimensions|because of rope_type longrope",
+}
 REFUSALS = (  # what classes raise for configurations that they do not accept
     ValueError, RuntimeError, TypeError, KeyError, ZeroDivisionError, AttributeError, StrictDataclassError,
 )  # fmt: skip
@@ -313,7 +320,7 @@ def test_drawn_configurations(name, data):
             lm = from_pretrained(saved(model, theirs))
         except InputError as error:
             assert name in CONTRADICTIONS, error
-            assert CONTRADICTIONS[name] in str(error)
+            assert re.search(CONTRADICTIONS[name], str(error))
             reject()
         with torch.no_grad():
             logits, _ = lm(tokens)
@@ -327,4 +334,6 @@ def test_drawn_configurations(name, data):
             back = transformers.AutoModelForCausalLM.from_pretrained(
                 ours, dtype=torch.float32, experts_implementation="eager"
             )
-            assert distance(logits, back(tokens).logits) < 1e-3
+            back = double(back)  # the weights are those of single precision
+            with without_casts_to_single():
+                assert distance(back(tokens).logits, logits) < 1e-8

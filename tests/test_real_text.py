@@ -773,6 +773,15 @@ def test_batches_of_documents_are_a_function_of_seed_and_step(documents):
     assert first.batch(3, 0, 5, context=20)[0].shape == (5, 20)
 
 
+def test_rows_of_another_size_repeat_no_window(documents):
+    """A run may change the size of its batches. Then the same window has other steps."""
+    data = open_data(str(documents), 40, packed=True)
+    window = torch.cat([data.batch(0, step, 16)[0] for step in range(16, 32)])
+    later = torch.cat([data.batch(0, step, 8)[0] for step in range(32, 64)])
+    assert window.shape == later.shape
+    assert (window == later).all(dim=1).float().mean() < 0.1
+
+
 def test_every_document_is_as_likely(documents):
     data = open_data(str(documents), 64, packed=True)
     counts = dict.fromkeys(range(250), 0)

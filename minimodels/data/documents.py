@@ -66,18 +66,21 @@ class Documents(Text):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The rows of one training step."""
         steps = -(-ROWS // size)  # steps that share a packing
-        rows = self.window(seed, step // steps, steps * size, context or self.context)
+        rows = self.window(seed, step // steps, steps, size, context or self.context)
         first = step % steps * size
         return self.fill("training", rows[first : first + size], context or self.context)
 
-    def pack_window(self, seed: int, window: int, rows: int, context: int) -> list[list[Part]]:
-        """Rows of parts drawn at random with equal chances.
+    def pack_window(
+        self, seed: int, window: int, steps: int, size: int, context: int
+    ) -> list[list[Part]]:
+        """The rows of so many steps: parts drawn at random with equal chances.
 
         More parts are drawn than needed, and all are packed, but only as many rows are kept as
-        needed. Leaving out parts that do not fit would leave out the short ones.
+        needed. Leaving out parts that do not fit would leave out the short ones. If the size or the
+        context changes during a run, windows have other steps; they then also have other parts.
         """
-        random = generator("documents", seed, window)
-        parts, tokens = [], 0
+        random = generator("documents", seed, window, size, context)
+        parts, tokens, rows = [], 0, steps * size
         count = self.counts("training", context)[-1]
         while tokens < rows * context:
             for index in torch.randint(count, (rows,), generator=random).tolist():

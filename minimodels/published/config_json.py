@@ -115,10 +115,8 @@ def read_config(
     if unknown:
         accepted = "entries known for this model_type, or named in `ignore` to be left out"
         raise InputError("config.json", unknown, accepted)
-    config = replace(shared, layers=text)
-    check_layers(config, family)
-    text = set_options(config.layers, tuple(settings))
-    return replace(config, **{"layers": text, **(overrides or {})})
+    text = set_options(text, tuple(settings))
+    return replace(shared, **{"layers": text, **(overrides or {})})
 
 
 def usual_head(entries: Entries, width: int) -> int | None:
@@ -154,7 +152,7 @@ def read_layers(entries: Entries, family: Family, shared: Config) -> str:
     for name in dict.fromkeys(names):
         role = family.roles[name]
         values = read_settings(entries, role.settings)
-        options, joint = read_role(role, values)
+        options, joint = read_role(role, values, shared)
         call = call_of(role.layer, options, meaning_of_none(role, options, shared))
         joined = call_of(role.layer, joint, {"residual": shared.residual}).options
         calls[name] = replace(call, options=(*call.options, *joined))
@@ -169,13 +167,20 @@ def read_settings(entries: Entries, settings: tuple[Setting, ...]) -> dict[str, 
     return values
 
 
-def read_role(role: Role, values: dict[str, object]) -> tuple[Any, Joint]:
-    """The options of a layer, and those that every layer has."""
+def read_role(role: Role, values: dict[str, object], shared: Config) -> tuple[Any, Joint]:
+    """The options of a layer, and those that every layer has.
+
+    Raises InputError, which names the entry, if a value is wrong or options do not fit each other.
+    """
     given = [Option(name, "none" if value is None else value) for name, value in values.items()]
+    call = Call(role.layer, options=tuple(given))
     try:
-        return read_call(Call(role.layer, options=tuple(given)), "")
+        found = read_call(call, "")
+        with torch.device("meta"):
+            build(replace(shared, layers=write_layers([("", call)])))
     except InputError as error:
         raise of_entry(error, role, values) from None
+    return found
 
 
 def of_entry(error: InputError, role: Role, values: dict[str, object]) -> InputError:
@@ -191,17 +196,6 @@ def of_entry(error: InputError, role: Role, values: dict[str, object]) -> InputE
 def meaning_of_none(role: Role, options: Any, shared: Config) -> dict[str, object]:
     """Option -> the value that the layer uses if the option is None."""
     return {name: meaning(options, shared) for name, meaning in role.none.items()}
-
-
-def check_layers(config: Config, family: Family) -> None:
-    """Raise InputError, which names the entry, if options do not fit each other."""
-    with torch.device("meta"):
-        for call in dict.fromkeys(config.calls):
-            try:
-                build(replace(config, layers=write_layers([("", call)])))
-            except InputError as error:
-                role = next(role for role in family.roles.values() if role.layer == call.name)
-                raise of_entry(error, role, {}) from None
 
 
 # Writing.

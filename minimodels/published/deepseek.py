@@ -51,6 +51,9 @@ class LatentRope(WholeRope):
         usual = (entries.number("qk_nope_head_dim") + entries.number("qk_rope_head_dim")) ** -0.5
         if found["rope_scaling"] is None or not sharper:
             return {**found, "scale": usual}
+        for name in ("factor", "mscale_all_dim"):
+            if type(rope[name]) not in (int, float):
+                raise InputError(f"config.json rope_parameters {name}", rope[name], "a number")
         grown = 0.1 * sharper * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
         return {**found, "scale": usual * grown * grown}
 

@@ -71,8 +71,8 @@ class Rope:
 
     def read(self, entries: Entries) -> dict[str, object]:
         rope = self.parameters(entries)
-        kind, theta = rope.pop("type", "default"), rope.pop("rope_theta")
-        kind, fraction = rope.pop("rope_type", kind), rope.pop("partial_rotary_factor")
+        kind, theta = rope.pop("type", "default"), rope.pop("rope_theta", None)
+        kind, fraction = rope.pop("rope_type", kind), rope.pop("partial_rotary_factor", None)
         kind = "longrope" if kind == "su" else kind  # its older name
         if not isinstance(kind, str) or kind not in self.kinds:
             raise InputError("config.json rope_type", kind, ", ".join(self.kinds))
@@ -114,7 +114,10 @@ class Rope:
             newer = self.untold
         if self.layer_type:
             top, newer = newer, newer.get(self.layer_type) or {}
-            if newer.get("rope_type") == "yarn" and isinstance(newer, dict):
+            if not isinstance(newer, dict):
+                accepted = f"a JSON object for {self.layer_type}"
+                raise InputError("config.json rope_parameters", top, accepted)
+            if newer.get("rope_type") == "yarn":
                 # as the class reads it
                 newer = {**newer, "truncate": top.get("truncate", True)}
         rope = {
@@ -178,6 +181,6 @@ def sharpen(rope: dict[str, Any]) -> None:
         type(number) in (int, float) and number for number in numbers
     ):
         return
-    grown = max(math.log(rope["factor"]), 0.0)
+    grown = math.log(rope["factor"]) if rope["factor"] > 1 else 0.0
     above, below = (0.1 * scale * grown + 1.0 for scale in scales)
     rope["attention_factor"] = above / below

@@ -26,12 +26,14 @@ class Shape(NamedTuple):
     context: int  # tokens per row
     batch_size: int  # rows per forward pass
     tokens: int  # of all forward passes
+    # the numbers of the step's batches among all of the run, one for each forward pass
+    batches: range
     weights: dict[str, float]  # of the parts of a mixture that have a ramp
 
 
 class Budget:
-    """The bounds of a run, and what it has spent: `step`, `tokens` and `flops`. The caller keeps
-    the time, and passes the seconds so far.
+    """The bounds of a run, and what it has spent: `step`, `batches`, `tokens` and `flops`. The
+    caller keeps the time, and passes the seconds so far.
 
     `done`: what the resumed run had spent. Raises InputError if a bound is below that, or does not
     allow a single step.
@@ -42,8 +44,8 @@ class Budget:
         bounds = {name: getattr(options, name) for name in BOUNDS}
         self.bounds = {name: bound for name, bound in bounds.items() if bound is not None}
         self.bounds = self.bounds or {"steps": DEFAULT_STEPS[options.size]}
-        self.step, self.tokens, self.flops = (
-            done.get(name, 0) for name in ("step", "tokens", "flops")
+        self.step, self.batches, self.tokens, self.flops = (
+            done.get(name, 0) for name in ("step", "batches", "tokens", "flops")
         )
         self.names = (*WHOLE, *(data.parts if isinstance(data, Mixture) else ()))
         self.flops_per_token = functools.cache(
@@ -53,7 +55,7 @@ class Budget:
         self.largest = max(self.first, self.last, key=lambda shape: shape.tokens)
         if options.ramp:
             for shape in (self.first, self.last):  # raises InputError if the text is too short
-                next(self.draw(0, shape._replace(batch_size=1)))
+                next(self.draw(shape._replace(batch_size=1)))
         for name, spent in self.spent(0.0).items():
             if spent > self.bounds.get(name, spent):
                 accepted = f"{spent} or more, because the run has spent that"
@@ -74,7 +76,13 @@ class Budget:
 
     def record(self, seconds: float) -> dict[str, float]:
         """What was spent, for the log and for a checkpoint."""
-        return {"step": self.step, "seconds": seconds, "tokens": self.tokens, "flops": self.flops}
+        return {
+            "step": self.step,
+            "seconds": seconds,
+            "batches": self.batches,
+            "tokens": self.tokens,
+            "flops": self.flops,
+        }
 
     def progress(self, seconds: float) -> float:
         """The spent fraction of the nearest bound, from 0 to 1."""
@@ -82,19 +90,25 @@ class Budget:
         return min(1.0, max(spent[name] / bound for name, bound in self.bounds.items()))
 
     def shape(self, progress: float) -> Shape:
-        """The batches of a step at this progress."""
+        """The batches of the next step at this progress."""
         options = self.options
         weights = ramp(options.ramp, progress, self.names)
         context = weights.pop("context", options.context)
         batch_size = weights.pop("batch_size", options.batch_size)
-        return Shape(context, batch_size, context * batch_size * options.accumulate, weights)
+        batches = range(self.batches, self.batches + options.accumulate)
+        tokens = context * batch_size * options.accumulate
+        return Shape(context, batch_size, tokens, batches, weights)
 
-    def draw(self, step: int, shape: Shape) -> Iterator[tuple]:
-        """The batches of a step, one for each forward pass."""
+    def draw(self, shape: Shape) -> Iterator[tuple]:
+        """The batches of a step, one for each forward pass.
+
+        Their numbers go on where the run has been, so a change of `accumulate` repeats none.
+        """
         changed = {"weights": shape.weights} if shape.weights else {}
-        seed, count = self.options.seed, self.options.accumulate
-        for micro_step in range(step * count, (step + 1) * count):
-            yield self.data.batch(seed, micro_step, shape.batch_size, shape.context, **changed)
+        for number in shape.batches:
+            yield self.data.batch(
+                self.options.seed, number, shape.batch_size, shape.context, **changed
+            )
 
     def allows(self, shape: Shape, seconds: float) -> bool:
         """Whether a step of this shape fits into every bound."""
@@ -114,6 +128,7 @@ class Budget:
     def spend(self, shape: Shape) -> None:
         """Count a step of this shape."""
         self.step += 1
+        self.batches += len(shape.batches)
         self.tokens += shape.tokens
         self.flops += self.cost(shape)
 

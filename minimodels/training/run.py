@@ -78,16 +78,16 @@ class Run:
         """Measure the speed from now on."""
         self.lap = time.perf_counter(), self.budget.tokens
 
-    def batches(self, step: int, shape: Shape) -> list[tuple]:
+    def batches(self, shape: Shape) -> list[tuple]:
         """This rank's part of the batches of a step."""
         pieces = self.options.context_parallel
-        drawn = (parallel.own(batch, pieces) for batch in self.budget.draw(step, shape))
+        drawn = (parallel.own(batch, pieces) for batch in self.budget.draw(shape))
         return [tuple(part.to(self.model.device) for part in batch) for batch in drawn]
 
     def step(self, shape: Shape, rate: float) -> Step:
         """Take the next step."""
         set_learning_rate(self.optimizer, rate)
-        batches = self.batches(self.budget.step, shape)
+        batches = self.batches(shape)
         taken = training_step(
             self.model, self.optimizer, batches, self.autocast, self.options.clip, self.loss, self.guard
         )  # fmt: skip
@@ -99,7 +99,7 @@ class Run:
     def refuse_bad_steps(self) -> None:
         """Exit with an explanation if there were too many bad steps. Waits for the device."""
         failing = self.guard.failing(self.budget.step)
-        again = () if failing is None else self.batches(failing, self.shapes[failing])
+        again = () if failing is None else self.batches(self.shapes[failing])
         refuse_bad_step(failing, self.model, again, self.autocast, self.folder)
         self.shapes.clear()
 
