@@ -50,11 +50,11 @@ class Options:
     minutes: float = 9.0
     """time limit in minutes"""
     again: Path | None = None
-    """folder of an earlier session on a GPU: repeat what failed there, and what found no time"""
+    """folder of an earlier session on a GPU: repeat what failed there, and do what found no time"""
     dry: bool = False
     """try every branch at toy sizes on a CPU, with Triton's interpreter"""
     resume: bool = False
-    """continue in the folder, and skip what has ended"""
+    """continue in the folder, and skip what is finished"""
     impl: str = "auto"
     """on a CPU: auto, reference or torch"""
     device: str = "auto"

@@ -1,12 +1,12 @@
-"""What must attention remember, where does it look, and how far does it reach? On a CPU in
-minutes, on a GPU in full.
+"""What must attention remember, what does it attend to, and how far does it reach? At toy scale on
+a CPU, in minutes; at full size on a GPU.
 
     python -m benchmarks.attention cache        bits per byte against bytes of state: how small may
                                                 the memory of a token be?
     python -m benchmarks.attention sinks        attention on the first token, and longer texts than
                                                 in training, with and without a sink or a gate
-    python -m benchmarks.attention positions    longer texts than in training: rotary positions,
-                                                none, one layer in four without, yarn
+    python -m benchmarks.attention positions    longer texts than in training: with rotary, with no
+                                                and with some positions, with yarn
 
 Options, rows and pictures are those of `python -m benchmarks.claims`.
 """
@@ -37,8 +37,8 @@ from .claims import BITS, Claim, Panel
 from .positions import bins, loss_by_position
 from .training import SCORED, Run, score, train
 
-LONGER = 8  # times the trained length, up to which texts are tested
-BEGIN = 32  # the position at which the first bin begins; the bits before it vary too much
+LONGER = 8  # the longest texts, as a multiple of the trained length
+BEGIN = 32  # where the first bin begins; the bits before it vary too much
 READ = (8, 2)  # held-out texts that are read by position: rows, batches
 FIRST = 4  # tokens kept from the beginning of a stream, as in StreamingLLM
 TUNED = 50  # steps of tuning on long texts
@@ -121,9 +121,9 @@ def sinks(small: bool) -> Claim:
 
 
 def positions(small: bool) -> Claim:
-    """Rotary positions fail beyond the trained length. Without positions (arXiv:2305.19466), or in
-    one layer of four (SmolLM3), models reach further. Yarn (arXiv:2309.00071) does so after a few
-    steps of tuning, or without any."""
+    """Rotary positions fail beyond the trained length. Models reach further without positions
+    (arXiv:2305.19466), or without them in one layer of four (SmolLM3), or with yarn
+    (arXiv:2309.00071) after a few steps of tuning or none."""
     blocks, width, heads, context, steps, batch = (
         (4, 64, 4, 256, 700, 4) if small else (12, 768, 12, 1024, 5000, 32)
     )
@@ -162,9 +162,8 @@ ATTENTION = {claim.__name__: claim for claim in (cache, sinks, positions)}
 
 
 def equal_parameters(texts: list[str], width: int) -> list[str]:
-    """Models with MLPs so wide that all have as many active parameters as the first one.
-
-    One more number of width adds the same to all MLPs, so the match is as good as this step allows.
+    """The models with other widths of their MLPs, so that all have as many active parameters as the
+    first. All MLPs of a model are equally wide, so they match up to one such step.
     """
 
     def active(text: str) -> float:
@@ -182,8 +181,8 @@ def equal_parameters(texts: list[str], width: int) -> list[str]:
 
 
 def by_position(model: nn.Module, data: Text, context: int) -> Iterator[tuple[int, float]]:
-    """The bits per byte of a model trained on `context` bytes, in bins of positions that double: the
-    end of each bin, and the mean over it."""
+    """The bits per byte of a model trained on `context` bytes, by position: the end of each bin,
+    and the mean over it. Bins double in length."""
     bits = loss_by_position(model, data, *READ) / math.log(2)
     for first, stop in pairwise(bins(context, data.context, 1)):
         if first >= BEGIN:
@@ -208,7 +207,7 @@ def continued(model: LM, run: Run, layers: str, steps: int, device: torch.device
     return train(tuning, 0, 0, device, tqdm(disable=True))[0]
 
 
-# Where attention looks.
+# What attention attends to.
 
 
 @torch.no_grad()
@@ -233,7 +232,7 @@ def first_token(model: LM, run: Run, device: torch.device) -> Iterator[dict[str,
 
 
 class Probe(nn.Module):
-    """Measures what an attention layer looks at.
+    """Measures how much a layer attends to the first token, and to its sink.
 
     The layer's values are replaced: the first number is 1 at the first token and 0 at all others,
     the second is 1 everywhere. So the outputs are the weight of the first token, and the sum of all
@@ -273,7 +272,7 @@ class Stream(nn.Module):
 
     def __init__(self, model: LM, window: int, first: int, pieces: int = 8):
         super().__init__()
-        self.model, self.embedding, self.first = model, model.embedding, first
+        self.model, self.device, self.first = model, model.device, first
         self.piece = window // pieces
         self.keep = window - self.piece
 
@@ -289,7 +288,7 @@ class Stream(nn.Module):
         return torch.cat(outputs, dim=1), state
 
     def evict(self, layer: nn.Module, state: AttentionState | None) -> AttentionState | None:
-        """The state of a rotary attention layer, of which at most `keep` tokens are left."""
+        """The state of a rotary attention layer, cut to at most `keep` tokens."""
         gone = 0 if state is None else state.keys.shape[2] - self.keep
         if gone <= 0:
             return state

@@ -1,8 +1,8 @@
 """Checks that the kernels are right, before anything is timed. Every kernel checks itself in
 its own process, all at once.
 
-Each check has its own Triton cache, because they compete for the machine, and settings tuned at
-that time must not be used later. If a check fails or does not end in time, only its own kernel is
+Each check has its own Triton cache, because settings tuned while the checks compete for the machine
+must not be used later. If a check fails or does not end in time, only its own kernel is
 affected: what needs it is left out by name.
 """
 

@@ -1,5 +1,5 @@
-"""Tests the papers' claims at toy scale. One command for each, on a CPU in
-minutes, on a GPU in full.
+"""Test claims of papers, one command for each: at toy scale on a CPU, in minutes; at full size on
+a GPU.
 
     python -m benchmarks.claims copying      selective copying: what is selectivity worth?
     python -m benchmarks.claims induction    induction heads: who keeps them at greater lengths?
@@ -10,8 +10,8 @@ minutes, on a GPU in full.
     python -m benchmarks.claims presets      every preset on the same text
 
 Each command trains every model with several seeds on the same data and writes JSON rows, which
-`python -m benchmarks.plot` draws. On a GPU `--impl triton` trains with the kernels. The claims about
-states and about attention are in `python -m benchmarks.state` and `python -m benchmarks.attention`.
+benchmarks.plot draws. On a GPU `--impl triton` trains with the kernels. Claims about states are in
+benchmarks.state, those about attention in benchmarks.attention.
 """
 
 from __future__ import annotations

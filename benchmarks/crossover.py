@@ -54,8 +54,8 @@ def crossover(contexts: list[int], ratios: list[list[float]]) -> Crossover:
 
 
 def overtaking(rows: list[dict], other: str = "transformer") -> dict[str, Crossover]:
-    """Where each model overtakes the `other`, in the rows of one file, mode and batch. Each is
-    taken at its fastest path at each context. Models that share fewer than two contexts with the
+    """Where each model overtakes the `other`, in the rows of one file, mode and batch. At each
+    context a model's fastest path counts. Models that share fewer than two contexts with the
     `other` are left out."""
     fastest: dict[str, dict[int, list[float]]] = {}  # model -> context -> seconds
     for row in sorted(rows, key=lambda row: row["context"]):
@@ -80,7 +80,7 @@ def overtaking(rows: list[dict], other: str = "transformer") -> dict[str, Crosso
 
 def sentence(found: dict[str, Crossover], other: str = "transformer") -> str:
     """Which models are faster than the `other`, and from which context on."""
-    groups: dict[str, list[str]] = {}  # where -> models; "" where each has its own place
+    groups: dict[str, list[str]] = {}  # where -> models; "": at a context of their own
     doubtful = []
     for model, place in found.items():
         first, last, name, where = place.contexts[0], place.contexts[-1], unbroken(model), ""

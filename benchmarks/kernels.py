@@ -68,7 +68,7 @@ def main(options: Options) -> None:
         codes = dict(zip(operations, pool.map(start, operations), strict=True))
     if failed := [operation for operation, code in codes.items() if code]:
         raise InputError(
-            "kernels", failed, "kernels that pass their own check (what went wrong stands above)"
+            "kernels", failed, "kernels that pass their own check (the errors are above)"
         )
 
 

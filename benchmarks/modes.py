@@ -93,8 +93,8 @@ def written(model: LM, start: list, token: Tensor) -> None:
 @torch.inference_mode()
 def repeated(step: FixedStep, context: int, token: Tensor) -> None:
     """Write DECODED tokens after `context` with a step of fixed size, which a GPU repeats as a
-    graph. Only the positions go back to the context: keys that are then in the future are
-    invisible, and a recurrent state costs the same whatever it is."""
+    graph. Each call resets only the positions: later keys are then invisible, and the cost of a
+    recurrent state does not depend on its values."""
     for part in tensors(step.state):
         if part.dtype == torch.int64 and part.ndim == 1:
             part.fill_(context)

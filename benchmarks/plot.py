@@ -147,8 +147,8 @@ def claims(rows: Rows) -> Figures:
 
 
 def at_best_rate(rows: Rows) -> Rows:
-    """The rows of one panel, of each model only those of the learning rate with the best end: the
-    mean over its seeds at the last x. Rows that name no rate were trained at one."""
+    """The rows of one panel, of each model only those of its best learning rate, by the mean over
+    the seeds at the last x. Rows without a rate belong to models that were trained at one."""
     ended = defaultdict(dict)  # (model, layers), rate -> seed -> (x, y)
     for row in rows:
         seeds = ended[model_of(row), row.get("lr")]
@@ -163,7 +163,7 @@ def at_best_rate(rows: Rows) -> Rows:
 
 
 def model_of(row: dict) -> tuple:
-    """A model of a claim: a name may have several sizes."""
+    """What identifies a model of a claim: a name may have several sizes."""
     return row["model"], row.get("layers")
 
 

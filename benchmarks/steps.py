@@ -53,7 +53,7 @@ def measure(out: Path, minutes: float, resume: bool, impl: str) -> None:
     """
     done_file = out / "done.json"
     if done_file.exists() and not resume:
-        raise InputError("out", str(out), "a folder without done.json, or --resume to go on in it")
+        raise InputError("out", str(out), "a folder without done.json, or --resume to continue")
     end, done, plan = time.monotonic() + 60 * minutes, read_done(done_file), steps(out, impl)
     for name, arguments in plan.items():
         left = end - time.monotonic()

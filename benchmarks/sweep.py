@@ -60,7 +60,7 @@ def sweep(this: Race, session: Session) -> None:
 
 @contextmanager
 def applied(module, setting: dict[str, object]) -> Iterator[None]:
-    """The kernel file with other constants. A name that it does not have is an AttributeError."""
+    """The kernel file with other constants. An unknown name raises AttributeError."""
     with ExitStack() as stack:
         for name, value in setting.items():
             stack.enter_context(patch.object(module, name, value))

@@ -216,7 +216,7 @@ def providers(configs: dict[str, Config], options: Options, mode: str) -> dict[s
                 names = names_in(parse(config.layers))
                 if impl in BACKENDS and "attention" not in names:
                     continue
-                # layers that wait for values; and a fixed state is masked, which these do not take
+                # layers that wait for values, and backends without the mask of a fixed state
                 waiting = {"mod", "learned_positions", *(() if impl == "triton" else ("moe",))}
                 if compiled and mode == "decode" and (waiting & names or impl in BACKENDS):
                     continue
@@ -286,7 +286,7 @@ def keep_heads(config: Config) -> Config:
         for size in sizes:
             heads = {each.heads for each in options if getattr(each, size) is None}
             if len(heads) > 1:
-                accepted = f"as many in each layer, or {size} in each; or --match none"
+                accepted = f"the same number in each layer, {size} in each, or --match none"
                 raise InputError(f"layers: {name}.heads", sorted(heads), accepted)
             settings = [f"{name}.{size}={config.width // count}" for count in heads]
             layers = set_options(layers, settings, missing=True)

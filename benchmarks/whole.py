@@ -162,7 +162,7 @@ def against_context(mode: str, context: int, session: Session) -> None:
             session.journal.add("left out", **row, **own, error=refusal)
         else:
             given[name] = provider
-    if toy:  # the interpreter takes a minute for 32 tokens, and a test covers them
+    if toy:  # the interpreter takes a minute for 32 tokens, and a test covers it
         given.pop("transformer, triton in place", None)
     if "mamba, triton" in given:
         given.pop("mamba, torch", None)  # far slower, so it would take the others' time

@@ -33,8 +33,8 @@ OPERATIONS = (
     "linear_scan",
     "norm_rotate",
 )
-# Operations whose kernel "auto" takes on a GPU, because it was measured to be faster: none so far.
-# With "attention" here, plain causal attention still goes to PyTorch's, see ops/attention.py.
+# Operations for which "auto" takes the kernel on a GPU, because it was measured to be faster: none
+# so far. PyTorch's operation would still compute plain causal attention, see ops/attention.py.
 FASTER: frozenset[str] = frozenset()
 INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -19,8 +19,8 @@ they were queries of one head. They fill a block together, and k and v are read 
 would leave most of the machine idle. So the keys of a few queries are divided among several
 programs, and their y are joined by means of their lse. For 16 queries and 64 keys at d = 128 the
 compiler (Triton 3.9) reports 128 registers, nothing spilled, and 258 instructions a block of keys
-(291 with a mask). Before heads were packed these were 128, 0 and 258 (320), but each head walked
-over the keys. With 32 heads on 8, packing thus issues a quarter of the instructions.
+(291 with a mask). Before heads were packed the figures were 128, 0 and 258 (320), but each head
+walked over the keys. So with 32 heads on 8, packing issues a quarter of the instructions.
 
 Forward, a block of queries walks over its keys and keeps the softmax of those met so far: Σ exp(s -
 high) v, Σ exp(s - high) and the highest score. When that score grows, both sums are scaled down.

@@ -341,7 +341,7 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dy):
-    saved = ctx.saved_tensors  # read once: activation checkpointing computes them again here
+    saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them here
     _, _, bias, window, _ = saved
     dx, dweight, dbias, dwindow = causal_conv1d_backward(dy, *saved, ctx.activation)
     dbias, dwindow = None if bias is None else dbias, None if window is None else dwindow

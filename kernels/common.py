@@ -225,7 +225,7 @@ class Case:
 
     label: str
     inputs: Callable[[], tuple]
-    """makes the arguments, x or q first; tensors that want gradients require them"""
+    """makes the arguments, x or q first; those that need gradients have requires_grad"""
     forward: float
     """the numbers moved, or the FLOPs, that the forward pass must cost"""
     backward: float

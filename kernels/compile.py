@@ -169,7 +169,7 @@ def main(options: Options) -> None:
     """Compile the kernels, and exit with 1 if the assembler expects losses."""
     if INTERPRETED:
         raise InputError(
-            "TRITON_INTERPRET", 1, "unset, because what is interpreted is not compiled"
+            "TRITON_INTERPRET", 1, "unset, because interpreted kernels are not compiled"
         )
     for name in options.names:
         if name not in OPERATIONS:
@@ -192,7 +192,7 @@ def main(options: Options) -> None:
 
 
 def pretend() -> None:
-    """Compile for a GPU in this process, which needs none."""
+    """Let this process compile for a Hopper GPU that it does not have."""
     torch.set_num_threads(1)
     driver.set_active(Hopper())
     common.TIMED.update(device="cpu", dtype=torch.bfloat16)
@@ -213,7 +213,7 @@ def compile_example(which: tuple[str, int]) -> list[tuple[str, str, str]]:
             if compiled.hash not in lines:
                 line = f"  {kernel:28} {resources(compiled)}, {loops(compiled)}{tuned}"
                 lines[compiled.hash] = compiled.hash, kernel, line
-    except Exception as error:  # the compiler's own errors do not survive the way between processes
+    except Exception as error:  # the compiler's own errors cannot be sent to another process
         raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from None
     return list(lines.values())
 

@@ -736,7 +736,7 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dy, dfinal, _):
-    saved = ctx.saved_tensors  # read once: activation checkpointing computes them again here
+    saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them here
     *gradients, de, dinitial = delta_rule_backward(dy, dfinal, *saved)
     return *gradients, None if saved[4] is None else de, dinitial, None
 

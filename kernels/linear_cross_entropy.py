@@ -12,8 +12,8 @@ library computes the products. A kernel can make everything between them cross t
 forward reads the chunk (2 bytes a logit in bf16), and backward reads it and writes it in place (4).
 At D = 2048 that is about a tenth and a fifth of the time of one product's 2·D operations a logit.
 The compiler (Triton 3.9) reports 52 and 32 registers, nothing spilled, and 283 instructions for a
-forward step of 4096 columns, 33 of them special. The same figures held when lse was stored, with
-fewer digits, instead of `top` and `total` below.
+forward step of 4096 columns, 33 of them special. The figures were the same when lse was
+stored, with fewer digits, instead of `top` and `total` below.
 
 There are two ways to compute dweight without (n, V), with these counts:
 

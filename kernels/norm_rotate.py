@@ -15,23 +15,24 @@ with a norm also x, and writes dx: 4 or 6 bytes. With n̂ = r · x, and dn' exch
     dn = dy ⊙ cos + (dy ⊙ sin)'      g = weight · dn
     dx = r · (g - n̂ · mean(g · n̂))   dweight = Σ_rows dn · n̂
 
-Each row is three parts: the halves a and b of the rotated dimensions, which are turned as pairs, and
-the rest c. So each number is loaded once, and only half of the angles. A small transformer (12
-layers of width 768, 32,768 tokens) has 600 M such elements. With a norm, 46 bytes instead of 4 are
-25 GB of traffic forward, and backward more: some milliseconds of a step. torch.compile fuses the
+Each row has three parts: the halves a and b of the rotated dimensions, which are turned as pairs,
+and the rest c. So each number is loaded once, and only half of the angles. A small transformer (12
+layers of width 768, 32,768 tokens) has 600 M such elements. With a norm, 46 bytes instead of 4 add
+25 GB of traffic forward, and more backward: some milliseconds of a step. torch.compile fuses the
 operations too.
 
 The compiler (Triton 3.9, Hopper) reports at d = 64 for a block of 32 rows, 16 elements a thread: 40
 registers forward; 95 backward, so that 5 programs fit an SM, and 597 instructions. These take an SM
 597 clocks, in which the memory delivers two thirds of the block's bytes. With pairs loaded as a
-second copy of the row in another order, it was 62, 80 and 711. Without a norm it is 32, 32 and 194.
+second copy of the row in another order, they were 62, 80 and 711. Without a norm they are 32, 32
+and 194.
 
     name        shape
     x, y        (B, H, T, d)    any strides, the last dimension contiguous; y lies as (B, T, H, d)
     cos, sin    (T, R) or (B, 1, T, R)   fp32; R ≤ d dimensions are rotated. The halves of cos are
                                 the same, those of sin differ in sign
     weight      (d,)            of the norm; None: no norm
-    row         ()              one head of one token, in the order (B, T, H)
+    row         ()              index of a head of a token, in the order (B, T, H)
     a, b, c     (rows, ...)     the three parts of n, of dn or of g; x, y, z those of n̂; u, v, w those
                                 of the weight
 """
@@ -112,7 +113,7 @@ def forward_kernel(
     X, COS, SIN, WEIGHT, Y, rows, x_strides, turns, T, H, eps, d: tl.constexpr, R: tl.constexpr,
     FULL: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """One program, a block of rows."""
+    """Each program computes a block of rows."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (row < rows)[:, None]
     a, b, c = load(begins(X, row, x_strides, T, H), inside, d, R, FULL, HALF, REST)
@@ -207,7 +208,7 @@ def angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def counts(x: Tensor, cos: Tensor) -> tuple[int, int, int]:
-    """How many angles a row of the batch has for itself (0 if all rows share them); T and H."""
+    """The number of angles of one text (0 if all texts share them), T and H."""
     return 0 if cos.ndim == 2 else cos[0].numel(), x.shape[2], x.shape[1]
 
 

@@ -720,7 +720,7 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dy, dfinal, _):
-    saved = ctx.saved_tensors  # read once: activation checkpointing computes them again here
+    saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them here
     *gradients, dz, dbias, dstate = selective_scan_backward(dy, dfinal, *saved, ctx.interval)
     *_, z, bias, _, _ = saved
     dz, dbias = None if z is None else dz, None if bias is None else dbias

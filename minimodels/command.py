@@ -107,7 +107,7 @@ def command_line_error(
 
 
 def stray_word(word: str, given: Sequence[str], known: Mapping[str, Any]) -> InputError:
-    """The error for a word that belongs to no option, or that follows one without values."""
+    """The error for a word that belongs to no option, or follows one that takes no value."""
     before = ["", *given][["", *given].index(word) - 1] if word in given else ""
     name = before.removeprefix("--").removeprefix("no-").replace("-", "_")
     if known.get(name) is bool:
@@ -129,7 +129,7 @@ def hints_of(kind: type) -> dict[str, Any]:
 
 def run_command(main: Callable[[Options], None], options: Callable[[], Options]) -> None:
     """Parse the options and run. Bad input ends with one line on stderr and exit status 2."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # as before minimodels/interrupts.py
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # undoes minimodels/interrupts.py
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             # a terminal may lack characters that a model writes
@@ -158,9 +158,8 @@ def run_command(main: Callable[[Options], None], options: Callable[[], Options])
 def fail(message: str, status: int) -> NoReturn:
     """Print the reason on a line of its own, below any progress bar, and exit."""
     if rank() > 0:
-        time.sleep(
-            2
-        )  # all ranks may have the same reason; rank 0 ends first, and torchrun ends all
+        # all ranks may fail for the same reason; rank 0 ends first, and torchrun ends the others
+        time.sleep(2)
     tqdm.write(message, file=sys.stderr)
     if joined():
         os._exit(status)  # threads of gloo may abort an ordinary exit
@@ -227,8 +226,8 @@ def stopped_by_signals() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C, SIGTERM or SIGHUP sets, so that a run can finish its step and
     save. A second signal ends the process at once, even inside a compiler.
 
-    A signal within a second of the first is the same one: Ctrl-C reaches a process of torchrun
-    twice, from the terminal and from torchrun.
+    A signal within a second of the first counts as the same one: Ctrl-C reaches a process of
+    torchrun twice, from the terminal and from torchrun.
     """
     stopped, first = threading.Event(), math.inf
 
@@ -236,7 +235,7 @@ def stopped_by_signals() -> Iterator[threading.Event]:
         nonlocal first
         first = min(first, time.monotonic())
         if time.monotonic() > first + 1:
-            os.write(2, b"\nstopped at once; the last checkpoint is as it was\n")
+            os.write(2, b"\nstopped at once; no checkpoint was changed\n")
             os._exit(128 + number)
         stopped.set()
 

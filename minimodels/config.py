@@ -33,7 +33,7 @@ class Config:
     tie_embeddings: bool = True
     """use the embedding matrix as the output head too"""
     impl: Literal["auto", "reference", "torch", "triton"] = "auto"
-    """auto (torch, or a kernel where one was measured to be faster), reference (the equations),
+    """auto (torch, or a kernel that was measured to be faster), reference (the equations),
     torch (fast everywhere) or triton (kernels)"""
     residual: Literal["pre_norm", "post_norm", "sandwich"] = "pre_norm"
     """where the norm of a layer is: before it, after it (OLMo 2) or both (Gemma)"""

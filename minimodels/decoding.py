@@ -1,8 +1,8 @@
-"""One token for each row, with a state whose tensors never move, so that a CUDA graph can do it.
+"""Write one token per row with a state whose tensors never move, so that a CUDA graph can do it.
 
-A small model writes a token with hundreds of short kernels, and launching them takes the host
-longer than they run. A CUDA graph records the launches of one step and repeats them at once. The
-graph reads and writes the same addresses each time. So the state has room for the next tokens,
+A small model writes a token with hundreds of short kernels, which take longer to launch than to
+run. A CUDA graph records the launches of one step and repeats them at once. The graph reads and
+writes the same addresses each time. So the state has room for the next tokens,
 positions are tensors on the device, and each step writes its results into the state.
 Without a GPU the same step runs without a graph.
 """
@@ -18,7 +18,7 @@ from minimodels.errors import InputError
 from minimodels.lm import LM
 from minimodels.ops.cache import AttentionState, slotted
 
-ROOM = 256  # tokens for which a state gets room; then it moves to a larger one, with a new graph
+ROOM = 256  # tokens that a state has room for; then it moves to a larger one, with a new graph
 
 
 class GrowingStep:
@@ -33,14 +33,16 @@ class GrowingStep:
 
 
 class FixedStep:
-    """(B,) tokens -> logits (B, V) of the next ones. A call overwrites the results of the one before.
+    """(B,) tokens -> logits (B, V) of the next ones. A call may overwrite the logits of the last.
 
-    state: that of the model after B = `rows` prompts. Raises InputError if the model cannot do it.
+    state: the model's after B = `rows` prompts. Raises InputError if a layer must wait for values.
     """
 
     def __init__(self, model: LM, state: list, rows: int):
         if reason := waits(model):
-            raise InputError("model", "with a state of fixed size", f"other layers: {reason}")
+            raise InputError(
+                "model", "with a state of fixed size", f"other layers, because {reason}"
+            )
         self.model, self.rows, self.device = model, rows, model.device
         self.tokens = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
         self.begin(state)
@@ -68,7 +70,7 @@ class FixedStep:
         return self.logits
 
     def record(self) -> None:
-        """Record a step, which is not run. If that fails, warn, and go on without a graph."""
+        """Record a step without running it. If that fails, warn and continue without a graph."""
         self.records, graph = False, torch.cuda.CUDAGraph()
         try:
             with torch.cuda.device(self.device), torch.cuda.graph(graph):

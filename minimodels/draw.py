@@ -297,7 +297,7 @@ class Options:
             raise InputError(
                 given[1],
                 getattr(self, given[1]),
-                f"one of model, layers and config, and {given[0]} is given",
+                f"one of model, layers and config; {given[0]} is given too",
             )
         if self.size not in SIZES:
             raise InputError("size", self.size, ", ".join(SIZES))

@@ -32,7 +32,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def meant(name: str, known: Iterable[str]) -> str:
-    """ "did you mean moe? " if one of the known names is like this one, otherwise ""."""
+    """ "did you mean moe? " if one of the known names resembles this one, otherwise ""."""
     close = difflib.get_close_matches(name, list(known), 1)
     return f"did you mean {close[0]}? " if close else ""
 

@@ -40,7 +40,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path. At the end it replaces the file; after an error it is deleted.
 
     The path is in a folder of its own. If a process was killed and left any files there, the next
-    call deletes them. The file is on the disk before it replaces the other.
+    call deletes them. The new file is on the disk before it replaces the old one.
     """
     folder = path.with_name(path.name + ".partial")
     shutil.rmtree(folder, ignore_errors=True)

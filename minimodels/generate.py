@@ -56,7 +56,7 @@ def complete(
 ) -> str:
     """Text in, text out: the text that a model writes after `text`, up to `tokens` tokens.
 
-    It ends before any of the texts in `stop`. It uses the model's own tokenizer, or bytes if the
+    It ends before the first text in `stop`. It uses the model's own tokenizer, or bytes if the
     model has none. Without a seed, every call gives another text. Raises InputError as generate
     does.
     """
@@ -91,8 +91,8 @@ def stream(
 
 
 def until(texts: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
-    """The texts up to the first that `stop` contains, which is left out. What may become one of
-    them is held back until it is known."""
+    """The texts up to the first one in `stop`, which is left out. What may be its beginning is held
+    back until that is known."""
     held = ""
     for text in texts:
         held += text
@@ -141,7 +141,7 @@ def generate(
     try:
         prompts = [torch.as_tensor(prompt) for prompt in prompts]
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError("prompts", prompts, f"a list of texts of token ids ({error})") from None
+        raise InputError("prompts", prompts, f"sequences of token ids ({error})") from None
     if not prompts:
         raise InputError("prompts", prompts, "at least one")
     for prompt in prompts:
@@ -169,7 +169,7 @@ def continue_prompts(
     if len({len(prompt) for prompt in prompts}) == 1:
         positions = None  # nothing is padding
     generators = [torch.Generator(device).manual_seed(seed + row) for row in range(len(prompts))]
-    seen = None  # (B, V), the tokens of each text, if a penalty needs them
+    seen = None  # (B, V), the tokens of each text; only for a penalty
     if sampling.repetition_penalty != 1.0:
         seen = torch.zeros(len(prompts), model.vocab, dtype=torch.bool, device=device)
         for row, prompt in zip(seen, prompts, strict=True):
@@ -203,7 +203,9 @@ def pick(
     seen (B, V) bool: which tokens the penalty for repetition applies to; None for none.
     """
     if not logits.isfinite().all():
-        accepted = "float32 or bfloat16, because the logits are not finite in this one"
+        accepted = "a model whose logits are finite"
+        if logits.dtype == torch.float16:
+            accepted = "float32 or bfloat16, because the logits are not finite in this one"
         raise InputError("dtype", str(logits.dtype).removeprefix("torch."), accepted)
     if seen is not None:
         penalty = sampling.repetition_penalty

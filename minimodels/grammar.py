@@ -302,10 +302,10 @@ def expand(program: Program, text: str = "", field: str = "layers") -> tuple[Cal
             )
         if item.name in open_names:
             raise InputError(
-                field, item.name, "a definition without itself", excerpt(text, item.at)
+                field, item.name, "a definition that is not inside itself", excerpt(text, item.at)
             )
         if len(open_names) == DEEPEST:
-            accepted = f"definitions within definitions at most {DEEPEST} deep"
+            accepted = f"definitions nested at most {DEEPEST} deep"
             raise InputError(field, item.name, accepted, excerpt(text, item.at))
         shared, defined = program.definitions[item.name]
         found = one(defined, (*open_names, item.name))
@@ -383,7 +383,7 @@ def set_options(
             raise InputError("set", setting, "one LAYER.OPTION=VALUE; repeat --set for another")
         read, *others = parse_call(f"{name}({inner or option}={value})", "set").options
         if others:
-            raise InputError("set", setting, "one option; --set is repeatable")
+            raise InputError("set", setting, "one option; repeat --set for another")
         program, hits = set_option(program, name, read, missing, option if inner else "")
         if not hits and name in program.definitions:
             item = program.definitions[name].item
@@ -424,7 +424,7 @@ def set_option(
 
 
 def with_option(call: Call, option: Option, missing: bool = False) -> Call:
-    """The call with an option set, or, with `missing`, set if it was not."""
+    """The call with an option set; with `missing`, only if it was not set."""
     if all(each.name != option.name for each in call.options):
         return replace(call, options=(*call.options, option))
     kept = [option if each.name == option.name else each for each in call.options]
@@ -432,12 +432,12 @@ def with_option(call: Call, option: Option, missing: bool = False) -> Call:
 
 
 def within(call: Call, name: str, option: Option) -> Option:
-    """The option `name` of a call, with an option of its value set."""
+    """The option `name` of a call, with an option set inside its value."""
     value = next((each.value for each in call.options if each.name == name), None)
     if isinstance(value, str):
         value = Call(value)
     if not isinstance(value, Call):
-        accepted = f"an option of {call.name} that the text sets"
+        accepted = f"an option that the text sets in {call.name}"
         raise InputError("set", f"{name}.{option.name}", accepted)
     return Option(name, with_option(value, option))
 

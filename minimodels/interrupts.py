@@ -1,7 +1,7 @@
-"""Ctrl-C while Python still imports a command of this repository, which takes seconds because of
-PyTorch: the program ends at once and prints no traceback.
+"""Let Ctrl-C end a command of this repository at once and without a traceback while its imports
+run, which take seconds because of PyTorch.
 
-Importing this module is enough. Other programs that import minimodels stay as they are.
+Importing this module is enough. Other programs that import minimodels are not affected.
 """
 
 import os

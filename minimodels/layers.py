@@ -67,8 +67,8 @@ class Place(NamedTuple):
 class Record:
     """What the layers record in a pass, besides their outputs.
 
-    A finished record ignores what else is recorded: a layer that is computed again for the backward
-    pass records again.
+    A finished record ignores further values, because a layer that is recomputed in the backward
+    pass records them again.
 
     losses      weighted losses, to be added to the loss
     observed    values for the log: one entry for each layer that records something
@@ -90,8 +90,8 @@ class Record:
         self.losses[name] = self.losses[name] + value if name in self.losses else value
 
     def add_mean(self, name: str, weight: float, total: Tensor, count: Tensor) -> None:
-        """Add a weight times the mean of something over all tokens. `total` is its sum over the
-        layer's tokens, and `count` is their number."""
+        """Add a loss: a weight times a mean over all tokens. `total` is the sum over the layer's
+        tokens, and `count` is their number."""
         self.pool(name, add_means, (name, weight, total, count))
 
     def observe(self, name: str, value: Tensor) -> None:
@@ -102,9 +102,9 @@ class Record:
     def pool(self, name: str, settle: Callable[[Record, list], None], sums: object) -> None:
         """Append a layer's sums over its tokens to a pool.
 
-        After the pass `settle(record, pool)` turns the whole pool into losses and observations.
-        Between the two, every tensor in it is averaged over the ranks, so that losses which are no
-        sums over tokens are those of the whole batch.
+        After the pass every tensor in the pool is averaged over the ranks. Then
+        `settle(record, pool)` turns the whole pool into losses and observations. So losses that are
+        not sums over tokens are those of the whole batch.
         """
         if not self.finished:
             self.settlers[name] = settle
@@ -116,7 +116,7 @@ class Record:
             self.traces.setdefault(name, []).append(value.detach())
 
     def finish(self) -> dict[str, Tensor]:
-        """All losses, those of the pools included. The pass is over."""
+        """All losses, including those of the pools. The record is finished then."""
         for name, sums in averaged(self.pools).items():
             self.settlers[name](self, sums)
         self.pools, self.finished = {}, True
@@ -196,8 +196,8 @@ class Context:
 class RMSNorm(nn.Module):
     """y = w · x / sqrt(mean(x²) + eps) over the last dimension, with the mean in fp32.
 
-    arXiv:1910.07467. `learned` is false for a norm without w. With several `groups` the mean is
-    that of a group, a part of the last dimension.
+    arXiv:1910.07467. `learned` is false for a norm without w. With several `groups` each part of
+    the last dimension has its own mean.
     """
 
     def __init__(self, width: int, eps: float = 1e-5, learned: bool = True, groups: int = 1):
@@ -396,8 +396,8 @@ def is_plain(part: nn.Module) -> bool:
     """Whether a part does nothing but apply its weight, so that an operation may use the weight
     instead of calling the part.
 
-    It does more if it has hooks, an adapter or a quantised weight. A tensor that
-    torch.func.functional_call puts in place of the weight counts as more too.
+    It does more if it has hooks, an adapter or a quantised weight, or if torch.func.functional_call
+    has replaced the weight.
     """
     hooks = (
         part._forward_hooks,
@@ -424,9 +424,9 @@ def full_precision(x: Tensor) -> Tensor:
 def choose(impl: str, operation: str, device: torch.device, portable: bool = False) -> str:
     """The path of an operation: "reference", "torch" or "triton".
 
-    In torch.export and torch.func the reference takes the place of the torch path, because they
-    know PyTorch's own operations alone; unless the torch path is `portable`, which means that it
-    consists of them. Raises InputError if `impl` is unknown or cannot be used.
+    torch.export and torch.func know only PyTorch's own operations. In them the reference replaces
+    the torch path, unless that is `portable`, which means that it consists of such operations.
+    Raises InputError if `impl` is unknown or cannot be used.
     """
     if impl not in ("auto", *IMPLS):
         raise InputError("impl", impl, ", ".join(IMPLS))

@@ -179,7 +179,5 @@ def check_positions(positions: Tensor) -> None:
     before, after = positions[:, :-1], positions[:, 1:]
     fits = ((after > before) & (before >= 0)) | (after == -1)
     if not (fits.all() and (positions >= -1).all()):
-        accepted = (
-            "ascending in each row, with -1 (padding) at its end alone; documents need starts"
-        )
+        accepted = "ascending in each row, with -1 (padding) only at its end; documents need starts"
         raise ValueError(f"positions are {positions.tolist()[:2]}; accepted: {accepted}")

@@ -1,8 +1,8 @@
-"""Whether a training step fits in memory, before the first one is taken.
+"""Check whether a training step fits in memory before the first one is taken.
 
-What a step certainly takes: weights, gradients and AdamW's two moments, and what autograd stores
-for the backward pass. The last is counted on a short text and scaled up to the batch and context,
-in proportion to the tokens, because no layer stores less for a token of a longer text.
+A step takes at least weights, gradients, AdamW's two moments, and what autograd stores for the
+backward pass. The last is measured on a short text and scaled up to the tokens of the batch,
+because no layer stores less per token in a longer text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from minimodels.errors import InputError
 from minimodels.lm import LM
 
 PROBE = 256  # tokens of the short text
-# elements that a layer stores for a token, in widths: more than any layer here does
+# elements that a layer stores per token, over the model's width: more than any layer here needs
 GENEROUS = 200
 
 
@@ -33,7 +33,7 @@ class Memory(NamedTuple):
 def check_memory(
     model: LM, batch_size: int, context: int, autocast: torch.autocast, exact: bool = True
 ) -> str:
-    """A note if a training step may not fit in the memory that is free, otherwise "".
+    """A note if a training step may not fit in the free memory, otherwise "".
 
     Raises InputError if it needs more than the device has. `exact` is false if the step will store
     other tensors than model.loss does, as a compiled one may; then there is only the note.
@@ -43,7 +43,7 @@ def check_memory(
     tokens, config = batch_size * context, model.config
     if 4 * weights + GENEROUS * 4 * config.depth * config.width * tokens < memory.free:
         return ""
-    # first the activations exist, then the gradients
+    # the activations are freed as the gradients are made
     activations = activation_bytes(model, batch_size, context, autocast)
     least = 3 * weights + max(weights, activations)
     needed = f"at least {amount(int(least))} for a step"
@@ -57,8 +57,8 @@ def check_memory(
 
 
 def activation_bytes(model: LM, batch_size: int, context: int, autocast: torch.autocast) -> float:
-    """Bytes that autograd stores in a forward pass, at least: the difference between two rows of a
-    short text and one, scaled up. It leaves the model and the random state as they are."""
+    """At least how many bytes autograd stores in a forward pass: the difference between two rows
+    and one of a short text, scaled up. The model and the random state do not change."""
     length = min(context, PROBE)
     kept = [buffer.clone() for buffer in model.buffers()]
     with torch.random.fork_rng():
@@ -83,7 +83,7 @@ def stored_bytes(model: LM, rows: int, length: int, autocast: torch.autocast) ->
     with saved_tensors_hooks(hold, lambda tensor: tensor), autocast:
         loss, _ = model.loss(tokens, tokens)
     total = sum(held.values())
-    del loss  # until here it kept the tensors, so that no two had one address
+    del loss  # until here it kept the tensors alive, so that no two had the same address
     return total
 
 
@@ -116,7 +116,7 @@ def machine_memory() -> tuple[float, float]:
 
 
 def cgroup_limit(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")):
-    """The least memory limit, in bytes, of the control groups that hold this process; infinite if
+    """The lowest memory limit, in bytes, of the control groups of this process; infinite if
     there is none."""
     limits = [float("inf")]
     try:

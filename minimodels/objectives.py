@@ -36,7 +36,7 @@ class NextToken(nn.Module):
         # a rank without targets gets one, because a mean over none is NaN; its share is 0
         first = torch.where(count > 0, targets[:1], 0)
         targets = torch.cat((first, targets[1:]))
-        if head is None:  # the joint operation knows a matrix alone
+        if head is None:  # the joint operation takes only a matrix
             logits = full_precision(model.logits(x)).flatten(0, 1)
             return share * F.cross_entropy(logits, targets, ignore_index=IGNORE)
         return share * linear_cross_entropy(x.flatten(0, 1), head.weight, targets, self.impl)

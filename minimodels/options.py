@@ -4,7 +4,7 @@
     class Options:
         heads: Count = option(4, "H, query heads")
 
-`read_options` checks the options of a call such as attention(heads=8) by their types and makes the
+`read_options` checks the types of the options of a call, such as attention(heads=8), and makes the
 dataclass.
 """
 

@@ -11,7 +11,7 @@ import torch
 
 SHAPE = (512, 256, 512)  # of the matrix product that is timed
 FLOPS = 2 * math.prod(SHAPE)
-SLOWER, FASTER = 4.0, 1.5  # what is worth a word
+SLOWER, FASTER = 4.0, 1.5  # how much slower the steps, and how much faster fewer threads must be
 LOOKS = 3  # trials in a run
 
 
@@ -74,9 +74,9 @@ class Pace:
     def remark(self, tokens_per_second: float) -> str:
         """A line that suggests fewer threads, once in a run; otherwise "".
 
-        Steps that are far slower than the ledger's FLOPs and the product at the start suggest are
-        a reason to time the product again, with fewer threads too. If these are not faster, the
-        layers themselves are slow, and there is nothing to say.
+        If steps are far slower than the ledger's FLOPs and the first product suggest, the product
+        is timed again, also with fewer threads. If these are not faster, the layers themselves are
+        slow.
         """
         count, _, speed = self.threads
         slower = speed / (tokens_per_second * self.flops_per_token)

@@ -2,7 +2,7 @@
 
 Every rank has a copy of the model, or a part of it, and its own tokens of each batch. The loss of a
 rank is its share: the loss of the batch is the mean of the shares, so the gradient of the batch is
-the mean of the gradients. A loss that is no sum over tokens, such as a product of two means, is
+the mean of the gradients. A loss that is not a sum over tokens, such as a product of two means, is
 computed from the sums of all ranks. All ranks must call the functions here together.
 
 In one process they change nothing.
@@ -35,7 +35,7 @@ def rank() -> int:
     """The number of this process, from 0. Rank 0 prints and writes."""
     if joined():
         return dist.get_rank()
-    # torchrun has numbered it before it joins
+    # torchrun numbers the processes before they join
     return int(os.environ.get("RANK", "0")) if os.environ.get("WORLD_SIZE", "1") != "1" else 0
 
 
@@ -46,7 +46,7 @@ def world() -> int:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Within this block a rank computes for itself, as one process does."""
+    """Within this block a rank computes on its own, like a single process."""
     global _alone
     before, _alone = _alone, True
     try:
@@ -80,8 +80,8 @@ def average(x: Tensor) -> Tensor:
 
 
 def averaged(tree: Any) -> Any:
-    """A tree of lists, tuples and dicts, with the mean over the ranks for each tensor in it, by one
-    message."""
+    """A tree of lists, tuples and dicts with each tensor replaced by its mean over the ranks. This
+    takes one message."""
     if world() == 1:
         return tree
     leaves, structure = tree_flatten(tree)
@@ -104,7 +104,7 @@ def largest(*values: float) -> list[float]:
 
 
 def from_first(make: Callable[[], Result]) -> Result:
-    """What `make` returns in rank 0, where alone it runs. All ranks raise its InputError."""
+    """What `make` returns in rank 0; it runs only there. All ranks raise its InputError."""
     if world() == 1:
         return make()
     result, error = None, None

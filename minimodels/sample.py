@@ -42,7 +42,7 @@ class Options:
 
     model: tyro.conf.Positional[str]
     """folder of a training run or of one of its checkpoints (RUN/checkpoints/step-N), or a
-    published model: a folder in the Hugging Face format or an id of its hub"""
+    published model: a folder in the Hugging Face format or an id on its hub"""
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = Sampling()
     prompt: str = "def "
     """text to continue"""

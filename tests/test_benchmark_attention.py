@@ -107,7 +107,7 @@ def test_bits_by_position_are_those_of_each_bin(monkeypatch):
     (targets,) = (targets for _, targets in data.validation(2, 1))
 
     class Oracle(torch.nn.Module):
-        embedding = torch.nn.Embedding(1, 1)
+        device = torch.device("cpu")
 
         def forward(self, tokens):
             logits = 1e4 * torch.nn.functional.one_hot(targets, 256).double()

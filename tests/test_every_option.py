@@ -45,14 +45,15 @@ def defaults(kind: type) -> str:
 DEFAULTS = {
     "training": "model=transformer, size=tiny, data=stdlib, tokenizer=bytes, pack=false, "
     "field=text, cache=, steps=none, tokens=none, flops=none, minutes=none, "
-    "context=256, batch_size=8, accumulate=1, lr=0.002, schedule=cosine, warmup=50, "
+    "context=256, batch_size=8, accumulate=1, ramp=, lr=0.002, schedule=cosine, warmup=50, "
     "weight_decay=0.1, clip=1.0, seed=0, device=auto, threads=none, dtype=auto, "
-    "compile=false, eval_every=100, eval_batches=8, sample_every=0, prompt=import , "
-    "log_every=10, out=none, resume=none",
+    "compile=false, checkpoint_activations=false, context_parallel=1, shard=false, "
+    "skip_bad_steps=0, eval_every=100, keep=2, eval_batches=8, sample_every=0, "
+    "prompt=import , log_every=10, out=none, init=, resume=none",
     "model": "layers=(attention mlp)*4, vocab=0, width=128, norm_eps=1e-05, norm=rms, "
     "tie_embeddings=true, impl=auto, residual=pre_norm, embedding_scale=1.0, "
-    "residual_scale=1.0, logit_scale=1.0, logit_softcap=none, objective=next_token",
-    "sampling": "temperature=0.8, top_k=0, top_p=1.0, min_p=0.0",
+    "embedding_norm=false, residual_scale=1.0, logit_scale=1.0, logit_softcap=none, objective=next_token",
+    "sampling": "repetition_penalty=1.0, temperature=0.8, top_k=0, top_p=1.0, min_p=0.0",
     "attention": "heads=4, kv_heads=none, head_dim=none, window=none, rope_base=10000.0, "
     "rope_fraction=1.0, rope_scaling=none, qk_norm=none, bias=false, scale=none, "
     "softcap=none, sink=false, value_residual=false, gate=none",
@@ -188,6 +189,7 @@ CONFIG = {  # field of Config -> another value
     "impl": "reference",
     "residual": "post_norm",
     "embedding_scale": 2.0,
+    "embedding_norm": True,
     "residual_scale": 0.5,
     "logit_scale": 0.5,
     "logit_softcap": 0.1,
@@ -220,15 +222,24 @@ def test_every_field_of_a_model_has_an_effect():
     assert [type(block.layer).__name__ for block in swapped.layers] == ["SwiGLU", "Attention"]
 
 
+SAMPLING = (
+    {},
+    {"repetition_penalty": 9.0},
+    {"temperature": 2.0},
+    {"top_k": 3},
+    {"top_p": 0.5},
+    {"min_p": 0.5},
+)
+
+
 def test_every_option_of_sampling_has_an_effect():
     torch.manual_seed(0)
     model = LM(Config(layers="mlp", width=16, vocab=256, tie_embeddings=False)).eval()
     model.head.weight.data.mul_(3)
-    texts = [
-        complete(model, "abc", 60, Sampling(**given), seed=1)
-        for given in ({}, {"temperature": 2.0}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.5})
-    ]
-    assert len(dataclasses.fields(Sampling)) == len(texts) - 1
+    texts = [complete(model, "abc", 60, Sampling(**given), seed=1) for given in SAMPLING]
+    assert {name for given in SAMPLING for name in given} == {
+        field.name for field in dataclasses.fields(Sampling)
+    }
     assert len(set(texts)) == len(texts)
 
 
@@ -242,6 +253,7 @@ LEARNS = {  # option of training -> other values, each of which gives other weig
     "context": [8],
     "batch_size": [3],
     "accumulate": [2],
+    "ramp": ["context=8:16"],
     "lr": [1e-3, 3e-3],
     "schedule": ["wsd", "constant"],
     "warmup": [0, 3],
@@ -269,6 +281,12 @@ ELSEWHERE = {  # -> where it is tried
     "threads": "test_first_hour: threads_are_the_fastest_that_a_trial_found",
     "compile": "test_train: a_compiled_run_takes_the_same_steps",
     "out": "test_train: a_new_run_takes_a_new_name",
+    "checkpoint_activations": "test_blocks: blocks_computed_again_remember_less",
+    "context_parallel": "test_parallel: a_split_context_gives_the_outputs_and_gradients_of_the_whole",
+    "shard": "test_parallel: torchrun_takes_the_steps_of_one_process_which_continues_its_run",
+    "skip_bad_steps": "test_survival: a_run_skips_as_many_bad_steps_as_it_may",
+    "keep": "test_train: the_last_checkpoints_and_the_best_are_kept",
+    "init": "test_survival: a_run_starts_from_the_weights_of_another",
     "resume": "test_train: resuming_is_exact",
 }
 

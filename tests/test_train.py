@@ -20,12 +20,14 @@ from safetensors import safe_open
 from small import small
 
 import minimodels.sample
+import minimodels.training.run as training_run
 import train
 from minimodels import LM, Config, InputError, load_model, preset
 from minimodels.command import run_command
 from minimodels.files import LOCK, atomic_write
 from minimodels.memory import Memory
 from minimodels.presets import MAIN, PRESETS
+from minimodels.training import checkpoint
 from minimodels.training.optim import adamw, learning_rate
 from minimodels.training.options import make_first
 
@@ -62,7 +64,7 @@ def contents(folder) -> dict[str, bytes]:
 
 def shard(folder) -> Path:
     """The file of tensors in a run's newest checkpoint."""
-    (file,) = train.checkpoint.find(folder).folder.glob("*.safetensors")
+    (file,) = checkpoint.find(folder).folder.glob("*.safetensors")
     return file
 
 
@@ -239,9 +241,9 @@ def test_an_interrupt_at_the_end_waits_for_the_last_checkpoint(tmp_path, monkeyp
         os.kill(os.getpid(), signal.SIGINT)
         return save(*arguments)
 
-    save = train.checkpoint.save
+    save = checkpoint.save
     with monkeypatch.context() as patch:
-        patch.setattr(train.checkpoint, "save", interrupted)
+        patch.setattr(checkpoint, "save", interrupted)
         with pytest.raises(SystemExit) as stopped:
             run("--data", "text", "--steps", 2, "--out", "run", *SMALL, monkeypatch=monkeypatch)
     assert stopped.value.code == 130
@@ -416,7 +418,7 @@ REFUSED = [
     (["--dtype", "int8"], "dtype: 'int8'", "auto, float32, bfloat16"),
     (["--steps", "0"], "steps: 0", "a whole number from 1"),
     (["--tokens", "inf"], "tokens: inf", "above 0"),
-    (["--out", "text/run"], "out: 'text/run'", "a folder that can be made"),
+    (["--out", "text/run"], "out: 'text/run'", "a folder that can be created"),
     (["--layers", "mlp*99999999"], "layers: 'mlp*99999999...'", "at most 10000 layers"),
     (["--layers", "mlp*" + "9" * 5000], "layers: '9999", "a whole number of 1 or more"),
     (["--layers", "(" * 3000], "layers: '('", "nested at most 50 deep"),
@@ -503,20 +505,20 @@ def test_refuses_to_resume_what_is_damaged_or_another_run(tmp_path, monkeypatch,
     common = ["--data", "text", "--steps", 2, *SMALL]
     run(*common, "--out", "run", monkeypatch=monkeypatch)
     run(*common, "--width", 16, "--out", "other", monkeypatch=monkeypatch)
-    checkpoint, file = tmp_path / "run/checkpoints/step-2", shard(tmp_path / "run")
+    folder, file = tmp_path / "run/checkpoints/step-2", shard(tmp_path / "run")
     whole = file.read_bytes()
     for content in (whole[: len(whole) // 2], b""):
         file.write_bytes(content)
         assert "step-2: the checksum of shard-00001" in refused("--steps", 4)
         assert file.read_bytes() == content
-    checkpoint.rename(tmp_path / "mine")
+    folder.rename(tmp_path / "mine")
     assert "accepted: a run with a whole checkpoint, checkpoints/step-N (it has none)" in refused()
     (tmp_path / "run/checkpoint.safetensors").write_bytes(whole)
     assert "checkpoint.safetensors is of an earlier version" in refused()
-    shutil.copytree(tmp_path / "other/checkpoints/step-2", checkpoint)
+    shutil.copytree(tmp_path / "other/checkpoints/step-2", folder)
     assert "a model of this configuration; differing: width 16 for 32" in refused("--steps", 4)
-    shutil.rmtree(checkpoint)
-    (tmp_path / "mine").rename(checkpoint)
+    shutil.rmtree(folder)
+    (tmp_path / "mine").rename(folder)
     file.write_bytes(whole)
     for field, value in {"width": 16, "data": "stdlib", "context": 16, "seed": 5}.items():
         named = "config: 'width 16 for 32'" if field == "width" else f"{field}: "
@@ -536,7 +538,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_as_if_undamaged(
     said = capsys.readouterr().out
     assert re.search(r"passed over a checkpoint: step-6: the checksum of shard-\S+ is not", said)
     assert "from step 4, to 6 steps" in said
-    assert train.checkpoint.find(tmp_path / "run").folder.name == "step-6"
+    assert checkpoint.find(tmp_path / "run").folder.name == "step-6"
     assert contents(tmp_path / "run") == expected
 
 
@@ -546,12 +548,12 @@ def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
     for step, score in enumerate([3.0, 1.0, 2.0, None, 4.0, 5.0]):
         with torch.no_grad():
             model.embedding.weight.fill_(step)
-        train.checkpoint.save(tmp_path, model, None, {"step": step}, score, keep=2)
+        checkpoint.save(tmp_path, model, None, {"step": step}, score, keep=2)
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert names == {"step-1", "step-4", "step-5"}
-    train.checkpoint.save_options(tmp_path, {"config": {}})
+    checkpoint.save_options(tmp_path, {"config": {}})
     for folder, weight in ((tmp_path, 5), (tmp_path / "checkpoints/step-1", 1)):
-        assert (train.checkpoint.load_model(folder).embedding.weight == weight).all()
+        assert (checkpoint.load_model(folder).embedding.weight == weight).all()
 
 
 def test_says_that_memory_is_lacking(tmp_path, monkeypatch, capsys):
@@ -589,7 +591,7 @@ def test_what_a_killed_save_left_goes_away(tmp_path, monkeypatch):
     left = tmp_path / "run/checkpoints/step-7.partial"
     left.mkdir(parents=True)
     (left / "shard-00001-model-00001-of-00001.safetensors").write_text("half")
-    train.checkpoint.save(
+    checkpoint.save(
         tmp_path / "run",
         model := LM(Config(layers="mlp", width=8)),
         adamw(model, 1e-3, 0.1),
@@ -659,11 +661,11 @@ def test_refuses_moments_of_another_shape(tmp_path):
     optimizer.step()
     moments = optimizer.state[model.embedding.weight]
     moments["exp_avg"] = moments["exp_avg"].t()
-    train.checkpoint.save(tmp_path, model, optimizer, {"step": 1})
+    checkpoint.save(tmp_path, model, optimizer, {"step": 1})
     with pytest.raises(
         InputError, match=r"embedding.weight.exp_avg \[8, 7\] float32.* \[7, 8\] float32"
     ):
-        train.checkpoint.load(tmp_path, model, optimizer)
+        checkpoint.load(tmp_path, model, optimizer)
 
 
 def test_refuses_to_go_on_with_other_data(tmp_path, monkeypatch, capsys):
@@ -727,12 +729,12 @@ def test_options_that_still_parse_but_changed_are_refused(tmp_path, monkeypatch,
 
 def test_outputs_that_are_not_finite_are_neither_saved_nor_logged(tmp_path, monkeypatch, capsys):
     """The loss before the last step, and the weights after it, may still be finite."""
-    monkeypatch.setattr(train, "evaluate", lambda *given: {"validation_loss": math.nan})
+    monkeypatch.setattr(training_run, "evaluate", lambda *given: {"validation_loss": math.nan})
     with pytest.raises(SystemExit, match="1"):
         run("--data", "text", "--steps", 1, "--out", "run", *SMALL, monkeypatch=monkeypatch)
     said = capsys.readouterr().err
     assert re.search("the validation loss is not finite; .* nothing was saved", said)
-    assert not train.checkpoint.exists(tmp_path / "run")
+    assert not checkpoint.exists(tmp_path / "run")
     assert all(math.isfinite(value) for row in log(tmp_path / "run") for value in row.values())
 
 
@@ -754,20 +756,20 @@ def test_refuses_weights_that_are_not_finite(tmp_path, monkeypatch, capsys):
         )
     said = capsys.readouterr().err
     assert re.search("weights are not finite; .* nothing was saved", said)
-    assert not train.checkpoint.exists(tmp_path / "run")
+    assert not checkpoint.exists(tmp_path / "run")
 
 
 def test_weights_are_looked_at_before_a_checkpoint_on_the_way(tmp_path, monkeypatch, capsys):
     """Step 2 breaks them, long before the log would show it."""
-    step = train.training_step
+    step = training_run.training_step
 
     def broken(model, *given):
         taken = step(model, *given)
-        if train.checkpoint.exists(tmp_path / "run"):
+        if checkpoint.exists(tmp_path / "run"):
             model.norm.weight.data.fill_(math.nan)
         return taken
 
-    monkeypatch.setattr(train, "training_step", broken)
+    monkeypatch.setattr(training_run, "training_step", broken)
     arguments = ["--data", "text", "--steps", 9, "--out", "run", *SMALL]
     with pytest.raises(SystemExit, match="1"):
         run(*arguments, "--eval-every", 1, "--log-every", 9, monkeypatch=monkeypatch)
@@ -812,7 +814,7 @@ def test_a_run_takes_the_steps_that_it_says(clip, tmp_path, monkeypatch):
     arguments = f"--layers|{layers}|--data|text|--steps|3|--accumulate|2|--seed|4"
     arguments = [*arguments.split("|"), "--weight-decay", 0.5, "--clip", clip, "--out", "run"]
     run(*arguments, *SMALL, monkeypatch=monkeypatch)
-    config, data = train.checkpoint.load_model(tmp_path / "run").config, train.open_data("text", 32)
+    config, data = checkpoint.load_model(tmp_path / "run").config, train.open_data("text", 32)
     torch.manual_seed(4)
     model = LM(config)
     optimizer = adamw(model, 1.0, 0.5)
@@ -837,7 +839,7 @@ def test_a_run_takes_the_steps_that_it_says(clip, tmp_path, monkeypatch):
         }
         assert {name: record[name] for name in expected} == pytest.approx(expected)
     (tmp_path / "ours").mkdir()
-    train.checkpoint.save(tmp_path / "ours", model, optimizer, {"step": 3})
+    checkpoint.save(tmp_path / "ours", model, optimizer, {"step": 3})
     assert contents(tmp_path / "ours") == contents(tmp_path / "run")
 
 
@@ -848,7 +850,7 @@ def test_validation_scores_every_held_out_batch_as_in_use(name):
     # a tied head repeats its token
     config = Config(layers="mod(mlp)", width=16, vocab=data.vocab, tie_embeddings=False)
     model = LM(config)
-    scores = train.evaluate(model, data, 4, 8, torch.autocast("cpu", enabled=False))
+    scores = training_run.evaluate(model, data, 4, 8, torch.autocast("cpu", enabled=False))
     train.sample(model, data, "a")
     assert model.training
     nats, accuracy = scored(model, data.validation(4, 8))
@@ -860,14 +862,14 @@ def test_validation_scores_every_held_out_batch_as_in_use(name):
 
 def test_a_resumed_run_counts_the_seconds_before(tmp_path, monkeypatch):
     run("--data", "text", "--steps", 2, "--out", "run", *SMALL, monkeypatch=monkeypatch)
-    find = train.checkpoint.find
+    find = checkpoint.find
 
     def found_late(run):
         found = find(run)
         found.about["progress"]["seconds"] = 100.0
         return found
 
-    monkeypatch.setattr(train.checkpoint, "find", found_late)
+    monkeypatch.setattr(checkpoint, "find", found_late)
     run("--resume", "run", "--steps", 3, monkeypatch=monkeypatch)
     assert 100 < log(tmp_path / "run")[-1]["seconds"] < 200
 
@@ -945,21 +947,21 @@ def test_a_checkpoint_is_of_one_configuration(tmp_path, monkeypatch):
     """It is rejected for another configuration even if all shapes agree. A checkpoint older than a
     field gets the field's default."""
     model = LM(Config(layers="attention(window=4)", width=8))
-    train.checkpoint.save(tmp_path, model, adamw(model, 1e-3, 0.1), {"step": 1})
+    checkpoint.save(tmp_path, model, adamw(model, 1e-3, 0.1), {"step": 1})
     other = replace(model.config, layers="attention(window=5)")
     differing = r"differing: layers 'attention\(window=4\)' for 'attention\(window=5\)'"
     with pytest.raises(InputError, match=differing):
-        train.checkpoint.load(tmp_path, LM(other))
+        checkpoint.load(tmp_path, LM(other))
     with pytest.raises(InputError, match="differing: norm_eps 1e-05 for 1e-06"):
-        train.checkpoint.load(tmp_path, LM(replace(model.config, norm_eps=1e-6)))
+        checkpoint.load(tmp_path, LM(replace(model.config, norm_eps=1e-6)))
     with monkeypatch.context() as patch:
         patch.setattr(
-            train.checkpoint,
+            checkpoint,
             "asdict",
             lambda config: {"layers": config.layers, "width": config.width},
         )
-        train.checkpoint.save(tmp_path, model, adamw(model, 1e-3, 0.1), {"step": 1})
-    train.checkpoint.load(tmp_path, model)
+        checkpoint.save(tmp_path, model, adamw(model, 1e-3, 0.1), {"step": 1})
+    checkpoint.load(tmp_path, model)
 
 
 @pytest.mark.parametrize(
@@ -976,15 +978,15 @@ def test_a_checkpoint_is_of_one_configuration(tmp_path, monkeypatch):
 def test_checkpoints_compare_what_texts_describe(saved, wanted, same, tmp_path):
     """Spaces, repeats and definitions do not matter."""
     model = LM(Config(layers=saved, width=8))
-    train.checkpoint.save(tmp_path, model, None, {"step": 1})
+    checkpoint.save(tmp_path, model, None, {"step": 1})
     other = LM(Config(layers=wanted, width=8))
     if same:
-        train.checkpoint.load(tmp_path, other)
+        checkpoint.load(tmp_path, other)
         tokens = torch.arange(5)[None]
         assert torch.equal(model.eval()(tokens)[0], other.eval()(tokens)[0])
     else:
         with pytest.raises(InputError, match="differing: layers"):
-            train.checkpoint.load(tmp_path, other)
+            checkpoint.load(tmp_path, other)
 
 
 def test_a_shared_layer_is_saved_once(tmp_path):
@@ -996,7 +998,7 @@ def test_a_shared_layer_is_saved_once(tmp_path):
     optimizer = adamw(model, 1e-3, 0.1)
     model.loss(*torch.zeros(2, 1, 3, dtype=torch.int64))[0].backward()
     optimizer.step()
-    train.checkpoint.save(tmp_path, model, optimizer, {"step": 1})
+    checkpoint.save(tmp_path, model, optimizer, {"step": 1})
     kept = contents(tmp_path)
     names = {name.removeprefix("model.") for name in kept if name.startswith("model.")}
     assert names == set(dict(model.named_parameters()))
@@ -1004,7 +1006,7 @@ def test_a_shared_layer_is_saved_once(tmp_path):
     for name in ("exp_avg", "exp_avg_sq"):
         assert f"optimizer.layers.0.layer.q.weight.{name}" in kept
     again = adamw(other, 1e-3, 0.1)
-    train.checkpoint.load(tmp_path, other, again)
+    checkpoint.load(tmp_path, other, again)
     tokens = torch.arange(5)[None]
     assert torch.equal(model(tokens)[0], other(tokens)[0])
     assert other.layers[0] is other.layers[2]
@@ -1038,20 +1040,20 @@ def test_a_run_is_resumed_with_the_same_layers_in_other_words(tmp_path, monkeypa
 
 
 def test_a_validation_on_the_way_is_checkpointed_and_no_part_of_the_speed(tmp_path, monkeypatch):
-    clock, saved, rate, save = [0], [], train.learning_rate, train.checkpoint.save
+    clock, saved, rate, save = [0], [], train.learning_rate, checkpoint.save
 
     def tick(seconds, result=None):
         clock[0] += seconds
         return result
 
-    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(training_run, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     # a step takes a second
     monkeypatch.setattr(train, "learning_rate", lambda *given: tick(1, rate(*given)))
     monkeypatch.setattr(
-        train, "evaluate", lambda *_: tick(100, {"validation_loss": 1.0, "accuracy": 0.5})
+        training_run, "evaluate", lambda *_: tick(100, {"validation_loss": 1.0, "accuracy": 0.5})
     )
     monkeypatch.setattr(
-        train.checkpoint, "save", lambda *given: saved.append(given[3]["step"]) or save(*given)
+        checkpoint, "save", lambda *given: saved.append(given[3]["step"]) or save(*given)
     )
     arguments = [
         "--layers",
@@ -1081,7 +1083,7 @@ def test_damage_anywhere_is_seen(tmp_path):
     optimizer = adamw(model, 1e-3, 0.1)
     model.loss(*torch.zeros(2, 1, 3, dtype=torch.int64))[0].backward()
     optimizer.step()
-    train.checkpoint.save(tmp_path, model, optimizer, {"step": 1})
+    checkpoint.save(tmp_path, model, optimizer, {"step": 1})
     file = shard(tmp_path)
     whole = file.read_bytes()
     start = 8 + int.from_bytes(whole[:8], "little")
@@ -1092,7 +1094,7 @@ def test_damage_anywhere_is_seen(tmp_path):
         damaged[place] ^= 1
         file.write_bytes(damaged)
         with pytest.raises(InputError, match="step-1: the checksum of shard-00001.*tensors is not"):
-            train.checkpoint.load(tmp_path, model, optimizer)
+            checkpoint.load(tmp_path, model, optimizer)
     file.write_bytes(whole)
     progress = file.with_name("progress.json")
     content = progress.read_text()
@@ -1103,11 +1105,11 @@ def test_damage_anywhere_is_seen(tmp_path):
     }.items():
         progress.write_text(hurt)
         with pytest.raises(InputError, match=message):
-            train.checkpoint.load(tmp_path, model, optimizer)
+            checkpoint.load(tmp_path, model, optimizer)
     progress.write_text(content)
     shutil.copy(file, file.with_name("shard-00002-model-00001-of-00001.safetensors"))
     with pytest.raises(InputError, match="its files are not shard-00001"):
-        train.checkpoint.load(tmp_path, model, optimizer)
+        checkpoint.load(tmp_path, model, optimizer)
 
 
 def test_a_file_is_replaced_and_not_written_over(tmp_path):

@@ -1,7 +1,7 @@
 """Print what every layer is, where it was published, and which options it has.
 
-    python -m minimodels.architectures                  all layers and wrappers, a line each
-    python -m minimodels.architectures attention        one of them, with its options
+    python -m minimodels.architectures                  all layers and wrappers, one line each
+    python -m minimodels.architectures attention        one of them with its options
 
 The options are those of a model's text, such as attention(heads=8).
 """

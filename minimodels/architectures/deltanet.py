@@ -99,12 +99,12 @@ class DeltaNet(nn.Module):
             "head", "rank of a vector gate's map: the width of a key, or full (Ling)"
         )
         gate_bound: Positive | None = option(
-            None, "b, so that the log-decay is above -b, a sigmoid's; by default without bound"
+            None, "b: the log-decay is -b times a sigmoid; by default it is unbounded"
         )
         beta_max: Literal[1, 2] = option(1, "β is below this; 2 lets a step reflect the state")
         steps: Count = option(1, "n, steps of the delta rule for each token")
         output_gate: Literal["none", "silu", "sigmoid"] = option(
-            "none", "activation of the gate behind the output's norm"
+            "none", "activation of the gate on the normalised output"
         )
         output_rank: Literal["full", "head"] = option(
             "full", "rank of the output gate's map: full, or the width of a value"

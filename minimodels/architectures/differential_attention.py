@@ -48,7 +48,7 @@ class DifferentialAttention(nn.Module):
     class Options:
         version: Literal["v1", "v2"] = option("v2", "v1 (the paper, pairs of heads) or v2")
         heads: Count = option(
-            4, "H, query heads; in v1 half of them are subtracted, in v2 as many more are"
+            4, "H, query heads; v1 subtracts half of them from the rest, v2 has H more to subtract"
         )
         kv_heads: Count | None = option(None, "G, key and value heads; by default as many as heads")
         head_dim: Count | None = option(None, "d, width of a head; by default width / heads")

@@ -48,7 +48,7 @@ class LatentAttention(nn.Module):
     class Options:
         heads: Count = option(4, "H, heads")
         head_dim: Count | None = option(
-            None, "d, of queries and keys without rotation; by default width / heads"
+            None, "d, unrotated width of queries and keys; by default width / heads"
         )
         rope_dim: Count | None = option(
             None,
@@ -57,7 +57,7 @@ class LatentAttention(nn.Module):
         value_dim: Count | None = option(None, "d_v, width of a value; by default head_dim")
         kv_rank: Count | None = option(None, "r, width of the latent; by default width / 4")
         q_rank: Count | None = option(
-            None, "width of a latent of the queries; by default they have none"
+            None, "width of the queries' latent; by default they have none"
         )
         rope_base: NonNegative = option(
             10_000.0, "base of the rotary angles; 0 leaves positions out (Kimi Linear)"
@@ -112,8 +112,8 @@ class LatentAttention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2)), after
 
     def project(self, x: Tensor, at: Tensor, cache: dict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What a chunk x at positions `at` is turned into: the queries' latent, which is x if they
-        have none, both parts of the queries, and the memory of the chunk."""
+        """A chunk x at positions `at` -> the queries' latent (x if they have none), both parts of
+        the queries, and the memory of the chunk."""
         B, T, _ = x.shape
         low = x if self.q_down is None else self.q_norm(self.q_down(x)).to(x.dtype)
         q = self.q(low).view(B, T, self.heads, -1).transpose(1, 2)  # (B, H, T, d + d_r)
@@ -136,7 +136,7 @@ class LatentAttention(nn.Module):
     ) -> Tensor:
         """Attention to the whole memory, in the form that takes fewer operations."""
         T, S = plain.shape[2], memory.keys.shape[2]
-        # an adapter or a hook needs the map itself to be called, in the expanded form
+        # only the expanded form calls the map itself, as an adapter or a hook requires
         absorb = T < S and is_plain(self.kv_up) and self.absorbing_saves(T, S)
         form = self.absorbed if absorb else self.expanded
         return form(plain, turned, memory.keys, queries, memory.positions, starts)
@@ -163,7 +163,7 @@ class LatentAttention(nn.Module):
         keys: Tensor | None,
         starts: Tensor | None,
     ) -> Tensor:
-        """The same over the latents themselves, which serve as all heads' keys and values."""
+        """The same over the latents, which are the keys and values of all heads."""
         q, to_values = self.absorb(plain, turned)
         y = self.attend(q, memory, memory, queries, keys, starts)[..., : self.rank]
         return y @ to_values.to(y.dtype)

@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from minimodels.config import Config
 from minimodels.errors import Count, NonNegative
 from minimodels.layers import Context, Place, RMSNorm, by_token, choose, full_precision
+from minimodels.ops.before import Before
 from minimodels.ops.convolution import CausalConv1d
 from minimodels.ops.scan import scan
 from minimodels.options import option
@@ -68,14 +69,18 @@ class Mamba(nn.Module):
         expand: Count = option(2, "inner width over the model's width")
         state_size: Count = option(16, "N, numbers of state per channel")
         conv_width: Count = option(4, "W, taps of the causal convolution")
-        rank: Count | None = option(None, "R, of the step size; by default width / 16, rounded up")
+        rank: Count | None = option(
+            None, "R, rank of the step size; by default width / 16, rounded up"
+        )
         conv_bias: bool = option(True, "a bias in the convolution")
         bias: bool = option(False, "biases in the input and the output projection")
         norm: Literal["none", "plain", "learned"] = option(
             "none",
             "RMSNorm on dt, B and C: none, plain (without weights, Falcon-Mamba) or learned (Jamba)",
         )
-        norm_eps: NonNegative | None = option(None, "epsilon of these; by default the model's")
+        norm_eps: NonNegative | None = option(
+            None, "epsilon of these norms; by default the model's"
+        )
 
     def __init__(self, options: Options, config: Config, place: Place = Place()):
         super().__init__()
@@ -153,7 +158,7 @@ def selective_scan(
     skip: Tensor,
     z: Tensor | None = None,
     delta_bias: Tensor | None = None,
-    state: Tensor | None = None,
+    state: Tensor | Before | None = None,
     impl: str = "auto",
     resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -167,10 +172,13 @@ def selective_scan(
     decay is 0 instead of exp(Δ_t A), which forgets the state before it.
 
     x, delta, z (B, T, I); A (I, N) negative; B, C (B, T, N); skip, delta_bias (I,); state (B, I,
-    N), None for zeros; resets (B, T) bool, True if a token begins a document, None for none.
-    Returns y (B, T, I) in x's dtype and the final state (B, I, N). The computation is in fp32, or
-    in fp64 if x is. Raises ValueError if shapes disagree.
+    N), None for zeros, Before if other ranks have the tokens before; resets (B, T) bool, True if a
+    token begins a document, None for none. Returns y (B, T, I) in x's dtype and the final state (B,
+    I, N). The computation is in fp32, or in fp64 if x is. Raises ValueError if shapes disagree.
     """
+    if isinstance(state, Before):
+        _, written = selective_scan(x, delta, A, B, C, skip, None, delta_bias, None, impl, resets)
+        state, _ = state.find(total_decay(delta, A, delta_bias, resets), written)
     check_shapes(x, delta, A, B, C, skip, z, delta_bias, state, resets)
     (batch, T, I), N = x.shape, A.shape[1]
     path = choose(impl, "selective_scan", x.device)
@@ -219,6 +227,16 @@ def check_shapes(
             raise ValueError(
                 f"selective_scan: {name} is {tuple(tensor.shape)}; {shape} fits x {tuple(x.shape)}"
             )
+
+
+def total_decay(
+    delta: Tensor, A: Tensor, delta_bias: Tensor | None, resets: Tensor | None
+) -> Tensor:
+    """What is left of a state after all T tokens: (B, I, N). Arguments as in selective_scan."""
+    delta, A = full_precision(delta), full_precision(A)
+    delta = F.softplus(delta if delta_bias is None else delta + delta_bias)
+    decay = torch.exp(delta.sum(1).unsqueeze(-1) * A)
+    return decay if resets is None else decay.masked_fill(resets.any(1)[:, None, None], 0)
 
 
 def recurrence(

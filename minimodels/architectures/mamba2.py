@@ -83,9 +83,9 @@ class Mamba2(nn.Module):
             "gate_norm",
             "RMSNorm of each group's output: after the gate, before it (Falcon-H1), or none",
         )
-        norm_eps: NonNegative | None = option(None, "epsilon of it; by default the model's")
+        norm_eps: NonNegative | None = option(None, "epsilon of this norm; by default the model's")
         step_min: NonNegative = option(0.0, "Δ is at least this, in every path")
-        step_max: Positive | None = option(None, "Δ is at most this; by default without limit")
+        step_max: Positive | None = option(None, "Δ is at most this; by default unlimited")
 
         def check(self, width: int) -> None:
             """Raise InputError if heads do not fit the width or groups, or step_max < step_min."""

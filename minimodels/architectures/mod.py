@@ -169,7 +169,7 @@ class MixtureOfDepths(nn.Module):
         context.record.trace("taken", taken)
         # shorter rows are filled up to k
         k = taken.shape[1] if is_transformed() else int(taken.sum(1).amax())
-        # each token's place among the tokens that take the group, or else behind them
+        # each token's place: first the tokens that take the group, then the others
         place = torch.where(taken, taken.cumsum(1), taken.sum(1, True) + (~taken).cumsum(1)) - 1
         tokens = torch.arange(taken.shape[1], device=taken.device).expand_as(place)
         index = torch.zeros_like(place).scatter(1, place, tokens)[:, :k]

@@ -71,9 +71,9 @@ class MoE(nn.Module):
             "which is not causal",
         )
         groups: Count = option(
-            1, "groups of experts, of which each token visits a few (DeepSeek-V3: 8)"
+            1, "groups of experts; a token visits only some groups (DeepSeek-V3: 8)"
         )
-        groups_per_token: Count = option(1, "how many groups (DeepSeek-V3: 4)")
+        groups_per_token: Count = option(1, "groups that a token visits (DeepSeek-V3: 4)")
         routed_scale: NonNegative = option(
             1.0, "factor on the routed experts' weights (DeepSeek-V3: 2.5)"
         )
@@ -82,7 +82,7 @@ class MoE(nn.Module):
         )
         balance: Literal["layer", "pooled"] = option(
             "layer",
-            "layer (each layer's loads are balanced) or pooled (their mean is, as in transformers)",
+            "layer (balance the loads of each layer) or pooled (their mean, as transformers does)",
         )
         z_loss: NonNegative = option(0.001, "weight of the router's z-loss (DeepSeek-V3 has none)")
         bias_step: NonNegative = option(0.001, "step of sigmoid_bias's selection bias")
@@ -92,10 +92,10 @@ class MoE(nn.Module):
             "silu", "silu (SwiGLU), gelu (GEGLU) or clamped (gpt-oss), of all experts"
         )
         shared_width: Count | None = option(
-            None, "hidden width of the shared experts together; by default that of so many experts"
+            None, "total hidden width of the shared experts; by default that of as many routed ones"
         )
         shared_gate: bool = option(
-            False, "a sigmoid of the input on the shared experts' output (Qwen2 MoE)"
+            False, "multiply the shared experts' output by a sigmoid of the input (Qwen2 MoE)"
         )
 
         def __post_init__(self):
@@ -190,8 +190,8 @@ class MoE(nn.Module):
     def account(
         self, logits: Tensor, visits: Tensor, probabilities: Tensor, context: Context
     ) -> None:
-        """Record the z-loss, mean(logsumexp(logits)²) over the real tokens, and what the balance
-        loss is made of. Count the visits."""
+        """Record the z-loss, mean(logsumexp(logits)²) over the real tokens, and the sums that the
+        balance loss needs. Count the visits."""
         real = (
             logits.new_ones(logits.shape[:2])
             if context.real is None
@@ -207,11 +207,11 @@ class MoE(nn.Module):
         record.pool("balance", balance, sums)
 
     def count(self, visited: Tensor) -> None:
-        """Count the visits (E,) of a training step, which move the selection bias."""
+        """Count the visits (E,) of a training step, which decide how the selection bias moves."""
         if not is_transformed():
             self.visited.add_(visited.to(self.visited.dtype))
         elif self.bias is not None:
-            accepted = "eval(), because torch.func and torch.export count no visits"
+            accepted = "eval(), because torch.func and torch.export cannot count visits"
             raise InputError("router", "sigmoid_bias in training mode", accepted)
 
     def _apply(self, fn, recurse=True):

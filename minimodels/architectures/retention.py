@@ -85,7 +85,7 @@ class Retention(nn.Module):
         head_dim: Count | None = option(None, "K, width of a key; by default width / heads")
         value_dim: Count | None = option(None, "V, width of a value; by default width / heads")
         feature_map: Literal["none", "elu", "silu"] = option(
-            "none", "of queries and keys: none, elu (1 + elu, positive) or silu (values too)"
+            "none", "map of queries and keys: none, elu (1 + elu, positive) or silu (values too)"
         )
         rope_base: NonNegative = option(
             10_000.0, "base of the rotary angles; 0 leaves positions out"
@@ -94,15 +94,15 @@ class Retention(nn.Module):
             "heads",
             "none; fixed by head (RetNet) or by head and layer (Lightning); learned by channel (GLA)",
         )
-        scale: bool = option(True, "queries times K^-1/2")
+        scale: bool = option(True, "multiply the queries by K^-1/2")
         norm: Literal["none", "sum", "head", "full"] = option(
             "head",
-            "of the output: none, sum (division by the sum of the weights), RMSNorm of each head or of all",
+            "norm of the output: none, sum (divide by the weights' sum), head or full (RMSNorm)",
         )
         norm_eps: NonNegative | None = option(None, "epsilon of RMSNorm; by default the model's")
         gate: Literal["none", "silu", "sigmoid"] = option("silu", "activation of the output gate")
-        decay_rank: Count = option(16, "rank of the map that decays by channel are made from")
-        decay_divisor: Positive = option(16.0, "by which log σ(·) of such decays is divided")
+        decay_rank: Count = option(16, "rank of the map to the decays by channel")
+        decay_divisor: Positive = option(16.0, "divisor of log σ(·) in the decays by channel")
         layer: Natural | None = option(
             None, "l of Lightning's decay, from 0; by default the layer's place in the model"
         )

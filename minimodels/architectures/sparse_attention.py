@@ -3,8 +3,8 @@
 DeepSeek-V3.2, arXiv:2512.02556, on top of latent attention (latent_attention.py).
 
 A small scorer, the lightning indexer, compares a token with every earlier one. Attention then reads
-only the k tokens with the highest scores. So the part whose cost grows with the text is the
-indexer, which has few narrow heads and no values.
+only the k tokens with the highest scores. So only the cost of the indexer, which has few narrow
+heads and no values, grows with the text.
 
 A choice has no gradient, so the language model's loss does not train the indexer. It learns from
 attention itself: the softmax of its scores approaches the weights of attention over the same keys,
@@ -12,24 +12,23 @@ averaged over the heads. Its inputs and this target are detached, so its loss re
 of the model.
 
 If k is at least the length of the text, every key is chosen, and the layer computes latent
-attention. The paper's dense warm-up is such a k, with all parameters frozen but those with
-`.indexer.` in their names. A smaller k makes it the sparse stage, with the same parameters. Those
-of `latent` are the parameters of the layer latent_attention, so a trained model can be given an
-indexer.
+attention. With such a k, and all parameters frozen except those with `.indexer.` in their names,
+training is the paper's dense warm-up. With a smaller k it is the sparse stage. `latent` has the
+parameters of the layer latent_attention, so an indexer can be added to a trained model.
 
     name        paper       shape
     x           h           (B, T, D)
     queries     q^I         (B, T, H_I, d_I)    of the indexer, from the latent of the queries
-    keys        k^I         (B, 1, S, d_I)      of the indexer, shared by its heads
+    keys        k^I         (B, 1, S, d_I)      of the indexer, the same for all its heads
     shares      w^I         (B, T, H_I)         how much each of its heads counts
     scores      I           (B, T, S)           -∞ where a token does not see another
     memory      c^KV, k^R   (B, 1, S, r + d_r)  latents and rotary keys; with the keys, the state
     weights     p           (B, T, H, k)        of attention, over the chosen keys
 
-An exported program (torch.export) takes texts of up to k tokens, of which all are chosen.
+An exported program (torch.export) takes texts of at most k tokens, so that all are chosen.
 
-A ReLU makes scores of exactly zero, so many keys may be equally good. The latest of them are
-chosen. Without such a rule, a token that is decoded could see other keys than in training.
+The ReLU makes many scores exactly zero, so keys are often tied. The latest of tied keys are chosen.
+Without such a rule, a token could see other keys in decoding than in training.
 
 Compared with latent attention at 4096 tokens, width 768 and 12 heads, k = 64 saves 73 % of the
 FLOPs, and the state is 25 % larger (first command). On a shared CPU a decoded token took 0.44 of
@@ -60,7 +59,7 @@ from minimodels.ops.cache import AttentionState, advance, carry
 from minimodels.ops.rotary import rotate
 from minimodels.options import option
 
-ENTRIES = 2**25  # scores and gathered numbers at once; longer chunks take blocks of queries
+ENTRIES = 2**25  # most scores and gathered numbers at once; longer chunks are read in blocks
 
 
 class SparseAttention(nn.Module):
@@ -72,13 +71,13 @@ class SparseAttention(nn.Module):
 
     @dataclass(frozen=True)
     class Options(LatentAttention.Options):
-        keys: Count = option(64, "k, tokens that a token attends to (DeepSeek-V3.2: 2048)")
+        keys: Count = option(64, "k, keys that a token attends to (DeepSeek-V3.2: 2048)")
         index_heads: Count = option(4, "H_I, heads of the indexer (DeepSeek-V3.2: 64)")
         index_dim: Count | None = option(
             None, "d_I, width of the indexer's heads; by default that of the rotary key"
         )
         index_loss: NonNegative = option(
-            1.0, "weight of the indexer's loss, which no other part learns from"
+            1.0, "weight of the indexer's loss, from which no other part learns"
         )
 
     def __init__(self, options: Options, config: Config, place: Place = Place()):
@@ -88,7 +87,7 @@ class SparseAttention(nn.Module):
         turned = self.latent.turned if options.rope_base else 1
         width = options.index_dim or self.latent.turned
         if width < turned:
-            accepted = f"{turned} or more, because as much of it is rotated as of a key"
+            accepted = f"{turned} or more, because {turned} of its numbers are rotated"
             raise InputError("index_dim", width, accepted)
         self.indexer = Indexer(options.q_rank or config.width, options.index_heads, width, config)
 
@@ -132,7 +131,7 @@ class SparseAttention(nn.Module):
         """Attention to the chosen keys (B, H, T, d_v), and each token's loss of the indexer (B, T),
         if it learns."""
         path = choose(self.impl, "sparse_attention", plain.device)
-        # an adapter or a hook needs the map of the latents itself to be called
+        # only `masked` calls the map of the latents itself, as an adapter or a hook requires
         gather = path != "reference" and is_plain(self.latent.kv_up)
         attend = self.gathered if gather else self.masked
         asked, present = positions_of(plain, memory.keys, positions, memory.positions)
@@ -153,7 +152,7 @@ class SparseAttention(nn.Module):
     def masked(
         self, plain: Tensor, turned: Tensor, memory: Tensor, scores: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The reference: attention over expanded keys, of which all but the chosen are masked.
+        """The reference: attention over expanded keys, with all but the chosen ones masked.
 
         Returns the output, and the weights and scores of all keys.
         """
@@ -169,7 +168,7 @@ class SparseAttention(nn.Module):
     def gathered(
         self, plain: Tensor, turned: Tensor, memory: Tensor, scores: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same over the chosen latents alone, which nothing expands; with their weights and scores."""
+        """The same over the chosen latents, unexpanded. Returns their weights and scores."""
         (B, _, S, width), T, k = memory.shape, plain.shape[2], self.options.keys
         read = memory  # (B, 1, S, r + d_r), for all tokens
         if k < S:
@@ -216,12 +215,12 @@ class Indexer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D), low (B, T, r_q) -> queries (B, T, H_I, d_I), keys (B, 1, T, d_I), shares (B, T, H_I).
 
-        The shares contain the scale of the scores, because a ReLU of s times a factor above zero is
-        the factor times a ReLU of s.
+        The shares include the scale of the scores, because a positive factor can be taken out of
+        the ReLU.
         """
         q = self.q(low).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k = self.norm(self.k(x)).unsqueeze(1)
-        if angles is not None:  # of the first numbers of a head, in halves
+        if angles is not None:  # rotates the first numbers of a head, paired by halves
             q, k = rotate(q, *angles), rotate(k, *angles)
         return q.transpose(1, 2), k, self.shares(x) * (self.heads * self.width) ** -0.5
 
@@ -237,7 +236,7 @@ def index_scores(queries: Tensor, keys: Tensor, shares: Tensor) -> Tensor:
 def latest_of_the_best(scores: Tensor, k: int) -> Tensor:
     """The places of the k highest of S scores, the latest among equal ones: (..., S) -> (..., k).
 
-    `topk` alone takes any of the equal ones.
+    `topk` alone may take any of them.
     """
     least = scores.topk(k, dim=-1).values[..., -1:]
     S = scores.shape[-1]

@@ -64,7 +64,7 @@ class Attention(nn.Module):
         rope_base: NonNegative = option(
             10_000.0, "base of the rotary angles; 0 leaves positions out (arXiv:2305.19466)"
         )
-        rope_fraction: Fraction = option(1.0, "part of a head that is rotated, its first numbers")
+        rope_fraction: Fraction = option(1.0, "fraction of a head that is rotated, at its start")
         rope_scaling: Scaling = option(
             None, "slower angles for texts longer than those of training"
         )
@@ -74,7 +74,7 @@ class Attention(nn.Module):
             "(each head, without weights, after the rotation, nanochat)",
         )
         bias: bool | Literal["qkv"] = option(
-            False, "biases in the four projections, or qkv: in all but the last (Qwen2)"
+            False, "biases in the four projections; qkv: in all but the last (Qwen2)"
         )
         scale: Positive | None = option(None, "factor on the scores; by default 1 / sqrt(head_dim)")
         softcap: Positive | None = option(
@@ -85,12 +85,12 @@ class Attention(nn.Module):
             False, "a logit per head that takes part in the softmax and has no value (gpt-oss)"
         )
         value_residual: bool = option(
-            False, "values mixed with those of the model's first such layer (arXiv:2410.17897)"
+            False, "mix the values with those of the model's first such layer (arXiv:2410.17897)"
         )
         gate: Literal["none", "head", "full"] = option(
             "none",
-            "a sigmoid of the input on the output: none, head (one for each head) or full (one for each "
-            "number, arXiv:2505.06708)",
+            "sigmoids of the input that multiply the output: none, head (one for each head) or "
+            "full (one for each number, arXiv:2505.06708)",
         )
 
         def check(self, width: int) -> None:
@@ -145,7 +145,7 @@ class Attention(nn.Module):
 
         q, k, v = self.q(x), self.k(x), self.v(x)
         options = self.options
-        if options.qk_norm == "full":  # a norm may leave autocast's precision
+        if options.qk_norm == "full":  # a norm may return another dtype than autocast's
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         q = q.view(B, T, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, d)
         # (B, G, T, d)
@@ -173,8 +173,8 @@ class Attention(nn.Module):
         return self.out(y.flatten(2)), after
 
     def turn(self, x: Tensor, norm: RMSNorm | None, angles: tuple[Tensor, Tensor] | None) -> Tensor:
-        """x (B, H, T, d) with the norm of each head, if it has one, and rotated, if there are
-        angles. A kernel does both at once."""
+        """x (B, H, T, d): normalise each head if it has a norm, and rotate it if there are angles.
+        A kernel does both at once."""
         norm = norm if self.options.qk_norm == "head" else None
         path = choose(self.impl, "norm_rotate", x.device, portable=True)
         if norm is not None and angles is not None and path == "triton" and is_plain(norm):
@@ -218,13 +218,13 @@ class SwiGLU(nn.Module):
     class Options:
         width: Count | None = option(
             None,
-            "hidden width; by default 8/3 of the model's, in steps of 32, without a gate 4 times it",
+            "hidden width; by default 8/3 of the model's, rounded up to 32s; ungated: 4 times it",
         )
         bias: bool = option(False, "biases in the projections")
         activation: Literal["silu", "gelu", "clamped", "relu2"] = option(
             "silu", "silu (SwiGLU), gelu (GEGLU, Gemma), clamped (gpt-oss) or relu2 (nanochat)"
         )
-        gated: bool = option(True, "whether a gate multiplies; false: W_out act(W_up x) (GPT-2)")
+        gated: bool = option(True, "multiply by the gate; false: W_out act(W_up x) (GPT-2)")
 
         def __post_init__(self):
             if not self.gated and self.activation not in PLAIN:

@@ -156,7 +156,7 @@ def open_span(folder: Path, split: str, kind: str = "bin") -> Span:
     ends = np.fromfile(ends, np.int64) if ends.exists() else np.empty(0, np.int64)
     last = ends[-1] if len(ends) else 0
     if last != count or (np.diff(ends, prepend=0) < 1).any():
-        raise InputError("cache", str(folder), "a folder as it was made; this one is damaged")
+        raise InputError("cache", str(folder), "an intact folder; this one is damaged")
     return Span([Piece(path, 0, count)], dtype, ends)
 
 

@@ -1,8 +1,8 @@
 """Chat templates: how a model's tokenizer writes a conversation as one text.
 
-A chat model was trained on conversations in a form of its own, and knows no other. The form is a
-Jinja template among the files of its tokenizer. A template is a program from elsewhere, so it runs
-in Jinja's sandbox, in which it sees only the messages and the names of the special tokens.
+A chat model was trained on conversations in one form, and knows no other. The form is a Jinja
+template among the files of its tokenizer. A template is somebody else's program, so it runs in
+Jinja's sandbox, which gives it only the messages and the special tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SETTINGS = "tokenizer_config.json"
 
 
 def read_template(folder: Path) -> str:
-    """The template in chat_template.jinja or else in tokenizer_config.json.
+    """The template in chat_template.jinja, or else in tokenizer_config.json.
 
     Raises InputError if there is none.
     """
@@ -50,19 +50,19 @@ def special_tokens(folder: Path) -> dict[str, str]:
 def render(template: str, messages: Sequence[Mapping[str, str]], special: Mapping[str, str]) -> str:
     """The text of a conversation, up to where the model's answer begins.
 
-    messages: each with a "role" and its "content". Raises InputError if the template is wrong or
-    refuses the messages.
+    messages: each with a "role" and its "content". Raises InputError if the template is invalid
+    or refuses the messages.
     """
     jinja2 = require_jinja2()
     try:
         compiled = environment(jinja2).from_string(template)
         return compiled.render(messages=messages, add_generation_prompt=True, **special)
     except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise InputError("chat", "the template", f"one for these messages ({error})") from None
+        raise InputError("chat", "the template", f"one for such messages ({error})") from None
 
 
 def environment(jinja2):
-    """A sandbox with what templates expect to find, as transformers gives it to them."""
+    """A sandbox with what transformers gives to templates."""
 
     class Passage(jinja2.ext.Extension):
         """{% generation %} marks the model's own words for training; the words stay."""
@@ -89,7 +89,7 @@ def environment(jinja2):
 
 
 def require_jinja2():
-    """The library `jinja2`. Raises InputError if it is missing or has known ways out of its sandbox."""
+    """The library `jinja2`. Raises InputError if it is missing or its sandbox has known escapes."""
     try:
         import jinja2.ext
         import jinja2.sandbox
@@ -97,5 +97,5 @@ def require_jinja2():
         raise InputError("jinja2", "not installed", 'pip install "minimodels[hub]"') from None
     version = tuple(int(part) for part in jinja2.__version__.split(".")[:3])
     if version < (3, 1, 6):
-        raise InputError("jinja2", jinja2.__version__, "3.1.6 or later, whose sandbox is tight")
+        raise InputError("jinja2", jinja2.__version__, "3.1.6 or later, without known escapes")
     return jinja2

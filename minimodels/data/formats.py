@@ -252,4 +252,4 @@ def readable_errors(path: Path) -> Iterator[None]:
 def damaged(path: Path, error: Exception) -> InputError:
     """An InputError for a file that cannot be read."""
     reason = str(error).partition("\n")[0] or type(error).__name__
-    return InputError("data", str(path), f"a whole file of the kind that its name says ({reason})")
+    return InputError("data", str(path), f"an intact file of the type in its name ({reason})")

@@ -26,7 +26,7 @@ def ramp(text: str, progress: float, names: Collection[str] = WHOLE) -> dict[str
     for part in text.split():
         name, first, last, arrival = parse_ramp(part, names)
         if name in values:
-            raise InputError("ramp", part, f"one ramp of {name}")
+            raise InputError("ramp", part, f"one ramp for {name}")
         done = min(max(progress, 0.0) / arrival, 1.0)
         value = first + (last - first) * done
         if name in WHOLE and done < 1:

@@ -76,7 +76,7 @@ def read_items(path: Path, start: int, count: int, dtype: np.dtype) -> np.ndarra
         raise InputError("data", str(path), f"a file that can be read ({error.strerror})") from None
     if len(content) < count:
         raise InputError(
-            "data", str(path), f"a file of {start + count} bytes or more, as it was; it has shrunk"
+            "data", str(path), f"a file that still has {start + count} bytes or more; it has shrunk"
         )
     return np.frombuffer(content, dtype)
 

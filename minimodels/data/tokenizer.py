@@ -183,8 +183,8 @@ class TokenizerFile(LibraryTokenizer):
         self.folder = folder
 
     def chat(self, message: str) -> Tensor:
-        """The tokens of a conversation that a user's message begins: (T,) int64. The model's answer
-        follows. Raises InputError if the tokenizer has no chat template, or a wrong one."""
+        """The tokens of a user's message as a conversation, up to where the answer begins: (T,)
+        int64. Raises InputError if the tokenizer has no chat template, or an invalid one."""
         messages = [{"role": "user", "content": message}]
         text = render(read_template(self.folder), messages, special_tokens(self.folder))
         return self.encode(text, whole=False)

@@ -40,16 +40,16 @@ def attention(
     its own position, and at most the last `window` positions of these.
 
     sink (H,): a logit that takes part in each softmax and has no value. softcap c: scores s become
-    c tanh(s / c). With impl="auto" the kernel is only for windows, positions, documents and decoding:
-    plain causal attention is left to PyTorch's. Returns (B, H, T, d), in which the output of a
-    query at -1 is meaningless. Raises ValueError if shapes disagree, and InputError if a kernel has
-    no sink or softcap.
+    c tanh(s / c). With impl="auto" the kernel is only for windows, positions, documents and
+    decoding; PyTorch's operation computes plain causal attention. Returns (B, H, T, d), in which
+    the output of a query at -1 is meaningless. Raises ValueError if shapes disagree, and InputError
+    if a kernel has no sink or softcap.
     """
     check_shapes(q, k, v, query_positions, key_positions, query_starts)
     masked = window is not None or query_positions is not None or query_starts is not None
     # cuDNN and FlashAttention handle the causal mask; the kernel is for the other masks
     plain = impl == "auto" and not masked and q.shape[2] == k.shape[2]
-    # then PyTorch's own operation does it all, and no branch depends on the length
+    # PyTorch's own operation is enough then, and no branch depends on the length
     portable = window is None and query_starts is None and q.shape[2] == k.shape[2]
     path = "torch" if plain else choose(impl, "attention", q.device, portable)
     weigh = partial(weighted_mean, sink=sink, softcap=softcap)

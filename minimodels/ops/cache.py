@@ -2,8 +2,8 @@
 
 `carry` appends a chunk's keys and values to the remembered ones. If gradients may flow, it copies
 both into new tensors. In generation it writes them into free slots after the used ones (`Room`), so
-a token does not cost a copy of the whole text. In a memory of fixed size (`slotted`) each token has
-the slot of its position, and is written there.
+a token does not cost a copy of the whole text. In a memory of fixed size (`slotted`) each token is
+written into the slot of its position.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class AttentionState(NamedTuple):
     values: Tensor  # (B, G, S, d)
     positions: Tensor | None  # (B, S) int64, ascending except for the empty slots
     seen: Tensor | int  # the position of the next token
-    # the memory that contains the slots, if it has free slots after them; SLOTTED: the slots are
-    # positions, and the next tokens are written into them
+    # the memory that contains the slots, if it has free slots after them; SLOTTED: each token is
+    # written into the slot of its position
     room: Room | str | None = None
 
 
@@ -101,7 +101,7 @@ def compact(state: AttentionState, window: int | None, count: bool = True) -> At
     keys, values, positions, seen, _ = state
     slots = keys.shape[2]
     keep = slots
-    if window is not None and not torch.compiler.is_exporting():  # there it would bound the length
+    if window is not None and not torch.compiler.is_exporting():  # min would bound the length
         keep = min(slots, window - 1)
     if positions is not None:
         # empty slots first, because slots are dropped at the front
@@ -119,11 +119,11 @@ def compact(state: AttentionState, window: int | None, count: bool = True) -> At
 
 
 def slotted(state: AttentionState, count: int) -> AttentionState:
-    """A copy of a state with room for `count` more tokens, which `carry` writes into this very copy.
+    """A copy of a state with room for `count` more tokens, which `carry` writes in place.
 
-    It is for chunks of one token. The slot of a token is its position, whatever the window, and the
-    free slots are empty. So no tensor changes its address or its size, but no earlier state stays
-    valid.
+    It is for chunks of one token. The slot of a token is its position, whatever the window. Slots
+    without a token are empty. So no tensor changes its address or its size, but earlier states
+    become invalid.
     """
     keys, values, positions, seen, _ = state
     B, S = len(keys), keys.shape[2]
@@ -131,7 +131,7 @@ def slotted(state: AttentionState, count: int) -> AttentionState:
         positions = torch.arange(seen - S, seen, device=keys.device).expand(B, S)
         seen = torch.full((B,), seen, device=keys.device)
     slots = count + (int(seen.amax()))
-    # what is empty gets a slot more, which is cut off
+    # empty slots go into an extra slot, which is cut off
     place = positions.masked_fill(positions < 0, slots)  # (B, S)
     at = place[:, None, :, None]
 
@@ -144,7 +144,7 @@ def slotted(state: AttentionState, count: int) -> AttentionState:
 
 
 def write(before: AttentionState, now: AttentionState) -> AttentionState:
-    """The slotted state `before`, into which the tokens of `now` are written."""
+    """Write the tokens of `now` into the slotted state `before`, and return it."""
     at = now.positions[:, None, :, None]  # (B, 1, T, 1)
     for memory, new in zip(before[:2], now[:2], strict=True):
         memory.scatter_(2, at.expand_as(new), new)

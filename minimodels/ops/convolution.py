@@ -1,4 +1,4 @@
-"""The causal depthwise convolution: a part of a layer, and its operation."""
+"""The causal depthwise convolution: the part of a layer, and its operation."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimodels.layers import choose
+from minimodels.ops.before import Before
 
 
 class CausalConv1d(nn.Module):
-    """The convolution with its weights (D, 1, W), which start as those of nn.Conv1d do."""
+    """The convolution with its weights (D, 1, W), initialised as in nn.Conv1d."""
 
     def __init__(
         self,
@@ -33,7 +34,7 @@ class CausalConv1d(nn.Module):
     def forward(
         self,
         x: Tensor,
-        window: Tensor | None = None,
+        window: Tensor | Before | None = None,
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -48,7 +49,7 @@ def causal_conv1d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    window: Tensor | None,
+    window: Tensor | Before | None,
     lengths: Tensor | None = None,
     activation: bool = False,
     impl: str = "auto",
@@ -60,11 +61,13 @@ def causal_conv1d(
     tap that would reach into an earlier document reads 0.
 
     x (B, T, D); weight (D, W); bias (D,), None for zero; window (B, W-1, D), the inputs before x,
-    None for zeros; lengths (B,), how many tokens of x come before the padding, None for all; resets
-    (B, T) bool, True if a token begins a document, None for none. Returns y (B, T, D) and the
-    window after x, with zeros for tokens of earlier documents. Raises ValueError if shapes
-    disagree.
+    None for zeros, Before if other ranks have them; lengths (B,), how many tokens of x come before
+    the padding, None for all; resets (B, T) bool, True if a token begins a document, None for none.
+    Returns y (B, T, D) and the window after x, with zeros for tokens of earlier documents. Raises
+    ValueError if shapes disagree.
     """
+    if isinstance(window, Before):
+        window = window_of_ranks(x, weight.shape[1], window, lengths, resets)
     check_convolution(x, weight, bias, window, lengths, resets)
     (batch, T, D), W = x.shape, weight.shape[1]
     path = choose(impl, "causal_conv1d", x.device)
@@ -92,6 +95,24 @@ def causal_conv1d(
             y = repaired(y, padded, weight, bias, within)
     y = F.silu(y) if activation else y
     return y, window_after(x, window, lengths, within)
+
+
+def window_of_ranks(
+    x: Tensor, W: int, before: Before, lengths: Tensor | None, resets: Tensor | None
+) -> Tensor:
+    """The window before x if other ranks have it: (B, W-1, D).
+
+    x shifts the window by its T tokens and hides it if a document begins.
+    """
+    batch, T, D = x.shape
+    within = None if resets is None else tokens_within(resets)
+    own = window_after(x, x.new_zeros(batch, W - 1, D), lengths, within)
+    same = x.new_ones(batch) if resets is None else (~resets.any(1)).to(x.dtype)
+
+    def shifted(same: Tensor, window: Tensor) -> Tensor:
+        return same[:, None, None] * F.pad(window, (0, 0, 0, T))[:, T:]
+
+    return before.find(same, own, shifted)[0]
 
 
 def check_convolution(
@@ -170,7 +191,7 @@ def window_after(
     """The last W-1 inputs before the padding, 0 if of an earlier document: (B, W-1, D)."""
     (_, T, D), kept = x.shape, window.shape[1]
     if lengths is None:
-        # in an exported program without a maximum, which would bound the length of a text
+        # an exported program omits max, which would bound the length of a text
         recent = x if torch.compiler.is_exporting() else x[:, max(0, T - kept) :]
         late = torch.cat((window, recent), dim=1)
         after = late[:, late.shape[1] - kept :].clone()

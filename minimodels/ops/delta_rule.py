@@ -48,10 +48,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from minimodels.layers import by_token, choose, full_precision
+from minimodels.ops.before import Before
 
 # C, a power of two. On a CPU 64 took 0 to 45 % longer. With keys of 128 numbers, 16 took 5 to 15 %
 # longer.
@@ -67,18 +69,20 @@ def delta_rule(
     v: Tensor,
     g: Tensor,
     e: Tensor | None = None,
-    state: Tensor | None = None,
+    state: Tensor | Before | None = None,
     impl: str = "auto",
     resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Equations (1) to (4) over a text: y (B, T, H, V) in v's dtype and the final state (B, H, K, V).
 
     q, k (B, T, G, K); v (B, T, H, V), H a multiple of G; g (B, T, H) or (B, T, H, K), at most 0; e
-    as k or (B, T, H, K), None for zeros; state (B, H, K, V), None for zeros; resets (B, T) bool,
-    True if a document begins, which forgets everything before it. A token with g = 0, k = 0 and e =
-    0 leaves the state exactly as it is, and padding works this way. Nothing is scaled or normalised
-    here. Raises ValueError if shapes disagree.
+    as k or (B, T, H, K), None for zeros; state (B, H, K, V), None for zeros, Before if other ranks
+    have the tokens before; resets (B, T) bool, True if a document begins, which forgets everything
+    before it. A token with g = 0, k = 0 and e = 0 leaves the state exactly as it is, and padding
+    works this way. Nothing is scaled or normalised here. Raises ValueError if shapes disagree.
     """
+    if isinstance(state, Before):
+        return delta_rule_of_ranks(q, k, v, g, e, state, impl, resets)
     check_shapes(q, k, v, g, e, state, resets)
     path = choose(impl, "delta_rule", q.device)
     if path == "triton":
@@ -97,6 +101,42 @@ def delta_rule(
         else:
             y, state, _ = delta_rule_forward(q, k, v, g, e, state, resets)
     return y.to(dtype), state
+
+
+def delta_rule_of_ranks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    e: Tensor | None,
+    before: Before,
+    impl: str,
+    resets: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The rule for a piece of a text, if other ranks have the tokens before.
+
+    The rule is linear: a state S before the piece becomes S_t = M_t S + W_t, and y_t = S_tᵀ q_t has
+    the parts W_tᵀ q_t and Sᵀ r_t, with r_t = M_tᵀ q_t. Without e, M_t is the decay from the
+    piece's start. With e, the rule itself computes M_t, because it treats the columns of a state
+    alike: a state of (0, I) and values of (v, 0) become (W_t, M_t) and read (W_tᵀ q_t, r_t).
+    """
+    (batch, _, H, V), (G, K) = v.shape, k.shape[2:]
+    if e is None:
+        y, W = delta_rule(q, k, v, g, None, None, impl, resets)
+        g = full_precision(g if g.ndim == 4 else g.unsqueeze(3))
+        if resets is not None:
+            g = g.masked_fill(resets[:, :, None, None], -math.inf)
+        decay = g.cumsum(1).exp()  # (B, T, H, 1 | K)
+        r, M, apply = q.repeat_interleave(H // G, 2) * decay, decay[:, -1].unsqueeze(3), torch.mul
+    else:
+        identity = torch.eye(K, dtype=full_precision(v).dtype, device=v.device)
+        start = F.pad(identity, (V, 0)).expand(batch, H, K, V + K)
+        reads, end = delta_rule(q, k, F.pad(v, (0, K)), g, e, start, impl, resets)
+        (y, r), (W, M), apply = reads.split((V, K), 3), end.split((V, K), 3), torch.matmul
+    with torch.autocast(v.device.type, enabled=False):
+        S, after = before.find(M, W, apply)
+        y = y + torch.einsum("bthk,bhkv->bthv", full_precision(r), S)
+    return y.to(v.dtype), after
 
 
 def check_shapes(
@@ -519,7 +559,7 @@ def chunk_length(T: int) -> int:
 @delta_rule_forward.register_fake
 def empty_outputs(q, k, v, g, e, state, resets):
     """y, the final state and the boundaries, not yet filled."""
-    chunks = -(-v.shape[1] // CHUNK)  # one if the text is shorter
+    chunks = -(-v.shape[1] // CHUNK)  # a shorter text is one chunk
     plain = torch.contiguous_format
     return (
         torch.empty_like(v, memory_format=plain),
@@ -540,7 +580,7 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dy, dstate, _):
-    saved = ctx.saved_tensors  # read once: activation checkpointing computes them again here
+    saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them here
     dq, dk, dv, dg, de, dinitial = delta_rule_backward(dy, dstate, *saved)
     return dq, dk, dv, dg, None if saved[4] is None else de, dinitial, None
 

@@ -74,12 +74,12 @@ def grouped_mlp(
 
 
 def path_of(impl: str, device: torch.device, plain: bool) -> str:
-    """The path of the experts; `plain`: without biases and with silu, as the kernel has them."""
+    """The path of the experts. `plain`: without biases and with silu, as in the kernel."""
     path = choose(impl, "grouped_mlp", device)
     if path != "triton" or plain:
         return path
     if impl != "auto":
-        accepted = "auto, reference or torch, because the kernel has neither biases nor activations but silu"
+        accepted = "auto, reference or torch, because the kernel has no biases and only silu"
         raise InputError("impl", impl, accepted)
     return "torch"
 
@@ -92,7 +92,7 @@ def dense(
     biases: tuple[Tensor | None, ...],
     act: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """All experts of all tokens, so that no size depends on the visits: E / K times the work."""
+    """Every expert on every token, so that no size depends on the visits: E / K times the work."""
 
     def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = x @ weight.mT  # (E, n, ·)

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from minimodels.layers import by_token, choose, full_precision
+from minimodels.ops.before import Before
 
 # numbers in one step of all pieces: with fewer, the call costs more than its arithmetic
 WORK = 2**15
@@ -39,16 +40,22 @@ GPU_WORK = 2**20  # the same on a GPU, where each call is a launch
 def linear_scan(
     a: Tensor,
     x: Tensor,
-    state: Tensor | None = None,
+    state: Tensor | Before | None = None,
     impl: str = "auto",
     resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Equation (1) over a text: h (B, T, D) in x's dtype, and the final state (B, D).
 
-    a, x (B, T, D); state (B, D), None for zeros; resets (B, T) bool, True if a document begins,
-    which forgets everything before it. A token with a = 1 and x = 0 leaves the state exactly as it
-    is, and padding works this way. Raises ValueError if shapes disagree.
+    a, x (B, T, D); state (B, D), None for zeros, Before if other ranks have the tokens before;
+    resets (B, T) bool, True if a document begins, which forgets everything before it. A token with
+    a = 1 and x = 0 leaves the state exactly as it is, and padding works this way. Raises ValueError
+    if shapes disagree.
     """
+    if isinstance(state, Before):
+        h, end = linear_scan(a, x, None, impl, resets)
+        left, all_left = linear_scan(a, torch.zeros_like(x), torch.ones_like(end), impl, resets)
+        start, after = state.find(all_left, end)
+        return (h + left * start.unsqueeze(1)).to(x.dtype), after
     check_shapes(a, x, state, resets)
     path = choose(impl, "linear_scan", x.device)
     if path == "triton":

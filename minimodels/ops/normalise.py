@@ -37,7 +37,7 @@ def gated_norm(
 ) -> Tensor:
     """norm(x) · act(gate) or, with order="gate_norm", norm(x · act(gate)).
 
-    x and gate (..., d); gate None leaves the gate out. activation is one of ACTIVATIONS. Returns
+    x and gate (..., d); without a gate, norm(x). activation is one of ACTIVATIONS. Returns
     fp32 (fp64 if x is). Raises ValueError if shapes disagree.
     """
     if gate is not None and gate.shape != x.shape:

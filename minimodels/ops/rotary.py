@@ -26,7 +26,7 @@ from minimodels.options import OneOf, option, read_options, write_options
 class Linear:
     """All frequencies divided by a factor (arXiv:2306.15595)."""
 
-    factor: Positive = option(1.0, "how much longer texts may be than those of training")
+    factor: Positive = option(1.0, "divisor of all frequencies: how much longer texts may be")
 
     def frequencies(self, periods: Tensor, base: float) -> Tensor:
         return periods.reciprocal() / self.factor
@@ -36,7 +36,7 @@ class Linear:
 class Llama3:
     """Only the slow frequencies divided (arXiv:2407.21783)."""
 
-    factor: Positive = option(8.0, "by which the slow frequencies are divided")
+    factor: Positive = option(8.0, "divisor of the slow frequencies")
     low: Positive = option(
         1.0, "frequencies that turn fewer times than this within `context` are slow"
     )
@@ -61,7 +61,7 @@ class Yarn:
     arXiv:2309.00071.
     """
 
-    factor: Positive = option(8.0, "by which the slow frequencies are divided")
+    factor: Positive = option(8.0, "divisor of the slow frequencies")
     context: Count = option(4096, "tokens of context in training")
     fast: Positive = option(
         32.0, "frequencies that turn more often than this within `context` stay as they are"
@@ -89,7 +89,7 @@ class Yarn:
     def ramp(self, pairs: int, base: float, device: torch.device) -> Tensor:
         """How much each frequency is slowed down, from 0 to 1: (pairs,)."""
 
-        def pair(turns: float) -> float:  # which turns so many times within the trained context
+        def pair(turns: float) -> float:  # the pair that turns so often in the trained context
             return pairs * math.log(self.context / (turns * 2 * math.pi)) / math.log(base)
 
         first, last = pair(self.fast), pair(self.slow)
@@ -103,19 +103,19 @@ class Yarn:
 
 
 LENGTH = (
-    "the longest text, for which the frequencies are made; by default `context`, and a longer text is "
-    "refused. Published code makes them again as a text grows, so that the tokens before change"
+    "the longest text, which sets the frequencies; by default `context`. Longer texts are refused: "
+    "published code recomputes the frequencies as a text grows, which changes earlier tokens"
 )
 
 
 @dataclass(frozen=True)
 class Dynamic:
-    """A larger base for a longer text, so that the slowest frequency turns no further.
+    """A larger base for longer texts, so that the slowest frequency turns no further.
 
     NTK-aware scaling, arXiv:2309.00071 §3.1.
     """
 
-    factor: Positive = option(2.0, "how much of the length beyond `context` the base allows for")
+    factor: Positive = option(2.0, "how much the base grows with the length beyond `context`")
     context: Count = option(2048, "tokens of context in training")
     length: Count | None = option(None, LENGTH)
 
@@ -135,11 +135,11 @@ class Dynamic:
 
 @dataclass(frozen=True)
 class LongRope:
-    """Every frequency divided by a factor of its own, with one set of factors for texts up to
-    `context` and another for longer ones (arXiv:2402.13753)."""
+    """Every frequency divided by its own factor, with one set of factors for texts up to `context`
+    and another for longer ones (arXiv:2402.13753)."""
 
-    short: tuple[Positive, ...] = option((), "a factor for each pair in short texts; by default 1")
-    long: tuple[Positive, ...] = option((), "a factor for each pair in long texts; by default 1")
+    short: tuple[Positive, ...] = option((), "each pair's divisor in texts up to `context`")
+    long: tuple[Positive, ...] = option((), "each pair's divisor in longer texts")
     context: Count = option(4096, "tokens of context in training")
     attention: Positive = option(1.0, "factor on queries and keys")
     length: Count | None = option(None, LENGTH)
@@ -198,8 +198,8 @@ def angles(positions: Tensor, head_dim: int, base: float, scaling: str) -> tuple
     return turns.cos(), turns.sin()
 
 
-# an operation of its own, because a compiler would recompute something so cheap in each rotation, for
-# every head and row
+# an operation of its own, because a compiler would recompute such cheap numbers in each rotation,
+# for every head and row
 angles_operation = torch.library.custom_op("minimodels::rotary", angles, mutates_args=())
 
 
@@ -219,7 +219,7 @@ def read_scaling(text: str) -> Kind | None:
 
 
 def refuse_beyond(longest: int | None, positions: Tensor) -> None:
-    """Raise InputError for a position for which the frequencies are not made."""
+    """Raise InputError if a position is beyond the longest text of the frequencies."""
     if longest is not None and positions.numel() and positions.amax() >= longest:
         accepted = f"at most {longest} tokens; rope_scaling's `length` allows longer texts"
         raise InputError("text", int(positions.amax()) + 1, accepted)
@@ -233,11 +233,10 @@ def norm_rotate(
     eps: float = 1e-5,
     impl: str = "auto",
 ) -> Tensor:
-    """Rotate each head, and before that give it an RMSNorm if there is a weight.
+    """Rotate each head, after an RMSNorm if there is a weight.
 
     x (B, H, T, d); cos, sin (T, R) or (B, 1, T, R) as from `rotary`, R <= d; weight (d,). Returns
-    (B, H, T, d) in x's dtype, which a norm under autocast would leave. Raises ValueError if shapes
-    disagree.
+    (B, H, T, d) in x's dtype, also under autocast. Raises ValueError if shapes disagree.
     """
     check_angles(x, cos, sin, weight)
     path = choose(impl, "norm_rotate", x.device)
@@ -277,8 +276,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def scaling_text(scaling: Kind | None, rotated: int) -> str:
-    """A scaling as the text that `rotary` takes: "" for None. Raises InputError if it has another
-    number of factors than there are pairs in the `rotated` dimensions."""
+    """A scaling as the text that `rotary` takes: "" for None. Raises InputError if it does not have
+    one factor for each pair of the `rotated` dimensions."""
     if scaling is None:
         return ""
     pairs = rotated // 2

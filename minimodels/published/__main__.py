@@ -2,7 +2,7 @@
 
     python -m minimodels.published RUN FOLDER
 
-transformers loads the folder, and so does from_pretrained.
+transformers and from_pretrained can load the folder.
 """
 
 from __future__ import annotations

@@ -120,8 +120,8 @@ def read_config(
 
 
 def usual_head(entries: Entries, width: int) -> int | None:
-    """The width of a head if head_dim does not say it; None if there are no heads."""
-    heads = dict.get(entries, "num_attention_heads")  # does not count as asked
+    """The width of a head without an entry head_dim; None if there are no heads."""
+    heads = dict.get(entries, "num_attention_heads")  # does not mark the entry as asked
     return width // heads if type(heads) is int and heads > 0 else None
 
 
@@ -216,7 +216,7 @@ def write_config(config: Config, origin: dict) -> tuple[str, dict]:
     width = max(map(len, differing))
     rows = sorted(differing.items(), key=lambda row: len(row[1]))
     table = "\n".join(f"  {field:{width}}  {', '.join(names)}" for field, names in rows)
-    accepted = "what a published family expresses; this differs in"
+    accepted = "a model that a published family can express; this one differs in"
     raise InputError("model", config.layers, accepted, table)
 
 
@@ -233,7 +233,7 @@ def express(config: Config, name: str, origin: dict) -> dict:
     rows = layers[len(family.leading) :]
     blocks = len(rows) // len(family.places)
     spoken = [*family.fields, *family.places]
-    used = dict.fromkeys(role for role, _ in layers)  # what is said of other layers stays as it is
+    used = dict.fromkeys(role for role, _ in layers)  # entries about other layers stay
     spoken += [setting for role in used for setting in family.roles[role].settings]
     owned = {entry for each in spoken for entry in each.names}
     entries = {entry: value for entry, value in entries.items() if entry not in owned}

@@ -1,7 +1,7 @@
 """DeepSeek-V2, arXiv:2405.04434, DeepSeek-V3, arXiv:2412.19437, and DeepSeek-V3.2, arXiv:2512.02556.
 
-They have latent attention and many experts, some of them shared; in V3.2 an indexer chooses what
-attention reads. The reader leaves out blocks that predict further tokens.
+They have latent attention and many experts, some of them shared; in V3.2 an indexer chooses the
+keys that attention reads. The reader leaves out blocks that predict further tokens.
 """
 
 from __future__ import annotations

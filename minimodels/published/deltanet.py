@@ -1,4 +1,4 @@
-"""Models of the delta rule: Qwen3-Next and Qwen3.5, Gated DeltaNet in most blocks and attention with a gate in the others."""
+"""Qwen3-Next and Qwen3.5: Gated DeltaNet in most blocks, attention with a gate in the others."""
 
 from __future__ import annotations
 

@@ -36,9 +36,9 @@ FAMILIES = {
     **olmo_hybrid.FAMILIES,
 }
 
-REFUSED = {  # model_type -> what its models have that no Config can say
-    "minimax": "a family whose layers add to what comes before their norm; MiniMax adds to what the norm gives",
-    "glm_moe_dsa": "a family whose layers choose keys of their own; GLM-5's may share those of an earlier layer",
+REFUSED = {  # model_type -> what a Config can express instead
+    "minimax": "a family whose layers add to the input of their norm; MiniMax's add to its output",
+    "glm_moe_dsa": "a family whose layers choose their own keys; GLM-5's may reuse earlier ones",
 }
 
 

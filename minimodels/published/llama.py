@@ -75,14 +75,14 @@ UNTURNED = SMOLLM3.having(Fixed(rope_base=0.0, rope_scaling=None, rope_fraction=
 
 
 class PhiRope(Rope):
-    """Rotary positions of a class that counts the factors of longrope by width / heads, even if
-    there is a head_dim, and knows no other scaling."""
+    """Rotary positions of a class whose longrope has factors for heads of width / heads, even if
+    head_dim is another width, and which has no other scaling."""
 
     def read(self, entries: Entries) -> dict[str, object]:
         found = super().read(entries)
         usual = entries.number("hidden_size") // entries.number("num_attention_heads")
         if found["rope_scaling"] is not None and entries.get("head_dim", usual) != usual:
-            accepted = f"{usual}, hidden_size / num_attention_heads, because of rope_type longrope"
+            accepted = f"{usual}, hidden_size / num_attention_heads, because rope_type is longrope"
             raise InputError("config.json head_dim", entries["head_dim"], accepted)
         return found
 

@@ -81,7 +81,7 @@ class ByHead:
     name: str
     heads: int
     sizes: tuple[int, ...] = ()
-    """the rows of the parts that our first one consists of, if it is several here"""
+    """rows of the parts into which our first tensor is split, if it is several parts here"""
 
     def parts(self, tensors: list[Tensor]) -> list[Tensor]:
         """Views of our tensors, each one part, by head."""
@@ -100,7 +100,7 @@ class ByHead:
 
 @dataclass(frozen=True)
 class Apart:
-    """One part as several tensors, each with its letter instead of "*"; of one size unless `sizes` says it."""
+    """One part as several tensors, each with a letter for "*"; equal in size without `sizes`."""
 
     name: str
     letters: str

@@ -20,7 +20,7 @@ BEFORE, AFTER = Fixed(residual="pre_norm"), Fixed(residual="post_norm")
 
 
 class Mixers:
-    """The delta rule or attention, which has no positions if rope_parameters has a null as its base."""
+    """The delta rule or attention; attention has no positions if its rope_theta is null."""
 
     roles = ("linear", "full", "nope")
     names = ("layer_types", "rope_parameters")
@@ -41,7 +41,7 @@ class Mixers:
 
 
 class Channels(Mixers):
-    """The MLP of a block, whose norm is where that of the mixer is."""
+    """The MLP of a block, with its norm where the mixer has its own."""
 
     roles = ("before", "after")
 

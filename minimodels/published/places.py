@@ -140,7 +140,7 @@ class SomeUnturned:
         known = {"full_attention": False, "sliding_attention": True}
         kinds = entries.get("layer_types")
         local = [window and not i for i in turned] if kinds is None else listed(kinds, count, known)
-        if any(local) and not window:  # the class's mask has a window then, its kernels have none
+        if any(local) and not window:  # the class's mask has a window, its kernels have none
             accepted = "true, and a sliding_window, because layer_types has sliding_attention"
             raise InputError("config.json use_sliding_window", False, accepted)
         names = {

@@ -48,11 +48,11 @@ class Rope:
     theta: str = "rope_theta"
     """the older entry of the base"""
     scaled: bool = True
-    """whether the older entry rope_scaling concerns these layers"""
+    """whether the older entry rope_scaling applies to these layers"""
     partial: bool = False
     """whether the class can rotate only a part of a head"""
     fraction: float = 1.0
-    """the part of a head, if no entry says it"""
+    """the rotated part of a head, if no entry gives it"""
     untold: dict[str, Any] = field(default_factory=dict)
     """the parameters if there are no rope_parameters"""
     kinds: tuple[str, ...] = tuple(TYPES)
@@ -163,7 +163,7 @@ def option_of(value: object) -> object:
 
 
 def soften(rope: dict[str, Any], longest: object) -> None:
-    """Replace the factor of longrope, by default that between the two lengths, by attention_factor."""
+    """Replace longrope's factor, by default the ratio of the two lengths, with attention_factor."""
     factor, context = rope.pop("factor", None), rope.get(CONTEXT)
     if "attention_factor" in rope or type(context) is not int or context < 2:
         return

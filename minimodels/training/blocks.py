@@ -1,4 +1,4 @@
-"""What training may do to a model block by block: compute it again, or compile it."""
+"""What training may do to a model block by block: recompute or compile it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from minimodels.lm import LM
 
 
 def blocks(model: LM) -> list[nn.Module]:
-    """The model's blocks, once each; wrappers last, because a layer may be inside them too."""
+    """The model's blocks, each once; wrappers last, because they may contain other blocks."""
     unique = dict.fromkeys(model.layers)
     return sorted(unique, key=lambda block: not isinstance(block, tuple(RESIDUALS.values())))
 
 
 def recompute(model: LM) -> None:
-    """Keep only the input of each block, and compute the block again in the backward pass.
+    """Keep only the input of each block, and recompute the block in the backward pass.
 
     A step takes about a third longer, and its memory no longer grows with what a block computes.
     """
@@ -31,13 +31,13 @@ def recompute(model: LM) -> None:
 
 
 def compiled_loss(model: LM, by_block: bool) -> Callable:
-    """The model's loss, compiled: in one graph, or each block for itself, because the blocks of
-    several ranks communicate."""
+    """The model's loss, compiled: in one graph, or by block, because the blocks of several ranks
+    communicate."""
     # routed tokens are counted in the graph
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
     if not by_block:
         return torch.compile(model.loss, fullgraph=True)
-    # blocks of one kind share their code, but not what they have recorded before
+    # blocks of one kind share their code, so all their graphs count towards its limit
     torch._dynamo.config.recompile_limit = 8 * len(model.layers)
     for block in blocks(model):
         block.forward = partial(train_compiled, block, block.forward, torch.compile(block.forward))
@@ -45,5 +45,5 @@ def compiled_loss(model: LM, by_block: bool) -> Callable:
 
 
 def train_compiled(block: nn.Module, plain: Callable, compiled: Callable, *arguments):
-    """Validation takes the plain path, because it would have to be compiled too."""
+    """Validation uses the plain path, because otherwise it would be compiled too."""
     return (compiled if block.training else plain)(*arguments)

@@ -1,8 +1,8 @@
 """What a run may spend, what it has spent, and the shape of its next batch.
 
-Steps, tokens, FLOPs and minutes can bound a run; the first bound that it reaches ends it. With
-`--ramp` the context, the batch size and the weights of a mixture change with the progress towards
-that bound, so what a step costs changes too. The budget counts what each step really cost.
+Steps, tokens, FLOPs and minutes can bound a run, which ends at the first bound that it reaches.
+With `--ramp` the context, the batch size and the weights of a mixture change with the progress
+towards that bound, so the cost of a step changes too. The budget counts what each step really cost.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ class Shape(NamedTuple):
     context: int  # tokens per row
     batch_size: int  # rows per forward pass
     tokens: int  # of all forward passes
-    batches: range  # the numbers of its batches among all of the run, one for each forward pass
-    weights: dict[str, float]  # of the parts of a mixture, as far as they change
+    batches: range  # their numbers among all of the run, one for each forward pass
+    weights: dict[str, float]  # of the parts of a mixture that have a ramp
 
 
 class Budget:
-    """The bounds of a run, and what it has spent: `step`, `batches`, `tokens` and `flops`. The clock
-    belongs to the caller, who passes the seconds so far.
+    """The bounds of a run, and what it has spent: `step`, `batches`, `tokens` and `flops`. The
+    caller keeps the time, and passes the seconds so far.
 
-    `done` is what the budget of the resumed run had spent. Raises InputError if a bound is below
-    that, or does not allow a single step.
+    `done`: what the resumed run had spent. Raises InputError if a bound is below that, or does not
+    allow a single step.
     """
 
     def __init__(self, options: Options, config: Config, data: Source, done: dict):
@@ -74,7 +74,7 @@ class Budget:
         }
 
     def record(self, seconds: float) -> dict[str, float]:
-        """What was spent, for a line of the log and for a checkpoint."""
+        """What was spent, for the log and for a checkpoint."""
         return {
             "step": self.step,
             "seconds": seconds,
@@ -84,12 +84,12 @@ class Budget:
         }
 
     def progress(self, seconds: float) -> float:
-        """The fraction of the nearest bound that is spent, from 0 to 1."""
+        """The spent fraction of the nearest bound, from 0 to 1."""
         spent = self.spent(seconds)
         return min(1.0, max(spent[name] / bound for name, bound in self.bounds.items()))
 
     def shape(self, progress: float) -> Shape:
-        """The batches of the next step, at a progress."""
+        """The batches of the next step, at this progress."""
         options = self.options
         weights = ramp(options.ramp, progress, self.names)
         context = weights.pop("context", options.context)
@@ -117,7 +117,7 @@ class Budget:
         return in_time and all(after[name] <= bound for name, bound in self.bounds.items())
 
     def ended(self, seconds: float) -> bool:
-        """Whether the next step does not fit."""
+        """Whether the next step exceeds a bound."""
         return not self.allows(self.shape(self.progress(seconds)), seconds)
 
     def cost(self, shape: Shape) -> float:

@@ -5,8 +5,8 @@
                                    of each process (random.*), and the progress
     RUN/log.jsonl                  what was measured
 
-A checkpoint has one format, whether one process wrote it or many, and however they split the
-tensors (see shards.py). It contains no code, because no pickle is read.
+The format does not depend on how many processes write a checkpoint or how they split the tensors
+(see shards.py). A checkpoint contains no code, because it contains no pickle.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def save(
 ) -> None:
     """Write the whole state of a training run after step `progress["step"]`.
 
-    progress: any JSON object. score: of the model on held-out data, lower is better.
-    keep: the number of checkpoints kept; the one with the best score is kept as well.
+    progress: any JSON object with "step". score: of the model on held-out data; lower is better.
+    keep: how many of the newest checkpoints to keep; the one with the best score is kept too.
 
     Collective: all processes of a run call it, with the same progress. Raises InputError if the
-    checkpoint cannot be written; then the earlier ones are as they were.
+    checkpoint cannot be written; then the earlier ones do not change.
     """
     tensors = {f"model.{name}": tensor for name, tensor in persistent_tensors(model).items()}
     for name, parameter in model.named_parameters():
@@ -63,8 +63,8 @@ def save(
 
 
 def resume(run: Path, model: LM, optimizer: torch.optim.Optimizer, data: str) -> dict:
-    """Restore the newest whole checkpoint of a run, and return its progress. Says which checkpoints
-    were passed over, and why. Collective.
+    """Restore the newest undamaged checkpoint of a run, and return its progress. Prints which
+    checkpoints were passed over, and why. Collective.
 
     data: the fingerprint of the data. Raises InputError if the run was trained on other data.
     """
@@ -79,18 +79,18 @@ def resume(run: Path, model: LM, optimizer: torch.optim.Optimizer, data: str) ->
 
 
 def load(run: Path, model: LM, optimizer: torch.optim.Optimizer | None = None) -> dict:
-    """Restore the newest whole checkpoint of a run, and return its progress. `run` can also be the
-    folder of one checkpoint."""
+    """Restore the newest undamaged checkpoint of a run, and return its progress. `run` can also be
+    the folder of one checkpoint."""
     found = find(run)
     restore(found, model, optimizer)
     return found.about["progress"]
 
 
 def restore(found: Found, model: LM, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Read a checkpoint into the model, and into the optimizer and random state if an optimizer is
-    given. Collective.
+    """Read a checkpoint into the model and, with an optimizer, into its state and the random state.
+    Collective.
 
-    Raises InputError if the checkpoint is of another model; then nothing is changed.
+    Raises InputError if the checkpoint is of another model; then nothing changes.
     """
     saved = shards.described(found.folder)
     check_model(found, saved, model)
@@ -106,7 +106,7 @@ def restore(found: Found, model: LM, optimizer: torch.optim.Optimizer | None = N
     }
     shards.read(found.folder, tensors | moments | random)
     set_moments(model, optimizer, moments)
-    mine = f".{shards.number()}"  # a process that the saved run did not have keeps its own
+    mine = f".{shards.number()}"  # a new process keeps its own random state
     if f"random.cpu{mine}" in random:
         torch.set_rng_state(random[f"random.cpu{mine}"])
     if f"random.cuda{mine}" in random and torch.cuda.is_available():
@@ -135,8 +135,8 @@ def check_model(found: Found, saved: dict[str, tuple[list[int], torch.dtype]], m
 
 
 def saved_config(found: Found) -> Config:
-    """The configuration of the model in a checkpoint. A field that is newer than the checkpoint
-    has its default."""
+    """The configuration of the model in a checkpoint. Fields that are newer than the checkpoint get
+    their defaults."""
     try:
         return Config(**found.about["config"])
     except (KeyError, TypeError) as error:
@@ -147,8 +147,8 @@ def saved_config(found: Found) -> Config:
 def empty_moments(
     saved: dict[str, tuple[list[int], torch.dtype]], model: nn.Module
 ) -> dict[str, Tensor]:
-    """A tensor for each entry of the saved optimizer state: split among the processes like its
-    parameter, or a single number. Raises InputError if an entry has another shape."""
+    """A tensor to fill for each entry of the saved optimizer state: a single number, or split among
+    the processes like its parameter. Raises InputError if an entry has another shape."""
     moments = {}
     for parameter_name, parameter in model.named_parameters():
         prefix = f"optimizer.{parameter_name}."
@@ -232,8 +232,8 @@ def save_options(run: Path, options: dict) -> None:
 
 
 def read_saved_options(run: Path, field: str) -> dict:
-    """The options of a run. Raises InputError, which names `field`, if there are none, or if they
-    were changed since they were saved."""
+    """The options of a run. Raises InputError, which names `field`, if there are none or if they
+    have changed since they were saved."""
     path = run / "options.json"
     saved = read_json(path, field)
     if saved.pop("checksum", None) not in (None, options_checksum(saved)):
@@ -249,9 +249,9 @@ def options_checksum(options: dict) -> int:
 
 def save_model(model: LM, folder: str | Path) -> None:
     """Save a model that was trained in Python, so that load_model and
-    minimodels.sample can read it. A model that save_model has written there is replaced.
+    minimodels.sample can read it. It replaces a model that save_model wrote there.
 
-    Raises InputError if the folder holds anything else, or cannot be written.
+    Raises InputError if the folder contains anything else, or cannot be written.
     """
     folder = Path(folder)
     own = {"options.json", FOLDER}
@@ -263,7 +263,7 @@ def save_model(model: LM, folder: str | Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError("folder", str(folder), f"a folder that can be made ({error})") from None
+        raise InputError("folder", str(folder), f"a folder that can be created ({error})") from None
     save_options(folder, {"config": asdict(model.config)})
     save(folder, model, None, {"step": 0})
 
@@ -284,5 +284,5 @@ def load_model(run: str | Path) -> LM:
 
 
 def home(folder: Path) -> Path:
-    """The folder of the run to which the folder of a checkpoint belongs. A run is its own."""
+    """The run that a checkpoint's folder belongs to; for the folder of a run, itself."""
     return folder.resolve().parents[1] if (folder / shards.PROGRESS).exists() else folder

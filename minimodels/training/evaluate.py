@@ -25,7 +25,7 @@ def evaluate(
 ) -> dict[str, float]:
     """The loss in nats and the fraction of right answers over the held-out batches; for
     text, also the bits per byte. Each rank scores its own part
-    of a batch, and `pieces` ranks share a row. The model is in evaluation mode, in which
+    of a batch; `pieces` ranks share each row. The model is in evaluation mode, in which
     mixture-of-depths decides causally."""
     model.eval()
     counts, device = torch.zeros(3), model.device

@@ -1,9 +1,8 @@
-"""`--batch-size auto`: as many of a step's sequences in one forward pass as the memory holds.
+"""`--batch-size auto`: as many of a step's sequences in one forward pass as fit in memory.
 
-The rest of the step's sequences follow in further passes, so a step is the same whatever is found.
-Each number is tried with a step of a model that is then forgotten: on a GPU in this process, on a
-CPU in a child that may not take more memory than there is, because there the system ends a process
-that takes too much.
+The step's other sequences follow in further passes, so the result does not depend on the number.
+Each number is tried with one step of a model that is then discarded: on a GPU in this process, on a
+CPU in a child with limited memory, because there the system kills a process that takes too much.
 """
 
 from __future__ import annotations
@@ -36,15 +35,14 @@ from minimodels.training.optim import adamw
 from minimodels.training.options import DEFAULT_ROWS, Options
 from minimodels.training.step import training_step
 
-SPARE = 0.9  # the share of the free memory that a trial may take; the rest is for what comes later
-LACKING = 3  # exit status of a trial that finds too little memory
+SPARE = 0.9  # the share of the free memory that a trial may take; the rest is a reserve
+LACKING = 3  # exit status of a trial without enough memory
 
 
 def fill_memory(
     options: Options, config: Config, device: torch.device, autocast: torch.autocast
 ) -> Options:
-    """The options with the default batch, in as few forward passes as the memory of every rank
-    allows."""
+    """The options with the default batch in as few forward passes as every rank's memory allows."""
     pieces = options.context_parallel
     teams = max(1, world() // pieces)
     rows = DEFAULT_ROWS[options.size] * options.accumulate
@@ -67,7 +65,7 @@ def largest_batch(rows: int, teams: int, fits: Callable[[int], bool]) -> int:
         raise InputError("batch_size", "auto", f"a multiple of {teams}, the number of processes")
     found = next((size for size in sizes if fits(size)), None)
     if found is None:
-        accepted = "a smaller model or context: the memory does not hold one sequence of this"
+        accepted = "a smaller model or context, because the memory does not hold one sequence"
         raise InputError("batch_size", "auto", accepted)
     return found
 
@@ -75,13 +73,13 @@ def largest_batch(rows: int, teams: int, fits: Callable[[int], bool]) -> int:
 def tries(
     config: Config, device: torch.device, autocast: torch.autocast, context: int, again: bool
 ) -> Callable[[int], bool]:
-    """A function of a number of rows: whether a model can be trained with so many of them.
+    """A function that says whether a model can be trained with a given number of rows.
 
-    context: tokens of a row. again: whether blocks are computed again in the backward pass. Raises
-    InputError where free memory is unknown.
+    context: tokens of a row. again: whether blocks are recomputed in the backward pass. Raises
+    InputError if the free memory is unknown.
     """
     if device.type != "cuda" and not (resource and Path("/proc/meminfo").exists()):
-        raise InputError("batch_size", "auto", "a number, because the free memory is unknown here")
+        raise InputError("batch_size", "auto", "a number, because the free memory is unknown")
 
     def train(rows: int) -> None:
         model = LM(config).to(device)
@@ -90,7 +88,7 @@ def tries(
         optimizer = adamw(model, 1e-3, 0.1)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()  # makes the moments, which a training step finds
+        optimizer.step()  # makes the moments, so that they take their memory
         optimizer.zero_grad()
         tokens = torch.randint(config.vocab, (rows, context), device=device)
         training_step(model, optimizer, [(tokens, tokens)], autocast)
@@ -99,18 +97,18 @@ def tries(
 
 
 def fits_gpu(train: Callable[[int], None], rows: int) -> bool:
-    """Whether training with so many rows finds enough memory on the GPU."""
+    """Whether the GPU has enough memory to train with so many rows."""
     fits = False
     with contextlib.suppress(torch.OutOfMemoryError):
         train(rows)
         fits = True
-    gc.collect()  # after the error is gone, because it keeps the tensors of the trial
+    gc.collect()  # only now, because the error kept the tensors of the trial
     torch.cuda.empty_cache()
     return fits
 
 
 def fits_cpu(train: Callable[[int], None], rows: int) -> bool:
-    """The same in a child whose memory is limited to what is free."""
+    """The same for the CPU, in a child whose memory is limited to what is free."""
     sharers = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks of this machine
     limit = used_memory() + int(SPARE * memory_of(torch.device("cpu")).free / sharers)
     child = os.fork()
@@ -120,15 +118,15 @@ def fits_cpu(train: Callable[[int], None], rows: int) -> bool:
     code = os.waitstatus_to_exitcode(status)
     if code > 0 and code != LACKING:
         raise RuntimeError(f"a trial with {rows} sequences failed")
-    return code == 0  # below 0: a signal has ended it
+    return code == 0  # below 0: a signal ended it
 
 
 def try_within(limit: int, train: Callable[[int], None], rows: int) -> NoReturn:
-    """Train in this process, which ends then, with at most `limit` bytes of memory."""
+    """Train with at most `limit` bytes of memory, then end this process."""
     status = 1
     try:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        torch.set_num_threads(1)  # those of the parent have not been forked
+        torch.set_num_threads(1)  # a fork does not copy the parent's threads
         train(rows)
         status = 0
     except Exception as error:
@@ -141,5 +139,5 @@ def try_within(limit: int, train: Callable[[int], None], rows: int) -> NoReturn:
 
 
 def used_memory() -> int:
-    """Bytes of addresses that this process uses."""
+    """Bytes of this process's address space."""
     return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,10 +1,10 @@
-"""Bad steps are skipped before they spoil the weights, and explained.
+"""Skip bad steps before they spoil the weights, and explain them.
 
 A step is bad if its loss or its gradient is not finite, or if its loss is far above that of
-guessing. The device decides it, so the CPU never waits: a fused optimizer whose `found_inf` is 1
-leaves weights, moments and its count as they were. After more bad steps than are allowed, all later
-steps are skipped too. So when the CPU looks, the weights are still those of the failing step, which
-is then repeated to find the layer.
+guessing. The device decides this, so the CPU never waits: a fused optimizer whose `found_inf` is 1
+leaves weights, moments and its count unchanged. After more bad steps than are allowed, all later
+steps are skipped too. So when the CPU checks, the weights are still those before the failing step,
+which is then repeated to find the layer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from minimodels.lm import LM
 from minimodels.ranks import whole, world
 from minimodels.training import checkpoint, shards
 
-HIGHEST = 10  # times the loss of guessing
+HIGHEST = 10  # allowed loss, as a multiple of the loss of guessing
 
 
 class Guard:
@@ -37,10 +37,10 @@ class Guard:
         self.since = torch.zeros((), device=device)  # steps since the one that failed, inclusive
 
     def skip(self, losses: list[Tensor], norm: Tensor) -> Tensor:
-        """1.0 if a step must not be taken, 0.0 otherwise; on the device, the same for all
+        """1.0 if a step must be skipped, otherwise 0.0: a tensor on the device, the same for all
         processes.
 
-        losses: cross-entropies in nats, each a number. norm: of the gradient.
+        losses: cross-entropies in nats, each a scalar. norm: of the gradient.
         """
         bad = ~(norm.isfinite() & (torch.stack(losses) <= self.highest).all())  # NaN is not <=
         bad = bad.to(self.bad.dtype)
@@ -52,8 +52,8 @@ class Guard:
         return torch.maximum(bad, failed)
 
     def failing(self, step: int) -> int | None:
-        """The steps that were taken before the one that failed, out of `step`; None if none failed.
-        Waits for the device."""
+        """How many of the `step` steps came before the one that failed; None if none failed. Waits
+        for the device."""
         return step - int(self.since) if self.since else None
 
 
@@ -64,9 +64,9 @@ def refuse_bad_step(
     autocast: torch.autocast,
     run: Path,
 ) -> None:
-    """Exit with an explanation if a run has failed, before it is saved. `failing`: the steps that
-    were taken before the one that failed, whose batches are given; None if only the weights can
-    be wrong."""
+    """Exit with an explanation if a run has failed, before it is saved. `failing`: the number of
+    steps before the one that failed, whose batches are given; None if no step failed, so that only
+    the weights are checked."""
     if failing is not None:
         reason = f"step {failing + 1} was bad: {explain(model, batches, autocast)}"
     elif not whole(sum(parameter.detach().sum() for parameter in model.parameters())).isfinite():
@@ -77,21 +77,21 @@ def refuse_bad_step(
 
 
 def refuse_score(loss: float, run: Path) -> None:
-    """Exit if a validation's loss is not finite, before it is saved."""
+    """Exit if the validation loss is not finite, before it is saved."""
     if not math.isfinite(loss):
         leave("the validation loss is not finite", run)
 
 
 def leave(reason: str, run: Path) -> NoReturn:
-    """Exit, and say what is kept."""
+    """Exit with the reason, and say what was saved."""
     again = f"the last checkpoint is good: --resume {shlex.quote(str(run))}"
     kept = again if checkpoint.exists(run) else "nothing was saved"
     fail(f"{reason}; a lower lr may help; {kept}", 1)
 
 
 def explain(model: LM, batches: Iterable[tuple[Tensor, ...]], autocast: torch.autocast) -> str:
-    """Repeat a step, and say which layer's output, or which gradient, is the first that is not
-    finite, and where the largest activation is. The weights stay as they are."""
+    """Repeat a step, and name the first layer output, or the first gradient, that is not finite,
+    and the layer with the largest activation. The weights do not change."""
     seen = Activations()
     hooks = [
         module.register_forward_hook(seen.hook(name))
@@ -109,7 +109,7 @@ def explain(model: LM, batches: Iterable[tuple[Tensor, ...]], autocast: torch.au
         for hook in hooks:
             hook.remove()
     mine = (seen.largest, seen.place, seen.first, highest(losses))
-    reports = shards.gather(mine)  # of all processes, each of which has other tokens
+    reports = shards.gather(mine)  # of all processes, because each has its own tokens
     first = next((report[2] for report in reports if report[2]), "")
     where = "all is finite"
     if first:
@@ -123,13 +123,13 @@ def explain(model: LM, batches: Iterable[tuple[Tensor, ...]], autocast: torch.au
 
 
 def highest(losses: list[float]) -> float:
-    """The largest loss. NaN is larger than all numbers."""
+    """The largest loss; NaN counts as the largest."""
     return max(losses, key=lambda loss: math.inf if math.isnan(loss) else loss)
 
 
 class Activations:
-    """What the outputs of layers were: the name of the first that is not finite, and the largest
-    finite value."""
+    """What hooks see in the layers' outputs: the name of the first that is not finite, and the
+    largest finite value."""
 
     def __init__(self):
         self.first, self.largest, self.place = "", 0.0, "no layer"
@@ -152,11 +152,11 @@ class Activations:
 
 
 def mean_of_finite(losses: list[Tensor]) -> Tensor:
-    """The mean without those of bad steps; NaN if there is no other."""
+    """The mean of the finite losses; NaN if there is none."""
     values = torch.stack(losses)
     return values[values.isfinite()].mean()
 
 
 def is_finite(tensor: Tensor | None) -> bool:
-    """Whether every number of a tensor is finite, if there is one."""
+    """Whether every number of a tensor is finite; true without a tensor."""
     return tensor is None or bool(whole(tensor).isfinite().all())

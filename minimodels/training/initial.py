@@ -14,7 +14,7 @@ from minimodels.training import checkpoint
 
 
 def open_initial(name: str) -> tuple[LM, str]:
-    """A model with its weights, and the value of --tokenizer that belongs to it.
+    """A model with its weights, and its value of --tokenizer.
 
     name: the folder of a run, of one of its checkpoints, or of a published model, or the id of one.
     Raises InputError if there is no such model.
@@ -28,9 +28,9 @@ def open_initial(name: str) -> tuple[LM, str]:
 
 
 def copy_weights(model: LM, name: str) -> None:
-    """Give a model the weights of another. Raises InputError if that has another configuration."""
+    """Give a model the weights of another. Raises InputError if their configurations differ."""
     initial, _ = open_initial(name)
     changed = checkpoint.differing_fields(initial.config, model.config)
     if changed:
-        raise InputError("init", name, f"a model of this run; differing: {', '.join(changed)}")
+        raise InputError("init", name, f"the model of this run; differing: {', '.join(changed)}")
     model.load_state_dict(initial.state_dict())

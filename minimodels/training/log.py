@@ -14,8 +14,8 @@ FILE = "log.jsonl"
 
 
 def write_log(run: Path, record: dict) -> None:
-    """Append a record. Numbers that are not finite are left out, because JSON has none. Raises
-    InputError if the log is no regular file, because a pipe would block."""
+    """Append a record, without numbers that are not finite, because JSON has none. Raises
+    InputError if the log is not a regular file, because a pipe would block."""
     path = run / FILE
     if path.exists() and not path.is_file():
         raise InputError("log", str(path), "a regular file, or none")
@@ -26,8 +26,8 @@ def write_log(run: Path, record: dict) -> None:
 
 
 def write_scores(run: Path, record: dict) -> None:
-    """Append the scores of a validation, in place of those at the same step, which a finished run
-    that is resumed measures again."""
+    """Append the scores of a validation. They replace those of the same step, because a finished
+    run measures them again when it is resumed."""
     keep(run, lambda line: not (step_of(line) == record["step"] and "validation_loss" in line))
     write_log(run, record)
 

@@ -35,14 +35,14 @@ class Options:
 
     config: tyro.conf.OmitArgPrefixes[Config]
     model: str = "transformer"
-    """preset that the layers and the width start from; python -m minimodels.ledger lists them"""
+    """preset of layers and width to start from; python -m minimodels.ledger lists them"""
     size: str = "tiny"
     """tiny, for a CPU, or small, for a GPU: GPT-2's 124M, or 85M with bytes as tokens"""
     set: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
     """LAYER.OPTION=VALUE, such as mamba.state_size=32, for all layers of that name; repeatable"""
     data: str = "stdlib"
     """stdlib (Python's own source), a file, a folder, a mixture ("code=0.7:DIR
-    prose=0.3:FILE"), an id of the Hugging Face hub, or a task: copying, induction,
+    prose=0.3:FILE"), an id on the Hugging Face hub, or a task: copying, induction,
     mqar(pairs=8, vocab=256), overwrite, parity, s3"""
 
     tokenizer: str = "bytes"
@@ -61,18 +61,18 @@ class Options:
     flops: Positive | None = None
     """bound: training FLOPs, as counted by the ledger"""
     minutes: Positive | None = None
-    """bound: minutes of training by the clock, including evaluation"""
+    """bound: wall-clock minutes of training, including evaluation"""
 
     context: Count = 256
     """tokens per sequence"""
     batch_size: Count | Literal["auto"] = 8
-    """sequences per forward pass, of all processes together; auto: the default, in as few forward
-    passes as the memory allows"""
+    """sequences per forward pass of all processes together; auto: as many as fit in memory, while a
+    step still has the default number"""
     accumulate: Count = 1
     """forward passes per optimizer step"""
     ramp: str = ""
-    """what changes over the run: context=256:2048@0.5 grows until half of it and then stays;
-    batch_size and the names in a mixture change in the same way"""
+    """what changes during the run: context=256:2048@0.5 grows over the first half and then stays;
+    batch_size and the weights in a mixture, by name, can change too"""
     lr: Positive = 2e-3
     """highest learning rate of AdamW"""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -95,19 +95,20 @@ class Options:
     compile: bool = False
     """torch.compile the training step, which needs a C++ compiler on a CPU"""
     checkpoint_activations: bool = False
-    """compute each block again in the backward pass, which takes a third longer and much less
-    memory; not with --compile"""
+    """recompute each block in the backward pass: a step takes a third longer and much less memory;
+    not with --compile"""
     context_parallel: Count = 1
-    """with torchrun: so many processes share each text, and each of them has a piece of it"""
+    """with torchrun: how many processes share each text, each with one piece of it"""
     shard: bool = False
     """with torchrun: each process stores a part of the weights and moments, not all of them"""
 
     skip_bad_steps: Number = 0
-    """steps that may be skipped because their loss is not finite or explodes, before the run ends"""
+    """how many bad steps to skip before the run ends: those with an exploding loss, or with a loss
+    or gradient that is not finite"""
     eval_every: Number = 100
     """steps between validations, each followed by a checkpoint; 0: only at the end"""
     keep: Count = 2
-    """checkpoints kept, the newest; the one with the best validation is kept as well"""
+    """how many of the newest checkpoints to keep; the one with the best validation is kept too"""
     eval_batches: Count = 8
     """batches per validation"""
     sample_every: Number = 0
@@ -121,11 +122,11 @@ class Options:
     layers), or the next free name"""
     init: str = ""
     """weights to start from: the folder of a run, of one of its checkpoints or of a published model,
-    or the id of one. Its layers and its tokenizer come with them"""
+    or the id of one. Its layers and its tokenizer are used too"""
     resume: Path | None = None
     """folder of a run to continue. Its options stay, including its bounds (--steps None lifts one).
     Bounds, rates (lr, schedule, warmup, weight_decay, clip), batches (batch_size, accumulate, ramp),
-    reporting and how it is computed (device, dtype, compile, impl) may change"""
+    reporting and execution (device, dtype, compile, impl) may change"""
 
     def __post_init__(self):
         check_types(self)
@@ -133,9 +134,9 @@ class Options:
             raise InputError("prompt", self.prompt, "at least one character")
         if self.compile and self.checkpoint_activations:
             accepted = (
-                "False with checkpoint_activations: a block that is computed again records nothing"
+                "False with checkpoint_activations, because a recomputed block records nothing"
             )
-            raise InputError("compile", True, f"{accepted}, so it would be another graph")
+            raise InputError("compile", True, f"{accepted}, so its graph would differ")
 
 
 SYNONYMS = {  # what other programs call an option -> what to write here
@@ -250,7 +251,7 @@ def new_folder(options: Options) -> Path:
         named.mkdir(exist_ok=True)
         held = {path.name for path in named.iterdir()}
     except OSError as error:
-        accepted = f"a folder that can be made ({error.strerror})"
+        accepted = f"a folder that can be created ({error.strerror})"
         raise InputError("out", str(named), accepted) from None
     if checkpoint.exists(named):
         again = f"--resume {shlex.quote(str(named))} continues the run in it"

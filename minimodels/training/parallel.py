@@ -1,11 +1,11 @@
 """Several processes train one model: `torchrun --nproc-per-node 8 train.py ...`.
 
-PyTorch's `fully_shard` does the work, with one mesh or another. Replicated, each rank has the whole
-model, and gradients are averaged. Sharded, each rank stores a part of every matrix, of its gradient
-and of its moments, and a block is collected when it is its turn. Nothing else differs.
+PyTorch's `fully_shard` does the work, on one of two meshes. Replicated: each rank has the whole
+model, and gradients are averaged. Sharded: each rank stores a part of every matrix, of its gradient
+and of its moments, and the parts of a block are gathered when it runs. Nothing else differs.
 
-Every rank draws the whole batch of a step from (seed, step) and takes every world-th row. So any
-number of ranks sees the same tokens in a step, and a run may continue with another number.
+Every rank draws the whole batch of a step from (seed, step) and takes every world-th row. So a step
+sees the same tokens with any number of ranks, and a run may continue with another number.
 """
 
 from __future__ import annotations
@@ -26,27 +26,28 @@ from minimodels.ranks import joined, rank, whole, world
 from minimodels.training.blocks import blocks
 from minimodels.training.checkpoint import persistent_tensors
 
-TIMEOUT = timedelta(minutes=10)  # how long a rank waits for another that may hang
+TIMEOUT = timedelta(minutes=10)  # how long a rank waits for the others
 STARTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
 
 
 def start(device: torch.device) -> torch.device:
-    """Join the other processes if torchrun started several; return this one's own device."""
+    """Join the other processes if torchrun started several, and return this one's device."""
     given = os.environ.get("WORLD_SIZE", "1")
     if given == "1":
         return device
     if missing := [name for name in STARTED if name not in os.environ]:
-        accepted = f"1 without torchrun, which sets {', '.join(missing)} too"
+        accepted = f"1 without torchrun, which also sets {', '.join(missing)}"
         raise InputError("WORLD_SIZE", given, accepted)
     if device.type == "mps":
-        raise InputError("device", "mps", "cpu, cuda with several processes")
+        raise InputError("device", "mps", "cpu or cuda with several processes")
     if device.type == "cuda":
         local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= count:
-            raise InputError("nproc-per-node", local + 1, f"at most {count}, one process a GPU")
+            given = os.environ.get("LOCAL_WORLD_SIZE", local + 1)
+            raise InputError("nproc-per-node", given, f"at most {count}, one process per GPU")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    # small messages between CPUs do not wait for the GPU
+    # gloo, because small messages between CPUs need not wait for the GPU
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT)
     if rank() > 0:
@@ -55,7 +56,7 @@ def start(device: torch.device) -> torch.device:
 
 
 def stop(status: int = 0) -> None:
-    """Leave the other processes after success, and exit."""
+    """Wait for the other processes and exit; return if there are none and the status is 0."""
     if joined():
         dist.barrier()
         dist.destroy_process_group()
@@ -67,9 +68,9 @@ def stop(status: int = 0) -> None:
 
 
 def own_shape(batch_size: int, context: int, pieces: int) -> tuple[int, int]:
-    """The rows and tokens that each rank has of a batch, if each text is in so many pieces.
+    """The rows, and tokens per row, of each rank's part of a batch with texts in `pieces` pieces.
 
-    Raises InputError if the ranks cannot have equal parts.
+    Raises InputError if the batch cannot be divided equally.
     """
     if world() % pieces:
         accepted = f"a divisor of {world()}, the number of processes"
@@ -87,8 +88,8 @@ def own_shape(batch_size: int, context: int, pieces: int) -> tuple[int, int]:
 def own(batch: tuple[Tensor, ...], pieces: int = 1) -> tuple[Tensor, ...]:
     """This rank's part of a batch (tokens, targets) or (tokens, targets, starts).
 
-    Every `pieces` consecutive ranks share their rows, and each of them has a piece. With documents,
-    the tokens' positions in the whole row are added.
+    Every `pieces` consecutive ranks share their rows, and each has one piece of them. With
+    documents in pieces, the tokens' positions in the whole row are added.
     """
     (team, place), teams = divmod(rank(), pieces), world() // pieces
     if pieces > 1 and len(batch) > 2:
@@ -97,13 +98,13 @@ def own(batch: tuple[Tensor, ...], pieces: int = 1) -> tuple[Tensor, ...]:
 
 
 def distribute(model: LM, optimizer: torch.optim.Optimizer, shard: bool) -> None:
-    """Spread a model, which is equal in all ranks, over them, in place. Its optimizer, which has
-    taken no step, then has the spread parameters."""
+    """Spread a model over the ranks, in place, and give its optimizer the spread parameters. The
+    model must be the same in all ranks, and the optimizer must not have taken a step."""
     if world() == 1:
         return
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    # a block that returns its input; nothing changes it in place
+    # some blocks return their input, but nothing changes it in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = mesh_of(model.device.type, shard)
     before = {parameter: name for name, parameter in model.named_parameters()}
@@ -118,7 +119,7 @@ def distribute(model: LM, optimizer: torch.optim.Optimizer, shard: bool) -> None
 
 @functools.cache
 def mesh_of(device: str, shard: bool):
-    """The ranks as a mesh: each stores a part of the weights, or all of them."""
+    """The ranks as a mesh in which each stores a part of the weights, or all of them."""
     from torch.distributed.device_mesh import init_device_mesh
 
     if shard:
@@ -127,7 +128,7 @@ def mesh_of(device: str, shard: bool):
 
 
 def gathered(model: LM) -> LM:
-    """In rank 0, the whole model. In the others it is useless. All ranks must call this."""
+    """The whole model, no longer distributed. All ranks must call this."""
     if world() == 1:
         return model
     plain = LM(model.config).to(model.device)
@@ -139,6 +140,6 @@ def gathered(model: LM) -> LM:
 
 
 def synchronise(model: LM, now: bool) -> None:
-    """Let the next backward pass average the gradients over the ranks, or only add to them."""
+    """Let the next backward pass average the gradients over the ranks, or only accumulate them."""
     if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(now)

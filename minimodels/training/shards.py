@@ -1,10 +1,10 @@
-"""Folders of tensors, which are either complete or absent, written by any number of processes
-and read by any other number.
+"""Folders of tensors that are either complete or absent, written by any number of processes and
+read by any other number.
 
-    RUN/checkpoints/step-100/shard-*.safetensors   each process writes the tensors that it holds
+    RUN/checkpoints/step-100/shard-*.safetensors   each process writes the tensors that it has
     RUN/checkpoints/step-100/progress.json         everything else, and the CRC-32 of each file
 
-A folder is written as step-100.partial. When all of it is on the disk, it gets its name. PyTorch's
+A folder is written as step-100.partial and renamed when it is completely on the disk. PyTorch's
 distributed checkpoints split and join the tensors. No pickle is written or read.
 
 `write`, `find` and `read` are collective: every process of a group calls them. They succeed in all
@@ -34,13 +34,13 @@ from minimodels.ranks import rank, world
 
 FOLDER = "checkpoints"
 PROGRESS = "progress.json"
-REPLACED = ".replaced"  # a whole checkpoint that another of the same step replaces
+REPLACED = ".replaced"  # suffix of a complete checkpoint that another of the same step replaces
 NAME = re.compile(rf"step-(\d+)({REPLACED})?")
 OLD_FILE = "checkpoint.safetensors"  # of earlier versions
 
 
 class Found(NamedTuple):
-    """A complete folder, and the newer ones that are damaged."""
+    """The newest complete folder, and the damaged ones that are newer."""
 
     folder: Path
     about: dict[str, Any]
@@ -50,8 +50,8 @@ class Found(NamedTuple):
 def write(run: Path, step: int, tensors: dict[str, Tensor], about: dict, keep: int) -> None:
     """Write tensors, and the JSON object `about`, as the checkpoint of a step.
 
-    Then delete all older checkpoints but the last `keep` (this one included) and the best, which
-    has the lowest `about["score"]`.
+    Then delete the older checkpoints, except the last `keep` (including this one) and the best,
+    which has the lowest `about["score"]`.
     """
     from torch.distributed.checkpoint import HuggingFaceStorageWriter, save  # a second to import
 
@@ -85,7 +85,7 @@ def write(run: Path, step: int, tensors: dict[str, Tensor], about: dict, keep: i
 
 
 def publish(partial: Path, target: Path, content: dict) -> None:
-    """Write the last file of a folder, and give the folder its name. If another has that name, one
+    """Write the last file of a folder, and rename the folder. If another has that name already, one
     of the two is complete at every moment."""
     text = json.dumps(content)
     write_synced(partial / PROGRESS, json.dumps({**content, "checksum": zlib.crc32(text.encode())}))
@@ -196,7 +196,7 @@ def checksum(path: Path) -> int:
 
 
 def number() -> int:
-    """This process's number among those that write together; 0 if it is alone."""
+    """This process's number among those that write together; 0 if it is the only one."""
     return rank() if world() > 1 else 0
 
 
@@ -228,8 +228,8 @@ def together(field: str, path: Path, accepted: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_process_is_fine() -> Iterator[None]:
-    """A block in which PyTorch does not warn that no group of processes exists, nor of what itself
-    does."""
+    """A block in which PyTorch does not warn that there is no group of processes, or about its own
+    use of deprecated storage."""
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "torch.distributed is disabled|TypedStorage is deprecated"

@@ -1,10 +1,11 @@
-"""Context parallelism: several ranks share each text, by the state that every layer carries.
+"""Context parallelism: several ranks share each text, by means of the state that layers carry.
 
-Rank c of N has the c-th piece of the text. For each block it receives the state of the rank
-before, which has read the tokens before, applies the block as in inference, and sends its own state
-on. While rank 1 applies block l, rank 0 applies block l + 1, so L blocks take L + N - 1 rounds.
-Gradients run the other way. No layer knows of it, and the result is that of the whole text. With
-sharding the ranks wait for each other at every block, because each collects it for all.
+Rank c of N has the c-th piece of the text. For each block it receives the state that the previous
+rank has after the tokens before, applies the block as in inference, and sends its own state on.
+While rank 1 applies block l, rank 0 applies block l + 1, so L blocks take L + N - 1 rounds.
+Gradients run the other way. Layers need no change, and the result is that of the whole text. With
+sharding the ranks wait for each other at every block, because all of them gather its weights.
+Models that remember only linear recurrences need not wait, and take the path in prefix.py.
 
     rank 0    block 0   block 1   block 2             a message is what the block remembers: keys and
     rank 1              block 0   block 1   block 2   values of all tokens before, or a state of
@@ -25,6 +26,7 @@ from minimodels.errors import InputError
 from minimodels.lm import LM
 from minimodels.ranks import rank
 from minimodels.training.blocks import blocks
+from minimodels.training.prefix import is_linear, split_linear
 
 
 def check_causal(model: LM, pieces: int) -> None:
@@ -37,24 +39,26 @@ def check_causal(model: LM, pieces: int) -> None:
 def split_context(model: LM, pieces: int) -> None:
     """Let every `pieces` consecutive ranks share their texts.
 
-    Call this after `recompute`, because what is sent is sent once. Raises InputError if a layer
-    needs the whole text at once.
+    Call this after `recompute`, so that a recomputed block does not send again. Raises InputError
+    if a layer needs the whole text at once.
     """
     check_causal(model, pieces)
-    if pieces > 1:
+    if pieces > 1 and is_linear(model):
+        split_linear(model, pieces)
+    elif pieces > 1:
         for block in blocks(model):
             block.forward = Carried(block.forward, pieces)
 
 
 class Carried:
-    """The forward of a block between the ranks that have the text before and the text after."""
+    """A block's forward pass, which receives the state before it and sends the one after it."""
 
     def __init__(self, forward: Callable, pieces: int):
         self.forward, self.pieces = forward, pieces
-        self.forms: dict[tuple, Any] = {}  # what decides a state's form -> a state without values
+        self.forms: dict[tuple, Any] = {}  # what sets a state's form -> a state without values
 
     def __call__(self, x: Tensor, *arguments):
-        """As the block: x, maybe an update, the state and the context -> x, the same, the state."""
+        """As the block: x, perhaps an update, state, context -> x, perhaps an update, state."""
         *update, state, context = arguments
         place, me = rank() % self.pieces, rank()
         key = (x.shape, x.dtype, torch.is_grad_enabled(), context.positions is None)
@@ -78,9 +82,9 @@ class Carried:
 
 
 class Receive(torch.autograd.Function):
-    """The tensors that another rank sends. Backward sends their gradients to it.
+    """Receive tensors from another rank. Backward sends their gradients to it.
 
-    x passes through, here and in Send, so that every backward runs, and in the reverse order.
+    x passes through, here and in Send, so that every backward runs, in reverse order.
     """
 
     @staticmethod
@@ -118,7 +122,7 @@ class Send(torch.autograd.Function):
 
 
 def has_gradient(tensor: Tensor) -> bool:
-    """Whether a gradient of this tensor is sent: it is no integer, and not empty."""
+    """Whether a gradient of this tensor is sent: it is floating-point and not empty."""
     return tensor.is_floating_point() and tensor.numel() > 0
 
 
@@ -130,14 +134,14 @@ def form_of(state: Any) -> Any:
 
 
 def send_form(state: Any, target: int) -> Any:
-    """Tell another rank the form of the states that follow; return the form."""
+    """Send another rank the form of the states that follow, and return the form."""
     form = form_of(state)
     dist.send_object_list([form], target, device=torch.device("cpu"))
     return form
 
 
 def receive_form(source: int) -> Any:
-    """The form that another rank tells."""
+    """The form that another rank sends."""
     told = [None]
     dist.recv_object_list(told, source, device=torch.device("cpu"))
     return told[0]
