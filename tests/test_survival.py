@@ -37,7 +37,7 @@ from minimodels.training import checkpoint, parallel, shards
 from minimodels.training.budget import Budget
 from minimodels.training.guard import Guard, explain
 from minimodels.training.optim import adamw
-from minimodels.training.options import Options
+from minimodels.training.options import Options, new_folder
 from minimodels.training.step import training_step
 
 LAYERS = "attention(heads=2) moe(experts=3, router=sigmoid_bias, bias_step=0.1) mamba"
@@ -489,6 +489,11 @@ def test_a_folder_that_is_lost_is_one_line(tmp_path):
         with pytest.raises(InputError, match="a folder with room for a checkpoint"):
             checkpoint.save(tmp_path / "run", model, optimizer, {"step": 1})
         (tmp_path / "run").touch()
+
+
+def test_a_folder_that_no_system_can_make_is_refused():
+    with pytest.raises(InputError, match="^out: .*embedded null"):
+        new_folder(Options(Config(), out=Path("a\0b")))
 
 
 def replace_by_file(folder: Path) -> None:

@@ -26,8 +26,7 @@ class Shape(NamedTuple):
     context: int  # tokens per row
     batch_size: int  # rows per forward pass
     tokens: int  # of all forward passes
-    # the numbers of the step's batches among all of the run, one for each forward pass
-    batches: range
+    batches: range  # their numbers among all of the run, one for each forward pass
     weights: dict[str, float]  # of the parts of a mixture that have a ramp
 
 

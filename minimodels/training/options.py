@@ -250,8 +250,8 @@ def new_folder(options: Options) -> Path:
             return make_first(named)
         named.mkdir(exist_ok=True)
         held = {path.name for path in named.iterdir()}
-    except OSError as error:
-        accepted = f"a folder that can be created ({error.strerror})"
+    except (OSError, ValueError) as error:  # ValueError: the name contains a NUL
+        accepted = f"a folder that can be created ({error.args[-1]})"
         raise InputError("out", str(named), accepted) from None
     if checkpoint.exists(named):
         again = f"--resume {shlex.quote(str(named))} continues the run in it"
