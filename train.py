@@ -52,7 +52,7 @@ from minimodels.training.budget import Budget
 from minimodels.training.fit import fill_memory
 from minimodels.training.initial import copy_weights
 from minimodels.training.optim import adamw, learning_rate
-from minimodels.training.options import Options, changes, label, new_folder, parse
+from minimodels.training.options import Options, changes, label, new_folder, parse, refuse_used
 from minimodels.training.run import Run
 from minimodels.training.wavefront import check_causal
 
@@ -61,6 +61,8 @@ def main(options: Options) -> None:
     """Train a model, or continue its run, and report its validation scores and a sample."""
     keep_freed_memory()
     device = parallel.start(pick_device(options.device))
+    if options.out is not None:
+        refuse_used(options.out)  # before the data take their time
     data = open_source(options)
     threads = pick_threads(options.threads, device)
     options = replace(options, config=with_vocab(options, data), threads=threads.count)

@@ -56,7 +56,7 @@ def crossover(contexts: list[int], ratios: list[list[float]]) -> Crossover:
 def overtaking(rows: list[dict], other: str = "transformer") -> dict[str, Crossover]:
     """Where each model overtakes the `other`, in the rows of one file, mode and batch. At each
     context a model's fastest path counts. Models that share fewer than two contexts with the
-    `other` are left out."""
+    `other` are left out, and those that were timed once, because that may be noise."""
     fastest: dict[str, dict[int, list[float]]] = {}  # model -> context -> seconds
     for row in sorted(rows, key=lambda row: row["context"]):
         if row["seconds"] and not row["model"].endswith(" again"):
@@ -71,7 +71,7 @@ def overtaking(rows: list[dict], other: str = "transformer") -> dict[str, Crosso
             [theirs / own for theirs, own in zip(base[context], times[context], strict=False)]
             for context in contexts
         ]
-        if len(contexts) > 1:
+        if len(contexts) > 1 and min(map(len, ratios)) > 1:
             last = contexts[-1]
             meet = overlap(base[last], times[last])
             found[model] = replace(crossover(contexts, ratios), overlap=meet)

@@ -26,7 +26,7 @@ def pyplot():
     try:
         import matplotlib
     except ImportError:
-        raise InputError("matplotlib", "not installed", 'pip install "minimodels[plot]"') from None
+        raise InputError("matplotlib", "not installed", 'pip install -e ".[plot]"') from None
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "minimodels"  # the same rows give the same file
     from matplotlib import pyplot

@@ -106,6 +106,7 @@ class Options:
 def main(options: Options) -> None:
     """Measure, print and write each context as soon as it is done."""
     device = check(options)
+    configs = matched(options)
     keep_freed_memory()
     gpu = device.type == "cuda"
     longest, tokens = (
@@ -114,7 +115,6 @@ def main(options: Options) -> None:
     )
     limits = ceilings(device)
     print(f"matrix products {limits['TFLOP/s']:.3g} TFLOP/s, copying {limits['GB/s']:.0f} GB/s")
-    configs = matched(options)
     rows: dict[tuple, dict] = {}  # mode, batch, context, model -> its row
     timings: dict[tuple, list[float]] = defaultdict(list)  # of all sweeps
     for sweep in range(options.sweeps):

@@ -127,7 +127,7 @@ def draw(config: Config, context: int, title: str, files: list[Path]) -> None:
     try:
         import matplotlib
     except ImportError:
-        raise InputError("matplotlib", "not installed", 'pip install "minimodels[plot]"') from None
+        raise InputError("matplotlib", "not installed", 'pip install -e ".[plot]"') from None
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "minimodels"  # the same model gives the same file
     from matplotlib import pyplot

@@ -41,8 +41,9 @@ class Options:
     each token as it is drawn."""
 
     model: tyro.conf.Positional[str]
-    """folder of a training run or of one of its checkpoints (RUN/checkpoints/step-N), or a
-    published model: a folder in the Hugging Face format or an id on its hub"""
+    """folder of a training run, whose last checkpoint is taken, or of one of its checkpoints
+    (RUN/checkpoints/step-N), or a published model: a folder in the Hugging Face format or an id on
+    its hub"""
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = Sampling()
     prompt: str = "def "
     """text to continue"""
@@ -100,9 +101,10 @@ def main(options: Options) -> None:
 def tokens_to_add(asked: int | None, context: int | None, prompt: int) -> int:
     """The number of tokens to generate. If they go beyond the context of
     training, it prints a note."""
-    if asked is None:
-        return TOKENS if context is None else max(1, context - prompt)
-    if context is not None and prompt + asked > context:
+    if context is None:
+        return TOKENS if asked is None else asked
+    asked = max(1, context - prompt) if asked is None else asked
+    if prompt + asked > context:
         note = f"the model was trained on texts of {context} tokens and may be worse beyond"
         print(f"note: {note}", file=sys.stderr)
     return asked

@@ -245,7 +245,8 @@ def test_a_batch_that_ranks_cannot_divide_is_refused(tmp_path):
         "batch_size: 7 is not accepted; accepted: a multiple of 2, the number of processes",
         [7, 4],
         "context: 9 is not accepted; accepted: a multiple of 2, the pieces of context_parallel",
-        "context_parallel: 3 is not accepted; accepted: a divisor of 2, the number of processes",
+        "context_parallel: 3 is not accepted; accepted: a divisor of 2, the number of processes "
+        "(torchrun starts several)",
     ]
 
 

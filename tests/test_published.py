@@ -776,7 +776,7 @@ def test_damaged_and_missing_files(tmp_path):
 def test_neither_folder_nor_id(name, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(InputError, match="path_or_id"):
+    with pytest.raises(InputError, match="model: "):
         from_pretrained(name)
 
 

@@ -73,8 +73,8 @@ class MixtureOfDepths(nn.Module):
     top k of the row, padding included. This choice is not causal. In evaluation mode the decision
     is causal. With route=router it is sigmoid(r) > ½; an auxiliary loss teaches it, and this loss
     also affects the rest of the model a little. With route=predictor a small MLP decides from the
-    stop-gradient input, and its loss trains nothing else. Set `topk` to keep the top k in
-    evaluation and to measure what the causal decision costs.
+    stop-gradient input, and its loss trains nothing else. Set its attribute `topk` to keep the top
+    k in evaluation and to measure what the causal decision costs.
     """
 
     paper = "Raposo et al., arXiv:2404.02258"

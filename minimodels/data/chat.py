@@ -94,7 +94,7 @@ def require_jinja2():
         import jinja2.ext
         import jinja2.sandbox
     except ImportError:
-        raise InputError("jinja2", "not installed", 'pip install "minimodels[hub]"') from None
+        raise InputError("jinja2", "not installed", 'pip install -e ".[hub]"') from None
     version = tuple(int(part) for part in jinja2.__version__.split(".")[:3])
     if version < (3, 1, 6):
         raise InputError("jinja2", jinja2.__version__, "3.1.6 or later, without known escapes")

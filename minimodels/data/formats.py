@@ -112,7 +112,7 @@ def read_parquet(path: Path, field: str, advance: Advance) -> Iterator[bytes]:
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise InputError("pyarrow", "not installed", 'pip install "minimodels[data]"') from None
+        raise InputError("pyarrow", "not installed", 'pip install -e ".[data]"') from None
     with ParquetFile(path) as file:
         columns = file.schema_arrow.names
         if field not in columns:
@@ -184,7 +184,7 @@ def decompress(raw: io.FileIO, compression: str) -> io.RawIOBase:
         try:
             import zstandard
         except ImportError:
-            missing = 'pip install "minimodels[data]"'
+            missing = 'pip install -e ".[data]"'
             raise InputError("zstandard", "not installed", missing) from None
         return IteratorStream(decompress_zstd(raw, zstandard.ZstdDecompressor()))
     return raw

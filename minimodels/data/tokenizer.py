@@ -226,7 +226,7 @@ def require_tokenizers():
     try:
         import tokenizers
     except ImportError:
-        raise InputError("tokenizers", "not installed", 'pip install "minimodels[hub]"') from None
+        raise InputError("tokenizers", "not installed", 'pip install -e ".[hub]"') from None
     return tokenizers
 
 

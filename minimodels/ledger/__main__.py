@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from minimodels.command import parse_options, run_command
-from minimodels.errors import Count, InputError, check_types
+from minimodels.errors import Count, InputError, Natural, check_types
 from minimodels.ledger import ledger
 from minimodels.presets import PRESETS, fitted, preset
 
@@ -22,6 +22,8 @@ class Options:
     """tiny or small"""
     context: Count = 1024
     """context in tokens at which FLOPs and state are counted"""
+    vocab: Natural = 0
+    """size of the vocabulary; 0: 256 bytes"""
 
     def __post_init__(self):
         check_types(self)
@@ -34,10 +36,12 @@ class Options:
 def main(options: Options) -> None:
     """Print one line for each model."""
     models = [options.model] if options.model else PRESETS
-    configs = {model: preset(model, options.size) for model in models}
+    configs = {model: preset(model, options.size, vocab=options.vocab) for model in models}
     if options.layers:
         text = fitted(options.layers, options.size)
-        configs = {options.layers: preset("transformer", options.size, layers=text)}
+        configs = {
+            options.layers: preset("transformer", options.size, layers=text, vocab=options.vocab)
+        }
     costs = {name: ledger(config, options.context) for name, config in configs.items()}
     width = max(map(len, configs))
     print(f"{'':{width}}  parameters   active  MFLOPs/trained token  state KiB  unrouted/routed")

@@ -13,6 +13,9 @@ from pathlib import Path
 import tyro
 
 from minimodels.command import parse_options, run_command
+from minimodels.data.tasks import is_task
+from minimodels.errors import InputError
+from minimodels.files import read_json
 from minimodels.published import save_pretrained
 from minimodels.training.checkpoint import load_model
 
@@ -29,6 +32,9 @@ class Options:
 
 def main(options: Options) -> None:
     """Read the run and write the folder."""
+    saved = options.run / "options.json"
+    if saved.exists() and is_task(str(read_json(saved, "run").get("data"))):
+        raise InputError("run", str(options.run), "a run on text; a task has answers, not text")
     save_pretrained(load_model(options.run), options.folder)
     print(f"saved in {options.folder}")
 

@@ -170,14 +170,15 @@ def locate(path_or_id: str | Path, revision: str | None = None) -> Path:
         return Path(name)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or Path(name.partition("/")[0]).is_dir():
         accepted = (
-            "a folder that exists, with config.json and safetensors, or OWNER/NAME on the hub"
+            "a folder that exists, with a training run or config.json and safetensors, or "
+            "OWNER/NAME on the hub"
         )
-        raise InputError("path_or_id", name, accepted)
+        raise InputError("model", name, accepted)
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        accepted = 'a folder; for an id of the hub, pip install "minimodels[hub]"'
-        raise InputError("path_or_id", name, accepted) from None
+        accepted = 'a folder; for an id of the hub, pip install -e ".[hub]"'
+        raise InputError("model", name, accepted) from None
     try:
         return Path(
             snapshot_download(
@@ -190,4 +191,4 @@ def locate(path_or_id: str | Path, revision: str | None = None) -> Path:
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         accepted = f"a folder, or an id that the hub has ({reason})"
-        raise InputError("path_or_id", name, accepted) from None
+        raise InputError("model", name, accepted) from None

@@ -176,6 +176,9 @@ def parse(description: str) -> Options:
     named, _ = first.parse_known_args()
     if named.resume is not None:
         return parse_resumed(Path(named.resume), description)
+    if named.init is not None and named.model is not None:
+        accepted = f"no model beside --init, because {named.init} brings its own layers"
+        raise InputError("model", named.model, accepted)
     model, size = named.model or "transformer", named.size or "tiny"
     default = Options(preset(model, size), model, size, **TRAINING[size])
     if named.init is not None:
@@ -201,7 +204,10 @@ def parse_resumed(run: Path, description: str) -> Options:
     for each in fields(Options):
         before, after = getattr(saved, each.name), getattr(options, each.name)
         if before != after and each.name not in {*CHANGEABLE, "config"}:
-            raise InputError(each.name, after, f"{before!r}, with which {run} was started")
+            if each.name == "out":
+                raise InputError("out", str(after), "none, because a resumed run keeps its folder")
+            given = str(after) if isinstance(after, Path) else after
+            raise InputError(each.name, given, f"{before!r}, with which {run} was started")
     changed = checkpoint.differing_fields(options.config, saved.config)
     if changed:
         raise InputError("config", changed[0], accepted)
@@ -214,6 +220,9 @@ def read_options(run: Path) -> Options:
         raise InputError(
             "resume", str(run), "the folder of a training run; there is no such folder"
         )
+    if run.parent.name == checkpoint.FOLDER:
+        accepted = f"the folder of the run, {run.parent.parent}; --init starts from a checkpoint"
+        raise InputError("resume", str(run), accepted)
     saved = checkpoint.read_saved_options(run, "resume")
     try:
         return Options(**{**saved, "config": Config(**saved["config"]), "out": None, "resume": run})
@@ -249,16 +258,22 @@ def new_folder(options: Options) -> Path:
         if options.out is None:
             return make_first(named)
         named.mkdir(exist_ok=True)
-        held = {path.name for path in named.iterdir()}
+        refuse_used(named)
     except (OSError, ValueError) as error:  # ValueError: the name contains a NUL
         accepted = f"a folder that can be created ({error.args[-1]})"
         raise InputError("out", str(named), accepted) from None
-    if checkpoint.exists(named):
-        again = f"--resume {shlex.quote(str(named))} continues the run in it"
-        raise InputError("out", str(named), f"a new or empty folder; {again}")
-    if {name.removesuffix(".partial") for name in held} - LEFT_BEHIND:
-        raise InputError("out", str(named), "a new or empty folder")
     return named
+
+
+def refuse_used(folder: Path) -> None:
+    """Raise InputError if something in a folder for a new run can be lost."""
+    if not folder.is_dir():
+        return
+    if checkpoint.exists(folder):
+        again = f"--resume {shlex.quote(str(folder))} continues the run in it"
+        raise InputError("out", str(folder), f"a new or empty folder; {again}")
+    if {path.name.removesuffix(".partial") for path in folder.iterdir()} - LEFT_BEHIND:
+        raise InputError("out", str(folder), "a new or empty folder")
 
 
 def make_first(named: Path) -> Path:

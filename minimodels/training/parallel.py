@@ -73,7 +73,7 @@ def own_shape(batch_size: int, context: int, pieces: int) -> tuple[int, int]:
     Raises InputError if the batch cannot be divided equally.
     """
     if world() % pieces:
-        accepted = f"a divisor of {world()}, the number of processes"
+        accepted = f"a divisor of {world()}, the number of processes (torchrun starts several)"
         raise InputError("context_parallel", pieces, accepted)
     if context % pieces:
         accepted = f"a multiple of {pieces}, the pieces of context_parallel"
