@@ -246,3 +246,9 @@ def stopped_by_signals() -> Iterator[threading.Event]:
     finally:
         for name, handler in before.items():
             signal.signal(getattr(signal, name), handler)
+        if stopped.is_set() and callable(again := before["SIGINT"]):
+            # the same signal may still come twice when the run has saved
+            signal.signal(
+                signal.SIGINT,
+                lambda *given: again(*given) if time.monotonic() > first + 1 else None,
+            )

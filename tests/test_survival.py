@@ -483,6 +483,20 @@ def test_a_signal_that_is_repeated_within_a_second_is_one(seconds, code, monkeyp
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == code
 
 
+@pytest.mark.parametrize("seconds, code", [(0.9, 7), (1.1, 8)])
+def test_the_same_signal_may_come_again_after_the_run_has_saved(seconds, code, monkeypatch):
+    process = os.fork()
+    if not process:
+        signal.signal(signal.SIGINT, lambda *given: os._exit(8))
+        with command.stopped_by_signals():
+            os.kill(os.getpid(), signal.SIGINT)
+        later = time.monotonic() + seconds
+        monkeypatch.setattr(command.time, "monotonic", lambda: later)
+        os.kill(os.getpid(), signal.SIGINT)
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == code
+
+
 def test_a_folder_that_is_lost_is_one_line(tmp_path):
     model, optimizer = make()
     for _ in range(2):  # the first time, the folder is gone; then a file has its name
