@@ -68,8 +68,12 @@ def main(options: Options) -> None:
     options = replace(options, config=with_vocab(options, data), threads=threads.count)
     bfloat16 = has_bfloat16(device) if options.dtype == "auto" else options.dtype == "bfloat16"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+    notes = []
     if options.batch_size == "auto":
         options = fill_memory(options, options.config, device, autocast)
+        notes.append(
+            f"memory   holds {options.batch_size} sequences in each of {options.accumulate} passes"
+        )
 
     torch.manual_seed(options.seed)
     model = LM(options.config).to(device)
@@ -82,7 +86,7 @@ def main(options: Options) -> None:
     optimizer = adamw(model, options.lr, options.weight_decay)
     budget = Budget(options, options.config, data, {})
     machine = describe_machine(model, threads, bfloat16)
-    notes = [f"changed  {change}" for change in changes(options)]
+    notes += [f"changed  {change}" for change in changes(options)]
     if memory := check_fit(model, budget, autocast):
         notes.append(f"memory   {memory}")
 
