@@ -71,9 +71,8 @@ def main(options: Options) -> None:
     notes = []
     if options.batch_size == "auto":
         options = fill_memory(options, options.config, device, autocast)
-        notes.append(
-            f"memory   holds {options.batch_size} sequences in each of {options.accumulate} passes"
-        )
+        passes = f"{options.accumulate} pass{'es' if options.accumulate > 1 else ''}"
+        notes.append(f"memory   a step of {passes} with {options.batch_size} sequences fits")
 
     torch.manual_seed(options.seed)
     model = LM(options.config).to(device)
