@@ -333,10 +333,10 @@ def answer(options: Options, claims: Mapping[str, Callable[[bool], Claim]]) -> N
         raise InputError("claim", options.claim, nearest(options.claim, claims))
     if options.size not in ("auto", "cpu", "gpu"):
         raise InputError("size", options.size, "auto, cpu, gpu")
-    if options.seeds < 0 or not 0 < options.scale < math.inf:
-        raise InputError(
-            "seeds, scale", (options.seeds, options.scale), "0 or more, and a positive number"
-        )
+    if options.seeds < 0:
+        raise InputError("seeds", options.seeds, "0 or more")
+    if not 0 < options.scale < math.inf:
+        raise InputError("scale", options.scale, "a positive number")
     device = pick_device(options.device)
     keep_freed_memory()
     small = options.size == "cpu" or (options.size == "auto" and device.type == "cpu")

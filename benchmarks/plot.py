@@ -63,7 +63,7 @@ def main(options: Options) -> None:
     """Read the rows, draw every kind of picture that they allow, and print
     where the pictures are."""
     if not options.results:
-        raise InputError("results", (), "one or more files of JSON rows")
+        raise InputError("results", "", "one or more files of JSON rows")
     rows = [row for path in options.results for row in read(path)]
     folder = options.out or options.results[0].parent
     folder.mkdir(parents=True, exist_ok=True)

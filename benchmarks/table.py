@@ -33,7 +33,7 @@ class Options:
 def main(options: Options) -> None:
     """One table for each kind of row in each file."""
     if not options.results:
-        raise InputError("results", (), "one or more files of JSON rows")
+        raise InputError("results", "", "one or more files of JSON rows")
     for path in options.results:
         rows = read(path)
         found = [make(rows) for make in (throughput, training, peers, kernels, claims)]

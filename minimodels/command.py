@@ -145,7 +145,7 @@ def run_command(main: Callable[[Options], None], options: Callable[[], Options])
         reason = str(error).rpartition("Allocator: ")[2].partition("\n")[0] or "MemoryError"
         fail(f"out of memory: a smaller model, batch or context takes less ({reason})", 1)
     except KeyboardInterrupt:
-        fail("interrupted", 130)
+        fail("\ninterrupted", 130)
     except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

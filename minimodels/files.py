@@ -97,7 +97,9 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise InputError("folder", str(folder), f"one that {holder} is not writing") from None
+            raise InputError(
+                "folder", str(folder), f"one in which no other process writes; {holder} does"
+            ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()

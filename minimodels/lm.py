@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from minimodels.architectures.registry import build
 from minimodels.config import Config
 from minimodels.errors import InputError
-from minimodels.layers import Context, Record, flops, is_plain, linear, make_norm, scaled
+from minimodels.layers import (
+    Context,
+    Record,
+    flops,
+    is_plain,
+    is_transformed,
+    linear,
+    make_norm,
+    scaled,
+)
 from minimodels.objectives import OBJECTIVES
 from minimodels.ranks import averaged
 
@@ -74,9 +83,22 @@ class LM(nn.Module):
                 )
         if starts is not None and state is not None and positions is None:
             raise ValueError("starts are given with a state; accepted: with positions too")
+        if not torch.compiler.is_compiling():
+            self.check_tokens(tokens)
         if positions is not None and not torch.compiler.is_compiling():
             check_positions(positions)
         return Context(positions, starts, tokens=tokens, record=record)
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise InputError unless the tokens are ids of the vocabulary. A GPU checks the range
+        itself, because asking it takes time."""
+        if tokens.dtype not in (torch.int64, torch.int32):
+            given = str(tokens.dtype).removeprefix("torch.")
+            raise InputError("tokens", given, "int64 or int32 ids")
+        if tokens.device.type == "cpu" and not is_transformed():
+            least, most = map(int, tokens.aminmax())
+            if least < 0 or most >= self.vocab:
+                raise InputError("tokens", f"{least} to {most}", f"ids 0 to {self.vocab - 1}")
 
     def features(self, tokens: Tensor, state: list | None = None, context: Context | None = None):
         """The input of the head (B, T, D), and the state. Errors as in forward."""

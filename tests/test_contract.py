@@ -94,3 +94,17 @@ def test_files_that_would_block_are_refused(tmp_path):
     os.mkfifo(tmp_path / "options.json")
     with pytest.raises(InputError, match="not a regular file"):
         checkpoint.load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "tokens, accepted",
+    [
+        (torch.tensor([[1, 50]]), "1 to 50' is not accepted; accepted: ids 0 to 9"),
+        (torch.tensor([[-1, 5]]), "-1 to 5' is not accepted; accepted: ids 0 to 9"),
+        (torch.ones(1, 2), "float32' is not accepted; accepted: int64 or int32 ids"),
+    ],
+)
+def test_what_are_no_tokens_is_named(tokens, accepted):
+    model = LM(Config(layers="mlp", width=8, vocab=10))
+    with pytest.raises(InputError, match=f"^tokens: '{accepted}"):
+        model(tokens)

@@ -132,7 +132,9 @@ def test_a_folder_has_one_writer(tmp_path):
     with locked(tmp_path):
         assert str(os.getpid()) in (tmp_path / LOCK).read_text()
         with (
-            pytest.raises(InputError, match=f"process {os.getpid()} on .* is not writing"),
+            pytest.raises(
+                InputError, match=f"no other process writes; process {os.getpid()} on .* does"
+            ),
             locked(tmp_path),
         ):
             pass

@@ -585,5 +585,5 @@ def test_a_run_starts_from_the_weights_of_another(kind, tmp_path, monkeypatch):
     assert all(torch.equal(one, other) for one, other in weights)
     assert checkpoint.find(tmp_path / "second").about["progress"]["step"] == 1
     run("--resume", str(tmp_path / "second"), "--steps", "2")
-    with pytest.raises(InputError, match="init: .* differing: width 16 for 8"):
+    with pytest.raises(InputError, match="init: .* it has width 16, not 8"):
         run(*common, "--init", str(tmp_path / source), "--width", "8")

@@ -516,12 +516,12 @@ def test_refuses_to_resume_what_is_damaged_or_another_run(tmp_path, monkeypatch,
     (tmp_path / "run/checkpoint.safetensors").write_bytes(whole)
     assert "checkpoint.safetensors is of an earlier version" in refused()
     shutil.copytree(tmp_path / "other/checkpoints/step-2", folder)
-    assert "a model of this configuration; differing: width 16 for 32" in refused("--steps", 4)
+    assert "a model of this configuration; it has width 16, not 32" in refused("--steps", 4)
     shutil.rmtree(folder)
     (tmp_path / "mine").rename(folder)
     file.write_bytes(whole)
     for field, value in {"width": 16, "data": "stdlib", "context": 16, "seed": 5}.items():
-        named = "config: 'width 16 for 32'" if field == "width" else f"{field}: "
+        named = "config: 'width 16, not 32'" if field == "width" else f"{field}: "
         assert f"error: {named}" in refused(f"--{field}", value)
 
 
@@ -949,10 +949,10 @@ def test_a_checkpoint_is_of_one_configuration(tmp_path, monkeypatch):
     model = LM(Config(layers="attention(window=4)", width=8))
     checkpoint.save(tmp_path, model, adamw(model, 1e-3, 0.1), {"step": 1})
     other = replace(model.config, layers="attention(window=5)")
-    differing = r"differing: layers 'attention\(window=4\)' for 'attention\(window=5\)'"
+    differing = r"it has layers 'attention\(window=4\)', not 'attention\(window=5\)'"
     with pytest.raises(InputError, match=differing):
         checkpoint.load(tmp_path, LM(other))
-    with pytest.raises(InputError, match="differing: norm_eps 1e-05 for 1e-06"):
+    with pytest.raises(InputError, match="it has norm_eps 1e-05, not 1e-06"):
         checkpoint.load(tmp_path, LM(replace(model.config, norm_eps=1e-6)))
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -985,7 +985,7 @@ def test_checkpoints_compare_what_texts_describe(saved, wanted, same, tmp_path):
         tokens = torch.arange(5)[None]
         assert torch.equal(model.eval()(tokens)[0], other.eval()(tokens)[0])
     else:
-        with pytest.raises(InputError, match="differing: layers"):
+        with pytest.raises(InputError, match="it has layers"):
             checkpoint.load(tmp_path, other)
 
 

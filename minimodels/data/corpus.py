@@ -69,7 +69,8 @@ def open_corpus(name: str, field: str, cache: Path) -> Corpus:
         files = list_files(name)
         if not files:
             word = name.partition("(")[0]
-            raise InputError("data", name, meant(word, [*TASKS, "stdlib"]) + ACCEPTED)
+            there = "" if Path(name).exists() else " (there is no such file)"
+            raise InputError("data", name, meant(word, [*TASKS, "stdlib"]) + ACCEPTED + there)
         digest, total = fingerprint(files), sum(file.size for file in files.values())
         newest = max(file.path.stat().st_mtime_ns for file in files.values())
     except (OSError, ValueError, RuntimeError) as error:  # ValueError: the name contains a NUL

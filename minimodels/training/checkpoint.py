@@ -117,7 +117,7 @@ def check_model(found: Found, saved: dict[str, tuple[list[int], torch.dtype]], m
     """Raise InputError unless a checkpoint is of a model like this one."""
     changed = differing_fields(saved_config(found), model.config)
     if changed:
-        accepted = f"a model of this configuration; differing: {', '.join(changed)}"
+        accepted = f"a model of this configuration; it has {'; '.join(changed)}"
         raise InputError("checkpoint", str(found.folder), accepted)
     wanted = {
         f"model.{name}": (list(tensor.shape), tensor.dtype)
@@ -208,15 +208,15 @@ def persistent_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def differing_fields(given: Config, wanted: Config) -> list[str]:
-    """The fields in which two models differ, as "field value for wanted value".
+    """The fields in which two models differ, as "field value, not wanted value".
     `impl` makes no difference."""
     changed = (
-        [] if given.calls == wanted.calls else [f"layers {given.layers!r} for {wanted.layers!r}"]
+        [] if given.calls == wanted.calls else [f"layers {given.layers!r}, not {wanted.layers!r}"]
     )
     for field in fields(Config):
         before, after = getattr(given, field.name), getattr(wanted, field.name)
         if before != after and field.name not in ("layers", "impl"):
-            changed.append(f"{field.name} {before!r} for {after!r}")
+            changed.append(f"{field.name} {before!r}, not {after!r}")
     return changed
 
 

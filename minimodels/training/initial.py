@@ -32,5 +32,7 @@ def copy_weights(model: LM, name: str) -> None:
     initial, _ = open_initial(name)
     changed = checkpoint.differing_fields(initial.config, model.config)
     if changed:
-        raise InputError("init", name, f"the model of this run; differing: {', '.join(changed)}")
+        raise InputError(
+            "init", name, f"a model like the one to train; it has {'; '.join(changed)}"
+        )
     model.load_state_dict(initial.state_dict())
