@@ -390,7 +390,7 @@ def test_what_is_not_installed_is_named_with_its_extra(tmp_path, monkeypatch, mo
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     (tmp_path / name).write_bytes(b"PAR1")
-    with pytest.raises(InputError, match=f"{module}: 'not installed'.*minimodels\\[data\\]"):
+    with pytest.raises(InputError, match=f"{module}: 'not installed'.*\\.\\[data\\]"):
         open_data(str(tmp_path / name), 8, cache=tmp_path / "cache")
 
 

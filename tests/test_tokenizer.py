@@ -241,7 +241,7 @@ def test_without_the_library_bytes_are_left(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     open_tokenizer("bytes").save(tmp_path)
     for spec in ("bpe(vocab=300)", str(tmp_path)):
-        with pytest.raises(InputError, match="minimodels.hub"):
+        with pytest.raises(InputError, match=r"-e .\.\[hub\]"):
             open_tokenizer(spec, [TEXT])
 
 
