@@ -97,6 +97,8 @@ def test_the_crossover_is_that_of_the_fastest_way_of_either():
     rows.append({"model": "t again", "base": "transformer", "context": 1024, "seconds": [0.1, 0.1]})
     assert overtaking(rows)["mamba"].median == pytest.approx(512 * 2 ** (2 / 3))  # from 1/4 to 2
     assert overtaking(rows[:3]) == {}  # one context
+    # one timing may be noise
+    assert overtaking([{**row, "seconds": row["seconds"][:1]} for row in rows]) == {}
 
 
 def test_timings_are_interleaved_and_compared_round_by_round():

@@ -19,6 +19,7 @@ from models import scored
 from safetensors import safe_open
 from small import small
 
+import minimodels.published.__main__ as published
 import minimodels.sample
 import minimodels.training.run as training_run
 import train
@@ -1119,3 +1120,24 @@ def test_a_file_is_replaced_and_not_written_over(tmp_path):
         if content == "before":
             os.link(tmp_path / "file", tmp_path / "same")
     assert ((tmp_path / "file").read_text(), (tmp_path / "same").read_text()) == ("after", "before")
+
+
+def test_a_model_beside_the_weights_of_another_is_refused(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run("--init", "run", "--model", "mamba", monkeypatch=monkeypatch)
+    assert "model: 'mamba' is not accepted; accepted: no model beside" in capsys.readouterr().err
+
+
+def test_a_used_folder_is_refused_before_the_data_are_read(tmp_path, monkeypatch, capsys):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/notes").write_text("mine")
+    with pytest.raises(SystemExit):
+        run("--out", "used", "--data", "missing", *SMALL, monkeypatch=monkeypatch)
+    assert "out: 'used' is not accepted" in capsys.readouterr().err
+
+
+def test_a_run_on_a_task_is_not_published(tmp_path, monkeypatch):
+    run("--data", "parity", "--steps", 1, "--out", "run", *SMALL, monkeypatch=monkeypatch)
+    with pytest.raises(InputError, match="run: 'run' .* a task has answers"):
+        published.main(published.Options(Path("run"), tmp_path / "there"))
+    assert not (tmp_path / "there").exists()
