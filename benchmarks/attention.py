@@ -16,10 +16,11 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
+import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -300,6 +301,18 @@ class Stream(nn.Module):
         return AttentionState(keys, values, None, state.seen)
 
 
+@dataclass(frozen=True)
+class Options(claims.Options):
+    """Train small models until they answer a question about attention."""
+
+    claim: tyro.conf.Positional[str]
+    """cache, sinks or positions"""
+
+
+def main(options: Options) -> None:
+    """Train, record, write, and print the result."""
+    claims.answer(options, ATTENTION)
+
+
 if __name__ == "__main__":
-    claims.CLAIMS = ATTENTION
-    run_command(claims.main, lambda: parse_options(claims.Options, __doc__))
+    run_command(main, lambda: parse_options(Options, __doc__))

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import attention, claims, plot, training
+from benchmarks import attention, plot, training
 from benchmarks.attention import ATTENTION, Probe, Stream, by_position, continued
 from benchmarks.training import Run
 from minimodels import LM, Config
@@ -121,8 +121,10 @@ def test_bits_by_position_are_those_of_each_bin(monkeypatch):
 def test_a_claim_leaves_rows_that_plot_draws(name, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
 
+    real = ATTENTION[name]
+
     def shorter(small):
-        described = ATTENTION[name](small)
+        described = real(small)
         for run in described.runs:
             run.batch, run.context = 2, 64
         return described
@@ -132,8 +134,8 @@ def test_a_claim_leaves_rows_that_plot_draws(name, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(training, "SCORED", 1)
     for module in (attention, training):  # because opening a text takes longer than the rest
         monkeypatch.setattr(module, "open_data", functools.cache(open_data))
-    monkeypatch.setitem(claims.CLAIMS, name, shorter)
-    claims.main(claims.Options(claim=name, scale=0.001, seeds=1, device="cpu", out=tmp_path))
+    monkeypatch.setitem(ATTENTION, name, shorter)
+    attention.main(attention.Options(claim=name, scale=0.001, seeds=1, device="cpu", out=tmp_path))
     path = tmp_path / f"claim-{name}.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     drawn = {(row["panel"], row["model"]) for row in rows if row["x"] is not None}
