@@ -39,6 +39,7 @@ from minimodels.measure import check_writable, write
 from minimodels.presets import MAIN, fitted
 
 from . import table
+from .plot import at_best_rate, model_of
 from .s4d import forget_selection
 from .training import SCORED, Run, score, train
 
@@ -67,6 +68,8 @@ class Claim:
     at_end: Callable[[LM, Run, torch.device], Iterator[dict[str, float]]] | None = None
     """further records of the trained model"""
     seeds: int = 3
+    rates: tuple[float, ...] = ()
+    """learning rates at which the first seed trains each model; the others take the best of them"""
 
 
 # The claims. `small`: the size for a CPU.
@@ -345,13 +348,15 @@ def answer(options: Options, claims: Mapping[str, Callable[[bool], Claim]]) -> N
     for run in claim.runs:
         run.config = replace(run.config, impl=options.impl)
         run.steps = max(1, round(options.scale * run.steps))
+    runs = [replace(run, lr=rate) for run in claim.runs for rate in claim.rates or (run.lr,)]
     seeds = range(options.seeds or claim.seeds)
     rows, out = [], options.out / f"claim-{options.claim}.jsonl"
     check_writable(out)
-    total = sum(run.steps * run.batch * run.context for run in claim.runs) * len(seeds)
+    tokens = sum(run.steps * run.batch * run.context for run in claim.runs)
+    total = tokens * (len(seeds) - 1 + max(1, len(claim.rates)))
     with tqdm(total=total, unit="token", unit_scale=True, mininterval=1) as bar:
         for seed in seeds:
-            for run in claim.runs:
+            for run in runs:
                 bar.set_postfix_str(f"{run.model}, rate {run.lr}, seed {seed}")
                 model, records = train(run, seed, claim.probes, device, bar)
                 records += claim.at_end(model, run, device) if claim.at_end else ()
@@ -361,6 +366,10 @@ def answer(options: Options, claims: Mapping[str, Callable[[bool], Claim]]) -> N
                 }  # fmt: skip
                 rows += rows_of(records, claim.panels, shared)
                 write(out, rows, device)
+            if claim.rates and seed == seeds[0]:
+                drawn = [row for row in rows if row["x"] is not None]
+                best = {(*model_of(row), row["lr"]) for row in at_best_rate(drawn)}
+                runs = [run for run in runs if (run.model, run.config.layers, run.lr) in best]
     summarise(rows)
     print(f"written to {out}")
 

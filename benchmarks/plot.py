@@ -148,17 +148,18 @@ def claims(rows: Rows) -> Figures:
 
 def at_best_rate(rows: Rows) -> Rows:
     """The rows of one panel, of each model only those of its best learning rate, by the mean over
-    the seeds at the last x. Rows without a rate belong to models that were trained at one."""
+    the seeds at the last x. If some rates have fewer seeds than others, they were tried and passed
+    over. Rows without a rate belong to models that were trained at one."""
     ended = defaultdict(dict)  # (model, layers), rate -> seed -> (x, y)
     for row in rows:
         seeds = ended[model_of(row), row.get("lr")]
         seeds[row["seed"]] = max(seeds.get(row["seed"], (-math.inf, 0)), (row["x"], row["y"]))
     sign = 1 if is_accuracy(rows[0]) else -1
-    best: dict[tuple, tuple[float, float | None]] = {}
+    best: dict[tuple, tuple[tuple[int, float], float | None]] = {}
     for (model, rate), seeds in ended.items():
-        mean = sign * statistics.mean(y for _, y in seeds.values())
-        if model not in best or mean > best[model][0]:
-            best[model] = mean, rate
+        found = len(seeds), sign * statistics.mean(y for _, y in seeds.values())
+        if model not in best or found > best[model][0]:
+            best[model] = found, rate
     return [row for row in rows if row.get("lr") == best[model_of(row)][1]]
 
 

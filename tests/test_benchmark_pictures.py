@@ -226,6 +226,7 @@ def test_a_model_is_shown_at_its_best_rate():
     assert plot.at_best_rate(low + high) == high
     low, high = (rows(rate, *y, label="bits") for rate, y in ((0.1, (2, 2)), (0.2, (1, 4))))
     assert plot.at_best_rate(low + high) == low
+    assert plot.at_best_rate(low + rows(0.3, 0.1, label="bits")) == low  # tried by one seed only
     old = [{key: value for key, value in row.items() if key != "lr"} for row in low]
     assert plot.at_best_rate(old) == old
 

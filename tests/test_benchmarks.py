@@ -373,6 +373,28 @@ def test_a_claim_leaves_rows_that_plot_draws(claim, tmp_path, monkeypatch, capsy
     assert len(list(tmp_path.glob("*.png"))) == len(described.panels)
 
 
+def test_the_first_seed_tries_every_rate_and_the_others_train_at_the_best(tmp_path, monkeypatch):
+    best = {"attention": 1e-1, "mlp": 1e-3}
+    trained = []
+
+    def learn(run, seed, *given):
+        trained.append((run.model, run.lr, seed))
+        return None, [{"step": 1, "accuracy": 0.5 + 0.5 * (run.lr == best[run.model])}]
+
+    def swept(small):
+        runs = [training.Run(name, Config(layers=name), "parity", 8, 1) for name in best]
+        panel = claims.Panel("learning", "step", "accuracy", "steps", "answers right")
+        return claims.Claim("Which?", runs, [panel], rates=(1e-3, 1e-1))
+
+    monkeypatch.setattr(claims, "train", learn)
+    options = claims.Options(claim="swept", device="cpu", out=tmp_path)
+    claims.answer(options, {"swept": swept})
+    assert trained == [
+        *((name, rate, 0) for name in best for rate in (1e-3, 1e-1)),
+        *((name, best[name], seed) for seed in (1, 2) for name in best),
+    ]
+
+
 def test_routing_decisions_are_those_of_all_batches_scored(monkeypatch):
     monkeypatch.setattr(claims, "SCORED", 3)
     config = preset("mod", "tiny", "attention.heads=2", width=16, vocab=256)
