@@ -18,6 +18,7 @@ import minimodels  # noqa: F401, first, so that Ctrl-C ends the other imports at
 
 # isort: split
 import shlex
+import sys
 import threading
 from contextlib import ExitStack
 from dataclasses import replace
@@ -125,7 +126,8 @@ def train(run: Run, stopped: threading.Event, threads: Threads) -> bool:
     if run.budget.ended(run.seconds):
         print("the run is at its bound; --steps continues it to a later step")
     bar_format = "{percentage:3.0f}% |{bar:20}| {elapsed}<{remaining} {postfix}"
-    with tqdm(total=1.0, bar_format=bar_format, mininterval=0.5, disable=rank() > 0) as bar:
+    wait = 0.5 if sys.stderr.isatty() else 30  # seconds; in a file each update stays
+    with tqdm(total=1.0, bar_format=bar_format, mininterval=wait, disable=rank() > 0) as bar:
         while True:
             # all ranks stop together, by the clock of the slowest
             interrupted, seconds = largest(stopped.is_set(), run.seconds)

@@ -94,7 +94,9 @@ def read(path: Path, field: str = "results") -> Rows:
     """The rows of a file. Raises InputError, which names `field`, if it cannot be read."""
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise InputError(field, str(path), f"a file of JSON rows ({error.strerror})") from None
+    except ValueError as error:
         raise InputError(field, str(path), f"a file of JSON rows ({error})") from None
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise InputError(field, str(path), "a file of JSON rows, at least one")

@@ -113,7 +113,8 @@ def stray_word(word: str, given: Sequence[str], known: Mapping[str, Any]) -> Inp
     if known.get(name) is bool:
         flag = name.replace("_", "-")
         return InputError(name, word, f"--{flag} or --no-{flag}, without a value")
-    return InputError("argument", word, "options and arguments that --help lists")
+    meant = f", such as --model {word}" if "model" in known else ""
+    return InputError("argument", word, f"options and arguments that --help lists{meant}")
 
 
 def hints_of(kind: type) -> dict[str, Any]:

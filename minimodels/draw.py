@@ -174,6 +174,7 @@ def draw(config: Config, context: int, title: str, files: list[Path]) -> None:
     )
     try:
         for file in files:
+            file.parent.mkdir(parents=True, exist_ok=True)
             stamp = {"Date": None} if file.suffix == ".svg" else None
             figure.savefig(file, dpi=130, metadata=stamp)
     except OSError as error:

@@ -10,7 +10,7 @@ dataclass.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import MISSING, field, fields
 from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
@@ -41,9 +41,14 @@ class OneOf(NamedTuple):
 
 
 def read_options(
-    kind: Callable[..., Options], call: Call, text: str, field: str = "layers"
+    kind: Callable[..., Options],
+    call: Call,
+    text: str,
+    field: str = "layers",
+    others: Collection[str] = (),
 ) -> Options:
-    """The options of a call as the dataclass `kind`.
+    """The options of a call as the dataclass `kind`. `others`: what the call accepts besides, for
+    errors.
 
     Raises InputError, which names the layer, the option, the value and what is accepted, and shows
     the place in the text.
@@ -53,7 +58,7 @@ def read_options(
     values = {}
     for given in call.options:
         if given.name not in known:
-            accepted = nearest(given.name, known) or "no options"
+            accepted = nearest(given.name, [*known, *others]) or "no options"
             raise InputError(f"{field}: {call.name}", given.name, accepted, excerpt(text, given.at))
         value, hint = read_value(given.value, hints[given.name], text), hints[given.name]
         if not fits(value, hint):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import NamedTuple
 
-from minimodels.architectures.registry import LAYERS, WRAPPERS
+from minimodels.architectures.registry import LAYERS, WRAPPERS, check
 from minimodels.config import Config
 from minimodels.errors import InputError, nearest
 from minimodels.grammar import names_in, parse, set_options
@@ -77,11 +77,13 @@ def preset(model: str, size: str = "tiny", *settings: str, **overrides) -> Confi
     """The named preset as a Config: model is one of PRESETS, size one of SIZES.
 
     `settings` set options of its layers, such as "mamba.state_size=32". `overrides` are fields of
-    Config. Raises InputError for an unknown name.
+    Config. Raises InputError for an unknown name or option.
     """
     known = [field.name for field in fields(Config)]
     for name in overrides:
         if name not in known:
             raise InputError("config", name, nearest(name, known))
     text = set_options(overrides.pop("layers", layers_of(model, size)), settings)
-    return Config(**{"layers": text, "width": SIZES[size].width, **overrides})
+    config = Config(**{"layers": text, "width": SIZES[size].width, **overrides})
+    check(config)
+    return config

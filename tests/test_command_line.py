@@ -8,8 +8,8 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
-from benchmarks import claims, curves, positions, state
-from minimodels import LM, Config, InputError
+from benchmarks import claims, curves, plot, positions, state
+from minimodels import LM, Config, InputError, draw, preset
 from minimodels import sample as sampling
 from minimodels.architectures import __main__ as architectures
 from minimodels.command import parse_options, program
@@ -100,6 +100,27 @@ def test_unknown_names_suggest_known_ones(tmp_path, monkeypatch):
     for name in ("nope", "runs/nope", "a/b/c"):  # none is looked up on the hub
         with pytest.raises(InputError, match="a folder that exists, with .* or OWNER/NAME on the"):
             locate(name)
+
+
+def test_what_is_wrong_with_layers_is_said_where_they_are_named():
+    """And `preset` checks options before a model is built."""
+    with pytest.raises(
+        InputError, match=r"a layer of the preset transformer, \(attention mlp\)\*4"
+    ):
+        architectures.main(architectures.Options("transformer"))
+    with pytest.raises(InputError, match=r"'foo' .* conv_bias, .*, residual"):
+        preset("mamba", "tiny", "mamba.foo=3")
+    with pytest.raises(InputError, match=r"'head' .* did you mean heads\? .*, residual"):
+        preset("transformer", layers="mod(attention(head=8))")
+    with pytest.raises(InputError, match=r"layers in its parentheses, such as mod\(mlp\)"):
+        preset("transformer", layers="mod")
+
+
+def test_pictures_make_their_folder_and_missing_rows_are_named(tmp_path):
+    draw.main(draw.Options(layers="mlp", out=str(tmp_path / "new" / "mlp")))
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"mlp.svg", "mlp.png"}
+    with pytest.raises(InputError, match=r"rows \(No such file or directory\)"):
+        plot.read(tmp_path / "nope")
 
 
 def test_runs_that_do_not_exist_are_named_as_such(tmp_path):

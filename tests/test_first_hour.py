@@ -68,6 +68,7 @@ def parse(*arguments: str, monkeypatch) -> options.Options:
         (["--block-size=64"], "did you mean --context"),
         (["--heads", "8"], "did you mean --set attention.heads=VALUE"),
         (["--widht", "8"], "did you mean --width"),
+        (["hybrid"], "such as --model hybrid"),
         (
             ["--tie-embeddings", "maybe"],
             "tie_embeddings: 'maybe' is not accepted; accepted: --tie-embeddings or --no-tie-embeddings",

@@ -1128,6 +1128,14 @@ def test_a_model_beside_the_weights_of_another_is_refused(monkeypatch, capsys):
     assert "model: 'mamba' is not accepted; accepted: no model beside" in capsys.readouterr().err
 
 
+def test_another_tokenizer_beside_the_weights_of_a_model_is_refused(tmp_path, monkeypatch, capsys):
+    """Its embeddings are those of its own tokens."""
+    run("--data", "parity", "--steps", 1, "--out", "run", *SMALL, monkeypatch=monkeypatch)
+    with pytest.raises(SystemExit):
+        run("--init", "run", "--tokenizer", "bpe(vocab=300)", monkeypatch=monkeypatch)
+    assert "tokenizer: 'bpe(vocab=300)' is not accepted; acc" in capsys.readouterr().err
+
+
 def test_a_used_folder_is_refused_before_the_data_are_read(tmp_path, monkeypatch, capsys):
     (tmp_path / "used").mkdir()
     (tmp_path / "used/notes").write_text("mine")

@@ -93,8 +93,20 @@ def read_call(call: Call, text: str) -> tuple[Any, Joint]:
         shared = set()
     own = tuple(each for each in call.options if each.name not in shared)
     others = tuple(each for each in call.options if each.name in shared)
-    options = read_options(kind.Options, replace(call, options=own), text)
+    options = read_options(kind.Options, replace(call, options=own), text, others=shared)
     return options, read_options(Joint, replace(call, options=others), text)
+
+
+def check(config: Config) -> None:
+    """Raise InputError if a layer of a configuration does not exist or has an unknown option, as
+    `build` does, but without building anything."""
+
+    def visit(calls: tuple[Call, ...]) -> None:
+        for call in calls:
+            read_call(call, config.layers)
+            visit(call.layers)
+
+    visit(config.calls)
 
 
 def on_stream(kind: type[nn.Module]) -> bool:
@@ -113,8 +125,8 @@ def find(call: Call, text: str) -> type[nn.Module]:
         names = [*parse(text).definitions, *known]
         raise InputError("layers", call.name, nearest(call.name, names), excerpt(text, call.at))
     if bool(call.layers) != (call.name in WRAPPERS):
-        accepted = (
-            "layers in its parentheses" if call.name in WRAPPERS else "no layers in its parentheses"
-        )
+        accepted = "no layers in its parentheses"
+        if call.name in WRAPPERS:
+            accepted = f"layers in its parentheses, such as {call.name}(mlp)"
         raise InputError(f"layers: {call.name}", call.name, accepted, excerpt(text, call.at))
     return known[call.name]

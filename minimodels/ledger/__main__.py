@@ -12,7 +12,8 @@ from minimodels.presets import PRESETS, fitted, preset
 
 @dataclass(frozen=True)
 class Options:
-    """Print what models cost."""
+    """Print what models cost. The last column: how many times the compute of its forward pass a
+    model would need if every token took every expert and every wrapped layer."""
 
     model: str = ""
     """preset to count; by default every preset"""

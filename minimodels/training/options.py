@@ -46,7 +46,8 @@ class Options:
     mqar(pairs=8, vocab=256), overwrite, parity, s3"""
 
     tokenizer: str = "bytes"
-    """bytes, bpe(vocab=8192), which is trained on the run's own text, or a tokenizer.json"""
+    """bytes, bpe(vocab=8192), which is trained on the run's own text and has at most so many tokens,
+    or a tokenizer.json"""
     pack: bool = False
     """use rows of whole documents, which do not see each other, instead of windows cut at random"""
     field: str = "text"
@@ -185,6 +186,9 @@ def parse(description: str) -> Options:
         initial, tokenizer = open_initial(named.init)
         default = replace(default, config=initial.config, tokenizer=tokenizer)
     options = parse_options(Options, description, default, SYNONYMS)
+    if named.init is not None and options.tokenizer != default.tokenizer:
+        accepted = f"no other tokenizer beside --init, because {named.init} brings its own"
+        raise InputError("tokenizer", options.tokenizer, accepted)
     layers = options.config.layers
     if named.layers is not None:
         layers = fitted(layers, size)
