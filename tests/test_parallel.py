@@ -104,11 +104,8 @@ def train_on(layers: str, shard: bool = False, pieces: int = 1) -> list[list[flo
 
 
 def ways(layers: str, world: int) -> list[tuple[bool, int]]:
-    """Whether to shard, and into how many pieces to split the context. Four ranks replicate one
-    model."""
-    found = [(True, 1)]
-    if world == 2 or layers == PRESET_TEXTS[0]:
-        found.append((False, 1))
+    """Whether to shard, and into how many pieces to split the context."""
+    found = [(True, 1), (False, 1)]
     if layers in SPLIT_TOO:
         found.append((world == 2, 2))
     return found
