@@ -12,6 +12,7 @@ from typing import Literal
 from minimodels.errors import Count, Natural, NonNegative, Positive, check_types
 from minimodels.grammar import Call, count_layers, expand, parse
 
+Residuals = Literal["pre_norm", "post_norm", "sandwich", "deep_norm"]
 IMPLS = ("auto", "reference", "torch", "triton")
 
 
@@ -35,8 +36,9 @@ class Config:
     impl: Literal["auto", "reference", "torch", "triton"] = "auto"
     """auto (torch, or a kernel that was measured to be faster), reference (the equations),
     torch (fast everywhere) or triton (kernels)"""
-    residual: Literal["pre_norm", "post_norm", "sandwich"] = "pre_norm"
-    """where the norm of a layer is: before it, after it (OLMo 2) or both (Gemma)"""
+    residual: Residuals = "pre_norm"
+    """where the norm of a layer is: before it, after it (OLMo 2), both (Gemma), or on the stream itself
+    (deep_norm, MiniMax-01)"""
     embedding_scale: Positive = 1.0
     """factor on the embeddings (Gemma: the square root of the width)"""
     embedding_norm: bool = False

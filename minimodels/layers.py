@@ -44,14 +44,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimodels.config import IMPLS, Config
-from minimodels.errors import InputError
+from minimodels.config import IMPLS, Config, Residuals
+from minimodels.errors import InputError, Positive
 from minimodels.kernels import FASTER, require
 from minimodels.options import option
 from minimodels.ranks import averaged
@@ -272,76 +272,103 @@ def norm_of_sum(
     return norm(x).to(norm_dtype(x)), x
 
 
-class PreNorm(nn.Module):
-    """x + layer(norm(x)).
+@dataclass(frozen=True)
+class Joint:
+    """The options that every layer has besides its own: how it is added to the residual stream."""
+
+    residual: Residuals | None = option(
+        None,
+        "where the layer's norm is: before it, after it, both, or on the stream itself; by default as in the model",
+    )
+    residual_scale: Positive | None = option(
+        None, "β, factor on what the layer adds; by default the model's"
+    )
+    stream_scale: Positive = option(1.0, "α, factor on the stream to which deep_norm adds it")
+
+
+class Residual(nn.Module):
+    """A layer with its norm, added to the residual stream. β is 1 unless residual_scale is set.
 
     The next norm computes the sum, so that one kernel reads both terms. The input and the output
     are therefore x and the `update` that is still to be added to it.
     """
 
-    operations = ("rmsnorm",)
-
-    def __init__(self, config: Config, layer: nn.Module):
+    def __init__(self, config: Config, layer: nn.Module, joint: Joint = Joint()):
         super().__init__()
         self.norm = make_norm(config)
-        self.layer, self.scale = layer, config.residual_scale
-        self.impl = config.impl
+        self.layer, self.impl = layer, config.impl
+        self.scale = config.residual_scale
+        if joint.residual_scale is not None:
+            self.scale = joint.residual_scale
+        self.alpha = joint.stream_scale
+        if self.alpha != 1.0 and not isinstance(self, DeepNorm):
+            raise InputError("stream_scale", self.alpha, "1.0, or residual=deep_norm")
 
     def forward(self, x: Tensor, update: Tensor | None, state=None, context: Context | None = None):
-        """x, update (B, T, D) -> x + update, the new update, and the layer's state."""
+        """x, update (B, T, D) -> the new x, the new update, and the layer's state."""
+        raise NotImplementedError
+
+
+class PreNorm(Residual):
+    """x + β layer(norm(x))."""
+
+    operations = ("rmsnorm",)
+
+    def forward(self, x: Tensor, update: Tensor | None, state=None, context: Context | None = None):
         normed, x = norm_of_sum(self.norm, x, update, self.impl)
         update, state = self.layer(normed, state, context)
         return x, scaled(update, self.scale), state
 
 
-class PostNorm(nn.Module):
-    """x + norm(layer(x)) (OLMo 2, arXiv:2501.00656).
+class PostNorm(Residual):
+    """x + β norm(layer(x)) (OLMo 2, arXiv:2501.00656).
 
     The layer reads the stream itself, and the norm fixes the size of what is added to it.
     """
 
-    def __init__(self, config: Config, layer: nn.Module):
-        super().__init__()
-        self.norm = make_norm(config)
-        self.layer, self.scale = layer, config.residual_scale
-
     def forward(self, x: Tensor, update: Tensor | None, state=None, context: Context | None = None):
-        """x, update (B, T, D) -> x + update, the new update, and the layer's state."""
         x = x if update is None else x + update
         update, state = self.layer(x, state, context)
         return x, scaled(self.norm(update), self.scale), state
 
 
-class Sandwich(nn.Module):
-    """x + after(layer(norm(x))), with a norm on either side (Gemma 2, arXiv:2408.00118)."""
+class Sandwich(Residual):
+    """x + β after(layer(norm(x))), with a norm on either side (Gemma 2, arXiv:2408.00118)."""
 
     operations = ("rmsnorm",)
 
-    def __init__(self, config: Config, layer: nn.Module):
-        super().__init__()
-        self.norm = make_norm(config)
-        self.layer, self.scale = layer, config.residual_scale
+    def __init__(self, config: Config, layer: nn.Module, joint: Joint = Joint()):
+        super().__init__(config, layer, joint)
         self.after = make_norm(config)
-        self.impl = config.impl
 
     def forward(self, x: Tensor, update: Tensor | None, state=None, context: Context | None = None):
-        """x, update (B, T, D) -> x + update, the new update, and the layer's state."""
         normed, x = norm_of_sum(self.norm, x, update, self.impl)
         update, state = self.layer(normed, state, context)
         return x, scaled(self.after(update), self.scale), state
 
 
+class DeepNorm(Residual):
+    """α n + β layer(n), where n = norm(x): the stream itself is normalised.
+
+    The original transformer (arXiv:1706.03762) normalises every sum in this way. DeepNorm
+    (arXiv:2203.00555) adds α above 1, so that a thousand layers train; MiniMax-01
+    (arXiv:2501.08313) uses it. The norm of a sum belongs to the next layer here, and the norm of
+    the last sum to the model.
+    """
+
+    def forward(self, x: Tensor, update: Tensor | None, state=None, context: Context | None = None):
+        x = self.norm(x if update is None else x + update)  # in the stream's precision
+        update, state = self.layer(x.to(norm_dtype(x)), state, context)
+        return scaled(x, self.alpha), scaled(update, self.scale), state
+
+
 # how a layer is added to the residual stream
-RESIDUALS = {"pre_norm": PreNorm, "post_norm": PostNorm, "sandwich": Sandwich}
-
-
-@dataclass(frozen=True)
-class Joint:
-    """The options that every layer has besides its own: how it is added to the residual stream."""
-
-    residual: Literal["pre_norm", "post_norm", "sandwich"] | None = option(
-        None, "where the layer's norm is: before it, after it or both; by default as in the model"
-    )
+RESIDUALS = {
+    "pre_norm": PreNorm,
+    "post_norm": PostNorm,
+    "sandwich": Sandwich,
+    "deep_norm": DeepNorm,
+}
 
 
 class Stack(nn.ModuleList):
@@ -356,7 +383,7 @@ class Stack(nn.ModuleList):
         context = context or Context()
         after, update = [], None
         for layer, before in zip(self, state or [None] * len(self), strict=True):
-            if isinstance(layer, tuple(RESIDUALS.values())):
+            if isinstance(layer, Residual):
                 x, update, now = layer(x, update, before, context)
             else:
                 x, now = layer(x if update is None else x + update, before, context)

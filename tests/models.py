@@ -55,7 +55,8 @@ CASES = {
     "retention": [
         "retention",
         "retention(feature_map=elu, rope_base=0, decay=none, norm=sum, gate=none)",
-        "retention(feature_map=silu, rope_base=0, decay=layers, scale=false, norm=full, gate=sigmoid)*2",
+        "retention(feature_map=silu, rope_base=0, decay=layers, block=2, scale=false, norm=full, gate=sigmoid,"
+        " residual=deep_norm, stream_scale=3, residual_scale=0.5)*3",
         "retention(rope_base=0, decay=channels)",
     ],
     "deltanet": [

@@ -68,6 +68,7 @@ KIMI = {
     **LATENT, "q_lora_rank": None, "linear_num_heads": 3, "linear_head_dim": 6, "num_experts": 6, "num_experts_per_token": 2,
 }  # fmt: skip
 KIMI.pop("n_routed_experts"), KIMI.pop("num_experts_per_tok")
+MINIMAX = {"num_local_experts": 3, "block_size": 8}
 ROUTED = {
     "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 10,
 }  # fmt: skip
@@ -274,6 +275,14 @@ CASES = {  # model_type -> options of its configuration class
         {**HEADS, "num_key_value_heads": 1, "final_logit_softcapping": 3.0, "rope_parameters": LLAMA3, "head_dim": 10,
          "num_hidden_layers": 3},
     ],
+    "minimax": [
+        {**HEADS, **MINIMAX, "layer_types": ["linear_attention", "full_attention"], "use_cache": False},
+        {**HEADS, **MINIMAX, "num_hidden_layers": 5, "head_dim": 6, "num_local_experts": 4, "num_experts_per_tok": 3,
+         "sliding_window": 7, "linear_attn_alpha_factor": 3.5565588200778455, "linear_attn_beta_factor": 0.7,
+         "full_attn_alpha_factor": 2, "full_attn_beta_factor": 0.8, "mlp_alpha_factor": 0.5, "mlp_beta_factor": 1.5},
+        {**HEADS, **MINIMAX, "num_hidden_layers": 3, "layer_types": ["linear_attention"] * 3, "rms_norm_eps": 1e-3,
+         "tie_word_embeddings": True, **AUXILIARY},
+    ],
     "kimi_linear": [
         {**KIMI, "layer_types": ["linear_attention"] * 2, "mlp_layer_types": ["dense"] * 2, "use_cache": False},
         {**KIMI, "num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
@@ -322,6 +331,13 @@ def model_of(name: str, options: dict):
 def double(model):
     """In fp64, except for the rotary frequencies, which are fp32 both here and there."""
     model.double()
+    torch.set_default_dtype(torch.float64)
+    for module in model.modules():  # MiniMax's decays, which it computes once, in fp32
+        if hasattr(module, "decay_factors"):
+            module.slope_rate.data = module.get_slope_rate()
+            decays = module.decay_factors(module.slope_rate)
+            module.query_decay.data, module.key_decay.data, module.diagonal_decay.data = decays
+    torch.set_default_dtype(torch.float32)
     for name, buffer in model.named_buffers():
         if name.endswith("inv_freq"):
             buffer.data = buffer.data.float()

@@ -192,3 +192,28 @@ def test_a_layer_can_be_added_in_its_own_way():
     for wrong in ("learned_positions(residual=post_norm)", "mod(mlp, residual=post_norm)"):
         with pytest.raises(InputError, match="residual"):
             LM(Config(layers=wrong))
+
+
+def test_deep_norm_adds_to_the_normalised_stream():
+    """Each kind of layer with its own factors."""
+    text = "attention(stream_scale=3) mlp(residual_scale=0.5)"
+    model = LM(Config(width=16, layers=text, residual="deep_norm")).double()
+    tokens = torch.arange(20).view(2, 10)
+    x = model.embedding(tokens)
+    for block, alpha, beta in zip(model.layers, (3, 1), (1, 0.5), strict=True):
+        n = block.norm(x)
+        x = alpha * n + beta * block.layer(n)[0]
+    torch.testing.assert_close(model(tokens)[0], model.logits(model.norm(x)))
+    with pytest.raises(InputError, match=r"stream_scale: 3 .* or residual=deep_norm"):
+        LM(Config(width=16, layers=text))
+
+
+def test_a_normalised_stream_keeps_its_precision_under_autocast():
+    model, seen = LM(Config(width=16, layers="mlp*2", residual="deep_norm")), []
+    for block in model.layers:
+        block.register_forward_hook(lambda _, given, found: seen.extend((given[0], *found[:2])))
+        block.layer.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.zeros(1, 4, dtype=torch.int64))
+    kinds = [str(x.dtype).removeprefix("torch.") for x in seen]
+    assert kinds == 2 * ["bfloat16", "float32", "float32", "bfloat16"]

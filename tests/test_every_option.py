@@ -69,7 +69,7 @@ DEFAULTS = {
     "step_max=none",
     "retention": "heads=4, head_dim=none, value_dim=none, feature_map=none, rope_base=10000.0, "
     "decay=heads, scale=true, norm=head, norm_eps=none, gate=silu, decay_rank=16, "
-    "decay_divisor=16.0, layer=none, layers=none",
+    "decay_divisor=16.0, block=1",
     "deltanet": "heads=4, key_heads=none, head_dim=none, value_dim=none, gate=none, "
     "gate_rank=head, gate_bound=none, beta_max=1, steps=1, output_gate=none, "
     "output_rank=full, conv_width=4, norm_eps=none",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from models import CASES, REPRESENTATIVES, WIDTH, make, observe, tensors
 
 from minimodels import LM, Config, InputError
-from minimodels.architectures.registry import LAYERS, WRAPPERS
+from minimodels.architectures.registry import LAYERS, WRAPPERS, read_call
 from minimodels.grammar import (
     Call,
     Definition,
@@ -387,7 +387,10 @@ def test_defaults_can_be_written(name, field):
 
 
 NUMBERS = [1e-4, 1e-3, 0.01, 0.1, 0.3, 0.5, 0.6, 2.5, 100.0]
-MORE_TEXTS = {"attention.rope_fraction": ["attention(heads=2)"]}  # wider heads
+MORE_TEXTS = {
+    "attention.rope_fraction": ["attention(heads=2)"],  # wider heads
+    "retention.block": ["retention(decay=layers)*6"],
+}
 VALUES_OF = {int: [1, 2, 3, 4, 6, 8, 24], float: NUMBERS, bool: [True, False]}
 SCALINGS = [
     "linear(factor=2)", "llama3(factor=8, low=1, high=4, context=16)", "dynamic(context=8, length=64)",
@@ -459,7 +462,7 @@ def test_every_option_has_an_effect(name, field):
 def check_written(name: str, text: str, field) -> None:
     """The options that were read can be written, and are read as the same options."""
     call = Config(layers=text).calls[0]
-    options = read_options(EVERY[name].Options, call, text)
+    options, _ = read_call(call, text)
     again = write_call(Call(name, call.layers, write_options(options)))
     (call,) = Config(layers=again).calls
     assert read_options(EVERY[name].Options, call, again) == options

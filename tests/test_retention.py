@@ -35,7 +35,7 @@ TEXTS = [
     LIGHTNING,
     GLA,
     "retention(heads=3, head_dim=4, value_dim=5, decay=channels, norm=none, gate=sigmoid)",
-    "retention(feature_map=elu, rope_base=100, decay=layers, norm=none, gate=none, layer=1, layers=3)",
+    "retention(feature_map=elu, rope_base=100, decay=layers, norm=none, gate=none)",
 ]
 laws = pytest.mark.parametrize("text", TEXTS)
 
@@ -157,13 +157,12 @@ def test_rotation_depends_on_distance_alone():
 
 
 def test_the_place_of_a_layer_sets_its_decay():
-    """By default it is the layer's place in the model. MiniMax counts
-    blocks, which the options set."""
+    """It is the layer's place in the model. MiniMax counts blocks, of two layers each."""
     x = random(1, 3, 16)
     for place, options, factor in (
         (Place(0, 8), "", 1 + 1e-5),
         (Place(7, 8), "", 1e-5 + 1e-5 / 7),
-        (Place(5, 8), ", layer=1, layers=3", 0.5 + 1.25e-5),
+        (Place(3, 6), ", block=2", 0.5 + 1.25e-5),
     ):
         layer = make(LIGHTNING[:-1] + options + ")", place=place)
         expected = -factor * 2.0 ** torch.tensor([-4.0, -8.0], dtype=torch.float64)
@@ -217,5 +216,5 @@ def test_parity_with_minimax(layer):
         intermediate_size=8, vocab_size=8, layer_types=["linear_attention"] * 3,
     )  # fmt: skip
     peer = randomise(MiniMaxLightningAttention(config, layer)).double()
-    ours = make(f"{LIGHTNING[:-1]}, layer={layer}, layers=3, norm_eps=1e-6)")
+    ours = make(f"{LIGHTNING[:-1]}, norm_eps=1e-6)", place=Place(layer, 3))
     check_parity(ours, peer, lightning_layout, 2e-6, lambda x: peer(x, None, None)[0])

@@ -19,7 +19,6 @@ from minimodels.command import parse_options, run_command
 from minimodels.errors import InputError, describe, nearest
 from minimodels.grammar import write_value
 from minimodels.layers import Joint
-from minimodels.presets import PRESETS, layers_of
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,7 @@ def main(options: Options) -> None:
     """Print the list or the description."""
     known = {**LAYERS, **WRAPPERS}
     if options.name and options.name not in known:
-        accepted = nearest(options.name, known)
-        if options.name in PRESETS:
-            accepted = f"a layer of the preset {options.name}, {layers_of(options.name, 'tiny')}"
+        accepted = f"{nearest(options.name, known)} (python -m minimodels.ledger lists the presets)"
         raise InputError("name", options.name, accepted)
     print(describe_layer(options.name) if options.name else list_layers())
 

@@ -78,7 +78,7 @@ def build_block(config: Config, call: Call, index: int, shared: dict[str, nn.Mod
             return kind(options, config, place, build_stack(config, call.layers, index, shared))
         layer = kind(options, config, place)
         residual = joint.residual or config.residual
-        return layer if on_stream(kind) else RESIDUALS[residual](config, layer)
+        return layer if on_stream(kind) else RESIDUALS[residual](config, layer, joint)
     except InputError as error:
         if error.excerpt:  # raised for a layer inside; it already shows its place
             raise

@@ -51,7 +51,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimodels.config import Config
-from minimodels.errors import Count, InputError, Natural, NonNegative, Positive
+from minimodels.errors import Count, InputError, NonNegative, Positive
 from minimodels.layers import Context, Place, RMSNorm, flops, full_precision, linear
 from minimodels.ops import delta_rule as rule
 from minimodels.ops.delta_rule import delta_rule
@@ -74,7 +74,7 @@ class Retention(nn.Module):
     presets = {
         "linear_attention": "(retention(feature_map=elu, rope_base=0, decay=none, norm=sum, gate=none) mlp)*{n}",
         "retnet": "(retention mlp)*{n}",
-        "lightning": "(retention(feature_map=silu, rope_base=0, decay=layers, scale=false, norm=full, gate=sigmoid) mlp)*{n}",
+        "lightning": "(retention(feature_map=silu, rope_base=0, decay=layers, block=2, scale=false, norm=full, gate=sigmoid) mlp)*{n}",
         "gla": "(retention(rope_base=0, decay=channels) mlp)*{n}",
     }
     operations = ("delta_rule",)
@@ -103,11 +103,8 @@ class Retention(nn.Module):
         gate: Literal["none", "silu", "sigmoid"] = option("silu", "activation of the output gate")
         decay_rank: Count = option(16, "rank of the map to the decays by channel")
         decay_divisor: Positive = option(16.0, "divisor of log σ(·) in the decays by channel")
-        layer: Natural | None = option(
-            None, "l of Lightning's decay, from 0; by default the layer's place in the model"
-        )
-        layers: Count | None = option(
-            None, "L of Lightning's decay; by default the layers of the model"
+        block: Count = option(
+            1, "layers of the model that count as one in Lightning's decay, such as 2 with MLPs"
         )
 
         def check(self, width: int) -> None:
@@ -128,10 +125,7 @@ class Retention(nn.Module):
         self.options, self.impl = options, config.impl
         H, D, std = options.heads, config.width, config.init_std
         self.H, self.K, self.V = H, options.head_dim or D // H, options.value_dim or D // H
-        self.place = Place(
-            place.index if options.layer is None else options.layer,
-            place.depth if options.layers is None else options.layers,
-        )
+        self.place = Place(place.index // options.block, -(-place.depth // options.block))
         self.q = linear(D, H * self.K, std)
         self.k = linear(D, H * self.K, std)
         self.v = linear(D, H * self.V, std)

@@ -154,7 +154,7 @@ def read_layers(entries: Entries, family: Family, shared: Config) -> str:
         values = read_settings(entries, role.settings)
         options, joint = read_role(role, values, shared)
         call = call_of(role.layer, options, meaning_of_none(role, options, shared))
-        joined = call_of(role.layer, joint, {"residual": shared.residual}).options
+        joined = call_of(role.layer, joint, joint_defaults(shared)).options
         calls[name] = replace(call, options=(*call.options, *joined))
     return write_layers([(name, calls[name]) for name in names])
 
@@ -196,6 +196,11 @@ def of_entry(error: InputError, role: Role, values: dict[str, object]) -> InputE
 def meaning_of_none(role: Role, options: Any, shared: Config) -> dict[str, object]:
     """Option -> the value that the layer uses if the option is None."""
     return {name: meaning(options, shared) for name, meaning in role.none.items()}
+
+
+def joint_defaults(shared: Config) -> dict[str, object]:
+    """The same for the options that every layer has."""
+    return {name: getattr(shared, name) for name in ("residual", "residual_scale")}
 
 
 # Writing.
@@ -267,7 +272,7 @@ def assign(config: Config, family: Family) -> list[tuple[str, dict[str, Any]]]:
             raise InputError("layers", call.name, ", ".join(names))
         options, joint = read_call(call, config.layers)
         none = meaning_of_none(family.roles[roles[0]], options, config)
-        none["residual"] = config.residual
+        none |= joint_defaults(config)
         values = {
             name: none.get(name) if value is None else value
             for name, value in {**vars(options), **vars(joint)}.items()

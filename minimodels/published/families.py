@@ -12,6 +12,7 @@ from minimodels.published import (
     llama,
     mamba,
     mamba2,
+    minimax,
     mixtral,
     nanochat,
     olmo,
@@ -34,10 +35,10 @@ FAMILIES = {
     **granite.FAMILIES,
     **nanochat.FAMILIES,
     **olmo_hybrid.FAMILIES,
+    **minimax.FAMILIES,
 }
 
 REFUSED = {  # model_type -> what a Config can express instead
-    "minimax": "a family whose layers add to the input of their norm; MiniMax's add to its output",
     "glm_moe_dsa": "a family whose layers choose their own keys; GLM-5's may reuse earlier ones",
 }
 

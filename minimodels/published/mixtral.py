@@ -59,6 +59,14 @@ SHARED_EXPERT = EXPERTS.having(
     },
     shared_gate="mlp.shared_expert_gate",
 )
+MIXTRAL_EXPERTS = EXPERTS.having(
+    Entry("experts", "num_local_experts"),
+    Fixed(router="softmax_topk"),
+    router="block_sparse_moe.gate",
+    gate="block_sparse_moe.experts.*.w1.weight",
+    up="block_sparse_moe.experts.*.w3.weight",
+    out="block_sparse_moe.experts.*.w2.weight",
+)
 MIXTRAL = MISTRAL.having(Rope(1_000_000.0))
 QWEN3_MOE = QWEN3.having(Entry("head_dim", "head_dim", None))
 OLMOE = ATTENTION.having(Fixed(head_dim=None, qk_norm="full"), **QK_NORM)
@@ -95,14 +103,7 @@ FAMILIES = {
         {
             "full": MIXTRAL,
             "local": MIXTRAL.having(WINDOW),
-            "experts": EXPERTS.having(
-                Entry("experts", "num_local_experts"),
-                Fixed(router="softmax_topk"),
-                router="block_sparse_moe.gate",
-                gate="block_sparse_moe.experts.*.w1.weight",
-                up="block_sparse_moe.experts.*.w3.weight",
-                out="block_sparse_moe.experts.*.w2.weight",
-            ),
+            "experts": MIXTRAL_EXPERTS,
         },
         (Windowed(), Always("experts")),
         only={"router_jitter_noise": 0.0},

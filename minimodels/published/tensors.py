@@ -20,8 +20,8 @@ from minimodels.published.mappings import mapping
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DERIVED = re.compile(  # tensors in older files that follow from config.json
-    r".*\.(rotary_emb\.inv_freq|attn\.(masked_)?bias)"
+DERIVED = re.compile(  # tensors in files that follow from config.json
+    r".*\.(rotary_emb\.inv_freq|attn\.(masked_)?bias|slope_rate|(query|key|diagonal)_decay)"
 )
 
 # The model's own tensors.

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from minimodels.layers import RESIDUALS
+from minimodels.layers import Residual
 from minimodels.lm import LM
 
 
 def blocks(model: LM) -> list[nn.Module]:
     """The model's blocks, each once; wrappers last, because they may contain other blocks."""
     unique = dict.fromkeys(model.layers)
-    return sorted(unique, key=lambda block: not isinstance(block, tuple(RESIDUALS.values())))
+    return sorted(unique, key=lambda block: not isinstance(block, Residual))
 
 
 def recompute(model: LM) -> None:
