@@ -112,6 +112,18 @@ def save_and_resume(rank: int, folder: Path, mesh: str) -> None:
     assert [name for name in after if not torch.equal(after[name], again[name])] == []
 
 
+def test_the_newest_checkpoint_is_that_of_the_last_step_whatever_the_clock_says(tmp_path):
+    """A clock that is set back gives later files earlier dates."""
+    model, optimizer = make()
+    for step in (9, 10, 11):
+        checkpoint.save(tmp_path, model, optimizer, {"step": step}, keep=2)
+        for file in (tmp_path / f"checkpoints/step-{step}").rglob("*"):
+            os.utime(file, (10**9 - step, 10**9 - step))
+        os.utime(tmp_path / f"checkpoints/step-{step}", (10**9 - step, 10**9 - step))
+    assert checkpoint.load(tmp_path, model, optimizer) == {"step": 11}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-10", "step-11"}
+
+
 @pytest.mark.parametrize("mesh", ["shard", "replicate"])
 def test_two_processes_resume_to_the_bit_and_one_and_three_resume_the_same(mesh, tmp_path):
     """Weights, buffers, moments. Each process of two has its own random state again."""
