@@ -86,6 +86,8 @@ def main(options: Options) -> None:
     optimizer = adamw(model, options.lr, options.weight_decay)
     budget = Budget(options, options.config, data, {})
     machine = describe_machine(model, threads, bfloat16)
+    if options.init and not options.resume:
+        notes.append(f"init     the weights of {options.init}")
     notes += [f"changed  {change}" for change in changes(options)]
     if memory := check_fit(model, budget, autocast):
         notes.append(f"memory   {memory}")
@@ -128,17 +130,14 @@ def train(run: Run, stopped: threading.Event, threads: Threads) -> bool:
     bar_format = "{percentage:3.0f}% |{bar:20}| {elapsed}<{remaining} {postfix}"
     wait = 0.5 if sys.stderr.isatty() else 30  # seconds; in a file each update stays
     with tqdm(total=1.0, bar_format=bar_format, mininterval=wait, disable=rank() > 0) as bar:
-        while True:
-            # all ranks stop together, by the clock of the slowest
-            interrupted, seconds = largest(stopped.is_set(), run.seconds)
-            progress = run.budget.progress(seconds)
-            shape = run.budget.shape(progress)
-            if interrupted or not run.budget.allows(shape, seconds):
-                break
-            step = run.budget.step
+        # all ranks stop together, by the clock of the slowest
+        interrupted, seconds = largest(stopped.is_set(), run.seconds)
+        while not interrupted and not run.budget.ended(seconds):
+            step, progress = run.budget.step, run.budget.progress(seconds)
             rate = learning_rate(options.lr, options.schedule, step, options.warmup, progress)
-            taken = run.step(shape, rate)
+            taken = run.step(run.budget.shape(progress), rate)
 
+            interrupted, seconds = largest(stopped.is_set(), run.seconds)
             step, ended = run.budget.step, run.budget.ended(seconds)
             if step % options.log_every == 0 or ended:
                 record = run.log(taken, rate)

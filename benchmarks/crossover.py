@@ -81,7 +81,6 @@ def overtaking(rows: list[dict], other: str = "transformer") -> dict[str, Crosso
 def sentence(found: dict[str, Crossover], other: str = "transformer") -> str:
     """Which models are faster than the `other`, and from which context on."""
     groups: dict[str, list[str]] = {}  # where -> models; "": at a context of their own
-    doubtful = []
     for model, place in found.items():
         first, last, name, where = place.contexts[0], place.contexts[-1], unbroken(model), ""
         if place.median is not None:
@@ -90,10 +89,8 @@ def sentence(found: dict[str, Crossover], other: str = "transformer") -> str:
             where = f"{'everywhere' if place.faster else 'nowhere'} from {first:,} to {last:,}: "
         else:
             where = f"in parts, {'and' if place.faster else 'but not'} at {last:,}: "
-        groups.setdefault(where, []).append(name)
         if place.overlap:
-            doubtful.append(unbroken(model))
+            name += " (too close to tell at the end)"
+        groups.setdefault(where, []).append(name)
     texts = [where + ", ".join(names) for where, names in groups.items()]
-    if doubtful:
-        texts.append(f"too close to tell at the end: {', '.join(doubtful)}")
     return f"Faster than the {other}: {'; '.join(texts)}" if texts else ""

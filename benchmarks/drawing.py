@@ -55,14 +55,20 @@ def wrap(text: str, width: int) -> str:
 def sources(rows: list[dict]) -> str:
     """The source of the rows, one line per file. If there are several files, also
     the line style of each."""
-    found = {
-        row["file"]: f"{row.get('device')}, torch {row.get('torch')}, commit {row.get('commit')}"
-        for row in rows
-    }
+    found = {row["file"]: source(row) for row in rows}
     if len(found) == 1:
         return next(iter(found.values()))
     named = zip(cycle(STYLE_NAMES), found.values(), strict=False)
     return "\n".join(f"{style}: {source}" for style, source in named)
+
+
+def source(row: dict) -> str:
+    """Where a row was measured: device, threads, versions. A "+" of the commit means that files
+    differed from it."""
+    commit = str(row.get("commit")).replace("+", ", changed")
+    device, threads = str(row.get("device")), row.get("threads")
+    told = f", threads: {threads}" if threads and "core" in device else ""
+    return f"{device}{told}, torch {row.get('torch')}, commit {commit}"
 
 
 def looks(names: list[str]) -> dict[str, tuple[str, str, str]]:

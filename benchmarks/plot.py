@@ -126,6 +126,8 @@ def overtaken(rows: Rows) -> str:
     """A sentence that says from which context on each model is faster than the transformer."""
     files = dict.fromkeys(row["file"] for row in rows)
     found = [sentence(overtaking([row for row in rows if row["file"] == file])) for file in files]
+    if not any(found) and all(len(row["seconds"]) == 1 for row in rows):
+        return "Each was timed once, which may be noise, so no winner is named"
     return "; ".join(dict.fromkeys(filter(None, found)))
 
 

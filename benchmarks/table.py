@@ -8,6 +8,7 @@ Each kind of row in a file has its own table.
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
@@ -162,7 +163,7 @@ def against_others(providers: dict[str, dict], ours: str) -> list[str]:
 def claims(rows: Rows) -> str:
     """The last value of each line in each picture: mean over the seeds, with the
     least and the greatest."""
-    texts = []
+    texts, told = [], set()
     drawn = [row for row in rows if row.get("benchmark") == "claim" and row["x"] is not None]
     panels = dict.fromkeys((row["claim"], row["panel"]) for row in drawn)
     for claim, panel in panels:
@@ -183,7 +184,10 @@ def claims(rows: Rows) -> str:
                 for x, y in sorted(by_x.items())
             ]
             lines.append([model, "; ".join(spread)])
-        texts.append(markdown([claim, points[0]["y_label"]], lines))
+        head = [claim, points[0]["y_label"]]
+        if (key := json.dumps([head, lines])) not in told:  # panels may differ only in x
+            texts.append(markdown(head, lines))
+        told.add(key)
     return "\n".join(texts)
 
 

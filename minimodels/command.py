@@ -75,13 +75,16 @@ def command_line_error(
     lines = [line.strip("│ ") for line in message.splitlines()]
     text = " ".join(line for line in lines if line and line[0] not in "─╭╰")  # without the frame
     known = hints_of(kind)
-    if found := re.search(r"Unrecognized options: (-\S+?)(?:,? |$)", text):
-        name = found[1].lstrip("-").partition("=")[0].replace("-", "_")
+    found = re.search(r"Unrecognized options: (-\S+?)(?:,? |$)", text)
+    # tyro may take the value of an unknown option for an argument, and then miss something else
+    written = [each for each in given if each.startswith("--") and name_of(each) not in known]
+    if option := found[1] if found else next(iter(written), ""):
+        name = name_of(option)
         close = difflib.get_close_matches(name, known, 3)
         meant = [f"--{each.replace('_', '-')}" for each in close]
         meant = [synonyms[name]] if name in synonyms else meant
         accepted = f"did you mean {' or '.join(meant)}?" if meant else "an option that --help lists"
-        return InputError("option", found[1], accepted)
+        return InputError("option", option, accepted)
     if found := re.search(r"Missing from .*?: (?P<name>[A-Z_]+) (?P<help>.*?) \(required\)", text):
         return InputError(found["name"].lower(), "", found["help"])
     if found := re.search(r"Missing value for argument '-+(?P<name>[\w.-]+)'", text):
@@ -104,6 +107,12 @@ def command_line_error(
         return InputError(name, wrong["value"], accepted)
     reason = text.partition("For full")[0].strip()
     return InputError("command line", " ".join(given)[:80], f"what --help lists ({reason})")
+
+
+def name_of(option: str) -> str:
+    """The name of an option as the command line gives it: "--no-compile", "--lr=1"."""
+    name = option.lstrip("-").partition("=")[0].replace("-", "_")
+    return name.removeprefix("no_")
 
 
 def stray_word(word: str, given: Sequence[str], known: Mapping[str, Any]) -> InputError:

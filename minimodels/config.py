@@ -21,7 +21,8 @@ class Config:
     """A model: its layers as text, and the settings that they share."""
 
     layers: str = "(attention mlp)*4"
-    """the layers and their options; python -m minimodels.architectures lists them"""
+    """the layers and their options, which python -m minimodels.architectures lists;
+    minimodels/grammar.py explains such a text"""
     vocab: Natural = 0
     """V, number of token ids; 0: as many as the data has, 256 for bytes"""
     width: Count = 128

@@ -34,6 +34,7 @@ from minimodels.presets import SIZES, fitted, preset
 from minimodels.published.config_json import family_of, read_config
 
 ROW, GROUP, INDENT, WIDTH = 0.62, 0.34, 0.28, 10.0  # inches
+LETTER = 0.06  # width of a wide letter of the smallest text
 HEIGHTS = {"layer": ROW, "open": ROW, "close": 0.2}
 
 
@@ -236,8 +237,9 @@ def draw_row(axes, y: float, row: Row, found: dict[int, Cost], total) -> float:
         va="center",
     )
     options = ", ".join(f"{each.name}={write_value(each.value)}" for each in row.call.options)
+    room = int((4.1 - left) / LETTER)
     text = textwrap.shorten(
-        "; ".join(filter(None, (options, cost.shapes))), 74 - 5 * row.depth, placeholder=" ..."
+        "; ".join(filter(None, (options, cost.shapes))), room, placeholder=" ..."
     )
     axes.text(left + 0.1, middle - 0.12, text, fontsize=7, color="#444444", va="center")
     axes.text(5.3, middle, short(cost.parameters), fontsize=9, va="center", ha="right")

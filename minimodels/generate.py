@@ -56,7 +56,8 @@ def complete(
 ) -> str:
     """Text in, text out: the text that a model writes after `text`, up to `tokens` tokens.
 
-    It ends before the first text in `stop`. It uses the model's own tokenizer, or bytes if the
+    sampling: such as Sampling(temperature=0.5, min_p=0.05). The text ends before the first one in
+    `stop`. It uses the model's own tokenizer, or bytes if the
     model has none. Without a seed, every call gives another text. Raises InputError as generate
     does.
     """

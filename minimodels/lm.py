@@ -37,6 +37,8 @@ class LM(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
+        if not isinstance(config, Config):
+            raise InputError("config", config, "a Config, such as preset(NAME) gives")
         self.config = config
         self.published = None  # what minimodels.published knows of a model that it read
         self.tokenizer = None  # the tokenizer of a loaded model; None: bytes

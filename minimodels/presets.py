@@ -67,8 +67,13 @@ def layers_of(model: str, size: str) -> str:
 
 
 def fitted(text: str, size: str) -> str:
-    """Layers with the options of a size, except where they set them themselves."""
-    names = names_in(parse(text))
+    """Layers with the options of a size, except where they set them themselves. Raises InputError
+    if a layer is a preset."""
+    program = parse(text)
+    names = names_in(program)
+    for name in sorted(names.intersection(PRESETS) - {*LAYERS, *WRAPPERS, *program.definitions}):
+        accepted = f"a layer; the layers of the preset {name} are {layers_of(name, size)}"
+        raise InputError("layers", name, accepted)
     settings = [each for each in SIZES[size].settings if each.split(".")[0] in names]
     return set_options(text, settings, missing=True)
 

@@ -93,6 +93,7 @@ def test_an_architecture_has_one_colour_in_all_pictures():
         for figure in figures_of([path]).values():
             for drawn in figure.axes[0].get_lines():
                 found.setdefault(drawn.get_label(), set()).add(drawn.get_color())
+            drawing.pyplot().close(figure)
     for name in MAIN:
         assert found[name] == {drawing.COLOURS[name]}
     assert len({drawing.COLOURS[name] for name in MAIN}) == len(MAIN)
@@ -212,9 +213,11 @@ def test_a_crossover_says_when_spreads_meet_at_the_end():
         for context, both in seconds.items()
         for i, model in enumerate(("mamba", "transformer"))
     ]
-    assert plot.overtaken(rows).endswith("; too close to tell at the end: mamba")
+    assert plot.overtaken(rows).endswith("mamba (too close to tell at the end)")
     rows[-1]["seconds"] = [2.5, 2.6]
     assert "too close" not in plot.overtaken(rows)
+    once = [{**row, "seconds": row["seconds"][:1]} for row in rows]
+    assert "timed once" in plot.overtaken(once)
 
 
 def test_a_model_is_shown_at_its_best_rate():

@@ -72,6 +72,7 @@ def test_help_lists_the_choices_of_its_own_program(capsys):
         (published, [], "run: '' is not accepted; accepted: folder of a training run"),
         (published, ["run"], "folder: '' is not accepted; accepted: folder to write, new or"),
         (published, ["run", "folder", "more"], "argument: 'more' is not accepted; accepted: opt"),
+        (sampling, ["--promt", "x", "run"], "option: '--promt' is not accepted; accepted: did you"),
         (sampling, ["run", "--tokens"], "tokens: '' is not accepted; accepted: a whole number"),
         (sampling, ["run", "--min-p"], "min_p: '' is not accepted; accepted: a fraction"),
     ],

@@ -81,3 +81,21 @@ def test_wrong_options_are_refused(tmp_path):
         Options(model="mod", layers="mlp")
     with pytest.raises(InputError, match="config: .*none.json"):
         main(Options(config=tmp_path / "none.json"))
+
+
+def test_no_text_leaves_its_box(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    ends = []
+
+    def measure(figure, *given, **named):
+        (axes,) = figure.axes
+        to_inches = axes.transData.inverted()
+        small = [text for text in axes.texts if text.get_fontsize() == 7]
+        ends.extend(to_inches.transform(text.get_window_extent())[1, 0] for text in small)
+
+    monkeypatch.setattr(Figure, "savefig", measure)
+    layers = "(mamba mlp deltanet(gate=vector, steps=2, beta_max=2) mod(moe(experts=16, experts_per_token=4)))*2"
+    main(Options(layers=layers, size="small", out=str(tmp_path / "long")))
+    assert len(ends) == 10  # five layers, in two pictures
+    assert max(ends) < 4.2

@@ -69,6 +69,12 @@ def parse(*arguments: str, monkeypatch) -> options.Options:
         (["--heads", "8"], "did you mean --set attention.heads=VALUE"),
         (["--widht", "8"], "did you mean --width"),
         (["hybrid"], "such as --model hybrid"),
+        (["--layers", "mlp hybrid"], "the layers of the preset hybrid are (mamba mlp mamba moe"),
+        (
+            ["--layers", "mlp", "--model", "mamba"],
+            "model: 'mamba' is not accepted; accepted: no mod",
+        ),
+        (["--init", "nothing"], "init: 'nothing' is not accepted; accepted: a folder that exists"),
         (
             ["--tie-embeddings", "maybe"],
             "tie_embeddings: 'maybe' is not accepted; accepted: --tie-embeddings or --no-tie-embeddings",

@@ -1040,6 +1040,20 @@ def test_a_run_is_resumed_with_the_same_layers_in_other_words(tmp_path, monkeypa
         assert 'error: config: "layers' in capsys.readouterr().err
 
 
+def test_a_run_that_ends_by_the_clock_logs_its_last_steps(tmp_path, monkeypatch):
+    clock, rate = [0], train.learning_rate
+
+    def take_a_second(*given):
+        clock[0] += 1
+        return rate(*given)
+
+    monkeypatch.setattr(training_run, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(train, "learning_rate", take_a_second)
+    arguments = ["--layers", "mlp", "--data", "text", *SMALL, "--log-every", 5]
+    run(*arguments, "--minutes", 0.2, "--out", "run", monkeypatch=monkeypatch)
+    assert [record["step"] for record in log(tmp_path / "run") if "loss" in record] == [5, 10, 12]
+
+
 def test_a_validation_on_the_way_is_checkpointed_and_no_part_of_the_speed(tmp_path, monkeypatch):
     clock, saved, rate, save = [0], [], train.learning_rate, checkpoint.save
 

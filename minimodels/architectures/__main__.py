@@ -20,6 +20,10 @@ from minimodels.errors import InputError, describe, nearest
 from minimodels.grammar import write_value
 from minimodels.layers import Joint
 
+BLOCKS = """\
+n is the number of transformer blocks at a size, 4 or 12; twice, half and quarter are that many times n.
+So a preset costs about what n blocks of attention and MLP cost."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -67,6 +71,8 @@ def describe_layer(name: str) -> str:
             lines += [f"      accepted: {describe(hints[field.name])}"]
     for preset, layers in getattr(kind, "presets", {}).items():
         lines += ["", f"preset {preset}: {layers}"]
+    if hasattr(kind, "presets"):
+        lines += ["", BLOCKS]
     return "\n".join(lines)
 
 

@@ -21,13 +21,14 @@ the state do not grow with the text.
 In a shape B is the batch. I is the inner width, which the paper's Algorithm 2 calls D.
 
 Why the step size has a low rank: a full map from I channels to I step sizes would need I² numbers,
-more than the rest of the layer. All channels of a token follow a few of its features, so R = width
-/ 16 is enough.
+as many as in_proj. Instead each token has R = width / 16 numbers (dt), and the I step sizes are
+linear functions of these. The paper finds that more than that helps little.
 
 How the recurrence is made discrete: the input x is constant over a step of length Δ, and h' = A h +
-B x is solved over the step. The exact decay is exp(ΔA). The input is multiplied by Δ B, Euler's
-first-order approximation of its exact factor. The paper's code uses this mixture, because the exact
-factor costs more and gains nothing.
+B x is solved over the step. The exact solution is exp(ΔA) h + (exp(ΔA) - 1) / A · B x. Its first
+factor is used as it is. Its second is approximated by Δ B, to which it tends as ΔA goes to 0
+(Euler's rule). The paper's code uses this mixture, because the exact factor costs more and gains
+nothing.
 """
 
 from __future__ import annotations
@@ -109,7 +110,9 @@ class Mamba(nn.Module):
     def reset_parameters(self, depth: int):
         """Initialise the step sizes in [0.001, 0.1] (§3.6), log-uniform as in the paper's code.
 
-        State n decays at the rate n + 1, so it remembers 10/(n + 1) to 1000/(n + 1) tokens.
+        State n decays at the rate n + 1, so it remembers 10/(n + 1) to 1000/(n + 1) tokens. The
+        output is divided by √depth, because the stream sums over the layers. As in the paper's
+        code, the other maps keep nn.Linear's initialisation.
         """
         nn.init.uniform_(self.dt_proj.weight, -(self.R**-0.5), self.R**-0.5)
         dt = torch.exp(torch.empty_like(self.dt_bias).uniform_(math.log(0.001), math.log(0.1)))
@@ -137,8 +140,9 @@ class Mamba(nn.Module):
     def flops(self, context: int) -> float:
         """Forward FLOPs per token, the same at every context: projections, convolution and scan.
 
-        The scan counts as 9 per state element, the usual convention. Step by step there are 7: ΔA,
-        its exponential, Δx B, decay and sum, product and sum with C.
+        PyTorch's counter counts no elementwise operations, so the scan has a formula: 9 per element
+        of the state, as in the authors' own counts. Step by step there are 7: ΔA, its exponential,
+        Δx B, decay and sum, product and sum with C.
         """
         maps = (self.in_proj, self.conv1d, self.x_proj, self.dt_proj, self.out_proj)
         return 2 * sum(part.weight.numel() for part in maps) + 9 * self.A_log.numel()
@@ -172,7 +176,7 @@ def selective_scan(
     decay is 0 instead of exp(Δ_t A), which forgets the state before it.
 
     x, delta, z (B, T, I); A (I, N) negative; B, C (B, T, N); skip, delta_bias (I,); state (B, I,
-    N), None for zeros, Before if other ranks have the tokens before; resets (B, T) bool, True if a
+    N), None for zeros, Before (ops/before.py) if other ranks have the tokens before; resets (B, T) bool, True if a
     token begins a document, None for none. Returns y (B, T, I) in x's dtype and the final state (B,
     I, N). The computation is in fp32, or in fp64 if x is. Raises ValueError if shapes disagree.
     """

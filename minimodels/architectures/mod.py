@@ -17,7 +17,7 @@ generate text, the model uses a causal decision instead, which it learns in trai
                                        is their number k
     index               (B, k)         the tokens that take the group, ascending, then filling
     real                (B, k)         bool: False for filling
-    gathered    X̃       (B, k, D)      the values of the chosen tokens
+    gathered    X̃       (B, k, D)      the values of the chosen tokens; k is their number
     output      f(X̃)+X̃  (B, k, D)      the group's output, its residual sums included
     update      r f(X̃)  (B, k, D)      the group's change to them, times the weights
 
@@ -70,11 +70,12 @@ class MixtureOfDepths(nn.Module):
     """A router around any group of layers, which a fraction of the tokens takes.
 
     In training mode the top k tokens of each document take the group. Without documents it is the
-    top k of the row, padding included. This choice is not causal. In evaluation mode the decision
-    is causal. With route=router it is sigmoid(r) > ½; an auxiliary loss teaches it, and this loss
-    also affects the rest of the model a little. With route=predictor a small MLP decides from the
-    stop-gradient input, and its loss trains nothing else. Set its attribute `topk` to keep the top
-    k in evaluation and to measure what the causal decision costs.
+    top k of the row, where padding counts towards T in k = C · T but is never chosen. This choice
+    is not causal. In evaluation mode the decision is causal. With route=router it is sigmoid(r) >
+    ½. An auxiliary loss teaches it, and affects the rest of the model a little, because its
+    gradient reaches the router's input. With route=predictor a small MLP decides from the input
+    without its gradient, so its loss trains nothing else. If the attribute `topk` of this layer is
+    True, the top k take the group in evaluation too, which measures what the causal decision costs.
     """
 
     paper = "Raposo et al., arXiv:2404.02258"

@@ -7,7 +7,8 @@ arXiv:2202.08906.
 A router scores the experts for each token. The token visits the K best ones, and the scores weight
 their outputs. So the number of parameters grows with E, but the computation stays that of K
 experts. A router without further guidance favours few experts. A balance loss, or a bias that only
-affects the selection, keeps all of them in use.
+affects the selection, keeps all of them in use. The z-loss keeps the router's scores small, because
+large ones lose digits in 16 bits and make training unstable.
 
     name        symbol  shape
     x                   (B, T, D)      tokens; flattened (n, D), n = B · T
@@ -78,7 +79,7 @@ class MoE(nn.Module):
             1.0, "factor on the routed experts' weights (DeepSeek-V3: 2.5)"
         )
         balance_loss: NonNegative = option(
-            0.01, "weight of the balance loss, which is K at an even load (DeepSeek-V3: 0.0001)"
+            0.01, "weight of the balance loss; the loss is K at an even load (DeepSeek-V3: 0.0001)"
         )
         balance: Literal["layer", "pooled"] = option(
             "layer",
@@ -150,6 +151,7 @@ class MoE(nn.Module):
             self.shared = SwiGLU(shared, config, place)
             self.shared_gate = linear(D, 1, std) if options.shared_gate else None
         biased = options.router == "sigmoid_bias"
+        # of the selection; the option `bias` is about the shared experts
         self.register_buffer("bias", torch.zeros(E) if biased else None)
         # visits since the last optimizer step
         self.register_buffer("visited", torch.zeros(E), persistent=False)
@@ -181,7 +183,7 @@ class MoE(nn.Module):
 
     @property
     def waits(self) -> str:
-        """Why the host must wait for values in a step of one token; empty if it need not."""
+        """Why a step of one token cannot be a CUDA graph (see layers.py); empty if it can."""
         options = self.options
         plain = not options.expert_bias and options.activation == "silu"
         path = path_of(self.impl, self.gate.device, plain)
@@ -344,7 +346,7 @@ def expert_choice(logits: Tensor, K: int, bias: Tensor | None, starts: Tensor | 
     """Each expert takes the T·K/E tokens of a document that score highest for it.
 
     The balance is perfect. But a later token can push an earlier one out, so the choice is not
-    causal. Padding competes too.
+    causal. Padding competes too, so a padded row may choose otherwise than alone.
     """
     probabilities = logits.softmax(-1)
     B, T, E = logits.shape

@@ -74,7 +74,8 @@ class Retention(nn.Module):
     presets = {
         "linear_attention": "(retention(feature_map=elu, rope_base=0, decay=none, norm=sum, gate=none) mlp)*{n}",
         "retnet": "(retention mlp)*{n}",
-        "lightning": "(retention(feature_map=silu, rope_base=0, decay=layers, block=2, scale=false, norm=full, gate=sigmoid) mlp)*{n}",
+        "lightning": "(retention(feature_map=silu, rope_base=0, decay=layers, block=2, scale=false,"
+        " norm=full, gate=sigmoid) mlp)*{n}",
         "gla": "(retention(rope_base=0, decay=channels) mlp)*{n}",
     }
     operations = ("delta_rule",)

@@ -1,4 +1,8 @@
-"""The command of the ledger: one line of costs for each model."""
+"""The command of the ledger: one line of costs for each model.
+
+The last column, unrouted/routed, is how many times the compute of its forward pass a model would
+need if every token took every expert and every wrapped layer.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,7 @@ from minimodels.presets import PRESETS, fitted, preset
 
 @dataclass(frozen=True)
 class Options:
-    """Print what models cost. The last column: how many times the compute of its forward pass a
-    model would need if every token took every expert and every wrapped layer."""
+    """Print what models cost."""
 
     model: str = ""
     """preset to count; by default every preset"""

@@ -23,7 +23,12 @@ def open_initial(name: str) -> tuple[LM, str]:
     if (checkpoint.home(folder) / "options.json").exists():
         model = checkpoint.load_model(folder)
         return model, "bytes" if model.tokenizer is None else str(checkpoint.home(folder))
-    model = from_pretrained(name, torch.float32)
+    try:
+        model = from_pretrained(name, torch.float32)
+    except InputError as error:
+        if error.field != "model":
+            raise
+        raise InputError("init", error.value, error.accepted) from None
     return model, str(model.published.folder)
 
 
