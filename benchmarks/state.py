@@ -162,7 +162,9 @@ def mixers(small: bool) -> Claim:
     rates = (2e-3, 5e-3) if small else (1e-4, 3e-4, 1e-3, 3e-3)
     models = {
         "attention": ["attention(heads=2)"],
-        "window": [f"attention(heads=2, window={size})" for size in (context // 4, context // 2)],
+        "attention, window": [
+            f"attention(heads=2, window={size})" for size in (context // 4, context // 2)
+        ],
         "mamba": ["mamba(state_size=4)", "mamba"],
         "mamba2": [f"mamba2(heads=2, state_size={size})" for size in (4, 16)],
     }
