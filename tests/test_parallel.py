@@ -205,10 +205,10 @@ def test_sums_over_ranks_have_gradients_and_errors_of_the_first_are_of_all(tmp_p
     assert forked(2, reduce, tmp_path) == [0.5, [[0.5], [0.5]], [1.0, 0.0]]
 
 
-def route() -> list[str]:
+def route(shard: bool) -> list[str]:
     """The types that a router computes with, under autocast."""
     model = LM(Config(layers="moe(experts=4) mod(mlp, capacity=0.5)", width=WIDTH))
-    parallel.distribute(model, adamw(model, 1e-3, 0.1), shard=True)
+    parallel.distribute(model, adamw(model, 1e-3, 0.1), shard)
     seen, linear = [], torch.nn.functional.linear
 
     def watch(x, weight, bias=None):
@@ -223,8 +223,9 @@ def route() -> list[str]:
     return sorted(set(seen))
 
 
-def test_routers_of_ranks_compute_in_full_precision_under_autocast(tmp_path):
-    assert forked(2, route, tmp_path) == ["torch.float32"]
+@pytest.mark.parametrize("shard", [False, True])
+def test_routers_of_ranks_compute_in_full_precision_under_autocast(shard, tmp_path):
+    assert forked(2, route, tmp_path, shard) == ["torch.float32"]
 
 
 def refused() -> list[str]:

@@ -188,9 +188,10 @@ def die(folder: Path, operation: int | None = None, milliseconds: float | None =
 
 
 def train_preset(
-    rank: int, folder: Path, model: str, victim: int = -1, when: dict | None = None
+    rank: int, folder: Path, model: str, mesh: str, victim: int = -1, when: dict | None = None
 ) -> None:
-    """A run of train.py: six steps, a checkpoint after every second."""
+    """A run of train.py, with --shard if `mesh` is "shard": six steps, a checkpoint after every
+    second."""
     operations = die(folder, **(when or {} if rank == victim else {}))
     (folder.parent / "text").write_bytes(bytes(range(32, 127)) * 60)
     chosen = [part for each in small(model) for part in ("--set", each)]
@@ -198,7 +199,7 @@ def train_preset(
         f"--model {model} --data {folder.parent}/text --width 16 --context 16 --batch-size 2 "
         f"--eval-batches 1 --eval-every 2 --log-every 1 --device cpu --steps 6 --out {folder}"
     )
-    started += " --shard" if dist.is_initialized() else ""
+    started += " --shard" if mesh == "shard" else ""
     resumed = f"--resume {folder}"
     arguments = resumed.split() if checkpoint.exists(folder) else [*started.split(), *chosen]
     sys.argv = ["train.py", "--threads", "1", *arguments]
@@ -252,11 +253,11 @@ def killed_and_resumed(kinds, tmp_path: Path, points=None, moments: int = 0) -> 
 
 
 def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path):
-    killed_and_resumed((1, train_preset, "transformer"), tmp_path, points=5)
+    killed_and_resumed((1, train_preset, "transformer", ""), tmp_path, points=5)
 
 
 def test_two_processes_of_which_one_is_killed_end_with_the_weights_of_undisturbed_ones(tmp_path):
-    killed_and_resumed((2, train_preset, "transformer"), tmp_path, points=1)
+    killed_and_resumed((2, train_preset, "transformer", "shard"), tmp_path, points=1)
 
 
 def replace_checkpoint(rank: int, folder: Path, operation: int) -> None:
@@ -287,12 +288,13 @@ def test_a_checkpoint_that_is_replaced_is_whole_at_every_moment(tmp_path):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count, mesh", [(1, ""), (2, "replicate"), (2, "shard")])
 @pytest.mark.parametrize("model", MAIN)
-def test_every_kill_of_a_preset_is_survived(model, count, tmp_path):
+def test_every_kill_of_a_preset_is_survived(model, count, mesh, tmp_path):
     """MINIMODELS_KILLS=4 kills at four operations and four moments instead."""
     points = int(os.environ.get("MINIMODELS_KILLS", "0")) or None
-    killed_and_resumed((count, train_preset, model), tmp_path, points, moments=points or 30)
+    kinds = (count, train_preset, model, mesh)
+    killed_and_resumed(kinds, tmp_path, points, moments=points or 30)
 
 
 # bad steps
