@@ -388,6 +388,66 @@ def test_a_run_skips_as_many_bad_steps_as_it_may(allowed, tmp_path, monkeypatch,
         (1, 0, True), (2, 0, True), (3, 1, False), (4, 1, True), (5, 1, True)]  # fmt: skip
 
 
+def one_bad_rank(rank: int, mesh: str, what: str) -> None:
+    """Three steps, of which the second has a NaN in the loss or the gradient of rank 1 alone. The
+    ranks have the same weights, those of two steps."""
+    model, optimizer = make(mesh)
+    guard = Guard(model, allowed=1)
+    take_steps(model, optimizer, 1, guard=guard)
+    before = snapshot(model, optimizer)
+    loss = model.loss
+
+    def spoiled(*batch):
+        total, parts = loss(*batch)
+        nan = torch.tensor(math.nan)
+        return (total * nan, parts) if what == "gradient" else (total, {"cross_entropy": nan})
+
+    if rank == 1:
+        model.loss = spoiled
+    take_steps(model, optimizer, 2, guard=guard)
+    after = snapshot(model, optimizer)
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    model.loss = loss
+    take_steps(model, optimizer, 3, guard=guard)
+    last = snapshot(model, optimizer)
+    assert not torch.equal(last["embedding.weight"], after["embedding.weight"])
+    for name, tensor in last.items():
+        of_first = tensor.clone()
+        dist.broadcast(of_first, 0)
+        assert torch.equal(tensor, of_first), name
+    assert guard.bad.item() == 1
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("mesh", ["shard", "replicate"])
+def test_a_step_that_is_bad_in_one_rank_is_skipped_by_all(mesh, what):
+    in_processes(2, one_bad_rank, mesh, what)
+
+
+def stop_at_bad_step(rank: int, folder: Path) -> None:
+    """A run whose third step has a NaN in rank 1 alone, and which may skip none."""
+    calls, loss = [], LM.loss
+
+    def bad_in_one(model, *batch):
+        calls.append(1)
+        total, parts = loss(model, *batch)
+        return total * (math.nan if rank == 1 and len(calls) >= 3 else 1.0), parts
+
+    LM.loss = bad_in_one
+    sys.argv = ["train.py", *TINY.split(), "--data", "copying(tokens=2)", "--out", str(folder)]
+    train.main(train.parse(""))
+
+
+def test_a_bad_step_of_one_rank_ends_all_with_one_message(tmp_path, capfd):
+    """Rank 0 ends first. Then the launcher sends SIGTERM to rank 1, which says nothing."""
+    with pytest.raises(ProcessExitedException) as ended:
+        in_processes(2, stop_at_bad_step, tmp_path / "run")
+    assert (ended.value.error_index, ended.value.exit_code) == (0, 1)
+    said = capfd.readouterr().err
+    assert said.count("step 3 was bad") == said.count("nothing was saved") == 1, said
+    assert not checkpoint.exists(tmp_path / "run")
+
+
 # ramps
 
 
