@@ -331,6 +331,32 @@ def test_a_rank_that_dies_ends_the_job_with_its_number_and_reason(tmp_path):
     assert re.search(r"rank +: 1 [^[]*Signal 9 \(SIGKILL\)", out), out
 
 
+RAISES = """
+import os, runpy
+from minimodels import LM
+loss, calls = LM.loss, []
+def fail_once(*batch):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) > 4:
+        raise ValueError("a defect of rank 1")
+    return loss(*batch)
+LM.loss = fail_once
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_a_rank_that_raises_ends_the_job_with_its_number_and_reason(tmp_path):
+    (tmp_path / "raises.py").write_text(RAISES.replace("train.py", str(ROOT / "train.py")))
+    arguments = [*SMALL, "--steps", "1000000", "--out", "run"]
+    process = torchrun(tmp_path, *arguments, script=str(tmp_path / "raises.py"))
+    wait_for(tmp_path / "run" / "log.jsonl")
+    begun = time.monotonic()
+    out, _ = process.communicate(timeout=60)
+    assert time.monotonic() - begun < 30
+    assert process.returncode == 1
+    assert re.search(r"rank +: 1 [^[]*ValueError: a defect of rank 1", out), out
+
+
 def test_sigterm_to_torchrun_saves(tmp_path):
     process = torchrun(tmp_path, *SMALL, "--steps", "1000000", "--out", "run")
     wait_for(tmp_path / "run" / "log.jsonl")

@@ -209,16 +209,17 @@ def train_preset(
     (folder.parent / f"operations-{rank}").write_text(json.dumps(operations))
 
 
-def stored(folder: Path, step: int = 6) -> dict[str, bytes]:
-    """The bytes of all tensors in the newest checkpoint, which is of that step, file by file."""
+def stored(folder: Path, step: int = 6) -> dict[str, list[bytes]]:
+    """The bytes of all tensors in the newest checkpoint, which is of that step. A sharded tensor has
+    pieces in several files; which file has a whole one makes no difference."""
     found = checkpoint.find(folder)
     assert found.passed_over == []
     assert found.about["progress"]["step"] == step
-    return {
-        f"{file.name} {name}": tensor.numpy().tobytes()
-        for file in found.folder.glob("*.safetensors")
-        for name, tensor in load_file(file).items()
-    }
+    pieces: dict[str, list[bytes]] = {}
+    for file in sorted(found.folder.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            pieces.setdefault(name, []).append(tensor.numpy().tobytes())
+    return pieces
 
 
 def killed_and_resumed(kinds, tmp_path: Path, points=None, moments: int = 0) -> None:
