@@ -1,7 +1,7 @@
 """Several ranks that train one model do what one process does.
 
-The ranks are forked, which takes a fraction of a second. Three tests start `torchrun`, which takes
-ten.
+The ranks are forked, which takes a fraction of a second. Four tests start `torchrun`, which takes
+longer.
 """
 
 import json
@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.distributed.fsdp
 from models import MODELS, NAMES, WIDTH
 from processes import in_processes
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -414,6 +415,9 @@ def test_options_of_ranks_reach_the_model_and_change_no_number(
     for rank in range(2):
         seen = json.loads((tmp_path / f"seen-{rank}").read_text())
         assert seen == [tokens, runs, compiled]
+    files = checkpoint.find(tmp_path / "run").folder.glob("*.safetensors")
+    stored = sum("model.embedding.weight" in load_file(file) for file in files)
+    assert stored == (2 if "--shard" in options else 1)
     many = log(tmp_path / "run")
     assert many.keys() == plain_run.keys()
     for key, measured in plain_run.items():
