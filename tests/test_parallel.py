@@ -434,6 +434,7 @@ def stopped_run(rank: int, folder: Path) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return loss(model, *batch)
 
+    signal.alarm(60)  # if one rank waits for the other, it does so for ten minutes
     LM.loss, parallel.stop = signalled, sys.exit
     with pytest.raises(SystemExit, match="130"):
         run_in(folder, "--steps", "9")
