@@ -177,9 +177,15 @@ def open_source(options: Options) -> Source:
     """Open the data. A resumed run uses the tokenizer that it has kept."""
     kept = options.resume is not None and options.tokenizer != "bytes"
     tokenizer = str(options.resume) if kept else options.tokenizer
-    return open_data(
-        options.data, options.context, tokenizer, options.field, options.cache, options.pack
-    )
+    try:
+        return open_data(
+            options.data, options.context, tokenizer, options.field, options.cache, options.pack
+        )
+    except InputError as error:
+        if options.resume is None or error.field != "data":
+            raise
+        accepted = f"the run's text; if it has moved, --data names its new place ({error.accepted})"
+        raise InputError("data", error.value, accepted) from None
 
 
 def with_vocab(options: Options, data: Source) -> Config:
@@ -192,8 +198,15 @@ def with_vocab(options: Options, data: Source) -> Config:
 
 def check_fit(model: LM, budget: Budget, autocast: torch.autocast) -> str:
     """A note if a step may not fit in memory, otherwise "". Raises InputError if the ranks cannot
-    have equal parts of a batch, or if a step certainly does not fit."""
+    have equal parts of a batch, if the model cannot read texts as long as those of the run's end,
+    or if a step certainly does not fit."""
     options = budget.options
+    if budget.last.context > budget.first.context:
+        with torch.no_grad(), alone():
+            model.eval()(
+                torch.zeros(1, budget.last.context, dtype=torch.int64, device=model.device)
+            )
+        model.train()
     for shape in (budget.first, budget.last, budget.largest):
         own = parallel.own_shape(shape.batch_size, shape.context, options.context_parallel)
     with alone():  # a trial of one rank must not wait for the others

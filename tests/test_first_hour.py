@@ -3,6 +3,8 @@ checkout that is not installed."""
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 import minimodels
+import train
 from minimodels import (
     LM,
     Config,
@@ -30,7 +33,7 @@ from minimodels import (
 from minimodels import memory as memory_of_devices
 from minimodels.data.files import amount
 from minimodels.files import LOCK, locked
-from minimodels.training import options
+from minimodels.training import checkpoint, options
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -107,6 +110,18 @@ def test_options_of_layers_are_set(monkeypatch):
         "--size", "small", "--layers", "attention(heads=6) attention", monkeypatch=monkeypatch
     )
     assert given.config.layers == "attention(heads=6) attention(heads=12)"
+
+
+def test_the_recipe_of_the_readme_is_gpt2(monkeypatch):
+    """124M with its vocabulary, and half a million tokens a step with the small size's own batch."""
+    recipe = re.search(r'^recipe="train.py (.*)"$', (ROOT / "README.md").read_text(), re.MULTILINE)
+    found = parse(*shlex.split(recipe[1]), monkeypatch=monkeypatch)
+    assert (found.size, found.tokenizer, found.tokens) == ("small", "bpe(vocab=50257)", 1e10)
+    cost = ledger(preset("transformer", "small", vocab=50257), found.context)
+    assert cost.parameters == pytest.approx(123.6e6, rel=1e-3)
+    tokens = options.DEFAULT_ROWS["small"] * found.context * found.accumulate
+    assert tokens == pytest.approx(0.5e6, rel=0.05)
+    assert cost.training_flops * found.tokens == pytest.approx(8.5e18, rel=0.01)
 
 
 def test_threads_are_the_fastest_that_a_trial_found(monkeypatch):
@@ -296,6 +311,21 @@ def test_logits_that_are_not_finite_name_the_dtype_to_try():
     for temperature in (0.0, 1.0):
         with pytest.raises(InputError, match="dtype: 'float16' is not accepted; accepted: float32"):
             list(generate(model, [[1]], 1, minimodels.Sampling(temperature=temperature)))
+
+
+def test_a_run_whose_text_has_moved_is_continued_with_its_new_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text").write_bytes(bytes(range(32, 127)) * 60)
+
+    def run(*arguments: str) -> None:
+        train.main(parse(*arguments, monkeypatch=monkeypatch))
+
+    run(*TINY, "--data", "text", "--steps", "2", "--out", "run")
+    Path("text").rename("moved")
+    with pytest.raises(InputError, match="'text' .* moved, --data names its new place"):
+        run("--resume", "run", "--steps", "3")
+    run("--resume", "run", "--steps", "3", "--data", "moved")
+    assert checkpoint.find(Path("run")).about["progress"]["step"] == 3
 
 
 def test_slow_steps_suggest_fewer_threads_once(monkeypatch):

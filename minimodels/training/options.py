@@ -46,8 +46,8 @@ class Options:
     mqar(pairs=8, vocab=256), overwrite, parity, s3"""
 
     tokenizer: str = "bytes"
-    """bytes, bpe(vocab=8192), which is trained on the run's own text and has at most so many tokens,
-    or a tokenizer.json"""
+    """bytes, bpe(vocab=8192), which is trained on the run's own text (64 MiB of it) and has at most so
+    many tokens, or a tokenizer.json"""
     pack: bool = False
     """use rows of whole documents, which do not see each other, instead of windows cut at random"""
     field: str = "text"
@@ -181,7 +181,7 @@ def parse(description: str) -> Options:
         accepted = f"no model beside --init, because {named.init} brings its own layers"
         raise InputError("model", named.model, accepted)
     if named.layers is not None and named.model is not None:
-        accepted = "no model beside --layers, which are all the layers of the model"
+        accepted = "--model or --layers, not both"
         raise InputError("model", named.model, accepted)
     model, size = named.model or "transformer", named.size or "tiny"
     default = Options(preset(model, size), model, size, **TRAINING[size])
