@@ -169,6 +169,7 @@ def fail(message: str, status: int) -> NoReturn:
     """Print the reason on a line of its own, below any progress bar, and exit."""
     if rank() > 0:
         # all ranks may fail for the same reason; rank 0 ends first, and torchrun ends the others
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # undoes stopped_by_signals
         time.sleep(2)
     tqdm.write(message, file=sys.stderr)
     if joined():

@@ -51,7 +51,8 @@ SLOW = {  # file -> tests that are not fast
     "test_parallel": "ranks_have_the_losses_and_gradient_norms_of_one_process "
     "a_split_context_gives_the_outputs_and_gradients_of_the_whole "
     "torchrun_takes_the_steps_of_one_process_which_continues_its_run "
-    "a_rank_that_dies_ends_the_job_with_its_number_and_reason sigterm_to_torchrun_saves",
+    "a_rank_that_dies_ends_the_job_with_its_number_and_reason "
+    "a_rank_that_raises_ends_the_job_with_its_number_and_reason sigterm_to_torchrun_saves",
     "test_packing_operations": "attention_of_documents_compiles_to_one_graph",
     "test_published": "loading_never_holds_two_copies",
     "test_train": "main_path a_compiled_run_takes_the_same_steps resuming_is_exact "

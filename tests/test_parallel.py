@@ -1,7 +1,7 @@
 """Several ranks that train one model do what one process does.
 
-The ranks are forked, which takes a fraction of a second. Three tests start `torchrun`, which takes
-ten.
+The ranks are forked, which takes a fraction of a second. Four tests start `torchrun`, which takes
+longer.
 """
 
 import json
@@ -19,10 +19,15 @@ import torch._dynamo  # once, and not in every rank
 import torch.distributed as dist
 import torch.distributed.fsdp
 from models import MODELS, NAMES, WIDTH
+from processes import in_processes
+from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import train
 from minimodels import LM, Config, InputError
+from minimodels.architectures.moe import MoE
 from minimodels.ops.before import Before
 from minimodels.ops.linear_cross_entropy import IGNORE
 from minimodels.ops.linear_scan import linear_scan
@@ -205,10 +210,46 @@ def test_sums_over_ranks_have_gradients_and_errors_of_the_first_are_of_all(tmp_p
     assert forked(2, reduce, tmp_path) == [0.5, [[0.5], [0.5]], [1.0, 0.0]]
 
 
-def route() -> list[str]:
+class Reductions(TorchDispatchMode):
+    """The sizes of the buffers of gradients that are reduced over the ranks."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if "reduce" in str(function):
+            largest = max(x.numel() for x in tree_leaves(arguments) if isinstance(x, Tensor))
+            if largest > 1:  # a scalar is the number of targets
+                self.sizes.append(largest)
+        return function(*arguments, **(options or {}))
+
+
+def reductions(shard: bool) -> list[list[int]]:
+    """Of a step with one forward pass, and of one with three."""
+    found = []
+    for forwards in (1, 3):
+        model = LM(Config(layers="mlp*2", width=WIDTH, vocab=VOCAB))
+        optimizer = adamw(model, 1e-3, 0.1)
+        parallel.distribute(model, optimizer, shard)
+        batches = [tuple(torch.randint(VOCAB, (2, 1, T))) for _ in range(forwards)]
+        with Reductions() as watched:
+            training_step(model, optimizer, batches, torch.autocast("cpu", enabled=False))
+        found.append(watched.sizes)
+    return found
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_gradients_of_several_forward_passes_are_reduced_once(shard, tmp_path):
+    one, three = forked(2, reductions, tmp_path, shard)
+    assert len(one) == 3  # two blocks, and the embedding and the last norm
+    assert three == one
+
+
+def route(shard: bool) -> list[str]:
     """The types that a router computes with, under autocast."""
     model = LM(Config(layers="moe(experts=4) mod(mlp, capacity=0.5)", width=WIDTH))
-    parallel.distribute(model, adamw(model, 1e-3, 0.1), shard=True)
+    parallel.distribute(model, adamw(model, 1e-3, 0.1), shard)
     seen, linear = [], torch.nn.functional.linear
 
     def watch(x, weight, bias=None):
@@ -223,8 +264,9 @@ def route() -> list[str]:
     return sorted(set(seen))
 
 
-def test_routers_of_ranks_compute_in_full_precision_under_autocast(tmp_path):
-    assert forked(2, route, tmp_path) == ["torch.float32"]
+@pytest.mark.parametrize("shard", [False, True])
+def test_routers_of_ranks_compute_in_full_precision_under_autocast(shard, tmp_path):
+    assert forked(2, route, tmp_path, shard) == ["torch.float32"]
 
 
 def refused() -> list[str]:
@@ -260,9 +302,13 @@ SMALL = (
 SMALL[1] = SMALL[1].replace(",", " ")
 
 
+def write_text(folder: Path) -> None:
+    (folder / "text").write_bytes(bytes(range(32, 127)) * 60)
+
+
 def torchrun(folder: Path, *arguments: str, script: str = "train.py") -> subprocess.Popen:
     """train.py in two processes, started in a folder with a text."""
-    (folder / "text").write_bytes(bytes(range(32, 127)) * 60)
+    write_text(folder)
     command = [
         sys.executable,
         "-m",
@@ -312,6 +358,96 @@ def test_torchrun_takes_the_steps_of_one_process_which_continues_its_run(tmp_pat
         assert many[key] == pytest.approx(measured, rel=1e-5), key
 
 
+def run_in(folder: Path, *arguments: str) -> None:
+    """A run of train.py in a folder with a text."""
+    os.chdir(folder)
+    sys.argv = ["train.py", *SMALL, "--out", "run", *arguments]
+    train.main(train.parse(""))
+
+
+def watched_run(rank: int, folder: Path, options: list[str]) -> None:
+    """Three steps. Writes how many tokens of a text this rank sees, how often the MoE runs in
+    training, and how many blocks are compiled."""
+    tokens, runs, compiled = set(), [], []
+    loss, forward, compile = LM.loss, MoE.forward, torch.compile
+
+    def watched_loss(model, batch, *given):
+        tokens.add(batch.shape[1])
+        return loss(model, batch, *given)
+
+    def watched_forward(layer, *given):
+        runs.extend([1] * layer.training)
+        return forward(layer, *given)
+
+    def watched_compile(function):
+        compiled.append(1)
+        return compile(function, backend="eager")
+
+    LM.loss, MoE.forward, torch.compile = watched_loss, watched_forward, watched_compile
+    parallel.stop = lambda: None  # it would end the process
+    run_in(folder, "--steps", "3", *options)
+    (folder / f"seen-{rank}").write_text(json.dumps([*tokens, len(runs), len(compiled)]))
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory) -> dict:
+    """The log of one process without options."""
+    folder = tmp_path_factory.mktemp("plain")
+    write_text(folder)
+    in_processes(1, watched_run, folder, [])
+    return log(folder / "run")
+
+
+@pytest.mark.parametrize(
+    "options, tokens, runs, compiled",
+    [
+        ("--context-parallel 2", 8, 3, 0),
+        ("--checkpoint-activations", 16, 6, 0),
+        ("--shard --context-parallel 2 --checkpoint-activations", 8, 6, 0),
+        ("--shard --compile", 16, 3, 2),
+    ],
+)
+def test_options_of_ranks_reach_the_model_and_change_no_number(
+    options, tokens, runs, compiled, plain_run, tmp_path
+):
+    write_text(tmp_path)
+    in_processes(2, watched_run, tmp_path, options.split())
+    for rank in range(2):
+        seen = json.loads((tmp_path / f"seen-{rank}").read_text())
+        assert seen == [tokens, runs, compiled]
+    files = checkpoint.find(tmp_path / "run").folder.glob("*.safetensors")
+    stored = sum("model.embedding.weight" in load_file(file) for file in files)
+    assert stored == (2 if "--shard" in options else 1)
+    many = log(tmp_path / "run")
+    assert many.keys() == plain_run.keys()
+    for key, measured in plain_run.items():
+        assert many[key] == pytest.approx(measured, rel=1e-5), key
+
+
+def stopped_run(rank: int, folder: Path) -> None:
+    """Rank 1 alone receives a signal, in its third step. Writes how many steps each rank took."""
+    calls, loss = [], LM.loss
+
+    def signalled(model, *batch):
+        calls.append(1)
+        if rank == 1 and len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(model, *batch)
+
+    signal.alarm(60)  # if one rank waits for the other, it does so for ten minutes
+    LM.loss, parallel.stop = signalled, sys.exit
+    with pytest.raises(SystemExit, match="130"):
+        run_in(folder, "--steps", "9")
+    (folder / f"steps-{rank}").write_text(str(len(calls)))
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_saves(tmp_path):
+    write_text(tmp_path)
+    in_processes(2, stopped_run, tmp_path)
+    assert [(tmp_path / f"steps-{rank}").read_text() for rank in range(2)] == ["3", "3"]
+    assert checkpoint.find(tmp_path / "run").about["progress"]["step"] == 3
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the processes are not listed")
 def test_a_rank_that_dies_ends_the_job_with_its_number_and_reason(tmp_path):
     process = torchrun(tmp_path, *SMALL, "--steps", "1000000", "--out", "run")
@@ -328,6 +464,32 @@ def test_a_rank_that_dies_ends_the_job_with_its_number_and_reason(tmp_path):
     # the root cause, or listed beside that of the rank that lost its neighbour, if torchrun
     # looks at both at once
     assert re.search(r"rank +: 1 [^[]*Signal 9 \(SIGKILL\)", out), out
+
+
+RAISES = """
+import os, runpy
+from minimodels import LM
+loss, calls = LM.loss, []
+def fail_once(*batch):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) > 4:
+        raise ValueError("a defect of rank 1")
+    return loss(*batch)
+LM.loss = fail_once
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_a_rank_that_raises_ends_the_job_with_its_number_and_reason(tmp_path):
+    (tmp_path / "raises.py").write_text(RAISES.replace("train.py", str(ROOT / "train.py")))
+    arguments = [*SMALL, "--steps", "1000000", "--out", "run"]
+    process = torchrun(tmp_path, *arguments, script=str(tmp_path / "raises.py"))
+    wait_for(tmp_path / "run" / "log.jsonl")
+    begun = time.monotonic()
+    out, _ = process.communicate(timeout=60)
+    assert time.monotonic() - begun < 30
+    assert process.returncode == 1
+    assert re.search(r"rank +: 1 [^[]*ValueError: a defect of rank 1", out), out
 
 
 def test_sigterm_to_torchrun_saves(tmp_path):

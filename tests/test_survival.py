@@ -188,9 +188,10 @@ def die(folder: Path, operation: int | None = None, milliseconds: float | None =
 
 
 def train_preset(
-    rank: int, folder: Path, model: str, victim: int = -1, when: dict | None = None
+    rank: int, folder: Path, model: str, mesh: str, victim: int = -1, when: dict | None = None
 ) -> None:
-    """A run of train.py: six steps, a checkpoint after every second."""
+    """A run of train.py, with --shard if `mesh` is "shard": six steps, a checkpoint after every
+    second."""
     operations = die(folder, **(when or {} if rank == victim else {}))
     (folder.parent / "text").write_bytes(bytes(range(32, 127)) * 60)
     chosen = [part for each in small(model) for part in ("--set", each)]
@@ -198,7 +199,7 @@ def train_preset(
         f"--model {model} --data {folder.parent}/text --width 16 --context 16 --batch-size 2 "
         f"--eval-batches 1 --eval-every 2 --log-every 1 --device cpu --steps 6 --out {folder}"
     )
-    started += " --shard" if dist.is_initialized() else ""
+    started += " --shard" if mesh == "shard" else ""
     resumed = f"--resume {folder}"
     arguments = resumed.split() if checkpoint.exists(folder) else [*started.split(), *chosen]
     sys.argv = ["train.py", "--threads", "1", *arguments]
@@ -208,16 +209,17 @@ def train_preset(
     (folder.parent / f"operations-{rank}").write_text(json.dumps(operations))
 
 
-def stored(folder: Path, step: int = 6) -> dict[str, bytes]:
-    """The bytes of all tensors in the newest checkpoint, which is of that step, file by file."""
+def stored(folder: Path, step: int = 6) -> dict[str, list[bytes]]:
+    """The bytes of all tensors in the newest checkpoint, which is of that step. A sharded tensor has
+    pieces in several files; which file has a whole one makes no difference."""
     found = checkpoint.find(folder)
     assert found.passed_over == []
     assert found.about["progress"]["step"] == step
-    return {
-        f"{file.name} {name}": tensor.numpy().tobytes()
-        for file in found.folder.glob("*.safetensors")
-        for name, tensor in load_file(file).items()
-    }
+    pieces: dict[str, list[bytes]] = {}
+    for file in sorted(found.folder.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            pieces.setdefault(name, []).append(tensor.numpy().tobytes())
+    return pieces
 
 
 def killed_and_resumed(kinds, tmp_path: Path, points=None, moments: int = 0) -> None:
@@ -252,11 +254,11 @@ def killed_and_resumed(kinds, tmp_path: Path, points=None, moments: int = 0) -> 
 
 
 def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path):
-    killed_and_resumed((1, train_preset, "transformer"), tmp_path, points=5)
+    killed_and_resumed((1, train_preset, "transformer", ""), tmp_path, points=5)
 
 
 def test_two_processes_of_which_one_is_killed_end_with_the_weights_of_undisturbed_ones(tmp_path):
-    killed_and_resumed((2, train_preset, "transformer"), tmp_path, points=1)
+    killed_and_resumed((2, train_preset, "transformer", "shard"), tmp_path, points=1)
 
 
 def replace_checkpoint(rank: int, folder: Path, operation: int) -> None:
@@ -287,12 +289,13 @@ def test_a_checkpoint_that_is_replaced_is_whole_at_every_moment(tmp_path):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count, mesh", [(1, ""), (2, "replicate"), (2, "shard")])
 @pytest.mark.parametrize("model", MAIN)
-def test_every_kill_of_a_preset_is_survived(model, count, tmp_path):
+def test_every_kill_of_a_preset_is_survived(model, count, mesh, tmp_path):
     """MINIMODELS_KILLS=4 kills at four operations and four moments instead."""
     points = int(os.environ.get("MINIMODELS_KILLS", "0")) or None
-    killed_and_resumed((count, train_preset, model), tmp_path, points, moments=points or 30)
+    kinds = (count, train_preset, model, mesh)
+    killed_and_resumed(kinds, tmp_path, points, moments=points or 30)
 
 
 # bad steps
@@ -384,6 +387,66 @@ def test_a_run_skips_as_many_bad_steps_as_it_may(allowed, tmp_path, monkeypatch,
     records = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     assert [(r["step"], r["skipped"], "loss" in r) for r in records[:5]] == [
         (1, 0, True), (2, 0, True), (3, 1, False), (4, 1, True), (5, 1, True)]  # fmt: skip
+
+
+def one_bad_rank(rank: int, mesh: str, what: str) -> None:
+    """Three steps, of which the second has a NaN in the loss or the gradient of rank 1 alone. The
+    ranks have the same weights, those of two steps."""
+    model, optimizer = make(mesh)
+    guard = Guard(model, allowed=1)
+    take_steps(model, optimizer, 1, guard=guard)
+    before = snapshot(model, optimizer)
+    loss = model.loss
+
+    def spoiled(*batch):
+        total, parts = loss(*batch)
+        nan = torch.tensor(math.nan)
+        return (total * nan, parts) if what == "gradient" else (total, {"cross_entropy": nan})
+
+    if rank == 1:
+        model.loss = spoiled
+    take_steps(model, optimizer, 2, guard=guard)
+    after = snapshot(model, optimizer)
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    model.loss = loss
+    take_steps(model, optimizer, 3, guard=guard)
+    last = snapshot(model, optimizer)
+    assert not torch.equal(last["embedding.weight"], after["embedding.weight"])
+    for name, tensor in last.items():
+        of_first = tensor.clone()
+        dist.broadcast(of_first, 0)
+        assert torch.equal(tensor, of_first), name
+    assert guard.bad.item() == 1
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("mesh", ["shard", "replicate"])
+def test_a_step_that_is_bad_in_one_rank_is_skipped_by_all(mesh, what):
+    in_processes(2, one_bad_rank, mesh, what)
+
+
+def stop_at_bad_step(rank: int, folder: Path) -> None:
+    """A run whose third step has a NaN in rank 1 alone, and which may skip none."""
+    calls, loss = [], LM.loss
+
+    def bad_in_one(model, *batch):
+        calls.append(1)
+        total, parts = loss(model, *batch)
+        return total * (math.nan if rank == 1 and len(calls) >= 3 else 1.0), parts
+
+    LM.loss = bad_in_one
+    sys.argv = ["train.py", *TINY.split(), "--data", "copying(tokens=2)", "--out", str(folder)]
+    train.main(train.parse(""))
+
+
+def test_a_bad_step_of_one_rank_ends_all_with_one_message(tmp_path, capfd):
+    """Rank 0 ends first. Then the launcher sends SIGTERM to rank 1, which says nothing."""
+    with pytest.raises(ProcessExitedException) as ended:
+        in_processes(2, stop_at_bad_step, tmp_path / "run")
+    assert (ended.value.error_index, ended.value.exit_code) == (0, 1)
+    said = capfd.readouterr().err
+    assert said.count("step 3 was bad") == said.count("nothing was saved") == 1, said
+    assert not checkpoint.exists(tmp_path / "run")
 
 
 # ramps
