@@ -150,14 +150,18 @@ def open_span(folder: Path, split: str, kind: str = "bin") -> Span:
     """One split of a folder, or with kind="bytes" the number of bytes that each
     of its tokens represents."""
     dtype = np.uint32 if kind == "bytes" else np.dtype(read_about(folder)["dtype"])
-    path = folder / f"{split}.{kind}"
-    count = path.stat().st_size // np.dtype(dtype).itemsize if path.exists() else 0
-    ends = folder / f"{split}.ends"
-    ends = np.fromfile(ends, np.int64) if ends.exists() else np.empty(0, np.int64)
-    last = ends[-1] if len(ends) else 0
-    if last != count or (np.diff(ends, prepend=0) < 1).any():
+    ends = Span([whole_file(folder / f"{split}.ends", np.int64)], np.int64)
+    span = Span([whole_file(folder / f"{split}.{kind}", dtype)], dtype, ends)
+    last = ends[len(ends) - 1 : len(ends)].sum()  # 0 without any document
+    if last != len(span) or not all((np.diff(edges) > 0).all() for edges in span.all_edges()):
         raise InputError("cache", str(folder), "an intact folder; this one is damaged")
-    return Span([Piece(path, 0, count)], dtype, ends)
+    return span
+
+
+def whole_file(path: Path, dtype: type) -> Piece:
+    """All items of a file; none if it does not exist."""
+    size = path.stat().st_size if path.exists() else 0
+    return Piece(path, 0, size // np.dtype(dtype).itemsize)
 
 
 @contextlib.contextmanager

@@ -85,14 +85,14 @@ def write_pieces(
 def cut_documents(span: Span, most: int = PIECE) -> Iterator[tuple[bytes, bool]]:
     """The documents of a span of bytes, in pieces of `most` bytes or less: (bytes, whether
     its document ends here)."""
-    start = 0
-    for end in span.ends.tolist():
-        while start < end:
-            raw = span[start : min(start + most, end)].tobytes()
-            if start + len(raw) < end:
-                raw = raw[: place_to_cut(raw)]
-            start += len(raw)
-            yield raw, start == end
+    for edges in span.all_edges():
+        for start, end in itertools.pairwise(edges.tolist()):
+            while start < end:
+                raw = span[start : min(start + most, end)].tobytes()
+                if start + len(raw) < end:
+                    raw = raw[: place_to_cut(raw)]
+                start += len(raw)
+                yield raw, start == end
 
 
 def place_to_cut(raw: bytes) -> int:
