@@ -138,7 +138,11 @@ def read_about(folder: Path) -> dict:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether all files of a folder exist and have the length that was written."""
+    """Whether all files of a folder exist and have the length that was written.
+
+    Their content is not compared with the checksum, because that would read the whole text each
+    time. The ends of documents are checked when they are opened.
+    """
     sizes = read_about(folder).get("files")
     if not isinstance(sizes, dict):
         return False
