@@ -20,8 +20,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import in_processes
+from tqdm import tqdm
 
 import minimodels.data.cache
+import minimodels.data.corpus
 import minimodels.data.files
 import minimodels.data.span
 import minimodels.data.tokens
@@ -530,6 +532,46 @@ def test_tokens_are_made_once_and_again_if_they_are_damaged(prose, tmp_path, mon
     assert not list((tmp_path / "cache").glob("*.partial"))
 
 
+@pytest.mark.parametrize("encoding, told", [("latin-1", ", 10% of it not UTF-8;"), ("utf-8", "")])
+def test_the_header_tells_text_in_another_encoding(tmp_path, encoding, told):
+    (tmp_path / "x").write_bytes("neun und é".encode(encoding) * 500)
+    for _ in ("made", "found in the cache"):
+        data = open_data(str(tmp_path / "x"), 16, "bpe(vocab=260)", cache=tmp_path / "cache")
+        assert told in data.describe()
+        assert ("UTF-8" in data.describe()) == bool(told)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.jsonl.zst", "x.parquet", "x.txt.gz"])
+def test_a_bar_ends_at_the_bytes_of_the_text(tmp_path, monkeypatch, name):
+    bars = []
+
+    class Bar(tqdm):
+        def __exit__(self, *raised):
+            bars.append((self.desc.partition(" /")[0], self.n, self.total))
+            super().__exit__(*raised)
+
+    monkeypatch.setattr(minimodels.data.corpus, "tqdm", Bar)
+    texts = [f"text {number} " * 40 for number in range(300)]
+    if name == "x.parquet":
+        parquet = pytest.importorskip("pyarrow.parquet")
+        table = sys.modules["pyarrow"].table({"text": texts})
+        parquet.write_table(table, tmp_path / name, row_group_size=100)
+    else:
+        lines = [json.dumps({"text": text}) if "jsonl" in name else text for text in texts]
+        content, ending = "\n".join(lines).encode(), name.rpartition(".")[2]
+        content = content if ending == "jsonl" else compress(content, ending)
+        (tmp_path / name).write_bytes(content)
+    open_data(str(tmp_path / name), 16, "bpe(vocab=260)", cache=tmp_path / "cache")
+    size = (tmp_path / name).stat().st_size
+    plain = open_data(str(tmp_path / name), 16, cache=tmp_path / "cache")
+    whole, training = len(everything(plain)), len(plain.spans["training"])
+    assert bars == [
+        ("reading", size, size),
+        ("reading for the tokenizer", training, training),
+        ("tokenizing", whole, whole),
+    ]
+
+
 def test_damaged_ends_of_documents_are_told(prose, tmp_path):
     open_data(str(prose), 16, "bpe(vocab=300)", cache=tmp_path / "cache")
     (ends,) = (tmp_path / "cache").glob("tokens-*/training.ends")
@@ -684,8 +726,10 @@ def test_pieces_of_documents_are_the_documents(tmp_path_factory, documents):
 @given(st.one_of(st.binary(max_size=60), st.text(max_size=30).map(str.encode)))
 def test_broken_bytes_are_counted_one_by_one(raw):
     assert widths(raw).sum() == len(raw)
-    assert len(widths(raw)) == len(decode(raw))
-    assert decode(raw).replace("\ufffd", "") == raw.decode(errors="ignore").replace("\ufffd", "")
+    text, invalid = decode(raw)
+    assert len(widths(raw)) == len(text)
+    assert text.replace("\ufffd", "") == raw.decode(errors="ignore").replace("\ufffd", "")
+    assert invalid == text.count("\ufffd") - raw.count("\ufffd".encode())
 
 
 @pytest.fixture(scope="module")

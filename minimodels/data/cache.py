@@ -27,7 +27,7 @@ from minimodels.data.span import Piece, Span
 from minimodels.errors import InputError
 from minimodels.files import write_json
 
-VERSION = 1  # of the format; after a change everything is made again
+VERSION = 2  # of the format; after a change everything is made again
 SPLITS = ("training", "validation")
 TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Made by minimodels; may be deleted.\n"
 
