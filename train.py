@@ -192,8 +192,15 @@ def with_vocab(options: Options, data: Source) -> Config:
 
 def check_fit(model: LM, budget: Budget, autocast: torch.autocast) -> str:
     """A note if a step may not fit in memory, otherwise "". Raises InputError if the ranks cannot
-    have equal parts of a batch, or if a step certainly does not fit."""
+    have equal parts of a batch, if the model cannot read texts as long as those of the run's end,
+    or if a step certainly does not fit."""
     options = budget.options
+    if budget.last.context > budget.first.context:
+        with torch.no_grad(), alone():
+            model.eval()(
+                torch.zeros(1, budget.last.context, dtype=torch.int64, device=model.device)
+            )
+        model.train()
     for shape in (budget.first, budget.last, budget.largest):
         own = parallel.own_shape(shape.batch_size, shape.context, options.context_parallel)
     with alone():  # a trial of one rank must not wait for the others

@@ -139,7 +139,9 @@ def recall(small: bool) -> Claim:
     )
     longer = 5 * steps // 2  # Mamba needs more steps to learn how
     models = [("attention", steps, "(attention(heads=2) mlp)*2")]
-    models += [("window", steps, f"(attention(heads=2, window={w}) mlp)*2") for w in windows]
+    models += [
+        ("attention, window", steps, f"(attention(heads=2, window={w}) mlp)*2") for w in windows
+    ]
     models += [("mamba", longer, f"mamba(state_size={size})*2") for size in state_sizes]
     runs = [
         Run(name, Config(layers, width=width), task, context, steps, batch=64, lr=4e-3)

@@ -51,7 +51,10 @@ def tracking(small: bool) -> Claim:
     ]
     width, context, steps = (64, 16, 700) if small else (128, 32, 10_000)
     models = {
+        "attention": "attention(heads=4) mlp",
+        "mamba": "mamba",
         "mamba2": "mamba2(heads=4, state_size=16)",
+        "deltanet, beta < 1": "deltanet(heads=4)",
         "deltanet, beta < 2": "deltanet(heads=4, beta_max=2)",
         "deltaproduct": "deltanet(heads=4, beta_max=2, steps=2)",
     }
@@ -106,11 +109,11 @@ def overwrite(small: bool) -> Claim:
     )
     models = {
         "attention": "(attention(heads=2) mlp)*2",
-        "linear attention": "short_convolution retention(heads=2, rope_base=0, decay=none)",
+        "linear_attention": "short_convolution retention(heads=2, rope_base=0, decay=none)",
         "gla": "short_convolution retention(heads=2, rope_base=0, decay=channels)",
         "mamba2": "mamba2(heads=2, state_size=32)*2",
         "deltanet": "deltanet(heads=2)*2",
-        "gated deltanet": "deltanet(heads=2, gate=scalar, output_gate=silu)*2",
+        "gated_deltanet": "deltanet(heads=2, gate=scalar, output_gate=silu)*2",
     }
     runs = [
         Run(
@@ -152,28 +155,41 @@ def mixers(small: bool) -> Claim:
     narrow band of learning rates (arXiv:2508.19029), so the first seed tries several.
     """
     task, context, steps, batch, width = (
-        ("mqar(pairs=8, vocab=32)", 32, 500, 32, 64)
+        ("mqar(pairs=8, vocab=32)", 32, 350, 32, 64)
         if small
         else ("mqar(pairs=64, vocab=8192)", 512, 20_000, 64, 128)
     )
     rates = (2e-3, 5e-3) if small else (1e-4, 3e-4, 1e-3, 3e-3)
     models = {
         "attention": ["attention(heads=2)"],
-        "window": [f"attention(heads=2, window={size})" for size in (context // 4, context // 2)],
+        "attention, window": [
+            f"attention(heads=2, window={size})" for size in (context // 4, context // 2)
+        ],
         "mamba": ["mamba(state_size=4)", "mamba"],
         "mamba2": [f"mamba2(heads=2, state_size={size})" for size in (4, 16)],
     }
     recurrent = {
+        "linear_attention": "retention(heads={}, feature_map=elu, rope_base=0, decay=none, norm=sum, gate=none)",
         "retnet": "retention(heads={})",
+        "lightning": "retention(heads={}, feature_map=silu, rope_base=0, decay=layers, scale=false, norm=full, gate=sigmoid)",
         "gla": "retention(heads={}, rope_base=0, decay=channels)",
         "deltanet": "deltanet(heads={})",
         "gated_deltanet": "deltanet(heads={}, gate=scalar, output_gate=silu)",
         "kda": "deltanet(heads={}, gate=vector, output_gate=sigmoid, output_rank=head)",
+        "deltaproduct": "deltanet(heads={}, steps=2, beta_max=2)",
     }
     few, many = 2, 8  # heads; the state of few heads is larger
     models |= {name: [text.format(n) for n in (many, few)] for name, text in recurrent.items()}
+    models["short_convolution"] = [""]  # nothing but the convolution
     runs = [
-        Run(name, Config(f"short_convolution {mixer}", width=width), task, context, steps, batch)
+        Run(
+            name,
+            Config(f"short_convolution {mixer}".strip(), width=width),
+            task,
+            context,
+            steps,
+            batch,
+        )
         for name, sizes in models.items()
         for mixer in sizes
     ]

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -39,10 +40,10 @@ HEIGHTS = {"layer": ROW, "open": ROW, "close": 0.2}
 
 
 class Cost(NamedTuple):
-    """The total cost of all uses of one call in the text."""
+    """The total cost of a row of the picture, whose layer may be repeated."""
 
-    uses: int
-    parameters: int  # a shared layer counts once
+    uses: int  # of a shared layer, in all rows
+    parameters: int  # a shared layer counts in its first row
     flops: float  # forward, per token
     state: float  # bytes
     shapes: str  # of its matrices
@@ -58,29 +59,51 @@ class Row(NamedTuple):
     name: str = ""  # of a shared layer
 
 
-def costs(config: Config, context: int) -> dict[int, Cost]:
-    """The cost of each call, by the call's place in the text."""
+def costs(config: Config, context: int, lines: list[Row]) -> dict[int, Cost]:
+    """The cost of each layer and wrapper of the picture, by the number of its row."""
     with torch.device("meta"):
         model = LM(config)
-    found: dict[int, list] = defaultdict(lambda: [0, 0, 0.0, 0.0, ""])
-    seen: set[int] = set()
+    found: dict[int, list] = defaultdict(lambda: [0, 0.0, 0.0])
+    blocks: dict[int, nn.Module] = {}
+    uses: Counter[nn.Module] = Counter()
+    seen: set[nn.Parameter] = set()
 
-    def add(stack: Stack, calls: tuple[Call, ...], share: float, length: int) -> None:
-        for block, call in zip(stack, calls, strict=True):
-            entry = found[call.at]
-            entry[0] += 1
-            entry[1] += 0 if id(block) in seen else sum(p.numel() for p in block.parameters())
-            entry[2] += share * flops(block, length)
-            entry[3] += state_bytes(block, length, 4)
-            entry[4] = shapes(block)
-            seen.add(id(block))
-            if call.layers:
+    def add(stack: Stack, inside: tuple[int, int], share: float, length: int) -> None:
+        for block, (number, group) in zip(stack, run(lines, *inside), strict=True):
+            entry, blocks[number] = found[number], block
+            entry[0] += sum(p.numel() for p in block.parameters() if p not in seen)
+            entry[1] += share * flops(block, length)
+            entry[2] += state_bytes(block, length, 4)
+            uses[block] += 1
+            if group:
                 inner = next(part for part in parts(block) if isinstance(part, Stack))
                 routed = getattr(block, "routed", lambda tokens: tokens)(length)
-                add(inner, call.layers, share * routed / length, routed)
+                add(inner, group, share * routed / length, routed)
+            seen.update(block.parameters())
 
-    add(model.layers, config.calls, 1.0, context)
-    return {at: Cost(*entry) for at, entry in found.items()}
+    add(model.layers, (0, len(lines)), 1.0, context)
+    return {
+        number: Cost(uses[blocks[number]], *entry, shapes(blocks[number]))
+        for number, entry in found.items()
+    }
+
+
+def run(lines: list[Row], start: int, stop: int) -> Iterator[tuple[int, tuple[int, int] | None]]:
+    """The layers and wrappers of some rows in the order in which a token passes them, each with the
+    number of its row and, of a wrapper, with the range of the rows inside it."""
+    number = start
+    while number < stop:
+        row, last = lines[number], number
+        if row.kind == "open":
+            depths = (i for i in range(number + 1, stop) if lines[i].depth == row.depth)
+            last = next(i for i in depths if lines[i].kind == "close")
+        inside = (number + 1, last) if last > number else None
+        for _ in range(row.times):
+            if row.call is None:
+                yield from run(lines, *inside)
+            else:
+                yield number, inside
+        number = last + 1
 
 
 def shapes(block: nn.Module) -> str:
@@ -133,7 +156,8 @@ def draw(config: Config, context: int, title: str, files: list[Path]) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "minimodels"  # the same model gives the same file
     from matplotlib import pyplot
 
-    found, lines = costs(config, context), rows(config.layers)
+    lines = rows(config.layers)
+    found = costs(config, context, lines)
     total, head = ledger(config, context), config.width * (config.vocab or 256)
     height = sum(HEIGHTS[row.kind] if row.call or row.kind == "close" else GROUP for row in lines)
     height += 2 * ROW + 1.4
@@ -157,14 +181,14 @@ def draw(config: Config, context: int, title: str, files: list[Path]) -> None:
     embedding = f"{config.vocab or 256} × {config.width}"
     y = draw_plain(axes, y, f"embedding  {embedding}", head, None)
     opened = []
-    for row in lines:
+    for number, row in enumerate(lines):
         if row.kind == "open":
             opened.append(y - (ROW if row.call else GROUP))
         if row.kind == "close":
             draw_bracket(axes, row, opened.pop(), y)
             y -= HEIGHTS["close"]
         else:
-            y = draw_row(axes, y, row, found, total)
+            y = draw_row(axes, y, row, found.get(number), total)
     tied = "the embedding's matrix" if config.tie_embeddings else embedding
     draw_plain(
         axes,
@@ -202,8 +226,8 @@ def draw_plain(axes, y: float, text: str, parameters: int, share: float | None) 
     return y - ROW
 
 
-def draw_row(axes, y: float, row: Row, found: dict[int, Cost], total) -> float:
-    """Draw one row. Returns the height at which the next row begins."""
+def draw_row(axes, y: float, row: Row, cost: Cost | None, total) -> float:
+    """Draw one row; a group has no cost. Returns the height at which the next row begins."""
     from matplotlib.patches import FancyBboxPatch
 
     left, colour = 0.2 + INDENT * row.depth, colour_of(row)
@@ -220,7 +244,7 @@ def draw_row(axes, y: float, row: Row, found: dict[int, Cost], total) -> float:
             va="center",
         )
         return y - GROUP
-    cost, middle = found[row.call.at], y - ROW / 2
+    middle = y - ROW / 2
     style = (0, (3, 2)) if row.name else "-"
     box = FancyBboxPatch(
         (left, y - ROW + 0.06), 4.2 - left, ROW - 0.12, boxstyle="round,pad=0,rounding_size=0.06",
@@ -228,21 +252,21 @@ def draw_row(axes, y: float, row: Row, found: dict[int, Cost], total) -> float:
     )  # fmt: skip
     axes.add_patch(box)
     shared = f"   {row.name}: one set of weights, {cost.uses} uses" if row.name else ""
-    axes.text(
-        left + 0.1,
-        middle + 0.1,
-        f"{row.call.name}{times}{shared}",
-        fontsize=10,
-        weight="bold",
-        va="center",
-    )
+    name = f"{row.call.name}{times}{shared}"
+    axes.text(left + 0.1, middle + 0.1, name, fontsize=10, weight="bold", va="center")
     options = ", ".join(f"{each.name}={write_value(each.value)}" for each in row.call.options)
-    room = int((4.1 - left) / LETTER)
-    text = textwrap.shorten(
-        "; ".join(filter(None, (options, cost.shapes))), room, placeholder=" ..."
+    after = left + 0.2 + len(name) * 5 / 3 * LETTER
+    for text, x, height in ((options, after, 0.1), (cost.shapes, left + 0.1, -0.12)):
+        text = textwrap.shorten(text, max(4, int((4.15 - x) / LETTER)), placeholder=" ...")
+        axes.text(x, middle + height, text, fontsize=7, color="#444444", va="center")
+    axes.text(
+        5.3,
+        middle,
+        short(cost.parameters) if cost.parameters or cost.uses == 1 else "shared",
+        fontsize=9,
+        va="center",
+        ha="right",
     )
-    axes.text(left + 0.1, middle - 0.12, text, fontsize=7, color="#444444", va="center")
-    axes.text(5.3, middle, short(cost.parameters), fontsize=9, va="center", ha="right")
     draw_share(axes, y, cost.flops / total.forward_flops, colour)
     state = f"{cost.state / 1024:,.0f} KiB" if cost.state else "none"
     axes.text(9.8, middle, state, fontsize=9, va="center", ha="right")

@@ -3,34 +3,38 @@
 import pytest
 
 from minimodels import Config, InputError, ledger, preset
-from minimodels.draw import Options, costs, main, rows, shapes, short
+from minimodels.draw import Options, Row, costs, main, rows, shapes, short
 from minimodels.lm import LM
 
 TEXT = "local=attention(window=5) A:=attention(kv_heads=2) ((local mlp)*2 A mlp)*3 mod(attention moe, capacity=0.25)"
 
 
-@pytest.mark.parametrize("layers", [TEXT, preset("hybrid").layers, preset("mod").layers])
+TWICE = "a=attention(window=5) A:=mlp (a A mamba)*2 a mod(a A, capacity=0.5) A"
+
+
+@pytest.mark.parametrize("layers", [TEXT, TWICE, preset("hybrid").layers, preset("mod").layers])
 def test_rows_add_up_to_the_ledger(layers):
-    config = Config(layers=layers, vocab=256, width=32)
-    total, found = ledger(config, 64), costs(config, 64)
-    outer = outermost(layers)
+    """What a text names once and uses in several rows is counted in each of them."""
+    config, lines = Config(layers=layers, vocab=256, width=32), rows(layers)
+    total, found = ledger(config, 64), costs(config, 64, lines)
+    outer = outermost(lines)
     embedding, norm = 256 * 32, 32
-    assert sum(found[at].parameters for at in outer) + embedding + norm == total.parameters
-    assert sum(found[at].flops for at in outer) + 2 * embedding == pytest.approx(
+    assert sum(found[number].parameters for number in outer) + embedding + norm == total.parameters
+    assert sum(found[number].flops for number in outer) + 2 * embedding == pytest.approx(
         total.forward_flops
     )
-    assert sum(found[at].state for at in outer) == total.state_bytes
+    assert sum(found[number].state for number in outer) == total.state_bytes
 
 
-def outermost(layers: str) -> set[int]:
-    """The places of the calls that are not inside a wrapper."""
+def outermost(lines: list[Row]) -> set[int]:
+    """The numbers of the rows that are not inside a wrapper."""
     found, inside = set(), 0
-    for row in rows(layers):
+    for number, row in enumerate(lines):
         if row.kind == "close":
             inside -= row.call is not None
             continue
         if row.call is not None and not inside:
-            found.add(row.call.at)
+            found.add(number)
         inside += row.call is not None and row.kind == "open"
     return found
 
@@ -46,9 +50,9 @@ def test_repeats_stay_folded_and_shared_layers_say_so():
         "attention",
         "moe",
     ]
-    (shared,) = [row for row in lines if row.name]
-    assert shared.name == "A"
-    assert costs(Config(layers=TEXT, width=32), 64)[shared.call.at].uses == 3
+    (number,) = [number for number, row in enumerate(lines) if row.name]
+    assert lines[number].name == "A"
+    assert costs(Config(layers=TEXT, width=32), 64, lines)[number].uses == 3
     assert len(rows("(attention mlp)*48")) == 4
 
 
@@ -97,5 +101,5 @@ def test_no_text_leaves_its_box(tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", measure)
     layers = "(mamba mlp deltanet(gate=vector, steps=2, beta_max=2) mod(moe(experts=16, experts_per_token=4)))*2"
     main(Options(layers=layers, size="small", out=str(tmp_path / "long")))
-    assert len(ends) == 10  # five layers, in two pictures
+    assert len(ends) == 20  # options and shapes of five layers, in two pictures
     assert max(ends) < 4.2

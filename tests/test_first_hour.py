@@ -3,6 +3,8 @@ checkout that is not installed."""
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -107,6 +109,18 @@ def test_options_of_layers_are_set(monkeypatch):
         "--size", "small", "--layers", "attention(heads=6) attention", monkeypatch=monkeypatch
     )
     assert given.config.layers == "attention(heads=6) attention(heads=12)"
+
+
+def test_the_recipe_of_the_readme_is_gpt2(monkeypatch):
+    """124M with its vocabulary, and half a million tokens a step with the small size's own batch."""
+    recipe = re.search(r'^recipe="train.py (.*)"$', (ROOT / "README.md").read_text(), re.MULTILINE)
+    found = parse(*shlex.split(recipe[1]), monkeypatch=monkeypatch)
+    assert (found.size, found.tokenizer, found.tokens) == ("small", "bpe(vocab=50257)", 1e10)
+    cost = ledger(preset("transformer", "small", vocab=50257), found.context)
+    assert cost.parameters == pytest.approx(123.6e6, rel=1e-3)
+    tokens = options.DEFAULT_ROWS["small"] * found.context * found.accumulate
+    assert tokens == pytest.approx(0.5e6, rel=0.05)
+    assert cost.training_flops * found.tokens == pytest.approx(8.5e18, rel=0.01)
 
 
 def test_threads_are_the_fastest_that_a_trial_found(monkeypatch):

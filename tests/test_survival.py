@@ -463,6 +463,16 @@ def test_a_bound_is_never_passed_whatever_the_steps_cost(bound):
         assert shape.context == 32
 
 
+def test_a_ramp_beyond_the_positions_of_the_model_is_refused_at_the_start(tmp_path, monkeypatch):
+    layers = ["--layers", "learned_positions(context=20) attention(heads=2)"]
+    arguments = [*TINY.split(), *layers, "--data", "copying(tokens=2)", "--steps", "9"]
+    arguments += ["--context", "8", "--ramp", "context=8:32", "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with pytest.raises(InputError, match="text: 32 .* at most 20 tokens"):
+        train.main(train.parse(""))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "ramp, accepted",
     [

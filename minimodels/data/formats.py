@@ -131,7 +131,9 @@ def read_hub(name: str, field: str) -> Iterator[bytes]:
     try:
         import datasets
     except ImportError:
-        accepted = "a file or folder that exists; for a data set of that id: pip install datasets"
+        accepted = (
+            'a file or folder that exists; for a data set of that id, pip install -e ".[hub]"'
+        )
         raise InputError("data", name, accepted) from None
     identity, _, configuration = name.partition(":")
     try:

@@ -46,8 +46,8 @@ class Options:
     mqar(pairs=8, vocab=256), overwrite, parity, s3"""
 
     tokenizer: str = "bytes"
-    """bytes, bpe(vocab=8192), which is trained on the run's own text and has at most so many tokens,
-    or a tokenizer.json"""
+    """bytes, bpe(vocab=8192), which is trained on the run's own text (64 MiB of it) and has at most so
+    many tokens, or a tokenizer.json"""
     pack: bool = False
     """use rows of whole documents, which do not see each other, instead of windows cut at random"""
     field: str = "text"
