@@ -177,9 +177,15 @@ def open_source(options: Options) -> Source:
     """Open the data. A resumed run uses the tokenizer that it has kept."""
     kept = options.resume is not None and options.tokenizer != "bytes"
     tokenizer = str(options.resume) if kept else options.tokenizer
-    return open_data(
-        options.data, options.context, tokenizer, options.field, options.cache, options.pack
-    )
+    try:
+        return open_data(
+            options.data, options.context, tokenizer, options.field, options.cache, options.pack
+        )
+    except InputError as error:
+        if options.resume is None or error.field != "data":
+            raise
+        accepted = f"the run's text; if it has moved, --data names its new place ({error.accepted})"
+        raise InputError("data", error.value, accepted) from None
 
 
 def with_vocab(options: Options, data: Source) -> Config:

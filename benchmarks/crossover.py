@@ -31,8 +31,8 @@ def crossover(contexts: list[int], ratios: list[list[float]]) -> Crossover:
     interpolated linearly in the logarithms.
 
     contexts: ascending. ratios: one list of rounds for each context; only the rounds that all
-    contexts have are used. A round may have no such place. If more than half of the rounds have
-    one, the median is over these.
+    contexts have are used. Rounds without a crossing are left out, and there is a result only if
+    most rounds have one.
     """
     places = []
     rounds = list(zip(*ratios, strict=False))

@@ -48,7 +48,7 @@ def main(options: Options) -> None:
     if options.rounds < 1:
         raise InputError("rounds", options.rounds, "1 or more")
     if importlib.util.find_spec("triton") is None:
-        raise InputError("triton", "not installed", "pip install triton")
+        raise InputError("triton", "not installed", 'pip install -e ".[gpu]"')
     operations = [options.only] if options.only else OPERATIONS
 
     def start(operation: str) -> int:

@@ -57,7 +57,9 @@ def require(operation: str, device: torch.device) -> None:
         raise InputError("impl", "triton", f"{ACCEPTED}, because {operation} has no kernel")
     if not INSTALLED:
         raise InputError(
-            "impl", "triton", f"{ACCEPTED}, because the package triton is not installed"
+            "impl",
+            "triton",
+            f'{ACCEPTED}, because triton is not installed: pip install -e ".[gpu]"',
         )
     if device.type != "cuda" and not INTERPRETED:
         reason = f"Triton compiles only for a GPU and the device is {device.type}; TRITON_INTERPRET=1 interprets it, slowly"

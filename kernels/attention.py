@@ -103,12 +103,12 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from minimodels.ops.attention import attention as operation
 from minimodels.ops.attention import check_shapes
 
-# the most queries, one block, whose keys are divided; with more queries there are enough programs
+# with at most so many queries (one block), the keys are divided; more give enough programs anyway
 FEW = 16
 KEYS_EACH = 256  # keys that each of these programs gets, at least
 # the values by which blocks are tuned; Triton adds the arguments' dtypes
 KEY = ["size", "span", "window", "WIDTH"]
-# the arguments for whose special values, such as 1, nothing is compiled again
+# the arguments for which Triton compiles no version of its own at special values, such as 1
 COUNTS = ["B", "H", "G", "size", "span"]
 
 
@@ -329,7 +329,7 @@ def attend(
 
 
 def fitting(configs: list[triton.Config], arguments: dict, **_) -> list[triton.Config]:
-    """The configurations that have no more queries a block than there are.
+    """The configurations whose blocks are not larger than the number of queries.
 
     For fp32 it is the first one, because no tensor core multiplies fp32 exactly.
     """

@@ -93,7 +93,8 @@ def tuned(configs: list[triton.Config], key: list[str], prune: Callable | None =
 
 
 def size_of(rows: int) -> int:
-    """The number of rows that tuning uses: rounded up, and bounded, because more change nothing."""
+    """The number of rows that tuning uses: rounded up, with a limit, because more rows need no
+    other tuning."""
     return min(triton.next_power_of_2(rows), 4096)
 
 
@@ -169,8 +170,8 @@ def compare_all(
 ) -> None:
     """Compare at odd sizes and at sizes that fill blocks, in several configurations.
 
-    The first configuration of the tuned kernels is compared at every precision. Each other one is
-    compared at full sizes, without the first precision, fp32, for which tuning does not try it.
+    The first configuration of the tuned kernels is compared at every precision. The others
+    are compared at full sizes, but not in fp32, for which tuning never uses them.
 
     Nothing is tuned here. So other work on the GPU during the check cannot put a wrong winner into
     Triton's cache, and the measurement can reuse what was compiled. A configuration that needs more

@@ -57,8 +57,8 @@ def check_memory(
 
 
 def activation_bytes(model: LM, batch_size: int, context: int, autocast: torch.autocast) -> float:
-    """At least how many bytes autograd stores in a forward pass: the difference between two rows
-    and one of a short text, scaled up. The model and the random state do not change."""
+    """A lower bound on the bytes that autograd stores in a forward pass: the difference between two
+    rows and one of a short text, scaled up. The model and the random state do not change."""
     length = min(context, PROBE)
     kept = [buffer.clone() for buffer in model.buffers()]
     with torch.random.fork_rng():

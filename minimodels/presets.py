@@ -40,7 +40,8 @@ SIZES = {
 # less attention
 MIXED = {
     "hybrid": "(mamba mlp mamba moe mamba mlp attention moe)*{quarter}",
-    "qwen_next": "((deltanet(gate=scalar, output_gate=silu) moe)*3 attention(qk_norm=head) moe)*{quarter}",
+    "qwen_next": "((deltanet(gate=scalar, output_gate=silu) moe)*3"
+    " attention(qk_norm=head, gate=full, rope_fraction=0.25) moe)*{quarter}",
     "olmo_hybrid": "((deltanet(gate=scalar, beta_max=2, output_gate=silu) mlp)*3 attention(qk_norm=full) mlp)*{quarter}",
     "kimi_linear": "((deltanet(gate=vector, output_gate=sigmoid, output_rank=head) moe)*3"
     " attention(rope_base=0) moe)*{quarter}",

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import minimodels
+import train
 from minimodels import (
     LM,
     Config,
@@ -32,7 +33,7 @@ from minimodels import (
 from minimodels import memory as memory_of_devices
 from minimodels.data.files import amount
 from minimodels.files import LOCK, locked
-from minimodels.training import options
+from minimodels.training import checkpoint, options
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -310,6 +311,21 @@ def test_logits_that_are_not_finite_name_the_dtype_to_try():
     for temperature in (0.0, 1.0):
         with pytest.raises(InputError, match="dtype: 'float16' is not accepted; accepted: float32"):
             list(generate(model, [[1]], 1, minimodels.Sampling(temperature=temperature)))
+
+
+def test_a_run_whose_text_has_moved_is_continued_with_its_new_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text").write_bytes(bytes(range(32, 127)) * 60)
+
+    def run(*arguments: str) -> None:
+        train.main(parse(*arguments, monkeypatch=monkeypatch))
+
+    run(*TINY, "--data", "text", "--steps", "2", "--out", "run")
+    Path("text").rename("moved")
+    with pytest.raises(InputError, match="'text' .* moved, --data names its new place"):
+        run("--resume", "run", "--steps", "3")
+    run("--resume", "run", "--steps", "3", "--data", "moved")
+    assert checkpoint.find(Path("run")).about["progress"]["step"] == 3
 
 
 def test_slow_steps_suggest_fewer_threads_once(monkeypatch):

@@ -172,7 +172,7 @@ def test_positions(positions, window, T):
     check(*parts(2, 1, 1, T, positions.shape[1], 16), positions[:, -T:], positions, window)
 
 
-def test_queries_that_are_none_give_nothing_and_disturb_nothing():
+def test_padded_queries_give_nothing_and_disturb_nothing():
     q, k, v = (part.to(DEVICE).requires_grad_() for part in parts(2, 2, 1, 23, 23, 16))
     positions, keep = PADDED.to(DEVICE), (PADDED >= 0).to(DEVICE)[:, None, :, None]
     y = attention(q, k, v, positions, positions)

@@ -22,7 +22,11 @@ KERNEL_CASES = {
     "mod": "mod(mamba(state_size=4) attention, capacity=0.5)",
 }
 # the laws of this kernel have their own tests, because the interpreter takes a minute for each
-DELTA = ["mamba2(heads=2, head_dim=16, state_size=4)", "deltanet(heads=2, gate=vector)"]
+DELTA = [
+    "mamba2(heads=2, head_dim=16, state_size=4)",
+    "retention(heads=2, rope_base=0, decay=channels)",
+    "deltanet(heads=2, gate=vector)",
+]
 # not causal, and a token may visit more than one expert
 EXPERT_CHOICE = "moe(experts=4, experts_per_token=1, router=expert_choice, expert_width=8)"
 LAWS = (
@@ -85,7 +89,9 @@ def test_packing(case, short):
     laws.test_packing(KERNEL_CASES[case], training=False)
 
 
-@pytest.mark.parametrize("layers", [*list(KERNEL_CASES.values())[:4], *DELTA, EXPERT_CHOICE])
+@pytest.mark.parametrize(
+    "layers", [*list(KERNEL_CASES.values())[:4], *DELTA, "short_convolution", EXPERT_CHOICE]
+)
 def test_reference_equals_triton(layers, monkeypatch):
     """They agree in outputs, carried states and gradients."""
     monkeypatch.setattr(laws, "T", 9)

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="the kernels need the package triton")
 
 from minimodels.kernels import rmsnorm as module
 from minimodels.kernels.common import compare
-from minimodels.kernels.rmsnorm import rmsnorm
+from minimodels.kernels.rmsnorm import rmsnorm, rmsnorm_forward
 
 from minimodels.layers import rmsnorm as rmsnorm_reference
 
@@ -30,6 +30,15 @@ def test_rmsnorm(shape, add):
         lambda x, weight, update: rmsnorm_reference(x, weight, 1e-5, update, "reference"),
         (x, weight, update if add else None),
     )
+
+
+def test_a_sum_in_half_precision_is_rounded_before_it_is_normalised():
+    """Backward reads the rounded sum, so forward must too."""
+    x, update = torch.randn(2, 5, 24, device=DEVICE).bfloat16()
+    weight = torch.ones(24, device=DEVICE)
+    _, total, rstd = rmsnorm_forward(x, update, weight, 1e-5, torch.bfloat16)
+    expected = (total.float().square().mean(-1) + 1e-5).rsqrt()
+    torch.testing.assert_close(rstd.view(expected.shape), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("used", [0, 1], ids=["the norm", "the sum"])

@@ -250,7 +250,7 @@ def test_every_entry_of_a_class_is_drawn_or_has_one_value(name):
 
 # what a class accepts although its parts then disagree, or saves in another form than its publisher:
 # OLMo-Hybrid's cuts the weights of a convolution in thirds, even if values are wider than keys
-# Phi-3's takes the frequencies of an odd number of dimensions by that number, and then turns one more;
+# Phi-3's computes frequencies for an odd number of dimensions, and then rotates one more;
 # it counts the factors of longrope by width / heads, even if there is a head_dim
 CONTRADICTIONS = {
     "smollm3": "use_sliding_window",

@@ -8,6 +8,7 @@ from small import small
 from minimodels import LM, InputError, preset
 from minimodels.generate import Sampling, complete, generate, keep, pick
 from minimodels.presets import PRESETS
+from minimodels.sample import TOKENS, tokens_to_add
 
 GREEDY = Sampling(temperature=0)
 
@@ -199,3 +200,16 @@ def test_top_p_stops_where_it_is_reached():
 def test_refuses_a_negative_count():
     with pytest.raises(InputError, match="tokens: -1"):
         generate(model("transformer"), [torch.arange(3)], -1)
+
+
+def test_a_sample_ends_at_the_trained_context_or_says_that_it_goes_beyond(capsys):
+    assert tokens_to_add(None, 256, 6) == 250
+    assert tokens_to_add(250, 256, 6) == 250
+    assert tokens_to_add(None, None, 6) == TOKENS  # a published model
+    assert capsys.readouterr().err == ""
+    assert tokens_to_add(251, 256, 6) == 251
+    assert tokens_to_add(None, 256, 300) == 1
+    notes = capsys.readouterr().err.splitlines()
+    assert notes == 2 * [
+        "note: the model was trained on texts of 256 tokens and may be worse beyond"
+    ]

@@ -229,7 +229,7 @@ def test_one_thread_alone_writes_behind_a_state():
 
 @torch.no_grad()
 @pytest.mark.parametrize("layer", ["attention", WINDOW])
-def test_a_state_in_less_precision_is_gone_on_from_in_more(layer):
+def test_a_state_in_less_precision_can_be_continued_in_more(layer):
     stack = make(layer, dtype=torch.float32)
     x = text()[:, :3].float()
     for steps in (1, 2):  # with and without free memory after it

@@ -290,7 +290,7 @@ def by_document(
     lengths: list[list[int]],
     weigh: Callable[..., Tensor] = weighted_mean,
 ) -> Tensor:
-    """Attention within each document alone, at the cost of the documents and not of a whole row."""
+    """Attention within each document alone, which costs as much as the documents, not as the row."""
     rows = []
     for b, parts in enumerate(lengths):
         # split, because each slice's gradient would be as large as the row

@@ -1,8 +1,8 @@
 """The state before a piece of a text, if other ranks have the pieces before.
 
-In place of a state, an operation may be given a `Before`. It then works out what its own piece does
-to a state, whatever that is. The ranks tell each other, and from that every one of them finds its
-state. None of them waits for another one's computation.
+In place of a state, an operation may be given a `Before`. It then computes how its own piece
+changes any state. The ranks exchange these maps, and each derives its own state from them. None of
+them waits for another one's computation.
 
 A recurrence that is linear in its state turns S into P S + W. W is the final state after a state of
 zero, and P is what is left of an earlier state: a decay, or a matrix. For piece c of a text

@@ -150,7 +150,7 @@ def scan(a: Tensor, x: Tensor, state: Tensor, backwards: bool = False) -> Tensor
 
 
 def count_pieces(x: Tensor) -> int:
-    """P: enough pieces to make a step worth its call, but no more than give the fewest calls.
+    """P: as many pieces as make each step large enough, up to the number with the fewest calls.
 
     The calls are those for L steps and P pieces.
     """

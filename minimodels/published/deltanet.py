@@ -32,8 +32,8 @@ DELTA = Role(
 
 
 class TextRope(Rope):
-    """Rotary positions of a model that could see pictures too. In a text the three coordinates of a token are one
-    number, so that the sections of the angles, which say whose coordinate turns what, change nothing."""
+    """Rotary positions of a model that could see pictures too. In a text the three coordinates of a token are equal,
+    so mrope_section, which says which angles belong to which coordinate, changes nothing."""
 
     def parameters(self, entries: Entries) -> dict[str, Any]:
         found = super().parameters(entries)

@@ -46,7 +46,7 @@ class Entry:
     """values of the entry -> their meaning here"""
     least: int | None = None
     told: bool = False
-    """whether a layer whose option is None has another role"""
+    """whether the option must be set: a layer without it has another role"""
     null: bool = False
     """whether null means None; otherwise it means the same as an absent entry"""
 

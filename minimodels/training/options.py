@@ -181,7 +181,7 @@ def parse(description: str) -> Options:
         accepted = f"no model beside --init, because {named.init} brings its own layers"
         raise InputError("model", named.model, accepted)
     if named.layers is not None and named.model is not None:
-        accepted = "no model beside --layers, which are all the layers of the model"
+        accepted = "--model or --layers, not both"
         raise InputError("model", named.model, accepted)
     model, size = named.model or "transformer", named.size or "tiny"
     default = Options(preset(model, size), model, size, **TRAINING[size])
