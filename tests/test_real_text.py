@@ -674,6 +674,26 @@ def test_memory_does_not_grow_with_the_number_of_documents(tmp_path):
     assert peaks[1] - peaks[0] < 4 * (counts[1] - counts[0])
 
 
+def test_reading_documents_in_order_or_packed_keeps_none_in_memory(tmp_path):
+    peaks, counts = [], (2_000, 22_000)
+    for count in counts:
+
+        def fill(writer, count=count):
+            for split in ("training", "validation"):
+                for _ in range(count):
+                    writer.write(split, np.arange(3))
+                    writer.end_document(split)
+
+        folder = minimodels.data.cache.make_once(tmp_path, str(count), np.uint8, fill)
+        tracemalloc.start()
+        spans = [minimodels.data.cache.open_span(folder, s) for s in ("training", "validation")]
+        assert [sum(1 for _ in cut_documents(span)) for span in spans] == [count, count]
+        Documents(*spans, 8).batch(0, 0, 2)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 4 * (counts[1] - counts[0])
+
+
 def read_in_two_gigabytes(rank: int, folder) -> None:
     import resource  # which Windows lacks
 
