@@ -1,5 +1,6 @@
 """Inputs that nobody chose: command lines, damaged runs, layers, config.json and files of data. Each
-trains, loads, or is refused by one InputError.
+trains, loads, or is refused by one InputError, within a minute, without a pickle and without the
+network.
 
 `pytest -m nightly` draws 10,000 of them; MINIMODELS_FUZZED=300 draws 300 of each kind.
 """
@@ -11,8 +12,11 @@ import gzip
 import io
 import json
 import os
+import pickle
 import shutil
 import signal
+import socket
+import sys
 import tempfile
 import types
 from pathlib import Path
@@ -24,6 +28,7 @@ import torch
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from processes import in_processes, run_train
+from torch.multiprocessing import ProcessRaisedException
 
 from minimodels import LM, Config, InputError, from_pretrained, ledger, save_pretrained
 from minimodels.architectures.registry import LAYERS, WRAPPERS, on_stream
@@ -44,13 +49,30 @@ fuzzed = settings(
 )
 
 
+FORBIDDEN = ("pickle.find_class", "socket.connect", "socket.getaddrinfo")
+HEARD: list[str] = []  # forbidden events since a block began
+
+
+@functools.cache
+def listen() -> None:
+    """Record forbidden events from now on, since Python removes no hook."""
+
+    def record(event: str, arguments: tuple) -> None:
+        if event in FORBIDDEN:
+            HEARD.append(f"{event} {arguments}")
+
+    sys.addaudithook(record)
+
+
 @contextlib.contextmanager
-def within(seconds: int):
-    """Fail if the block takes longer."""
+def watched(seconds: int = 60):
+    """Fail if the block takes longer, reads a pickle or asks the network."""
 
     def fail(number, frame):
         raise AssertionError(f"it takes more than {seconds} seconds")
 
+    listen()
+    HEARD.clear()
     before = signal.signal(signal.SIGALRM, fail)
     signal.alarm(seconds)
     try:
@@ -58,6 +80,31 @@ def within(seconds: int):
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+    assert not HEARD, f"it must not: {HEARD}"
+
+
+def misbehave(rank: int, how: str) -> None:
+    with watched(1):
+        if how == "pickle":
+            pickle.loads(pickle.dumps(Path))
+        elif how == "network":
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", 9), 0.1)
+        else:
+            signal.pause()
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("pickle", "pickle.find_class"),
+        ("network", "socket.connect"),
+        ("slow", "more than 1 second"),
+    ],
+)
+def test_an_example_that_misbehaves_fails(how, message):
+    with pytest.raises(ProcessRaisedException, match=f"AssertionError: .*{message}"):
+        in_processes(1, misbehave, how)
 
 
 # command lines and runs
@@ -73,27 +120,55 @@ FUZZED = [
 ]  # fmt: skip
 
 
-def end(rank: int, folder: Path, arguments: list[str]) -> None:
+VALID = [
+    ["--ramp", "context=4:16@0.5"], ["--ramp", "batch_size=1:4"], ["--data", "a=1:text b=0.5:lines.jsonl"],
+    ["--data", "a=1:text b=2:text", "--ramp", "a=1:3 context=4:16"], ["--data", "lines.jsonl"],
+    ["--data", "mqar(pairs=2)"], ["--data", "copying(tokens=2, vocab=5)"], ["--data", "parity"],
+    ["--layers", "attention(heads=2) mlp"], ["--layers", "A:=mlp(width=8) A mamba A"], ["--layers", "(moe mamba2)*2"],
+    ["--layers", "mod(attention(heads=2))"], ["--layers", "deltanet(heads=2) retention(heads=2)"],
+    ["--set", "mlp.width=8"], ["--size", "small"], ["--size", "tiny"], ["--steps", "1"], ["--steps", "4"],
+    ["--tokens", "200"], ["--flops", "1e6"], ["--minutes", "0.01"], ["--context", "8"], ["--batch-size", "3"],
+    ["--accumulate", "2"], ["--schedule", "wsd"], ["--seed", "7"], ["--prompt", "é€"], ["--threads", "2"],
+    ["--sample-every", "1"], ["--eval-every", "1"], ["--keep", "1"], ["--pack"], ["--checkpoint-activations"],
+    ["--field", "other", "--data", "lines.jsonl"], ["--field", ""], ["--cache", "cache"], ["--tokenizer", "bpe(vocab=260)"],
+    ["--device", "auto"], ["--dtype", "bfloat16"], ["--impl", "reference"], ["--out", "run"],
+]  # fmt: skip
+CHANGES = st.sampled_from(VALID) | st.tuples(
+    st.sampled_from([f"--{name}" for name in FUZZED]), st.sampled_from(VALUES)
+)
+
+
+def end(rank: int, folder: Path, arguments: list[str], statuses: tuple = (0, 1, 2)) -> None:
     """Run train.py in a folder. It ends well, or with a status and one line of error."""
     os.chdir(folder)
-    run_train(arguments)
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    with watched():
+        status, lines = run_train(arguments)
+    assert status in statuses, lines
 
 
 def quick(folder: Path) -> list[str]:
     """The arguments of a run that ends soon."""
     (folder / "text").write_bytes(bytes(range(32, 127)) * 60)
+    lines = [json.dumps({"text": f"{n} words", "other": f"{n} others"}) for n in range(300)]
+    (folder / "lines.jsonl").write_text("\n".join(lines))
     return [*TINY.split(), "--data", "text", "--steps", "2"]
 
 
 @pytest.mark.nightly
 @fuzzed
-@given(
-    st.lists(st.tuples(st.sampled_from(FUZZED), st.sampled_from(VALUES)), min_size=1, max_size=3)
-)
+@given(st.lists(CHANGES, min_size=1, max_size=4))
 def test_any_command_line_trains_or_ends_in_one_line(changes):
     with tempfile.TemporaryDirectory() as folder:
-        arguments = [part for name, value in changes for part in (f"--{name}", value)]
+        arguments = [part for change in changes for part in change]
         in_processes(1, end, Path(folder), [*quick(Path(folder)), *arguments])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("change", VALID, ids=" ".join)
+def test_a_command_line_that_looks_valid_trains(change, tmp_path):
+    """If it were refused, fuzzing would find little."""
+    in_processes(1, end, tmp_path, [*quick(tmp_path), *change], (0,))
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +299,7 @@ def trained(text: str, given: dict) -> bool:
 @given(MODELS)
 def test_any_layers_train_or_are_refused(model):
     found, given = model
-    with within(60):
+    with watched():
         trained(write(Program({}, tuple(found))), given)
 
 
@@ -316,7 +391,7 @@ def models(draw) -> tuple[Path, dict]:
 def test_any_config_json_is_loaded_or_refused(model):
     """What is loaded computes, and what is saved of it is the same model."""
     folder, entries = model
-    with tempfile.TemporaryDirectory() as name, within(60):
+    with tempfile.TemporaryDirectory() as name, watched():
         copied, again = Path(name, "copied"), Path(name, "again")
         copied.mkdir()
         (copied / "model.safetensors").symlink_to(folder / "model.safetensors")
@@ -455,7 +530,7 @@ def tokenizers(draw) -> str | dict:
 )
 def test_any_files_of_data_are_read_or_refused(found, tokenizer, packed, alone, context):
     """They stay as they are, and the cache has no leftovers."""
-    with tempfile.TemporaryDirectory() as name, within(60):
+    with tempfile.TemporaryDirectory() as name, watched():
         folder, cache = Path(name, "data"), Path(name, "cache")
         for number, (ending, content) in enumerate(found):
             (folder / str(number)).mkdir(parents=True)
@@ -488,7 +563,7 @@ def read(name: str, context: int, tokenizer: str, cache: Path, packed: bool) -> 
 @fuzzed
 @given(tokenizers(), st.text(max_size=30))
 def test_any_tokenizer_reads_and_writes_or_is_refused(tokenizer, text):
-    with tempfile.TemporaryDirectory() as name, within(60):
+    with tempfile.TemporaryDirectory() as name, watched():
         path = Path(name, "tokenizer.json")
         if isinstance(tokenizer, dict):
             path.write_text(json.dumps(tokenizer))

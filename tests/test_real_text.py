@@ -11,6 +11,7 @@ import random
 import shutil
 import socket
 import sys
+import tracemalloc
 import types
 
 import numpy as np
@@ -18,9 +19,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import in_processes
+from tqdm import tqdm
 
 import minimodels.data.cache
+import minimodels.data.corpus
 import minimodels.data.files
+import minimodels.data.span
 import minimodels.data.tokens
 from minimodels.data.documents import Documents, Part, pack
 from minimodels.data.files import find_files, fingerprint, inspect_file
@@ -28,7 +33,7 @@ from minimodels.data.formats import read_hub, read_records, read_text
 from minimodels.data.mixture import Mixture, parse_mixture
 from minimodels.data.span import Piece, Span
 from minimodels.data.text import Text, open_data
-from minimodels.data.tokenizer import LibraryTokenizer
+from minimodels.data.tokenizer import LibraryTokenizer, train_bpe
 from minimodels.data.tokens import Encoder, cut_documents, decode, sample_text, widths
 from minimodels.errors import InputError
 from minimodels.ops.linear_cross_entropy import IGNORE
@@ -296,7 +301,7 @@ def test_few_records_are_split_by_position_and_stay_documents(tmp_path):
     found = []
     for span in data.spans.values():
         content = span[0 : len(span)].tobytes().decode()
-        found.append([content[a:b] for a, b in itertools.pairwise([0, *span.ends.tolist()])])
+        found.append([content[a:b] for a, b in itertools.pairwise([0, *span.ends[0:200].tolist()])])
     training, validation = found
     assert len(data.spans["validation"]) == len("".join(texts) + "\n" * 150) // 20
     joined = [*training[:-1], training[-1] + validation[0], *validation[1:]]  # one is cut
@@ -476,7 +481,8 @@ def test_a_document_ends_with_a_token_that_no_text_gives(prose, tmp_path):
     (end,) = data.tokenizer.end
     span = data.spans["training"]
     tokens = span[0 : len(span)]
-    assert (np.flatnonzero(tokens == end) + 1).tolist() == span.ends.tolist()
+    ends = span.ends[0 : len(span.ends)]
+    assert (np.flatnonzero(tokens == end) + 1).tolist() == ends.tolist()
     assert len(span.ends) + len(data.spans["validation"].ends) == 250
     assert "<|end|>" in detokenize(data)
 
@@ -524,6 +530,46 @@ def test_tokens_are_made_once_and_again_if_they_are_damaged(prose, tmp_path, mon
         assert all(map(torch.equal, opened().batch(0, 0, 8), before))
         assert bool(made) == (damage != "none")
     assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+@pytest.mark.parametrize("encoding, told", [("latin-1", ", 10% of it not UTF-8;"), ("utf-8", "")])
+def test_the_header_tells_text_in_another_encoding(tmp_path, encoding, told):
+    (tmp_path / "x").write_bytes("neun und é".encode(encoding) * 500)
+    for _ in ("made", "found in the cache"):
+        data = open_data(str(tmp_path / "x"), 16, "bpe(vocab=260)", cache=tmp_path / "cache")
+        assert told in data.describe()
+        assert ("UTF-8" in data.describe()) == bool(told)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.jsonl.zst", "x.parquet", "x.txt.gz"])
+def test_a_bar_ends_at_the_bytes_of_the_text(tmp_path, monkeypatch, name):
+    bars = []
+
+    class Bar(tqdm):
+        def __exit__(self, *raised):
+            bars.append((self.desc.partition(" /")[0], self.n, self.total))
+            super().__exit__(*raised)
+
+    monkeypatch.setattr(minimodels.data.corpus, "tqdm", Bar)
+    texts = [f"text {number} " * 40 for number in range(300)]
+    if name == "x.parquet":
+        parquet = pytest.importorskip("pyarrow.parquet")
+        table = sys.modules["pyarrow"].table({"text": texts})
+        parquet.write_table(table, tmp_path / name, row_group_size=100)
+    else:
+        lines = [json.dumps({"text": text}) if "jsonl" in name else text for text in texts]
+        content, ending = "\n".join(lines).encode(), name.rpartition(".")[2]
+        content = content if ending == "jsonl" else compress(content, ending)
+        (tmp_path / name).write_bytes(content)
+    open_data(str(tmp_path / name), 16, "bpe(vocab=260)", cache=tmp_path / "cache")
+    size = (tmp_path / name).stat().st_size
+    plain = open_data(str(tmp_path / name), 16, cache=tmp_path / "cache")
+    whole, training = len(everything(plain)), len(plain.spans["training"])
+    assert bars == [
+        ("reading", size, size),
+        ("reading for the tokenizer", training, training),
+        ("tokenizing", whole, whole),
+    ]
 
 
 def test_damaged_ends_of_documents_are_told(prose, tmp_path):
@@ -599,6 +645,85 @@ def test_long_documents_are_tokenized_in_pieces(tmp_path, monkeypatch):
     assert detokenize(data) + detokenize(data, "validation") == text
 
 
+def write_short_documents(folder, count: int) -> None:
+    """A folder with JSON lines of some 50 bytes each, and a tokenizer."""
+    folder.mkdir()
+    train_bpe(["document and a few words "], 280).save(folder)
+    with (folder / "x.jsonl").open("w") as file:
+        for number in range(count):
+            file.write(f'{{"text": "document {number} and a few words {number % 7}"}}\n')
+
+
+def read_short_documents(folder) -> None:
+    """Convert, tokenize and pack them."""
+    name, tokenizer = str(folder / "x.jsonl"), str(folder / "tokenizer.json")
+    data = open_data(name, 32, tokenizer, cache=folder / "cache", packed=True)
+    data.batch(0, 0, 4)
+    assert next(data.validation(4, 1))[0].shape == (4, 32)
+
+
+def test_memory_does_not_grow_with_the_number_of_documents(tmp_path):
+    """Not even by the eight bytes of each document's end."""
+    peaks, counts = [], (4_000, 28_000)
+    for count in counts:
+        write_short_documents(tmp_path / str(count), count)
+        tracemalloc.start()
+        read_short_documents(tmp_path / str(count))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 4 * (counts[1] - counts[0])
+
+
+def test_reading_documents_in_order_or_packed_keeps_none_in_memory(tmp_path):
+    peaks, counts = [], (2_000, 22_000)
+    for count in counts:
+
+        def fill(writer, count=count):
+            for split in ("training", "validation"):
+                for _ in range(count):
+                    writer.write(split, np.arange(3))
+                    writer.end_document(split)
+
+        folder = minimodels.data.cache.make_once(tmp_path, str(count), np.uint8, fill)
+        tracemalloc.start()
+        spans = [minimodels.data.cache.open_span(folder, s) for s in ("training", "validation")]
+        assert [sum(1 for _ in cut_documents(span)) for span in spans] == [count, count]
+        Documents(*spans, 8).batch(0, 0, 2)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 4 * (counts[1] - counts[0])
+
+
+def read_in_two_gigabytes(rank: int, folder) -> None:
+    import resource  # which Windows lacks
+
+    resource.setrlimit(resource.RLIMIT_DATA, (2 * 10**9, 2 * 10**9))
+    read_short_documents(folder)
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere RLIMIT_DATA limits no NumPy array")
+def test_a_gigabyte_of_short_documents_is_read_in_two_of_memory(tmp_path):
+    """MINIMODELS_DOCUMENTS=200000000 reads ten gigabytes."""
+    count = int(os.environ.get("MINIMODELS_DOCUMENTS", 2 * 10**7))
+    write_short_documents(tmp_path / "texts", count)
+    in_processes(1, read_in_two_gigabytes, tmp_path / "texts")
+
+
+def test_documents_are_the_same_in_blocks_of_any_size(documents, monkeypatch):
+    def read():
+        data = open_data(str(documents), 32, packed=True)
+        pieces = [list(cut_documents(data.spans[split])) for split in data.spans]
+        return pieces, [*data.batch(0, 0, 8), *next(data.validation(8, 1))]
+
+    expected, tensors = read()
+    for size in (1, 3):
+        monkeypatch.setattr(minimodels.data.span, "BLOCK", size)
+        found, others = read()
+        assert found == expected
+        assert all(map(torch.equal, others, tensors))
+
+
 @few
 @given(
     st.lists(st.one_of(st.binary(max_size=40), st.text(max_size=20).map(str.encode)), max_size=5)
@@ -621,8 +746,10 @@ def test_pieces_of_documents_are_the_documents(tmp_path_factory, documents):
 @given(st.one_of(st.binary(max_size=60), st.text(max_size=30).map(str.encode)))
 def test_broken_bytes_are_counted_one_by_one(raw):
     assert widths(raw).sum() == len(raw)
-    assert len(widths(raw)) == len(decode(raw))
-    assert decode(raw).replace("\ufffd", "") == raw.decode(errors="ignore").replace("\ufffd", "")
+    text, invalid = decode(raw)
+    assert len(widths(raw)) == len(text)
+    assert text.replace("\ufffd", "") == raw.decode(errors="ignore").replace("\ufffd", "")
+    assert invalid == text.count("\ufffd") - raw.count("\ufffd".encode())
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ continues, and rejects bad input."""
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from models import scored
+from processes import in_processes
 from safetensors import safe_open
 from small import small
 
@@ -23,8 +25,9 @@ import minimodels.published.__main__ as published
 import minimodels.sample
 import minimodels.training.run as training_run
 import train
-from minimodels import LM, Config, InputError, load_model, preset
+from minimodels import LM, Config, InputError, load_model, preset, save_model
 from minimodels.command import run_command
+from minimodels.data.text import open_data
 from minimodels.files import LOCK, atomic_write
 from minimodels.memory import Memory
 from minimodels.presets import MAIN, PRESETS
@@ -191,6 +194,7 @@ def test_a_compiled_run_takes_the_same_steps(monkeypatch):
         ["--model", "mod", "--accumulate", "2"],
         ["--model", "hybrid"],
         ["--layers", "A:=attention A mlp A"],
+        ["--layers", "mlp", "--tokenizer", "bpe(vocab=280)", "--cache", "cache"],
     ],
     ids=lambda arguments: arguments[1],
 )
@@ -235,6 +239,19 @@ def test_resuming_is_exact(arguments, tmp_path, monkeypatch, capsys):
     ]
     assert losses[0] == losses[1]
     assert losses[0].keys() == {3, 6, 8}
+
+
+def test_bits_per_byte_count_the_bytes_that_the_tokens_represent(tmp_path, monkeypatch):
+    pytest.importorskip("tokenizers", reason="tokens need the extra `hub`")
+    run("--layers", "mlp", "--data", "text", "--tokenizer", "bpe(vocab=280)", "--cache", "cache", "--steps", 2,
+        *SMALL, "--out", "run", monkeypatch=monkeypatch)  # fmt: skip
+    data = open_data("text", 32, str(tmp_path / "run"), cache=tmp_path / "cache")
+    rows = [row for _, targets in data.validation(2, 1) for row in targets.tolist()]
+    count = sum(len(data.tokenizer.tokenizer.decode(row)) for row in rows)  # all text is ASCII
+    assert count > 1.1 * 2 * 32
+    scores = log(tmp_path / "run")[-1]
+    bits = scores["validation_loss"] / math.log(2)  # per token
+    assert scores["bits_per_byte"] == pytest.approx(bits * 2 * 32 / count)
 
 
 def test_an_interrupt_at_the_end_waits_for_the_last_checkpoint(tmp_path, monkeypatch, capsys):
@@ -1125,6 +1142,37 @@ def test_damage_anywhere_is_seen(tmp_path):
     shutil.copy(file, file.with_name("shard-00002-model-00001-of-00001.safetensors"))
     with pytest.raises(InputError, match="its files are not shard-00001"):
         checkpoint.load(tmp_path, model, optimizer)
+
+
+class NoPickler:
+    def __init__(self, *given, **named):
+        raise AssertionError("something is pickled")
+
+
+def save_and_load(rank: int, folder: Path) -> None:
+    """Save and load a checkpoint and a model; then show that a pickle would have been noticed."""
+    for name in ("Pickler", "_Pickler", "dump", "dumps"):
+        setattr(pickle, name, NoPickler)
+    read = []
+    sys.addaudithook(lambda event, given: read.append(given) if "pickle" in event else None)
+    model = LM(Config(layers="mlp", width=8))
+    optimizer = adamw(model, 1e-3, 0.1)
+    model.loss(*torch.zeros(2, 1, 3, dtype=torch.int64))[0].backward()
+    optimizer.step()
+    checkpoint.save(folder, model, optimizer, {"step": 1})
+    assert checkpoint.load(folder, model, optimizer) == {"step": 1}
+    save_model(model, folder / "model")
+    assert load_model(folder / "model").config == model.config
+    assert read == []
+    with pytest.raises(AssertionError, match="something is pickled"):
+        torch.save(model.state_dict(), folder / "pickled")
+    pickle.loads(b"cpathlib\nPath\n.")
+    assert read == [("pathlib", "Path")]
+
+
+def test_no_model_or_checkpoint_is_pickled(tmp_path):
+    """A pickle runs any code when it is read."""
+    in_processes(1, save_and_load, tmp_path)
 
 
 def test_a_file_is_replaced_and_not_written_over(tmp_path):

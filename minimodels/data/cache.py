@@ -27,7 +27,7 @@ from minimodels.data.span import Piece, Span
 from minimodels.errors import InputError
 from minimodels.files import write_json
 
-VERSION = 1  # of the format; after a change everything is made again
+VERSION = 2  # of the format; after a change everything is made again
 SPLITS = ("training", "validation")
 TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Made by minimodels; may be deleted.\n"
 
@@ -138,7 +138,11 @@ def read_about(folder: Path) -> dict:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether all files of a folder exist and have the length that was written."""
+    """Whether all files of a folder exist and have the length that was written.
+
+    Their content is not compared with the checksum, because that would read the whole text each
+    time. The ends of documents are checked when they are opened.
+    """
     sizes = read_about(folder).get("files")
     if not isinstance(sizes, dict):
         return False
@@ -150,14 +154,18 @@ def open_span(folder: Path, split: str, kind: str = "bin") -> Span:
     """One split of a folder, or with kind="bytes" the number of bytes that each
     of its tokens represents."""
     dtype = np.uint32 if kind == "bytes" else np.dtype(read_about(folder)["dtype"])
-    path = folder / f"{split}.{kind}"
-    count = path.stat().st_size // np.dtype(dtype).itemsize if path.exists() else 0
-    ends = folder / f"{split}.ends"
-    ends = np.fromfile(ends, np.int64) if ends.exists() else np.empty(0, np.int64)
-    last = ends[-1] if len(ends) else 0
-    if last != count or (np.diff(ends, prepend=0) < 1).any():
+    ends = Span([whole_file(folder / f"{split}.ends", np.int64)], np.int64)
+    span = Span([whole_file(folder / f"{split}.{kind}", dtype)], dtype, ends)
+    last = ends[len(ends) - 1 : len(ends)].sum()  # 0 without any document
+    if last != len(span) or not all((np.diff(edges) > 0).all() for edges in span.all_edges()):
         raise InputError("cache", str(folder), "an intact folder; this one is damaged")
-    return Span([Piece(path, 0, count)], dtype, ends)
+    return span
+
+
+def whole_file(path: Path, dtype: type) -> Piece:
+    """All items of a file; none if it does not exist."""
+    size = path.stat().st_size if path.exists() else 0
+    return Piece(path, 0, size // np.dtype(dtype).itemsize)
 
 
 @contextlib.contextmanager

@@ -52,7 +52,7 @@ class Documents(Text):
     def require(self, context: int) -> None:
         """Raise InputError if either half of the text has no document with a token to predict."""
         for name, span in self.spans.items():
-            if np.diff(span.ends, prepend=0).max(initial=0) < 2:
+            if all((np.diff(edges) < 2).all() for edges in span.all_edges()):
                 given = f"{len(span.ends)} documents of {name} text, none with two tokens"
                 raise InputError("data", given, "documents of 2 tokens or more")
 
@@ -81,7 +81,7 @@ class Documents(Text):
         """
         random = generator("documents", seed, window, size, context)
         parts, tokens, rows = [], 0, steps * size
-        count = self.counts("training", context)[-1]
+        count = int(self.counts("training", context)[-1])
         while tokens < rows * context:
             for index in torch.randint(count, (rows,), generator=random).tolist():
                 parts.append(self.part("training", index, context))
@@ -127,18 +127,21 @@ class Documents(Text):
             wanted += wanted // 4 + 1
 
     def count_parts(self, split: str, context: int) -> np.ndarray:
-        """The cumulative number of parts, document by document."""
-        lengths = np.diff(self.spans[split].ends, prepend=0)
-        return np.cumsum(-(-lengths // context))
+        """The cumulative number of parts, from 0 on, block by block of documents."""
+        blocks = self.spans[split].all_edges()
+        return np.cumsum([0, *((-(-np.diff(edges) // context)).sum() for edges in blocks)])
 
     def part(self, split: str, index: int, context: int) -> Part:
         """The part with this index, in the order of the text."""
-        counts, ends = self.counts(split, context), self.spans[split].ends
-        document = int(np.searchsorted(counts, index, side="right"))
-        before = int(counts[document - 1]) if document else 0
-        start = (int(ends[document - 1]) if document else 0) + (index - before) * context
-        length = min(context, int(ends[document]) - start)
-        return Part(start, length, start + length < int(ends[document]))
+        block = int(np.searchsorted(self.counts(split, context), index, side="right")) - 1
+        edges = self.spans[split].edges(block)
+        counts = np.cumsum(-(-np.diff(edges, prepend=edges[0]) // context))  # before each document
+        place = index - int(self.counts(split, context)[block])
+        document = int(np.searchsorted(counts, place, side="right")) - 1
+        end = int(edges[document + 1])
+        start = int(edges[document]) + (place - int(counts[document])) * context
+        length = min(context, end - start)
+        return Part(start, length, start + length < end)
 
     def fill(
         self, split: str, rows: list[list[Part]], context: int

@@ -11,12 +11,15 @@ import bisect
 import functools
 import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from minimodels.errors import InputError
+
+BLOCK = 2**9  # documents whose edges are in memory at once
 
 
 class Piece(NamedTuple):
@@ -30,15 +33,29 @@ class Piece(NamedTuple):
 class Span:
     """Pieces of files, read as one array of items that is never copied whole.
 
-    ends: where each document ends in the span, ascending int64; by default each piece is a
-    document.
+    ends: where each document ends in the span, ascending int64, in memory or in a file; by default
+        each piece is a document.
     """
 
-    def __init__(self, pieces: list[Piece], dtype: type = np.uint8, ends: np.ndarray | None = None):
+    def __init__(
+        self, pieces: list[Piece], dtype: type = np.uint8, ends: np.ndarray | Span | None = None
+    ):
         self.pieces = [piece for piece in pieces if piece.start < piece.stop]
         self.dtype = np.dtype(dtype)
         self.stops = list(itertools.accumulate(piece.stop - piece.start for piece in self.pieces))
         self.ends = np.array(self.stops, dtype=np.int64) if ends is None else ends
+
+    def edges(self, block: int) -> np.ndarray:
+        """Where the documents of a block of BLOCK begin, and where the last of them ends: one
+        number more than there are documents."""
+        first = block * BLOCK
+        if block == 0:
+            return np.concatenate(([0], self.ends[0:BLOCK]))
+        return self.ends[first - 1 : first + BLOCK]
+
+    def all_edges(self) -> Iterator[np.ndarray]:
+        """The edges of each block of documents."""
+        return map(self.edges, range(-(-len(self.ends) // BLOCK)))
 
     def __len__(self) -> int:
         return self.stops[-1] if self.stops else 0

@@ -88,10 +88,12 @@ def open_text(
 ) -> Text:
     """A corpus as training data."""
     spans, sizes = corpus.spans, None
-    fingerprint = corpus.fingerprint
+    fingerprint, description = corpus.fingerprint, corpus.description
     if isinstance(tokenizer, LibraryTokenizer):
-        spans, sizes = tokenize(corpus, tokenizer, cache)
+        spans, sizes, invalid = tokenize(corpus, tokenizer, cache)
         fingerprint = f"{fingerprint}, tokenizer {tokenizer.fingerprint}"
+        if invalid:
+            description = f"{description}, {100 * invalid:.2g}% of it not UTF-8"
     kind = Documents if packed else Text
     return kind(
         spans["training"],
@@ -100,7 +102,7 @@ def open_text(
         fingerprint,
         tokenizer,
         sizes,
-        corpus.description,
+        description,
     )
 
 

@@ -12,10 +12,11 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from minimodels.data.cache import SPLITS, Writer, key_of, make_once, open_span
+from minimodels.data.cache import SPLITS, Writer, key_of, make_once, open_span, read_about
 from minimodels.data.corpus import Corpus, progress
 from minimodels.data.span import Span
 from minimodels.data.tokenizer import LibraryTokenizer, load_tokenizer
@@ -36,30 +37,36 @@ def sample_text(span: Span, most: int = SAMPLE) -> Iterator[str]:
             bar.update(min(stride, len(span) - start))
 
 
-def tokenize(
-    corpus: Corpus, tokenizer: LibraryTokenizer, cache: Path
-) -> tuple[dict[str, Span], Span]:
-    """The tokens of both halves of a corpus, and the number of bytes that each
-    held-out token represents.
+class Tokens(NamedTuple):
+    """The tokens of both halves of a corpus, the number of bytes that each held-out token
+    represents, and the share of all bytes that are not UTF-8."""
 
-    A document ends with the tokenizer's separator, if it has one, which represents no byte.
-    """
+    spans: dict[str, Span]
+    sizes: Span
+    invalid: float
 
-    def fill(writer: Writer) -> None:
-        total = sum(len(span) for span in corpus.spans.values())
+
+def tokenize(corpus: Corpus, tokenizer: LibraryTokenizer, cache: Path) -> Tokens:
+    """The tokens of a corpus. A document ends with the tokenizer's separator, if it has one, which
+    represents no byte."""
+
+    def fill(writer: Writer) -> dict:
         with progress(total, "tokenizing") as bar:
             for split in SPLITS:
                 pieces = cut_documents(corpus.spans[split])
                 while batch := list(itertools.islice(pieces, BATCH)):
                     write_pieces(writer, split, batch, encoder, tokenizer.separator)
                     bar.update(sum(len(raw) for raw, _ in batch))
+        return {"invalid": encoder.invalid}
 
     encoder = Encoder(tokenizer)
+    total = sum(len(span) for span in corpus.spans.values())
     dtype = np.uint16 if tokenizer.vocab <= 2**16 else np.uint32
     key = key_of(corpus.key, tokenizer.fingerprint, tokenizer.separator)
     folder = make_once(cache, f"tokens-{key}", dtype, fill)
     spans = {split: open_span(folder, split) for split in SPLITS}
-    return spans, open_span(folder, "validation", "bytes")
+    invalid = read_about(folder)["invalid"] / max(total, 1)
+    return Tokens(spans, open_span(folder, "validation", "bytes"), invalid)
 
 
 def write_pieces(
@@ -85,14 +92,14 @@ def write_pieces(
 def cut_documents(span: Span, most: int = PIECE) -> Iterator[tuple[bytes, bool]]:
     """The documents of a span of bytes, in pieces of `most` bytes or less: (bytes, whether
     its document ends here)."""
-    start = 0
-    for end in span.ends.tolist():
-        while start < end:
-            raw = span[start : min(start + most, end)].tobytes()
-            if start + len(raw) < end:
-                raw = raw[: place_to_cut(raw)]
-            start += len(raw)
-            yield raw, start == end
+    for edges in span.all_edges():
+        for start, end in itertools.pairwise(edges.tolist()):
+            while start < end:
+                raw = span[start : min(start + most, end)].tobytes()
+                if start + len(raw) < end:
+                    raw = raw[: place_to_cut(raw)]
+                start += len(raw)
+                yield raw, start == end
 
 
 def place_to_cut(raw: bytes) -> int:
@@ -111,29 +118,35 @@ def place_to_cut(raw: bytes) -> int:
 
 class Encoder:
     """Turns bytes into tokens. Text that looks like a special token stays text. A byte that is
-    not UTF-8 becomes U+FFFD."""
+    not UTF-8 becomes U+FFFD; `invalid` counts these bytes."""
 
     def __init__(self, tokenizer: LibraryTokenizer):
         self.library = load_tokenizer(tokenizer.content)
         self.library.encode_special_tokens = True
         known = tokenizer.token_bytes
         self.sizes = np.array([len(known.get(token, b"")) for token in range(tokenizer.vocab)])
-        self.vocab = tokenizer.vocab
+        self.vocab, self.invalid = tokenizer.vocab, 0
 
     def tokens(self, pieces: list[bytes]) -> Iterable[tuple[np.ndarray, None]]:
         """The tokens of each piece."""
-        for tokens in self.ids([decode(raw) for raw in pieces]):
+        for tokens in self.ids(self.texts(pieces)):
             yield tokens, None
 
     def with_sizes(self, pieces: list[bytes]) -> Iterable[tuple[np.ndarray, np.ndarray]]:
         """The tokens of each piece, and how many of its bytes each token represents.
         Together they cover all bytes."""
-        texts = [decode(raw) for raw in pieces]
+        texts = self.texts(pieces)
         for tokens, text, raw in zip(self.ids(texts), texts, pieces, strict=True):
             sizes = self.sizes[tokens]
             if sizes.sum() != len(raw):  # the tokenizer is not byte-level or changes the text
                 sizes = self.sizes_by_offsets(text, raw)
             yield tokens, sizes
+
+    def texts(self, pieces: list[bytes]) -> list[str]:
+        """The text of each piece."""
+        decoded = [decode(raw) for raw in pieces]
+        self.invalid += sum(invalid for _, invalid in decoded)
+        return [text for text, _ in decoded]
 
     def ids(self, texts: list[str]) -> Iterable[np.ndarray]:
         """The token ids of each text, int64. Raises InputError if the
@@ -161,16 +174,16 @@ class Encoder:
 INVALID = re.compile("[\udc80-\udcff]")
 
 
-def decode(raw: bytes) -> str:
-    """Decode UTF-8 text; each invalid byte becomes U+FFFD."""
+def decode(raw: bytes) -> tuple[str, int]:
+    """UTF-8 text in which each invalid byte became U+FFFD, and the number of these bytes."""
     try:
-        return raw.decode()
+        return raw.decode(), 0
     except UnicodeDecodeError:
-        return INVALID.sub("\ufffd", raw.decode("utf-8", "surrogateescape"))
+        return INVALID.subn("\ufffd", raw.decode("utf-8", "surrogateescape"))
 
 
 def widths(raw: bytes) -> np.ndarray:
-    """How many bytes of raw each character of decode(raw) comes from."""
+    """How many bytes of raw each character of its decoded text comes from."""
     text = raw.decode("utf-8", "surrogateescape")
     code = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     invalid = (code >= 0xDC80) & (code <= 0xDCFF)
