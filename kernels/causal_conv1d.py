@@ -200,8 +200,8 @@ def backward_kernel(
 ):  # fmt: skip
     """One program has one block of channels and dx of one chunk of one text.
 
-    It walks W-1 tokens further, because dx_s needs g up to t = s+W-1. For dweight it counts the t
-    that equal one of its own s. The first chunk adds those that are left, the first W-1.
+    It walks W-1 tokens further, because dx_s needs g up to t = s+W-1. It sums dweight over
+    the t that it walks over, from its W-th on; the first chunk also takes the first W-1.
     """
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < D

@@ -37,7 +37,7 @@ from minimodels.data.tasks import TASKS
 from minimodels.errors import InputError, meant
 
 HELD_OUT = 20  # one byte (or file, or document) in this many is kept for validation
-FEW = 200  # with fewer files, a twentieth chosen by chance may be none, or none that matter
+FEW = 200  # with fewer files, a random twentieth may hold no file, or only tiny ones
 ACCEPTED = (
     "stdlib, a file, a folder with files that are not hidden, a mixture NAME=WEIGHT:TEXT ..., a data set OWNER/NAME, "
     f"or a task: {', '.join(TASKS)}"

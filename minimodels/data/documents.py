@@ -77,7 +77,7 @@ class Documents(Text):
 
         More parts are drawn than needed, and all are packed, but only as many rows are kept as
         needed. Leaving out parts that do not fit would leave out the short ones. If the size or the
-        context changes during a run, windows have other steps; they then also have other parts.
+        context changes during a run, a window covers other steps, so its parts are drawn anew.
         """
         random = generator("documents", seed, window, size, context)
         parts, tokens, rows = [], 0, steps * size
