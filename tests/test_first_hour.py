@@ -75,7 +75,7 @@ def parse(*arguments: str, monkeypatch) -> options.Options:
         (["--layers", "mlp hybrid"], "the layers of the preset hybrid are (mamba mlp mamba moe"),
         (
             ["--layers", "mlp", "--model", "mamba"],
-            "model: 'mamba' is not accepted; accepted: no mod",
+            "model: 'mamba' is not accepted; accepted: --model or",
         ),
         (["--init", "nothing"], "init: 'nothing' is not accepted; accepted: a folder that exists"),
         (
