@@ -50,7 +50,7 @@ def run_train(arguments: list[str]) -> tuple[int, list[str]]:
             command.run_command(train.main, lambda: train.parse(""))
         except SystemExit as end:
             status = end.code
-    reasons = ("error: ", "out of memory: ")
+    reasons = ("error: ", "out of memory: ", "; a lower lr may help; ")
     lines = [
         line for line in said.getvalue().splitlines() if any(reason in line for reason in reasons)
     ]

@@ -146,7 +146,8 @@ def read_hub(name: str, field: str) -> Iterator[bytes]:
         raise
     except Exception as error:  # the library raises nothing narrower
         reason = str(error).partition("\n")[0]
-        raise InputError("data", name, f"a data set that can be read ({reason})") from None
+        accepted = f"a file or folder that exists, or a data set that can be read ({reason})"
+        raise InputError("data", name, accepted) from None
 
 
 def to_bytes(record: dict, field: str, where: str) -> bytes:
