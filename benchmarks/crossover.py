@@ -86,11 +86,11 @@ def sentence(found: dict[str, Crossover], other: str = "transformer") -> str:
         if place.median is not None:
             name += unbroken(f" from {place.median:,.0f} on ({place.low:,.0f}-{place.high:,.0f})")
         elif place.steady:
-            where = f"{'everywhere' if place.faster else 'nowhere'} from {first:,} to {last:,}: "
+            where = f" {'everywhere' if place.faster else 'nowhere'} from {first:,} to {last:,}"
         else:
-            where = f"in parts, {'and' if place.faster else 'but not'} at {last:,}: "
+            where = f" in parts, {'and' if place.faster else 'but not'} at {last:,}"
         if place.overlap:
             name += " (too close to tell at the end)"
         groups.setdefault(where, []).append(name)
-    texts = [where + ", ".join(names) for where, names in groups.items()]
+    texts = [", ".join(names) + where for where, names in groups.items()]
     return f"Faster than the {other}: {'; '.join(texts)}" if texts else ""

@@ -36,7 +36,7 @@ from minimodels.architectures.transformer import SwiGLU
 from minimodels.command import keep_freed_memory, parse_options, pick_device, run_command
 from minimodels.layers import Context
 from minimodels.ledger import ledger
-from minimodels.measure import check_writable, interleave, peak_memory, ratio, write
+from minimodels.measure import check_writable, interleave, peak_memory, per_second, ratio, write
 from minimodels.ops.delta_rule import delta_rule
 from minimodels.ops.linear_scan import linear_scan
 from minimodels.ops.scan import scan
@@ -380,22 +380,17 @@ def measure_trainer(device: torch.device) -> list[dict]:
         for name, model in models.items()
     }
     timings = interleave({**providers, "matrix product": lambda: square @ square}, rounds=15)
-    ceiling = statistics.median(2 * 2048**3 / seconds for seconds in timings["matrix product"])
+    ceiling = per_second(2 * 2048**3, timings["matrix product"])
     print(
         f"trainer, whole step, 4 layers, d 128, 4 heads, context 64, batch 12, {'fp32' if device == CPU else 'bf16'}"
     )
     for name in providers:
         speeds = [12 * 64 / seconds for seconds in timings[name]]
         print(
-            f"  {name:15} {statistics.median(speeds):,.0f} tokens/s ({min(speeds):,.0f}-{max(speeds):,.0f})"
+            f"  {name:15} {per_second(12 * 64, timings[name]):,.0f} tokens/s ({min(speeds):,.0f}-{max(speeds):,.0f})"
         )
-    share = (
-        ledger(config, 64).training_flops
-        * 12
-        * 64
-        / statistics.median(timings["ours, compiled"])
-        / ceiling
-    )
+    flops = ledger(config, 64).training_flops * 12 * 64
+    share = per_second(flops, timings["ours, compiled"]) / ceiling
     print(
         f"  ours, compiled: {share:.0%} of the rate of this machine's matrix product, {ceiling / 1e9:.0f} GFLOP/s"
     )

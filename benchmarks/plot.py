@@ -26,6 +26,7 @@ import tyro
 from benchmarks.crossover import overtaking, sentence
 from minimodels import InputError
 from minimodels.command import parse_options, run_command
+from minimodels.measure import per_second
 
 from .drawing import (
     STYLES,
@@ -35,6 +36,7 @@ from .drawing import (
     level,
     line,
     looks,
+    number,
     save,
     scale_axis,
     sources,
@@ -215,14 +217,18 @@ def curve(rows: Rows) -> list[tuple]:
 
 def ends(rows: Rows) -> str:
     """A sentence that says which model is ahead at the last place that all lines reach. If they
-    share no such place, it says where each line ends."""
+    share no place, or differ in a logarithmic one, it says where each line ends."""
     models = dict.fromkeys(row["model"] for row in rows)
     curves = {model: curve([row for row in rows if row["model"] == model]) for model in models}
     lasts = {model: max(place for place, *_ in points) for model, points in curves.items()}
     share, logarithmic = is_accuracy(rows[0]), rows[0].get("x_log")
-    if logarithmic and len({*lasts.values()}) > 1:
+    apart = max(min(points)[0] for points in curves.values()) > min(lasts.values())
+    if apart or (logarithmic and len({*lasts.values()}) > 1):
         told = ((model, *max(points)[:2]) for model, points in curves.items())
-        texts = (f"{name} {score(mean, share)} at {place:,.0f}" for name, place, mean in told)
+        texts = (
+            f"{name} {score(mean, share)} at {number(round(place, 1))}"
+            for name, place, mean in told
+        )
         unit = rows[0]["x_label"]
         return "; ".join(map(unbroken, texts)) + f" {unit}"
     last = min(lasts.values())
@@ -241,22 +247,26 @@ def ends(rows: Rows) -> str:
 
 def at(points: list[tuple], place: float) -> list[float]:
     """The value of each sample of a curve at a place, interpolated linearly between its points.
-    After the last point it stays constant."""
+    After the last point it stays constant; the place is not before the first."""
     points = sorted(points)
     if place >= points[-1][0]:
         return list(points[-1][2])
     after = next(i for i, point in enumerate(points) if point[0] > place)
-    (low, _, lows), (high, _, highs) = points[max(0, after - 1)], points[after]
-    part = (place - low) / (high - low) if high > low else 0.0
+    (low, _, lows), (high, _, highs) = points[after - 1], points[after]
+    part = (place - low) / (high - low)
     return [a + part * (b - a) for a, b in zip(lows, highs, strict=True)]
 
 
 def speeds(rows: Rows) -> list[tuple]:
-    """Tokens per second against context: the median over the rounds, and each round."""
-    rates = [
-        (row["context"], [row["tokens"] / seconds for seconds in row["seconds"]]) for row in rows
+    """Tokens per second against context: in the median round, and in each."""
+    return [
+        (
+            row["context"],
+            per_second(row["tokens"], row["seconds"]),
+            [row["tokens"] / s for s in row["seconds"]],
+        )
+        for row in rows
     ]
-    return [(context, statistics.median(values), values) for context, values in rates]
 
 
 def draw_lines(axes, rows: Rows, points_of: Callable[[Rows], list[tuple]]) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ import torch
 from minimodels.kernels import OPERATIONS
 from torch import Tensor
 
-from minimodels.measure import interleave, peak_bytes, synchronise
+from minimodels.measure import interleave, peak_bytes, per_second, synchronise
 
 from .session import Job, Session
 
@@ -257,9 +256,9 @@ def take_turns(
         if name in quick and len(seconds[name]) == 1:
             continue  # it ran out of time, as another row says
         size = arguments[0].dtype.itemsize / 1e9 if row["unit"] == "GB/s" else 1e-12
-        rate = work * size / statistics.median(seconds[name])
+        speed = per_second(work * size, seconds[name])
         told = {"seconds": seconds[name], "bytes": memory[name], "off": right[name][1]}
-        journal.add("done", **row, provider=name, rate=rate, **told)
+        journal.add("done", **row, provider=name, rate=speed, **told)
 
 
 def warm(call: Provider, arguments: tuple, direction: str, device: torch.device) -> tuple:

@@ -18,7 +18,7 @@ import tyro
 
 from minimodels import InputError
 from minimodels.command import parse_options, run_command
-from minimodels.measure import ratio
+from minimodels.measure import per_second, ratio
 
 from .plot import Rows, at_best_rate, read
 
@@ -59,7 +59,7 @@ def throughput(rows: Rows) -> str:
     for row in rows:
         if row.get("benchmark") == "throughput" and not row["model"].endswith(" again"):
             mode = f"decode, batch {row['batch']}" if row["mode"] == "decode" else row["mode"]
-            speed = row["tokens"] / statistics.median(row["seconds"]) if row["seconds"] else None
+            speed = per_second(row["tokens"], row["seconds"]) if row["seconds"] else None
             failed = "out of memory" if "memory" in (row.get("error") or "memory") else "cannot run"
             tables[mode][row["model"], row["context"]] = f"{speed:,.0f}" if speed else failed
     texts = []
@@ -104,7 +104,7 @@ def training(rows: Rows) -> str:
     for row in rows:
         if row.get("benchmark") == "training" and "impl" in row:
             timed = row["status"] == "done"
-            speed = row["tokens"] / statistics.median(row["seconds"]) if timed else row["status"]
+            speed = per_second(row["tokens"], row["seconds"]) if timed else row["status"]
             speeds[row["base"]][row["impl"]] = speed
             if timed:
                 losses[row["base"], row["impl"]] = f"{row['losses'][-1]:.4f}, {row['share']:.0%}"

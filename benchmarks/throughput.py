@@ -42,7 +42,15 @@ from minimodels.decoding import has_graphs
 from minimodels.grammar import Call, names_in, parse, set_options
 from minimodels.layers import choose
 from minimodels.ledger import Ledger, ledger
-from minimodels.measure import ceilings, check_writable, interleave, peak_bytes, synchronise, write
+from minimodels.measure import (
+    ceilings,
+    check_writable,
+    interleave,
+    peak_bytes,
+    per_second,
+    synchronise,
+    write,
+)
 from minimodels.options import read_options
 from minimodels.presets import MAIN, PRESETS, fitted
 
@@ -398,14 +406,13 @@ def describe(row: dict) -> str:
     place = f"{row['mode']:8} context {row['context']:8,} x {row['batch']:<4} {row['model']:18}"
     if row["seconds"] is None:
         return f"{place} {row['error']}"
-    median = statistics.median(row["seconds"])
-    rate = row["tokens"] / median
+    speed = per_second(row["tokens"], row["seconds"])
     slowest, fastest = (row["tokens"] / extreme(row["seconds"]) for extreme in (max, min))
-    text = f"{place} {rate:12,.0f} tokens/s ({slowest:,.0f}-{fastest:,.0f})"
+    text = f"{place} {speed:12,.0f} tokens/s ({slowest:,.0f}-{fastest:,.0f})"
     if row["mode"] == "decode":
-        text += f", {median * 1e3 / DECODED:.3f} ms a token"
+        text += f", {statistics.median(row['seconds']) * 1e3 / DECODED:.3f} ms a token"
     else:
-        text += f", {rate * row['flops'] / row['limit']:.0%} of the matrix products"
+        text += f", {speed * row['flops'] / row['limit']:.0%} of the matrix products"
     memory = f", peak {row['peak_bytes'] / 2**20:,.0f} MiB" if row["peak_bytes"] is not None else ""
     return text + memory + f", state {row['state_bytes'] / 1024:,.0f} KiB a sequence"
 

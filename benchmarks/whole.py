@@ -8,7 +8,6 @@ context after the other.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from functools import cache, partial
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from minimodels import LM, Config, preset
 from minimodels.ledger import ledger
-from minimodels.measure import interleave, peak_bytes
+from minimodels.measure import interleave, peak_bytes, per_second
 from minimodels.training.optim import adamw
 from minimodels.training.step import training_step
 
@@ -98,8 +97,7 @@ def train(name: str, session: Session) -> None:
     for impl, seconds in (
         (session.journal.attempt(row, turns, TURNS) if calls else None) or {}
     ).items():
-        rate = row["tokens"] / statistics.median(seconds)
-        share = rate * row["flops"] / limit
+        share = per_second(row["tokens"] * row["flops"], seconds) / limit
         session.journal.add("done", **known[impl], seconds=seconds, limit=limit, share=share)
 
 

@@ -80,9 +80,9 @@ def command_line_error(
     written = [each for each in given if each.startswith("--") and name_of(each) not in known]
     if option := found[1] if found else next(iter(written), ""):
         name = name_of(option)
-        close = difflib.get_close_matches(name, known, 3)
-        meant = [f"--{each.replace('_', '-')}" for each in close]
-        meant = [synonyms[name]] if name in synonyms else meant
+        ours = {**synonyms, **{each: f"--{each.replace('_', '-')}" for each in known}}
+        close = [name] if name in ours else difflib.get_close_matches(name, ours, 3, 0.7)
+        meant = list(dict.fromkeys(ours[each] for each in close))
         accepted = f"did you mean {' or '.join(meant)}?" if meant else "an option that --help lists"
         return InputError("option", option, accepted)
     if found := re.search(r"Missing from .*?: (?P<name>[A-Z_]+) (?P<help>.*?) \(required\)", text):

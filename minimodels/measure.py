@@ -67,6 +67,11 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
+def per_second(work: float, seconds: list[float]) -> float:
+    """Work per second in the median round."""
+    return work / statistics.median(seconds)
+
+
 def ratio(timings: Timings, name: str, other: str) -> tuple[float, float, float]:
     """How many times faster `name` is than `other`: median, minimum and maximum over the rounds."""
     ratios = [b / a for a, b in zip(timings[name], timings[other], strict=True)]

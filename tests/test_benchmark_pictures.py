@@ -201,7 +201,13 @@ def test_lines_are_compared_where_all_of_them_are():
     assert plot.ends(even).startswith("a is ahead at the end")
     lengths = claim({"a": [[4.0, 3.0]], "b": [[3.0]]}, x_log=True, x_label="bytes")
     assert plot.ends(lengths).replace("\xa0", " ") == "a 3.00 at 2; b 3.00 at 1 bytes"
+    slow = [{**row, "x": row["x"] + 10.5} if row["model"] == "b" else row for row in rows]
+    told = plot.ends(slow).replace("\xa0", " ")  # b was not probed before a had ended
+    assert told == "a 2.00 at 3; b 2.45 at 12.5 training steps"
     assert plot.at([(1, 0, [4.0]), (3, 0, [2.0])], 2) == [3.0]
+    slow = [{**row, "x": row["x"] + 10.5} if row["model"] == "b" else row for row in rows]
+    told = plot.ends(slow).replace("\xa0", " ")  # b was not probed before a had ended
+    assert told == "a 2.00 at 3; b 2.45 at 12.5 training steps"
     assert plot.at([(1, 0, [4.0]), (3, 0, [2.0])], 9) == [2.0]
 
 

@@ -74,8 +74,8 @@ def test_a_sentence_says_who_is_faster_and_from_where():
         "at first": crossover([256, 512, 1024], [[2.0], [2.0], [0.5]]),
     }
     assert sentence(texts).replace("\xa0", " ") == (
-        "Faster than the transformer: sooner from 362 on (362-362); nowhere from 256 to 512: slow, "
-        "also slow; everywhere from 256 to 512: fast; in parts, but not at 1,024: at first"
+        "Faster than the transformer: sooner from 362 on (362-362); slow, also slow nowhere from "
+        "256 to 512; fast everywhere from 256 to 512; at first in parts, but not at 1,024"
     )
     assert sentence({}) == ""
 

@@ -71,6 +71,9 @@ def parse(*arguments: str, monkeypatch) -> options.Options:
         (["--block-size=64"], "did you mean --context"),
         (["--heads", "8"], "did you mean --set attention.heads=VALUE"),
         (["--widht", "8"], "did you mean --width"),
+        (["--lerning-rate", "1"], "did you mean --lr"),
+        (["--expert", "8"], "did you mean --set moe.experts=VALUE"),
+        (["--dropout", "8"], "an option that --help lists"),
         (["hybrid"], "such as --model hybrid"),
         (["--layers", "mlp hybrid"], "the layers of the preset hybrid are (mamba mlp mamba moe"),
         (

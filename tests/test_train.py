@@ -254,6 +254,35 @@ def test_bits_per_byte_count_the_bytes_that_the_tokens_represent(tmp_path, monke
     assert scores["bits_per_byte"] == pytest.approx(bits * 2 * 32 / count)
 
 
+def test_an_interrupt_while_compiling_is_one_line(tmp_path, monkeypatch, capsys):
+    import torch._inductor.compile_fx as inductor
+
+    def interrupted(graph, *given, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        return graph  # uncompiled
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(inductor, "compile_fx", interrupted)
+    monkeypatch.setattr(train, "require_compiler", lambda *_: None)
+    with pytest.raises(SystemExit) as stopped:
+        run(
+            "--data",
+            "text",
+            "--steps",
+            9,
+            "--compile",
+            *SMALL,
+            "--out",
+            "run",
+            monkeypatch=monkeypatch,
+        )
+    torch._dynamo.reset()
+    assert stopped.value.code == 130
+    told = capsys.readouterr()
+    assert told.out.strip().splitlines()[-1].startswith("interrupted at step 1 and saved")
+    assert "Traceback" not in told.err
+
+
 def test_an_interrupt_at_the_end_waits_for_the_last_checkpoint(tmp_path, monkeypatch, capsys):
     def interrupted(*arguments):
         os.kill(os.getpid(), signal.SIGINT)

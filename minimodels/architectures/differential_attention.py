@@ -34,7 +34,7 @@ from minimodels.errors import Count, InputError, NonNegative
 from minimodels.layers import Context, Place, RMSNorm, flops, full_precision, linear
 from minimodels.ops.attention import attention
 from minimodels.ops.cache import AttentionState, advance, carry
-from minimodels.ops.rotary import Scaling, rotary, rotate, scaling_text
+from minimodels.ops.rotary import Scaling, check_pairs, rotary, rotate, scaling_text
 from minimodels.options import option
 
 
@@ -64,9 +64,8 @@ class DifferentialAttention(nn.Module):
             """Raise InputError if heads do not fit the width or each other."""
             if not self.head_dim and width % self.heads:
                 raise InputError("heads", self.heads, f"a divisor of width {width}, or a head_dim")
-            if self.rope_base and (head_dim := self.head_dim or width // self.heads) % 2:
-                accepted = "an even number, because rotation turns pairs"
-                raise InputError("head_dim", head_dim, accepted)
+            if self.rope_base:
+                check_pairs(self.head_dim, width, self.heads)
             kv_heads = self.kv_heads or self.heads
             if self.heads % kv_heads:
                 raise InputError("kv_heads", kv_heads, f"a divisor of heads {self.heads}")

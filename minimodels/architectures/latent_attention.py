@@ -34,7 +34,7 @@ from minimodels.errors import Count, InputError, NonNegative, Positive
 from minimodels.layers import Context, Place, RMSNorm, flops, is_plain, linear
 from minimodels.ops.attention import attention
 from minimodels.ops.cache import AttentionState, advance, carry
-from minimodels.ops.rotary import Scaling, rotary, rotate, scaling_text
+from minimodels.ops.rotary import Scaling, check_pairs, rotary, rotate, scaling_text
 from minimodels.options import option
 
 
@@ -82,9 +82,8 @@ class LatentAttention(nn.Module):
         self.turned = options.rope_dim or self.plain
         self.value = options.value_dim or self.plain
         self.rank = options.kv_rank or max(1, D // 4)
-        if self.turned % 2:
-            accepted = "an even number, because rotation turns pairs"
-            raise InputError("rope_dim", self.turned, accepted)
+        field = "rope_dim" if options.rope_dim else "head_dim"
+        check_pairs(options.rope_dim or options.head_dim, D, H, field)
         self.scaling = scaling_text(options.rope_scaling, self.turned)
         self.scale = options.scale or (self.plain + self.turned) ** -0.5
         q_width = H * (self.plain + self.turned)

@@ -56,7 +56,7 @@ from minimodels.layers import Context, Place, RMSNorm, flops, full_precision, li
 from minimodels.ops import delta_rule as rule
 from minimodels.ops.delta_rule import delta_rule
 from minimodels.ops.normalise import ACTIVATIONS, gated_norm
-from minimodels.ops.rotary import rotary, rotate
+from minimodels.ops.rotary import check_pairs, rotary, rotate
 from minimodels.options import option
 
 
@@ -113,9 +113,8 @@ class Retention(nn.Module):
             if not (self.head_dim and self.value_dim) and width % self.heads:
                 accepted = f"a divisor of width {width}, or head_dim and value_dim"
                 raise InputError("heads", self.heads, accepted)
-            if self.rope_base and (head_dim := self.head_dim or width // self.heads) % 2:
-                accepted = "an even number, because rotation turns pairs, or rope_base=0"
-                raise InputError("head_dim", head_dim, accepted)
+            if self.rope_base:
+                check_pairs(self.head_dim, width, self.heads)
             if self.norm == "sum" and (self.feature_map != "elu" or self.rope_base):
                 accepted = "with feature_map=elu and rope_base=0, because weights must be positive to divide by their sum"
                 raise InputError("norm", self.norm, accepted)

@@ -42,7 +42,7 @@ from minimodels.layers import Context, Place, RMSNorm, choose, is_plain, linear
 from minimodels.ops.activation import GATED, PLAIN
 from minimodels.ops.attention import attention
 from minimodels.ops.cache import AttentionState, advance, carry
-from minimodels.ops.rotary import Scaling, norm_rotate, rotary, scaling_text
+from minimodels.ops.rotary import Scaling, check_pairs, norm_rotate, rotary, scaling_text
 from minimodels.options import option
 
 
@@ -97,11 +97,11 @@ class Attention(nn.Module):
             """Raise InputError if heads do not fit the width or each other."""
             if not self.head_dim and width % self.heads:
                 raise InputError("heads", self.heads, f"a divisor of width {width}, or a head_dim")
-            rotated = self.rotated(width)
-            if self.rope_base and (rotated == 0 or rotated % 2):
-                field = "head_dim" if self.rope_fraction == 1 else "rope_fraction"
+            if self.rope_base and self.rope_fraction == 1:
+                check_pairs(self.head_dim, width, self.heads)
+            elif self.rope_base and (self.rotated(width) == 0 or self.rotated(width) % 2):
                 accepted = "an even number of rotated dimensions, because rotation turns pairs"
-                raise InputError(field, getattr(self, field) or rotated, accepted)
+                raise InputError("rope_fraction", self.rope_fraction, accepted)
             if self.kv_heads and self.heads % self.kv_heads:
                 raise InputError("kv_heads", self.kv_heads, f"a divisor of heads {self.heads}")
 

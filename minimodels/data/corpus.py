@@ -212,7 +212,7 @@ def open_hub(name: str, field: str, cache: Path) -> Corpus:
     """The training split of a data set of the Hugging Face hub, streamed into the cache once."""
 
     def fill(writer: Writer) -> dict:
-        with progress(None, f"reading {name}") as bar:
+        with progress(None, f"reading {name} from the Hugging Face hub") as bar:
             write_records(writer, counted(read_hub(name, field), bar))
         return hold_out(writer)
 
@@ -231,5 +231,14 @@ def counted(records: Iterable[bytes], bar: tqdm) -> Iterator[bytes]:
 
 
 def progress(total: int | None, what: str) -> tqdm:
-    """A progress bar over bytes on standard error, which disappears when it is full."""
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False, mininterval=0.5)
+    """A progress bar over bytes on standard error, if that is a terminal. It disappears when it is
+    full."""
+    return tqdm(
+        total=total,
+        desc=what,
+        unit="B",
+        unit_scale=True,
+        leave=False,
+        mininterval=0.5,
+        disable=None,
+    )

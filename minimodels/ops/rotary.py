@@ -168,6 +168,19 @@ Kind = Linear | Llama3 | Yarn | Dynamic | LongRope
 Scaling = Annotated[Kind | None, OneOf(SCALINGS)]
 
 
+def check_pairs(given: int | None, width: int, heads: int, field: str = "head_dim") -> None:
+    """Raise InputError if the rotated dimensions of a head are not pairs. Their number is given by
+    an option, the field, or follows from width / heads."""
+    if given and given % 2:
+        raise InputError(field, given, "an even number, because rotation turns pairs")
+    if not given and width // heads % 2:
+        accepted = (
+            f"a number of heads of an even width, because rotation turns pairs (width {width} / "
+            f"{heads} is {width // heads}), or a head_dim"
+        )
+        raise InputError("heads", heads, accepted)
+
+
 def rotary(
     positions: Tensor, head_dim: int, base: float, scaling: str = ""
 ) -> tuple[Tensor, Tensor]:
