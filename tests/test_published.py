@@ -739,10 +739,10 @@ def test_wrong_tensors_are_listed_all_at_once(tmp_path):
     with pytest.raises(InputError) as caught:
         from_pretrained(folder)
     listed = (
-        f"{wrong}: \\[2, 3\\] for \\[40, 32\\]",
+        f"{wrong}: \\[2, 3\\] instead of \\[40, 32\\]",
         "extra: surplus",
         "lm_head.weight: missing",
-        "model.norm.weight: I8 for",
+        "model.norm.weight: I8 instead of",
     )
     for problem in listed:
         caught.match(problem)

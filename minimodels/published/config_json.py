@@ -32,7 +32,7 @@ NEUTRAL = {  # entries of any family -> the value at which they change nothing
     "partial_rotary_factor": 1.0, "is_encoder_decoder": False, "add_cross_attention": False, "is_decoder": False,
 }  # fmt: skip
 
-IDLE = re.compile(  # entries without influence on what a model computes, by their subject
+IDLE = re.compile(  # entries that do not influence what a model computes, grouped by subject
     r"_.*|.*_version|unsloth_.*|transformers\..*|architectures|model_type|is_llama_config|task_specific_params"  # who wrote it
     r"|(torch_)?dtype|use_cache|return_dict.*|torchscript|pretraining_tp|use_bfloat16"  # how it is run
     r"|output_(attentions|hidden_states|router_logits|scores|past)"
@@ -77,8 +77,9 @@ def read_config(
     settings: Iterable[str] = (),
     overrides: dict | None = None,
 ) -> Config:
-    """The Config that a config.json describes, with some options of layers and fields changed.
+    """The Config that a config.json describes.
 
+    `settings` change options of layers, `overrides` change fields of Config.
     Raises InputError, which names the entry, if an entry is missing, unknown or not implemented.
     """
     known = {field.name for field in fields(Config)}
@@ -104,7 +105,8 @@ def read_config(
         if name not in given.asked:
             require(given, name, accepted)
     settings_of_roles = [each for role in family.roles.values() for each in role.settings]
-    spoken = {name for setting in settings_of_roles for name in setting.names}  # in other models
+    # entries that some model of the family uses
+    spoken = {name for setting in settings_of_roles for name in setting.names}
     unknown = {
         name: value
         for name, value in given.items()
@@ -120,7 +122,7 @@ def read_config(
 
 
 def usual_head(entries: Entries, width: int) -> int | None:
-    """The width of a head without an entry head_dim; None if there are no heads."""
+    """The width of a head if there is no entry head_dim; None if there are no heads."""
     heads = dict.get(entries, "num_attention_heads")  # does not mark the entry as asked
     return width // heads if type(heads) is int and heads > 0 else None
 
@@ -133,7 +135,7 @@ def require(entries: Entries, name: str, accepted: object) -> None:
 
 
 def read_fields(entries: Entries, family: Family) -> Config:
-    """The Config of the whole model, with arbitrary layers."""
+    """A Config with the fields of the whole model; its layers are still placeholders."""
     values = read_settings(entries, family.fields)
     try:
         return Config(**values)
@@ -184,7 +186,7 @@ def read_role(role: Role, values: dict[str, object], shared: Config) -> tuple[An
 
 
 def of_entry(error: InputError, role: Role, values: dict[str, object]) -> InputError:
-    """Turn an error in a layer's option, or in part of it, into one of the entry that set it."""
+    """Turn an error about a layer's option, or a part of it, into one about the option's entry."""
     name, _, option = error.field.rpartition(": ")[2].partition(".")
     entry = role.entry_of(option)
     for outer, value in values.items():
@@ -226,12 +228,12 @@ def write_config(config: Config, origin: dict) -> tuple[str, dict]:
 
 
 def express(config: Config, name: str, origin: dict) -> dict:
-    """The config.json of a family for a Config, besides the entries of `origin`.
+    """The config.json of a family for a Config, with other entries of `origin` if it is this family's.
 
     Raises InputError if it would describe another model.
     """
     family, config = FAMILIES[name], replace(config, vocab=config.vocab or 256)
-    if origin.get("model_type") != name:  # the classes have defaults for these entries
+    if origin.get("model_type") != name:  # null, because the classes have defaults for these
         origin = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     entries = {family.aliases.get(entry, entry): value for entry, value in origin.items()}
     layers = assign(config, family)
@@ -258,7 +260,7 @@ def express(config: Config, name: str, origin: dict) -> dict:
 def assign(config: Config, family: Family) -> list[tuple[str, dict[str, Any]]]:
     """The role of each layer, and its options with None resolved.
 
-    Raises InputError if the layers have another order than the family's.
+    Raises InputError if the layers are not in the family's order.
     """
     found = []
     first = len(family.leading)
@@ -282,7 +284,7 @@ def assign(config: Config, family: Family) -> list[tuple[str, dict[str, Any]]]:
 
 
 def merge(entries: dict, more: dict) -> None:
-    """Add entries to `entries`; objects are merged into those that exist."""
+    """Add entries to `entries`; an object is merged into an object of the same name."""
     for name, value in more.items():
         if isinstance(value, dict) and isinstance(entries.get(name), dict):
             merge(entries[name], value)

@@ -46,7 +46,7 @@ def query_and_gate(layer: nn.Module) -> ByHead:
 
 
 def by_interval(entries: Entries, count: int) -> list[str]:
-    """Attention in the last of so many blocks."""
+    """Attention in the last of every full_attention_interval blocks."""
     return every(entries.number("full_attention_interval", 4), "full", "linear")(entries, count)
 
 
@@ -90,7 +90,7 @@ GATED = replace(
     residual=NORMS["mixer"],
 )
 
-# Qwen3-Next has the rows of all maps of a key's head together.
+# Qwen3-Next stores the rows of all maps together for each key head.
 NEXT = QWEN.storing(
     {
         "qkv z": lambda layer: ByHead("linear_attn.in_proj_qkvz", layer.G, layer.split),
@@ -111,7 +111,7 @@ DENSE = MLP.norms(**NORMS["mlp"])
 SHARED = {
     **DECODER,
     "whole": {**DECODER["whole"], "norm": Offset("model.norm")},
-    "only": {"attention_bias": False},  # with which the gate would have one too
+    "only": {"attention_bias": False},  # otherwise the gate would have a bias too
     # the block that predicts a further token, which the classes leave out as well
     "idle": ("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"),
 }

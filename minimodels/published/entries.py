@@ -16,7 +16,7 @@ class Entries(dict):
 
     def __init__(self, entries: dict):
         super().__init__({name: value for name, value in entries.items() if value is not None})
-        self.told = set(entries)  # the entries that are present, also as null
+        self.told = set(entries)  # the entries that are present, even if null
         self.asked: set[str] = set()
 
     def get(self, name: str, absent: Any = None) -> Any:
@@ -27,7 +27,7 @@ class Entries(dict):
     def number(
         self, name: str, absent: int | None = None, least: int = 1, most: int = 2**31 - 1
     ) -> int:
-        """A whole number that config.json must have, or may have if there is an `absent`."""
+        """A whole number, which config.json must have unless `absent` is given."""
         value = self.get(name, absent)
         if type(value) is not int or not least <= value <= most:
             raise InputError(f"config.json {name}", value, f"a whole number from {least} to {most}")
@@ -158,7 +158,7 @@ class Fixed:
 
 
 class Balance:
-    """The balance loss of experts, if transformers uses it and in its form."""
+    """The balance loss of experts, in the form of transformers, and only if it uses one."""
 
     options = ("balance", "balance_loss", "z_loss")
     names: tuple[str, ...] = ()

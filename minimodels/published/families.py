@@ -44,7 +44,7 @@ REFUSED = {  # model_type -> what a Config can express instead
 
 
 def refused(entries: dict) -> str:
-    """Why no model of a family can be read, if that is known."""
+    """What to use instead of a known model_type that cannot be read, or ""."""
     name = entries.get("model_type")
     return REFUSED.get(name, "") if isinstance(name, str) else ""
 

@@ -1,9 +1,9 @@
 """The form of a family's table.
 
-A published model is a sequence of blocks. A block is as many of our layers as the family counts as
-one: a transformer's block has two, a sequence mixer and an MLP. Roles say which layers may be at
-one place of a block: "full" and "local" attention, "dense" and "experts". All layers with one role
-have the same options.
+A published model is a sequence of blocks. A block is a group of our layers that the family counts
+as one layer: a transformer's block has two, a sequence mixer and an MLP. Roles say which layers may
+be at one place of a block: "full" and "local" attention, or "dense" and "experts". All layers with
+the same role have the same options.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Place(Protocol):
 class Mapping(Protocol):
     """The stored form of some of our parts.
 
-    `name` is complete, with the block and the leaf (weight, bias).
+    The argument `name` is the complete one, with the block and the leaf (weight, bias).
     """
 
     name: str
@@ -71,8 +71,8 @@ class Role:
     settings: tuple[Setting, ...]
     """its options; an option without a setting has its default"""
     parts: dict[str, Mapping | str | Callable[[nn.Module], Mapping]]
-    """part of the layer -> its name in the block; several parts if they are stored as one tensor; a
-    function if how they are stored depends on the layer"""
+    """part of the layer -> its name in the block; the key has several parts if they are stored as
+    one tensor, and the value is a function if the form depends on the layer"""
     residual: dict[str, Mapping | str]
     """the same for the norms on the residual stream"""
     none: dict[str, Callable[[Any, Config], object]] = field(default_factory=dict)
@@ -81,13 +81,13 @@ class Role:
     """options for training only: they do not make two models different"""
 
     def having(self, *settings: Setting, **parts: Mapping | str) -> Role:
-        """The role with other settings of some options, and other names of some parts."""
+        """The role with other settings for some options and other names for some parts."""
         said = {option for setting in settings for option in setting.options}
         kept = tuple(each for each in self.settings if not said.intersection(each.options))
         return replace(self, settings=(*kept, *settings), parts={**self.parts, **parts})
 
     def storing(self, parts: dict[str, Mapping | str]) -> Role:
-        """The role with other names of all parts."""
+        """The role with other names for all parts."""
         return replace(self, parts=parts)
 
     def norms(self, **residual: Mapping | str) -> Role:
@@ -113,13 +113,13 @@ class Family:
     architecture: str
     """the class of transformers"""
     fields: tuple[Setting, ...]
-    """the fields of Config, besides its layers"""
+    """the fields of Config, except its layers"""
     roles: dict[str, Role]
-    """the layers; in texts that define them, the keys are their names"""
+    """the layers; a text that defines them uses the keys as their names"""
     places: tuple[Place, ...]
     """which role is where in a block"""
     prefix: str
-    """the start of all tensors' names but the head's; files of models without a head may lack it"""
+    """the start of every tensor's name except the head's; a file without a head may lack it"""
     block: str
     """the start of a block's names after the prefix, with {} for its number"""
     whole: dict[str, Mapping | str]

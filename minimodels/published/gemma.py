@@ -1,6 +1,6 @@
 """Gemma 2, arXiv:2408.00118, and the text models of Gemma 3, arXiv:2503.19786.
 
-There are norms on both sides of a layer, and their weights are stored less 1. Embeddings are
+There are norms on both sides of a layer, and their weights are stored minus 1. Embeddings are
 scaled, and most blocks have a window.
 """
 
@@ -33,7 +33,7 @@ class RootOfWidth:
 
 
 def scalar_of(scale: float) -> float:
-    """The scalar whose root divides the scores: a whole number if its root is the scale."""
+    """The scalar whose root divides the scores: a whole number if that gives the same scale."""
     whole = round(scale**-2)
     return whole if whole > 0 and whole**-0.5 == scale else scale**-2
 

@@ -1,6 +1,6 @@
 """GPT-2 (Radford et al., 2019): LayerNorm, learned positions, an MLP without a gate.
 
-All projections have biases. Matrices are stored with inputs before outputs, and q, k and v as one.
+All projections have biases. Matrices are stored with inputs before outputs, and q, k and v fused.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Granite 4 (IBM, 2025): Mamba-2 in most blocks, attention without positions in the others, experts."""
+"""Granite 4 (IBM, 2025): Mamba-2, attention without positions in some blocks, MLPs or experts."""
 
 from __future__ import annotations
 

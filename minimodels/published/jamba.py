@@ -1,4 +1,4 @@
-"""Jamba, arXiv:2403.19887: Mamba and a little attention without positions, MLPs and experts."""
+"""Jamba, arXiv:2403.19887: Mamba, MLPs, experts, and a little attention without positions."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ NESTED = "linear_attn_config"
 
 
 def nested(entries: Entries) -> dict[str, Any]:
-    """What published files say of the delta rule, in an object of its own."""
+    """The object in which published files describe the delta rule, or {}."""
     told = entries.get(NESTED, {})
     if type(told) is not dict:
         raise InputError(f"config.json {NESTED}", told, "a JSON object")
@@ -27,7 +27,7 @@ def nested(entries: Entries) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Nested:
-    """An option whose entry may be in the object instead, which goes first."""
+    """An option whose entry may be in that object instead, which has priority."""
 
     option: str
     name: str
@@ -54,7 +54,7 @@ class Nested:
 
 class Mixers:
     """The delta rule or attention, whose queries have a latent unless q_lora_rank is null. The object numbers the blocks
-    from 1; if nothing is listed every fourth block has attention, from the fifth on."""
+    from 1. If nothing is listed, every fourth block has attention, from the fifth on."""
 
     roles = ("linear", "latent", "direct")
     names = ("layer_types", NESTED)
@@ -78,7 +78,7 @@ class Mixers:
 
     def write(self, roles: list[str]) -> dict[str, object]:
         kinds = ["linear_attention" if role == "linear" else "full_attention" for role in roles]
-        return {"layer_types": kinds, "q_lora_rank": None}  # the role writes the rank that there is
+        return {"layer_types": kinds, "q_lora_rank": None}  # if there is a rank, the role writes it
 
 
 KDA = DELTA.having(

@@ -1,4 +1,4 @@
-"""LFM2, arXiv:2511.23404: short convolutions between gates and some attention."""
+"""LFM2, arXiv:2511.23404: gated short convolutions and some attention."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from minimodels.published.rope import Rope
 
 @dataclass(frozen=True)
 class Older:
-    """An option whose entry has an older name too, which goes first if both are told."""
+    """An option whose entry also has an older name, which has priority if both are given."""
 
     option: str
     name: str
@@ -42,12 +42,12 @@ class Older:
 
 
 class Adjusted:
-    """The width of the MLP: what is told, or two thirds of it, times a factor and rounded up."""
+    """The width of the MLP: as given, or two thirds of that times a factor, rounded up."""
 
     options = ("width",)
     names = (
         "intermediate_size",
-        "block_ff_dim",  # an older name, which goes first
+        "block_ff_dim",  # an older name, which has priority
         "block_auto_adjust_ff_dim",
         "block_ffn_dim_multiplier",
         "block_multiple_of",
@@ -72,7 +72,7 @@ class Adjusted:
 
 
 def attention_by_number(entries: Entries, count: int) -> list[str]:
-    """Attention in the blocks of full_attn_idxs, by default in all."""
+    """Attention in the blocks that full_attn_idxs lists, by default in all."""
     chosen = entries.get("full_attn_idxs", list(range(count)))
     if type(chosen) is not list or not all(type(i) is int for i in chosen):
         raise InputError("config.json full_attn_idxs", chosen, "a list of whole numbers")
@@ -120,7 +120,7 @@ FAMILIES = {
             Always("dense"),
         ),
         only={"block_use_swiglu": True, "use_pos_enc": True},
-        # of which the class reads none
+        # the class reads none of these
         idle=(
             "block_dim", "block_norm_eps", "block_mlp_init_scale", "block_out_init_scale", "block_use_xavier_init",
             "conv_dim", "conv_dim_out", "conv_use_xavier_init", "num_heads", "theta",

@@ -75,8 +75,8 @@ UNTURNED = SMOLLM3.having(Fixed(rope_base=0.0, rope_scaling=None, rope_fraction=
 
 
 class PhiRope(Rope):
-    """Rotary positions of a class whose longrope has factors for heads of width / heads, even if
-    head_dim is another width, and which has no other scaling."""
+    """Rotary positions of a class whose only scaling is longrope. Its factors are for heads of
+    width / heads, even if head_dim is another width."""
 
     def read(self, entries: Entries) -> dict[str, object]:
         found = super().read(entries)

@@ -1,7 +1,7 @@
-"""Models of Mamba-2 layers: Mamba-2 alone, arXiv:2405.21060, and Bamba, with attention in some blocks and MLPs.
+"""Models of Mamba-2 layers: Mamba-2 alone, arXiv:2405.21060, and Bamba.
 
-The class computes the limits of the step size, time_step_limit, in whole texts and leaves them out when it decodes
-token by token; here they hold in both.
+Bamba also has MLPs, and attention in some blocks. The class applies the limits of the step size,
+time_step_limit, to whole texts but not when it decodes token by token. Here they apply to both.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from minimodels.published.rope import Rope
 
 
 class Limits:
-    """The limits of the step size, a pair; the upper one may be infinite, in either way of JSON to say so."""
+    """The limits of the step size, a pair; the upper one may be infinite, in JSON's two forms."""
 
     options = ("step_min", "step_max")
     names = ("time_step_limit",)
@@ -35,7 +35,7 @@ class Limits:
 
     def write(self, values: dict[str, Any]) -> dict[str, object]:
         if values["step_min"] == 0 and values["step_max"] is None:
-            return {}  # as the class has it
+            return {}  # the class's default
         upper = {"__float__": "Infinity"} if values["step_max"] is None else values["step_max"]
         return {"time_step_limit": [values["step_min"], upper]}
 
@@ -49,7 +49,7 @@ def number_of(told: object) -> object:
 
 
 def inner_width(heads: str, head_dim: str, expand: str):
-    """The check that heads times head_dim is expand times the width, as the class wants it."""
+    """The check that heads times head_dim is expand times the width, which the class requires."""
 
     def check(entries: Entries) -> None:
         inner = entries.number(expand, 2) * entries.number("hidden_size")
@@ -142,7 +142,7 @@ FAMILIES = {
                 *SHARED["fields"][:-1],
                 Entry("tie_embeddings", "tie_word_embeddings", False),
             ),
-            # norm_before_gate is in published files, but the class always norms behind the gate
+            # norm_before_gate is in published files, but in the class the gate always comes first
             "idle": (*SHARED["idle"], "chunk_size", "time_step_rank", "norm_before_gate"),
         },
         checks=(inner_width("num_heads", "head_dim", "expand"),),

@@ -1,6 +1,6 @@
 """How parts of our layers are stored in published files.
 
-A mapping writes, and reads what it wrote. Mappings can be put inside one another, such as
+A mapping writes parts, and reads what it wrote. Mappings can be nested, as in
 Transposed(Fused("attn.c_attn")).
 """
 
@@ -17,7 +17,7 @@ from minimodels.published.family import Mapping
 
 @dataclass(frozen=True)
 class Plain:
-    """As it is."""
+    """One part, as it is."""
 
     name: str
 
@@ -30,7 +30,7 @@ class Plain:
 
 @dataclass(frozen=True)
 class Stacked:
-    """Each expert for itself, with its number instead of "*"."""
+    """Each expert as a tensor of its own, with its number instead of "*"."""
 
     name: str
 
@@ -60,7 +60,7 @@ class Fused:
 
 @dataclass(frozen=True)
 class Interleaved:
-    """Several parts as one tensor, the first slice of each, then the second of each."""
+    """Several parts as one tensor: the first slice of each, then the second of each."""
 
     name: str
     dim: int = 0
@@ -76,15 +76,15 @@ class Interleaved:
 
 @dataclass(frozen=True)
 class ByHead:
-    """Several parts as one tensor, the rows of the first head of each, then those of the second head of each."""
+    """Several parts as one tensor: the first head's rows of each part, then the second head's."""
 
     name: str
     heads: int
     sizes: tuple[int, ...] = ()
-    """rows of the parts into which our first tensor is split, if it is several parts here"""
+    """the rows of each part in our first tensor, if that holds several parts"""
 
     def parts(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Views of our tensors, each one part, by head."""
+        """A view of each part in our tensors, with a dimension for the heads."""
         first = tensors[0].split(self.sizes or tensors[0].shape[0])
         return [part.unflatten(0, (self.heads, -1)) for part in (*first, *tensors[1:])]
 
@@ -100,7 +100,7 @@ class ByHead:
 
 @dataclass(frozen=True)
 class Apart:
-    """One part as several tensors, each with a letter for "*"; equal in size without `sizes`."""
+    """One part as several tensors, each with a letter instead of "*"; equal in size if no `sizes`."""
 
     name: str
     letters: str
@@ -142,7 +142,10 @@ class Changed:
 
 
 class Offset(Changed):
-    """A norm's weights less 1, because the norm multiplies by 1 + w. In 16 bits 1 + w has fewer digits than w."""
+    """A norm's weights minus 1, because the published norm multiplies by 1 + w.
+
+    In 16 bits our 1 + w has fewer digits than w.
+    """
 
     def to_file(self, tensor: Tensor) -> Tensor:
         return (tensor.double() - 1).to(tensor.dtype)
@@ -189,7 +192,7 @@ class Transposed(Changed):
 
 
 def mapping(stored_as: Mapping | str) -> Mapping:
-    """A mapping; text is the name of a tensor that is stored as it is, or for each expert if it has a "*"."""
+    """The mapping that is given; a name means Plain, or Stacked if it has a "*"."""
     if not isinstance(stored_as, str):
         return stored_as
     return Stacked(stored_as) if "*" in stored_as else Plain(stored_as)

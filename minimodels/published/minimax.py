@@ -1,6 +1,6 @@
-"""MiniMax-01, arXiv:2501.08313: Lightning attention in most blocks, attention in the others, experts.
+"""MiniMax-01, arXiv:2501.08313: Lightning attention, attention in some blocks, and experts.
 
-Each layer is added to the normalised stream, with factors of its kind.
+Each layer is added to the normalised stream, with the factors of its kind of layer.
 """
 
 from __future__ import annotations

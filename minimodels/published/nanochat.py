@@ -1,6 +1,6 @@
 """nanochat (Karpathy, 2025): norms without weights, also on the embeddings, and an MLP with relu².
 
-Its rotation goes the other way round.
+Its rotary positions rotate in the other direction.
 """
 
 from __future__ import annotations

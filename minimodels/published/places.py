@@ -1,7 +1,7 @@
-"""The role of each block at one of its places, as config.json gives it: reading and writing.
+"""The entries of config.json that say which role each block has at one of its places.
 
-What is written is checked by reading it. So a place does not have to foresee sequences of layers
-that it cannot express.
+What is written is read again and compared. So a place need not detect layers that it cannot
+express.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Always:
 class Windowed:
     """A window in every block.
 
-    There is none if sliding_window is null or, in a class that has it, use_sliding_window is false.
+    There is none if sliding_window is null, or if the class has use_sliding_window and it is false.
     """
 
     absent: int | None = None
@@ -69,7 +69,7 @@ class LayerTypes:
     alternating: bool = False
     """whether instead every second block before max_window_layers has the window"""
     full_every: int = 0
-    """otherwise the last of every so many blocks has no window"""
+    """if not `switched`: the last of every so many blocks has no window"""
     period: str = ""
     """an older entry for this number"""
     roles = ("full", "local")
@@ -119,7 +119,7 @@ class LayerTypes:
 class SomeUnturned:
     """Rotary positions in the blocks for which no_rope_layers has a 1.
 
-    A block has a window if layer_types says so. By default the other blocks have one.
+    A block has a window if layer_types says so; by default, if it has no rotary positions.
     """
 
     roles = ("full", "nope", "local", "local_nope")
@@ -140,7 +140,7 @@ class SomeUnturned:
         known = {"full_attention": False, "sliding_attention": True}
         kinds = entries.get("layer_types")
         local = [window and not i for i in turned] if kinds is None else listed(kinds, count, known)
-        if any(local) and not window:  # the class's mask has a window, its kernels have none
+        if any(local) and not window:  # the class's mask has a window, but its kernels do not
             accepted = "true, and a sliding_window, because layer_types has sliding_attention"
             raise InputError("config.json use_sliding_window", False, accepted)
         names = {
@@ -183,7 +183,7 @@ class Sparse:
 
 @dataclass(frozen=True)
 class Leading:
-    """One role in the first blocks, whose number is an entry, and another in the rest."""
+    """One role in the first blocks (an entry says how many), another in the rest."""
 
     name: str
     first: str
@@ -264,7 +264,7 @@ class Kinds:
         kinds = entries.get(self.name)
         if kinds is None:
             return self.rule(entries, count)
-        entries.asked.update(self.more)  # which the list overrules
+        entries.asked.update(self.more)  # the list overrides them
         return listed(kinds, count, {kind: role for role, kind in self.kinds.items()}, self.name)
 
     def write(self, roles: list[str]) -> dict[str, object]:
@@ -272,14 +272,14 @@ class Kinds:
 
 
 def every(period: int, last: str, other: str) -> Callable[[Entries, int], list[str]]:
-    """The rule that the last of so many blocks has one role, the others another."""
+    """The rule that the last of every `period` blocks has one role, the others another."""
     return lambda entries, count: [other if (i + 1) % period else last for i in range(count)]
 
 
 def has_window(entries: Entries, absent: int | None, switched: bool) -> bool:
     """Whether there is a window that is used.
 
-    If sliding_window is null there is none. If it is missing, `absent` is the class's default.
+    If sliding_window is null, there is none. If it is missing, it is `absent`, the class's default.
     """
     told = "sliding_window" in entries.told
     window = entries.get("sliding_window", None if told else absent)

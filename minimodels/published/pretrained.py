@@ -1,6 +1,6 @@
 """from_pretrained and save_pretrained: a folder or an id of the hub <-> a model.
 
-Only JSON and safetensors are read, so nothing in a file can run.
+Only JSON and safetensors are read, so no code in a file can run.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TOKENIZER = (
 
 
 class Published(NamedTuple):
-    """The folder of a published model and its config.json, kept for saving it again."""
+    """The folder of a published model and its config.json, for saving the model again."""
 
     folder: Path
     entries: dict
@@ -61,14 +61,14 @@ def from_pretrained(
 ) -> LM:
     """The published model in a folder or with an id of the hub, in evaluation mode.
 
-    Ids of the hub need the extra `hub`. dtype: that of the parameters, also as text; None or "auto"
-    is that of the embedding in the file. revision: branch, tag or commit on the hub. ignore:
+    Ids of the hub need the extra `hub`. dtype: that of the parameters, or its name; None or "auto"
+    means that of the stored embedding. revision: branch, tag or commit on the hub. ignore:
     entries of config.json to ignore although they are unknown here. set: options of layers, such as
     "moe.balance_loss=0". overrides: fields of Config to change, such as impl. Each tensor is read
     through a memory map straight into the model.
 
     Raises InputError if a model_type or an option is not implemented, if files are missing or
-    damaged, and if tensors are missing, surplus or of another shape, all of them at once.
+    damaged, and if tensors are missing, surplus or of the wrong shape; one error lists them all.
     """
     dtype, device = read_dtype(dtype), read_device(device)
     folder, ignore = locate(path_or_id, revision), frozenset(ignore)
@@ -99,8 +99,8 @@ def save_pretrained(model: LM, path: str | Path, shard_bytes: int = 5_000_000_00
     the first that can express it. What was read with the model but is not part of Config (ids of
     special tokens, the tokenizer) is written again. Files have up to `shard_bytes` bytes each.
 
-    Raises InputError if no family can express the model, with each family's reason, and if a path
-    exists already or cannot be written.
+    Raises InputError if no family can express the model, with each family's reason, and if the path
+    is neither new nor an empty folder, or cannot be written.
     """
     name, entries = write_config(model.config, model.published.entries if model.published else {})
     entries["dtype"] = str(model.embedding.weight.dtype).removeprefix("torch.")

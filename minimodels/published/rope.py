@@ -46,7 +46,7 @@ class Rope:
     layer_type: str = ""
     """the key in rope_parameters, if the family has several types of layers"""
     theta: str = "rope_theta"
-    """the older entry of the base"""
+    """the older entry for the base"""
     scaled: bool = True
     """whether the older entry rope_scaling applies to these layers"""
     partial: bool = False
@@ -54,7 +54,7 @@ class Rope:
     fraction: float = 1.0
     """the rotated part of a head, if no entry gives it"""
     untold: dict[str, Any] = field(default_factory=dict)
-    """the parameters if there are no rope_parameters"""
+    """the parameters if there is neither rope_parameters nor rope_scaling"""
     kinds: tuple[str, ...] = tuple(TYPES)
     """the rope_types of the class"""
     context: int | None = None
@@ -147,7 +147,7 @@ class Rope:
 
 
 class WholeRope(Rope):
-    """The same for layers that have no option for a part of a head."""
+    """The same for layers that have no option rope_fraction."""
 
     options = Rope.options[:2]
 
@@ -174,7 +174,7 @@ def soften(rope: dict[str, Any], longest: object) -> None:
 
 
 def sharpen(rope: dict[str, Any]) -> None:
-    """Replace attention_factor by the ratio of DeepSeek's two factors."""
+    """Replace DeepSeek's mscale and mscale_all_dim with attention_factor, their factors' ratio."""
     scales = [rope.pop(name, None) for name in ("mscale", "mscale_all_dim")]
     numbers = [*scales, rope.get("factor")]
     if "attention_factor" in rope or not all(

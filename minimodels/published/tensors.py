@@ -1,4 +1,4 @@
-"""Tensors in safetensors files and the parts of our model that they are: bound, read, checked and written."""
+"""Bind the tensors of safetensors files to the parts of our model; read, check and write them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from minimodels.published.mappings import mapping
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DERIVED = re.compile(  # tensors in files that follow from config.json
+DERIVED = re.compile(  # stored tensors whose values follow from config.json
     r".*\.(rotary_emb\.inv_freq|attn\.(masked_)?bias|slope_rate|(query|key|diagonal)_decay)"
 )
 
@@ -54,7 +54,7 @@ def bindings(model: LM, family: Family, roles: list[str]) -> list[Binding]:
 
 
 def bind(tensors: dict[str, Tensor], table: dict[str, Mapping | str], prefix: str) -> list[Binding]:
-    """The tensors of one table."""
+    """Bind tensors as one table says."""
     found, left = [], dict(tensors)
     for parts, stored_as in table.items():
         how, names = mapping(stored_as), parts.split()
@@ -69,7 +69,7 @@ def bind(tensors: dict[str, Tensor], table: dict[str, Mapping | str], prefix: st
 
 @torch.no_grad()
 def published_tensors(bound: list[Binding]) -> dict[str, Tensor]:
-    """All tensors as they are stored, by their names; views of the model's, if they are stored as they are."""
+    """All tensors in their stored form, by name; unchanged ones share the model's memory."""
     found: dict[str, Tensor] = {}
     for how, name, tensors in bound:
         found |= how.write(name, tensors)
@@ -107,8 +107,8 @@ class Stored(NamedTuple):
 class Packed(NamedTuple):
     """A tensor in MXFP4 (OCP Microscaling Formats 1.0): numbers of 4 bits, 32 of which share a power of 2.
 
-    blocks (E, out, in / 32, 16) have two numbers a byte, the low bits first; scales (E, out, in / 32). It is read as
-    (E, in, out).
+    blocks (E, out, in / 32, 16) has two numbers in each byte, the one in the low bits first.
+    scales is (E, out, in / 32). The tensor is read as (E, in, out).
     """
 
     blocks: Stored
@@ -129,7 +129,7 @@ class Packed(NamedTuple):
 
 
 def unpack(files: dict[str, Stored]) -> dict[str, Stored | Packed]:
-    """The tensors with those in MXFP4 as one each instead of blocks and scales."""
+    """The tensors, with one for each pair of blocks and scales in MXFP4."""
     found: dict[str, Stored | Packed] = dict(files)
     for name in [name for name in files if name.endswith("_blocks")]:
         whole = name.removesuffix("_blocks")
@@ -166,8 +166,11 @@ def open_tensors(folder: Path, opened: ExitStack) -> dict[str, Stored]:
 
 
 def rename_tensors(files: dict[str, Stored], family: Family, tied: bool) -> dict[str, Stored]:
-    """The stored tensors by the names used here, however the file spells them: older names, a model saved without
-    its head and hence without the prefix, a tied matrix under the head's name alone."""
+    """The stored tensors by the names used here.
+
+    A file may use older names, lack the head and hence the prefix, or have a tied matrix only under
+    the head's name.
+    """
     files = {name_here(name, family): stored for name, stored in unpack(files).items()}
     head, embedding = weight_of(family, "head"), weight_of(family, "embedding")
     if not any(name.startswith(family.prefix) for name in files):
@@ -201,9 +204,9 @@ def block_of(name: str, family: Family) -> int:
 def check_tensors(
     files: dict[str, Stored], wanted: dict[str, Tensor], family: Family, folder: Path
 ) -> None:
-    """Raise InputError that lists every tensor which is missing, surplus, of another shape or not of floating point."""
+    """Raise InputError that lists every tensor that is missing, surplus or of wrong shape or dtype."""
     head, embedding = weight_of(family, "head"), weight_of(family, "embedding")
-    if head not in wanted and head in files and embedding in files:  # tied, and stored all the same
+    if head not in wanted and head in files and embedding in files:  # tied, but stored nevertheless
         if not torch.equal(files[head].read(), files[embedding].read()):
             accepted = f"false, because {head} is not {embedding}"
             raise InputError("config.json tie_word_embeddings", True, accepted)
@@ -215,9 +218,9 @@ def check_tensors(
             left_out = family.more_blocks and block_of(name, family) > last
             wrong += [] if left_out or DERIVED.fullmatch(name) else [f"{name}: surplus"]
         elif stored.shape != list(wanted[name].shape):
-            wrong.append(f"{name}: {stored.shape} for {list(wanted[name].shape)}")
+            wrong.append(f"{name}: {stored.shape} instead of {list(wanted[name].shape)}")
         elif stored.dtype not in DTYPES:
-            wrong.append(f"{name}: {stored.dtype} for one of {', '.join(DTYPES)}")
+            wrong.append(f"{name}: {stored.dtype} instead of one of {', '.join(DTYPES)}")
     if wrong:
         accepted = "the tensors that config.json describes; wrong: " + ", ".join(sorted(wrong))
         raise InputError("weights", str(folder), accepted)

@@ -31,7 +31,7 @@ def write_layers(layers: Sequence[tuple[str, Call]]) -> str:
 
 
 def fold(calls: list[Call]) -> list[Call | Group]:
-    """The calls with repeats as groups; from the left, the repeat that saves most."""
+    """The calls with repeats as groups. From left to right, the repeat that saves most is taken."""
     items: list[Call | Group] = []
     start = 0
     while start < len(calls):
@@ -45,7 +45,7 @@ def fold(calls: list[Call]) -> list[Call | Group]:
 
 
 def longest_repeat(calls: list[Call]) -> tuple[int, int]:
-    """How many calls at the front form the repeat that saves most, and how often they come.
+    """How many calls at the front form the repeat that saves most, and how often they occur.
 
     (1, 1) if there is no repeat.
     """
