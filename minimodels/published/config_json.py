@@ -228,7 +228,7 @@ def write_config(config: Config, origin: dict) -> tuple[str, dict]:
 
 
 def express(config: Config, name: str, origin: dict) -> dict:
-    """The config.json of a family for a Config, with other entries of `origin` if it is this family's.
+    """The config.json of a family for a Config, with other entries of an `origin` of this family.
 
     Raises InputError if it would describe another model.
     """

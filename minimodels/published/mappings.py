@@ -100,7 +100,7 @@ class ByHead:
 
 @dataclass(frozen=True)
 class Apart:
-    """One part as several tensors, each with a letter instead of "*"; equal in size if no `sizes`."""
+    """One part as several tensors, each with a letter instead of "*"; equal in size by default."""
 
     name: str
     letters: str

@@ -204,7 +204,7 @@ def block_of(name: str, family: Family) -> int:
 def check_tensors(
     files: dict[str, Stored], wanted: dict[str, Tensor], family: Family, folder: Path
 ) -> None:
-    """Raise InputError that lists every tensor that is missing, surplus or of wrong shape or dtype."""
+    """Raise InputError that lists tensors that are missing, surplus or of wrong shape or dtype."""
     head, embedding = weight_of(family, "head"), weight_of(family, "embedding")
     if head not in wanted and head in files and embedding in files:  # tied, but stored nevertheless
         if not torch.equal(files[head].read(), files[embedding].read()):
