@@ -15,8 +15,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)
 
-FIRST_TEST = ("test_kernel_*",)  # of these files the first test alone is fast
-FIRST_VARIANTS = (  # of each test in these files the first variant alone
+FIRST_TEST = ("test_kernel_*",)  # only the first test of these files is fast
+FIRST_VARIANTS = (  # only the first variant of each test in these files
     "test_attention_options",
     "test_benchmark*",
     "test_blocks",

@@ -84,7 +84,7 @@ CASES = {
     "mod": [
         "mod(attention mlp, capacity=0.3)",
         "mod(attention mlp, capacity=0.3, route=router)",
-        # the window is wider than the number of tokens, but not than their positions
+        # the window is wider than the number of routed tokens, but narrower than their positions
         "mod(attention(window=8), capacity=0.3)",
         "mod(attention mod(mamba mlp, capacity=0.5), capacity=0.5)",
     ],

@@ -19,7 +19,7 @@ from transformers.models.qwen3_next import modeling_qwen3_next  # noqa: E402
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-# whose kernels, if they are installed, want a GPU
+# the kernels of these, if they are installed, need a GPU
 WITH_KERNELS = (
     modeling_olmo_hybrid,
     modeling_qwen3_5,
@@ -62,7 +62,7 @@ EVEN_DELTA = {
     **DELTA,
     "linear_num_key_heads": 4,
     "linear_value_head_dim": 6,
-}  # the class cuts its weights in thirds
+}  # the class cuts its weights into thirds
 HYBRID = {"mamba_n_heads": 4, "mamba_d_state": 6, "mamba_chunk_size": 8}
 KIMI = {
     **LATENT, "q_lora_rank": None, "linear_num_heads": 3, "linear_head_dim": 6, "num_experts": 6, "num_experts_per_token": 2,
@@ -149,7 +149,7 @@ CASES = {  # model_type -> options of its configuration class
     "falcon_mamba": [
         SIZE,
         {**SIZE, "tie_word_embeddings": False, "use_bias": True, "mixer_rms_eps": 1e-2, "state_size": 5},
-        # as in the published 7B: the second is the one that counts
+        # as in the published 7B: intermediate_size has priority over expand
         {**SIZE, "expand": 16, "intermediate_size": 64},
     ],
     "mixtral": [
@@ -315,7 +315,7 @@ def theirs(name: str, number: int = 0):
 
 
 def model_of(name: str, options: dict):
-    """A model of the published class, its weights so large that every part has its say."""
+    """A model of the published class, with weights so large that every part matters."""
     torch.manual_seed(0)
     no_special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     options = copy.deepcopy(options)  # some classes write into rope_parameters
@@ -329,7 +329,7 @@ def model_of(name: str, options: dict):
 
 
 def double(model):
-    """In fp64, except for the rotary frequencies, which are fp32 both here and there."""
+    """The model in fp64, except for its rotary frequencies, which are fp32 in ours too."""
     model.double()
     torch.set_default_dtype(torch.float64)
     for module in model.modules():  # MiniMax's decays, which it computes once, in fp32
@@ -355,8 +355,8 @@ def text(batch: int = 2, seed: int = 1) -> torch.Tensor:
 
 @contextlib.contextmanager
 def without_casts_to_single():
-    """Inside, fp64 stays fp64 in transformers too. Otherwise it computes norms, routers and
-    scans in fp32 at any dtype."""
+    """Keep fp64 in transformers, which otherwise computes norms, routers and scans in fp32 at any
+    dtype."""
     to, single, softmax, type_of = (
         torch.Tensor.to,
         torch.Tensor.float,
@@ -381,7 +381,7 @@ def without_casts_to_single():
         patch.setattr(torch.Tensor, "to", lifted_to)
         patch.setattr(torch.Tensor, "type", lifted_type)
         patch.setattr(torch, "sum", lambda x, dim=None, dtype=None: x.sum(dim))
-        # it rounds its cosines differently from cos
+        # torch.polar rounds its cosines differently from cos
         patch.setattr(torch, "polar", lambda one, angles: torch.complex(angles.cos(), angles.sin()))
         patch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else single(x))
         patch.setattr(torch.Tensor, "softmax", lifted_softmax)

@@ -17,8 +17,8 @@ from minimodels import command
 
 
 def in_processes(count: int, function, *arguments) -> None:
-    """Call function(rank, *arguments) in forked processes that form a group. Raises what one
-    raises. What they write into the folder of temporary files is deleted."""
+    """Call function(rank, *arguments) in forked processes that form a group. An error in one is
+    raised here. What they write into the folder of temporary files is deleted."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", folder)
         torch.multiprocessing.start_processes(

@@ -56,8 +56,8 @@ def test_a_stream_without_first_tokens_is_attention_in_a_window(more):
 
 @pytest.mark.parametrize("more", OPTIONS)
 def test_a_stream_keeps_its_first_tokens_next_to_the_latest(more):
-    """In one layer, keys and values depend on nothing but their own tokens, so the stream ends as a
-    short text of the tokens that it remembers would."""
+    """In one layer, each key and value depends only on its own token, so the stream ends like a
+    short text of the tokens that it remembers."""
     model = trained(f"attention(heads=2{more})")
     tokens = torch.randint(256, (2, 40))
     remembered = torch.cat((tokens[:, :3], tokens[:, 35:]), dim=1)  # 3 + 3, and a piece of 2

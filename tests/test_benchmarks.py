@@ -93,7 +93,7 @@ def test_the_crossover_is_that_of_the_fastest_way_of_either():
             rows.append(
                 {"model": name, "base": base, "context": context, "seconds": [seconds, seconds]}
             )
-    # only shows the noise
+    # a model timed again only shows the noise
     rows.append({"model": "t again", "base": "transformer", "context": 1024, "seconds": [0.1, 0.1]})
     assert overtaking(rows)["mamba"].median == pytest.approx(512 * 2 ** (2 / 3))  # from 1/4 to 2
     assert overtaking(rows[:3]) == {}  # one context
@@ -455,7 +455,7 @@ def test_without_selection_mamba_is_a_time_invariant_recurrence():
     ].backward()
     assert all(parameter.grad is not None for parameter in layer.parameters())
 
-    # then x is both signal and gate, where it is handed in twice
+    # without projections, x given twice is both signal and gate
     layer.in_proj = layer.out_proj = torch.nn.Identity()
     u = x.repeat(1, 2)[None]
     signal, _ = causal_conv1d(

@@ -1,4 +1,4 @@
-"""What is done to a model block by block changes no number."""
+"""Blocks that are computed again or compiled one by one give the same numbers."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_blocks_computed_again_give_the_same_gradients_visits_and_observations(l
 
 
 def test_blocks_computed_again_remember_less(monkeypatch):
-    """Of the forward pass, a block keeps its input alone."""
+    """A block keeps only its input from the forward pass."""
 
     def kept(prepare) -> int:
         sizes = []

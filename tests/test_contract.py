@@ -58,7 +58,7 @@ def test_a_selection_bias_moves_in_half_precision():
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_loss_that_lost_its_gradient_is_refused(reentrant):
-    """Reentrant checkpoints run the layers without gradients, and with them the layers' own losses."""
+    """Reentrant checkpoints compute the layers, including their own losses, without gradients."""
     torch.manual_seed(0)
     model = LM(Config(layers="moe(experts=4) attention", **SMALL))
     layer = model.layers[0].layer

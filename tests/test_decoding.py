@@ -70,7 +70,7 @@ def test_a_preset_takes_steps_of_fixed_size_or_says_why_not(name):
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_layer_says_whether_the_host_must_know_a_value(text, monkeypatch):
-    """Tensors on the meta device have none."""
+    """Tensors on the meta device have no values."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     lm = of(text)
@@ -96,7 +96,7 @@ def test_a_full_state_moves_to_a_larger_one(text, monkeypatch):
 
 
 class Recording(contextlib.AbstractContextManager):
-    """Instead of torch.cuda.graph: what runs inside has no effect, as in a recording."""
+    """A stand-in for torch.cuda.graph: what runs inside has no effect, as in a recording."""
 
     def __init__(self, graph, step: FixedStep, error: bool):
         self.step, self.error, graph.replay = step, error, step.run

@@ -206,7 +206,7 @@ def test_every_field_of_a_model_has_an_effect():
     def built(**fields) -> tuple:
         torch.manual_seed(0)
         model = LM(Config(**{**base, **fields}))
-        with torch.no_grad():  # away from what is alike at the start
+        with torch.no_grad():  # away from initial values at which some fields have no effect
             for parameter in model.parameters():
                 parameter.add_(0.2)
         return model.layers[0].layer.impl if "impl" in fields else "auto", model(tokens)[0]
@@ -292,7 +292,7 @@ ELSEWHERE = {  # -> where it is tried
 
 
 def trained(folder, number: int, **changes) -> tuple[list[torch.Tensor], object]:
-    """The weights of a short run, and what it recorded and printed, without what time changes."""
+    """The weights of a short run, its records and its output, without what depends on time."""
     base = {
         "config": Config(layers="mlp attention", width=8),
         "data": str(folder / "text"),

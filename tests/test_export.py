@@ -20,7 +20,7 @@ SHORT = {name: text.format(n=1, twice=1, half=1, quarter=1) for name, text in PR
     "differential_attention": "differential_attention mlp",
     "sparse_attention": "sparse_attention(keys=128) mlp",  # for texts of up to so many tokens
 }
-# every preset takes a minute; the environment asks for it, as for more configurations of families
+# all presets take a minute, so they are tried only with this variable, as are more configurations
 NIGHTLY = "MINIMODELS_DRAWN" in os.environ
 QUICK = ["attention mamba moe", "deltanet(gate=scalar) mod(attention mlp, capacity=0.5)"]
 EXPORTED = list(SHORT) if NIGHTLY else QUICK

@@ -1,6 +1,5 @@
-"""Inputs that nobody chose: command lines, damaged runs, layers, config.json and files of data. Each
-trains, loads, or is refused by one InputError, within a minute, without a pickle and without the
-network.
+"""Random inputs: command lines, damaged runs, layers, config.json and data files. Each trains,
+loads, or is refused by one InputError, within a minute, without a pickle and without the network.
 
 `pytest -m nightly` draws 10,000 of them; MINIMODELS_FUZZED=300 draws 300 of each kind.
 """
@@ -202,7 +201,7 @@ PLACES = {"place": st.floats(0, 1), "bits": st.integers(1, 255)}
 def test_any_damage_to_a_run_is_passed_over_or_refused_in_one_line(
     finished, number, how, place, bits
 ):
-    """The other checkpoint is as it was."""
+    """The first checkpoint stays as it is."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "copy"
         shutil.copytree(finished, folder)

@@ -152,7 +152,7 @@ def test_a_batch_skips_what_no_row_routes():
 
 @pytest.mark.parametrize("balance", ["layer", "pooled"])
 def test_a_group_that_is_passed_by_records_nothing(balance):
-    """It keeps no losses of an earlier pass, and if there were none it gives no error."""
+    """It keeps no losses of an earlier pass, and gives no error if there was no such pass."""
     torch.manual_seed(0)
     layers = f"mod(moe(experts=4, balance={balance}), route=router)"
     model = LM(Config(vocab=7, width=16, layers=layers))

@@ -85,9 +85,9 @@ def steps_of_batches() -> list[list[tuple]]:
 
 
 def train_on(layers: str, shard: bool = False, pieces: int = 1) -> list[list[float]]:
-    """Of each step: the losses, the layers' own losses, the norm of the gradient, the loads.
+    """The losses, the layers' own losses, the norm of the gradient and the loads of each step.
 
-    Where the context is split, blocks are computed again.
+    If the context is split, blocks are computed again.
     """
     torch.manual_seed(0)
     model = LM(Config(layers=layers, width=WIDTH, vocab=VOCAB))
@@ -461,8 +461,8 @@ def test_a_rank_that_dies_ends_the_job_with_its_number_and_reason(tmp_path):
     out, _ = process.communicate(timeout=60)
     assert time.monotonic() - begun < 30
     assert process.returncode == 1
-    # the root cause, or listed beside that of the rank that lost its neighbour, if torchrun
-    # looks at both at once
+    # as the root cause, or beside the failure of the rank that lost its neighbour, if torchrun
+    # notices both at once
     assert re.search(r"rank +: 1 [^[]*Signal 9 \(SIGKILL\)", out), out
 
 
@@ -564,7 +564,7 @@ def split_and_whole(layers: str, pieces: int, packed: bool) -> float:
 
 
 def split_all(pieces: int, texts: list[str]) -> dict[str, float]:
-    """And all texts in one process group, because starting one takes longer."""
+    """The same for all texts, in one process group, because starting one takes longer."""
     return {
         f"{layers} {packed}": split_and_whole(layers, pieces, packed)
         for layers in texts

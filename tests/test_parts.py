@@ -24,7 +24,7 @@ from minimodels.published.families import FAMILIES
 
 V, T = 29, 11
 GREEDY = Sampling(temperature=0)
-# all families and quantised models take half a minute; the environment asks for them
+# all families and quantised models take half a minute, so they are tried only with this variable
 NIGHTLY = "MINIMODELS_DRAWN" in os.environ
 UNLIKE = ["gpt2", "phi3", "gemma2", "mixtral", "jamba", "deepseek_v2", "qwen3_next"]
 EVERY = [*PRESETS, *ALL]
@@ -50,7 +50,7 @@ def text(batch: int = 2, length: int = T) -> torch.Tensor:
 
 
 def leaves(lm: LM) -> dict[str, nn.Module]:
-    """The parts that have no parts, by name; the objective has no output of its own in a forward."""
+    """The parts without parts of their own, by name, except the objective, which has no output."""
     named = lm.named_modules()
     return {n: part for n, part in named if not list(part.children()) and n != "objective"}
 

@@ -72,8 +72,8 @@ def test_logits_in_single_and_double_precision(name, number, tmp_path):
 
 @every
 def test_loss_and_gradient_of_every_parameter(name, number, tmp_path):
-    """Their gradients are saved in place of their weights and read by us, so each
-    must arrive where ours is."""
+    """Their gradients are saved in place of their weights and loaded into ours, so that each can be
+    compared with our gradient."""
     model, tokens = double(theirs(name, number)), text()
     lm = from_pretrained(saved(model, tmp_path / "weights"))
     with without_casts_to_single():
@@ -137,8 +137,8 @@ def test_saved_by_us_and_loaded_by_them(name, number, tmp_path):
 
 @torch.no_grad()
 def test_decoding_equals_prefill_in_ours_alone_if_index_scores_are_equal(tmp_path):
-    """With one head many scores are zero. Which of them `topk` takes depends on how many there are,
-    and transformers leaves it at that."""
+    """With one head many scores are zero. Which of them `topk` takes depends on their number, and
+    transformers does nothing about it."""
     options = {**CASES["deepseek_v32"][0], "index_n_heads": 1, "index_topk": 4}
     model, tokens = double(model_of("deepseek_v32", options)), text()
     lm, state, cache = from_pretrained(saved(model, tmp_path / "a")), None, None
@@ -579,7 +579,7 @@ LONGER = {
     ("name", "kind"), [("llama", "dynamic"), ("llama", "longrope"), ("phi3", "longrope")]
 )
 def test_the_rotation_of_a_longer_text_is_a_setting(name, kind, tmp_path):
-    """It is that of the text's own length in the class. Without the setting the text is refused."""
+    """The class rotates by the text's own length. Without the setting, ours refuses the text."""
     model, tokens = model_of(name, {**HEADS, **LONGER[kind]}), text()
     folder = saved(model, tmp_path / "a")
     lm = from_pretrained(folder)
@@ -592,7 +592,7 @@ def test_the_rotation_of_a_longer_text_is_a_setting(name, kind, tmp_path):
 
 
 def test_a_loaded_model_trains_like_one_made_here(tmp_path):
-    """The layer knows what does not decay, not the tensor, because loading and
+    """The layer, not the tensor, knows what does not decay, because loading and
     copying replace tensors."""
     lm = from_pretrained(saved(theirs("mamba"), tmp_path / "a"))
     for model in (lm, copy.deepcopy(lm)):
@@ -902,7 +902,7 @@ def test_a_run_is_published_with_its_weights(tmp_path):
 
 
 def test_kimi_linear_as_it_is_published(tmp_path):
-    """The delta rule described by an object of its own, whose numbers of blocks begin with 1."""
+    """The delta rule is described by an object of its own, which numbers the blocks from 1."""
     folder, tokens = saved(theirs("kimi_linear", 1), tmp_path / "a"), text()
     expected, _ = from_pretrained(folder)(tokens)
     entries = json.loads((folder / "config.json").read_text())

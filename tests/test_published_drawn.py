@@ -222,7 +222,7 @@ AS_IT_IS = object()
 
 @st.composite
 def configurations(draw, name: str) -> dict:
-    """A configuration of a family: its first case with some entries drawn. What the class itself refuses is no example."""
+    """A configuration of a family: its first case, with some entries drawn."""
     drawn = dict(CASES[name][0])
     drawn.pop("output_router_logits", None)
     for entry, values in SPACES[name].items():
@@ -249,7 +249,7 @@ def test_every_entry_of_a_class_is_drawn_or_has_one_value(name):
 
 
 # what a class accepts although its parts then disagree, or saves in another form than its publisher:
-# OLMo-Hybrid's cuts the weights of a convolution in thirds, even if values are wider than keys
+# OLMo-Hybrid's cuts the weights of a convolution into thirds, even if values are wider than keys;
 # Phi-3's computes frequencies for an odd number of dimensions, and then rotates one more;
 # it counts the factors of longrope by width / heads, even if there is a head_dim
 CONTRADICTIONS = {
@@ -271,7 +271,7 @@ FORM = {
 
 
 def another(value: object) -> object:
-    """Another value of the same type, or the same if there is none at hand."""
+    """Another value of the same type, or the same if none is known."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):

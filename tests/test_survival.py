@@ -311,7 +311,7 @@ def snapshot(model: LM, optimizer: torch.optim.Optimizer) -> dict[str, torch.Ten
 
 
 def test_a_bad_step_changes_nothing_and_after_too_many_no_step_does():
-    """Neither weights, moments, their count, nor the router's selection bias."""
+    """Weights, moments, their count and the router's selection bias stay as they are."""
     model, optimizer = make()
     guard = Guard(model, allowed=1)
     take_steps(model, optimizer, 1, 2, guard=guard)

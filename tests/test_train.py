@@ -590,7 +590,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_as_if_undamaged(
 
 
 def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
-    """The best one is sampled from by its folder."""
+    """The best one is loaded from its own folder."""
     model = LM(Config(layers="mlp", width=8))
     for step, score in enumerate([3.0, 1.0, 2.0, None, 4.0, 5.0]):
         with torch.no_grad():
