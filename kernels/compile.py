@@ -10,8 +10,9 @@ core compiles one example at a time. Kernels that are not in Triton's cache take
 It prints registers per thread, spilled bytes and shared memory. For each innermost loop it prints
 what a warp must issue in each round: the instructions, and how many of them are special functions
 (exponentials, reciprocals) or matrix products. If the assembler expects a loss of speed, its
-message is quoted: "serialized" products wait for each other, which can halve a kernel's speed. The
-command fails if there is such a message or, with the compiler's message, if compilation fails.
+message is quoted. For example, "serialized" products wait for each other, which can halve a
+kernel's speed. The command fails if there is such a message or, with the compiler's message, if
+compilation fails.
 """
 
 from __future__ import annotations
