@@ -32,6 +32,7 @@ from minimodels.kernels.common import (
     TIMED,
     Case,
     Peer,
+    as_bytes,
     command,
     compare,
     full,
@@ -202,11 +203,6 @@ def walk_locally(
     if sizes[3] > 1:
         local_kernel[grid](a, x, resets, local, share, *sizes, reverse, BLOCK, full(x), num_warps=1)
     return local, share
-
-
-def as_bytes(resets: Tensor | None) -> Tensor | None:
-    """Resets in the form that a kernel reads: contiguous bytes, 1 for True."""
-    return None if resets is None else resets.contiguous().view(torch.uint8)
 
 
 def plan(x: Tensor) -> tuple[tuple[int, int, int], tuple[int, int, int, int]]:
