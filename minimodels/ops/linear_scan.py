@@ -152,7 +152,7 @@ def scan(a: Tensor, x: Tensor, state: Tensor, backwards: bool = False) -> Tensor
 def count_pieces(x: Tensor) -> int:
     """P: as many pieces as make each step large enough, up to the number with the fewest calls.
 
-    The calls are those for L steps and P pieces.
+    The number of calls is 2 L + P, with L = T / P, so P = √(2 T) needs the fewest.
     """
     batch, T, D = x.shape
     return max(1, min((WORK if x.is_cpu else GPU_WORK) // (batch * D), math.isqrt(2 * T)))
