@@ -18,9 +18,9 @@ from minimodels.training.parallel import synchronise
 class Step(NamedTuple):
     """The measurements of a step. Nothing here has waited for the GPU."""
 
-    # cross-entropy in nats per token, of each forward pass: this rank's share
+    # this rank's share of the cross-entropy of each forward pass, in nats per token
     losses: list[Tensor]
-    # of the last forward pass: "cross_entropy", and the layers' own losses: this rank's shares
+    # this rank's shares of the last forward pass's "cross_entropy" and of the layers' own losses
     parts: dict[str, Tensor]
     norm: Tensor  # of the gradient, before it was clipped
 
