@@ -92,7 +92,7 @@ def dense(
     biases: tuple[Tensor | None, ...],
     act: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """Apply every expert to every token: E / K times the work, but no size depends on the visits."""
+    """Apply every expert to every token: E / K times the work, but no size depends on visits."""
 
     def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = x @ weight.mT  # (E, n, ·)
