@@ -172,7 +172,7 @@ def check_shapes(
             "e as k or (B, T, H, K), state (B, H, K, V), resets (B, T), T at least 1 and H a multiple of G"
         )
     if resets is not None and resets.dtype != torch.bool:
-        raise ValueError(f"delta_rule: resets are {resets.dtype}; bool is wanted")
+        raise ValueError(f"delta_rule: resets are {resets.dtype}; accepted: bool")
 
 
 def same_heads(

@@ -68,7 +68,7 @@ def check_shapes(x: Tensor, weight: Tensor, targets: Tensor) -> None:
 
 
 def tally(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sums over a batch: the losses in nats, the correct answers and the targets: (3,) in fp32.
+    """Sums over a batch, (3,) in fp32: the losses in nats, the correct answers and the targets.
 
     They can be added over batches. logits (B, T, V); targets (B, T), of which IGNORE is left out.
     """

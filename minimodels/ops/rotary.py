@@ -175,8 +175,8 @@ def check_pairs(given: int | None, width: int, heads: int, field: str = "head_di
         raise InputError(field, given, "an even number, because rotation turns pairs")
     if not given and width // heads % 2:
         accepted = (
-            f"a number of heads of an even width, because rotation turns pairs (width {width} / "
-            f"{heads} is {width // heads}), or a head_dim"
+            "a number that makes heads of an even width, because rotation turns pairs (width "
+            f"{width} / {heads} is {width // heads}), or a head_dim"
         )
         raise InputError("heads", heads, accepted)
 

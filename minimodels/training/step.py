@@ -37,8 +37,8 @@ def training_step(
     """One optimizer step over the mean loss of the batches: forward, backward, clip, update.
 
     Each batch is (tokens, targets) or (tokens, targets, starts), (B, T) on the model's device.
-    `clip` is the largest norm of the gradient; 0: no limit. `loss_function` replaces model.loss,
-    such as a compiled version of it. A step that `guard` finds bad changes nothing.
+    `clip` is the largest norm of the gradient; 0: no limit. `loss_function`, such as a compiled
+    one, replaces model.loss. A step that `guard` finds bad changes nothing.
     """
     loss_function = loss_function or model.loss
     batches, losses = list(batches), []
