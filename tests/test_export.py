@@ -92,9 +92,10 @@ def test_an_onnx_file_gives_the_same_logits_at_any_length(name):
         same(torch.from_numpy(logits), lm(tokens)[0], 1e-4)
 
 
+@pytest.mark.parametrize("option", ["window=5", "softcap=2.0", "sink=true"])
 @torch.no_grad()
-def test_a_window_is_exported_at_any_length():
-    lm = model("attention(window=5) mlp").eval()
+def test_attention_is_exported_at_any_length(option):
+    lm = model(f"attention({option}) mlp").eval()
     program = exported(lm).module()
     for tokens in (text(1, 3), text(2, 5), text(2, 40)):
         same(program(tokens), lm(tokens)[0], 1e-5)

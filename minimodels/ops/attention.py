@@ -48,18 +48,19 @@ def attention(
     check_shapes(q, k, v, query_positions, key_positions, query_starts)
     masked = window is not None or query_positions is not None or query_starts is not None
     # cuDNN and FlashAttention handle the causal mask; the kernel is for the other masks
-    plain = impl == "auto" and not masked and q.shape[2] == k.shape[2]
+    plain = not masked and q.shape[2] == k.shape[2]
+    lacking = sink is not None or softcap is not None
     # in this case the torch path is only PyTorch's own operation, without a branch on the length
-    portable = window is None and query_starts is None and q.shape[2] == k.shape[2]
-    path = "torch" if plain else choose(impl, "attention", q.device, portable)
+    portable = (
+        window is None and query_starts is None and softcap is None and q.shape[2] == k.shape[2]
+    )
+    path = choose(impl, "attention", q.device, portable)
     weigh = partial(weighted_mean, sink=sink, softcap=softcap)
-    if path == "triton" and (sink is not None or softcap is not None):
-        if impl != "auto":
-            accepted = (
-                "auto, reference or torch, because the kernel has neither sinks nor a softcap"
-            )
-            raise InputError("impl", impl, accepted)
+    if path == "triton" and impl == "auto" and (plain or lacking):
         path = "torch"
+    if path == "triton" and lacking:
+        accepted = "auto, reference or torch, because the kernel has neither sinks nor a softcap"
+        raise InputError("impl", impl, accepted)
     if path == "triton":
         from minimodels.kernels.attention import attention as kernel
 

@@ -35,7 +35,9 @@ from minimodels.training.optim import adamw
 from minimodels.training.options import DEFAULT_ROWS, Options
 from minimodels.training.step import training_step
 
-SPARE = 0.9  # the share of a CPU's free memory that a trial may take; the rest is a reserve
+# The share of a CPU's free memory that a trial may take; the rest is a reserve for other programs.
+# A GPU's is taken whole.
+SPARE = 0.9
 LACKING = 3  # exit status of a trial without enough memory
 
 
