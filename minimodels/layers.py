@@ -24,8 +24,8 @@ layer's Place. A class also has
 and may have
 
 - `on_stream`: True for a layer that works on the residual stream itself, as a wrapper does
-- `causal`: whether no token depends on a later one in the present mode; needed if that is not always
-  so
+- `causal`: whether no token depends on a later one in the present mode, for a layer of which this
+  is not always true
 - `waits`: why the host must wait for values in a step of one token, if it must. Such a step cannot
   be a CUDA graph (see minimodels/decoding.py)
 - `after_step(taken)`: called once after each optimizer step; taken is 0 if that was skipped, else 1

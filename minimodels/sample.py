@@ -4,7 +4,7 @@
     python -m minimodels.sample Qwen/Qwen3-0.6B --prompt "Once upon a time"
     python -m minimodels.sample Qwen/Qwen3-0.6B --chat --prompt "Why is the sky blue?"
 
-By default a run's model fills its context, and a published model adds 400 tokens.
+By default a run continues the prompt up to its context, and a published model adds 400 tokens.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Options:
     stop: tuple[str, ...] = ()
     """end the text before any of these"""
     tokens: Natural | None = None
-    """the most tokens to add, because the model may end the text earlier; by default a run's
-    context is filled, and a published model adds 400"""
+    """tokens to add, unless the model ends the text earlier; by default a run's context is filled,
+    and a published model adds 400"""
     seed: Annotated[int, Range(0, 2**63 - 1, "a whole number from 0, below 2^63")] = 0
     """the same seed draws the same text"""
     device: str = "auto"
