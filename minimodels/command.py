@@ -17,8 +17,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from types import MappingProxyType
 from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
+import docstring_parser  # tyro depends on it
 import torch
 import tyro
 from tqdm import tqdm
@@ -42,6 +44,7 @@ def parse_options(
     If the command line is wrong, raises InputError with one line, in place of tyro's longer
     message.
     """
+    join_lines(kind)
     given = {} if default is None else {"default": default}
     said = io.StringIO()
     try:
@@ -59,6 +62,19 @@ def parse_options(
             raise
         arguments = sys.argv[1:] if arguments is None else arguments
         raise command_line_error(said.getvalue(), kind, synonyms, arguments) from None
+
+
+def join_lines(kind: type) -> None:
+    """Give tyro the docstrings of all options as single lines, because it would break the help
+    where the source is broken."""
+    described = docstring_parser.parse_from_object(kind).params
+    texts = {each.arg_name: " ".join((each.description or "").split()) for each in described}
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        if is_dataclass(hints[field.name]):
+            join_lines(hints[field.name])
+        elif text := texts.get(field.name):
+            field.metadata = MappingProxyType({**field.metadata, "help": text})
 
 
 def program() -> str:

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -36,6 +37,20 @@ def help_of(module, capsys) -> str:
     with pytest.raises(SystemExit):
         parse_options(module.Options, module.__doc__, arguments=["--help"])
     return capsys.readouterr().out
+
+
+@dataclass
+class Ragged:
+    kind: str = "a"
+    """one two
+    three (four five),
+    6 seven"""
+
+
+def test_help_is_not_broken_where_the_docstring_is(capsys):
+    with pytest.raises(SystemExit):
+        parse_options(Ragged, "", arguments=["--help"])
+    assert "one two three (four five), 6 seven (default: a)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("module", COMMANDS, ids=lambda module: module.__name__)
