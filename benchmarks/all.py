@@ -5,10 +5,11 @@
     python -m benchmarks.all --dry --out runs/dry    toy sizes on a CPU, in a minute
 
 On a GPU the kernels check themselves first, all at once. If a kernel is wrong, only its own rows
-are lost. Then one process times each operation against the other installed implementations. It
-times training with both paths. In the remaining time it measures further sizes, and speed against
-context. Each row is written to rows.jsonl as soon as it is measured, so an interruption loses
-nothing. --again repeats what failed or found no time, and tries the scan's settings.
+are lost. Then one process times each operation against the other installed implementations. It also
+times training with the torch path and with the kernels. In the remaining time it measures further
+sizes, and speed against context. Each row is written to rows.jsonl as soon as it is measured, so an
+interruption loses nothing. --again repeats what failed, measures what there was no time for, and
+tries the scan's settings.
 
 On a CPU (benchmarks.steps) the benchmarks run one after the other. --resume continues where they
 were interrupted.
@@ -50,7 +51,7 @@ class Options:
     minutes: float = 9.0
     """time limit in minutes"""
     again: Path | None = None
-    """folder of an earlier session on a GPU: repeat what failed there, and do what found no time"""
+    """folder of an earlier session on a GPU: repeat what failed, do what there was no time for"""
     dry: bool = False
     """try every branch at toy sizes on a CPU, with Triton's interpreter"""
     resume: bool = False
@@ -122,7 +123,7 @@ def measure(options: Options, device: torch.device) -> None:
 
 
 def plan(toy: bool) -> list[Job]:
-    """All jobs, the most valuable first. flex_attention is last, because it must be compiled."""
+    """All jobs, the most valuable first. flex_attention is last, because it compiles slowly."""
     return [
         *races.jobs(races.FIRST),
         *whole.training_jobs(),
@@ -146,8 +147,8 @@ def remaining(jobs: list[Job], earlier: list[dict], rows: list[dict]) -> list[Jo
 
 
 def unmeasured(rows: list[dict], statuses: tuple[str, ...]) -> dict[str, None]:
-    """The jobs in which one of our own providers ended in one of these ways. A peer that
-    failed would fail again."""
+    """The jobs in which one of our own providers ended in one of these ways. Peers are ignored,
+    because one that failed would fail again."""
     ours = ("torch", "triton")
     return dict.fromkeys(
         row["job"]
@@ -177,7 +178,7 @@ def start_again(options: Options, end: float) -> None:
     """Replace this process with one that continues after the last written row."""
     left = end - time.monotonic()
     if left < 30:
-        print("no time to go on", flush=True)
+        print("no time to continue", flush=True)
         os._exit(1)
     rest = replace(options, minutes=left / 60, resume=True)
     sys.stdout.flush()

@@ -5,8 +5,8 @@ a CPU, in minutes; at full size on a GPU.
                                                 the memory of a token be?
     python -m benchmarks.attention sinks        attention on the first token, and longer texts than
                                                 in training, with and without a sink or a gate
-    python -m benchmarks.attention positions    longer texts than in training: with rotary, with no
-                                                and with some positions, with yarn
+    python -m benchmarks.attention positions    longer texts than in training: with rotary positions
+                                                in all, no or some layers, and with yarn
 
 Options, rows and pictures are those of `python -m benchmarks.claims`.
 """
@@ -40,7 +40,7 @@ from .training import SCORED, Run, score, train
 
 LONGER = 8  # the longest texts, as a multiple of the trained length
 BEGIN = 32  # where the first bin begins; the bits before it vary too much
-READ = (8, 2)  # held-out texts that are read by position: rows, batches
+READ = (8, 2)  # held-out texts to read: rows of a batch, batches
 FIRST = 4  # tokens kept from the beginning of a stream, as in StreamingLLM
 TUNED = 50  # steps of tuning on long texts
 
@@ -164,7 +164,7 @@ ATTENTION = {claim.__name__: claim for claim in (cache, sinks, positions)}
 
 def equal_parameters(texts: list[str], width: int) -> list[str]:
     """The models with other widths of their MLPs, so that all have as many active parameters as the
-    first. All MLPs of a model are equally wide, so they match up to one such step.
+    first, as nearly as whole widths allow. All MLPs of a model are equally wide.
     """
 
     def active(text: str) -> float:
@@ -268,7 +268,7 @@ class Stream(nn.Module):
 
     Before each piece it forgets the oldest tokens, except the `first` ones of the text. Positions
     are those in the memory, not in the text (StreamingLLM, section 3.2): a first token that stays
-    is rotated further, so that it comes right before the oldest token that stays.
+    is rotated further, so that it comes right before the oldest other token that stays.
     """
 
     def __init__(self, model: LM, window: int, first: int, pieces: int = 8):

@@ -3,7 +3,7 @@ its own process, all at once.
 
 Each check has its own Triton cache, because settings tuned while the checks compete for the machine
 must not be used later. If a check fails or does not end in time, only its own kernel is
-affected: what needs it is left out by name.
+affected: what needs that kernel is left out and named.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def last_line(path: Path) -> str:
 
 
 def unproven(rows: list[dict]) -> dict[str, str]:
-    """The operations whose kernels are not known to be right, with the reason. The last check of
-    each decides, and also whether it made the GPU unusable."""
+    """The operations whose kernels are not known to be right, with the reason: the last check did
+    not pass, or the kernel made the GPU unusable."""
     found = {}
     for row in rows:
         if row.get("benchmark") == "check" and row["status"] == "done":

@@ -69,14 +69,15 @@ class Claim:
     """further records of the trained model"""
     seeds: int = 3
     rates: tuple[float, ...] = ()
-    """learning rates at which the first seed trains each model; the others take the best of them"""
+    """learning rates at which the first seed trains each model; the other seeds use the best one"""
 
 
 # The claims. `small`: the size for a CPU.
 
 
 def copying(small: bool) -> Claim:
-    """Mamba (arXiv:2312.00752) §4.1.1, table 1: S6 solves it, the time-invariant S4 does not."""
+    """Mamba (arXiv:2312.00752) §4.1.1, table 1: S6 solves selective copying, but the time-invariant
+    S4 does not."""
     task, context, steps = (
         ("copying(tokens=4, vocab=8)", 128, 1500)
         if small
@@ -137,7 +138,7 @@ def recall(small: bool) -> Claim:
     width, windows, state_sizes = (
         (64, (4, 8, 16), (1, 16)) if small else (128, (16, 64, 256), (1, 4, 16, 64))
     )
-    longer = 5 * steps // 2  # Mamba needs more steps to learn how
+    longer = 5 * steps // 2  # Mamba needs more steps to learn the task
     models = [("attention", steps, "(attention(heads=2) mlp)*2")]
     models += [
         ("attention, window", steps, f"(attention(heads=2, window={w}) mlp)*2") for w in windows
@@ -204,8 +205,8 @@ def depth(small: bool) -> Claim:
 
 
 def balance(small: bool) -> Claim:
-    """Switch; ST-MoE (arXiv:2202.08906); DeepSeek-V3 (arXiv:2412.19437); expert
-    choice (arXiv:2202.09368)."""
+    """Nothing, the losses of Switch and ST-MoE (arXiv:2202.08906), the bias of DeepSeek-V3
+    (arXiv:2412.19437), or expert choice (arXiv:2202.09368)."""
     size, context, steps, batch = ("tiny", 128, 300, 8) if small else ("small", 1024, 5000, 32)
     no_loss = ("moe.balance_loss=0", "moe.z_loss=0")
     bias = ("moe.balance_loss=0.0001", "moe.z_loss=0", f"moe.bias_step={0.01 if small else 0.001}")
@@ -390,7 +391,7 @@ def rows_of(records: list[dict], panels: list[Panel], shared: dict) -> list[dict
 
 
 def summarise(rows: list[dict]) -> None:
-    """The last point of each line, and what the routes did, if there are any."""
+    """Print the last point of each line, and what `routes` recorded, if anything."""
     print(table.claims(rows))
     for row in rows:
         if "route" in row and row["x"] is None:

@@ -22,8 +22,8 @@ class Crossover:
     low: float | None
     high: float | None
     faster: bool  # at the longest context
-    steady: bool  # and the same at all others
-    overlap: bool = False  # their spreads at the longest context meet
+    steady: bool  # whether `faster` is the same at all contexts
+    overlap: bool = False  # whether their spreads at the longest context overlap
 
 
 def crossover(contexts: list[int], ratios: list[list[float]]) -> Crossover:
@@ -56,7 +56,7 @@ def crossover(contexts: list[int], ratios: list[list[float]]) -> Crossover:
 def overtaking(rows: list[dict], other: str = "transformer") -> dict[str, Crossover]:
     """Where each model overtakes the `other`, in the rows of one file, mode and batch. At each
     context a model's fastest path counts. Models that share fewer than two contexts with the
-    `other` are left out, and those that were timed once, because that may be noise."""
+    `other` are left out. So are those that were timed only once, because that may be noise."""
     fastest: dict[str, dict[int, list[float]]] = {}  # model -> context -> seconds
     for row in sorted(rows, key=lambda row: row["context"]):
         if row["seconds"] and not row["model"].endswith(" again"):

@@ -73,7 +73,7 @@ def main(options: Options) -> None:
 
 
 def name_of(path: Path, taken: dict) -> str:
-    """The name of the folder or of the log. If several are the same, the whole path."""
+    """The name of the folder or of the log; the whole path if that name is taken."""
     name = path.name.removesuffix(".jsonl")
     return str(path) if name in taken else name
 

@@ -63,7 +63,7 @@ def sources(rows: list[dict]) -> str:
 
 
 def source(row: dict) -> str:
-    """Where a row was measured: device, threads, versions. A "+" of the commit means that files
+    """Where a row was measured: device, threads, versions. A "+" after the commit means that files
     differed from it."""
     commit = str(row.get("commit")).replace("+", ", changed")
     device, threads = str(row.get("device")), row.get("threads")

@@ -44,7 +44,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """It uses the width, vocabulary and depth of a config. It reads up to `context` tokens."""
+    """GPT-2 with the width, vocabulary and depth of a config, for up to `context` tokens."""
 
     def __init__(self, config: Config, heads: int, context: int):
         super().__init__()

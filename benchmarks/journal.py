@@ -36,8 +36,8 @@ class Journal:
     """Rows as JSON lines in a file, and the time that is left.
 
     path: the file. end: when the session must end, by time.monotonic(). common: the entries that
-    every row has. restart: replaces this process by one that continues; it is called when the GPU
-    no longer answers.
+    every row has. restart: replaces this process with one that continues; it is called when the GPU
+    no longer answers, or when a call hangs.
     """
 
     def __init__(

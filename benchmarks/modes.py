@@ -70,9 +70,9 @@ def prefill(model: LM, context: int, batch: int, provider: Provider) -> Callable
 
 @torch.inference_mode()
 def decode(model: LM, context: int, batch: int, provider: Provider) -> Callable[[], None]:
-    """Write a number of tokens, one by one, after `context` tokens. These are read in pieces
-    that need little memory. The first new token copies the state, because every call
-    continues from the same one. A CUDA graph does not copy it, see `repeated`."""
+    """Write DECODED tokens, one by one, after `context` tokens. The context is read in pieces that
+    need little memory. The first new token copies the state, because every call continues from the
+    same one. A step of fixed size does not copy it, see `repeated`."""
     model, start = at_capacity(in_bfloat16(model.eval())), None
     token = torch.zeros(batch, dtype=torch.int64, device=model.device)
     for length in torch.arange(context).split(max(1, PIECE // batch)):
@@ -110,18 +110,18 @@ def run(impl: str, call: Callable[[], object]) -> None:
 
 
 def compiled(model: LM, provider: Provider) -> Callable:
-    """The loss as one graph for exactly this size. The attention backend is chosen during
-    compilation, and no cache key contains it."""
+    """The loss as one graph for exactly this size. A chosen attention backend disables the caches,
+    because no cache key contains it."""
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
-    torch._dynamo.config.recompile_limit = 1000  # every model, path and size counts as one
+    torch._dynamo.config.recompile_limit = 1000  # every model, path and size is a recompilation
     options = {"force_disable_caches": True} if provider.impl in BACKENDS else None
     return torch.compile(model.loss, fullgraph=True, dynamic=False, options=options)
 
 
 class AtCapacity(nn.Module):
-    """Replaces the causal decision of a mixture-of-depths. An untrained model decides at random,
-    and the same for all tokens. This decision costs the same, but takes the share of tokens that
-    a trained model aims at."""
+    """Replaces the causal decision of a mixture-of-depths. An untrained model would decide at
+    random, and alike for all tokens. This decision costs the same, but takes the share of tokens
+    that a trained model aims at."""
 
     def __init__(self, decide: nn.Module, capacity: float):
         super().__init__()

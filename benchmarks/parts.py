@@ -123,7 +123,7 @@ def measure_scan(device: torch.device) -> Iterator[dict]:
     timings = interleave(
         {str(T): partial(both_ways, "scan", scan_inputs(T, device)) for T in lengths}
     )
-    # the minimum, because the machine disturbs it least
+    # the minimum, because other work on the machine disturbs it least
     per_token = {T: min(timings[str(T)]) * 1e6 / T for T in lengths}
     print(
         "  microseconds per token: "
@@ -314,8 +314,8 @@ def measure_mod(device: torch.device) -> Iterator[dict]:
             "dense": Config(width=width, layers="(attention mlp)*6"),
             "mod": Config(width=width, layers="(attention mlp mod(attention mlp))*3"),
         }
-        # a causal query sees half of T keys on average, and attention's kernel computes few others;
-        # at T/2 the ledger counts these
+        # a causal query sees half of the T keys on average, and attention's kernel computes few
+        # others; the ledger counts all T keys, so at T/2 it counts as many as are seen
         every, seen = (
             ledger(configs["dense"], t).forward_flops / ledger(configs["mod"], t).forward_flops
             for t in (T, T // 2)

@@ -33,7 +33,7 @@ from minimodels.ops.linear_cross_entropy import IGNORE
 D, DEPTH, H, V, WIDE = 256, 4, 4, 256, 704
 SHAPE = {"vocab_size": V, "hidden_size": D, "num_hidden_layers": DEPTH}
 NO_SPECIAL = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-# x-transformers has no eps
+# x-transformers has no eps, so the eps of the norms is tiny
 HEADS = {
     "num_attention_heads": H,
     "num_key_value_heads": H,

@@ -153,9 +153,9 @@ def claims(rows: Rows) -> Figures:
 
 
 def at_best_rate(rows: Rows) -> Rows:
-    """The rows of one panel, of each model only those of its best learning rate, by the mean over
-    the seeds at the last x. If some rates have fewer seeds than others, they were tried and passed
-    over. Rows without a rate belong to models that were trained at one."""
+    """The rows of one panel: for each model, only those of its best learning rate, by the mean over
+    the seeds at the last x. A rate with fewer seeds than another was tried and passed over. Rows
+    without a rate belong to models that were trained at only one."""
     ended = defaultdict(dict)  # (model, layers), rate -> seed -> (x, y)
     for row in rows:
         seeds = ended[model_of(row), row.get("lr")]
@@ -216,8 +216,8 @@ def curve(rows: Rows) -> list[tuple]:
 
 
 def ends(rows: Rows) -> str:
-    """A sentence that says which model is ahead at the last place that all lines reach. If they
-    share no place, or differ in a logarithmic one, it says where each line ends."""
+    """A sentence that says which model is ahead at the last place that all lines reach. If there is
+    none, or they end at different places of a logarithmic axis, it says where each line ends."""
     models = dict.fromkeys(row["model"] for row in rows)
     curves = {model: curve([row for row in rows if row["model"] == model]) for model in models}
     lasts = {model: max(place for place, *_ in points) for model, points in curves.items()}

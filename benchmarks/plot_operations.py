@@ -11,7 +11,7 @@ from .verdict import overlap
 
 OURS = {"triton": "#111827", "torch": "#6b7280", "reference": "#d1d5db"}  # and their colours
 PEERS = ("#0891b2", "#ec4899", "#84cc16", "#92400e", "#c026d3")  # colours of the others
-PEER_MARKERS = ("o", "s", "^", "v")  # used with the same colours again, when all colours are taken
+PEER_MARKERS = ("o", "s", "^", "v")  # when all colours are taken, they return with the next marker
 ROW = 0.24  # inches
 
 
@@ -78,7 +78,7 @@ def ahead(cases: list[dict[str, dict]]) -> str:
             else:
                 lost += 1
     if not won + lost + open_:
-        return "Nothing was timed beside another."
+        return "No case has times to compare."
     undecided = f"; in {open_} the spreads overlap" if open_ else ""
     cases_in_all = won + lost + open_
     return f"{ours} is faster than {other} in {won} of {cases_in_all} cases, slower in {lost}{undecided}."

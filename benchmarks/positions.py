@@ -117,7 +117,7 @@ def loss_by_position(model: LM, data: Source, batch_size: int, batches: int) -> 
 
 def bins(context: int, longest: int, per_doubling: int) -> list[int]:
     """The first position of each bin, from 0 to `longest`, ascending; the last entry is `longest`
-    itself. The training context is one of them if it is not longer."""
+    itself. The training context is one of them, unless it is longer than `longest`."""
     down = math.ceil(per_doubling * math.log2(context))
     up = math.ceil(per_doubling * math.log2(max(1, longest / context)))
     edges = {round(context * 2 ** (i / per_doubling)) for i in range(-down, up + 1)}

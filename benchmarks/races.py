@@ -26,7 +26,7 @@ from minimodels.measure import interleave, peak_bytes, per_second, synchronise
 from .session import Job, Session
 
 TOLERANCE = 1e-2  # of ‖result - expected‖ / ‖expected‖
-SLOW, SLOW_TOY = 0.7, 0.05  # seconds; what takes longer is timed once
+SLOW, SLOW_TOY = 0.7, 0.05  # seconds; a provider that takes longer is timed only once
 FIRST_CALLS = 60.0  # seconds that a provider may take to compile and tune both passes
 TURNS = 20.0  # seconds that all rounds of one direction may take
 
@@ -175,8 +175,8 @@ def inputs_of(module, this: Race, toy: bool) -> tuple:
 
 
 def providers(module, this: Race, session: Session) -> dict[str, tuple]:
-    """For each provider by name: the call, whether its results are those of the torch path, which
-    comes first, and the reason if it cannot run."""
+    """For each provider by name: the call, whether it must return the results of the torch path,
+    and the reason if it cannot run. The torch path comes first."""
     torch_path, kernel = this.paths(module, this.operation)
     found = {
         "torch": (torch_path, True, ""),
@@ -274,8 +274,8 @@ def warm(call: Provider, arguments: tuple, direction: str, device: torch.device)
 
 
 def passes(call: Provider, arguments: tuple, direction: str) -> Callable[[], object]:
-    """The call to time: the forward pass, the backward pass alone, whose forward pass is made
-    before the timing, or both."""
+    """The call to time: the forward pass; or the backward pass alone, with the forward pass made
+    before the timing; or both."""
     wanted = wanted_of(arguments)
     if direction == "forward":
         return partial(torch.no_grad()(call), *arguments)

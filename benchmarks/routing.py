@@ -58,7 +58,7 @@ class Options:
     html: Path | None = None
     """file for an HTML page with the same picture"""
     route: str = ""
-    """topk shows the choice of training instead of the causal one"""
+    """topk: show the choice that training makes, instead of the causal one"""
 
 
 def main(options: Options) -> None:

@@ -12,7 +12,7 @@ states per channel; this layer has N/2 complex ones. The rest of Mamba's block i
     x, z                (B, T, D)      the signal and its gate
     step        Δ       (D,)
     A           A       (D, N/2)       complex, real part negative
-    C           C       (D, N/2)       complex; B is fixed at 1, because C can take its scale
+    C           C       (D, N/2)       complex; B is fixed at 1, because C can absorb its scale
     filter      K       (D, T)
 """
 
@@ -30,8 +30,8 @@ from minimodels.ops.convolution import causal_conv1d
 
 
 class S4D(nn.Module):
-    """The block of a given Mamba layer, with its parameters, but with S4D
-    instead of the selective scan.
+    """The block of a given Mamba layer, with its parameters, but with S4D instead of the
+    selective scan.
 
     It works only on whole sequences, because it carries no state.
     """
@@ -53,8 +53,8 @@ class S4D(nn.Module):
         self.C = nn.Parameter(torch.randn(D, N // 2, 2) / math.sqrt(2))  # real and imaginary parts
 
     def filter(self, T: int) -> Tensor:
-        """K_t = 2 Re Σ_n C_n (exp(ΔA_n) - 1)/A_n exp(t ΔA_n), with zero-order hold: (D,
-        T) for t from 0 to T - 1."""
+        """K_t = 2 Re Σ_n C_n (exp(ΔA_n) - 1)/A_n exp(t ΔA_n), with zero-order hold: (D, T), for t
+        from 0 to T - 1."""
         A = torch.complex(-self.log_decay.exp(), self.frequency)
         exponent = self.log_step.exp().unsqueeze(1) * A  # ΔA
         C = torch.view_as_complex(self.C) * torch.expm1(exponent) / A

@@ -151,7 +151,7 @@ def mixers(small: bool) -> Claim:
     """Zoology (arXiv:2312.04927): recall against bytes of state, for every mixer.
 
     Every mixer follows the same short convolution, which brings a key and its value together, so
-    the mixer has only to remember. Each has two sizes of state. Recurrent mixers succeed in a
+    the mixer only has to remember. Most have two sizes of state. Recurrent mixers succeed in a
     narrow band of learning rates (arXiv:2508.19029), so the first seed tries several.
     """
     task, context, steps, batch, width = (

@@ -63,7 +63,7 @@ AXES: dict[str, Callable[[Ledger], float]] = {
     "flops": lambda cost: cost.forward_flops,
 }
 FIRST = 256  # the context at which the models are matched, and the shortest unless another is given
-HEADS = {  # layer -> options that are width / heads of the layer by default
+HEADS = {  # layer -> options whose default is width / heads
     "attention": ("head_dim",),
     "retention": ("head_dim", "value_dim"),
     "deltanet": ("head_dim",),
@@ -104,7 +104,7 @@ class Options:
     torch with that attention"""
     compile: bool = False
     """also time the training step with torch.compile, and decoding with a state of fixed size that
-    is written in place; on a GPU this is a CUDA graph, which avoids the launches"""
+    is written in place; on a GPU this is a CUDA graph, which avoids launching each kernel"""
     device: str = "auto"
     """auto, cpu or cuda"""
     out: Path = Path("runs/benchmarks/throughput.jsonl")
@@ -224,7 +224,7 @@ def providers(configs: dict[str, Config], options: Options, mode: str) -> dict[s
                 names = names_in(parse(config.layers))
                 if impl in BACKENDS and "attention" not in names:
                     continue
-                # layers that wait for values, and backends without the mask of a fixed state
+                # no fixed step for layers that wait for values, or for backends without its mask
                 waiting = {"mod", "learned_positions", *(() if impl == "triton" else ("moe",))}
                 if compiled and mode == "decode" and (waiting & names or impl in BACKENDS):
                     continue
@@ -237,7 +237,7 @@ def providers(configs: dict[str, Config], options: Options, mode: str) -> dict[s
 
 def matched(options: Options) -> dict[str, Config]:
     """The models by name, each with the width at which it costs as much as the transformer on the
-    axis; and a table of their costs."""
+    axis. Prints a table of their costs."""
     base = preset("transformer", options.size)
     configs = {name: preset(name, options.size) for name in options.models}
     for layers in options.layers:

@@ -42,7 +42,7 @@ ORDER = ("transformer", "mamba", "moe", "hybrid", "mod")
 
 
 def config_of(name: str, impl: str, toy: bool) -> Config:
-    """A preset with a path. Only this function knows the fields of Config."""
+    """A preset with a path."""
     if toy:
         return preset(name, "tiny", impl=impl, width=32, layers=TOY_LAYERS[name])
     return preset(name, "small", impl=impl)
@@ -138,7 +138,7 @@ def against_context(mode: str, context: int, session: Session) -> None:
     if session.device.type == "cuda":
         impls = ("torch", "cudnn", "triton")
     models = ("transformer", "mamba")
-    if toy and mode == "decode":  # the interpreter takes a minute for Mamba's
+    if toy and mode == "decode":  # the interpreter takes a minute to decode with Mamba
         models = ("transformer",)
     options = throughput.Options(
         models=models,

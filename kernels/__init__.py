@@ -34,7 +34,8 @@ OPERATIONS = (
     "norm_rotate",
 )
 # Operations for which "auto" takes the kernel on a GPU, because it was measured to be faster: none
-# so far. PyTorch's operation would still compute plain causal attention, see ops/attention.py.
+# so far. Even if attention were listed, PyTorch would compute the plain causal case, see
+# ops/attention.py.
 FASTER: frozenset[str] = frozenset()
 INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -62,17 +63,20 @@ def require(operation: str, device: torch.device) -> None:
             f'{ACCEPTED}, because triton is not installed: pip install -e ".[gpu]"',
         )
     if device.type != "cuda" and not INTERPRETED:
-        reason = f"Triton compiles only for a GPU and the device is {device.type}; TRITON_INTERPRET=1 interprets it, slowly"
+        reason = (
+            f"Triton compiles only for a GPU and the device is {device.type}; "
+            "TRITON_INTERPRET=1 interprets kernels, slowly"
+        )
         raise InputError("impl", "triton", f"{ACCEPTED}, because {reason}")
     if REFUSED:
         raise InputError("impl", "triton", f"{ACCEPTED}, because {REFUSED}")
 
 
 def require_product(dtype: torch.dtype) -> None:
-    """Raise InputError if Triton would multiply matrices of a `dtype` wrongly.
+    """Raise InputError if Triton would multiply matrices of `dtype` wrongly.
 
-    Its interpreter does so in bfloat16.
+    Its interpreter does so with bfloat16.
     """
     if INTERPRETED and dtype == torch.bfloat16:
-        reason = "its interpreter multiplies matrices of bfloat16 wrongly; it is right with float32"
+        reason = "Triton's interpreter multiplies matrices of bfloat16 wrongly; choose float32"
         raise InputError("impl", "triton", f"{ACCEPTED}, because {reason}")

@@ -15,17 +15,18 @@ exponential a pair. A Hopper SM computes 16 of them a clock, or 4096 operations 
 exponentials take as long as forward's two products at d = 64, and half as long at 128.
 
 Decoding, T = 1, is bound by reading k and v. There the H/G heads that share keys are PACKED, as if
-they were queries of one head. They fill a block together, and k and v are read once. B·G programs
-would leave most of the machine idle. So the keys of a few queries are divided among several
-programs, and their y are joined by means of their lse. For 16 queries and 64 keys at d = 128 the
-compiler (Triton 3.9) reports 128 registers, nothing spilled, and 258 instructions a block of keys
-(291 with a mask). Before heads were packed the figures were 128, 0 and 258 (320), but each head
-walked over the keys. So with 32 heads on 8, packing issues a quarter of the instructions.
+they were queries of one head. They fill a block together, and k and v are read once. But B·G
+programs would leave most of the machine idle. So if there are few queries, several programs divide
+the keys, and the programs' y are joined by means of their lse. For 16 queries and 64 keys at
+d = 128 the compiler (Triton 3.9) reports 128 registers, nothing spilled, and 258 instructions a
+block of keys (291 with a mask). Before heads were packed the figures were 128, 0 and 258 (320), but
+each head walked over the keys. So with 32 heads on 8 key heads, packing issues a quarter of the
+instructions.
 
-Forward, a block of queries walks over its keys and keeps the softmax of those met so far: Σ exp(s -
-high) v, Σ exp(s - high) and the highest score. When that score grows, both sums are scaled down.
-Forward stores lse = log Σ_j exp(s_ij), from which backward computes every p_ij directly. With dp_ij
-= dy_i · v_j and mean_dp_i = dy_i · y_i:
+In forward, a block of queries walks over its keys and keeps the softmax of those met so far:
+Σ exp(s - high) v, Σ exp(s - high) and the highest score. When that score grows, both sums are
+scaled down. Forward stores lse = log Σ_j exp(s_ij), from which backward computes every p_ij
+directly. With dp_ij = dy_i · v_j and mean_dp_i = dy_i · y_i:
 
     ds_ij = p_ij (dp_ij - mean_dp_i)     dq_i = Σ_j ds_ij k_j / √d
     dk_j = Σ_i ds_ij q_i / √d          dv_j = Σ_i p_ij dy_i
@@ -36,18 +37,19 @@ Both compute s and dp, which makes seven products instead of five. This is the p
 atomic additions, so that results are the same each time in one process (another process may be
 tuned to other blocks). Exponentials are to base 2, as in the hardware.
 
-Blocks that no query sees are skipped, and a block is masked only if some of its queries do not see
-all of it. If positions are given, any slot may be empty. Then every block is masked, and only the
-slots after a query's own are known to be invisible. If starts are given, the keys of a block of
-queries begin at the document of its first query, and only the keys of its last document may go
-without a mask. The queries of a block of keys end with the last document that it reaches.
+Blocks of scores in which no query sees a key are skipped, and a block is masked only if some query
+does not see all of its keys. If positions are given, any slot may be empty. Then every block is
+masked, and only the slots after a query's own are known to be invisible. If starts are given, the
+keys of a block of queries begin at the document of its first query, and only the keys of its last
+document may go without a mask. The queries of a block of keys end with the last document that it
+reaches.
 
 Tensor cores multiply while the other units compute exponentials, but only if the exponentials do
 not wait for that product. So forward may start the next block's scores AHEAD of this block's
 softmax, at the cost of registers and of one block of scores too many. Backward starts dp ahead of
-p. A loop that may not run at all is inside an `if`. Without the `if`, the way around the loop and
-the way out of it meet while a product is in flight, and the assembler makes every product wait for
-the one before. No result shows this, but minimodels.kernels.compile does.
+p. A loop that might not run at all is inside an `if`. Without the `if`, the path around the loop
+and the path out of it meet while a product is in flight, and the assembler makes every product wait
+for the one before. The results do not show this, but minimodels.kernels.compile does.
 
     name        shape
     q, y        (B, H, T, d)    H heads; any strides, the last dimension contiguous
@@ -61,12 +63,12 @@ the one before. No result shows this, but minimodels.kernels.compile does.
     lse, mean_dp  (B, H, T)       lse to base 2, infinite if a query sees nothing; in full precision
     s, dp       (queries, keys) of two blocks. s lacks its factor 1/√d; `high` includes it and is to
                                 base 2 like lse
-    size, span  ()              T, and for a few queries S, rounded up to powers of two for tuning
-    region      0, 1, 2         of the keys of a block of queries: 0 some hidden by the window or by
-                                documents, 1 all seen, 2 some in the future. Of the queries of a
-                                block of keys: 0 keys in the future for some, 1 all seen, 2 hidden
-                                from some. With positions all are masked: keys in region 2, queries
-                                in region 0
+    size, span  ()              T, and S if queries are few, rounded up to powers of two for tuning
+    region      0, 1, 2         a part of the keys of a block of queries: 0 some are hidden by the
+                                window or by documents, 1 all are seen, 2 some are in the future. Or
+                                of the queries of a block of keys: 0 some keys are in the future, 1
+                                all are seen, 2 some are hidden. With positions all keys are in
+                                region 2, or all queries in region 0, and masked
 """
 
 from __future__ import annotations
@@ -103,12 +105,13 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from minimodels.ops.attention import attention as operation
 from minimodels.ops.attention import check_shapes
 
-# with at most so many queries (one block), the keys are divided; more give enough programs anyway
+# with at most this many queries (one block), several programs divide the keys; more queries give
+# enough programs anyway
 FEW = 16
-KEYS_EACH = 256  # keys that each of these programs gets, at least
+KEYS_EACH = 256  # the fewest keys for each of these programs
 # the values by which blocks are tuned; Triton adds the arguments' dtypes
 KEY = ["size", "span", "window", "WIDTH"]
-# the arguments for which Triton compiles no version of its own at special values, such as 1
+# the arguments whose special values, such as 1, get no compiled version of their own
 COUNTS = ["B", "H", "G", "size", "span"]
 
 
@@ -167,7 +170,7 @@ def query_places(QUERIES, i, T, S):
 
 @triton.jit
 def start_places(STARTS, i, T):
-    """Where the documents of a block's queries begin; after the last query, behind all keys."""
+    """Where the documents of a block's queries begin; beyond the last query, after all keys."""
     if STARTS is None:
         return None
     else:
@@ -239,9 +242,9 @@ def keys_of(start, T, S, window, KEYS, STARTS, BLOCK_T: tl.constexpr, BLOCK_S: t
 
 @triton.jit
 def dealt(bounds, BLOCK_S: tl.constexpr):
-    """This program's share of the bounds, if keys are divided among several programs.
+    """The bounds within this program's share, if keys are divided among several programs.
 
-    Each gets the same number of blocks, and the last ones get fewer or none.
+    All get the same number of blocks, except the last ones, which get fewer or none.
     """
     low, whole, edge, end = bounds
     length = tl.cdiv(tl.cdiv(end - low, BLOCK_S), tl.num_programs(1)) * BLOCK_S
@@ -256,7 +259,7 @@ def queries_of(start, T, S, window, KEYS, ENDS, BLOCK_T: tl.constexpr, BLOCK_S: 
 
     The queries between the bounds see all of the keys.
     """
-    # the query at the slot of the first key; below 0 if that key is remembered
+    # the query at the slot of the first key; below 0 if that key comes before all queries
     first = start - (S - T)
     low = tl.maximum(first, 0) // BLOCK_T * BLOCK_T
     whole, edge, end = T, T, T
@@ -331,7 +334,7 @@ def attend(
 def fitting(configs: list[triton.Config], arguments: dict, **_) -> list[triton.Config]:
     """The configurations whose blocks are not larger than the number of queries.
 
-    For fp32 it is the first one, because no tensor core multiplies fp32 exactly.
+    For fp32 it is only the first one, because no tensor core multiplies fp32 exactly.
     """
     if arguments["Q"].element_size() > 2:
         return configs[:1]
@@ -373,7 +376,7 @@ def forward_kernel(
     """One program has BLOCK_T queries of one head, and all of their keys or a share (DEAL).
 
     The programs with the most keys start first, all heads side by side. PACKED: T is H/G and H is
-    G, for one query of all heads that share their keys.
+    G, because the one query of each head that shares the keys counts as a query of their key head.
     """
     row, block = tl.program_id(0) % (B * H), tl.program_id(0) // (B * H)
     start = (tl.cdiv(T, BLOCK_T) - 1 - block) * BLOCK_T
@@ -736,7 +739,7 @@ def forward(
 
 
 def parts_of(q: Tensor, met: int) -> int:
-    """The number of programs, a power of two, that divide the keys of a head's queries.
+    """The number of programs, a power of two, among which the keys of a head are divided.
 
     There are as many as fill the machine, each with KEYS_EACH keys or more.
     """
@@ -851,7 +854,7 @@ def attention(
 
 
 def check() -> None:
-    """Outputs and gradients against the reference in fp64; on a GPU in bf16 and fp16 too."""
+    """Compare outputs and gradients with the reference in fp64; on a GPU, for bf16 and fp16 too."""
 
     def inputs(B: int, H: int, G: int, T: int, S: int, d: int, *masks) -> tuple:
         return torch.randn(B, H, T, d), torch.randn(B, G, S, d), torch.randn(B, G, S, d), *masks

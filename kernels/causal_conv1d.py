@@ -6,7 +6,7 @@
 What it must cost: x is read and y written once, 4 bytes an element in bf16, against 2·W operations
 and an exponential. So the kernel is as fast as a copy of that many bytes, if each number is loaded
 once. Backward reads x and dy and writes dx, 6 bytes. With g_t = dy_t ⊙ (σ(p_t) · (1 + p_t · (1 -
-σ(p_t)))), or g = dy,
+σ(p_t)))), or g = dy without the activation,
 
     dx_s = Σ_w weight_w ⊙ g_{s+W-1-w}                  for s < 0 it is dwindow
     dweight_w = Σ_t g_t ⊙ x_{t-W+1+w}                  dbias = Σ_t g_t
@@ -15,8 +15,8 @@ A program walks along a chunk of the text with a block of channels, and neighbou
 neighbouring channels. It keeps the last W inputs in registers, and in backward also the last W
 numbers of g. So only the W-1 tokens at a chunk's borders are loaded twice, and p is recomputed
 instead of kept. If a token begins a document, the inputs kept from before it become 0. In backward,
-dx of a token before it takes no g from there on. A few tokens are loaded ahead of their use to keep
-the memory busy.
+dx of an earlier token takes no g from that token on. A few tokens are loaded ahead of their use to
+keep the memory busy.
 
     name        shape
     x, y        (B, T, D)      x may be a part of a wider tensor, such as half of a projection
@@ -25,7 +25,7 @@ the memory busy.
     window      (B, W-1, D)    the inputs before x, None for zeros
     resets      (B, T)         bytes: 1 if a token begins a document; None: no token does
     size        ()             B · T for tuning: rounded up and bounded
-    partial     (B · chunks, W+1, D)   each program's share of dweight; the last place is for dbias
+    partial     (B · chunks, W+1, D)   each program's share of dweight, and in the last row of dbias
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def load_taps(WEIGHT, channel, inside, W: tl.constexpr, FULL: tl.constexpr):
 
 @triton.jit
 def begins(RESETS, t, T):
-    """1 where a document begins at t, else 0."""
+    """1 if a document begins at t, else 0."""
     if RESETS is None:
         return 0
     else:
@@ -200,8 +200,8 @@ def backward_kernel(
 ):  # fmt: skip
     """One program has one block of channels and dx of one chunk of one text.
 
-    It walks W-1 tokens further, because dx_s needs g up to t = s+W-1. It sums dweight over
-    the t that it walks over, from its W-th on; the first chunk also takes the first W-1.
+    It walks W-1 tokens further, because dx_s needs g up to t = s+W-1. It sums dweight over the
+    tokens that it walks, from the W-th on; the first chunk also counts its first W-1.
     """
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < D
@@ -377,7 +377,7 @@ def causal_conv1d(
 
 
 def check() -> None:
-    """Outputs and gradients against the reference in fp64; on a GPU in bf16 too."""
+    """Compare outputs and gradients with the reference in fp64; on a GPU, for bf16 inputs too."""
 
     def inputs(batch: int, T: int, D: int, W: int, *rest) -> tuple:
         x, window = torch.randn(batch, T, D), torch.randn(batch, W - 1, D)
@@ -396,7 +396,7 @@ def reference(x, weight, bias, window, lengths, activation, resets=None):
 
 
 def cuda(x: Tensor, weight: Tensor, bias: Tensor, *_) -> Tensor:
-    """The CUDA kernel of the package causal_conv1d, which takes (B, D, T): here a view."""
+    """The CUDA kernel of the package causal_conv1d, which takes (B, D, T), here as a view."""
     from causal_conv1d import causal_conv1d_fn
 
     return causal_conv1d_fn(x.mT, weight, bias, activation="silu").mT

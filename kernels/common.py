@@ -73,9 +73,9 @@ def full(tensor: Tensor) -> tl.dtype:
 def tuned(configs: list[triton.Config], key: list[str], prune: Callable | None = None) -> Callable:
     """Tune a kernel: time its configurations and keep the fastest one.
 
-    It does so once for each value of the key and for the dtypes of the arguments. `prune` selects
-    the configurations to time. The choice also goes to Triton's cache on the disk. The interpreter
-    takes the first configuration.
+    It does so once for each value of the key and each combination of the arguments' dtypes. `prune`
+    selects the configurations to time. The choice is also saved in Triton's cache on disk. The
+    interpreter takes the first configuration.
     """
 
     def decorate(kernel):
@@ -93,15 +93,15 @@ def tuned(configs: list[triton.Config], key: list[str], prune: Callable | None =
 
 
 def size_of(rows: int) -> int:
-    """The number of rows that tuning uses: rounded up, with a limit, because more rows need no
-    other tuning."""
+    """The number of rows by which a kernel is tuned: rounded up, and limited, because more rows
+    would be tuned in the same way."""
     return min(triton.next_power_of_2(rows), 4096)
 
 
 def configurations(*kernels) -> Iterator[str]:
     """Make tuned kernels use their first configuration, then their second, and so on, untuned.
 
-    A kernel with fewer configurations uses its last one. Yields a description of the choice.
+    A kernel with fewer configurations repeats its last one. Yields a description of the choice.
     """
     before = [kernel.configs for kernel in kernels]
     try:
@@ -123,8 +123,8 @@ def multiprocessors(tensor: Tensor) -> int:
     )
 
 
-# a GPU's exponential may be off by up to 2⁻²², perhaps always to the same side, and a long product
-# of decays adds this up
+# a GPU's exponential may be off by up to 2⁻²², perhaps always in the same direction, and in a long
+# product of decays these errors add up
 FLOORS = {
     torch.float64: 1e-12,
     torch.float32: 1e-4 if GPU else 1e-5,
@@ -171,7 +171,7 @@ def compare_all(
     """Compare at odd sizes and at sizes that fill blocks, in several configurations.
 
     The first configuration of the tuned kernels is compared at every precision. The others
-    are compared at full sizes, but not in fp32, for which tuning never uses them.
+    are compared at full sizes, and not in fp32.
 
     Nothing is tuned here. So other work on the GPU during the check cannot put a wrong winner into
     Triton's cache, and the measurement can reuse what was compiled. A configuration that needs more
@@ -200,7 +200,7 @@ def move(part: object, device: str, dtype: torch.dtype) -> object:
 
 
 def run(operation: Callable, arguments: list) -> list[Tensor]:
-    """The floating-point outputs, and the gradients of a loss that weighs each differently."""
+    """The floating-point outputs, and the gradients of a loss in which each number has a weight."""
     outputs = operation(*arguments)
     outputs = [
         o
@@ -221,18 +221,18 @@ def run(operation: Callable, arguments: list) -> list[Tensor]:
 class Case:
     """One size at which an operation is timed.
 
-    TIMED says how: in fp32 on a CPU, and in bf16, except for small parameters, on a GPU.
+    TIMED says how: in fp32 on a CPU, and in bf16 on a GPU, except for some small parameters.
     """
 
     label: str
     inputs: Callable[[], tuple]
     """makes the arguments, x or q first; those that need gradients have requires_grad"""
     forward: float
-    """the numbers moved, or the FLOPs, that the forward pass must cost"""
+    """the numbers that the forward pass must move, or the FLOPs that it must take"""
     backward: float
     """the same for the backward pass; 0 if it is not timed alone"""
     unit: str = "GB/s"
-    """or TFLOP/s: the machine's ceiling with which the two above are compared"""
+    """or TFLOP/s: which of the machine's ceilings the two above are compared with"""
 
 
 @dataclass
@@ -248,7 +248,7 @@ class Peer:
     module: str = ""
     """the name under which the package is imported, if it differs"""
     same: bool = True
-    """whether it computes the same; such a peer is left out if its results differ"""
+    """whether its results should be the same; if so, it is left out when they differ"""
 
 
 def available(peers: dict[str, Peer]) -> dict[str, Callable]:
@@ -266,10 +266,10 @@ def available(peers: dict[str, Peer]) -> dict[str, Callable]:
 
 @dataclass(frozen=True)
 class Options:
-    """Check an operation and time it against its torch path, the same compiled, and its peers."""
+    """Check an operation and time it against its torch path, plain and compiled, and its peers."""
 
     out: Path | None = None
-    """file for JSON rows, in which they replace the operation's earlier rows"""
+    """file for JSON rows; new rows of an operation replace earlier ones"""
     rounds: int = 5
     """rounds of interleaved timings"""
     check_only: bool = False
@@ -286,11 +286,12 @@ def report(
 ) -> Callable:
     """The command of a kernel file: run `check`, then time every case.
 
-    Each case is timed forward and backward, providers in turn, with the memory that they take.
-    `operation` is that of the architecture, with an argument `impl`. It is also compiled and timed
-    in the last case. Without a GPU the kernel is checked if TRITON_INTERPRET=1, and the reference
-    is timed in its place. If a kernel fails its check, only the other providers are timed. With
-    --check-only the exit status is then 1, and the last line gives the reason.
+    Each case is timed forward and backward, with the providers in turn, and their memory is
+    measured. `operation` is that of the architecture, with an argument `impl`. In the last case its
+    torch path is also compiled and timed. Without a GPU the kernel is checked only if
+    TRITON_INTERPRET=1 is set, and the reference is timed in its place. If a kernel fails its check,
+    only the other providers are timed. With --check-only the exit status is then 1, and the last
+    line gives the reason.
     """
 
     def main(options: Options) -> None:
@@ -385,14 +386,14 @@ class Rows:
 
 
 def find_fault(name: str, check: Callable) -> str:
-    """The reason why a kernel fails its check, in one line; empty if it passes. Prints either."""
+    """Why a kernel fails its check, in one line; empty if it passes. Prints the result."""
     try:
         check()
     except Exception as error:  # the compiler or the GPU may raise anything
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        print(f"{name}: the kernel is wrong and left out: {reason}", flush=True)
+        print(f"{name}: the kernel fails its check and is left out: {reason}", flush=True)
         return reason
-    print(f"{name}: outputs and gradients are those of the reference", flush=True)
+    print(f"{name}: outputs and gradients match the reference", flush=True)
     return ""
 
 
@@ -403,7 +404,7 @@ def forget(path: Path, operation: str) -> None:
     try:
         kept = [line for line in lines if line and json.loads(line)["operation"] != operation]
     except (ValueError, KeyError, TypeError):
-        raise InputError("out", str(path), "a new file, or one of rows of kernels") from None
+        raise InputError("out", str(path), "a new file, or one with rows of kernels") from None
     path.write_text("".join(f"{line}\n" for line in kept))
 
 
@@ -414,10 +415,10 @@ def time_providers(
     direction: str,
     rounds: int,
 ) -> tuple:
-    """Interleaved seconds of each provider, and the bytes that it takes.
+    """The seconds of each provider, timed in turn, and the bytes that it takes.
 
-    The first provider's results are what the others must return. One that fails or returns other
-    results is named and left out. `others` compute something else and are not compared.
+    All must return the first provider's results. One that fails or returns other results is named
+    and left out. `others` compute something else and are not compared.
     """
     functorch_config.donated_buffer = False  # so that a compiled backward pass can run repeatedly
     calls, memory, expected = {}, {}, None
@@ -475,7 +476,7 @@ def once(provider: Callable, arguments: tuple, direction: str) -> None:
 def prepare(provider: Callable, arguments: tuple, direction: str) -> Callable[[], object]:
     """Make a call that does one forward pass, or one backward pass.
 
-    The forward pass before a backward pass runs before the clock starts.
+    For a backward pass, the forward pass runs here, before the clock starts.
     """
     if direction == "forward":
 

@@ -4,14 +4,15 @@
 
 Each kernel file has EXAMPLES, inputs of its operation. The command runs each operation on them
 forward and backward in bf16. It binds each launch to its arguments and compiles it in every
-configuration that tuning would try, but it does not run it, so the outputs are meaningless. Every
-core compiles one example at a time. What is not in Triton's cache takes some minutes.
+configuration that tuning would try, but nothing is launched, so the outputs are meaningless. Every
+core compiles one example at a time. Kernels that are not in Triton's cache take some minutes.
 
 It prints registers per thread, spilled bytes and shared memory. For each innermost loop it prints
 what a warp must issue in each round: the instructions, and how many of them are special functions
-(exponentials, reciprocals) or matrix products. If the assembler expects a loss, its message is
-quoted. "Serialized" products wait for each other, which can halve a kernel's speed. The command
-then fails, and it also fails with the compiler's message if there is one.
+(exponentials, reciprocals) or matrix products. If the assembler expects a loss of speed, its
+message is quoted. For example, "serialized" products wait for each other, which can halve a
+kernel's speed. The command fails if there is such a message or, with the compiler's message, if
+compilation fails.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from triton.runtime.jit import JITFunction
 from minimodels.command import parse_options, run_command
 from minimodels.errors import InputError
 
-SHARED = 227 * 1024  # bytes that a program may use
+SHARED = 227 * 1024  # bytes of shared memory that a program may use
 
 
 class Hopper:

@@ -25,9 +25,9 @@ inputs and the states before the chunks are saved.
 
 Every exponent is at most 0. With one gate per head, G_i - G_j is masked before the exponential.
 With one per channel, blocks of 32, 16, ... 1 tokens are joined in pairs: q_i has decayed since the
-end of the first block, and k_j decays until then. So A takes six products there, but only one
-without gates. A document that begins within a chunk cuts it: sums of g start again there, and pairs
-of tokens from both sides of the cut are masked.
+end of the first block, and k_j decays until then. So A takes six products there, but only one with
+a gate per head. A document that begins within a chunk cuts it: sums of g start again there, and
+pairs of tokens from both sides of the cut are masked.
 
 What it must cost in bf16 with K = V = 128, per token and head: forward reads q, k, v and e and
 writes y, 1280 bytes, and takes 98 thousand FLOPs without e and 164 thousand with it. An H200 moves
@@ -37,11 +37,11 @@ wait for each other in between.
 
 Compiled for Hopper (Triton 3.9), registers of a thread with keys of 128 numbers: sums 25, prepare
 163 (238 with a gate for each channel), state 122 to 221, outputs 159 to 252, errors 136 to 240,
-values 155 to 226, keys 220 to 255. Only keys spills, with a gate for each channel: 16 bytes without
-e and 250 with it. (With keys of 256 numbers, state spills up to 80.) Instructions of a warp in one
-turn of a loop: sums 51 to 91, prepare 107 to 596, state 486 to 1227, outputs 188 to 598, errors 192
-to 588, values 200 to 605, keys 211 to 623. The assembler expects no loss. This has not run on a
-GPU.
+values 155 to 226, keys 220 to 255. Only `keys` spills, with a gate for each channel: 16 bytes
+without e and 250 with it. (If keys have 256 numbers, `state` spills up to 80.) Instructions of a
+warp in one turn of a loop: sums 51 to 91, prepare 107 to 596, state 486 to 1227, outputs 188 to
+598, errors 192 to 588, values 200 to 605, keys 211 to 623. The assembler expects no loss. This has
+not run on a GPU.
 
     name            shape
     sums            (B, T, H, 1 | K)            G, in fp32
@@ -86,7 +86,7 @@ CHUNK = 64  # C, tokens of a chunk: 16, 32 or 64
 
 @triton.jit
 def product(a, b, TYPE: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr):
-    """a @ b of numbers in TYPE, summed in FULL."""
+    """a @ b with factors in TYPE and sums in FULL."""
     return tl.dot(a.to(TYPE), b.to(TYPE), input_precision=PRECISION, out_dtype=FULL)
 
 
@@ -142,7 +142,7 @@ def before(DOC, batch, first, T):
 def to_end(SUMS, DOC, batch, first, t, T, head, H, c, GATES: tl.constexpr, C: tl.constexpr):
     """The decay from tokens t to the end of the chunk.
 
-    It is 0 if a token is in another document than the last one.
+    It is 0 if a token is in another document than the chunk's last token.
     """
     last = tl.minimum(first + C, T) - 1 + 0 * t
     end = sums(SUMS, batch, last, T, head, H, c, GATES)
@@ -183,11 +183,11 @@ def between(SUMS, mask, batch, t, T, head, H):
 
 @triton.jit
 def joined(SUMS, batch, first, t, T, head, H, c, half, GATES: tl.constexpr):
-    """One gate per channel, and pairs of blocks of `half` tokens.
+    """With one gate per channel, the decays in pairs of blocks of `half` tokens.
 
     Returns the decays from the first block's end to each token of the second, the decays from each
-    token of the first block to its end, 0 for other tokens, and which pairs of tokens such a pair
-    of blocks joins.
+    token of the first block to its end (both are 0 at the other tokens), and which tokens are in
+    the same pair of blocks.
     """
     i = t - first
     second = (i // half) % 2 == 1
@@ -235,8 +235,8 @@ def inverse(E, C: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr):
     """(I + E)⁻¹ of a strictly lower (C, C).
 
     The blocks of 16 on the diagonal are inverted row by row, all at once. The rest is a product,
-    because what is left is nilpotent. With D the inverse of those blocks and P = D (E outside
-    them), the result is (I - P + P² - P³) D.
+    because what is left is nilpotent. With D the inverse of those blocks, and P the product of D
+    with the rest of E, the result is (I - P + P² - P³) D.
     """
     BLOCKS: tl.constexpr = C // 16
     i, r = tl.arange(0, C), tl.arange(0, 16)
@@ -269,7 +269,8 @@ def sums_kernel(G, DOC, SUMS, T, N, C: tl.constexpr, BLOCK: tl.constexpr, FULL: 
     """
     first, batch = tl.program_id(0) * C, tl.program_id(1).to(tl.int64)
     n = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    LOWEST: tl.constexpr = -1200.0 if FULL == tl.float64 else -160.0  # exp2 is 0, sums are finite
+    # so low that exp2 of it is 0, but sums of it stay finite
+    LOWEST: tl.constexpr = -1200.0 if FULL == tl.float64 else -160.0
     total = tl.zeros((BLOCK,), FULL)
     for t in range(first, tl.minimum(first + C, T)):
         at = (batch * T + t) * N + n
@@ -323,8 +324,8 @@ def state_kernel(
 ):  # fmt: skip
     """Walk the chunks: S <- ᾱ S + keysᵀ (values - W S), and store the S before each chunk.
 
-    Forward the keys are k̄. In REVERSE S is the gradient of the state, the keys are ē, and q̄ also
-    writes dy.
+    In forward the keys are k̄. In REVERSE S is the gradient of the state, the keys are ē, and
+    q̄ᵀ dY is added too; without e, the keys are q̄ and the values dY.
     """
     batch, head = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     group, chunks = head // (H // groups), tl.cdiv(T, C)
@@ -395,7 +396,7 @@ def errors_kernel(
     GATES: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     TYPE: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The counterpart of prepare: the products of the inverse, transposed, with -Aᵀ dY and k̄."""
+    """The counterpart of prepare: the products of the transposed inverse with -Aᵀ dY and k̄."""
     first, batch, head = (
         tl.program_id(0) * C,
         (tl.program_id(1) // H).to(tl.int64),
@@ -537,8 +538,8 @@ def keys_kernel(
                 dk += early * product(tl.trans(part), e * late, TYPE, FULL, PRECISION)
             half //= 2
 
-    # The gates: q and e gain from a sum of gates what k loses. Each gate is in all later sums of
-    # its document.
+    # The gates: with their sums G, q and e are scaled by exp(G), and k by exp(-G). Each gate is in
+    # all later sums of its document.
     dG = q * dq - k * dk
     if ERASE is not None:
         dG += e * de
@@ -555,7 +556,7 @@ def keys_kernel(
         dq += own * k
         dk += own * q
         at, real = places(batch, t, T, head, H, d, K)
-        # exact, because dG is a difference
+        # in full precision, because dG is a difference
         EXACT: tl.constexpr = "ieee" if FULL == tl.float64 else "tf32x3"
         dg = product(tl.where(later, 1.0, 0.0), dG, FULL, FULL, EXACT)
         tl.store(DG + at, dg, real)
@@ -611,7 +612,7 @@ def delta_rule_backward(
     (batch, T, H, V), (groups, K), c = v.shape, k.shape[2:], constants(v, k, g)
     chunks, sizes = edges.shape[1], (T, H, groups)
     dinitial, dedges, dv = torch.empty_like(dfinal), torch.empty_like(edges), torch.empty_like(v)
-    heads = v.dtype if groups == H else g.dtype  # the dtype of parts that are still to be summed
+    heads = v.dtype if groups == H else g.dtype  # precise if heads are still to be summed
     dq, dk, de = (v.new_empty(batch, T, H, K, dtype=heads) for _ in range(3))
     blocks = triton.cdiv(K, c["BLOCK_K"])
     dg = g.new_empty(g.shape if c["GATES"] > 1 else (blocks, *g.shape))
@@ -644,7 +645,7 @@ def delta_rule_backward(
 
 
 def prepare(k, v, e, totals, doc, c, X) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """U, W and the inverse, if there is a place X for it; without erasing only V."""
+    """U, W, and the inverse if X is there to hold it. Without erasing U is V, and W is None."""
     if e is None:
         return v, None, None
     batch, T, H, _ = v.shape
@@ -660,7 +661,7 @@ def walk(
 ) -> None:
     """Run state_kernel, forward or in reverse."""
     batch, H, K, V = first.shape
-    columns = min(c["BLOCK_V"], 32 if K <= 128 else 16)  # of S, which has K rows, in a program
+    columns = min(c["BLOCK_V"], 32 if K <= 128 else 16)  # of S, with K rows each, in a program
     widths = {"WIDTH": max(16, triton.next_power_of_2(K)), "BLOCK_V": columns}
     c = {name: part for name, part in c.items() if name != "BLOCK_K"} | widths
     state_kernel[(triton.cdiv(V, c["BLOCK_V"]), batch * H)](
@@ -708,7 +709,7 @@ def constants(v: Tensor, k: Tensor, g: Tensor) -> dict[str, object]:
 def chunk_length(T: int) -> int:
     """C: CHUNK, or a power of two that is enough for a shorter text.
 
-    It is at least 16, because a product of tiles needs as many.
+    It is at least 16, because a product of tiles needs that many.
     """
     return max(16, min(CHUNK, triton.next_power_of_2(T)))
 
@@ -774,10 +775,8 @@ def delta_rule(
 
 
 def check() -> None:
-    """Outputs and gradients against the reference in fp64; on a GPU in bf16 too.
-
-    The cases have several chunks and blocks.
-    """
+    """Compare outputs and gradients with the reference in fp64; on a GPU, for bf16 inputs and with
+    several chunks and blocks too."""
     shapes = [(2, 301, 2, 4, 96, 80), (1, 64, 1, 1, 128, 64)] if GPU else [(1, 17, 1, 2, 5, 3)]
     for batch, T, groups, H, K, V in shapes:
         for vector in (False, True):
@@ -805,7 +804,7 @@ def arguments(
 ) -> tuple:
     """Random arguments as a layer makes them: k of length 1, e a share of it.
 
-    `packed` is with documents.
+    `packed` adds documents.
     """
     q, k, e = F.normalize(torch.randn(3, batch, T, groups, K), dim=-1).unbind(0)
     g = -torch.rand(batch, T, H, *([K] if vector else []))
@@ -817,7 +816,7 @@ def arguments(
 def with_rate(q, k, v, g, beta=None, impl="triton"):
     """The operation as DeltaNet uses it, with a rate beta (B, T, H), which the peers take.
 
-    None: nothing is erased.
+    Without beta, nothing is erased.
     """
     if beta is None:
         return operation(q, k, v, g, impl=impl)
@@ -828,7 +827,7 @@ def with_rate(q, k, v, g, beta=None, impl="triton"):
 def fla(q, k, v, g, beta=None):
     """The Triton kernels of flash-linear-attention.
 
-    It has one kernel for each kind of gate, and as many heads of keys as of values.
+    There is one for each kind of gate. All need as many heads of keys as of values.
     """
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
     from fla.ops.gla import chunk_gla
@@ -846,8 +845,8 @@ def fla(q, k, v, g, beta=None):
 def mamba_ssm(q, k, v, g, beta=None):
     """The Triton kernels of Mamba-2's authors.
 
-    They scale v by the step size, which is -g here. This is not the same result, but the same
-    amount of work.
+    They scale v by the step size, which is -g here. So the result differs, but the amount of work
+    is the same.
     """
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 

@@ -5,13 +5,13 @@ No visit is dropped and no row is padded, as in MegaBlocks (arXiv:2211.15841).
     y_t = Σ_e visits_te · gates_te · out_e (silu(g_te) ⊙ u_te)
     g_te = gate_e x_t        u_te = up_e x_t
 
-What it must cost: A visits of three products of I · D multiply-adds are 6 A I D operations forward,
-and twice that backward. An expert with 2,000 visits does 2,000 operations for each byte of its
-weights in bf16, so the tensor cores are the bound. The bytes of the weights are the bound only if
-experts have few visits, as in decoding. In addition, each visit's part of y, a row of D, is written
-and read again to be summed. g and u are kept for backward, 4 I bytes a visit, because recomputing
-them would add two products to backward's six. With h = silu(g) ⊙ u, s = σ(g), r = out_eᵀ dy_t, and
-without the indices te:
+What it must cost: each of A visits takes three products of I · D multiply-adds. That is 6 A I D
+operations forward, and twice that backward. An expert with 2,000 visits does 2,000 operations for
+each byte of its weights in bf16, so the tensor cores are the bound. The bytes of the weights are
+the bound only if experts have few visits, as in decoding. In addition, each visit's part of y, a
+row of D, is written and read again to be summed. g and u are kept for backward, 4 I bytes a visit,
+because recomputing them would add two products to backward's six. With h = silu(g) ⊙ u, s = σ(g),
+r = out_eᵀ dy_t, and the indices te left out:
 
     dgates = ⟨r, h⟩    du = gates · r ⊙ silu(g)    dg = gates · r ⊙ u ⊙ (s + silu(g) ⊙ (1 - s))
     dx_t = Σ_e gate_eᵀ dg + up_eᵀ du    dgate_e = Σ_t dg x_tᵀ    dup_e = Σ_t du x_tᵀ
@@ -20,7 +20,7 @@ without the indices te:
 Every visit gets a slot, in the order of experts and then of tokens. Only the GPU knows how many
 slots an expert has, and the host does not wait for the answer. It allocates as many slots as there
 can be, and launches as many programs as fill the machine. These walk over tiles, blocks of an
-expert's slots × blocks of columns, up to the offsets, and gather rows of x and dy on the way. A
+expert's slots × blocks of columns, as far as slots are used, and gather rows of x and dy. A
 separate kernel sums the visits' parts of a token, expert after expert, so there are no atomic
 additions.
 
@@ -71,7 +71,7 @@ from torch import Tensor
 from minimodels.ops.grouped_mlp import check_shapes
 from minimodels.ops.grouped_mlp import grouped_mlp as operation
 
-# blocks of slots that share their rows and the weights they meet next in the L2 cache
+# blocks of slots that are computed together, to find their rows and the weights in the L2 cache
 GROUP = tl.constexpr(8)
 KEY = ["size", "D", "I", "E"]  # the values by which tiles are tuned
 # columns of each tile of r, not tuned: dgates is a sum of parts, one for each WIDTH columns
@@ -81,7 +81,7 @@ WIDTH = 128
 def tiles(*sizes: tuple[int, int, int, int, int]) -> list[triton.Config]:
     """Configurations from small to large.
 
-    Each has rows and columns of a tile, the depth of the product done at a time, warps and stages.
+    Each has the rows and columns of a tile, the depth of one step of its product, warps and stages.
     """
     return [
         triton.Config({"ROWS": r, "COLUMNS": c, "DEPTH": d}, num_warps=w, num_stages=s)
@@ -112,7 +112,7 @@ def place_kernel(
 ):
     """Put each visit in its slot, and its slot in the token's order.
 
-    The sums say how many visits come before a visit, including itself.
+    The sums BY_EXPERT and BY_TOKEN count the visits up to and including each one.
     """
     t, e = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None], tl.arange(0, BLOCK_E)[None, :]
     inside = (t < n) & (e < E)
@@ -125,7 +125,7 @@ def place_kernel(
 
 @triton.jit
 def blocks_until(OFFSETS, E, ROWS: tl.constexpr, BLOCK_E: tl.constexpr):
-    """How many blocks of slots the experts up to each have, including itself."""
+    """For each expert, the number of blocks of slots that it and all experts before it have."""
     e = tl.arange(0, BLOCK_E)
     count = tl.load(OFFSETS + e + 1, e < E, 0) - tl.load(OFFSETS + e, e < E, 0)
     return tl.cumsum(tl.cdiv(count, ROWS), 0)
@@ -135,7 +135,7 @@ def blocks_until(OFFSETS, E, ROWS: tl.constexpr, BLOCK_E: tl.constexpr):
 def find(tile, until, OFFSETS, columns, ROWS: tl.constexpr):
     """A tile's expert, its slots, which of these are that expert's, and its block of columns.
 
-    GROUP blocks of slots meet one block of columns after another.
+    A group of GROUP blocks of slots takes one block of columns after another.
     """
     group = tile // (GROUP * columns)
     within = tile - group * GROUP * columns
@@ -206,9 +206,9 @@ def parts_kernel(
     TWO: tl.constexpr, FULL: tl.constexpr, BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Back from I to D, with one matrix WP_e or WQ_e per expert.
+    """Back from I to D: gates · p WP in forward, and p WP + q WQ (TWO) in backward.
 
-    It computes gates · p WP in forward, and p WP + q WQ (TWO) in backward.
+    WP and WQ have one matrix per expert.
     """
     until = blocks_until(OFFSETS, E, ROWS, BLOCK_E)
     columns = tl.cdiv(D, COLUMNS)
@@ -235,7 +235,7 @@ def parts_kernel(
 
 @triton.jit
 def sum_kernel(PARTS, ORDER, STARTS, Y, D, FULL: tl.constexpr, BLOCK: tl.constexpr):
-    """One program has one token and BLOCK columns: the sum of its visits' parts, by experts."""
+    """One program has one token and BLOCK columns: the sum of its visits' parts in expert order."""
     t, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     y = tl.zeros((BLOCK,), FULL)
     for k in range(tl.load(STARTS + t), tl.load(STARTS + t + 1)):
@@ -284,7 +284,7 @@ def hidden_backward_kernel(
             dy = tl.load(dy_at + start, d[None, :] < D - start, 0.0)
             out = tl.load(out_at + start * I, (d[:, None] < D - start) & (i < I)[None, :], 0.0)
             r = tl.dot(dy, out, r, input_precision="ieee", out_dtype=FULL)
-        # in the dtype of a tensor between two products, with half the registers
+        # rounded as if it were stored between two products, to use half the registers
         r = r.to(DY.dtype.element_ty)
         gates, dgates = tl.load(GATES + cell, real, 0.0).to(FULL)[:, None], tl.zeros((ROWS,), FULL)
         for part in tl.static_range(4):  # few columns at a time, also to save registers
@@ -351,7 +351,7 @@ def persistent(tensor: Tensor, accumulators: int) -> tuple[int]:
 
 @torch.library.custom_op("minimodels::grouped_mlp_order", mutates_args=())
 def grouped_mlp_order(visits: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """cell, offsets, order and starts of the visits, of which there may be as many as slots."""
+    """cell, offsets, order and starts of the visits, of which there may be at most `slots`."""
     visits, (n, E) = visits.contiguous(), visits.shape
     offsets, starts = (
         F.pad(visits.sum(dim).cumsum(0, dtype=torch.int32), (1, 0)) for dim in (0, 1)
@@ -493,7 +493,8 @@ def grouped_mlp(
     n, E = visits.shape
     if visits.dtype != torch.bool or n * E >= 2**31:
         raise ValueError(
-            f"grouped_mlp: visits is {visits.dtype} of {n * E} numbers and must be bool, of less than 2^31"
+            f"grouped_mlp: visits is {visits.dtype} of {n * E} numbers; "
+            "it must be bool, with fewer than 2^31"
         )
     if most is not None and most < 1:
         raise ValueError(f"grouped_mlp: most is {most} and must be 1 or more, or None")
@@ -507,7 +508,7 @@ def grouped_mlp(
 
 
 def check() -> None:
-    """Outputs and gradients against the reference in fp64; on a GPU in bf16 too."""
+    """Compare outputs and gradients with the reference in fp64; on a GPU, for bf16 inputs too."""
 
     def inputs(n: int, E: int, K: int, D: int, I: int) -> tuple:
         gate, up = torch.randn(2, E, I, D).div(D**0.5).unbind(0)

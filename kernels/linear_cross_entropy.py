@@ -15,21 +15,21 @@ The compiler (Triton 3.9) reports 52 and 32 registers, nothing spilled, and 283 
 forward step of 4096 columns, 33 of them special. The figures were the same when lse was
 stored, with fewer digits, instead of `top` and `total` below.
 
-There are two ways to compute dweight without (n, V), with these counts:
+There are two ways to compute dweight without an (n, V) tensor:
 
-    vocabulary chunks (here)    Σ exp comes first, so backward recomputes the chunk's logits: 4
-                                products. dweight of a chunk is one product over all rows, summed
-                                inside it. dx is added up in fp32, 8·n·D bytes a chunk. Memory
+    vocabulary chunks (here)    Σ exp is needed first, so backward recomputes the chunk's logits: 4
+                                products. dweight of a chunk is one product, which sums over all
+                                rows. dx is added up in fp32, 8·n·D bytes a chunk. Memory
                                 beyond inputs and gradients: n · (4·D + 2·chunk) bytes
     row chunks                  (the torch path, Liger) forward computes the gradients: 3 products.
                                 dweight is added up in fp32, 8·V·D bytes a chunk. Memory: 4·V·D
                                 bytes and the logits' chunk
 
-At n = 16384, D = 4096, V = 131072 that is 0.4 GB against 2.1 GB and a chunk. With half of the
-second's memory no row chunks are possible, whatever their size. (Liger adds up in bf16 by default,
-which loses digits of what a chunk adds. It then needs only the logits' chunk, 2·n·D bytes.) If
-there is enough memory, row chunks take up to a quarter less time, and more so the longer they are:
-the addition of 8·V·D bytes is set against 6·rows·V·D operations.
+At n = 16384, D = 4096, V = 131072 that is 0.4 GB against 2.1 GB and a chunk. Row chunks, however
+small, never need less than the 2.1 GB. (Liger adds up in bf16 by default, which loses digits of
+what a chunk adds. It then needs only the logits' chunk, 2·n·D bytes.) If there is enough memory,
+row chunks take up to a quarter less time. The more rows they have, the more they gain, because the
+8·V·D bytes of an addition are shared by 6·rows·V·D operations.
 
     name        shape
     x           (n, D)          the input of the head
@@ -39,7 +39,7 @@ the addition of 8·V·D bytes is set against 6·rows·V·D operations.
                                 backward g replaces them
     top, total  (n,)            lse = top + log(total), with top the largest logit; fp32. The form
                                 exp(z - lse) = exp(z - top)/total loses nothing if logits are large:
-                                z - top is exact nearby, but lse would be rounded
+                                z - top is exact for z near top, but lse would be rounded
 """
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ from torch.utils.flop_counter import register_flop_formula
 from minimodels.ops.linear_cross_entropy import IGNORE, check_shapes
 from minimodels.ops.linear_cross_entropy import linear_cross_entropy as operation
 
-# columns of a chunk, at least: the product for dx then has 8192 operations for the 8 bytes with
-# which an element is added up
+# the fewest columns of a chunk: the product for dx then does 8192 operations for each element that
+# is added up, which moves 8 bytes
 COLUMNS = 4096
 WORK = 2**25  # logits of a chunk if there are few rows, so that a product fills the machine
-# whether addmm can add products of bf16 factors to fp32
+# whether addmm can add a product of bf16 factors to an fp32 sum
 ADDS = TorchVersion(torch.__version__) >= (2, 11)
 BLOCK, WARPS = 4096, 4  # columns of a step: a thread has four loads of 16 bytes in flight
 
@@ -180,7 +180,7 @@ def chunks(x: Tensor, weight: Tensor):
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a · b. `total` may have more precision than a and b, and the sum has total's."""
+    """total += a · b, in the precision of `total`, which may be higher than that of a and b."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif not a.is_cuda:  # only on GPUs do PyTorch's products have a higher output precision
@@ -231,7 +231,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """As minimodels.ops.linear_cross_entropy: a scalar in full precision, in nats.
 
     It is mean_t (logsumexp(W x_t) - (W x_t)_target) over the targets that are not IGNORE. It is NaN
-    if every target is IGNORE, or if one is no row of the weight. x (n, D); weight (V, D); targets
+    if every target is IGNORE, or if one is not a row of weight. x (n, D); weight (V, D); targets
     (n,). Raises ValueError if shapes disagree.
     """
     check_shapes(x, weight, targets)
@@ -243,7 +243,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def check() -> None:
-    """Outputs and gradients against the reference in fp64; on a GPU in bf16 too."""
+    """Compare outputs and gradients with the reference in fp64; on a GPU, for bf16 inputs too."""
     for n, D, V in ((5, 7, 33), (70, 64, 5000)):
         targets = torch.randint(V, (n,))
         targets[1] = IGNORE
@@ -260,7 +260,7 @@ def plain(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def liger(accumulate: torch.dtype | None):
-    """Liger's fused operation; dweight is added up in `accumulate`, None: in its own dtype."""
+    """Liger's fused operation. It adds dweight up in `accumulate`, or in its own dtype if None."""
 
     def fused(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         from liger_kernel.ops.fused_linear_cross_entropy import (
@@ -277,7 +277,7 @@ def liger(accumulate: torch.dtype | None):
 
 
 def whole(operation):
-    """Forward and backward in one call, because providers compute their gradients in either one."""
+    """Forward and backward in one call, because some providers compute gradients in forward."""
 
     def both(x: Tensor, weight: Tensor, targets: Tensor, **impl: str) -> Tensor:
         with torch.enable_grad():

@@ -9,17 +9,17 @@ the bound.
 
     name      shape
     a, x, h   (B, T, D)
-    local     (B, chunks, D)   the end of a chunk's walk from zero
-    share     (B, chunks, D)   the product of its a: what is left of the state before it
+    local     (B, chunks, D)   the state after a chunk that is walked from zero
+    share     (B, chunks, D)   the product of a chunk's a: what is left of the state before it
 
-A program walks time with BLOCK channels. If there are too few channels and texts to fill the
-machine, time is split into chunks. A first kernel walks each chunk from zero. Each program then
+A program walks through time with BLOCK channels. If there are too few channels and texts to fill
+the machine, time is split into chunks. A first kernel walks each chunk from zero. Each program then
 carries the state over the chunks before its own (in backward, over those after it). That reads a
 and x twice, the second time from the L2 cache if they fit there.
 
 Compiled for Hopper (Triton 3.9): 34 to 60 registers and no spills. A round of 8 tokens and 64
-channels takes a warp 261 instructions forward and 390 backward, or 339 and 490 if channels fill no
-block. This has not run on a GPU.
+channels takes a warp 261 instructions forward and 390 backward, or 339 and 490 if the channels do
+not fill the blocks. This has not run on a GPU.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from minimodels.kernels.common import (
     TIMED,
     Case,
     Peer,
+    as_bytes,
     command,
     compare,
     full,
@@ -46,12 +47,12 @@ from minimodels.ops.linear_scan import linear_scan as operation
 
 BLOCK = 64  # channels of a program, two for each lane of its warp
 STEPS = tl.constexpr(8)  # tokens whose loads are in flight together
-SHORTEST = 64  # tokens of a chunk, at least
+SHORTEST = 64  # the fewest tokens of a chunk
 
 
 @triton.jit
 def within(t, T, d, D):
-    """Which of the channels exist, if the token does.
+    """Which channels exist; none if the token does not.
 
     The comparison is between tensors, because the interpreter cannot broadcast a scalar truth
     value.
@@ -61,7 +62,7 @@ def within(t, T, d, D):
 
 @triton.jit
 def decays(A, RESETS, batch, t, T, D, d, FULL: tl.constexpr):
-    """a of one token; 0 if a document begins, and 1 after the text, which changes nothing."""
+    """a of one token: 0 if it begins a document; 1, which changes nothing, after the text."""
     a = tl.load(A + (batch * T + t) * D + d, within(t, T, d, D), 1.0).to(FULL)
     if RESETS is not None:
         a = tl.where(begins(RESETS, batch, t, T, d), 0.0, a)
@@ -112,7 +113,7 @@ def forward_kernel(
     A, X, RESETS, STATE, LOCAL, SHARE, H, FINAL, T, D, length, chunks, BLOCK: tl.constexpr,
     FULL: tl.constexpr
 ):  # fmt: skip
-    """All states of a chunk, from its true start."""
+    """All states of a chunk, from the true state before it."""
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     chunk, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     h = carried(STATE, LOCAL, SHARE, batch, chunk, chunks, D, d, False, FULL)
@@ -196,17 +197,12 @@ def linear_scan_backward(
 def walk_locally(
     a: Tensor, x: Tensor, resets: Tensor | None, state: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """The end of each chunk's walk from zero, and its share; not computed if there is one chunk."""
+    """The local state and the share of each chunk; not computed if there is only one chunk."""
     grid, sizes = plan(x)
     local, share = (state.new_empty(x.shape[0], sizes[3], x.shape[2]) for _ in range(2))
     if sizes[3] > 1:
         local_kernel[grid](a, x, resets, local, share, *sizes, reverse, BLOCK, full(x), num_warps=1)
     return local, share
-
-
-def as_bytes(resets: Tensor | None) -> Tensor | None:
-    """Resets in the form that a kernel reads: contiguous bytes, 1 for True."""
-    return None if resets is None else resets.contiguous().view(torch.uint8)
 
 
 def plan(x: Tensor) -> tuple[tuple[int, int, int], tuple[int, int, int, int]]:
@@ -269,7 +265,8 @@ def linear_scan(
 
 
 def check() -> None:
-    """Outputs and gradients against the reference in fp64; on a GPU in bf16 and in chunks too."""
+    """Compare outputs and gradients with the reference in fp64; on a GPU, for bf16 inputs and in
+    chunks too."""
     for batch, T, D in [(2, 701, 100), (1, 4096, 64)] if GPU else [(2, 20, 70), (1, 200, 3)]:
         a, x, state = torch.rand(batch, T, D), torch.randn(batch, T, D), torch.randn(batch, D)
         for resets in (None, torch.rand(batch, T) < 0.05):

@@ -1,4 +1,4 @@
-"""Rotary positions of queries or keys, and the norm of each head before it, in one pass.
+"""The norm of each head of queries or keys, then their rotary positions, in one pass.
 
     n = weight · r · x      r = 1/sqrt(mean(x²) + eps), over a head; without a weight n = x
     y = n ⊙ cos + n' ⊙ sin
@@ -10,27 +10,27 @@ What it must cost: x is read and y written, 4 bytes an element in bf16. The angl
 dimension, but all heads of a token share them. In PyTorch the rotation moves 26 bytes an element: a
 product with a result in fp32 (6), a copy with the halves exchanged (4), a product and sum in fp32
 (10), a cast (6). The norm moves 20: a cast (6), the norm in fp32 (8), a cast (6). Backward reads dy,
-with a norm also x, and writes dx: 4 or 6 bytes. With n̂ = r · x, and dn' exchanged as n' is:
+with a norm also x, and writes dx: 4 or 6 bytes. With n̂ = r · x, and ' for the same exchange:
 
     dn = dy ⊙ cos + (dy ⊙ sin)'      g = weight · dn
     dx = r · (g - n̂ · mean(g · n̂))   dweight = Σ_rows dn · n̂
 
 Each row has three parts: the halves a and b of the rotated dimensions, which are turned as pairs,
 and the rest c. So each number is loaded once, and only half of the angles. A small transformer (12
-layers of width 768, 32,768 tokens) has 600 M such elements. With a norm, 46 bytes instead of 4 add
-25 GB of traffic forward, and more backward: some milliseconds of a step. torch.compile fuses the
-operations too.
+layers of width 768, 32,768 tokens) has 600 M elements of queries and keys. With a norm, 46 bytes
+instead of 4 add 25 GB of traffic forward, and more backward: some milliseconds of a step.
+torch.compile fuses the operations too.
 
 The compiler (Triton 3.9, Hopper) reports at d = 64 for a block of 32 rows, 16 elements a thread: 40
 registers forward; 95 backward, so that 5 programs fit an SM, and 597 instructions. These take an SM
 597 clocks, in which the memory delivers two thirds of the block's bytes. With pairs loaded as a
-second copy of the row in another order, they were 62, 80 and 711. Without a norm they are 32, 32
-and 194.
+second copy of the row in another order, the three figures were 62, 80 and 711. Without a norm they
+are 32, 32 and 194.
 
     name        shape
-    x, y        (B, H, T, d)    any strides, the last dimension contiguous; y lies as (B, T, H, d)
-    cos, sin    (T, R) or (B, 1, T, R)   fp32; R ≤ d dimensions are rotated. The halves of cos are
-                                the same, those of sin differ in sign
+    x, y        (B, H, T, d)    any strides, last dimension contiguous; y is stored as (B, T, H, d)
+    cos, sin    (T, R) or (B, 1, T, R)   fp32; R ≤ d dimensions are rotated. Both halves of cos are
+                                the same, and those of sin differ in sign
     weight      (d,)            of the norm; None: no norm
     row         ()              index of a head of a token, in the order (B, T, H)
     a, b, c     (rows, ...)     the three parts of n, of dn or of g; x, y, z those of n̂; u, v, w those
@@ -61,8 +61,8 @@ from torch import Tensor
 from minimodels.ops.rotary import check_angles, rotary
 from minimodels.ops.rotary import norm_rotate as operation
 
-NUMBERS = 2048  # of a block of rows: 16 for each thread of 4 warps
-PROGRAMS = 5  # of the backward kernel on an SM, each with its own share of dweight
+NUMBERS = 2048  # in a block of rows: 16 for each thread of 4 warps
+PROGRAMS = 5  # of the backward kernel on an SM; each has its own share of dweight
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def store(P, first, second, rest, inside, d: tl.constexpr, R: tl.constexpr, HALF
 
 @triton.jit
 def turn(COS, SIN, row, inside, turns, T, H, R: tl.constexpr, HALF: tl.constexpr):
-    """The cosine and the sine of each row's angles, which are those of the second half."""
+    """The cosines and sines of each row's angles, taken from the second half."""
     i = tl.arange(0, HALF)[None, :]
     at = (row // (T * H) * turns + row // H % T * R + R // 2)[:, None] + i
     angle = inside & (i < R // 2)
@@ -261,7 +261,7 @@ def turned(call, x: Tensor, positions: Tensor, R: int, weight: Tensor | None) ->
 
 
 def check() -> None:
-    """Outputs and gradients against the reference in fp64; on a GPU in bf16 too."""
+    """Compare outputs and gradients with the reference in fp64; on a GPU, for bf16 inputs too."""
     for B, H, T, d, R in ((2, 3, 5, 6, 4), (1, 2, 37, 16, 16), (1, 4, 300 if GPU else 9, 128, 128)):
         for positions in (torch.arange(T), torch.randint(99, (B, 1, T))):
             for weight in (None, torch.randn(d)):

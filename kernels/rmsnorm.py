@@ -1,6 +1,6 @@
 """RMSNorm (arXiv:1910.07467) of a residual stream, including the addition before it.
 
-    total = x + update                                 the stream after the last layer
+    total = x + update                                 the stream after the previous layer
     y     = weight · total / sqrt(mean(total²) + eps)
 
 What it must cost: x, update, y and total each cross the memory once, which is 8 bytes an element in
@@ -20,7 +20,7 @@ rows.
 
     name        shape
     x, update   (..., D)    one row per token
-    total       (..., D)    their sum, the stream that goes on
+    total       (..., D)    their sum, the stream that later layers read
     dtotal      (..., D)    the gradient of total from later layers
     weight      (D,)
     rstd        (rows,)     r of each row, fp32, kept for backward
@@ -52,7 +52,7 @@ from torch import Tensor
 from minimodels.layers import norm_dtype
 from minimodels.layers import rmsnorm as operation
 
-WARPS = 32  # that backward runs on an SM, the most for 64 registers a thread
+WARPS = 32  # of backward on an SM; with 64 registers a thread, no more fit
 # rows in flight in a program of backward: the next two are loaded while one is computed
 STAGES = tl.constexpr(3)
 
@@ -61,7 +61,7 @@ STAGES = tl.constexpr(3)
 def forward_kernel(
     X, UPDATE, WEIGHT, Y, TOTAL, RSTD, D, eps, FULL: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One program, one row."""
+    """One program has one row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < D
@@ -81,7 +81,7 @@ def backward_kernel(
 ):  # fmt: skip
     """Program p of P takes rows p, p + P, ...
 
-    Each program writes its own share of dweight, so that no two programs write to one place.
+    Each program writes its own share of dweight, so no two programs write to the same place.
     """
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK)
@@ -194,7 +194,7 @@ def rmsnorm(
 
 
 def check() -> None:
-    """Outputs and gradients against the reference in fp64; on a GPU in bf16 too."""
+    """Compare outputs and gradients with the reference in fp64; on a GPU, for bf16 inputs too."""
     for shape in ((3, 5, 33), (4, 768)):
         for add in (False, True):
             x, update, weight = torch.randn(shape), torch.randn(shape), torch.randn(shape[-1])

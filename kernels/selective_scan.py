@@ -38,12 +38,12 @@ variants, and `benchmarks.all --again` times them (SWEEP):
     starts, ends   (B, intervals, D, N)   h before each interval of 64 steps; g after it
 
 A program is one warp. It keeps the states of 32 channels (16 beyond N = 32) and walks time with all
-of them in lock-step. Forward, at N = 16 or less, a lane has all states of its channel, so no step
-needs a shuffle or a barrier. Backward also sums over channels, and there a lane has 4 states of 4
-channels. If that leaves the machine idle, time is split into chunks of whole intervals. Local
-kernels first walk each chunk from zero, which costs the exponentials once more. A whole chunk
-multiplies a state by exp(A ΣΔ), so a small kernel can carry the states over the chunks. The main
-kernels then start from the true states. Backward works in the same way, in reverse:
+of them in lock-step. In forward, at N = 16 or less, a lane has all states of its channel, so no
+step needs a shuffle or a barrier. Backward also sums over channels, and there a lane has 4 states
+of 4 channels. If there are too few programs to fill the machine, time is split into chunks of whole
+intervals. Local kernels first walk each chunk from zero, which costs the exponentials once more. A
+whole chunk multiplies a state by exp(A ΣΔ), so a small kernel can carry the states over the chunks.
+The main kernels then start from the true states. Backward works in the same way, in reverse:
 
     g_t = C_t dy'_t + a_{t+1} g_{t+1}        a_t = exp(Δ_t A), dy' = dy ⊙ silu(z)
     dB_t = Σ_channels g_t Δ_t x_t    dC_t = Σ_channels dy'_t h_t    dx_t = skip dy'_t + Δ_t <g_t, B_t>
@@ -55,16 +55,16 @@ then infinite.
 Backward needs h in reverse. The inputs and `starts` are kept. In each interval a first walk stores
 the state of every fourth step (every second beyond N = 16) in a scratch that each program reuses.
 From there, groups of four (or two) steps are recomputed into registers. So backward takes nearly 3
-N exponentials, or 4 N if time is split. dB and dC are summed over the channels of a program, which
-takes one block of channels after the other, and then over programs. dA, dskip and ddelta_bias are
-summed over intervals. Each partial sum has its own place, so nothing depends on the order in which
-programs run.
+N exponentials, or 4 N if time is split. dB and dC are summed over the channels of a program, one
+block of channels after the other, and then over programs. dA, dskip and ddelta_bias are summed over
+intervals. Each partial sum has its own place, so nothing depends on the order in which programs
+run.
 
 Memory at N = 16 (in proportion for more states; groups of two steps need twice the scratch):
 `starts` takes one byte per token and channel. While backward runs, `ends` and partial dA take 2
 more, partial dB and dC take 4 / share (a program has `share` blocks), and each of about 1000
-programs has 32 KiB of scratch. All scratch together fits into the L2 cache, which would not be so
-for longer intervals.
+programs has 32 KiB of scratch. All scratch together fits into the L2 cache. With longer intervals
+it would not.
 """
 
 from __future__ import annotations
@@ -100,12 +100,12 @@ from minimodels.architectures.mamba import selective_scan as operation
 
 # What SWEEP may change.
 INTERVAL = 64  # steps between the states that are kept for backward
-STEPS = 4  # of a group, at most: their loads are in flight together
+STEPS = 4  # in a group, at most: their loads are in flight together
 BACKWARD_STEPS = 4  # the same in backward, which recomputes their states into registers
 # registers of a thread, at most, in the forward kernels up to N = 16; None: as the compiler chooses
 REGISTERS = 64
 BACKWARD_REGISTERS = None  # the same in the backward kernel
-WHOLE = 8  # with so many walks per SM, time is not split
+WHOLE = 8  # with this many walks per SM or more, time is not split
 FILL = 32  # walks per SM that a split aims at
 RESIDENT = 8  # programs of the backward kernel that fit on an SM
 
@@ -162,7 +162,7 @@ def rows(
     """STEPS rows, all requested before the first is used.
 
     If groups may be RAGGED, rows from number `count` on are `other`. The rows keep their dtype. A
-    conversion here would change their layout, and each request would wait for the last.
+    conversion here would change their layout, and each request would wait for the previous one.
     """
     values = ()
     for i in tl.static_range(STEPS):
@@ -426,8 +426,8 @@ def backward_kernel(
                     step, _ = softplus(deltas[j].to(FULL) + bias)
                     decay = decay_of(step, rate, RESETS, resets, j)
                     h = decay * h + Bs[j][:, None] * (step * x)[None, :]
-                # the barrier makes the compiler recompute all other states below, because keeping
-                # them would need too many registers
+                # the barrier makes the compiler recompute everything but these states below,
+                # because keeping the rest would need too many registers
                 tl.debug_barrier()
                 xs = rows(X + row * D, D, count, d, real, 0.0, STEPS, RAGGED)
                 deltas = rows(DELTA + row * D, D, count, d, real, float("-inf"), STEPS, RAGGED)
@@ -478,7 +478,7 @@ def backward_kernel(
                 tl.store(DSTATE + batch * size + at, g, both)
             elif here > first:
                 tl.store(ENDS + (batch * intervals + here - 1) * size + at, g, both)
-            # the same for the sums, the ends and the scratch, in the next block or interval
+            # as above, for the sums, the ends and the scratch in the next block or interval
             tl.debug_barrier()
 
 
@@ -674,11 +674,11 @@ def plan(x: Tensor, N: int, interval: int) -> tuple[int, int, int, int, int]:
 def divide(walks: int, intervals: int, multiprocessors: int) -> tuple[int, int]:
     """Intervals in a chunk, and blocks in a program of the backward pass, for a number of walks.
 
-    `walks` is blocks of channels times batch, and a walk is one warp's work. Two walks for each of
-    an SM's four schedulers (WHOLE) are enough not to split time, because a split makes the forward
-    pass compute its exponentials twice. If there are fewer, chunks make about 32 warps an SM
-    (FILL). 8 programs of the backward pass fit on an SM (RESIDENT). If there would be more, each
-    program sums over more channels instead.
+    `walks` is blocks of channels times batch, and a walk is one warp's work. If each of an SM's
+    four schedulers has two walks (WHOLE), time is not split, because a split makes the forward pass
+    compute its exponentials twice. If there are fewer, chunks make about 32 warps an SM (FILL). 8
+    programs of the backward pass fit on an SM (RESIDENT). If there would be more, each program sums
+    over more channels instead.
     """
     span = intervals
     if walks < WHOLE * multiprocessors:
@@ -753,7 +753,8 @@ def selective_scan(
     T, N = x.shape[1], A.shape[1]
     if not (T and 0 < N <= 64):
         raise ValueError(
-            f"selective_scan: {T} steps of {N} states a channel; the kernel takes 1 or more, and 1 to 64"
+            f"selective_scan: {T} steps of {N} states a channel; "
+            "the kernel takes 1 or more steps, of 1 to 64 states"
         )
     y, final, _ = selective_scan_forward(
         x, delta, A, B, C, skip, z, delta_bias, state, resets, INTERVAL
@@ -762,7 +763,8 @@ def selective_scan(
 
 
 def check() -> None:
-    """Outputs and gradients against the reference in fp64; on a GPU in bf16 and in chunks too."""
+    """Compare outputs and gradients with the reference in fp64; on a GPU, for bf16 inputs and in
+    chunks too."""
     shapes = (
         [(2, 701, 64, 16), (1, 320, 48, 16), (1, 260, 48, 16), (1, 67, 48, 33)]
         if GPU
@@ -780,7 +782,7 @@ def reference(x, delta, A, B, C, skip, z=None, bias=None, state=None, resets=Non
 
 
 def arguments(batch: int, T: int, D: int, N: int, plain: bool = False) -> tuple:
-    """Random arguments; `plain` without gate, bias and state."""
+    """Random arguments; `plain` ones have no gate, bias and state."""
     x, delta, z = torch.randn(3, batch, T, D).unbind(0)
     B, C = torch.randn(2, batch, T, N).unbind(0)
     optional = (None, None, None) if plain else (z, torch.randn(D), torch.randn(batch, D, N))
@@ -799,9 +801,9 @@ def mamba_ssm(x, delta, A, B, C, skip, z, bias):
 
 
 def by_states(scan: Callable) -> Callable:
-    """The operation by a scan h_t = decay_t · h_(t-1) + new_t.
+    """The operation by means of a scan h_t = decay_t · h_(t-1) + new_t.
 
-    The scan has the states of all times in memory, (B, T, D, N).
+    The scan keeps the states of all times in memory, (B, T, D, N).
     """
 
     def operation(x, delta, A, B, C, skip, z, bias):

@@ -87,7 +87,7 @@ def test_a_check_that_fails_costs_the_kernel_alone(tmp_path, quick, monkeypatch,
     timed = {row["provider"] for row in rows_of(tmp_path, square, check)}
     assert timed == {"torch", "torch.compile", "peer"}
     assert (
-        "square: the kernel is wrong and left out: AssertionError: result 3 of 4: off\n"
+        "square: the kernel fails its check and is left out: AssertionError: result 3 of 4: off\n"
         in capsys.readouterr().out
     )
 

@@ -1216,7 +1216,7 @@ def test_a_file_is_replaced_and_not_written_over(tmp_path):
 def test_a_model_beside_the_weights_of_another_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run("--init", "run", "--model", "mamba", monkeypatch=monkeypatch)
-    assert "model: 'mamba' is not accepted; accepted: no model beside" in capsys.readouterr().err
+    assert "model: 'mamba' is not accepted; accepted: no --model with" in capsys.readouterr().err
 
 
 def test_another_tokenizer_beside_the_weights_of_a_model_is_refused(tmp_path, monkeypatch, capsys):

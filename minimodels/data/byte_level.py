@@ -25,8 +25,8 @@ def alphabet() -> dict[str, int]:
 
 
 def from_alphabet(text: str) -> bytes:
-    """The bytes that a byte-level token means. A token with any other
-    character means its own text."""
+    """The bytes that a byte-level token stands for. A token with a character
+    outside the alphabet stands for its own text."""
     known = alphabet()
     if all(character in known for character in text):
         return bytes(known[character] for character in text)

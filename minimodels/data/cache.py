@@ -54,7 +54,7 @@ class Writer:
         self.files = {}
 
     def write(self, split: str, items: np.ndarray, sizes: np.ndarray | None = None) -> None:
-        """Append items to a document, with the number of bytes that each represents."""
+        """Append items to the current document, with the number of bytes that each represents."""
         content = items.astype(self.dtype, copy=False).tobytes()
         self.checksum = zlib.crc32(content, self.checksum)
         self.append(split, "bin", content)
@@ -170,8 +170,8 @@ def whole_file(path: Path, dtype: type) -> Piece:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Wait until no other process is in this block with the same path. The
-    lock ends with the process."""
+    """Wait until no other process is in this block with the same path. A
+    process that dies leaves no lock."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

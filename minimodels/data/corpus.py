@@ -1,4 +1,4 @@
-"""The two halves of a text, for training and for validation, from any kind of files."""
+"""The two splits of a text, for training and for validation, from any kind of files."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def make_plain(name: str, files: dict[bytes, File], key: str, field: str, cache:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name can only be a data set of the hub. It names no file, and no folder
-    that could contain one."""
+    """Whether a name can only be a data set of the hub: it looks like an id, and neither
+    that path nor its parent folder exists."""
     return (
         bool(HUB_ID.fullmatch(name)) and not Path(name).exists() and not Path(name).parent.is_dir()
     )
@@ -126,7 +126,7 @@ def list_files(name: str) -> dict[bytes, File]:
 
 
 def split_files(files: dict[bytes, File], by_file: bool) -> dict[str, Span]:
-    """The two halves of plain files, which are read in place."""
+    """The two splits of plain files, which are read in place."""
     pieces = {name: Piece(file.path, mark_length(file), file.size) for name, file in files.items()}
     if len(files) < FEW and not by_file:
         return cut(Span(list(pieces.values())))

@@ -1,4 +1,4 @@
-"""Documents packed into rows, so that no row contains half of a document that would fit.
+"""Documents packed into rows, so that no document that fits into a row is split.
 
 Krell et al., "Efficient Sequence Packing without Cross-contamination", arXiv:2107.02027; Ding et
 al., "Fewer Truncations Improve Language Modeling", arXiv:2404.10830. Many documents are drawn at
@@ -50,7 +50,7 @@ class Documents(Text):
         self.validation_rows = functools.lru_cache(2)(self.pack_validation)
 
     def require(self, context: int) -> None:
-        """Raise InputError if either half of the text has no document with a token to predict."""
+        """Raise InputError if either split of the text has no document with a token to predict."""
         for name, span in self.spans.items():
             if all((np.diff(edges) < 2).all() for edges in span.all_edges()):
                 given = f"{len(span.ends)} documents of {name} text, none with two tokens"
@@ -73,11 +73,11 @@ class Documents(Text):
     def pack_window(
         self, seed: int, window: int, steps: int, size: int, context: int
     ) -> list[list[Part]]:
-        """The rows of so many steps: parts drawn at random with equal chances.
+        """The rows of `steps` steps: parts drawn at random with equal chances.
 
         More parts are drawn than needed, and all are packed, but only as many rows are kept as
-        needed. Leaving out parts that do not fit would leave out the short ones. If the size or the
-        context changes during a run, a window covers other steps, so its parts are drawn anew.
+        needed. Leaving out parts that do not fit would leave out the short ones, which are packed
+        last. If the size or the context changes during a run, new parts are drawn.
         """
         random = generator("documents", seed, window, size, context)
         parts, tokens, rows = [], 0, steps * size
@@ -164,7 +164,7 @@ class Documents(Text):
 
 
 def pack(parts: list[Part], context: int) -> list[list[Part]]:
-    """Rows of at most `context` tokens. The longest part goes first, each into the row where it
+    """Rows of at most `context` tokens. The longest parts go first, each into the row where it
     leaves the least space."""
     rows: list[list[Part]] = []
     spaces: list[tuple[int, int]] = []  # (tokens left, row), ascending

@@ -1,8 +1,8 @@
 """Finds the text files of a folder, and identifies a text wherever it is stored.
 
 Text is every regular file below the folder, with these exceptions: hidden files and folders, those
-of version control, those that a training run or this package's cache has written, and a second link
-to the same file.
+of version control, folders of training runs and caches, files of weights, unfinished files, and a
+second link to the same file.
 """
 
 from __future__ import annotations
@@ -130,12 +130,12 @@ def inspect_file(path: Path) -> File:
 
 
 def fingerprint(files: dict[bytes, File]) -> str:
-    """A fingerprint of a text: the number and bytes of its files, and a hash of their
+    """A fingerprint of a text: the number and total size of its files, and a hash of their
     names, sizes and contents.
 
     files: name -> file. The names are relative, so that a text may be moved. Every byte of a text
-    of at most 256 MiB is read. Of a larger text, blocks of 64 KiB are read: the end of every file,
-    and evenly spread blocks that add up to 256 MiB.
+    of at most 256 MiB is read. Of a larger text, blocks of 64 KiB are read: the first and the last
+    of every file, and evenly spread ones between them.
     """
     total = sum(file.size for file in files.values())
     stride = -(-total // WHOLE) * BLOCK

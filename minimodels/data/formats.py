@@ -86,7 +86,7 @@ def read_records(path: Path, field: str, advance: Advance) -> Iterator[bytes]:
 
 
 def read_json_lines(path: Path, compression: str, field: str, advance: Advance) -> Iterator[bytes]:
-    """One document for each line that is an object. Empty lines are skipped."""
+    """One document for each line, which must be a JSON object. Empty lines are skipped."""
     with open_stream(path, compression) as (stream, raw):
         for number in itertools.count(1):
             line = stream.readline(LONGEST + 1)
@@ -238,7 +238,7 @@ class IteratorStream(io.RawIOBase):
 
 @contextlib.contextmanager
 def readable_errors(path: Path) -> Iterator[None]:
-    """Describe in one line what is wrong with a file."""
+    """Turn an error in reading a file into an InputError, which is one line."""
     try:
         yield
     except InputError:
@@ -246,7 +246,7 @@ def readable_errors(path: Path) -> Iterator[None]:
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise damaged(path, error) from None
     except Exception as error:
-        """An InputError for a file that is damaged."""
+        # these libraries have errors of their own
         if type(error).__module__.partition(".")[0] not in ("zstandard", "zstd", "pyarrow"):
             raise
         raise damaged(path, error) from None

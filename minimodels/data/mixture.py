@@ -1,4 +1,4 @@
-"""Several texts in one source, with a weight each: "code=0.7:DIR prose=0.3:FILE"."""
+"""Several texts in one source, each with a weight: "code=0.7:DIR prose=0.3:FILE"."""
 
 from __future__ import annotations
 
@@ -93,10 +93,10 @@ class Mixture(Source):
 
 def parse_mixture(text: str) -> dict[str, tuple[float, str]] | None:
     """ "code=0.7:DIR prose=0.3:FILE" -> {"code": (0.7, "DIR"), "prose": (0.3, "FILE")}; None
-    if the text is no mixture.
+    if the text is not a mixture.
 
-    Names of files may contain spaces. Raises InputError if a weight is not a positive number, or a
-    name appears twice.
+    File names may contain spaces. Raises InputError if a weight is not a positive number, or a name
+    appears twice.
     """
     found = list(PART.finditer(text))
     if not found or found[0].start() != 0:

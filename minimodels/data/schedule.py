@@ -10,13 +10,13 @@ from minimodels.errors import InputError
 
 WHOLE = ("context", "batch_size")  # quantities that are whole numbers
 RAMP = re.compile(r"(\w+)=([^\s:=@]+):([^\s:=@]+)(?:@([^\s:=@]+))?")
-ACCEPTED = "NAME=FIRST:LAST@PROGRESS with NAME of {names}, numbers above 0, and PROGRESS in (0, 1]"
+ACCEPTED = "NAME=FIRST:LAST@PROGRESS: NAME one of {names}, numbers above 0, PROGRESS in (0, 1]"
 
 
 def ramp(text: str, progress: float, names: Collection[str] = WHOLE) -> dict[str, int | float]:
     """The value of each quantity in a text at a progress between 0 and 1.
 
-    "context=256:2048@0.5" grows from 256 at the beginning to 2048 at half of the run, and then
+    "context=256:2048@0.5" grows from 256 at the beginning to 2048 halfway through the run, and then
     stays. Without "@", it reaches its last value at the end. `context` and `batch_size` are whole
     numbers. They change in steps of the smaller value, so that few shapes appear (256, 512, 768
     ...). Others, such as the weights of a mixture, change evenly. Raises InputError if the text is

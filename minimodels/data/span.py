@@ -1,8 +1,8 @@
 """Sections of files, read in place.
 
 Files are neither mapped nor loaded whole. A read costs only the bytes that it returns, whatever the
-size of the file. If a file has become shorter in the meantime, the read raises an error, and no
-signal ends the process.
+size of the file. If a file has become shorter in the meantime, the read raises an error; in a
+mapped file, a signal would end the process.
 """
 
 from __future__ import annotations

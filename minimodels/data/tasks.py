@@ -1,7 +1,7 @@
 """Synthetic tasks. Each tests one ability, with sequences that distinguish
 architectures at toy scale.
 
-A task makes its batches from (seed, step), like text, and its length is the context. Only the
+A task makes its batches from (seed, step), like text, and each sequence fills the context. Only the
 answers are targets. The metric is the fraction of answers that are right. Options follow the name:
 `--data mqar(pairs=8, vocab=256)`.
 
@@ -220,8 +220,8 @@ class SymmetricGroup(Task):
     the product of all so far.
 
     The word problem of S3 (Merrill et al., "The Illusion of State in State-Space Models",
-    arXiv:2404.08819). Tokens and answers number the permutations. The product applies the earlier
-    one first. The order matters, because S3 does not commute.
+    arXiv:2404.08819). A token or an answer is the index of a permutation. The product applies
+    earlier permutations first. The order matters, because S3 does not commute.
     """
 
     vocab = 6

@@ -40,8 +40,8 @@ def open_data(
     name: "stdlib", a file, a folder, a data set of the Hugging Face hub (OWNER/NAME), several of
         these with weights ("code=0.7:DIR prose=0.3:FILE"), or a task, with or without options
         ("mqar(pairs=8, vocab=256)").
-    tokenizer: "bytes", "bpe(vocab=8192)", which is trained on the training half of the text, or a
-        tokenizer.json.
+    tokenizer: "bytes", a tokenizer.json, or "bpe(vocab=8192)", which is trained on the training
+        split of the text.
     field: the field to read from JSON lines and Parquet.
     cache: the folder for converted text and tokens, by default ~/.cache/minimodels.
     packed: rows of whole documents instead of windows cut at random.
@@ -109,7 +109,7 @@ def open_text(
 def pick_tokenizer(
     spec: str, corpora: list[Corpus], weights: list[float], cache: Path
 ) -> Bytes | LibraryTokenizer:
-    """The tokenizer of a text. A BPE is trained on the training halves, in proportion to their
+    """The tokenizer of a text. A BPE is trained on the training splits, in proportion to their
     weights, and stored in the cache."""
     if not is_bpe(spec):
         return open_tokenizer(spec)

@@ -90,7 +90,7 @@ class LibraryTokenizer:
     def encode(self, text: str, whole: bool = True) -> Tensor:
         """The tokens of a text: (T,) int64. If it is `whole`, they include those that the tokenizer
         adds before or after it."""
-        # whatever a command line has given
+        # a command line may contain bytes that are not UTF-8
         readable = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         encoded = self.tokenizer.encode(readable, add_special_tokens=whole)
         return torch.tensor(encoded.ids, dtype=torch.int64)

@@ -1,9 +1,8 @@
 """Text as tokens on disk. They are made once for a text and a tokenizer, in bounded
 memory, and read in place.
 
-The text is split into training and held-out text before, by bytes, so every tokenizer is judged on
-the same text. Nats divided by the bytes that the tokens represent compare models with different
-tokens.
+The text is split into training and held-out text before it is tokenized, so every tokenizer is
+judged on the same text. Nats per byte of text are comparable between models with different tokens.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def sample_text(span: Span, most: int = SAMPLE) -> Iterator[str]:
 
 
 class Tokens(NamedTuple):
-    """The tokens of both halves of a corpus, the number of bytes that each held-out token
+    """The tokens of both splits of a corpus, the number of bytes that each held-out token
     represents, and the share of all bytes that are not UTF-8."""
 
     spans: dict[str, Span]
@@ -76,8 +75,8 @@ def write_pieces(
     encoder: Encoder,
     separator: int | None,
 ) -> None:
-    """Append the tokens of pieces of documents; also the bytes of each
-    token if they are held out."""
+    """Append the tokens of pieces of documents and, if they are held out,
+    the number of bytes of each token."""
     texts = [raw for raw, _ in pieces]
     found = encoder.with_sizes(texts) if split == "validation" else encoder.tokens(texts)
     for (tokens, sizes), (_, ends) in zip(found, pieces, strict=True):
@@ -160,8 +159,8 @@ class Encoder:
             yield np.array(encoding.ids, dtype=np.int64)
 
     def sizes_by_offsets(self, text: str, raw: bytes) -> np.ndarray:
-        """The bytes of each token, from the end of the token before it to its own end. The last
-        takes all that are left."""
+        """The number of bytes of each token, from the end of the token before it to its own end.
+        The last token takes all that are left."""
         encoding = self.library.encode(text, add_special_tokens=False)
         if not encoding.ids:
             return np.empty(0, np.int64)

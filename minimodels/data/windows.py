@@ -1,8 +1,8 @@
 """Text for language modelling: windows cut at random places.
 
-A corpus is any file, any folder, or `stdlib`: the source of Python's own standard library, which
-every reader has on disk. It is read in place, as bytes or as the tokens that a tokenizer made of
-it, so a batch costs only its own bytes.
+A text is read in place, as bytes or as the tokens that a tokenizer made of it, so a batch costs
+only its own bytes. Every reader has one on disk: `stdlib`, the source of Python's own standard
+library.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BYTES = Bytes()
 
 
 class Text(Source):
-    """Training windows are drawn at random, validation windows are evenly spread.
+    """Training windows are drawn at random, and validation windows are evenly spread.
 
     training, validation: the tokens. sizes: for each validation token, the number of bytes of text
     that it represents; None: one.
@@ -45,7 +45,7 @@ class Text(Source):
         self.require(context)
 
     def require(self, context: int) -> None:
-        """Raise InputError if either half of the text is shorter than one window."""
+        """Raise InputError if either split of the text is shorter than one window."""
         for name, span in self.spans.items():
             if len(span) < context + 1:
                 unit = "bytes" if self.vocab == Bytes.vocab else "tokens"

@@ -13,12 +13,12 @@ def silu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def gelu(gate: Tensor, up: Tensor) -> Tensor:
-    """gelu(gate) ⊙ up, the function approximated by a tanh (GEGLU, Gemma)."""
+    """gelu(gate) ⊙ up, with gelu approximated by a tanh (GEGLU, Gemma)."""
     return F.gelu(gate, approximate="tanh") * up
 
 
 def clamped(gate: Tensor, up: Tensor) -> Tensor:
-    """gate σ(1.702 gate) ⊙ (up + 1), with gate and up clamped at 7 (gpt-oss)."""
+    """gate σ(1.702 gate) ⊙ (up + 1), after clamping gate to <= 7 and up to [-7, 7] (gpt-oss)."""
     gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 

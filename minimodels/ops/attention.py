@@ -13,7 +13,7 @@ from torch import Tensor
 from minimodels.errors import InputError
 from minimodels.layers import choose
 
-MASK = 2**25  # entries of a mask that are made at once; longer chunks take blocks of queries
+MASK = 2**25  # most entries of a mask in memory at once; longer chunks go in blocks of queries
 
 
 def attention(
@@ -33,23 +33,23 @@ def attention(
     H/G query heads share each of the G key heads. q (B, H, T, d); k, v (B, G, S, d); the last T
     keys belong to the queries.
 
-    Positions (B, T) and (B, S) ascend along a row, with -1 for an empty place. None: the keys are S
-    tokens in a row, at 0 to S - 1. query_starts (B, T) is the position at which each query's
+    Positions (B, T) and (B, S) ascend along a row, with -1 for an empty place. None: the S keys are
+    at positions 0 to S - 1. query_starts (B, T) is the position at which each query's
     document begins, in the same coordinates as the keys' positions, ascending along a row. None:
     every document began before the first key. A query sees the keys from its document's start up to
     its own position, and at most the last `window` positions of these.
 
     sink (H,): a logit that takes part in each softmax and has no value. softcap c: scores s become
-    c tanh(s / c). With impl="auto" the kernel is only for windows, positions, documents and
+    c tanh(s / c). With impl="auto" the kernel is used only for windows, positions, documents and
     decoding; PyTorch's operation computes plain causal attention. Returns (B, H, T, d), in which
     the output of a query at -1 is meaningless. Raises ValueError if shapes disagree, and InputError
-    if a kernel has no sink or softcap.
+    for impl="triton" with a sink or a softcap, which the kernel does not have.
     """
     check_shapes(q, k, v, query_positions, key_positions, query_starts)
     masked = window is not None or query_positions is not None or query_starts is not None
     # cuDNN and FlashAttention handle the causal mask; the kernel is for the other masks
     plain = impl == "auto" and not masked and q.shape[2] == k.shape[2]
-    # PyTorch's own operation is enough then, and no branch depends on the length
+    # in this case the torch path is only PyTorch's own operation, without a branch on the length
     portable = window is None and query_starts is None and q.shape[2] == k.shape[2]
     path = "torch" if plain else choose(impl, "attention", q.device, portable)
     weigh = partial(weighted_mean, sink=sink, softcap=softcap)
@@ -140,9 +140,9 @@ def sees(queries: Tensor, keys: Tensor, window: int | None, starts: Tensor | Non
 def positions_of(
     q: Tensor, k: Tensor, queries: Tensor | None, keys: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Positions as given, or those of S tokens in a row: (1, T) and (1, S).
+    """The given positions, or 0 to S - 1 for the keys if there are none: (1, T) and (1, S).
 
-    They have two dimensions because PyTorch's fused attention takes no mask of three.
+    They have two dimensions because PyTorch's fused attention takes no mask of three dimensions.
     """
     if keys is None:
         keys = torch.arange(k.shape[2], device=k.device).unsqueeze(0)
@@ -262,7 +262,7 @@ def fused(
 
 
 def document_lengths(q: Tensor, positions: Tensor | None, starts: Tensor) -> list[list[int]] | None:
-    """Tokens of each document of each row, with the row's padding last.
+    """The length of each document of each row, and of the row's padding at the end.
 
     None if the starts are not those of consecutive documents.
     """
@@ -272,7 +272,7 @@ def document_lengths(q: Tensor, positions: Tensor | None, starts: Tensor) -> lis
     token = positions >= 0
     # (B, T-1): whether a token begins a document or padding
     other = (starts.diff(dim=1) != 0) | token.diff(dim=1)
-    before = starts[:, 1:] <= positions[:, :-1]  # but it sees the token before it
+    before = starts[:, 1:] <= positions[:, :-1]  # whether a token sees the one before it
     if (other & before & token[:, 1:]).any():
         return None
     ends = [row.nonzero().flatten().tolist() for row in other]
@@ -290,7 +290,7 @@ def by_document(
     lengths: list[list[int]],
     weigh: Callable[..., Tensor] = weighted_mean,
 ) -> Tensor:
-    """Attention within each document alone, which costs as much as the documents, not as the row."""
+    """Attention within each document, at the cost of the documents alone, not of the whole row."""
     rows = []
     for b, parts in enumerate(lengths):
         # split, because each slice's gradient would be as large as the row
@@ -316,8 +316,8 @@ def banded(
 ) -> Tensor:
     """Attention within a window, at a cost linear in T.
 
-    Each block of `window` tokens sees itself and the block before it. For the first block, that is
-    the remembered part. Positions may have gaps. The distance of two slots is at most that of their
+    Each block of `window` tokens sees itself and the block before it. The block before the first is
+    the remembered part. Positions may have gaps, but two slots are never further apart than their
     positions, so everything that a query sees is in these two blocks.
     """
     (B, _, T, _), S = q.shape, k.shape[2]
@@ -353,7 +353,7 @@ def banded(
 def latest(
     k: Tensor, v: Tensor, keys: Tensor | None, remembered: int, window: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The slots without those of the `remembered` ones that no query sees.
+    """Drop those of the `remembered` slots that no query sees.
 
     At most window - 1 remembered slots are left.
     """

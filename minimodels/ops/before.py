@@ -4,8 +4,8 @@ In place of a state, an operation may be given a `Before`. It then computes how 
 changes any state. The ranks exchange these maps, and each derives its own state from them. None of
 them waits for another one's computation.
 
-A recurrence that is linear in its state turns S into P S + W. W is the final state after a state of
-zero, and P is what is left of an earlier state: a decay, or a matrix. For piece c of a text
+A recurrence that is linear in its state turns S into P S + W. W is the final state if S is zero,
+and P is what is left of S: a decay, or a matrix. For piece c of a text
 
     S_c = P_{c-1} S_{c-1} + W_{c-1},    S_0 = 0        (1)
 """

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# free slots of a new room, or 1/8 of the used ones if that is more, so that moving costs little
+# free slots of a new room, or 1/8 of the used ones if that is more, so that tokens rarely move
 SPARE = 64
 
 
@@ -42,9 +42,9 @@ SLOTTED = "slotted"
 def advance(
     seen: Tensor | int, x: Tensor, positions: Tensor | None, starts: Tensor | None
 ) -> tuple[Tensor | None, Tensor, Tensor | int]:
-    """The positions of a chunk x (B, T, D), those within each document, and the position after it.
+    """The positions of a chunk x (B, T, D), those within documents, and the one after the chunk.
 
-    The positions within documents serve for rotation. If all rows are texts without gaps or
+    The positions within documents are for the rotation. If all rows are texts without gaps or
     padding, the first result is None, the second is (T,), and the third is a number. Otherwise the
     second is (B, 1, T).
     """
@@ -176,7 +176,7 @@ class Room:
         return type(None), ()  # a copy of a state, also in another process, has no room
 
     def claim(self, before: AttentionState, now: AttentionState) -> bool:
-        """Claim the slots after `before` for `now`; whether this succeeded.
+        """Claim the slots after `before` for `now`. Returns whether this succeeded.
 
         Each state can be claimed only once.
         """
@@ -197,7 +197,7 @@ class Room:
     def append(
         self, before: AttentionState, now: AttentionState, window: int | None
     ) -> tuple[AttentionState, AttentionState]:
-        """As carry.
+        """The results of `carry`, written into this room.
 
         With positions, slots that are empty or outside the window stay until the room is full.
         """

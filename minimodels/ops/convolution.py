@@ -1,4 +1,4 @@
-"""The causal depthwise convolution: the part of a layer, and its operation."""
+"""The causal depthwise convolution, as a module with weights and as an operation."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def causal_conv1d(
     impl: str = "auto",
     resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y_t = bias + Σ_w weight_w ⊙ x_{t-W+1+w}, then SiLU if there is an `activation`.
+    """y_t = bias + Σ_w weight_w ⊙ x_{t-W+1+w}, then SiLU if `activation` is true.
 
     Each channel is convolved with its own W taps, which see only the current and earlier tokens. A
     tap that would reach into an earlier document reads 0.
@@ -102,7 +102,7 @@ def window_of_ranks(
 ) -> Tensor:
     """The window before x if other ranks have it: (B, W-1, D).
 
-    x shifts the window by its T tokens and hides it if a document begins.
+    x shifts the window by its T tokens, and hides it if a document begins in x.
     """
     batch, T, D = x.shape
     within = None if resets is None else tokens_within(resets)
@@ -163,7 +163,7 @@ LONG = 2**31  # more than the taps of any convolution
 
 
 def visible(shifted: Tensor, within: Tensor | None, back: int) -> Tensor:
-    """The inputs `back` tokens before each token, 0 if of an earlier document: (B, T, D)."""
+    """The inputs `back` tokens before each token, 0 in an earlier document: (B, T, D)."""
     return shifted if within is None else shifted.masked_fill((within < back).unsqueeze(-1), 0)
 
 
@@ -188,7 +188,7 @@ def repaired(
 def window_after(
     x: Tensor, window: Tensor, lengths: Tensor | None, within: Tensor | None
 ) -> Tensor:
-    """The last W-1 inputs before the padding, 0 if of an earlier document: (B, W-1, D)."""
+    """The last W-1 inputs before the padding, 0 in an earlier document: (B, W-1, D)."""
     (_, T, D), kept = x.shape, window.shape[1]
     if lengths is None:
         # an exported program omits max, which would bound the length of a text
@@ -241,9 +241,9 @@ class Convolution(torch.autograd.Function):
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The convolution as that of an image of height one: (B, L, D) -> (B, L-W+1, D).
+    """The convolution, computed on images of height one: (B, L, D) -> (B, L-W+1, D).
 
-    PyTorch has a fast path for it with the channels innermost.
+    PyTorch has a fast path for images whose channels are innermost in memory.
     """
     return (
         F.conv2d(x.mT.unsqueeze(2), weight[:, None, None], bias, groups=weight.shape[0])

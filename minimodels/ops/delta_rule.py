@@ -25,13 +25,13 @@ of the value v. Without e the token simply adds its value.
 
 The fast path cuts time into chunks of C tokens. With α = exp(g), a chunk that starts from S is
 
-    A_i,j = Σ_d q_i,d k_j,d (α_{j+1} ... α_i)_d  for j <= i      E_i,j = with e for q, for j < i
+    A_i,j = Σ_d q_i,d k_j,d (α_{j+1} ... α_i)_d  for j <= i      E: with e for q, and j < i
     U = (I + E)⁻¹ (V - ē S)                                         all corrections by one triangular solve
     Y = q̄ S + A U           S' = ᾱ S + k̄ᵀ U
 
 The bars stand for decays: q̄_i and ē_i decay from the chunk's start to i, k̄_j decays from j to the
 chunk's end, and ᾱ is the whole chunk's decay. Only the lines with S wait for the chunk before. With
-one gate per head, a decay is exp(G_i - G_j), in which G are the sums of g. The mask is applied
+one gate per head, a decay is exp(G_i - G_j), and G is the running sum of g. The mask is applied
 before the exponential. With one gate per channel, a decay is a product of numbers in [0, 1],
 computed by joining blocks of tokens in pairs. So no exponent is positive and nothing overflows,
 however strong a gate is.
@@ -172,7 +172,7 @@ def check_shapes(
             "e as k or (B, T, H, K), state (B, H, K, V), resets (B, T), T at least 1 and H a multiple of G"
         )
     if resets is not None and resets.dtype != torch.bool:
-        raise ValueError(f"delta_rule: resets are {resets.dtype}; bool is wanted")
+        raise ValueError(f"delta_rule: resets are {resets.dtype}; accepted: bool")
 
 
 def same_heads(
@@ -229,9 +229,9 @@ def decays(g: Tensor, resets: Tensor | None) -> Tensor:
 
 
 # The chunked form. Inside, a tensor is (N, P, C, ...): N chunks of C tokens, and P = B H heads of
-# all texts. What the R heads of a group share exists once, P/R times in all. The vectors that read,
-# q and e (if there is one), are next to each other, J = 1 or 2 for each token, so that both take
-# part in the same products.
+# all texts. What the R heads of a group share exists once per group, P/R times in all. The vectors
+# that read, q and e (if there is one), are stacked, J = 1 or 2 for each token, so that one product
+# serves both.
 
 
 class Chunks(NamedTuple):
@@ -351,8 +351,8 @@ def carry(
 ) -> None:
     """Walk the chunks: states[n+1] += ᾱ states[n] + keysᵀ values, after values -= W states[n].
 
-    Both are changed in place. From the last state to the first, this carries gradients, with k̄ and
-    ē exchanged.
+    Both are changed in place. Backwards, from the last state to the first, this carries gradients,
+    with k̄ and ē exchanged.
     """
     order = slice(None, None, -1) if backwards else slice(None)
     states = states.unbind()[order]
@@ -421,7 +421,7 @@ def weigh_scalar(
 def differentiate_scalar(
     c: Chunks, dscores: Tensor, dreads: Tensor, dwrites: Tensor, end: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of rows, k and g from those of scores, reads and writes, which it overwrites.
+    """Gradients of rows, k and g from those of scores, reads and writes, which are overwritten.
 
     `end` (N, P, K, 1) is the gradient of the log of the state after the chunk. A sum of gates G_i
     is in everything that i reads and, negated, in what it writes. g_t is in G_i for all i >= t.
@@ -442,7 +442,7 @@ def differentiate_scalar(
 def weigh_vector(
     rows: Tensor, k: Tensor, g: Tensor, starts: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list]:
-    """The same for one gate per channel: g (N, P, C, K), R = 1.
+    """As weigh_scalar, for one gate per channel: g (N, P, C, K), R = 1.
 
     Blocks of 1, 2, 4, ... tokens are joined in pairs. What is read has decayed from its block's
     start, and what is written decays to its block's end. Their product gives the scores of a pair.
@@ -472,7 +472,7 @@ def weigh_vector(
 def differentiate_vector(
     c: Chunks, dscores: Tensor, dreads: Tensor, dwrites: Tensor, end: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As differentiate_scalar, for the pairs of blocks in reverse."""
+    """As differentiate_scalar, from the longest pairs of blocks back to pairs of tokens."""
     (decay,), *levels = c.kept
     length = c.k.shape[2]
     for left, right, first, second in reversed(levels):

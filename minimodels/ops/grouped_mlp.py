@@ -32,8 +32,8 @@ def grouped_mlp(
     largest number of experts that a token visits, None for E. The kernel allocates memory for n ·
     most visits, so that the host does not have to wait for the GPU to count them. biases: those of
     the three products, (E, I) twice and (E, D). activation: one of GATED, instead of silu. Returns
-    (n, D). Raises ValueError if shapes disagree, and InputError if a kernel has no biases or no
-    other activation.
+    (n, D). Raises ValueError if shapes disagree, and InputError for impl="triton" with biases or an
+    activation other than silu, which the kernel does not have.
     """
     check_shapes(x, gates, visits, gate, up, out)
     path = path_of(impl, x.device, biases is None and activation == "silu")
@@ -60,7 +60,7 @@ def grouped_mlp(
         from minimodels.kernels.grouped_mlp import grouped_mlp as kernel
 
         return kernel(x, gates, visits, gate, up, out, most).to(dtype)
-    expert, token = visits.t().nonzero(as_tuple=True)  # (A,) each, ordered by expert
+    expert, token = visits.t().nonzero(as_tuple=True)  # (A,) each: A visits, ordered by expert
     # (E,), (A, D); x[token] has a slower derivative
     counts, rows = visits.sum(0), x.index_select(0, token)
     parts = [grouped_linear(rows, weight, counts) for weight in (gate, up)]  # (A, I) twice
@@ -92,7 +92,7 @@ def dense(
     biases: tuple[Tensor | None, ...],
     act: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """Every expert on every token, so that no size depends on the visits: E / K times the work."""
+    """Apply every expert to every token: E / K times the work, but no size depends on visits."""
 
     def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = x @ weight.mT  # (E, n, ·)

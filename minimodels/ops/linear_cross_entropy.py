@@ -22,7 +22,7 @@ from minimodels.layers import choose, full_precision
 
 IGNORE = -100
 # Logits computed at a time. With so many, the products over them run at full speed. On a GPU the
-# number is larger, because each chunk adds up dweight, which moves 8·V·D bytes in fp32. At n 16384,
+# number is larger, because each chunk adds to dweight, which moves 8·V·D bytes in fp32. At n 16384,
 # D 4096, V 131072 that is 34 GB in all, and with 2²⁶ it was 137. The logits take 1 GiB in fp32.
 WORK = {"cpu": 2**24, "cuda": 2**28}
 
@@ -31,8 +31,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, impl: str =
     """mean_t (logsumexp(W x_t) - (W x_t)_target) over the targets that are not IGNORE, in nats.
 
     x (n, D); weight (V, D); targets (n,). Returns a scalar in full precision, which is NaN if every
-    target is IGNORE. Raises ValueError if shapes disagree, and for fp16 if gradients are wanted:
-    all paths but the reference compute the gradients before a loss scale reaches them. These paths
+    target is IGNORE. Raises ValueError if shapes disagree. All paths but the reference compute the
+    gradients before a loss scale reaches them, so they raise ValueError for gradients in fp16. They
     have no second derivative, and asking for it raises RuntimeError.
     """
     check_shapes(x, weight, targets)
@@ -68,7 +68,7 @@ def check_shapes(x: Tensor, weight: Tensor, targets: Tensor) -> None:
 
 
 def tally(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sums over a batch: the losses in nats, the correct answers and the targets: (3,) in fp32.
+    """Sums over a batch, (3,) in fp32: the losses in nats, the correct answers and the targets.
 
     They can be added over batches. logits (B, T, V); targets (B, T), of which IGNORE is left out.
     """
@@ -84,7 +84,7 @@ def tally(logits: Tensor, targets: Tensor) -> Tensor:
 def chunked_loss(
     x: Tensor, weight: Tensor, targets: Tensor, learn: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss and, if `learn`, its gradients (x, weight); else two empty tensors."""
+    """The loss and, if `learn`, its gradients for x and weight; otherwise two empty tensors."""
     present = targets != IGNORE
     # (n,), each row's share in the mean
     share = full_precision(present.to(x.dtype)) / present.sum()
@@ -126,9 +126,7 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, dloss, *_):
     if torch.is_grad_enabled():
-        raise RuntimeError(
-            'linear_cross_entropy: the second derivative is known to impl="reference" alone'
-        )
+        raise RuntimeError('linear_cross_entropy: only impl="reference" has a second derivative')
     dx, dweight = ctx.saved_tensors
     return (dloss * dx).to(dx.dtype), (dloss * dweight).to(dweight.dtype), None, None
 

@@ -1,8 +1,8 @@
 """The linear scan: a recurrence of channels that do not mix.
 
-The RG-LRU, minGRU, MLGRU and HGRN use it. For example De et al., "Griffin: Mixing Gated Linear
-Recurrences with Local Attention", arXiv:2402.19427, equation (4); Feng et al., "Were RNNs All We
-Needed?", arXiv:2410.01201.
+The RG-LRU, minGRU, MLGRU and HGRN use it. See De et al., "Griffin: Mixing Gated Linear Recurrences
+with Local Attention", arXiv:2402.19427, equation (4), and Feng et al., "Were RNNs All We Needed?",
+arXiv:2410.01201.
 
 Each channel remembers one number. At each token it keeps a share a of that number and adds x. The
 gradient obeys the same recurrence backwards.
@@ -90,7 +90,7 @@ def check_shapes(a: Tensor, x: Tensor, state: Tensor | None, resets: Tensor | No
             f"linear_scan: {shapes} do not fit: a, x (B, T, D), state (B, D), resets (B, T), T at least 1"
         )
     if resets is not None and resets.dtype != torch.bool:
-        raise ValueError(f"linear_scan: resets are {resets.dtype}; bool is wanted")
+        raise ValueError(f"linear_scan: resets are {resets.dtype}; accepted: bool")
 
 
 def reference(a: Tensor, x: Tensor, h: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ def scan(a: Tensor, x: Tensor, state: Tensor, backwards: bool = False) -> Tensor
 def count_pieces(x: Tensor) -> int:
     """P: as many pieces as make each step large enough, up to the number with the fewest calls.
 
-    The calls are those for L steps and P pieces.
+    The number of calls is 2 L + P, with L = T / P, so P = √(2 T) needs the fewest.
     """
     batch, T, D = x.shape
     return max(1, min((WORK if x.is_cpu else GPU_WORK) // (batch * D), math.isqrt(2 * T)))

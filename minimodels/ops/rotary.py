@@ -110,7 +110,7 @@ LENGTH = (
 
 @dataclass(frozen=True)
 class Dynamic:
-    """A larger base for longer texts, so that the slowest frequency turns no further.
+    """A larger base for longer texts: the slowest frequency turns no further than in training.
 
     NTK-aware scaling, arXiv:2309.00071 §3.1.
     """
@@ -169,14 +169,14 @@ Scaling = Annotated[Kind | None, OneOf(SCALINGS)]
 
 
 def check_pairs(given: int | None, width: int, heads: int, field: str = "head_dim") -> None:
-    """Raise InputError if the rotated dimensions of a head are not pairs. Their number is given by
-    an option, the field, or follows from width / heads."""
+    """Raise InputError if the number of rotated dimensions of a head is odd. It is the value that
+    was `given` for the option `field`, or else width / heads."""
     if given and given % 2:
         raise InputError(field, given, "an even number, because rotation turns pairs")
     if not given and width // heads % 2:
         accepted = (
-            f"a number of heads of an even width, because rotation turns pairs (width {width} / "
-            f"{heads} is {width // heads}), or a head_dim"
+            "a number that makes heads of an even width, because rotation turns pairs (width "
+            f"{width} / {heads} is {width // heads}), or a head_dim"
         )
         raise InputError("heads", heads, accepted)
 
@@ -186,17 +186,17 @@ def rotary(
 ) -> tuple[Tensor, Tensor]:
     """cos and ±sin of the angles p · θ_j of positions p (...): two (..., d) in fp32.
 
-    They cover both halves of a head. The frequencies are θ_j = base^(-2j/d), lowered by `scaling`,
-    a call of SCALINGS as text. The pairs are (x_j, x_{j+d/2}): the first of a pair is rotated with
-    -sin, the second with sin. Angles are in fp32, as in published models: those of position 100,000
-    may be off by 0.004.
+    They cover both halves of a head. The frequencies are θ_j = base^(-2j/d), lowered by `scaling`:
+    one of SCALINGS with its options, as text. The pairs are (x_j, x_{j+d/2}): the first of a pair
+    is rotated with -sin, the second with sin. Angles are in fp32, as in published models: those of
+    position 100,000 may be off by 0.004.
     """
     make = angles if is_transformed() else angles_operation
     return make(positions, head_dim, base, scaling)
 
 
 def angles(positions: Tensor, head_dim: int, base: float, scaling: str) -> tuple[Tensor, Tensor]:
-    """As rotary."""
+    """The computation of `rotary`, in PyTorch's own operations."""
     exponents = (
         torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     )
@@ -280,7 +280,7 @@ def check_angles(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None) -> 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (x_j, x_{j+d/2}) by its angle.
 
-    If the last dimension is wider than the angles, only its first d numbers are rotated.
+    If a head has more dimensions than there are angles, only its first ones are rotated.
     """
     width = cos.shape[-1]
     if width < x.shape[-1]:
@@ -289,8 +289,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def scaling_text(scaling: Kind | None, rotated: int) -> str:
-    """A scaling as the text that `rotary` takes: "" for None. Raises InputError if it does not have
-    one factor for each pair of the `rotated` dimensions."""
+    """A scaling as the text that `rotary` takes: "" for None. Raises InputError if LongRope's lists
+    do not have one factor for each pair of the `rotated` dimensions."""
     if scaling is None:
         return ""
     pairs = rotated // 2

@@ -3,9 +3,10 @@
 Its reference is `recurrence` in architectures/mamba.py. It is separate from mamba.py so that the
 architecture can be learnt without it. A step of the recurrence is one multiply-add, so memory is
 what costs time: all states together are N times as large as x. They never exist all at once. Time
-is cut into chunks. One operation each makes a chunk's decays and inputs, and one in-place operation
-per step then turns inputs into states. Only the states at the chunk boundaries are saved, and the
-backward pass recomputes the others. It also runs on a GPU, but each step is a launch.
+is cut into chunks. One operation makes all decays of a chunk, another all its inputs, and then one
+in-place operation per step turns inputs into states. Only the states at the chunk boundaries are
+saved, and the backward pass recomputes the others. It also runs on a GPU, but each step is a
+launch.
 
     name        paper   shape
     x                   (B, T, I)      input of the SSM
@@ -40,7 +41,7 @@ def scan(
     state: Tensor,
     resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y (B, T, I) and the final state (B, I, N), in the one dtype of the arguments.
+    """y (B, T, I) and the final state (B, I, N), in the dtype that all arguments share.
 
     All arguments but `resets` may require a gradient.
     """

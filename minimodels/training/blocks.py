@@ -22,7 +22,7 @@ def blocks(model: LM) -> list[nn.Module]:
 def recompute(model: LM) -> None:
     """Keep only the input of each block, and recompute the block in the backward pass.
 
-    A step takes about a third longer, and its memory no longer grows with what a block computes.
+    A step takes about a third longer, and only one block's activations are in memory at a time.
     """
     for block in blocks(model):
         block.forward = partial(
@@ -31,8 +31,8 @@ def recompute(model: LM) -> None:
 
 
 def compiled_loss(model: LM, by_block: bool) -> Callable:
-    """The model's loss, compiled: in one graph, or by block, because the blocks of several ranks
-    communicate."""
+    """The model's loss, compiled: in one graph, or by block with several ranks, because their
+    blocks communicate."""
     # routed tokens are counted in the graph
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
     if not by_block:
@@ -45,5 +45,5 @@ def compiled_loss(model: LM, by_block: bool) -> Callable:
 
 
 def train_compiled(block: nn.Module, plain: Callable, compiled: Callable, *arguments):
-    """Validation uses the plain path, because otherwise it would be compiled too."""
+    """Use the compiled block in training only, because validation would compile it again."""
     return (compiled if block.training else plain)(*arguments)

@@ -26,7 +26,7 @@ class Shape(NamedTuple):
     context: int  # tokens per row
     batch_size: int  # rows per forward pass
     tokens: int  # of all forward passes
-    batches: range  # their numbers among all of the run, one for each forward pass
+    batches: range  # their numbers in the run, one for each forward pass
     weights: dict[str, float]  # of the parts of a mixture that have a ramp
 
 
@@ -101,7 +101,7 @@ class Budget:
     def draw(self, shape: Shape) -> Iterator[tuple]:
         """The batches of a step, one for each forward pass.
 
-        Their numbers go on where the run has been, so a change of `accumulate` repeats none.
+        Their numbers continue from the run's last batch, so a change of `accumulate` repeats none.
         """
         changed = {"weights": shape.weights} if shape.weights else {}
         for number in shape.batches:

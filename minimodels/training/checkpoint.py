@@ -192,7 +192,7 @@ def set_moments(
 
 
 def text(described: tuple[list[int], torch.dtype] | None) -> str:
-    """The shape and type of a tensor in an error."""
+    """The shape and type of a tensor, for an error message."""
     if described is None:
         return "missing"
     size, dtype = described
@@ -284,5 +284,5 @@ def load_model(run: str | Path) -> LM:
 
 
 def home(folder: Path) -> Path:
-    """The run that a checkpoint's folder belongs to; for the folder of a run, itself."""
+    """The run to which a checkpoint's folder belongs; a run's own folder is returned as it is."""
     return folder.resolve().parents[1] if (folder / shards.PROGRESS).exists() else folder

@@ -2,7 +2,7 @@
 
 The step's other sequences follow in further passes, so the result does not depend on the number.
 Each number is tried with one step of a model that is then discarded: on a GPU in this process, on a
-CPU in a child with limited memory, because there the system kills a process that takes too much.
+CPU in a child process with limited memory, because the system kills one that takes too much.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from minimodels.training.optim import adamw
 from minimodels.training.options import DEFAULT_ROWS, Options
 from minimodels.training.step import training_step
 
-SPARE = 0.9  # the share of the free memory that a trial may take; the rest is a reserve
+SPARE = 0.9  # the share of a CPU's free memory that a trial may take; the rest is a reserve
 LACKING = 3  # exit status of a trial without enough memory
 
 
@@ -108,7 +108,7 @@ def fits_gpu(train: Callable[[int], None], rows: int) -> bool:
 
 
 def fits_cpu(train: Callable[[int], None], rows: int) -> bool:
-    """The same for the CPU, in a child whose memory is limited to what is free."""
+    """The same for the CPU, in a child process limited to this rank's share of the free memory."""
     sharers = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks of this machine
     limit = used_memory() + int(SPARE * memory_of(torch.device("cpu")).free / sharers)
     child = os.fork()

@@ -16,7 +16,7 @@ from minimodels.training import checkpoint
 def open_initial(name: str) -> tuple[LM, str]:
     """A model with its weights, and its value of --tokenizer.
 
-    name: the folder of a run, of one of its checkpoints, or of a published model, or the id of one.
+    name: the folder of a run, a checkpoint or a published model, or the id of a published model.
     Raises InputError if there is no such model.
     """
     folder = Path(name)

@@ -35,9 +35,9 @@ class Options:
 
     config: tyro.conf.OmitArgPrefixes[Config]
     model: str = "transformer"
-    """preset of layers and width to start from; python -m minimodels.ledger lists them"""
+    """preset of layers and width to start from; python -m minimodels.ledger lists the presets"""
     size: str = "tiny"
-    """tiny, for a CPU, or small, for a GPU: GPT-2's 124M, or 85M with bytes as tokens"""
+    """tiny, for a CPU, or small, for a GPU: 124M parameters as in GPT-2, or 85M with byte tokens"""
     set: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
     """LAYER.OPTION=VALUE, such as mamba.state_size=32, for all layers of that name; repeatable"""
     data: str = "stdlib"
@@ -46,8 +46,8 @@ class Options:
     mqar(pairs=8, vocab=256), overwrite, parity, s3"""
 
     tokenizer: str = "bytes"
-    """bytes, bpe(vocab=8192), which is trained on the run's own text (64 MiB of it) and has at most so
-    many tokens, or a tokenizer.json"""
+    """bytes, a tokenizer.json, or bpe(vocab=8192): up to 8192 tokens, trained on the run's own text
+    (at most 64 MiB of it)"""
     pack: bool = False
     """use rows of whole documents, which do not see each other, instead of windows cut at random"""
     field: str = "text"
@@ -67,8 +67,8 @@ class Options:
     context: Count = 256
     """tokens per sequence"""
     batch_size: Count | Literal["auto"] = 8
-    """sequences per forward pass of all processes together; auto: as many as fit in memory, while a
-    step still has the default number"""
+    """sequences per forward pass of all processes together; auto: as many as fit in memory, without
+    changing the default number per step"""
     accumulate: Count = 1
     """forward passes per optimizer step"""
     ramp: str = ""
@@ -96,7 +96,7 @@ class Options:
     compile: bool = False
     """torch.compile the training step, which needs a C++ compiler on a CPU"""
     checkpoint_activations: bool = False
-    """recompute each block in the backward pass: a step takes a third longer and much less memory;
+    """recompute each block in the backward pass: a step takes a third longer but much less memory;
     not with --compile"""
     context_parallel: Count = 1
     """with torchrun: how many processes share each text, each with one piece of it"""
@@ -104,8 +104,8 @@ class Options:
     """with torchrun: each process stores a part of the weights and moments, not all of them"""
 
     skip_bad_steps: Number = 0
-    """how many bad steps to skip before the run ends: those with an exploding loss, or with a loss
-    or gradient that is not finite"""
+    """how many bad steps to skip before the run ends; a step is bad if its loss explodes, or if its
+    loss or gradient is not finite"""
     eval_every: Number = 100
     """steps between validations, each followed by a checkpoint; 0: only at the end"""
     keep: Count = 2
@@ -122,12 +122,12 @@ class Options:
     """folder of the run, new or empty; by default runs/MODEL (runs/custom for other
     layers), or the next free name"""
     init: str = ""
-    """weights to start from: the folder of a run, of one of its checkpoints or of a published model,
-    or the id of one. Its layers and its tokenizer are used too"""
+    """weights to start from: the folder of a run, a checkpoint or a published model, or the id of a
+    published model. Its layers and its tokenizer are used too"""
     resume: Path | None = None
     """folder of a run to continue. Its options stay, including its bounds (--steps None lifts one).
     Bounds, rates (lr, schedule, warmup, weight_decay, clip), batches (batch_size, accumulate, ramp),
-    reporting and execution (device, dtype, compile, impl) may change"""
+    reporting and execution (such as device, dtype, compile, impl) may change"""
 
     def __post_init__(self):
         check_types(self)
@@ -135,9 +135,10 @@ class Options:
             raise InputError("prompt", self.prompt, "at least one character")
         if self.compile and self.checkpoint_activations:
             accepted = (
-                "False with checkpoint_activations, because a recomputed block records nothing"
+                "False with checkpoint_activations, because a recomputed block does not record its "
+                "losses again, so its graph would differ"
             )
-            raise InputError("compile", True, f"{accepted}, so its graph would differ")
+            raise InputError("compile", True, accepted)
 
 
 SYNONYMS = {  # what other programs call an option -> what to write here
@@ -178,7 +179,7 @@ def parse(description: str) -> Options:
     if named.resume is not None:
         return parse_resumed(Path(named.resume), description)
     if named.init is not None and named.model is not None:
-        accepted = f"no model beside --init, because {named.init} brings its own layers"
+        accepted = f"no --model with --init, because {named.init} has its own layers"
         raise InputError("model", named.model, accepted)
     if named.layers is not None and named.model is not None:
         accepted = "--model or --layers, not both"
@@ -190,7 +191,7 @@ def parse(description: str) -> Options:
         default = replace(default, config=initial.config, tokenizer=tokenizer)
     options = parse_options(Options, description, default, SYNONYMS)
     if named.init is not None and options.tokenizer != default.tokenizer:
-        accepted = f"no other tokenizer beside --init, because {named.init} brings its own"
+        accepted = f"no other tokenizer with --init, because {named.init} has its own"
         raise InputError("tokenizer", options.tokenizer, accepted)
     layers = options.config.layers
     if named.layers is not None:

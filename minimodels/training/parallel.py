@@ -68,7 +68,7 @@ def stop(status: int = 0) -> None:
 
 
 def own_shape(batch_size: int, context: int, pieces: int) -> tuple[int, int]:
-    """The rows, and tokens per row, of each rank's part of a batch with texts in `pieces` pieces.
+    """Rows, and tokens per row, of each rank's part of a batch whose texts are cut into `pieces`.
 
     Raises InputError if the batch cannot be divided equally.
     """
@@ -88,8 +88,8 @@ def own_shape(batch_size: int, context: int, pieces: int) -> tuple[int, int]:
 def own(batch: tuple[Tensor, ...], pieces: int = 1) -> tuple[Tensor, ...]:
     """This rank's part of a batch (tokens, targets) or (tokens, targets, starts).
 
-    Every `pieces` consecutive ranks share their rows, and each has one piece of them. With
-    documents in pieces, the tokens' positions in the whole row are added.
+    Every `pieces` consecutive ranks share their rows, and each has one piece of them. If there are
+    starts and several pieces, the tokens' positions in the whole row are added.
     """
     (team, place), teams = divmod(rank(), pieces), world() // pieces
     if pieces > 1 and len(batch) > 2:

@@ -1,6 +1,6 @@
 """Context parallelism without waiting, for models that remember only linear recurrences.
 
-In the wavefront a rank waits for the state of the rank before. A recurrence that is linear in its
+In wavefront.py a rank waits for the state of the rank before. A recurrence that is linear in its
 state needs no waiting: all ranks apply the same block at the same time, and each operation finds
 its state by one exchange between them (see minimodels/ops/before.py). No layer knows of it, because
 a layer only hands its state to its operations.
@@ -16,7 +16,7 @@ A model with any other state takes the wavefront for all its layers, because an 
 rank 0 wait for the ranks after it. Ring attention would need no state of another rank, but it does
 not fit the layers. The state of an attention layer is the keys and values of all earlier tokens,
 and a ring never has these in one place. It would need a second path beside `attention`, with
-windows, documents, sinks and softcaps, and another one each for latent and sparse attention. To
+windows, documents, sinks and softcaps, and one more each for latent and for sparse attention. To
 balance its work it would also need pieces that are not contiguous, which a recurrence cannot use.
 """
 
@@ -39,7 +39,7 @@ LINEAR = {"causal_conv1d", "delta_rule", "linear_scan", "selective_scan"}
 
 
 def is_linear(model: LM) -> bool:
-    """Whether all that the model's layers remember are states of these operations."""
+    """Whether the model's layers remember nothing but states of the operations in LINEAR."""
     remember = [module for module in model.layers.modules() if hasattr(module, "state_bytes")]
     return all(LINEAR.issuperset(getattr(layer, "operations", [None])) for layer in remember)
 
@@ -59,7 +59,7 @@ class Together:
         self.form: Any = None  # the block's state after one token
 
     def __call__(self, x: Tensor, *arguments):
-        """As the block: x, maybe an update, the state and the context -> x, the same, the state."""
+        """As the block: x, perhaps an update, state, context -> x, perhaps an update, state."""
         *update, _, context = arguments
         if self.form is None:
             self.form = self.after_token(x, update, context)

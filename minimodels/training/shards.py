@@ -219,7 +219,7 @@ def together(field: str, path: Path, accepted: str) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         failure = str(error)
-    except CheckpointException as error:  # no subclass of Exception
+    except CheckpointException as error:  # not a subclass of Exception
         failure = str(next(iter(error.failures.values()))[0])
     failures = list(filter(None, gather(failure)))
     if failures:

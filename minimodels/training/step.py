@@ -18,9 +18,9 @@ from minimodels.training.parallel import synchronise
 class Step(NamedTuple):
     """The measurements of a step. Nothing here has waited for the GPU."""
 
-    # cross-entropy in nats per token, of each forward pass: this rank's share
+    # this rank's share of the cross-entropy of each forward pass, in nats per token
     losses: list[Tensor]
-    # of the last forward pass: "cross_entropy", and the layers' own losses: this rank's shares
+    # this rank's shares of the last forward pass's "cross_entropy" and of the layers' own losses
     parts: dict[str, Tensor]
     norm: Tensor  # of the gradient, before it was clipped
 
@@ -37,8 +37,8 @@ def training_step(
     """One optimizer step over the mean loss of the batches: forward, backward, clip, update.
 
     Each batch is (tokens, targets) or (tokens, targets, starts), (B, T) on the model's device.
-    `clip` is the largest norm of the gradient; 0: no limit. `loss_function` replaces model.loss,
-    such as a compiled version of it. A step that `guard` finds bad changes nothing.
+    `clip` is the largest norm of the gradient; 0: no limit. `loss_function`, such as a compiled
+    one, replaces model.loss. A step that `guard` finds bad changes nothing.
     """
     loss_function = loss_function or model.loss
     batches, losses = list(batches), []

@@ -1,7 +1,7 @@
 """Context parallelism: several ranks share each text, by means of the state that layers carry.
 
-Rank c of N has the c-th piece of the text. For each block it receives the state that the previous
-rank has after the tokens before, applies the block as in inference, and sends its own state on.
+Rank c of N has the c-th piece of the text. For each block it receives the state after all earlier
+tokens from the previous rank, applies the block as in inference, and sends its own state on.
 While rank 1 applies block l, rank 0 applies block l + 1, so L blocks take L + N - 1 rounds.
 Gradients run the other way. Layers need no change, and the result is that of the whole text. With
 sharding the ranks wait for each other at every block, because all of them gather its weights.
