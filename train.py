@@ -4,7 +4,7 @@
     python train.py --model mamba                the same with another architecture
     python train.py --layers "mamba mlp attention(window=64) mlp" --data FILE --minutes 10
     python train.py --resume runs/transformer    continue where a run stopped
-    torchrun --nproc-per-node 8 train.py         the same on eight GPUs
+    torchrun --nproc-per-node 8 train.py         train on eight GPUs
 
 A run ends when it reaches the first of its bounds: steps, tokens, FLOPs or minutes. It writes its
 options, checkpoints and log.jsonl into a folder. Ctrl-C saves and stops. On a CPU a resumed run
@@ -14,7 +14,7 @@ the schedule follows the clock.
 
 from __future__ import annotations
 
-import minimodels  # noqa: F401, first, so that Ctrl-C ends the other imports at once
+import minimodels  # noqa: F401 (it comes first, so that Ctrl-C ends the other imports at once)
 
 # isort: split
 import shlex
@@ -63,7 +63,7 @@ def main(options: Options) -> None:
     keep_freed_memory()
     device = parallel.start(pick_device(options.device))
     if options.out is not None:
-        refuse_used(options.out)  # before the data take their time
+        refuse_used(options.out)  # before the data is read, which takes time
     data = open_source(options)
     threads = pick_threads(options.threads, device)
     options = replace(options, config=with_vocab(options, data), threads=threads.count)
@@ -73,7 +73,7 @@ def main(options: Options) -> None:
     if options.batch_size == "auto":
         options = fill_memory(options, options.config, device, autocast)
         passes = f"{options.accumulate} pass{'es' if options.accumulate > 1 else ''}"
-        notes.append(f"memory   a step of {passes} with {options.batch_size} sequences fits")
+        notes.append(f"memory   a step fits in {passes} of {options.batch_size} sequences")
 
     torch.manual_seed(options.seed)
     model = LM(options.config).to(device)
@@ -122,13 +122,14 @@ def main(options: Options) -> None:
 
 
 def train(run: Run, stopped: threading.Event, threads: Threads) -> bool:
-    """Take steps until a bound is reached, or a signal arrives. Returns whether one did."""
+    """Take steps until a bound is reached or a signal arrives. Returns whether a signal arrived."""
     options = run.options
     pace = Pace(threads, ledger(options.config, options.context).training_flops)
     if run.budget.ended(run.seconds):
-        print("the run is at its bound; --steps continues it to a later step")
+        print("the run is at its bound; a larger bound, such as --steps N, continues it")
     bar_format = "{percentage:3.0f}% |{bar:20}| {elapsed}<{remaining} {postfix}"
-    wait = 0.5 if sys.stderr.isatty() else 30  # seconds; in a file each update stays
+    # seconds between updates: more in a file, which keeps every update
+    wait = 0.5 if sys.stderr.isatty() else 30
     with tqdm(total=1.0, bar_format=bar_format, mininterval=wait, disable=rank() > 0) as bar:
         # all ranks stop together, by the clock of the slowest
         interrupted, seconds = largest(stopped.is_set(), run.seconds)
@@ -158,7 +159,7 @@ def train(run: Run, stopped: threading.Event, threads: Threads) -> bool:
 
 
 def sample(model: LM, data: Source, prompt: str) -> str:
-    """200 tokens of text, or a sentence that says why there are none. Rank 0 writes the text."""
+    """200 tokens of text, or a sentence that says why there are none. Only rank 0 generates."""
     if isinstance(data, Task):
         return "no sample: a task has answers, not text"
     model.eval()
@@ -168,13 +169,13 @@ def sample(model: LM, data: Source, prompt: str) -> str:
             written = complete(whole.eval(), prompt, 200, Sampling(temperature=0.7), seed=0)
         text = f"--- sample ---\n{prompt}{written}"
     else:
-        text = "no sample: this model routes over the whole sequence, which does not exist yet when generating"
+        text = "no sample: this model routes over the whole sequence, and so it cannot generate"
     model.train()
     return text
 
 
 def open_source(options: Options) -> Source:
-    """Open the data. A resumed run uses the tokenizer that it has kept."""
+    """Open the data. A resumed run uses the tokenizer that is saved in its folder."""
     kept = options.resume is not None and options.tokenizer != "bytes"
     tokenizer = str(options.resume) if kept else options.tokenizer
     try:
@@ -184,22 +185,24 @@ def open_source(options: Options) -> Source:
     except InputError as error:
         if options.resume is None or error.field != "data":
             raise
-        accepted = f"the run's text; if it has moved, --data names its new place ({error.accepted})"
+        accepted = (
+            f"the run's text; if it has moved, give its new path as --data ({error.accepted})"
+        )
         raise InputError("data", error.value, accepted) from None
 
 
 def with_vocab(options: Options, data: Source) -> Config:
-    """The model's configuration, with the vocabulary of the data unless it has a larger one."""
+    """The model's configuration. Its vocabulary is the data's unless a larger one is set."""
     if 0 < options.config.vocab < data.vocab:
-        accepted = f"{data.vocab} or more, because that many tokens are in the data"
+        accepted = f"{data.vocab} or more, because the data has token ids up to {data.vocab - 1}"
         raise InputError("vocab", options.config.vocab, accepted)
     return replace(options.config, vocab=options.config.vocab or data.vocab)
 
 
 def check_fit(model: LM, budget: Budget, autocast: torch.autocast) -> str:
-    """A note if a step may not fit in memory, otherwise "". Raises InputError if the ranks cannot
-    have equal parts of a batch, if the model cannot read texts as long as those of the run's end,
-    or if a step certainly does not fit."""
+    """A note if a step might not fit in memory, otherwise "". Raises InputError if the ranks cannot
+    have equal parts of a batch, if the model cannot read texts as long as those at the end of the
+    run, or if a step certainly does not fit."""
     options = budget.options
     if budget.last.context > budget.first.context:
         with torch.no_grad(), alone():
@@ -207,9 +210,9 @@ def check_fit(model: LM, budget: Budget, autocast: torch.autocast) -> str:
                 torch.zeros(1, budget.last.context, dtype=torch.int64, device=model.device)
             )
         model.train()
-    for shape in (budget.first, budget.last, budget.largest):
+    for shape in (budget.first, budget.last, budget.largest):  # memory is checked for the largest
         own = parallel.own_shape(shape.batch_size, shape.context, options.context_parallel)
-    with alone():  # a trial of one rank must not wait for the others
+    with alone():  # one rank's trial must not wait for the others
         exact = not (options.compile or options.checkpoint_activations)
         return check_memory(model, *own, autocast, exact)
 

@@ -1,12 +1,14 @@
-"""minimodels: compact implementations of the architectures beyond the transformer, to read, to train and to measure."""
+"""minimodels: compact implementations of the architectures beyond the transformer, to read, to
+train and to measure."""
 
-from minimodels import interrupts  # noqa: F401, first, because the other imports take seconds
+from minimodels import interrupts  # noqa: F401 (first, because the other imports take seconds)
 
 # isort: split
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-# kernels/ is the package minimodels.kernels. In a checkout that is not installed it is beside this folder.
+# kernels/ is the package minimodels.kernels. In a checkout that is not installed, it is beside this
+# folder.
 if (Path(__file__).parents[1] / "kernels" / "__init__.py").is_file():
     __path__.append(str(Path(__file__).parents[1]))
 

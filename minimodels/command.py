@@ -41,7 +41,8 @@ def parse_options(
     """Read the command line as a dataclass. `synonyms`: the name of an option in other
     programs -> what to write here.
 
-    If it is wrong, raises InputError with one line, in place of tyro's longer message.
+    If the command line is wrong, raises InputError with one line, in place of tyro's longer
+    message.
     """
     join_lines(kind)
     given = {} if default is None else {"default": default}
@@ -92,7 +93,7 @@ def command_line_error(
     text = " ".join(line for line in lines if line and line[0] not in "─╭╰")  # without the frame
     known = hints_of(kind)
     found = re.search(r"Unrecognized options: (-\S+?)(?:,? |$)", text)
-    # tyro may take the value of an unknown option for an argument, and then miss something else
+    # tyro may take the value of an unknown option for an argument, and then report another error
     written = [each for each in given if each.startswith("--") and name_of(each) not in known]
     if option := found[1] if found else next(iter(written), ""):
         name = name_of(option)
@@ -126,7 +127,7 @@ def command_line_error(
 
 
 def name_of(option: str) -> str:
-    """The name of an option as the command line gives it: "--no-compile", "--lr=1"."""
+    """The field that an option of the command line sets: --no-compile sets compile, --lr=1 lr."""
     name = option.lstrip("-").partition("=")[0].replace("-", "_")
     return name.removeprefix("no_")
 
@@ -217,13 +218,13 @@ def pick_device(name: str) -> torch.device:
 
 
 def require_compiler(device: torch.device) -> None:
-    """Raise InputError if torch.compile has no C++ compiler for a CPU."""
+    """Raise InputError if torch.compile needs a C++ compiler, as on a CPU, and finds none."""
     from torch._inductor import config  # takes a second to import
 
     names = [name for name in config.cpp.cxx if name]
     if device.type == "cpu" and not any(map(shutil.which, names)):
         raise InputError(
-            "compile", True, f"False, because PyTorch finds no C++ compiler: {', '.join(names)}"
+            "compile", True, f"False, because PyTorch finds no C++ compiler ({', '.join(names)})"
         )
 
 
@@ -233,8 +234,8 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep freed memory for the next step. Otherwise it returns it to the kernel,
-    which must clear each page before it is used again.
+    """Let the C library keep freed memory for the next step. Otherwise the library returns it to
+    the kernel, which must clear each page before it is used again.
 
     A training step frees and allocates the same large tensors again and again, so on a CPU this can
     double the speed. It works on Linux with glibc. Elsewhere it does nothing.
@@ -274,7 +275,7 @@ def stopped_by_signals() -> Iterator[threading.Event]:
         for name, handler in before.items():
             signal.signal(getattr(signal, name), handler)
         if stopped.is_set() and callable(again := before["SIGINT"]):
-            # the same signal may still come twice when the run has saved
+            # the second copy of the signal may arrive after the run has saved
             signal.signal(
                 signal.SIGINT,
                 lambda *given: again(*given) if time.monotonic() > first + 1 else None,

@@ -1,4 +1,4 @@
-"""What a whole model shares, as data.
+"""The configuration of a whole model.
 
 The layers and their options are a text, whose grammar is in minimodels/grammar.py.
 """
@@ -21,8 +21,8 @@ class Config:
     """A model: its layers as text, and the settings that they share."""
 
     layers: str = "(attention mlp)*4"
-    """the layers and their options, which python -m minimodels.architectures lists;
-    minimodels/grammar.py explains such a text"""
+    """the layers and their options as text; python -m minimodels.architectures lists what there is,
+    and minimodels/grammar.py explains the grammar"""
     vocab: Natural = 0
     """V, number of token ids; 0: as many as the data has, 256 for bytes"""
     width: Count = 128
@@ -30,16 +30,16 @@ class Config:
     norm_eps: NonNegative = 1e-5
     """epsilon of every norm"""
     norm: Literal["rms", "plain", "layer"] = "rms"
-    """norm of the residual stream: rms (RMSNorm), plain (RMSNorm without weights, nanochat) or layer
-    (LayerNorm with biases, GPT-2)"""
+    """norm of the residual stream: rms (RMSNorm), plain (RMSNorm without weights, nanochat) or
+    layer (LayerNorm with biases, GPT-2)"""
     tie_embeddings: bool = True
     """use the embedding matrix as the output head too"""
     impl: Literal["auto", "reference", "torch", "triton"] = "auto"
     """auto (torch, or a kernel that was measured to be faster), reference (the equations),
     torch (fast everywhere) or triton (kernels)"""
     residual: Residuals = "pre_norm"
-    """where the norm of a layer is: before it, after it (OLMo 2), both (Gemma), or on the stream itself
-    (deep_norm, MiniMax-01)"""
+    """where a layer's norm is: pre_norm (before it), post_norm (after it, OLMo 2), sandwich (both,
+    Gemma) or deep_norm (on the stream itself, MiniMax-01)"""
     embedding_scale: Positive = 1.0
     """factor on the embeddings (Gemma: the square root of the width)"""
     embedding_norm: bool = False
@@ -65,8 +65,8 @@ class Config:
 
     @cached_property
     def depth(self) -> int:
-        """The number of residual layers, including those inside wrappers.
-        Initialisation scales outputs by it."""
+        """The number of residual layers, including those inside wrappers. Initialisation divides
+        each layer's output projection by its square root."""
         return count_layers(self.calls)
 
     @property

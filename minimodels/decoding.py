@@ -1,10 +1,10 @@
-"""Write one token per row with a state whose tensors never move, so that a CUDA graph can do it.
+"""Generate one token per row with a state whose tensors never move, so that a CUDA graph can do it.
 
-A small model writes a token with hundreds of short kernels, which take longer to launch than to
+A small model needs hundreds of short kernels for a token, and they take longer to launch than to
 run. A CUDA graph records the launches of one step and repeats them at once. The graph reads and
-writes the same addresses each time. So the state has room for the next tokens,
-positions are tensors on the device, and each step writes its results into the state.
-Without a GPU the same step runs without a graph.
+writes the same addresses each time. So the state has room for the next tokens, positions are
+tensors on the device, and each step writes its results into the state. Without a GPU the same step
+runs without a graph.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from minimodels.errors import InputError
 from minimodels.lm import LM
 from minimodels.ops.cache import AttentionState, slotted
 
-ROOM = 256  # tokens that a state has room for; then it moves to a larger one, with a new graph
+ROOM = 256  # free places in a state; a full one is copied to a larger one, with a new graph
 
 
 class GrowingStep:
-    """(B,) tokens -> logits (B, V) of the next ones, as FixedStep, with a state that grows."""
+    """(B,) tokens -> logits (B, V) of the next ones, like FixedStep but with a growing state."""
 
     def __init__(self, model: LM, state: list):
         self.model, self.state = model, state
@@ -33,9 +33,10 @@ class GrowingStep:
 
 
 class FixedStep:
-    """(B,) tokens -> logits (B, V) of the next ones. A call may overwrite the logits of the last.
+    """(B,) tokens -> logits (B, V) of the next ones. A call may overwrite the last call's logits.
 
-    state: the model's after B = `rows` prompts. Raises InputError if a layer must wait for values.
+    state: the model's state after B = `rows` prompts. Raises InputError if the host must wait for
+    values in a layer's step.
     """
 
     def __init__(self, model: LM, state: list, rows: int):
@@ -81,7 +82,7 @@ class FixedStep:
             self.graph = graph
 
     def run(self) -> None:
-        """Compute the logits, and write the state after the tokens over the one before."""
+        """Compute the logits, and overwrite the state with the one after the tokens."""
         x, after = self.model.features(self.tokens, self.state)
         self.logits = self.model.logits(x[:, 0])
         for old, new in zip(tensors(self.state), tensors(after), strict=True):

@@ -1,5 +1,5 @@
-"""Draws a picture of any model: its blocks in order, repeats folded, with the
-parameters and cost of each.
+"""Draw a picture of any model: its layers in order, with the parameters and cost of each. Repeated
+layers are drawn once.
 
     python -m minimodels.draw --model hybrid                  hybrid.svg and hybrid.png
     python -m minimodels.draw --layers "(mamba mlp)*3 attention mlp" --out mine
@@ -89,8 +89,8 @@ def costs(config: Config, context: int, lines: list[Row]) -> dict[int, Cost]:
 
 
 def run(lines: list[Row], start: int, stop: int) -> Iterator[tuple[int, tuple[int, int] | None]]:
-    """The layers and wrappers of some rows in the order in which a token passes them, each with the
-    number of its row and, of a wrapper, with the range of the rows inside it."""
+    """The layers and wrappers of some rows in the order in which a token passes them. Each is the
+    number of its row and, for a wrapper, the range of the rows inside it, otherwise None."""
     number = start
     while number < stop:
         row, last = lines[number], number

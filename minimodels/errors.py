@@ -70,8 +70,8 @@ def check_types(given: Any) -> None:
 
 
 def fits(value: object, hint: Any) -> bool:
-    """Whether a value has the type of a hint. For types that are not
-    listed above, any value does."""
+    """Whether a value has the type of a hint: one of those above, or any other class. Every value
+    fits a hint that is no class."""
     if get_origin(hint) is Annotated:
         base, *notes = get_args(hint)
         ranges = [note for note in notes if isinstance(note, Range)]

@@ -77,7 +77,7 @@ def sync(path: Path) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Lock a folder: no other process gets it until the block or the process ends.
 
-    Raises InputError that says which process has the lock. Without file locks, as on Windows,
+    Raises InputError, which says which process has the lock. Without file locks, as on Windows,
     nothing is locked.
     """
     try:

@@ -1,4 +1,4 @@
-"""From logits to text: draws the next token, and continues texts token by token."""
+"""From logits to text: draw the next token, and continue texts token by token."""
 
 from __future__ import annotations
 
@@ -56,10 +56,9 @@ def complete(
 ) -> str:
     """Text in, text out: the text that a model writes after `text`, up to `tokens` tokens.
 
-    sampling: such as Sampling(temperature=0.5, min_p=0.05). The text ends before the first one in
-    `stop`. It uses the model's own tokenizer, or bytes if the
-    model has none. Without a seed, every call gives another text. Raises InputError as generate
-    does.
+    sampling: such as Sampling(temperature=0.5, min_p=0.05). The text ends before any of those in
+    `stop`. The tokenizer is the model's own, or bytes if it has none. Without a seed, every call
+    gives a different text. Raises InputError as generate does.
     """
     tokenizer = tokenizer_of(model)
     prompt = tokenizer.encode(text)
@@ -92,7 +91,7 @@ def stream(
 
 
 def until(texts: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
-    """The texts up to the first one in `stop`, which is left out. What may be its beginning is held
+    """The texts up to where one in `stop` begins. An end that may be the beginning of one is held
     back until that is known."""
     held = ""
     for text in texts:
@@ -119,9 +118,9 @@ def generate(
 
     prompts: B texts of token ids, (T,) int64 or lists, of any lengths. The prompts are processed as
     one chunk, and then each token as another, so only the state is kept. Row i draws from its own
-    generator, seeded with seed + i. So a prompt has the same continuation in a batch as alone.
-    Without a seed, every call draws different tokens. On a GPU a step is a CUDA graph if the layers
-    allow it; `waits` in minimodels/decoding.py gives the reason if they do not.
+    generator, seeded with seed + i, as its prompt would alone with that seed. Without a seed, every
+    call draws different tokens. On a GPU a step is a CUDA graph if the layers allow it; `waits` in
+    minimodels/decoding.py gives the reason if they do not.
 
     Raises InputError if there is no prompt, or an empty one, or one of another shape or type; for
     an id outside the vocabulary; for a negative count; and if the model is not causal in its
@@ -206,13 +205,13 @@ def pick(
     if not logits.isfinite().all():
         accepted = "a model whose logits are finite"
         if logits.dtype == torch.float16:
-            accepted = "float32 or bfloat16, because the logits are not finite in this one"
+            accepted = "float32 or bfloat16, because the logits are not finite in float16"
         raise InputError("dtype", str(logits.dtype).removeprefix("torch."), accepted)
     if seen is not None:
         penalty = sampling.repetition_penalty
         penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
         logits = torch.where(seen, penalised, logits)
-    # in fp32, division by it would be division by 0
+    # fp32 may round a smaller temperature to 0, by which nothing can be divided
     if sampling.temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(-1)
     # relative to the largest, so that no temperature makes all of them infinite

@@ -4,7 +4,7 @@
     (mamba mlp)*4                                           a group, repeated
     attention(window=128, rope_scaling=linear(factor=4))    options
     mod(attention mlp, capacity=0.25)                       a wrapper: layers first, then options
-    local=attention(window=512) (local mlp)*2               "=" names an item to write out later
+    local=attention(window=512) (local mlp)*2               "=" names an item; each use is a new one
     A:=attention mamba A mlp mamba A                        ":=" makes one layer, used twice with
                                                             one set of weights
 
@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from minimodels.errors import InputError, nearest
 
-# the most layers in all; the deepest nesting of groups, each of which is a call within a call
+# the most layers in all; the deepest nesting of groups, because each level is a recursive call
 MOST_LAYERS, DEEPEST = 10_000, 50
 EXAMPLE = '"(attention mlp)*2 mod(mamba mlp, capacity=0.25)"'
 TOKEN = re.compile(
@@ -65,7 +65,7 @@ class Group:
 
 
 class Definition(NamedTuple):
-    """A name for an item."""
+    """The item that a name stands for."""
 
     shared: bool  # ":=": one set of weights
     item: Call | Group
@@ -150,7 +150,8 @@ class Reader:
         return InputError(self.field, value, f"here {accepted}", excerpt(self.text, token.at))
 
     def items(self, closing: str) -> tuple[Call | Group, ...]:
-        """Read items up to a closing parenthesis, the options or the end of the text."""
+        """Read items up to a closing parenthesis, the options or the end of the text. `closing` is
+        "" for a whole text, "group" inside a group and ")" inside a wrapper."""
         found = []
         while self.now.text not in (")", ",") and self.now.kind != "end":
             if closing == ")" and self.now.kind == "name" and self.peek().text == "=":
@@ -276,8 +277,8 @@ def excerpt(text: str, at: int, around: int = 60) -> str:
 def expand(program: Program, text: str = "", field: str = "layers") -> tuple[Call, ...]:
     """The calls that a program describes, with repeats and definitions written out.
 
-    Raises InputError if there are more than MOST_LAYERS layers, or if a definition takes options or
-    contains itself.
+    Raises InputError if there are more than MOST_LAYERS layers, or if a definition contains itself
+    or a defined name is given options.
     """
 
     def many(items: tuple[Call | Group, ...], open_names: tuple[str, ...]) -> tuple[Call, ...]:

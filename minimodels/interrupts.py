@@ -1,5 +1,5 @@
-"""Let Ctrl-C end a command of this repository at once and without a traceback while its imports
-run, which take seconds because of PyTorch.
+"""Let Ctrl-C end a command of this repository at once and without a traceback during its imports,
+which take seconds because of PyTorch.
 
 Importing this module is enough. Other programs that import minimodels are not affected.
 """

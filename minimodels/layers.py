@@ -10,8 +10,8 @@ were none. Training passes None, prefill is one long chunk, and decoding is T = 
 second path for inference. A layer never changes a state that it has returned. States may share
 memory, but a caller can continue from any of them, more than once.
 
-`context` says what a pass knows of its tokens besides their values; see Context. None means that x
-continues where the state ended, as one document without padding.
+`context` is what a forward pass knows about its tokens besides their values; see Context. None
+means that x continues where the state ended, as one document without padding.
 
 A wrapper is made as `Wrapper(options, config, place, group)` around a `Stack`. It works on the
 residual stream itself: its y replaces x. It passes a context of its own to its group.
@@ -24,9 +24,10 @@ layer's Place. A class also has
 and may have
 
 - `on_stream`: True for a layer that works on the residual stream itself, as a wrapper does
-- `causal`: whether no token depends on a later one in the present mode, if that is not always so
-- `waits`: why the host must wait for values in a step of one token, if it must. Such a step cannot be
-  a CUDA graph (see minimodels/decoding.py)
+- `causal`: whether no token depends on a later one in the present mode, for a layer of which this
+  is not always true
+- `waits`: why the host must wait for values in a step of one token, if it must. Such a step cannot
+  be a CUDA graph (see minimodels/decoding.py)
 - `after_step(taken)`: called once after each optimizer step; taken is 0 if that was skipped, else 1
 - `no_weight_decay`: the names of its matrices that do not decay
 - `operations`: the names of the operations for which `impl` chooses a path
@@ -65,7 +66,7 @@ class Place(NamedTuple):
 
 
 class Record:
-    """What the layers record in a pass, besides their outputs.
+    """What the layers record in a forward pass, besides their outputs.
 
     A finished record ignores further values, because a layer that is recomputed in the backward
     pass records them again.
@@ -116,7 +117,7 @@ class Record:
             self.traces.setdefault(name, []).append(value.detach())
 
     def finish(self) -> dict[str, Tensor]:
-        """All losses, including those of the pools. The record is finished then."""
+        """Finish the record, and return all losses, including those of the pools."""
         for name, sums in averaged(self.pools).items():
             self.settlers[name](self, sums)
         self.pools, self.finished = {}, True
@@ -131,7 +132,7 @@ def add_means(record: Record, sums: list[tuple[str, float, Tensor, Tensor]]) -> 
 
 @dataclass
 class Context:
-    """What a pass knows of its tokens besides their values, and what its layers share.
+    """What a forward pass knows about its tokens besides their values, and what its layers share.
 
     positions   (B, T) int64: each token's index in its row's text; -1 marks padding, which appears
                 only at the end of a row and never changes the state. None: x continues where the
@@ -142,8 +143,8 @@ class Context:
                 computed from starts
     tokens      (B, T) int64: the token ids; None outside a model
     embedded    (B, T, D): their embeddings; None outside a model
-    cache       values that follow from the fields above, such as rotary angles: the first layer
-                that needs one computes it
+    cache       values that several layers use, such as rotary angles: the first layer that needs
+                one computes it
     record      losses and observations of the pass
     """
 
@@ -278,12 +279,15 @@ class Joint:
 
     residual: Residuals | None = option(
         None,
-        "where the layer's norm is: before it, after it, both, or on the stream itself; by default as in the model",
+        "where the layer's norm is: pre_norm (before it), post_norm (after it), sandwich (both) or "
+        "deep_norm (on the stream itself); by default as in the model",
     )
     residual_scale: Positive | None = option(
         None, "β, factor on what the layer adds; by default the model's"
     )
-    stream_scale: Positive = option(1.0, "α, factor on the stream to which deep_norm adds it")
+    stream_scale: Positive = option(
+        1.0, "α, factor on the stream before deep_norm adds the layer to it"
+    )
 
 
 class Residual(nn.Module):
@@ -351,9 +355,9 @@ class DeepNorm(Residual):
     """α n + β layer(n), where n = norm(x): the stream itself is normalised.
 
     The original transformer (arXiv:1706.03762) normalises every sum in this way. DeepNorm
-    (arXiv:2203.00555) adds α above 1, so that a thousand layers train; MiniMax-01
-    (arXiv:2501.08313) uses it. The norm of a sum belongs to the next layer here, and the norm of
-    the last sum to the model.
+    (arXiv:2203.00555) adds a factor α above 1, so that a thousand layers train; MiniMax-01
+    (arXiv:2501.08313) uses it. Here the next layer has the norm of a sum, and the model has the
+    norm of the last one.
     """
 
     def forward(self, x: Tensor, update: Tensor | None, state=None, context: Context | None = None):
@@ -451,9 +455,9 @@ def full_precision(x: Tensor) -> Tensor:
 def choose(impl: str, operation: str, device: torch.device, portable: bool = False) -> str:
     """The path of an operation: "reference", "torch" or "triton".
 
-    torch.export and torch.func know only PyTorch's own operations. In them the reference replaces
-    the torch path, unless that is `portable`, which means that it consists of such operations.
-    Raises InputError if `impl` is unknown or cannot be used.
+    torch.export and torch.func know only PyTorch's own operations. Under them the reference
+    replaces the torch path, unless that path is `portable`: made of such operations only. Raises
+    InputError if `impl` is unknown or cannot be used.
     """
     if impl not in ("auto", *IMPLS):
         raise InputError("impl", impl, ", ".join(IMPLS))

@@ -38,9 +38,9 @@ class LM(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         if not isinstance(config, Config):
-            raise InputError("config", config, "a Config, such as preset(NAME) gives")
+            raise InputError("config", config, "a Config, such as preset(NAME) returns")
         self.config = config
-        self.published = None  # what minimodels.published knows of a model that it read
+        self.published = None  # what minimodels.published knows about a model that it has read
         self.tokenizer = None  # the tokenizer of a loaded model; None: bytes
         # what the layers recorded in the last call of `loss`
         self.observed: dict[str, list[Tensor]] = {}
@@ -92,8 +92,8 @@ class LM(nn.Module):
         return Context(positions, starts, tokens=tokens, record=record)
 
     def check_tokens(self, tokens: Tensor) -> None:
-        """Raise InputError unless the tokens are ids of the vocabulary. A GPU checks the range
-        itself, because asking it takes time."""
+        """Raise InputError unless the tokens are ids of the vocabulary. On a GPU the embedding
+        checks the range, because reading it back here would take time."""
         if tokens.dtype not in (torch.int64, torch.int32):
             given = str(tokens.dtype).removeprefix("torch.")
             raise InputError("tokens", given, "int64 or int32 ids")
@@ -151,8 +151,8 @@ class LM(nn.Module):
 
         The parts are "cross_entropy", in nats per predicted token, and the layers' own losses.
         tokens, targets, starts and positions (B, T); a target is IGNORE if nothing is to be
-        predicted.
-        `observed` then contains what the layers recorded. Raises ValueError if shapes disagree.
+        predicted. Afterwards `observed` contains what the layers recorded. Raises ValueError if
+        shapes disagree.
         """
         if targets.shape != tokens.shape:
             accepted = f"the shape of tokens, {tuple(tokens.shape)}"
@@ -199,7 +199,8 @@ class LM(nn.Module):
 
 
 def check_positions(positions: Tensor) -> None:
-    """Raise ValueError unless the real positions (B, T) of each row ascend and padding, -1, ends the row."""
+    """Raise ValueError unless positions (B, T) ascend in each row, with padding (-1) only at its
+    end."""
     before, after = positions[:, :-1], positions[:, 1:]
     fits = ((after > before) & (before >= 0)) | (after == -1)
     if not (fits.all() and (positions >= -1).all()):

@@ -1,7 +1,7 @@
 """How everything here is timed: in one process, by turns, on the same inputs.
 
-The inputs are built before the clock starts. The speed of a shared machine drifts. So a figure is
-the ratio of two providers timed side by side in the same rounds, with the median and the spread
+The inputs are built before the clock starts. Because the speed of a shared machine drifts, a figure
+is the ratio of two providers timed side by side in the same rounds, with the median and the spread
 over the rounds.
 """
 
@@ -37,8 +37,8 @@ def interleave(
 ) -> Timings:
     """Time each provider `rounds` times, in turns of about `seconds` each.
 
-    A turn repeats the call. Two calls warm a provider up, or only one if `warm` is false, for long
-    calls. Returns the seconds of one call, per provider and round.
+    A turn repeats the call. Two calls warm a provider up, or only one if `warm` is false, which
+    suits long calls. Returns the seconds of one call, per provider and round.
     """
     repeats = {}
     for name, call in providers.items():
@@ -97,7 +97,7 @@ def _raise_of_peak(call: Callable[[], object]) -> int:
 def _peak() -> int:
     """The peak memory of this process, in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # preferred, because getrusage would count in the parent's peak
+    if status.exists():  # preferred, because getrusage would include the parent's peak
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

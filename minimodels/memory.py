@@ -1,8 +1,8 @@
 """Check whether a training step fits in memory before the first one is taken.
 
-A step takes at least weights, gradients, AdamW's two moments, and what autograd stores for the
-backward pass. The last is measured on a short text and scaled up to the tokens of the batch,
-because no layer stores less per token in a longer text.
+A step needs at least the weights, AdamW's two moments, and either the gradients or what autograd
+stores for the backward pass, whichever is larger. What autograd stores is measured on a short text
+and scaled up to the tokens of the batch, because no layer stores less per token in a longer text.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Memory(NamedTuple):
 def check_memory(
     model: LM, batch_size: int, context: int, autocast: torch.autocast, exact: bool = True
 ) -> str:
-    """A note if a training step may not fit in the free memory, otherwise "".
+    """A note if a training step might not fit in the free memory, otherwise "".
 
-    Raises InputError if it needs more than the device has. `exact` is false if the step will store
+    Raises InputError if it needs more than the device has. `exact` is false if the step may store
     other tensors than model.loss does, as a compiled one may; then there is only the note.
     """
     memory = memory_of(next(model.parameters()).device)
@@ -57,8 +57,8 @@ def check_memory(
 
 
 def activation_bytes(model: LM, batch_size: int, context: int, autocast: torch.autocast) -> float:
-    """A lower bound on the bytes that autograd stores in a forward pass: the difference between two
-    rows and one of a short text, scaled up. The model and the random state do not change."""
+    """A lower bound on the bytes that autograd stores in a forward pass: what a second row of a
+    short text adds, scaled up. The model and the random state do not change."""
     length = min(context, PROBE)
     kept = [buffer.clone() for buffer in model.buffers()]
     with torch.random.fork_rng():

@@ -1,6 +1,6 @@
 """What a model learns. To add an objective, add a line to OBJECTIVES.
 
-An objective is a module, created as `Objective(config)`, which may have parameters of its own. Its
+An objective is a module, created as `Objective(config)`. It may have parameters of its own. Its
 forward takes the model, the input of the model's head (B, T, D), the targets (B, T) and the pass's
 Context, and returns the loss in nats per predicted token. It adds any further losses to the
 context's record, as layers do.

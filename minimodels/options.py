@@ -47,8 +47,8 @@ def read_options(
     field: str = "layers",
     others: Collection[str] = (),
 ) -> Options:
-    """The options of a call as the dataclass `kind`. `others`: what the call accepts besides, for
-    errors.
+    """The options of a call as the dataclass `kind`. `others`: names that the call accepts besides
+    these; they are listed in errors.
 
     Raises InputError, which names the layer, the option, the value and what is accepted, and shows
     the place in the text.
@@ -82,8 +82,8 @@ def read_options(
 
 
 def read_value(value: object, hint: Any, text: str) -> object:
-    """The value of an option in Python: a dataclass for a call, and None for the word none if
-    the type has no such word."""
+    """The value of an option in Python: a dataclass for a call, and None for the word none if the
+    type accepts None."""
     choices = next((note for note in get_args(hint) if isinstance(note, OneOf)), None)
     if choices is not None:
         name = value.name if isinstance(value, Call) else value

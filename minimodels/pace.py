@@ -11,8 +11,10 @@ import torch
 
 SHAPE = (512, 256, 512)  # of the matrix product that is timed
 FLOPS = 2 * math.prod(SHAPE)
-SLOWER, FASTER = 4.0, 1.5  # how much slower the steps, and how much faster fewer threads must be
-LOOKS = 3  # trials in a run
+# Pace suggests fewer threads if steps are SLOWER times slower than they should be, and a product
+# with fewer threads is FASTER times faster.
+SLOWER, FASTER = 4.0, 1.5
+LOOKS = 3  # how often a run may time fewer threads
 
 
 class Threads(NamedTuple):

@@ -36,13 +36,14 @@ SIZES = {
         ),
     ),
 }
-# in the ratios of published models: Qwen3-Next, OLMo-Hybrid, Kimi Linear; Nemotron-H itself has
-# less attention
+# hybrid is our own mixture. The others mix layers in the ratios of the published models Qwen3-Next,
+# OLMo-Hybrid, Kimi Linear and Nemotron-H, except that Nemotron-H itself has less attention.
 MIXED = {
     "hybrid": "(mamba mlp mamba moe mamba mlp attention moe)*{quarter}",
     "qwen_next": "((deltanet(gate=scalar, output_gate=silu) moe)*3"
     " attention(qk_norm=head, gate=full, rope_fraction=0.25) moe)*{quarter}",
-    "olmo_hybrid": "((deltanet(gate=scalar, beta_max=2, output_gate=silu) mlp)*3 attention(qk_norm=full) mlp)*{quarter}",
+    "olmo_hybrid": "((deltanet(gate=scalar, beta_max=2, output_gate=silu) mlp)*3"
+    " attention(qk_norm=full) mlp)*{quarter}",
     "kimi_linear": "((deltanet(gate=vector, output_gate=sigmoid, output_rank=head) moe)*3"
     " attention(rope_base=0) moe)*{quarter}",
     "nemotron_h": "(mamba2 mlp mamba2 mlp mamba2 attention(rope_base=0) mlp)*{quarter}",
@@ -68,8 +69,8 @@ def layers_of(model: str, size: str) -> str:
 
 
 def fitted(text: str, size: str) -> str:
-    """Layers with the options of a size, except where they set them themselves. Raises InputError
-    if a layer is a preset."""
+    """Layers with the options of a size, except those that the text sets itself. Raises InputError
+    if one of its layers is the name of a preset."""
     program = parse(text)
     names = names_in(program)
     for name in sorted(names.intersection(PRESETS) - {*LAYERS, *WRAPPERS, *program.definitions}):

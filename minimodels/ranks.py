@@ -56,7 +56,7 @@ def alone() -> Iterator[None]:
 
 
 class Total(torch.autograd.Function):
-    """The sum of a tensor over the ranks, in each of them. Its gradient is the sum of theirs."""
+    """The sum of a tensor over the ranks, on each of them. Its gradient is summed likewise."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def average(x: Tensor) -> Tensor:
 
 
 def averaged(tree: Any) -> Any:
-    """A tree of lists, tuples and dicts with each tensor replaced by its mean over the ranks. This
+    """A tree of lists, tuples and dicts with each tensor replaced by its mean over the ranks, which
     takes one message."""
     if world() == 1:
         return tree
@@ -104,7 +104,7 @@ def largest(*values: float) -> list[float]:
 
 
 def from_first(make: Callable[[], Result]) -> Result:
-    """What `make` returns in rank 0; it runs only there. All ranks raise its InputError."""
+    """What `make` returns on rank 0, where alone it runs. All ranks raise its InputError."""
     if world() == 1:
         return make()
     result, error = None, None

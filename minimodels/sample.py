@@ -4,7 +4,7 @@
     python -m minimodels.sample Qwen/Qwen3-0.6B --prompt "Once upon a time"
     python -m minimodels.sample Qwen/Qwen3-0.6B --chat --prompt "Why is the sky blue?"
 
-A run's context is filled unless --tokens says otherwise.
+By default a run continues the prompt up to its context, and a published model adds 400 tokens.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Options:
     stop: tuple[str, ...] = ()
     """end the text before any of these"""
     tokens: Natural | None = None
-    """most tokens to add, unless the model ends the text earlier; by default a run's context is
-    filled, and a published model adds 400"""
+    """tokens to add, unless the model ends the text earlier; by default a run's context is filled,
+    and a published model adds 400"""
     seed: Annotated[int, Range(0, 2**63 - 1, "a whole number from 0, below 2^63")] = 0
     """the same seed draws the same text"""
     device: str = "auto"
@@ -61,7 +61,7 @@ class Options:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto (the type in the file), float32, bfloat16 or float16"""
     ignore: tuple[str, ...] = ()
-    """entries of a published config.json to ignore although they are unknown here"""
+    """unknown entries of a published config.json to ignore"""
 
     def __post_init__(self):
         check_types(self)
@@ -99,8 +99,7 @@ def main(options: Options) -> None:
 
 
 def tokens_to_add(asked: int | None, context: int | None, prompt: int) -> int:
-    """The number of tokens to generate. If they go beyond the context of
-    training, it prints a note."""
+    """The number of tokens to generate. Prints a note if they go beyond the context of training."""
     if context is None:
         return TOKENS if asked is None else asked
     asked = max(1, context - prompt) if asked is None else asked

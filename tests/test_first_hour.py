@@ -325,7 +325,7 @@ def test_a_run_whose_text_has_moved_is_continued_with_its_new_place(tmp_path, mo
 
     run(*TINY, "--data", "text", "--steps", "2", "--out", "run")
     Path("text").rename("moved")
-    with pytest.raises(InputError, match="'text' .* moved, --data names its new place"):
+    with pytest.raises(InputError, match="'text' .* moved, give its new path as --data"):
         run("--resume", "run", "--steps", "3")
     run("--resume", "run", "--steps", "3", "--data", "moved")
     assert checkpoint.find(Path("run")).about["progress"]["step"] == 3

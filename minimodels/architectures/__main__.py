@@ -21,8 +21,8 @@ from minimodels.grammar import write_value
 from minimodels.layers import Joint
 
 BLOCKS = """\
-n is the number of transformer blocks at a size, 4 or 12; twice, half and quarter are that many times n.
-So a preset costs about what n blocks of attention and MLP cost."""
+{n} is the number of transformer blocks: 4 at size tiny, 12 at size small. {twice}, {half} and
+{quarter} are that many times n. So a preset costs about what n blocks of attention and MLP cost."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,12 @@ def first_line(kind: type) -> str:
 
 
 def file_of(kind: type) -> str:
-    """The file of a class, from the package on."""
+    """The file of a class, such as minimodels/architectures/mamba.py."""
     return kind.__module__.replace(".", "/") + ".py"
 
 
 def parse() -> Options:
-    """The command line."""
+    """Read the command line."""
     return parse_options(Options, __doc__)
 
 

@@ -115,7 +115,8 @@ class DeltaNet(nn.Module):
         )
 
         def check(self, width: int) -> None:
-            """Raise InputError if heads do not fit the width or each other, or a bound has no gate."""
+            """Raise InputError if heads do not fit the width or each other, or if there is a bound
+            but no gate."""
             if not self.head_dim and width % self.heads:
                 raise InputError("heads", self.heads, f"a divisor of width {width}, or a head_dim")
             if self.key_heads and self.heads % self.key_heads:
@@ -174,6 +175,7 @@ class DeltaNet(nn.Module):
             padding = ~context.real[:, :, None, None]
             k = k.masked_fill(padding.unsqueeze(-1), 0.0)
             g = g.masked_fill(padding if g.ndim == 4 else padding.squeeze(-1), 0.0)
+        # β scales the value and the erase vector e (minimodels/ops/delta_rule.py)
         v, e = beta * v, beta * k.repeat_interleave(self.H // self.G, dim=3)
         q, k, v, e = (part.to(qkv.dtype) for part in (q, k, v, e))
         y, S = delta_rule(

@@ -149,7 +149,8 @@ class DifferentialAttention(nn.Module):
         return cache[key]
 
     def flops(self, context: int) -> float:
-        """Forward FLOPs per token: linear maps, and QKᵀ and PV twice with all keys, masked or not."""
+        """Forward FLOPs per token: linear maps, and QKᵀ and PV twice with all keys, even if
+        masked."""
         maps = [part for part in self.children() if isinstance(part, nn.Linear)]
         return sum(flops(part, context) for part in maps) + 8 * self.heads * self.head_dim * context
 

@@ -17,8 +17,9 @@ after the weighted sum. Each head then attends to the latents themselves, and no
     turned      q^R         (B, H, T, d_r)
     values      v^C         (B, H, S, d_v)
 
-The absorbed form is the expanded one with other brackets: q·(U c) = (Uᵀ q)·c and Σ p (V c) = V (Σ p
-c). It takes more operations per pair of tokens, but none per remembered token.
+This second form (`absorbed`) is the first (`expanded`) with the brackets moved: q·(U c) = (Uᵀ q)·c
+and Σ p (V c) = V (Σ p c). It takes more operations per pair of tokens, but none per remembered
+token.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ class LatentAttention(nn.Module):
         q = self.q(low).view(B, T, self.heads, -1).transpose(1, 2)  # (B, H, T, d + d_r)
         plain, turned = q.split((self.plain, self.turned), dim=-1)
         latent, key = self.kv_down(x).split((self.rank, self.turned), dim=-1)
-        latent = self.kv_norm(latent).to(key.dtype)  # a norm may leave autocast's precision
+        latent = self.kv_norm(latent).to(key.dtype)  # a norm may return another dtype
         key = key.unsqueeze(1)  # (B, 1, T, d_r)
         if self.options.rope_base:
             angles = self.angles(at, cache)
@@ -175,7 +176,8 @@ class LatentAttention(nn.Module):
         return torch.cat((k, key.expand(-1, self.heads, -1, -1)), dim=-1), v
 
     def absorb(self, plain: Tensor, turned: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries of the memory (B, H, T, r + d_r), and the map from latents to values (H, r, d_v)."""
+        """Queries for the memory (B, H, T, r + d_r), and the map from latents to values
+        (H, r, d_v)."""
         up = self.kv_up.weight.view(self.heads, -1, self.rank)  # (H, d + d_v, r)
         to_keys, to_values = up.split((self.plain, self.value), dim=1)
         return torch.cat((plain @ to_keys.to(plain.dtype), turned), dim=-1), to_values.mT

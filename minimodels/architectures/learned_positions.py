@@ -40,7 +40,7 @@ class LearnedPositions(nn.Module):
 
     paper = "Vaswani et al., arXiv:1706.03762"
     on_stream = True
-    waits = "learned positions are compared with the longest text"
+    waits = "learned_positions compares positions with the size of its table"
 
     @dataclass(frozen=True)
     class Options:

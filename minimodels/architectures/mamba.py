@@ -3,9 +3,10 @@
 Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv:2312.00752.
 
 Every channel drives a small linear recurrence: a state of N numbers that decays and is written to
-at each token. How fast it decays (Δ), what is written (B) and what is read (C) depend on the token
-itself. So the layer selects what to remember and what to ignore. The cost per token and the size of
-the state do not grow with the text.
+at each token. A step size (Δ), what is written (B) and what is read (C) depend on the token itself.
+If Δ is large, the state forgets the past and takes in the token. If Δ is near 0, it keeps the past
+and skips the token. So the layer selects what to remember and what to ignore. The cost per token
+and the size of the state do not grow with the text.
 
     name        paper   shape
     u                   (B, T, width)  input of the layer
@@ -13,8 +14,8 @@ the state do not grow with the text.
     dt                  (B, T, R)      what the step size is made from, R = rank
     delta               (B, T, I)      raw step size: Δ = softplus(delta + bias)
     A           A       (I, N)         decay rates, negative; A = -exp(A_log)
-    B, C        B, C    (B, T, N)      input and output matrix, one per token
-    skip        D       (I,)           weight of x added to the output
+    B, C        B, C    (B, T, N)      how x is written to the state, and how the state is read
+    skip        D       (I,)           weight with which x itself is added to the output
     state       h       (B, I, N)      in fp32
     window              (B, W-1, I)    the last inputs of the convolution, W taps wide
 
@@ -24,11 +25,11 @@ Why the step size has a low rank: a full map from I channels to I step sizes wou
 as many as in_proj. Instead each token has R = width / 16 numbers (dt), and the I step sizes are
 linear functions of these. The paper finds that more than that helps little.
 
-How the recurrence is made discrete: the input x is constant over a step of length Δ, and h' = A h +
-B x is solved over the step. The exact solution is exp(ΔA) h + (exp(ΔA) - 1) / A · B x. Its first
-factor is used as it is. Its second is approximated by Δ B, to which it tends as ΔA goes to 0
-(Euler's rule). The paper's code uses this mixture, because the exact factor costs more and gains
-nothing.
+Where the recurrence comes from: the state obeys the differential equation h' = A h + B x, and each
+token is a step of length Δ in which x is constant. The exact solution after the step is exp(ΔA) h +
+(exp(ΔA) - 1) / A · B x. The layer uses the factor of h as it is, but replaces the factor of x by
+its limit for small ΔA, which is Δ B (Euler's rule). The paper's code does the same, because the
+exact factor costs more and gains nothing.
 """
 
 from __future__ import annotations
@@ -58,7 +59,11 @@ class MambaState(NamedTuple):
 
 
 class Mamba(nn.Module):
-    """The selective state space block (Figure 3): convolution, scan and gate."""
+    """The selective state space block (Figure 3): convolution, scan and gate.
+
+    The convolution mixes each token with the few before it, the scan is the recurrence, and the
+    gate, computed from the same token, multiplies what the scan reads.
+    """
 
     paper = "Gu and Dao, arXiv:2312.00752"
     presets = {"mamba": "mamba*{twice}"}
@@ -68,7 +73,7 @@ class Mamba(nn.Module):
     @dataclass(frozen=True)
     class Options:
         expand: Count = option(2, "inner width over the model's width")
-        state_size: Count = option(16, "N, numbers of state per channel")
+        state_size: Count = option(16, "N, how many numbers each channel's state has")
         conv_width: Count = option(4, "W, taps of the causal convolution")
         rank: Count | None = option(
             None, "R, rank of the step size; by default width / 16, rounded up"
@@ -77,7 +82,7 @@ class Mamba(nn.Module):
         bias: bool = option(False, "biases in the input and the output projection")
         norm: Literal["none", "plain", "learned"] = option(
             "none",
-            "RMSNorm on dt, B and C: none, plain (without weights, Falcon-Mamba) or learned (Jamba)",
+            "RMSNorm of dt, B and C: none, plain (no weights, Falcon-Mamba) or learned (Jamba)",
         )
         norm_eps: NonNegative | None = option(
             None, "epsilon of these norms; by default the model's"
@@ -110,9 +115,9 @@ class Mamba(nn.Module):
     def reset_parameters(self, depth: int):
         """Initialise the step sizes in [0.001, 0.1] (§3.6), log-uniform as in the paper's code.
 
-        State n decays at the rate n + 1, so it remembers 10/(n + 1) to 1000/(n + 1) tokens. The
-        output is divided by √depth, because the stream sums over the layers. As in the paper's
-        code, the other maps keep nn.Linear's initialisation.
+        Number n of a state, counted from 0, decays at the rate n + 1, so it remembers 10/(n + 1) to
+        1000/(n + 1) tokens. The output projection is divided by √depth, because the residual stream
+        sums all layers. As in the paper's code, the other maps keep nn.Linear's initialisation.
         """
         nn.init.uniform_(self.dt_proj.weight, -(self.R**-0.5), self.R**-0.5)
         dt = torch.exp(torch.empty_like(self.dt_bias).uniform_(math.log(0.001), math.log(0.1)))
@@ -129,7 +134,7 @@ class Mamba(nn.Module):
         dt, B, C = self.x_proj(x).split((self.R, self.N, self.N), dim=-1)
         dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
         delta = self.dt_proj(dt)  # (B, T, I); the scan adds the bias, in full precision
-        if context.real is not None:  # Δ = 0 freezes the state
+        if context.real is not None:  # softplus(-inf) = 0, and Δ = 0 leaves the state as it is
             delta = delta.masked_fill(~context.real.unsqueeze(-1), float("-inf"))
         A = -torch.exp(self.A_log)
         y, h = selective_scan(
@@ -176,11 +181,13 @@ def selective_scan(
     decay is 0 instead of exp(Δ_t A), which forgets the state before it.
 
     x, delta, z (B, T, I); A (I, N) negative; B, C (B, T, N); skip, delta_bias (I,); state (B, I,
-    N), None for zeros, Before (ops/before.py) if other ranks have the tokens before; resets (B, T) bool, True if a
-    token begins a document, None for none. Returns y (B, T, I) in x's dtype and the final state (B,
-    I, N). The computation is in fp32, or in fp64 if x is. Raises ValueError if shapes disagree.
+    N), None for zeros, Before (ops/before.py) if other ranks have the tokens before; resets (B, T)
+    bool, True if a token begins a document, None for none. Returns y (B, T, I) in x's dtype and the
+    final state (B, I, N). The computation is in fp32, or in fp64 if x is. Raises ValueError if
+    shapes disagree.
     """
     if isinstance(state, Before):
+        # `find` needs what this rank's tokens write, and what they leave of an earlier state
         _, written = selective_scan(x, delta, A, B, C, skip, None, delta_bias, None, impl, resets)
         state, _ = state.find(total_decay(delta, A, delta_bias, resets), written)
     check_shapes(x, delta, A, B, C, skip, z, delta_bias, state, resets)
@@ -222,8 +229,10 @@ def check_shapes(
     """
     (batch, T, I), N = x.shape, A.shape[1]
     expected = {
-        "delta": (delta, (batch, T, I)), "A": (A, (I, N)), "B": (B, (batch, T, N)), "C": (C, (batch, T, N)),
-        "skip": (skip, (I,)), "z": (z, (batch, T, I)), "delta_bias": (delta_bias, (I,)), "state": (state, (batch, I, N)),
+        "delta": (delta, (batch, T, I)), "A": (A, (I, N)),
+        "B": (B, (batch, T, N)), "C": (C, (batch, T, N)),
+        "skip": (skip, (I,)), "z": (z, (batch, T, I)),
+        "delta_bias": (delta_bias, (I,)), "state": (state, (batch, I, N)),
         "resets": (resets, (batch, T)),
     }  # fmt: skip
     for name, (tensor, shape) in expected.items():

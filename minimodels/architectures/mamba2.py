@@ -4,10 +4,9 @@ Dao and Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms 
 State Space Duality", arXiv:2405.21060.
 
 In Mamba every channel and every number of its state decays at its own rate. Mamba-2 gives all
-numbers of a head one rate. So the decay between two tokens is a single number, and the layer can be
-computed as a masked attention matrix, which is fast on matrix units. All channels of a head also
-share what is written and what is read. So the state can be eight times as large as Mamba's at the
-same cost.
+numbers of a head one rate. So the decay between two tokens is a single number per head, and the
+layer can be computed as a masked attention matrix, which is fast on matrix units. That is why the
+state can be eight times as large as Mamba's at the same cost.
 
     name        paper   shape
     u                   (B, T, width)  input of the layer
@@ -73,7 +72,7 @@ class Mamba2(nn.Module):
         head_dim: Count | None = option(
             None, "P, channels of a head; by default expand · width / heads"
         )
-        state_size: Count = option(128, "N, numbers of state per channel")
+        state_size: Count = option(128, "N, how many numbers each channel's state has")
         groups: Count = option(1, "G, groups of heads that share B and C")
         expand: Count = option(2, "inner width over the model's width, if head_dim is not given")
         conv_width: Count = option(4, "W, taps of the causal convolution")
@@ -81,10 +80,11 @@ class Mamba2(nn.Module):
         bias: bool = option(False, "biases in the input and the output projection")
         norm: Literal["gate_norm", "norm_gate", "none"] = option(
             "gate_norm",
-            "RMSNorm of each group's output: after the gate, before it (Falcon-H1), or none",
+            "RMSNorm of each group's output: gate_norm (after the gate), norm_gate (before it, "
+            "Falcon-H1) or none",
         )
         norm_eps: NonNegative | None = option(None, "epsilon of this norm; by default the model's")
-        step_min: NonNegative = option(0.0, "Δ is at least this, in every path")
+        step_min: NonNegative = option(0.0, "Δ is at least this")
         step_max: Positive | None = option(None, "Δ is at most this; by default unlimited")
 
         def check(self, width: int) -> None:
@@ -124,7 +124,7 @@ class Mamba2(nn.Module):
         """Initialise rates and step sizes as in the paper's code.
 
         Rates come from U(1, 16), and step sizes are log-uniform in [0.001, 0.1]. So a head starts
-        with a memory of 1 to 1000 tokens.
+        with a memory of about 1 to 1000 tokens.
         """
         self.A_log.uniform_(1, 16).log_()
         self.dt_bias.copy_(step_bias(self.H))

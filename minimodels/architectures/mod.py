@@ -19,14 +19,14 @@ generate text, the model uses a causal decision instead, which it learns in trai
     real                (B, k)         bool: False for filling
     gathered    X̃       (B, k, D)      the values of the chosen tokens; k is their number
     output      f(X̃)+X̃  (B, k, D)      the group's output, its residual sums included
-    update      r f(X̃)  (B, k, D)      the group's change to them, times the weights
+    update      r f(X̃)  (B, k, D)      the group's change to the chosen tokens, times the weights
 
 Why the raw score multiplies: choosing has no gradient, so without this factor the router would get
-none. The paper puts the raw score, not a sigmoid of it, on the path of the gradient.
+none. As in the paper, the factor is the raw score and not a sigmoid of it.
 
-What filling is: rows may route different numbers of tokens, but a tensor has one length. Shorter
-rows are filled with other tokens at position -1. The group treats these as padding, and their
-weight is 0.
+What filling is: in evaluation or with documents, rows may route different numbers of tokens, but
+the rows of a tensor have one length. Shorter rows are filled with tokens that were not chosen, at
+position -1. The group treats these as padding, and their weight is 0.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class DepthState(NamedTuple):
     """What the wrapper remembers. The group itself remembers only the tokens that it processed."""
 
     seen: Tensor  # (B,) int64, the position of the next token
-    # (B,) int64, the start of the document of the group's last token; -1: no token yet
+    # (B,) int64, the start of the document that the group's last token is in; -1: no token yet
     document: Tensor
     group: Any  # the group's state
 
@@ -69,13 +69,13 @@ class DepthState(NamedTuple):
 class MixtureOfDepths(nn.Module):
     """A router around any group of layers, which a fraction of the tokens takes.
 
-    In training mode the top k tokens of each document take the group. Without documents it is the
-    top k of the row, where padding counts towards T in k = C · T but is never chosen. This choice
-    is not causal. In evaluation mode the decision is causal. With route=router it is sigmoid(r) >
-    ½. An auxiliary loss teaches it, and affects the rest of the model a little, because its
-    gradient reaches the router's input. With route=predictor a small MLP decides from the input
-    without its gradient, so its loss trains nothing else. If the attribute `topk` of this layer is
-    True, the top k take the group in evaluation too, which measures what the causal decision costs.
+    In training mode the top k tokens of each document take the group. If a row is one document, its
+    padding counts towards T in k = C · T but is never chosen. This choice is not causal. In
+    evaluation mode the decision is causal. With route=router it is sigmoid(r) > ½. An auxiliary
+    loss teaches it, and affects the rest of the model a little, because its gradient reaches the
+    router's input. With route=predictor a small MLP decides from the detached input, so its loss
+    trains nothing else. If the attribute `topk` of this layer is True, the top k take the group in
+    evaluation too, which measures what the causal decision costs.
     """
 
     paper = "Raposo et al., arXiv:2404.02258"
@@ -88,7 +88,7 @@ class MixtureOfDepths(nn.Module):
         capacity: Fraction = option(0.125, "C, fraction of the tokens that take the group")
         route: Literal["router", "predictor"] = option(
             "predictor",
-            "the causal decision: router (an auxiliary loss on it) or predictor (an MLP)",
+            "what decides causally: router (the score's sign) or predictor (a small MLP)",
         )
         loss: NonNegative = option(0.01, "weight of the loss that trains the causal decision")
 
@@ -149,7 +149,7 @@ class MixtureOfDepths(nn.Module):
         return y, DepthState(seen, document, remembered)
 
     def select(self, scores: Tensor, decision: Tensor, positions: Tensor, context: Context):
-        """The tokens that take the group, (B, k) ascending, and which of them are not filling.
+        """The tokens that take the group, (B, k), ascending, and which of them are not filling.
 
         Selection needs no gradient, because the weights of the selected tokens teach the router.
         """
@@ -168,7 +168,7 @@ class MixtureOfDepths(nn.Module):
             context.record.trace("taken", taken & present)
             return index, present.gather(1, index)
         context.record.trace("taken", taken)
-        # shorter rows are filled up to k
+        # shorter rows are filled up to k, which cannot depend on values in a transformed program
         k = taken.shape[1] if is_transformed() else int(taken.sum(1).amax())
         # each token's place: first the tokens that take the group, then the others
         place = torch.where(taken, taken.cumsum(1), taken.sum(1, True) + (~taken).cumsum(1)) - 1
@@ -179,7 +179,7 @@ class MixtureOfDepths(nn.Module):
     def account(self, decision: Tensor, taken: Tensor, present: Tensor, context: Context) -> None:
         """Teach the causal decision to find the top k, and record how often it is right.
 
-        A decision that never routes a token is right for a fraction 1 - C of them.
+        A decision that never routes a token is already right for a fraction 1 - C of the tokens.
         """
         target, real = taken.to(decision.dtype), present.to(decision.dtype)
         loss = F.binary_cross_entropy_with_logits(decision, target, real, reduction="sum")
@@ -191,7 +191,8 @@ class MixtureOfDepths(nn.Module):
     def flops(self, context: int) -> float:
         """Forward FLOPs per token.
 
-        All tokens use the routers. A fraction C uses the group, which attends to C · context tokens.
+        All tokens use the router and the predictor. A fraction C uses the group, whose text has
+        C · context tokens.
         """
         k = self.routed(context)
         return self.routing_flops(context) + k / context * flops(self.group, k)
@@ -224,7 +225,8 @@ class MixtureOfDepths(nn.Module):
 def first_of_documents(starts: Tensor, document: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     """Which of the chosen tokens begin a document for the group, and each row's last document.
 
-    starts (B, k); document (B,), the document of the group's previous token; real (B, k).
+    A document's own first token may not be among them. starts (B, k); document (B,), the document
+    of the group's previous token; real (B, k).
     """
     # filling comes after all tokens
     before = torch.cat((document.unsqueeze(1), starts[:, :-1]), dim=1)

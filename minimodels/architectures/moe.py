@@ -6,9 +6,9 @@ arXiv:2202.08906.
 
 A router scores the experts for each token. The token visits the K best ones, and the scores weight
 their outputs. So the number of parameters grows with E, but the computation stays that of K
-experts. A router without further guidance favours few experts. A balance loss, or a bias that only
-affects the selection, keeps all of them in use. The z-loss keeps the router's scores small, because
-large ones lose digits in 16 bits and make training unstable.
+experts. A router without further guidance favours a few experts. A balance loss, or a bias that
+only affects the selection, keeps all of them in use. The z-loss keeps the router's scores small,
+because large ones make training unstable.
 
     name        symbol  shape
     x                   (B, T, D)      tokens; flattened (n, D), n = B · T
@@ -63,13 +63,13 @@ class MoE(nn.Module):
         experts_per_token: Count = option(2, "K, routed experts that a token visits")
         expert_width: Count | None = option(
             None,
-            "hidden width of one expert; by default a token's experts cost what the dense mlp does",
+            "hidden width of one expert; by default a token's experts together cost what mlp costs",
         )
         shared_experts: Natural = option(0, "experts that every token visits besides its K")
         router: Literal["softmax_topk", "softmax", "sigmoid_bias", "expert_choice"] = option(
             "softmax_topk",
-            "softmax_topk (Mixtral), softmax (Switch, OLMoE), sigmoid_bias (DeepSeek-V3) or expert_choice, "
-            "which is not causal",
+            "softmax_topk (Mixtral), softmax (Switch, OLMoE), sigmoid_bias (DeepSeek-V3) or "
+            "expert_choice, which is not causal",
         )
         groups: Count = option(
             1, "groups of experts; a token visits only some groups (DeepSeek-V3: 8)"
@@ -79,14 +79,16 @@ class MoE(nn.Module):
             1.0, "factor on the routed experts' weights (DeepSeek-V3: 2.5)"
         )
         balance_loss: NonNegative = option(
-            0.01, "weight of the balance loss; the loss is K at an even load (DeepSeek-V3: 0.0001)"
+            0.01, "weight of the balance loss, which is K at an even load (DeepSeek-V3: 0.0001)"
         )
         balance: Literal["layer", "pooled"] = option(
             "layer",
             "layer (balance the loads of each layer) or pooled (their mean, as transformers does)",
         )
         z_loss: NonNegative = option(0.001, "weight of the router's z-loss (DeepSeek-V3 has none)")
-        bias_step: NonNegative = option(0.001, "step of sigmoid_bias's selection bias")
+        bias_step: NonNegative = option(
+            0.001, "how far each training step moves the selection bias of sigmoid_bias"
+        )
         bias: bool = option(False, "biases in the shared experts")
         expert_bias: bool = option(False, "biases in the router and the routed experts (gpt-oss)")
         activation: Literal["silu", "gelu", "clamped"] = option(
@@ -105,9 +107,11 @@ class MoE(nn.Module):
                     "experts_per_token", self.experts_per_token, f"1 to experts {self.experts}"
                 )
             if self.experts_per_token == 1 and self.router in ("softmax_topk", "sigmoid_bias"):
-                accepted = "2 or more, or router=softmax: a single gate is always 1 and teaches the router nothing"
+                accepted = (
+                    "2 or more, or router=softmax: "
+                    "a single gate is always 1 and teaches the router nothing"
+                )
                 raise InputError("experts_per_token", self.experts_per_token, accepted)
-
             if self.groups > 1:
                 self.check_groups()
 
@@ -151,7 +155,7 @@ class MoE(nn.Module):
             self.shared = SwiGLU(shared, config, place)
             self.shared_gate = linear(D, 1, std) if options.shared_gate else None
         biased = options.router == "sigmoid_bias"
-        # of the selection; the option `bias` is about the shared experts
+        # the selection bias; the option `bias` is about the shared experts
         self.register_buffer("bias", torch.zeros(E) if biased else None)
         # visits since the last optimizer step
         self.register_buffer("visited", torch.zeros(E), persistent=False)
@@ -217,8 +221,8 @@ class MoE(nn.Module):
             raise InputError("router", "sigmoid_bias in training mode", accepted)
 
     def _apply(self, fn, recurse=True):
-        """Move or convert the layer as PyTorch does, but keep its buffers in fp32: in bfloat16 a step
-        of 0.001 no longer moves a bias of 0.5."""
+        """Move or convert the layer as PyTorch does, but keep its buffers in fp32: in bfloat16 a
+        step of 0.001 no longer moves a bias of 0.5."""
         buffers = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, before in buffers.items():
@@ -230,8 +234,8 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def after_step(self, taken: Tensor | float = 1.0):
-        """Move the selection bias against the load (DeepSeek-V3 §2.1.2), unless the step was skipped
-        (taken: 0); reset the visits."""
+        """Raise the selection bias of experts with few visits and lower that of the others
+        (DeepSeek-V3 §2.1.2), unless the step was skipped (taken: 0). Then reset the visits."""
         if self.bias is not None:
             visited = total(self.visited)
             rise = self.options.bias_step * torch.sign(visited.mean() - visited)
@@ -287,14 +291,17 @@ def balance(record: Record, layers: list[Sums]) -> None:
 
 
 def imbalance(fraction: Tensor, probability: Tensor) -> Tensor:
-    """E Σ f_i P_i, which is K if all experts have equal shares; Switch's equation 4 if K = 1."""
+    """E Σ f_i P_i, which is K if all experts have equal shares; Switch's equation 4 if K = 1.
+
+    f counts visits and has no gradient, so the loss teaches the router through P.
+    """
     return fraction.numel() * (fraction * probability).sum()
 
 
 def pooled_imbalance(layers: list[tuple[float, Tensor, Tensor]]) -> Tensor:
-    """The weighted imbalance of f and P averaged over the layers, as transformers uses in training.
+    """The weighted imbalance of the layers' mean f and mean P, as in the library transformers.
 
-    One layer's load can make up for another's here, which separate losses do not allow.
+    Here one layer's load can make up for another's, which separate losses do not allow.
     """
     weights, fractions, probabilities = zip(*layers, strict=True)
     mean = sum(weights) / len(weights)
@@ -318,10 +325,10 @@ def softmax(
     starts: Tensor | None,
     groups: tuple[int, int] = (1, 1),
 ):
-    """Switch (K = 1) and OLMoE: the probabilities as they are.
+    """Switch (K = 1) and OLMoE: the gates are the probabilities as they are.
 
     If K = 1, a gate divided by the sum of the gates would have no gradient. A group of experts is
-    as good as its best one (DeepSeek-V2).
+    ranked by its best one (DeepSeek-V2).
     """
     probabilities = logits.softmax(-1)
     visits = top(within_groups(probabilities, *groups, GROUPED["softmax"]), K)
@@ -333,8 +340,8 @@ def sigmoid_bias(
 ):  # fmt: skip
     """DeepSeek-V3: a bias without a gradient affects the selection but not the gates.
 
-    A group of experts is as good as the sum of its two best ones. V3 takes its balance loss per
-    sequence; this router does not.
+    A group of experts is ranked by the sum of its two best scores. V3 computes its balance loss for
+    each sequence; this router's is for the whole batch.
     """
     scores = logits.sigmoid()
     visits = top(within_groups(scores + bias, *groups, GROUPED["sigmoid_bias"]), K)
@@ -346,7 +353,7 @@ def expert_choice(logits: Tensor, K: int, bias: Tensor | None, starts: Tensor | 
     """Each expert takes the T·K/E tokens of a document that score highest for it.
 
     The balance is perfect. But a later token can push an earlier one out, so the choice is not
-    causal. Padding competes too, so a padded row may choose otherwise than alone.
+    causal. Padding competes too, so it can change which tokens of its row are chosen.
     """
     probabilities = logits.softmax(-1)
     B, T, E = logits.shape
@@ -358,7 +365,7 @@ def expert_choice(logits: Tensor, K: int, bias: Tensor | None, starts: Tensor | 
     return probabilities, top(probabilities.mT, capacity).mT, probabilities
 
 
-# router -> how many of its best experts decide a group's rank
+# router -> how many of a group's best experts decide the group's rank
 GROUPED = {"softmax": 1, "sigmoid_bias": 2}
 ROUTERS = {
     router.__name__: router for router in (softmax_topk, softmax, sigmoid_bias, expert_choice)
@@ -368,7 +375,7 @@ ROUTERS = {
 def within_groups(scores: Tensor, groups: int, kept: int, best: int) -> Tensor:
     """Scores (B, T, E), with -inf outside each token's best groups.
 
-    A group's rank is the sum of its `best` best experts.
+    Groups are ranked by the sum of their `best` highest scores.
     """
     if groups == 1:
         return scores

@@ -72,7 +72,8 @@ class Retention(nn.Module):
 
     paper = "Sun et al., arXiv:2307.08621"
     presets = {
-        "linear_attention": "(retention(feature_map=elu, rope_base=0, decay=none, norm=sum, gate=none) mlp)*{n}",
+        "linear_attention": "(retention(feature_map=elu, rope_base=0, decay=none, norm=sum,"
+        " gate=none) mlp)*{n}",
         "retnet": "(retention mlp)*{n}",
         "lightning": "(retention(feature_map=silu, rope_base=0, decay=layers, block=2, scale=false,"
         " norm=full, gate=sigmoid) mlp)*{n}",
@@ -93,7 +94,8 @@ class Retention(nn.Module):
         )
         decay: Literal["none", "heads", "layers", "channels"] = option(
             "heads",
-            "none; fixed by head (RetNet) or by head and layer (Lightning); learned by channel (GLA)",
+            "none, heads (a fixed rate per head, RetNet), layers (one per head and layer, "
+            "Lightning) or channels (learned, GLA)",
         )
         scale: bool = option(True, "multiply the queries by K^-1/2")
         norm: Literal["none", "sum", "head", "full"] = option(
@@ -116,7 +118,10 @@ class Retention(nn.Module):
             if self.rope_base:
                 check_pairs(self.head_dim, width, self.heads)
             if self.norm == "sum" and (self.feature_map != "elu" or self.rope_base):
-                accepted = "with feature_map=elu and rope_base=0, because weights must be positive to divide by their sum"
+                accepted = (
+                    "with feature_map=elu and rope_base=0, "
+                    "because weights must be positive to divide by their sum"
+                )
                 raise InputError("norm", self.norm, accepted)
 
     def __init__(self, options: Options, config: Config, place: Place = Place()):
@@ -181,7 +186,7 @@ class Retention(nn.Module):
         g = torch.zeros(self.H, dtype=dtype, device=x.device)
         if kind == "heads":  # RetNet, equation 8
             g = torch.log1p(-(2.0 ** (-5.0 - head.to(dtype))))
-        elif kind == "layers":  # the slopes of ALiBi, slower from layer to layer
+        elif kind == "layers":  # the slopes of ALiBi; the decay is slower in each further layer
             slopes = 2.0 ** (-8.0 * (head.to(dtype) + 1) / self.H)
             g = -slopes * (1 - self.place.index / (self.place.depth - 1 + 1e-5) + 1e-5)
         return g.expand(*x.shape[:2], -1)
@@ -194,7 +199,7 @@ class Retention(nn.Module):
         if self.norm is not None:
             return gated_norm(self.norm, y, gate, activation)
         if kind == "sum":
-            # the addend is that of the paper's code: padding reads a sum of 0
+            # 1e-6 as in the paper's code, because padding reads a sum of 0
             y = y[..., :-1] / (y[..., -1:] + 1e-6)
         return y if gate is None else y * ACTIVATIONS[activation](gate)
 

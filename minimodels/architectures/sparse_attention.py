@@ -1,4 +1,4 @@
-"""DeepSeek Sparse Attention: an indexer chooses k keys for each token, and attention reads no other.
+"""DeepSeek Sparse Attention: an indexer chooses k keys per token, and attention reads no others.
 
 DeepSeek-V3.2, arXiv:2512.02556, on top of latent attention (latent_attention.py).
 
@@ -32,8 +32,8 @@ Without such a rule, a token could see other keys in decoding than in training.
 
 Compared with latent attention at 4096 tokens, width 768 and 12 heads, k = 64 saves 73 % of the
 FLOPs, and the state is 25 % larger (first command). On a shared CPU a decoded token took 0.44 of
-the time, and 0.85 at 1024 tokens (second). A training step took 1.6 times as long from 256 to 1024
-tokens (third, a small model), because PyTorch copies the chosen latents of every token.
+the time, or 0.85 at 1024 tokens (second command). In a small model, a training step on 256 to 1024
+tokens took 1.6 times as long (third), because PyTorch copies the chosen latents of every token.
 
     python -m minimodels.ledger --size small --context 4096 --layers "sparse_attention(heads=12)"
     python -m benchmarks.throughput --size small --match none --modes decode --shortest 1024
@@ -168,7 +168,7 @@ class SparseAttention(nn.Module):
     def gathered(
         self, plain: Tensor, turned: Tensor, memory: Tensor, scores: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same over the chosen latents, unexpanded. Returns their weights and scores."""
+        """The same over the chosen latents, not expanded. Weights and scores are only theirs."""
         (B, _, S, width), T, k = memory.shape, plain.shape[2], self.options.keys
         read = memory  # (B, 1, S, r + d_r), for all tokens
         if k < S:
@@ -213,7 +213,8 @@ class Indexer(nn.Module):
     def forward(
         self, x: Tensor, low: Tensor, angles: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, D), low (B, T, r_q) -> queries (B, T, H_I, d_I), keys (B, 1, T, d_I), shares (B, T, H_I).
+        """x (B, T, D), low (B, T, r_q) -> queries (B, T, H_I, d_I), keys (B, 1, T, d_I),
+        shares (B, T, H_I).
 
         The shares include the scale of the scores, because a positive factor can be taken out of
         the ReLU.
@@ -252,6 +253,9 @@ def masked_softmax(logits: Tensor, scores: Tensor) -> Tensor:
 
 
 def divergence(target: Tensor, scores: Tensor) -> Tensor:
-    """KL(target || softmax(scores)) over the chosen keys, equations (3) and (4): (B, T, k) -> (B, T)."""
+    """KL(target || softmax(scores)) over the chosen keys, equations (3) and (4).
+
+    target, scores (B, T, k) -> (B, T).
+    """
     logs = scores.log_softmax(-1).masked_fill(scores.isneginf(), 0.0)
     return F.kl_div(logs, target.to(logs.dtype), reduction="none").sum(-1)

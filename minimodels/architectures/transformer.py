@@ -70,8 +70,8 @@ class Attention(nn.Module):
         )
         qk_norm: Literal["none", "head", "full", "plain"] = option(
             "none",
-            "RMSNorm on queries and keys: none, head (each head, Qwen3), full (all heads, OLMoE) or plain "
-            "(each head, without weights, after the rotation, nanochat)",
+            "RMSNorm on queries and keys: none, head (each head, Qwen3), full (all heads, OLMoE) "
+            "or plain (each head, without weights, after the rotation, nanochat)",
         )
         bias: bool | Literal["qkv"] = option(
             False, "biases in the four projections; qkv: in all but the last (Qwen2)"
@@ -193,11 +193,10 @@ class Attention(nn.Module):
     def flops(self, context: int) -> float:
         """Forward FLOPs per token: projections, and QKᵀ and PV with every key, even if masked."""
         rows, keys, d, w = context, context, self.head_dim, self.window
-        # then attention works on blocks of w tokens, and fills up the last one
-        if w is not None and context > 2 * w:
+        if w is not None and context > 2 * w:  # blocks of w tokens; the last is padded
             rows, keys = w * -(-context // w), 2 * w
         if self.sink is not None and self.options.softcap is None:
-            # one more key and dimension, and one more query if the mask is causal
+            # the sink takes one more key and dimension, and one more query if the mask is causal
             rows, keys, d = rows + (w is None or context <= w), keys + 1, d + 1
         maps = [part for part in (self.q, self.k, self.v, self.out, self.gate) if part is not None]
         projections = sum(part.weight.numel() for part in maps)
@@ -218,7 +217,8 @@ class SwiGLU(nn.Module):
     class Options:
         width: Count | None = option(
             None,
-            "hidden width; by default 8/3 of the model's, rounded up to 32s; ungated: 4 times it",
+            "hidden width; by default 8/3 of the model's, rounded up to a multiple of 32, or 4 "
+            "times the model's without a gate",
         )
         bias: bool = option(False, "biases in the projections")
         activation: Literal["silu", "gelu", "clamped", "relu2"] = option(
