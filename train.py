@@ -42,11 +42,12 @@ from minimodels.data.text import open_data
 from minimodels.errors import InputError
 from minimodels.files import locked
 from minimodels.generate import Sampling, complete
-from minimodels.layers import choose, operations
+from minimodels.layers import operations
 from minimodels.ledger import ledger
 from minimodels.lm import LM
 from minimodels.memory import check_memory
 from minimodels.pace import Pace, Threads, pick_threads
+from minimodels.paths import choose
 from minimodels.ranks import alone, from_first, largest, rank, world
 from minimodels.training import parallel
 from minimodels.training.budget import Budget

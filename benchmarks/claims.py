@@ -33,9 +33,10 @@ from minimodels.architectures.mod import MixtureOfDepths
 from minimodels.command import keep_freed_memory, parse_options, pick_device, run_command
 from minimodels.data.text import open_data
 from minimodels.errors import nearest
-from minimodels.layers import Context, Record, choose
+from minimodels.layers import Context, Record
 from minimodels.ledger import ledger
 from minimodels.measure import check_writable, write
+from minimodels.paths import choose
 from minimodels.presets import MAIN, fitted
 
 from . import table

@@ -14,43 +14,39 @@ from .verdict import overlap, unbroken
 
 @dataclass(frozen=True)
 class Crossover:
-    """The context from which one model is faster than another: median, least and greatest over the
-    rounds; None if it is outside the measured contexts."""
+    """The context from which on one model is faster than another: median, least and greatest over
+    the rounds. The first of the contexts stands for any that is not longer. Infinity means that the
+    other model is faster at the last."""
 
     contexts: list[int]
-    median: float | None
-    low: float | None
-    high: float | None
-    faster: bool  # at the longest context
-    steady: bool  # whether `faster` is the same at all contexts
+    median: float
+    low: float
+    high: float
+    sooner: bool  # whether it is faster at a context before the last, in the median round
     overlap: bool = False  # whether their spreads at the longest context overlap
 
 
 def crossover(contexts: list[int], ratios: list[list[float]]) -> Crossover:
-    """Where the ratio (the other's seconds over its own) last rises above 1. Between contexts it is
-    interpolated linearly in the logarithms.
+    """Where the ratio (the other's seconds over its own) last rises above 1.
 
     contexts: ascending. ratios: one list of rounds for each context; only the rounds that all
-    contexts have are used. Rounds without a crossing are left out, and there is a result only if
-    most rounds have one.
+    contexts have are used.
     """
-    places = []
-    rounds = list(zip(*ratios, strict=False))
-    for values in rounds:
-        logs = [math.log(value) for value in values]
-        for i in reversed(range(len(logs) - 1)):
-            if logs[i] < 0 <= logs[i + 1]:
-                share = -logs[i] / (logs[i + 1] - logs[i])
-                places.append(
-                    math.exp(
-                        (1 - share) * math.log(contexts[i]) + share * math.log(contexts[i + 1])
-                    )
-                )
-                break
-    wins = [statistics.median(values) >= 1 for values in ratios]
-    if 2 * len(places) <= len(rounds) or not wins[-1]:
-        return Crossover(contexts, None, None, None, wins[-1], len(set(wins)) == 1)
-    return Crossover(contexts, statistics.median(places), min(places), max(places), wins[-1], False)
+    places = [rise(contexts, values) for values in zip(*ratios, strict=False)]
+    sooner = any(statistics.median(values) >= 1 for values in ratios[:-1])
+    return Crossover(contexts, statistics.median(places), min(places), max(places), sooner)
+
+
+def rise(contexts: list[int], values: tuple[float, ...]) -> float:
+    """Where the values of one round last rise above 1, interpolated linearly in the logarithms."""
+    below = [i for i, value in enumerate(values) if value < 1]
+    if not below:
+        return contexts[0]
+    if below[-1] == len(values) - 1:
+        return math.inf
+    low, high = below[-1], below[-1] + 1
+    share = math.log(values[low]) / math.log(values[low] / values[high])
+    return contexts[low] * (contexts[high] / contexts[low]) ** share
 
 
 def overtaking(rows: list[dict], other: str = "transformer") -> dict[str, Crossover]:
@@ -83,12 +79,15 @@ def sentence(found: dict[str, Crossover], other: str = "transformer") -> str:
     groups: dict[str, list[str]] = {}  # where -> models; "": at a context of their own
     for model, place in found.items():
         first, last, name, where = place.contexts[0], place.contexts[-1], unbroken(model), ""
-        if place.median is not None:
-            name += unbroken(f" from {place.median:,.0f} on ({place.low:,.0f}-{place.high:,.0f})")
-        elif place.steady:
-            where = f" {'everywhere' if place.faster else 'nowhere'} from {first:,} to {last:,}"
+        if place.high == first:
+            where = f" everywhere from {first:,} to {last:,}"
+        elif place.median < math.inf:
+            high = f"{place.high:,.0f}" if place.high < math.inf else f"above {last:,}"
+            name += unbroken(f" from {place.median:,.0f} on ({place.low:,.0f}-{high})")
+        elif place.sooner:
+            where = f" in parts, but not at {last:,}"
         else:
-            where = f" in parts, {'and' if place.faster else 'but not'} at {last:,}"
+            where = f" nowhere from {first:,} to {last:,}"
         if place.overlap:
             name += " (too close to tell at the end)"
         groups.setdefault(where, []).append(name)

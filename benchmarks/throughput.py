@@ -40,7 +40,6 @@ from minimodels.command import (
 )
 from minimodels.decoding import has_graphs
 from minimodels.grammar import Call, names_in, parse, set_options
-from minimodels.layers import choose
 from minimodels.ledger import Ledger, ledger
 from minimodels.measure import (
     ceilings,
@@ -52,6 +51,7 @@ from minimodels.measure import (
     write,
 )
 from minimodels.options import read_options
+from minimodels.paths import choose
 from minimodels.presets import MAIN, PRESETS, fitted
 
 from .crossover import overtaking, sentence

@@ -49,8 +49,8 @@ from minimodels.kernels.common import (
 )
 from torch import Tensor
 
-from minimodels.layers import norm_dtype
-from minimodels.layers import rmsnorm as operation
+from minimodels.parts import norm_dtype
+from minimodels.parts import rmsnorm as operation
 
 WARPS = 32  # of backward on an SM; with 64 registers a thread, no more fit
 # rows in flight in a program of backward: the next two are loaded while one is computed
@@ -181,7 +181,7 @@ rmsnorm_forward.register_autograd(_differentiate, setup_context=_save)
 def rmsnorm(
     x: Tensor, weight: Tensor, eps: float, update: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As minimodels.layers.rmsnorm: the normalised sum, and the sum in x's dtype.
+    """As minimodels.parts.rmsnorm: the normalised sum, and the sum in x's dtype.
 
     x, update (..., D); weight (D,).
     """

@@ -212,7 +212,8 @@ def pick_device(name: str) -> torch.device:
             raise RuntimeError("computes nothing")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
-        accepted = "auto, cpu, cuda" if torch.cuda.is_available() else "auto, cpu"
+        found = {"cuda": torch.cuda, "mps": torch.backends.mps}
+        accepted = ", ".join(["auto", "cpu", *(n for n in found if found[n].is_available())])
         raise InputError("device", name, accepted) from None
     return device
 

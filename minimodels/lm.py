@@ -16,18 +16,12 @@ from torch import Tensor, nn
 from minimodels.architectures.registry import build
 from minimodels.config import Config
 from minimodels.errors import InputError
-from minimodels.layers import (
-    Context,
-    Record,
-    flops,
-    is_plain,
-    is_transformed,
-    linear,
-    make_norm,
-    scaled,
-)
+from minimodels.layers import Context, Record, flops
 from minimodels.objectives import OBJECTIVES
+from minimodels.parts import is_plain, linear, scaled
+from minimodels.paths import is_transformed
 from minimodels.ranks import averaged
+from minimodels.residual import make_norm
 
 
 class LM(nn.Module):

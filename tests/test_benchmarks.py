@@ -72,9 +72,12 @@ def test_a_sentence_says_who_is_faster_and_from_where():
         "also slow": crossover([256, 512], [[0.4], [0.4]]),
         "fast": crossover([256, 512], [[2.0], [3.0]]),
         "at first": crossover([256, 512, 1024], [[2.0], [2.0], [0.5]]),
+        "mostly": crossover([256, 512], [[0.5, 0.5, 2.0], [2.0, 2.0, 2.0]]),
+        "hardly": crossover([256, 512], [[0.5, 0.5, 0.5], [2.0, 2.0, 0.5]]),
     }
     assert sentence(texts).replace("\xa0", " ") == (
-        "Faster than the transformer: sooner from 362 on (362-362); slow, also slow nowhere from "
+        "Faster than the transformer: sooner from 362 on (362-362), mostly from 362 on (256-362), "
+        "hardly from 362 on (362-above 512); slow, also slow nowhere from "
         "256 to 512; fast everywhere from 256 to 512; at first in parts, but not at 1,024"
     )
     assert sentence({}) == ""
@@ -777,11 +780,13 @@ def test_a_crossover_is_the_last_one_of_most_rounds():
     assert crossover([256, 512], [[0.5, 0.5, 2.0], [2.0] * 3]).median == pytest.approx(
         256 * math.sqrt(2)
     )
-    assert crossover([256, 512], [[0.5, 2.0, 2.0], [2.0] * 3]).median is None
+    early = crossover([256, 512], [[0.5, 2.0, 2.0], [2.0] * 3])  # two rounds were ahead before
+    assert (early.low, early.median) == (256, 256) and early.high == pytest.approx(256 * 2**0.5)
     assert crossover([256, 512], [[0.5] * 3, [1.0, 2.0, 8.0]]).median == pytest.approx(
         256 * math.sqrt(2)
     )
-    assert not crossover([256, 512], [[0.5] * 3, [0.9, 0.9, 1.1]]).faster
+    late = crossover([256, 512], [[0.5] * 3, [0.9, 0.9, 1.1]])  # only one round
+    assert late.median == late.high == math.inf and late.low < 512
     row = {"model": "t", "base": "transformer", "context": 512, "seconds": [4.0, 4.0, 4.0]}
     rows = [
         row,

@@ -39,7 +39,7 @@ def test_refuses(fields, message):
     "layers, width, message",
     [
         ("attention(heads=3)", 100, "attention.heads: 3 .* divisor of width 100"),
-        ("attention", 12, "attention.head_dim: 3 .* even"),
+        ("attention", 12, "attention.heads: 4 .*width 12 / 4 is 3"),
         ("mod(attention(kv_heads=3))", 16, "attention.kv_heads: 3 .* divisor of heads 4"),
     ],
 )

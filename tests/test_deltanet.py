@@ -33,9 +33,10 @@ from minimodels.architectures import mamba2
 from minimodels.architectures.deltanet import DeltaNet, micro_steps, recurrence
 from minimodels.config import Config
 from minimodels.errors import InputError
-from minimodels.layers import RMSNorm, flops, state_bytes
+from minimodels.layers import flops, state_bytes
 from minimodels.ops.delta_rule import delta_rule
 from minimodels.ops.normalise import gated_norm, l2norm
+from minimodels.parts import RMSNorm
 
 PLAIN = "deltanet(heads=2)"
 GATED = "deltanet(heads=4, key_heads=2, value_dim=5, gate=scalar, output_gate=silu)"

@@ -34,9 +34,9 @@ from minimodels.architectures.registry import LAYERS, WRAPPERS, on_stream
 from minimodels.data.text import open_data
 from minimodels.data.tokenizer import END, open_tokenizer, train_bpe
 from minimodels.grammar import Call, Group, Option, Program, write
-from minimodels.layers import Joint
 from minimodels.ops.rotary import SCALINGS
 from minimodels.published.config_json import is_idle
+from minimodels.residual import Joint
 
 EXAMPLES = int(os.environ.get("MINIMODELS_FUZZED", "1700"))  # of each of six kinds
 TINY = (

@@ -226,7 +226,9 @@ from torch import nn
 
 from minimodels.errors import Count
 from minimodels.options import option
-from minimodels.layers import Context, Place, full_precision, linear
+from minimodels.layers import Context, Place
+from minimodels.parts import linear
+from minimodels.paths import full_precision
 
 
 class Gated(nn.Module):

@@ -15,7 +15,7 @@ from minimodels.kernels import rmsnorm as module
 from minimodels.kernels.common import compare
 from minimodels.kernels.rmsnorm import rmsnorm, rmsnorm_forward
 
-from minimodels.layers import rmsnorm as rmsnorm_reference
+from minimodels.parts import rmsnorm as rmsnorm_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

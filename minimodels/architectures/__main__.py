@@ -18,7 +18,7 @@ from minimodels.architectures.registry import LAYERS, WRAPPERS, on_stream
 from minimodels.command import parse_options, run_command
 from minimodels.errors import InputError, describe, nearest
 from minimodels.grammar import write_value
-from minimodels.layers import Joint
+from minimodels.residual import Joint
 
 BLOCKS = """\
 {n} is the number of transformer blocks: 4 at size tiny, 12 at size small. {twice}, {half} and

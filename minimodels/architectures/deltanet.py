@@ -56,13 +56,15 @@ from torch import Tensor, nn
 
 from minimodels.config import Config
 from minimodels.errors import Count, InputError, NonNegative, Positive
-from minimodels.layers import Context, Place, RMSNorm, flops, full_precision, linear
+from minimodels.layers import Context, Place, flops
 from minimodels.ops import delta_rule as rule
 from minimodels.ops.convolution import CausalConv1d
 from minimodels.ops.decay import step_bias
 from minimodels.ops.delta_rule import delta_rule
 from minimodels.ops.normalise import gated_norm, l2norm
 from minimodels.options import option
+from minimodels.parts import RMSNorm, linear
+from minimodels.paths import full_precision
 
 
 class DeltaNetState(NamedTuple):

@@ -31,11 +31,13 @@ from torch import Tensor, nn
 
 from minimodels.config import Config
 from minimodels.errors import Count, InputError, NonNegative
-from minimodels.layers import Context, Place, RMSNorm, flops, full_precision, linear
+from minimodels.layers import Context, Place, flops
 from minimodels.ops.attention import attention
 from minimodels.ops.cache import AttentionState, advance, carry
 from minimodels.ops.rotary import Scaling, check_pairs, rotary, rotate, scaling_text
 from minimodels.options import option
+from minimodels.parts import RMSNorm, linear
+from minimodels.paths import full_precision
 
 
 class DifferentialAttention(nn.Module):

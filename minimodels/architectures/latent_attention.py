@@ -32,11 +32,12 @@ from torch import Tensor, nn
 
 from minimodels.config import Config
 from minimodels.errors import Count, InputError, NonNegative, Positive
-from minimodels.layers import Context, Place, RMSNorm, flops, is_plain, linear
+from minimodels.layers import Context, Place, flops
 from minimodels.ops.attention import attention
 from minimodels.ops.cache import AttentionState, advance, carry
 from minimodels.ops.rotary import Scaling, check_pairs, rotary, rotate, scaling_text
 from minimodels.options import option
+from minimodels.parts import RMSNorm, is_plain, linear
 
 
 class LatentAttention(nn.Module):

@@ -44,11 +44,13 @@ from torch import Tensor, nn
 
 from minimodels.config import Config
 from minimodels.errors import Count, NonNegative
-from minimodels.layers import Context, Place, RMSNorm, by_token, choose, full_precision
+from minimodels.layers import Context, Place
 from minimodels.ops.before import Before
 from minimodels.ops.convolution import CausalConv1d
 from minimodels.ops.scan import scan
 from minimodels.options import option
+from minimodels.parts import RMSNorm
+from minimodels.paths import by_token, choose, full_precision
 
 
 class MambaState(NamedTuple):

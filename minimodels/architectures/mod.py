@@ -43,18 +43,17 @@ from minimodels.config import Config
 from minimodels.errors import Fraction, NonNegative
 from minimodels.layers import (
     Context,
-    FullPrecisionLinear,
     Place,
     Stack,
     flops,
     inactive_parameters,
-    is_transformed,
-    linear,
     state_bytes,
     unrouted_flops,
 )
 from minimodels.ops.documents import top_per_document
 from minimodels.options import option
+from minimodels.parts import FullPrecisionLinear, linear
+from minimodels.paths import is_transformed
 
 
 class DepthState(NamedTuple):

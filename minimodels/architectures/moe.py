@@ -34,18 +34,12 @@ from torch import Tensor, nn
 from minimodels.architectures.transformer import SwiGLU, default_width
 from minimodels.config import Config
 from minimodels.errors import Count, InputError, Natural, NonNegative
-from minimodels.layers import (
-    Context,
-    FullPrecisionLinear,
-    Place,
-    Record,
-    flops,
-    is_transformed,
-    linear,
-)
+from minimodels.layers import Context, Place, Record, flops
 from minimodels.ops.documents import top_per_document
 from minimodels.ops.grouped_mlp import grouped_mlp, path_of
 from minimodels.options import option
+from minimodels.parts import FullPrecisionLinear, linear
+from minimodels.paths import is_transformed
 from minimodels.ranks import total
 
 

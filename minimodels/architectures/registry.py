@@ -25,8 +25,9 @@ from minimodels.architectures.transformer import Attention, SwiGLU
 from minimodels.config import Config
 from minimodels.errors import InputError, nearest
 from minimodels.grammar import Call, count_layers, excerpt, parse
-from minimodels.layers import RESIDUALS, Joint, Place, Stack
+from minimodels.layers import Place, Stack
 from minimodels.options import read_options
+from minimodels.residual import RESIDUALS, Joint
 
 LAYERS = {
     "attention": Attention,

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from minimodels.config import Config
 from minimodels.errors import Count
-from minimodels.layers import Context, Place, linear
+from minimodels.layers import Context, Place
 from minimodels.ops.convolution import CausalConv1d
 from minimodels.options import option
+from minimodels.parts import linear
 
 
 class ShortConvolutionState(NamedTuple):

@@ -53,11 +53,13 @@ from torch import Tensor, nn
 from minimodels.architectures.latent_attention import LatentAttention
 from minimodels.config import Config
 from minimodels.errors import Count, InputError, NonNegative
-from minimodels.layers import Context, Place, choose, flops, full_precision, is_plain, linear
+from minimodels.layers import Context, Place, flops
 from minimodels.ops.attention import positions_of, sees
 from minimodels.ops.cache import AttentionState, advance, carry
 from minimodels.ops.rotary import rotate
 from minimodels.options import option
+from minimodels.parts import is_plain, linear
+from minimodels.paths import choose, full_precision
 
 ENTRIES = 2**25  # most scores and gathered numbers at once; longer chunks are read in blocks
 

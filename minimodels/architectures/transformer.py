@@ -38,12 +38,14 @@ from torch import Tensor, nn
 
 from minimodels.config import Config
 from minimodels.errors import Count, Fraction, InputError, NonNegative, Positive
-from minimodels.layers import Context, Place, RMSNorm, choose, is_plain, linear
+from minimodels.layers import Context, Place
 from minimodels.ops.activation import GATED, PLAIN
 from minimodels.ops.attention import attention
 from minimodels.ops.cache import AttentionState, advance, carry
 from minimodels.ops.rotary import Scaling, check_pairs, norm_rotate, rotary, scaling_text
 from minimodels.options import option
+from minimodels.parts import RMSNorm, is_plain, linear
+from minimodels.paths import choose
 
 
 class Attention(nn.Module):

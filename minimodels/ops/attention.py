@@ -11,7 +11,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from minimodels.errors import InputError
-from minimodels.layers import choose
+from minimodels.paths import choose
 
 MASK = 2**25  # most entries of a mask in memory at once; longer chunks go in blocks of queries
 

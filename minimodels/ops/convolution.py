@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimodels.layers import choose
 from minimodels.ops.before import Before
+from minimodels.paths import choose
 
 
 class CausalConv1d(nn.Module):

@@ -52,8 +52,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from minimodels.layers import by_token, choose, full_precision
 from minimodels.ops.before import Before
+from minimodels.paths import by_token, choose, full_precision
 
 # C, a power of two. On a CPU 64 took 0 to 45 % longer. With keys of 128 numbers, 16 took 5 to 15 %
 # longer.

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from minimodels.errors import InputError
-from minimodels.layers import choose, is_transformed
 from minimodels.ops.activation import GATED
+from minimodels.paths import choose, is_transformed
 
 
 def grouped_mlp(

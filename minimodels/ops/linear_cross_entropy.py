@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from minimodels.layers import choose, full_precision
+from minimodels.paths import choose, full_precision
 
 IGNORE = -100
 # Logits computed at a time. With so many, the products over them run at full speed. On a GPU the

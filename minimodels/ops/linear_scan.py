@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from minimodels.layers import by_token, choose, full_precision
 from minimodels.ops.before import Before
+from minimodels.paths import by_token, choose, full_precision
 
 # numbers in one step of all pieces: with fewer, the call costs more than its arithmetic
 WORK = 2**15

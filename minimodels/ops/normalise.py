@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimodels.layers import full_precision
+from minimodels.paths import full_precision
 
 ACTIVATIONS = {"silu": F.silu, "sigmoid": torch.sigmoid}
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from minimodels.errors import Count, InputError, Positive
 from minimodels.grammar import Call, parse_call, write_call
-from minimodels.layers import choose, full_precision, is_transformed
 from minimodels.options import OneOf, option, read_options, write_options
+from minimodels.paths import choose, full_precision, is_transformed
 
 
 @dataclass(frozen=True)

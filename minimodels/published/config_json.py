@@ -19,11 +19,11 @@ from minimodels.config import Config
 from minimodels.errors import InputError, nearest
 from minimodels.files import read_json
 from minimodels.grammar import MOST_LAYERS, Call, Option, set_options
-from minimodels.layers import Joint
 from minimodels.published.entries import Entries
 from minimodels.published.families import FAMILIES, HINTS
 from minimodels.published.family import Family, Role, Setting, entry_of
 from minimodels.published.text import call_of, write_layers
+from minimodels.residual import Joint
 
 __all__ = ["family_of", "read_config", "read_json", "write_config"]
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from minimodels.layers import Residual
 from minimodels.lm import LM
+from minimodels.residual import Residual
 
 
 def blocks(model: LM) -> list[nn.Module]:
