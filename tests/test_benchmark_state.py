@@ -47,8 +47,7 @@ def test_accuracy_by_position():
 
 
 def test_keys_are_overwritten_as_often_as_said():
-    """Each text of the last record has room for nine values of every key. The
-    first has room for one."""
+    """A text has a key's values, one of them the last, and asks for each of four keys once."""
     claim = STATE["overwrite"](True)
     run, contexts = claim.runs[-1], []
 
@@ -59,5 +58,15 @@ def test_keys_are_overwritten_as_often_as_said():
 
     rows = list(claim.at_end(Model(run.config), run, torch.device("cpu")))
     lengths = list(dict.fromkeys(contexts))
-    assert [(length - 8) / 16 - 1 for length in lengths] == [row["overwritten"] for row in rows]
+    assert [(length - 4) / 8 - 1 for length in lengths] == [row["overwritten"] for row in rows]
     assert all(one < other for one, other in pairwise(lengths))
+    assert run.context in lengths
+
+
+def test_mixers_that_should_decay_do():
+    """The decay of Lightning depends on the layer's place, and is almost none in the last layer."""
+    for name, decays in {"linear_attention": False, "retnet": True, "lightning": True}.items():
+        (run,) = (run for run in STATE["overwrite"](True).runs if run.model == name)
+        mixer = LM(run.config).layers[-1].layer
+        log_decay = mixer.log_decay(torch.zeros(1, 1, run.config.width))
+        assert (log_decay.exp().min().item() < 0.98) == decays, name
