@@ -37,7 +37,8 @@ SIZES = {
     ),
 }
 # hybrid is our own mixture. The others mix layers in the ratios of the published models Qwen3-Next,
-# OLMo-Hybrid, Kimi Linear and Nemotron-H, except that Nemotron-H itself has less attention.
+# OLMo-Hybrid, Kimi Linear and Nemotron-H, except that Nemotron-H itself has one attention layer
+# to six of Mamba-2.
 MIXED = {
     "hybrid": "(mamba mlp mamba moe mamba mlp attention moe)*{quarter}",
     "qwen_next": "((deltanet(gate=scalar, output_gate=silu) moe)*3"

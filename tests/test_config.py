@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from minimodels import LM, Config, InputError, preset
-from minimodels.grammar import parse, write
+from minimodels.grammar import expand, parse, write
 from minimodels.ledger import ledger
 from minimodels.ledger.__main__ import Options, main
-from minimodels.presets import PRESETS, SIZES, fitted, layers_of
+from minimodels.presets import MIXED, PRESETS, SIZES, fitted, layers_of
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,15 @@ def test_unknown_preset_names_the_known():
         preset("mamba", depth=3)
     with pytest.raises(InputError, match="set: 'attention.heads=2' .* mamba"):
         preset("mamba", "tiny", "attention.heads=2")
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("model", MIXED)
+def test_hybrids_have_three_recurrent_layers_to_one_of_attention(model, size):
+    """As in Qwen3-Next, OLMo-Hybrid and Kimi Linear."""
+    names = [call.name for call in expand(parse(layers_of(model, size)))]
+    recurrent = sum(map(names.count, ("mamba", "mamba2", "deltanet")))
+    assert recurrent == 3 * names.count("attention") > 0
 
 
 @pytest.mark.parametrize("model", PRESETS)
