@@ -21,11 +21,13 @@ KERNEL_CASES = {
     "moe": MOE,
     "mod": "mod(mamba(state_size=4) attention, capacity=0.5)",
 }
-# the laws of this kernel have their own tests, because the interpreter takes a minute for each
+# the interpreter takes a minute for a law with this kernel: each kind of gate, with and without e
 DELTA = [
     "mamba2(heads=2, head_dim=16, state_size=4)",
     "retention(heads=2, rope_base=0, decay=channels)",
+    "deltanet(heads=2, gate=scalar, output_gate=silu)",
     "deltanet(heads=2, gate=vector)",
+    "deltanet(heads=2, steps=2, beta_max=2)",
 ]
 # not causal, and a token may visit more than one expert
 EXPERT_CHOICE = "moe(experts=4, experts_per_token=1, router=expert_choice, expert_width=8)"
@@ -82,6 +84,13 @@ def tokens() -> torch.Tensor:
 @pytest.mark.parametrize("case", KERNEL_CASES)
 def test_law(law, case, short):
     law(KERNEL_CASES[case])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__.removeprefix("test_"))
+@pytest.mark.parametrize("layers", DELTA)
+def test_law_of_the_delta_rule(law, layers, short):
+    law(layers)
 
 
 @pytest.mark.parametrize("case", KERNEL_CASES)
