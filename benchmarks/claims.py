@@ -31,9 +31,9 @@ from tqdm import tqdm
 from minimodels import LM, Config, InputError, preset
 from minimodels.architectures.mod import MixtureOfDepths
 from minimodels.command import keep_freed_memory, parse_options, pick_device, run_command
+from minimodels.context import Context, Record
 from minimodels.data.text import open_data
 from minimodels.errors import nearest
-from minimodels.layers import Context, Record
 from minimodels.ledger import ledger
 from minimodels.measure import check_writable, write
 from minimodels.paths import choose

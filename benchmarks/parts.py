@@ -34,7 +34,7 @@ from minimodels.architectures.mamba import recurrence
 from minimodels.architectures.moe import MoE
 from minimodels.architectures.transformer import SwiGLU
 from minimodels.command import keep_freed_memory, parse_options, pick_device, run_command
-from minimodels.layers import Context
+from minimodels.context import Context
 from minimodels.ledger import ledger
 from minimodels.measure import check_writable, interleave, peak_memory, per_second, ratio, write
 from minimodels.ops.delta_rule import delta_rule

@@ -25,8 +25,9 @@ from minimodels import LM, InputError
 from minimodels.architectures.mod import MixtureOfDepths
 from minimodels.architectures.moe import MoE
 from minimodels.command import parse_options, run_command
+from minimodels.context import Record
 from minimodels.data.tokenizer import Bytes
-from minimodels.layers import Record, Stack
+from minimodels.layers import Stack
 from minimodels.training.checkpoint import load_model
 
 TAKEN = -1  # replaces an expert's number: a group took the token

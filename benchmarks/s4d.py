@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimodels.architectures.mamba import Mamba
-from minimodels.layers import Context
+from minimodels.context import Context
 from minimodels.ops.convolution import causal_conv1d
 from minimodels.paths import full_precision
 

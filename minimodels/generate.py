@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minimodels.context import Context
 from minimodels.data.tokenizer import Bytes, LibraryTokenizer, TokenizerFile
 from minimodels.decoding import FixedStep, GrowingStep, has_graphs, waits
 from minimodels.errors import (
@@ -21,7 +22,6 @@ from minimodels.errors import (
     Share,
     check_types,
 )
-from minimodels.layers import Context
 from minimodels.lm import LM
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from minimodels.architectures.registry import build
 from minimodels.config import Config
+from minimodels.context import Context, Record
 from minimodels.errors import InputError
-from minimodels.layers import Context, Record, flops
+from minimodels.layers import flops
 from minimodels.objectives import OBJECTIVES
 from minimodels.parts import is_plain, linear, scaled
 from minimodels.paths import is_transformed

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimodels.config import Config
-from minimodels.layers import Context
+from minimodels.context import Context
 from minimodels.ops.linear_cross_entropy import IGNORE, linear_cross_entropy
 from minimodels.paths import full_precision
 from minimodels.ranks import average

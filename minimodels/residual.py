@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from minimodels.config import Config, Residuals
+from minimodels.context import Context
 from minimodels.errors import InputError, Positive
 from minimodels.options import option
 from minimodels.parts import RMSNorm, is_plain, norm_dtype, rmsnorm, scaled
 from minimodels.paths import choose
-
-if TYPE_CHECKING:
-    from minimodels.layers import Context
-
 
 NORMS = {  # of the residual stream; one kind per model
     "rms": RMSNorm,

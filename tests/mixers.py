@@ -9,8 +9,9 @@ from torch.utils._pytree import tree_leaves
 
 from minimodels.architectures.registry import LAYERS
 from minimodels.config import Config
+from minimodels.context import Context
 from minimodels.grammar import parse_call
-from minimodels.layers import Context, Place
+from minimodels.layers import Place
 from minimodels.options import read_options
 
 WIDTH, ROWS, T = 16, 3, 23

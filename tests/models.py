@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from minimodels.architectures.registry import build
 from minimodels.config import Config
-from minimodels.layers import Context, Record
+from minimodels.context import Context, Record
 from minimodels.ops.linear_cross_entropy import IGNORE
 from minimodels.presets import PRESETS
 

@@ -38,10 +38,10 @@ from benchmarks import (
 )
 from benchmarks.crossover import crossover, overtaking, sentence
 from minimodels import LM, Config, InputError, measure, preset
+from minimodels.context import Record
 from minimodels.data.text import open_data
 from minimodels.data.tokenizer import Bytes
 from minimodels.decoding import ROOM
-from minimodels.layers import Record
 from minimodels.ledger import ledger
 from minimodels.measure import interleave, ratio
 from minimodels.ops.convolution import causal_conv1d

@@ -226,7 +226,8 @@ from torch import nn
 
 from minimodels.errors import Count
 from minimodels.options import option
-from minimodels.layers import Context, Place
+from minimodels.context import Context
+from minimodels.layers import Place
 from minimodels.parts import linear
 from minimodels.paths import full_precision
 

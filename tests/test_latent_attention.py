@@ -5,7 +5,8 @@ import torch
 
 from minimodels import Config, InputError
 from minimodels.architectures.registry import build
-from minimodels.layers import Context, state_bytes
+from minimodels.context import Context
+from minimodels.layers import state_bytes
 
 TEXTS = [
     "latent_attention",

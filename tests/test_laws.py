@@ -22,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from minimodels import LM, Config, InputError
 from minimodels.architectures.registry import LAYERS, WRAPPERS
-from minimodels.layers import Context, flops, inactive_parameters, state_bytes
+from minimodels.context import Context
+from minimodels.layers import flops, inactive_parameters, state_bytes
 from minimodels.ledger import ledger
 
 B, T, D = 3, 23, WIDTH

@@ -5,7 +5,8 @@ import torch
 from models import make, observe, same
 
 from minimodels import LM, Config
-from minimodels.layers import Context, Stack, inactive_parameters
+from minimodels.context import Context
+from minimodels.layers import Stack, inactive_parameters
 
 B, T, D = 2, 20, 16
 

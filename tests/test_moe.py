@@ -17,7 +17,7 @@ from minimodels.architectures.moe import (
     softmax_topk,
 )
 from minimodels.architectures.transformer import SwiGLU, default_width
-from minimodels.layers import Context
+from minimodels.context import Context
 from minimodels.ops.grouped_mlp import grouped_mlp
 
 E, D = 4, WIDTH

@@ -20,8 +20,9 @@ from transformers import MiniMaxConfig
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
 from minimodels.architectures.retention import parallel, recurrence
+from minimodels.context import Context
 from minimodels.errors import InputError
-from minimodels.layers import Context, Place, flops, state_bytes
+from minimodels.layers import Place, flops, state_bytes
 from minimodels.ops.delta_rule import delta_rule
 from minimodels.ops.rotary import rotary, rotate
 

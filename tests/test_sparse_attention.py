@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from minimodels import LM, Config, InputError
 from minimodels.architectures import sparse_attention
 from minimodels.architectures.registry import build
-from minimodels.layers import Context, state_bytes
+from minimodels.context import Context
+from minimodels.layers import state_bytes
 
 OPTIONS = "q_rank=6, kv_rank=5, head_dim=3, rope_dim=2, value_dim=7"
 FEW = f"sparse_attention(keys=4, index_heads=1, {OPTIONS})"  # half of the scores are zero

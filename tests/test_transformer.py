@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minimodels import LM, Config
 from minimodels.architectures.transformer import Attention, default_width
-from minimodels.layers import Context
+from minimodels.context import Context
 from minimodels.ops.attention import attention
 from minimodels.ops.rotary import Llama3, angles_operation, rotary, rotate
 from minimodels.parts import RMSNorm

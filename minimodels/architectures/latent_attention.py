@@ -31,8 +31,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimodels.config import Config
+from minimodels.context import Context
 from minimodels.errors import Count, InputError, NonNegative, Positive
-from minimodels.layers import Context, Place, flops
+from minimodels.layers import Place, flops
 from minimodels.ops.attention import attention
 from minimodels.ops.cache import AttentionState, advance, carry
 from minimodels.ops.rotary import Scaling, check_pairs, rotary, rotate, scaling_text

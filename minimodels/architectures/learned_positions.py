@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimodels.config import Config
+from minimodels.context import Context
 from minimodels.errors import Count, InputError
-from minimodels.layers import Context, Place
+from minimodels.layers import Place
 from minimodels.ops.cache import advance
 from minimodels.options import option
 

@@ -43,8 +43,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimodels.config import Config
+from minimodels.context import Context
 from minimodels.errors import Count, NonNegative
-from minimodels.layers import Context, Place
+from minimodels.layers import Place
 from minimodels.ops.before import Before
 from minimodels.ops.convolution import CausalConv1d
 from minimodels.ops.scan import scan

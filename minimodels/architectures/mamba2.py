@@ -42,8 +42,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimodels.config import Config
+from minimodels.context import Context
 from minimodels.errors import Count, InputError, NonNegative, Positive
-from minimodels.layers import Context, Place
+from minimodels.layers import Place
 from minimodels.ops import delta_rule as rule
 from minimodels.ops.convolution import CausalConv1d
 from minimodels.ops.decay import step_bias

@@ -40,16 +40,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimodels.config import Config
+from minimodels.context import Context
 from minimodels.errors import Fraction, NonNegative
-from minimodels.layers import (
-    Context,
-    Place,
-    Stack,
-    flops,
-    inactive_parameters,
-    state_bytes,
-    unrouted_flops,
-)
+from minimodels.layers import Place, Stack, flops, inactive_parameters, state_bytes, unrouted_flops
 from minimodels.ops.documents import top_per_document
 from minimodels.options import option
 from minimodels.parts import FullPrecisionLinear, linear

@@ -33,8 +33,9 @@ from torch import Tensor, nn
 
 from minimodels.architectures.transformer import SwiGLU, default_width
 from minimodels.config import Config
+from minimodels.context import Context, Record
 from minimodels.errors import Count, InputError, Natural, NonNegative
-from minimodels.layers import Context, Place, Record, flops
+from minimodels.layers import Place, flops
 from minimodels.ops.documents import top_per_document
 from minimodels.ops.grouped_mlp import grouped_mlp, path_of
 from minimodels.options import option

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from minimodels.config import Config
+from minimodels.context import Context
 from minimodels.errors import Count
-from minimodels.layers import Context, Place
+from minimodels.layers import Place
 from minimodels.ops.convolution import CausalConv1d
 from minimodels.options import option
 from minimodels.parts import linear

@@ -52,8 +52,9 @@ from torch import Tensor, nn
 
 from minimodels.architectures.latent_attention import LatentAttention
 from minimodels.config import Config
+from minimodels.context import Context
 from minimodels.errors import Count, InputError, NonNegative
-from minimodels.layers import Context, Place, flops
+from minimodels.layers import Place, flops
 from minimodels.ops.attention import positions_of, sees
 from minimodels.ops.cache import AttentionState, advance, carry
 from minimodels.ops.rotary import rotate

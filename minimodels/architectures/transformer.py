@@ -37,8 +37,9 @@ import torch
 from torch import Tensor, nn
 
 from minimodels.config import Config
+from minimodels.context import Context
 from minimodels.errors import Count, Fraction, InputError, NonNegative, Positive
-from minimodels.layers import Context, Place
+from minimodels.layers import Place
 from minimodels.ops.activation import GATED, PLAIN
 from minimodels.ops.attention import attention
 from minimodels.ops.cache import AttentionState, advance, carry

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from minimodels.layers import Context
+from minimodels.context import Context
 from minimodels.lm import LM
 from minimodels.ops.before import Before
 from minimodels.training.blocks import blocks
