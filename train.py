@@ -28,6 +28,7 @@ from torch.distributed.elastic.multiprocessing.errors import record as recorded
 from tqdm import tqdm
 
 from minimodels.command import (
+    escaped,
     has_bfloat16,
     keep_freed_memory,
     pick_device,
@@ -168,7 +169,7 @@ def sample(model: LM, data: Source, prompt: str) -> str:
         whole, written = parallel.gathered(model), ""
         if rank() == 0:
             written = complete(whole.eval(), prompt, 200, Sampling(temperature=0.7), seed=0)
-        text = f"--- sample ---\n{prompt}{written}"
+        text = f"--- sample ---\n{escaped(prompt + written)}"
     else:
         text = "no sample: this model routes over the whole sequence, and so it cannot generate"
     model.train()

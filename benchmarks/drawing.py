@@ -9,8 +9,8 @@ import zlib
 from itertools import cycle, pairwise
 from pathlib import Path
 
-from minimodels import InputError
 from minimodels.colours import COLOURS, OTHERS
+from minimodels.errors import missing
 
 STYLES = ("-", "--", ":", "-.")
 STYLE_NAMES = ("solid", "dashed", "dotted", "dash-dotted")
@@ -26,7 +26,7 @@ def pyplot():
     try:
         import matplotlib
     except ImportError:
-        raise InputError("matplotlib", "not installed", 'pip install -e ".[plot]"') from None
+        raise missing("matplotlib", "plot") from None
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "minimodels"  # the same rows give the same file
     from matplotlib import pyplot

@@ -24,6 +24,7 @@ from minimodels.kernels import OPERATIONS
 
 from minimodels import InputError
 from minimodels.command import parse_options, run_command
+from minimodels.errors import missing
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def main(options: Options) -> None:
     if options.rounds < 1:
         raise InputError("rounds", options.rounds, "1 or more")
     if importlib.util.find_spec("triton") is None:
-        raise InputError("triton", "not installed", 'pip install -e ".[gpu]"')
+        raise missing("triton", "gpu")
     operations = [options.only] if options.only else OPERATIONS
 
     def start(operation: str) -> int:
@@ -68,7 +69,7 @@ def main(options: Options) -> None:
         codes = dict(zip(operations, pool.map(start, operations), strict=True))
     if failed := [operation for operation, code in codes.items() if code]:
         raise InputError(
-            "kernels", failed, "kernels that pass their own check (the errors are above)"
+            "kernels", ", ".join(failed), "kernels that pass their own check (the errors are above)"
         )
 
 

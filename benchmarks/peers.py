@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from minimodels import InputError, from_pretrained
 from minimodels.command import keep_freed_memory, parse_options, run_command
+from minimodels.errors import missing
 from minimodels.generate import Sampling, generate
 from minimodels.measure import check_writable, interleave, ratio, write
 from minimodels.ops.linear_cross_entropy import IGNORE
@@ -309,10 +310,11 @@ def main(options: Options) -> None:
     if options.only and options.only not in MODELS:
         raise InputError("only", options.only, ", ".join(MODELS))
     for field, values in {"lengths": options.lengths, "generate": (options.generate,)}.items():
-        if not all(value > 1 for value in values):
-            raise InputError(field, values, "2 or more")
+        for value in values:
+            if value < 2:
+                raise InputError(field, value, "2 or more")
     if importlib.util.find_spec("transformers") is None:
-        raise InputError("transformers", "not installed", "pip install transformers")
+        raise missing("transformers", "bench")
     check_writable(options.out)
     from transformers import logging
 

@@ -73,7 +73,7 @@ def main(options: Options) -> None:
     if not drawn:
         raise InputError(
             "results",
-            [str(path) for path in options.results],
+            " ".join(map(str, options.results)),
             "rows of benchmarks.all, kernels, throughput or claims",
         )
     for path in drawn:

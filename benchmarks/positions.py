@@ -59,7 +59,7 @@ class Options:
 def main(options: Options) -> None:
     """Measure, print and write each run as soon as it is done."""
     if not options.runs:
-        raise InputError("runs", (), "folders of training runs")
+        raise InputError("runs", "", "folders of training runs")
     rows, device = [], pick_device(options.device)
     check_writable(options.out)
     for folder in options.runs:

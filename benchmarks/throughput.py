@@ -178,7 +178,7 @@ def check(options: Options) -> torch.device:
         ("modes", options.modes, MODES),
     ):
         if not given:
-            raise InputError(name, given, ", ".join(accepted))
+            raise InputError(name, "", ", ".join(accepted))
     device = pick_device(options.device)
     for impl in options.impl:
         if impl not in BACKENDS:
@@ -188,7 +188,7 @@ def check(options: Options) -> torch.device:
                 "impl", impl, f"auto, reference or torch, because the device is {device.type}"
             )
     if not options.impl:
-        raise InputError("impl", (), ", ".join(["auto, reference, torch, triton", *BACKENDS]))
+        raise InputError("impl", "", ", ".join(["auto, reference, torch, triton", *BACKENDS]))
     if options.compile:
         require_compiler(device)
     check_writable(options.out)

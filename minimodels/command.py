@@ -182,6 +182,13 @@ def run_command(main: Callable[[Options], None], options: Callable[[], Options])
         fail(f"error: {error}", 1)
 
 
+def escaped(text: str) -> str:
+    r"""The text with its control characters as escapes, such as \x1b, because a terminal would obey
+    them. Newlines and tabs stay."""
+    control = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+    return re.sub(control, lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
 def fail(message: str, status: int) -> NoReturn:
     """Print the reason on a line of its own, below any progress bar, and exit."""
     if rank() > 0:

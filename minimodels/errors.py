@@ -24,6 +24,14 @@ class InputError(Exception):
         super().__init__(f"{line}\n{excerpt}" if excerpt else line)
 
 
+def missing(package: str, extra: str) -> InputError:
+    """The error for a package that is not installed, with the extra that brings it."""
+    command = f'pip install -e ".[{extra}]"'
+    error = InputError(package, "not installed", command)
+    error.args = (f"{package} is not installed; {command}",)
+    return error
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The known names, after the one that was probably meant: "did you mean moe? attention, mlp,
     moe"."""
@@ -32,9 +40,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def meant(name: str, known: Iterable[str]) -> str:
-    """ "did you mean moe? " if one of the known names resembles this one, otherwise ""."""
-    close = difflib.get_close_matches(name, list(known), 1)
-    return f"did you mean {close[0]}? " if close else ""
+    """ "did you mean moe? " if one of the known names resembles this one, in capitals or not,
+    otherwise ""."""
+    lower = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(name.lower(), lower, 1)
+    return f"did you mean {lower[close[0]]}? " if close else ""
 
 
 class Range(NamedTuple):

@@ -56,10 +56,15 @@ def complete(
 ) -> str:
     """Text in, text out: the text that a model writes after `text`, up to `tokens` tokens.
 
-    sampling: such as Sampling(temperature=0.5, min_p=0.05). The text ends before any of those in
-    `stop`. The tokenizer is the model's own, or bytes if it has none. Without a seed, every call
-    gives a different text. Raises InputError as generate does.
+        complete(model, "def ", sampling=Sampling(temperature=0.5))
+
+    The text ends before any of those in `stop`. The tokenizer is the model's own, or bytes if it
+    has none. Without a seed, every call gives a different text. Raises InputError as generate does,
+    and if `text` is no text.
     """
+    if not isinstance(text, str):
+        given = type(text).__name__
+        raise InputError("text", given, "text; generate(model, prompts, count) continues token ids")
     tokenizer = tokenizer_of(model)
     prompt = tokenizer.encode(text)
     texts = stream(model, tokenizer, prompt, tokens, sampling, seed)
@@ -135,25 +140,29 @@ def generate(
         raise InputError("model", "in training mode" if model.training else "not causal", accepted)
     if count < 0:
         raise InputError("tokens", count, "0 or more")
-    if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
-        raise InputError("prompts", prompts, "token ids; complete(model, text) continues a text")
-    vocab = model.vocab
+    vocab, accepted = model.vocab, "a list of prompts, each a sequence of token ids"
     try:
-        prompts = [torch.as_tensor(prompt) for prompt in prompts]
+        given = list(prompts)
+        if any(isinstance(prompt, str) for prompt in given):
+            accepted += "; complete(model, text) continues a text"
+            raise InputError("prompts", prompts, accepted)
+        given = [torch.as_tensor(prompt) for prompt in given]
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError("prompts", prompts, f"sequences of token ids ({error})") from None
-    if not prompts:
+        raise InputError("prompts", prompts, f"{accepted} ({error})") from None
+    if not given:
         raise InputError("prompts", prompts, "at least one")
-    for prompt in prompts:
-        if not len(prompt.shape) or not prompt.numel():
+    if any(not prompt.ndim for prompt in given):
+        raise InputError("prompts", f"{type(prompts).__name__} of numbers", accepted)
+    for prompt in given:
+        if not prompt.numel():
             raise InputError("prompt", prompt.tolist(), "at least one token")
         if prompt.dtype != torch.int64 or prompt.ndim != 1:
-            given = f"{list(prompt.shape)} {prompt.dtype}"
-            raise InputError("prompt", given, "int64 ids of one or more tokens, (T,)")
+            found = f"{list(prompt.shape)} {prompt.dtype}"
+            raise InputError("prompt", found, "int64 ids of one or more tokens, (T,)")
         if not 0 <= int(prompt.min()) <= int(prompt.max()) < vocab:
             raise InputError("prompt", prompt.tolist(), f"token ids 0 to {vocab - 1}")
     seed = random.SystemRandom().randrange(2**62) if seed is None else seed
-    return continue_prompts(model, prompts, count, sampling, seed)
+    return continue_prompts(model, given, count, sampling, seed)
 
 
 @torch.inference_mode()

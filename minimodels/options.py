@@ -15,7 +15,7 @@ from dataclasses import MISSING, field, fields
 from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from minimodels.errors import InputError, describe, fits, nearest
-from minimodels.grammar import Call, Option, excerpt, write_call
+from minimodels.grammar import Call, Option, excerpt, write_call, write_value
 
 Options = TypeVar("Options")
 
@@ -63,7 +63,8 @@ def read_options(
         value, hint = read_value(given.value, hints[given.name], text), hints[given.name]
         if not fits(value, hint):
             place = f"{field}: {call.name}.{given.name}"
-            raise InputError(place, value, describe(hint), excerpt(text, given.at))
+            shown = write_value(value) if isinstance(value, tuple) else value
+            raise InputError(place, shown, describe(hint), excerpt(text, given.at))
         values[given.name] = value
     missing = [
         name for name, each in known.items() if each.default is MISSING and name not in values

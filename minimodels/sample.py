@@ -4,7 +4,8 @@
     python -m minimodels.sample Qwen/Qwen3-0.6B --prompt "Once upon a time"
     python -m minimodels.sample Qwen/Qwen3-0.6B --chat --prompt "Why is the sky blue?"
 
-By default a run continues the prompt up to its context, and a published model adds 400 tokens.
+By default a run continues the prompt up to its context, and adds nothing if the prompt already
+fills it. A published model adds 400 tokens. A terminal shows control characters as escapes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from minimodels.command import parse_options, pick_device, run_command
+from minimodels.command import escaped, parse_options, pick_device, run_command
 from minimodels.data.tasks import is_task
 from minimodels.decoding import waits
 from minimodels.errors import InputError, Natural, Range, check_types
@@ -52,8 +53,8 @@ class Options:
     stop: tuple[str, ...] = ()
     """end the text before any of these"""
     tokens: Natural | None = None
-    """tokens to add, unless the model ends the text earlier; by default a run's context is filled,
-    and a published model adds 400"""
+    """tokens to add, unless the model ends the text earlier; by default a run's context is filled
+    (nothing is added if the prompt already fills it), and a published model adds 400"""
     seed: Annotated[int, Range(0, 2**63 - 1, "a whole number from 0, below 2^63")] = 0
     """the same seed draws the same text"""
     device: str = "auto"
@@ -67,8 +68,8 @@ class Options:
         check_types(self)
         if not self.prompt:
             raise InputError("prompt", self.prompt, "at least one character")
-        if not all(self.stop):
-            raise InputError("stop", self.stop, "texts of at least one character")
+        if "" in self.stop:
+            raise InputError("stop", "", "texts of at least one character")
 
 
 def main(options: Options) -> None:
@@ -91,18 +92,24 @@ def main(options: Options) -> None:
     if device.type == "cuda" and (reason := waits(model)):
         print(f"note: no CUDA graph, because {reason}", file=sys.stderr)
     texts = stream(model, tokenizer, prompt, count, options.sampling, options.seed)
+    shown = escaped if sys.stdout.isatty() else str
     opening = next(texts)
-    print("" if options.chat else opening, end="", flush=True)
+    print("" if options.chat else shown(opening), end="", flush=True)
     for text in until(texts, options.stop):
-        print(text, end="", flush=True)
+        print(shown(text), end="", flush=True)
     print()
 
 
 def tokens_to_add(asked: int | None, context: int | None, prompt: int) -> int:
-    """The number of tokens to generate. Prints a note if they go beyond the context of training."""
+    """The number of tokens to generate. Prints a note if they go beyond the context of training, or
+    if there are none because the prompt fills it."""
     if context is None:
         return TOKENS if asked is None else asked
-    asked = max(1, context - prompt) if asked is None else asked
+    if asked is None and prompt >= context:
+        note = f"the prompt's {prompt} tokens already fill the context of {context}"
+        print(f"note: {note}; --tokens N writes more", file=sys.stderr)
+        return 0
+    asked = context - prompt if asked is None else asked
     if prompt + asked > context:
         note = f"the model was trained on texts of {context} tokens and may be worse beyond"
         print(f"note: {note}", file=sys.stderr)

@@ -99,6 +99,11 @@ def test_a_missing_or_surplus_argument_is_one_line(module, arguments, message):
     assert "\n" not in str(error.value)
 
 
+def test_an_empty_stop_is_shown_as_typed():
+    with pytest.raises(InputError, match="^stop: '' is not accepted; accepted: texts of at least"):
+        parse_options(sampling.Options, "", arguments=["run", "--stop", "a", ""])
+
+
 def test_unknown_names_suggest_known_ones(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
@@ -113,6 +118,8 @@ def test_unknown_names_suggest_known_ones(tmp_path, monkeypatch):
         LM(Config(layers="local=attention(window=64) (lcoal mlp)*2"))
     with pytest.raises(InputError, match=r"claim: 'induct' .* did you mean induction\?"):
         claims.main(claims.Options("induct"))
+    with pytest.raises(InputError, match=r"model: 'MAMBA' .* did you mean mamba\?"):
+        preset("MAMBA")
     for name in ("nope", "runs/nope", "a/b/c"):  # none is looked up on the hub
         with pytest.raises(InputError, match="a folder that exists, with .* or OWNER/NAME on the"):
             locate(name)

@@ -279,6 +279,9 @@ def test_a_model_of_a_notebook_is_saved_and_loaded(tmp_path):
     (tmp_path / "model" / "log.jsonl").write_text("")  # a training run's folder has one
     with pytest.raises(InputError, match="a new or empty folder, or one that save_model"):
         save_model(model, tmp_path / "model")
+    with pytest.raises(InputError, match="model: 'OrderedDict' is not .* an LM"):
+        save_model(model.state_dict(), tmp_path / "weights")
+    assert not (tmp_path / "weights").exists()
 
 
 def test_text_in_text_out():

@@ -105,11 +105,13 @@ REFUSED = [
     ("mlp a=mamba", "=", A_LAYER, "=mamba"),  # a definition comes first
     ("attention lstm", "lstm", "attention, mlp, mamba, moe", "lstm"),
     ("attention mambo", "mambo", "did you mean mamba? attention, mlp", "mambo"),
+    ("attention MLP", "MLP", "did you mean mlp? attention, mlp", "MLP"),
     ("mod(mlp rnn)", "rnn", "attention, mlp, mamba, moe", "rnn"),
     ("mlp moe(expert=8)", "expert", "did you mean experts? experts, ", "expert=8"),
     ("mod(mlp, window=5)", "window", "capacity, route, loss", "window=5"),
     ("mlp attention(window=0)", 0, "a whole number from 1 to 2147483647 or none", "window=0"),
     ("attention(heads=2.5)", 2.5, "a whole number from 1", "heads=2.5"),
+    ("attention(heads=[1,2])", "[1, 2]", "a whole number from 1", "heads=[1,2]"),
     ("attention(heads=none)", "none", "a whole number from 1", "heads=none"),
     ("attention(window=true)", True, "a whole number from 1", "window=true"),
     ("attention(bias=1)", 1, "true or false", "bias=1"),

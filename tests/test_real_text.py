@@ -27,13 +27,15 @@ import minimodels.data.corpus
 import minimodels.data.files
 import minimodels.data.span
 import minimodels.data.tokens
+from benchmarks.drawing import pyplot
+from minimodels.data.chat import require_jinja2
 from minimodels.data.documents import Documents, Part, pack
 from minimodels.data.files import find_files, fingerprint, inspect_file
 from minimodels.data.formats import read_hub, read_records, read_text
 from minimodels.data.mixture import Mixture, parse_mixture
 from minimodels.data.span import Piece, Span
 from minimodels.data.text import Text, open_data
-from minimodels.data.tokenizer import LibraryTokenizer, train_bpe
+from minimodels.data.tokenizer import LibraryTokenizer, require_tokenizers, train_bpe
 from minimodels.data.tokens import Encoder, cut_documents, decode, sample_text, widths
 from minimodels.errors import InputError
 from minimodels.ops.linear_cross_entropy import IGNORE
@@ -395,8 +397,25 @@ def test_what_is_not_installed_is_named_with_its_extra(tmp_path, monkeypatch, mo
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     (tmp_path / name).write_bytes(b"PAR1")
-    with pytest.raises(InputError, match=f"{module}: 'not installed'.*\\.\\[data\\]"):
+    with pytest.raises(InputError, match=f'^{module} is not installed; pip .*".\\[data\\]"$'):
         open_data(str(tmp_path / name), 8, cache=tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    "package, extra, needs",
+    [
+        ("tokenizers", "hub", require_tokenizers),
+        ("jinja2", "hub", require_jinja2),
+        ("matplotlib", "plot", pyplot),
+    ],
+)
+def test_a_missing_library_is_named_with_its_extra(package, extra, needs, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError) as error:
+        needs()
+    command = f'pip install -e ".[{extra}]"'
+    assert str(error.value) == f"{package} is not installed; {command}"
+    assert (error.value.field, error.value.accepted) == (package, command)
 
 
 def test_a_data_set_of_the_hub_is_streamed_once(tmp_path, monkeypatch):

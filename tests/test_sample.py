@@ -1,11 +1,14 @@
 """Generation: it agrees with training's forward pass, and is the same alone as in a batch."""
 
+import sys
+
 import pytest
 import torch
 from models import same
 from small import small
 
-from minimodels import LM, InputError, preset
+from minimodels import LM, Config, InputError, preset, save_model
+from minimodels import sample as sampling
 from minimodels.generate import Sampling, complete, generate, keep, pick
 from minimodels.presets import PRESETS
 from minimodels.sample import TOKENS, tokens_to_add
@@ -143,10 +146,14 @@ def test_refuses_prompts():
     ):
         with pytest.raises(InputError, match="prompt"):
             generate(lm, [prompt], 1)
-    for prompts in ([], "def ", ["def "], [[1, "d"]], [None], [[10**30]]):
+    for prompts in ([], "def ", ["def "], [[1, "d"]], [None], [[10**30]], 1, torch.tensor(1)):
         with pytest.raises(InputError, match="prompts"):
             generate(lm, prompts, 1)
-    for prompts in ([1, 2], [[1.0]], [[]]):
+    for prompts in (torch.arange(3), [1, 2]):
+        given = f"prompts: '{type(prompts).__name__} of numbers' .* a list of prompts, each a seq"
+        with pytest.raises(InputError, match=given):
+            generate(lm, prompts, 1)
+    for prompts in ([[1.0]], [[]]):
         with pytest.raises(InputError, match="prompt:"):
             generate(lm, prompts, 1)
     with pytest.raises(InputError, match="in training mode.*eval"):
@@ -208,8 +215,44 @@ def test_a_sample_ends_at_the_trained_context_or_says_that_it_goes_beyond(capsys
     assert tokens_to_add(None, None, 6) == TOKENS  # a published model
     assert capsys.readouterr().err == ""
     assert tokens_to_add(251, 256, 6) == 251
-    assert tokens_to_add(None, 256, 300) == 1
+    assert tokens_to_add(1, 256, 300) == 1
     notes = capsys.readouterr().err.splitlines()
     assert notes == 2 * [
         "note: the model was trained on texts of 256 tokens and may be worse beyond"
     ]
+
+
+def test_a_prompt_that_fills_the_context_is_not_continued_unless_tokens_are_asked_for(capsys):
+    assert tokens_to_add(None, 256, 255) == 1
+    assert capsys.readouterr().err == ""
+    for prompt in (256, 1000):
+        assert tokens_to_add(None, 256, prompt) == 0
+        assert capsys.readouterr().err == (
+            f"note: the prompt's {prompt} tokens already fill the context of 256; "
+            "--tokens N writes more\n"
+        )
+
+
+def test_only_text_is_completed():
+    for text in (torch.tensor([[1]]), [1], b"def ", None):
+        with pytest.raises(InputError, match=f"text: '{type(text).__name__}' .* accepted: text; "):
+            complete(model("transformer"), text)
+
+
+@pytest.mark.parametrize(
+    "terminal, expected",
+    [
+        (True, ["a\\x1b[31m\n", "\t\\x00", "\\x07é\\x9b", "\n"]),
+        (False, ["a\x1b[31m\n", "\t\0", "\x07é\x9b", "\n"]),
+    ],
+)
+def test_each_token_is_written_at_once_and_only_a_terminal_gets_escapes(
+    terminal, expected, tmp_path, monkeypatch, capsys
+):
+    save_model(LM(Config(layers="mlp", vocab=256, width=8)), tmp_path / "run")
+    monkeypatch.setattr(sampling, "stream", lambda *_: iter(["a\x1b[31m\n", "\t\0", "\x07é\x9b"]))
+    written = []
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys.stdout, "write", written.append)
+    sampling.main(sampling.Options(str(tmp_path / "run"), device="cpu"))
+    assert [text for text in written if text] == expected

@@ -518,7 +518,7 @@ def test_a_bound_is_never_passed_whatever_the_steps_cost(bound):
         limit *= 1 if bound == "tokens" else 30_000
         options = Options(config, ramp="context=8:32@0.5", batch_size=2, **{bound: limit})
         budget = Budget(options, config, data, {})
-        while budget.allows(shape := budget.shape(budget.progress(0.0)), 0.0):
+        while not budget.exceeded(shape := budget.shape(budget.progress(0.0)), 0.0):
             budget.spend(shape)
         cost = shape.tokens if bound == "tokens" else budget.cost(shape)
         assert budget.ended(0.0)

@@ -907,6 +907,32 @@ def test_validation_scores_every_held_out_batch_as_in_use(name):
     )
 
 
+def test_a_sample_has_no_control_characters(monkeypatch):
+    model = LM(Config(layers="mlp", width=8, vocab=256))
+    monkeypatch.setattr(train, "complete", lambda *_, **__: "\x1b[2J\tb\n\x07")
+    text = train.sample(model, train.open_data("text", 32), "a\0")
+    assert text == "--- sample ---\na\\x00\\x1b[2J\tb\n\\x07"
+
+
+@pytest.mark.parametrize(
+    "bounds, message",
+    [
+        (
+            ["--flops", "1e3"],
+            "error: flops: 1000.0 is not accepted; accepted: enough for one step of",
+        ),
+        (
+            ["--steps", "5", "--tokens", "7"],
+            "error: tokens: 7.0 is not accepted; accepted: enough for",
+        ),
+    ],
+)
+def test_a_bound_below_one_step_is_named_with_its_value(bounds, message, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run("--layers", "mlp", "--data", "text", *bounds, *SMALL, monkeypatch=monkeypatch)
+    assert message in capsys.readouterr().err
+
+
 def test_a_resumed_run_counts_the_seconds_before(tmp_path, monkeypatch):
     run("--data", "text", "--steps", 2, "--out", "run", *SMALL, monkeypatch=monkeypatch)
     find = checkpoint.find

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from minimodels.errors import InputError
+from minimodels.errors import InputError, missing
 from minimodels.files import read_json
 
 SETTINGS = "tokenizer_config.json"
@@ -94,7 +94,7 @@ def require_jinja2():
         import jinja2.ext
         import jinja2.sandbox
     except ImportError:
-        raise InputError("jinja2", "not installed", 'pip install -e ".[hub]"') from None
+        raise missing("jinja2", "hub") from None
     version = tuple(int(part) for part in jinja2.__version__.split(".")[:3])
     if version < (3, 1, 6):
         raise InputError("jinja2", jinja2.__version__, "3.1.6 or later, without known escapes")

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from minimodels.data.files import File
-from minimodels.errors import InputError
+from minimodels.errors import InputError, missing
 
 CHUNK = 2**20  # bytes that are in memory at once
 LONGEST = 2**28  # longest line of JSON in bytes
@@ -112,7 +112,7 @@ def read_parquet(path: Path, field: str, advance: Advance) -> Iterator[bytes]:
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise InputError("pyarrow", "not installed", 'pip install -e ".[data]"') from None
+        raise missing("pyarrow", "data") from None
     with ParquetFile(path) as file:
         columns = file.schema_arrow.names
         if field not in columns:
@@ -187,8 +187,7 @@ def decompress(raw: io.FileIO, compression: str) -> io.RawIOBase:
         try:
             import zstandard
         except ImportError:
-            missing = 'pip install -e ".[data]"'
-            raise InputError("zstandard", "not installed", missing) from None
+            raise missing("zstandard", "data") from None
         return IteratorStream(decompress_zstd(raw, zstandard.ZstdDecompressor()))
     return raw
 

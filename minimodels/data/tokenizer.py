@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minimodels.data.byte_level import from_alphabet, save_bytes_tokenizer
 from minimodels.data.chat import read_template, render, special_tokens
-from minimodels.errors import InputError, meant
+from minimodels.errors import InputError, meant, missing
 from minimodels.files import atomic_write, read_json, write_json
 
 END = "<|end|>"  # ends a document in the tokenizers that are trained here
@@ -226,7 +226,7 @@ def require_tokenizers():
     try:
         import tokenizers
     except ImportError:
-        raise InputError("tokenizers", "not installed", 'pip install -e ".[hub]"') from None
+        raise missing("tokenizers", "hub") from None
     return tokenizers
 
 

@@ -59,10 +59,9 @@ class Budget:
             if spent > self.bounds.get(name, spent):
                 accepted = f"{spent} or more, because the run has spent that"
                 raise InputError(name, self.bounds[name], accepted)
-        if self.step == 0 and not self.allows(self.first, 0.0):
-            given = tuple(self.bounds.values())
+        if self.step == 0 and (name := self.exceeded(self.first, 0.0)):
             accepted = f"enough for one step of {self.first.tokens} tokens"
-            raise InputError(", ".join(self.bounds), given, accepted)
+            raise InputError(name, self.bounds[name], accepted)
 
     def spent(self, seconds: float) -> dict[str, float]:
         """What was spent, by the name of the bound."""
@@ -109,16 +108,17 @@ class Budget:
                 self.options.seed, number, shape.batch_size, shape.context, **changed
             )
 
-    def allows(self, shape: Shape, seconds: float) -> bool:
-        """Whether a step of this shape fits into every bound."""
+    def exceeded(self, shape: Shape, seconds: float) -> str | None:
+        """The bound that a step of this shape would exceed; None if it fits into all."""
         cost = {"steps": 1, "tokens": shape.tokens, "flops": self.cost(shape)}
         after = {name: spent + cost.get(name, 0) for name, spent in self.spent(seconds).items()}
-        in_time = after["minutes"] < self.bounds.get("minutes", float("inf"))
-        return in_time and all(after[name] <= bound for name, bound in self.bounds.items())
+        if after["minutes"] >= self.bounds.get("minutes", float("inf")):
+            return "minutes"
+        return next((name for name, bound in self.bounds.items() if after[name] > bound), None)
 
     def ended(self, seconds: float) -> bool:
         """Whether the next step exceeds a bound."""
-        return not self.allows(self.shape(self.progress(seconds)), seconds)
+        return self.exceeded(self.shape(self.progress(seconds)), seconds) is not None
 
     def cost(self, shape: Shape) -> float:
         """The FLOPs of a step of this shape."""

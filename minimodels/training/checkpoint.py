@@ -251,8 +251,11 @@ def save_model(model: LM, folder: str | Path) -> None:
     """Save a model that was trained in Python, so that load_model and
     minimodels.sample can read it. It replaces a model that save_model wrote there.
 
-    Raises InputError if the folder contains anything else, or cannot be written.
+    Raises InputError if `model` is no LM, or if the folder contains anything else or cannot be
+    written.
     """
+    if not isinstance(model, LM):
+        raise InputError("model", type(model).__name__, "an LM")
     folder = Path(folder)
     own = {"options.json", FOLDER}
     if folder.exists() and not (
