@@ -75,6 +75,12 @@ def parse(*arguments: str, monkeypatch) -> options.Options:
         (["--expert", "8"], "did you mean --set moe.experts=VALUE"),
         (["--dropout", "8"], "an option that --help lists"),
         (["hybrid"], "such as --model hybrid"),
+        (
+            ["--layers", "mamba", "mlp", "attention"],
+            'in quotes if it has spaces: --layers "... mlp"',
+        ),
+        (["--layers=mamba", "mlp"], 'in quotes if it has spaces: --layers "... mlp"'),
+        (["--steps", "2", "mlp"], "such as --model mlp or --layers mlp"),
         (["--layers", "mlp hybrid"], "the layers of the preset hybrid are (mamba mlp mamba moe"),
         (
             ["--layers", "mlp", "--model", "mamba"],
