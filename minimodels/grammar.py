@@ -104,7 +104,7 @@ def parse(text: str, field: str = "layers") -> Program:
         definitions[name.text] = Definition(shared, reader.item())
         places.append(name)
     program = Program(definitions, reader.items(""))
-    used = set().union(*map(names_of, all_items(program)))
+    used = used_definitions(program)
     for name in places:
         if name.text not in used:
             raise reader.error("a definition whose name is used later", name)
@@ -454,12 +454,20 @@ def within(call: Call, name: str, option: Option) -> Option:
 
 def names_in(program: Program) -> set[str]:
     """The names of all calls and definitions."""
-    return set(program.definitions).union(*map(names_of, all_items(program)))
+    every = [item for _, item in program.definitions.values()] + list(program.items)
+    return set(program.definitions).union(*map(names_of, every))
 
 
-def all_items(program: Program) -> list[Call | Group]:
-    """The items of a program, those of its definitions first."""
-    return [item for _, item in program.definitions.values()] + list(program.items)
+def used_definitions(program: Program) -> set[str]:
+    """The names of the definitions that the items use, also by way of others."""
+    used: set[str] = set()
+    pending = set().union(*map(names_of, program.items))
+    while pending:
+        name = pending.pop()
+        if name in program.definitions and name not in used:
+            used.add(name)
+            pending |= names_of(program.definitions[name].item)
+    return used
 
 
 def names_of(item: Call | Group) -> set[str]:

@@ -142,7 +142,8 @@ REFUSED = [
     ("mod(attention(heads=3))", 3, "a divisor of width 16", "attention(heads=3)"),
     ("a=mlp", "the end of the text", A_LAYER, ""),
     ("a:=attention mlp", "a", "a definition whose name is used later", "a:=attention"),
-    ("b=mlp a=b mlp", "a", "a definition whose name is used later", "a=b"),
+    ("b=mlp a=b mlp", "b", "a definition whose name is used later", "b=mlp"),
+    ("a=a mlp", "a", "a definition whose name is used later", "a=a"),
     (
         "attention (window=6)",
         "=",
@@ -241,8 +242,10 @@ ITEMS = st.recursive(
     max_leaves=6,
 )
 PROGRAMS = st.builds(
-    Program, st.dictionaries(NAMES, st.builds(Definition, st.booleans(), ITEMS), max_size=3), many(ITEMS)
-)  # fmt: skip
+    lambda definitions, items: Program(definitions, (*map(Call, definitions), *items)),
+    st.dictionaries(NAMES, st.builds(Definition, st.booleans(), ITEMS), max_size=3),
+    many(ITEMS),
+)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
