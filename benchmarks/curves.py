@@ -98,13 +98,14 @@ def answer(logs: dict, axis: str) -> str:
 
 def caption(logs: dict, axis: str) -> str:
     """How to read the picture, and how far each run went."""
-    reached = (
-        f"{name} {amount(max(training[0] + validation[0]))}"
+    reached = {
+        name: amount(max(training[0] + validation[0]))
         for name, (training, validation) in logs.items()
-    )
-    return (
-        f"thin: training; thick, with points: validation. Reached, in {axis}: {', '.join(reached)}"
-    )
+    }
+    ends = [f"{name} {end}" for name, end in reached.items()]
+    if len(set(reached.values())) == 1:
+        ends = [f"all {next(iter(reached.values()))}"]
+    return f"thin: training; thick, with points: validation. Reached, in {axis}: {', '.join(ends)}"
 
 
 def points(rows: list[dict], axis: str) -> tuple[tuple[list, list], tuple[list, list]]:

@@ -273,7 +273,7 @@ def test_curves_have_an_answer_and_a_caption(tmp_path, monkeypatch):
     assert title.startswith("Which run learns fastest, counted in training tokens?")
     assert "after 20 training tokens with one run each: mamba 1.44; cost\\$moe 2.16" in title
     caption = figure._supxlabel.get_text().replace("\n", " ")
-    assert "thin: training" in caption and "mamba 20, cost\\$moe 20" in caption
+    assert "thin: training" in caption and "Reached, in training tokens: all 20" in caption
     colours = [line.get_color() for line in figure.axes[0].get_lines()]
     assert colours == [drawing.COLOURS["mamba"]] * 2 + [drawing.COLOURS["moe"]] * 2
 
