@@ -123,7 +123,9 @@ def test_options_of_layers_are_set(monkeypatch):
 
 def test_the_recipe_of_the_readme_is_gpt2(monkeypatch):
     """124M with its vocabulary, and half a million tokens a step with the small size's own batch."""
-    recipe = re.search(r'^recipe="train.py ([^"]*)"$', (ROOT / "README.md").read_text(), re.M)
+    recipe = re.search(
+        r"^recipe=\(train.py (.*?)\)$", (ROOT / "README.md").read_text(), re.M | re.S
+    )
     found = parse(*shlex.split(recipe[1]), monkeypatch=monkeypatch)
     assert (found.size, found.tokenizer, found.tokens) == ("small", "bpe(vocab=50257)", 1e10)
     cost = ledger(preset("transformer", "small", vocab=50257), found.context)
