@@ -147,7 +147,7 @@ def train(run: Run, stopped: threading.Event, threads: Threads) -> bool:
                 told = f"step {step}, loss {record['loss']:.3f}, {speed:,.0f} tokens/s"
                 bar.set_postfix_str(told, refresh=False)
                 bar.update(run.budget.progress(seconds) - bar.n)
-                if remark := pace.remark(speed):
+                if not ended and (remark := pace.remark(speed)):
                     bar.write(f"note: {remark}")
             if options.eval_every and step % options.eval_every == 0 and not ended:
                 bar.write(run.validate_and_save())

@@ -243,6 +243,7 @@ def presets(small: bool) -> Claim:
     )
 
 
+OTHERS = "benchmarks.claims, benchmarks.state and benchmarks.attention"
 BITS = "validation, bits per byte"
 TEXT = {
     "tokens": Panel("tokens", "tokens", "bits", "training tokens", BITS),
@@ -337,7 +338,8 @@ def main(options: Options) -> None:
 def answer(options: Options, claims: Mapping[str, Callable[[bool], Claim]]) -> None:
     """Train the models of a claim, and write and print what was recorded."""
     if options.claim not in claims:
-        raise InputError("claim", options.claim, nearest(options.claim, claims))
+        accepted = f"{nearest(options.claim, claims)}; others are in {OTHERS}"
+        raise InputError("claim", options.claim, accepted)
     if options.size not in ("auto", "cpu", "gpu"):
         raise InputError("size", options.size, "auto, cpu, gpu")
     if options.seeds < 0:

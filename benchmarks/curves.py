@@ -86,16 +86,26 @@ def answer(logs: dict, axis: str) -> str:
         return ""
     curves = {name: [(x, y, [y]) for x, y in pairs] for name, pairs in validated.items()}
     last = min(max(pairs)[0] for pairs in curves.values())
+    if max(min(pairs)[0] for pairs in curves.values()) > last:
+        ends = (
+            f"{name} {max(pairs)[1]:.2f} after {amount(max(pairs)[0])}"
+            for name, pairs in curves.items()
+        )
+        return f"The runs share no place, in {axis}: {'; '.join(ends)}"
     scores = {name: at(pairs, last) for name, pairs in curves.items()}
     return verdict(scores, False, f"after {amount(last)} {axis}", "run", False)
 
 
 def caption(logs: dict, axis: str) -> str:
     """How to read the picture, and how far each run went."""
-    reached = (f"{name} {amount(max(training[0]))}" for name, (training, _) in logs.items())
-    return (
-        f"thin: training; thick, with points: validation. Reached, in {axis}: {', '.join(reached)}"
-    )
+    reached = {
+        name: amount(max(training[0] + validation[0]))
+        for name, (training, validation) in logs.items()
+    }
+    ends = [f"{name} {end}" for name, end in reached.items()]
+    if len(set(reached.values())) == 1:
+        ends = [f"all {next(iter(reached.values()))}"]
+    return f"thin: training; thick, with points: validation. Reached, in {axis}: {', '.join(ends)}"
 
 
 def points(rows: list[dict], axis: str) -> tuple[tuple[list, list], tuple[list, list]]:

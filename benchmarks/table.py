@@ -173,20 +173,21 @@ def claims(rows: Rows) -> str:
         final = defaultdict(dict)
         for row in points:
             final[row["model"]][row["seed"], row["x"] if row["x_log"] else 0] = row["y"]
-        lines = []
+        lines, several = [], len({row["seed"] for row in points}) > 1
         for model, ends in final.items():
             by_x = defaultdict(list)
             for (_, x), y in ends.items():
                 by_x[x].append(y)
             spread = [
                 (f"{x:,.0f}: " if x else "")
-                + f"{statistics.mean(y):.3f} ({min(y):.3f}-{max(y):.3f})"
+                + f"{statistics.mean(y):.3f}"
+                + (f" ({min(y):.3f}-{max(y):.3f})" if several else "")
                 for x, y in sorted(by_x.items())
             ]
             lines.append([model, "; ".join(spread)])
-        head = [claim, points[0]["y_label"]]
-        if (key := json.dumps([head, lines])) not in told:  # panels may differ only in x
-            texts.append(markdown(head, lines))
+        label = points[0]["y_label"]
+        if (key := json.dumps([claim, label, lines])) not in told:  # panels may differ only in x
+            texts.append(markdown([f"{claim}, {panel}", label], lines))
         told.add(key)
     return "\n".join(texts)
 

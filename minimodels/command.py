@@ -134,13 +134,21 @@ def name_of(option: str) -> str:
 
 def stray_word(word: str, given: Sequence[str], known: Mapping[str, Any]) -> InputError:
     """The error for a word that belongs to no option, or follows one that takes no value."""
-    before = ["", *given][["", *given].index(word) - 1] if word in given else ""
-    name = before.removeprefix("--").removeprefix("no-").replace("-", "_")
-    if known.get(name) is bool:
+    word = word if word in given else word.removesuffix(",")  # tyro separates several by commas
+    before = given[: given.index(word)] if word in given else []
+    option = next((each for each in reversed(before) if each.startswith("--")), "")
+    name, option = name_of(option), option.partition("=")[0]
+    if known.get(name) is bool and before[-1] == option:
         flag = name.replace("_", "-")
         return InputError(name, word, f"--{flag} or --no-{flag}, without a value")
-    meant = f", such as --model {word}" if "model" in known else ""
-    return InputError("argument", word, f"options and arguments that --help lists{meant}")
+    if known.get(name) is str:
+        return InputError(
+            name, word, f'one text, in quotes if it has spaces: {option} "... {word}"'
+        )
+    likely = ("model", "layers") if "layers" in known else ("prompt",)
+    meant = " or ".join(f"--{each} {word}" for each in likely if each in known)
+    such = f", such as {meant}" if meant else ""
+    return InputError("argument", word, f"options and arguments that --help lists{such}")
 
 
 def hints_of(kind: type) -> dict[str, Any]:
@@ -266,6 +274,8 @@ def stopped_by_signals() -> Iterator[threading.Event]:
         if time.monotonic() > first + 1:
             os.write(2, b"\nstopped at once; no checkpoint was changed\n")
             os._exit(128 + number)
+        if rank() == 0 and not stopped.is_set():  # a step may take long, above all if it compiles
+            os.write(2, b"\nstopping after this step; a second signal stops at once\n")
         stopped.set()
 
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]

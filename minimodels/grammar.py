@@ -95,14 +95,20 @@ def parse(text: str, field: str = "layers") -> Program:
     `field` and shows the place."""
     reader = Reader(text, field)
     definitions: dict[str, Definition] = {}
+    places: list[Token] = []
     while reader.now.kind == "name" and reader.peek().text in ("=", ":="):
         name = reader.take()
         if name.text in definitions:
             raise reader.error("a name that is not defined yet", name)
         shared = reader.take().text == ":="
         definitions[name.text] = Definition(shared, reader.item())
-    items = reader.items("")
-    return Program(definitions, items)
+        places.append(name)
+    program = Program(definitions, reader.items(""))
+    used = used_definitions(program)
+    for name in places:
+        if name.text not in used:
+            raise reader.error("a definition whose name is used later", name)
+    return program
 
 
 def parse_call(text: str, field: str) -> Call:
@@ -184,6 +190,9 @@ class Reader:
 
     def call(self) -> Call:
         """Read a name with its layers and options."""
+        if self.now.text == "=":
+            accepted = "a layer; definitions come first, and options without a space before them"
+            raise self.error(f"{accepted}: a=mlp attention(window=64) a")
         if self.now.kind != "name":
             raise self.error(f"a layer; a text is like {EXAMPLE}")
         name, layers, options = self.take(), (), ()
@@ -445,11 +454,24 @@ def within(call: Call, name: str, option: Option) -> Option:
 
 def names_in(program: Program) -> set[str]:
     """The names of all calls and definitions."""
-
-    def visit(item: Call | Group) -> set[str]:
-        inside = item.items if isinstance(item, Group) else item.layers
-        own = set() if isinstance(item, Group) else {item.name}
-        return own.union(*map(visit, inside))
-
     every = [item for _, item in program.definitions.values()] + list(program.items)
-    return set(program.definitions).union(*map(visit, every))
+    return set(program.definitions).union(*map(names_of, every))
+
+
+def used_definitions(program: Program) -> set[str]:
+    """The names of the definitions that the items use, also by way of others."""
+    used: set[str] = set()
+    pending = set().union(*map(names_of, program.items))
+    while pending:
+        name = pending.pop()
+        if name in program.definitions and name not in used:
+            used.add(name)
+            pending |= names_of(program.definitions[name].item)
+    return used
+
+
+def names_of(item: Call | Group) -> set[str]:
+    """The names of the calls in an item."""
+    inside = item.items if isinstance(item, Group) else item.layers
+    own = set() if isinstance(item, Group) else {item.name}
+    return own.union(*map(names_of, inside))

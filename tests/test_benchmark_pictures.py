@@ -247,6 +247,16 @@ def test_several_files_are_told_apart_by_words():
     assert two == "solid: cpu, torch 2, commit a\ndashed: cpu, torch 2, commit b"
 
 
+def test_runs_that_were_not_scored_at_the_same_place_are_not_compared():
+    runs = {"a": ([1, 2], [5, 4]), "b": ([3, 6], [4, 2]), "c": ([2, 6], [4, 3])}
+    logs = {name: (validation, validation) for name, validation in runs.items()}
+    assert curves.answer(logs, "steps").replace("\xa0", " ") == (
+        "The runs share no place, in steps: a 4.00 after 2; b 2.00 after 6; c 3.00 after 6"
+    )
+    del logs["a"]
+    assert curves.answer(logs, "steps").replace("\xa0", " ").endswith("b 2.00; c 3.00")
+
+
 def test_curves_have_an_answer_and_a_caption(tmp_path, monkeypatch):
     kept = []
     monkeypatch.setattr(curves, "save", lambda figure, path: kept.append(figure) or [])
@@ -263,7 +273,7 @@ def test_curves_have_an_answer_and_a_caption(tmp_path, monkeypatch):
     assert title.startswith("Which run learns fastest, counted in training tokens?")
     assert "after 20 training tokens with one run each: mamba 1.44; cost\\$moe 2.16" in title
     caption = figure._supxlabel.get_text().replace("\n", " ")
-    assert "thin: training" in caption and "mamba 20, cost\\$moe 20" in caption
+    assert "thin: training" in caption and "Reached, in training tokens: all 20" in caption
     colours = [line.get_color() for line in figure.axes[0].get_lines()]
     assert colours == [drawing.COLOURS["mamba"]] * 2 + [drawing.COLOURS["moe"]] * 2
 

@@ -75,6 +75,12 @@ def parse(*arguments: str, monkeypatch) -> options.Options:
         (["--expert", "8"], "did you mean --set moe.experts=VALUE"),
         (["--dropout", "8"], "an option that --help lists"),
         (["hybrid"], "such as --model hybrid"),
+        (
+            ["--layers", "mamba", "mlp", "attention"],
+            'in quotes if it has spaces: --layers "... mlp"',
+        ),
+        (["--layers=mamba", "mlp"], 'in quotes if it has spaces: --layers "... mlp"'),
+        (["--steps", "2", "mlp"], "such as --model mlp or --layers mlp"),
         (["--layers", "mlp hybrid"], "the layers of the preset hybrid are (mamba mlp mamba moe"),
         (
             ["--layers", "mlp", "--model", "mamba"],
@@ -117,7 +123,9 @@ def test_options_of_layers_are_set(monkeypatch):
 
 def test_the_recipe_of_the_readme_is_gpt2(monkeypatch):
     """124M with its vocabulary, and half a million tokens a step with the small size's own batch."""
-    recipe = re.search(r'^recipe="train.py ([^"]*)"$', (ROOT / "README.md").read_text(), re.M)
+    recipe = re.search(
+        r"^recipe=\(train.py (.*?)\)$", (ROOT / "README.md").read_text(), re.M | re.S
+    )
     found = parse(*shlex.split(recipe[1]), monkeypatch=monkeypatch)
     assert (found.size, found.tokenizer, found.tokens) == ("small", "bpe(vocab=50257)", 1e10)
     cost = ledger(preset("transformer", "small", vocab=50257), found.context)

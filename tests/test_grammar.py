@@ -102,7 +102,7 @@ REFUSED = [
     ("attention(window=)", ")", "here a number, true, false, a word or numbers in brackets", ")"),
     ("attention(rope_scaling=linear(mlp))", "linear", "here options in the paren", "linear("),
     ("attention (heads=2)", "=", "here a layer", "=2"),  # a space: a group
-    ("mlp a=mamba", "=", A_LAYER, "=mamba"),  # a definition comes first
+    ("mlp a=mamba", "=", "a layer; definitions come first", "=mamba"),  # a definition comes first
     ("attention lstm", "lstm", "attention, mlp, mamba, moe", "lstm"),
     ("attention mambo", "mambo", "did you mean mamba? attention, mlp", "mambo"),
     ("mod(mlp rnn)", "rnn", "attention, mlp, mamba, moe", "rnn"),
@@ -141,6 +141,15 @@ REFUSED = [
     ("mod(mod(moe(experts_per_token=9)))", 9, "1 to experts 8", "experts_per_token=9"),
     ("mod(attention(heads=3))", 3, "a divisor of width 16", "attention(heads=3)"),
     ("a=mlp", "the end of the text", A_LAYER, ""),
+    ("a:=attention mlp", "a", "a definition whose name is used later", "a:=attention"),
+    ("b=mlp a=b mlp", "b", "a definition whose name is used later", "b=mlp"),
+    ("a=a mlp", "a", "a definition whose name is used later", "a=a"),
+    (
+        "attention (window=6)",
+        "=",
+        "without a space before them: a=mlp attention(window=64) a",
+        "=6)",
+    ),
     ("a=mlp a=mamba a", "a", "here a name that is not defined yet", "a=mamba"),
     ("a=mlp a(width=3)", "a", "a defined name without options", "a(width=3)"),
     ("a=b b=a a", "a", "a definition that is not inside itself", "a a"),
@@ -233,8 +242,10 @@ ITEMS = st.recursive(
     max_leaves=6,
 )
 PROGRAMS = st.builds(
-    Program, st.dictionaries(NAMES, st.builds(Definition, st.booleans(), ITEMS), max_size=3), many(ITEMS)
-)  # fmt: skip
+    lambda definitions, items: Program(definitions, (*map(Call, definitions), *items)),
+    st.dictionaries(NAMES, st.builds(Definition, st.booleans(), ITEMS), max_size=3),
+    many(ITEMS),
+)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)

@@ -539,7 +539,7 @@ def test_a_ramp_beyond_the_positions_of_the_model_is_refused_at_the_start(tmp_pa
 @pytest.mark.parametrize(
     "ramp, accepted",
     [
-        ("width=1:2", "NAME of context, batch_size"),
+        ("width=1:2", "NAME is context or batch_size"),
         ("context=8:9999999", "at least context"),
         ("context=8", "FIRST:LAST"),
     ],

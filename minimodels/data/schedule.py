@@ -10,7 +10,10 @@ from minimodels.errors import InputError
 
 WHOLE = ("context", "batch_size")  # quantities that are whole numbers
 RAMP = re.compile(r"(\w+)=([^\s:=@]+):([^\s:=@]+)(?:@([^\s:=@]+))?")
-ACCEPTED = "NAME=FIRST:LAST@PROGRESS: NAME one of {names}, numbers above 0, PROGRESS in (0, 1]"
+ACCEPTED = (
+    "NAME=FIRST:LAST or NAME=FIRST:LAST@PROGRESS, such as context=64:256@0.5; NAME is {names}; "
+    "FIRST and LAST are above 0, PROGRESS is above 0 and at most 1"
+)
 
 
 def ramp(text: str, progress: float, names: Collection[str] = WHOLE) -> dict[str, int | float]:
@@ -39,7 +42,7 @@ def ramp(text: str, progress: float, names: Collection[str] = WHOLE) -> dict[str
 def parse_ramp(part: str, names: Collection[str]) -> tuple[str, float, float, float]:
     """ "context=256:2048@0.5" -> ("context", 256, 2048, 0.5)."""
     found = RAMP.fullmatch(part)
-    accepted = ACCEPTED.format(names=", ".join(names))
+    accepted = ACCEPTED.format(names=" or ".join(names))
     if not found or found[1] not in names:
         raise InputError("ramp", part, accepted)
     try:

@@ -38,7 +38,8 @@ class Options:
     model: str = "transformer"
     """preset of layers and width to start from; python -m minimodels.ledger lists the presets"""
     size: str = "tiny"
-    """tiny, for a CPU, or small, for a GPU: 124M parameters as in GPT-2, or 85M with byte tokens"""
+    """tiny, for a CPU, or small, for a GPU: 124M parameters as in GPT-2, or 85M with byte tokens. It
+    also sets a few options of layers, such as heads, where the text of the layers does not"""
     set: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
     """LAYER.OPTION=VALUE, such as mamba.state_size=32, for all layers of that name; repeatable"""
     data: str = "stdlib"
