@@ -6,7 +6,8 @@ layers are drawn once.
     python -m minimodels.draw --config FOLDER/config.json     a published model
 
 Each row is a layer. It shows the layer's options, the parameters of all its uses together, its
-share of the FLOPs of a token, and the size of its state after a text as long as the context.
+share of the FLOPs of a token, and the size of its state after a text as long as the context. The
+numbers of a wrapper, such as mod, include those of the layers that it wraps, which follow below.
 """
 
 from __future__ import annotations
@@ -29,14 +30,15 @@ from minimodels.errors import Count, InputError, check_types
 from minimodels.files import read_json
 from minimodels.grammar import Call, Group, parse, write_value
 from minimodels.layers import Stack, flops, parts, state_bytes
-from minimodels.ledger import ledger
+from minimodels.ledger import Ledger, ledger, size_text
 from minimodels.lm import LM
 from minimodels.presets import SIZES, fitted, preset
 from minimodels.published.config_json import family_of, read_config
 
-ROW, GROUP, INDENT, WIDTH = 0.62, 0.34, 0.28, 10.0  # inches
-LETTER = 0.06  # width of a wide letter of the smallest text
-HEIGHTS = {"layer": ROW, "open": ROW, "close": 0.2}
+# inches: heights of a row with two lines of text, of a further line, of a group's first and last row
+ROW, LINE, GROUP, CLOSE = 0.62, 0.15, 0.34, 0.2
+INDENT, WIDTH, BOX, GAP = 0.28, 10.0, 4.2, 0.12  # BOX: right end of the boxes; GAP: after a name
+NAME, SMALL = 10, 7  # points: of a layer's name, and of its options and shapes
 
 
 class Cost(NamedTuple):
@@ -159,7 +161,7 @@ def draw(config: Config, context: int, title: str, files: list[Path]) -> None:
     lines = rows(config.layers)
     found = costs(config, context, lines)
     total, head = ledger(config, context), config.width * (config.vocab or 256)
-    height = sum(HEIGHTS[row.kind] if row.call or row.kind == "close" else GROUP for row in lines)
+    height = sum(height_of(row, found.get(number)) for number, row in enumerate(lines))
     height += 2 * ROW + 1.4
     figure = pyplot.figure(figsize=(WIDTH, height))
     axes = figure.add_axes((0, 0, 1, 1))
@@ -182,13 +184,17 @@ def draw(config: Config, context: int, title: str, files: list[Path]) -> None:
     y = draw_plain(axes, y, f"embedding  {embedding}", head, None)
     opened = []
     for number, row in enumerate(lines):
-        if row.kind == "open":
-            opened.append(y - (ROW if row.call else GROUP))
+        cost = found.get(number)
+        below = y - height_of(row, cost)
         if row.kind == "close":
             draw_bracket(axes, row, opened.pop(), y)
-            y -= HEIGHTS["close"]
+        elif row.call is None:
+            draw_group(axes, y, row)
         else:
-            y = draw_row(axes, y, row, found.get(number), total)
+            draw_layer(axes, y, below, row, cost, total)
+        if row.kind == "open":
+            opened.append(below)
+        y = below
     tied = "the embedding's matrix" if config.tie_embeddings else embedding
     draw_plain(
         axes,
@@ -212,70 +218,105 @@ def draw(config: Config, context: int, title: str, files: list[Path]) -> None:
 
 def draw_plain(axes, y: float, text: str, parameters: int, share: float | None) -> float:
     """Draw a row that is not a layer. Returns the height at which the next row begins."""
-    axes.text(0.2, y - ROW / 2, text, fontsize=9, va="center", color="#444444")
-    axes.text(
-        5.3,
-        y - ROW / 2,
-        short(parameters) if parameters else "",
-        fontsize=9,
-        va="center",
-        ha="right",
-    )
+    middle = y - ROW / 2
+    axes.text(0.2, middle, text, fontsize=9, va="center", color="#444444")
+    number = short(parameters) if parameters else ""
+    axes.text(5.3, middle, number, fontsize=9, va="center", ha="right")
     if share is not None:
-        draw_share(axes, y, share, "#9ca3af")
+        draw_share(axes, middle, share, "#9ca3af")
     return y - ROW
 
 
-def draw_row(axes, y: float, row: Row, cost: Cost | None, total) -> float:
-    """Draw one row; a group has no cost. Returns the height at which the next row begins."""
+def draw_group(axes, y: float, row: Row) -> None:
+    """Draw the first row of a group."""
+    shared = f"{row.name}, one set of weights, " if row.name else ""
+    text = f"{shared}{row.times} times"
+    style = {"fontsize": 9, "weight": "bold", "color": colour_of(row), "va": "center"}
+    axes.text(left_of(row), y - 0.16, text, **style)
+
+
+def draw_layer(axes, top: float, bottom: float, row: Row, cost: Cost, total: Ledger) -> None:
+    """Draw the row of a layer or wrapper."""
     from matplotlib.patches import FancyBboxPatch
 
-    left, colour = 0.2 + INDENT * row.depth, colour_of(row)
-    times = f" × {row.times}" if row.times > 1 else ""
-    if row.call is None:
-        shared = f"{row.name}, one set of weights, " if row.name else ""
-        axes.text(
-            left,
-            y - 0.16,
-            f"{shared}{row.times} times",
-            fontsize=9,
-            weight="bold",
-            color=colour,
-            va="center",
-        )
-        return y - GROUP
-    middle = y - ROW / 2
+    left, middle, colour = left_of(row), (top + bottom) / 2, colour_of(row)
     style = (0, (3, 2)) if row.name else "-"
     box = FancyBboxPatch(
-        (left, y - ROW + 0.06), 4.2 - left, ROW - 0.12, boxstyle="round,pad=0,rounding_size=0.06",
+        (left, bottom + 0.06), BOX - left, top - bottom - 0.12, boxstyle="round,pad=0,rounding_size=0.06",
         facecolor=f"{colour}22", edgecolor=colour, linestyle=style, linewidth=1.4,
     )  # fmt: skip
     axes.add_patch(box)
-    shared = f"   {row.name}: one set of weights, {cost.uses} uses" if row.name else ""
-    name = f"{row.call.name}{times}{shared}"
-    axes.text(left + 0.1, middle + 0.1, name, fontsize=10, weight="bold", va="center")
-    options = ", ".join(f"{each.name}={write_value(each.value)}" for each in row.call.options)
-    after = left + 0.2 + len(name) * 5 / 3 * LETTER
-    for text, x, height in ((options, after, 0.1), (cost.shapes, left + 0.1, -0.12)):
-        text = textwrap.shorten(text, max(4, int((4.15 - x) / LETTER)), placeholder=" ...")
-        axes.text(x, middle + height, text, fontsize=7, color="#444444", va="center")
-    axes.text(
-        5.3,
-        middle,
-        short(cost.parameters) if cost.parameters or cost.uses == 1 else "shared",
-        fontsize=9,
-        va="center",
-        ha="right",
-    )
-    draw_share(axes, y, cost.flops / total.forward_flops, colour)
-    state = f"{cost.state / 1024:,.0f} KiB" if cost.state else "none"
+    name, first = name_of(row, cost), top - ROW / 2 + 0.1
+    axes.text(left + 0.1, first, name, fontsize=NAME, weight="bold", va="center")
+    beside, *under = small_lines(row, cost)
+    small = {"fontsize": SMALL, "color": "#444444", "va": "center"}
+    axes.text(left + 0.1 + width_of(name, NAME, "bold") + GAP, first, beside, **small)
+    for number, text in enumerate(under):
+        axes.text(left + 0.1, first - 0.22 - number * LINE, text, **small)
+    parameters = short(cost.parameters) if cost.parameters or cost.uses == 1 else "shared"
+    axes.text(5.3, middle, parameters, fontsize=9, va="center", ha="right")
+    draw_share(axes, middle, cost.flops / total.forward_flops, colour)
+    state = size_text(cost.state) if cost.state else "none"
     axes.text(9.8, middle, state, fontsize=9, va="center", ha="right")
-    return y - ROW
+
+
+def height_of(row: Row, cost: Cost | None) -> float:
+    """The height of a row; a layer's row is as high as its text needs."""
+    if row.kind == "close":
+        return CLOSE
+    if row.call is None:
+        return GROUP
+    return ROW + LINE * max(0, len(small_lines(row, cost)) - 2)
+
+
+def name_of(row: Row, cost: Cost) -> str:
+    """What the row of a layer shows in bold."""
+    times = f" × {row.times}" if row.times > 1 else ""
+    shared = f"   {row.name}: one set of weights, {cost.uses} uses" if row.name else ""
+    return f"{row.call.name}{times}{shared}"
+
+
+def small_lines(row: Row, cost: Cost) -> list[str]:
+    """The small text of a layer: its options, the first line of which is beside its name, and then
+    the shapes of its matrices."""
+    options = ", ".join(f"{each.name}={write_value(each.value)}" for each in row.call.options)
+    if row.kind == "open":
+        options = f"{options} (numbers include the layers below)".strip()
+    room = BOX - 0.1 - (left_of(row) + 0.1)
+    beside = room - width_of(name_of(row, cost), NAME, "bold") - GAP
+    return wrap(options, beside, room) + (wrap(cost.shapes, room, room) if cost.shapes else [])
+
+
+def wrap(text: str, first: float, room: float) -> list[str]:
+    """Small text in lines that end between words: the first has room for `first` inches, the others
+    for `room`."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if width_of(longer, SMALL) <= (room if len(lines) > 1 else first):
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def width_of(text: str, size: float, weight: str = "normal") -> float:
+    """The width of a text in inches."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    font = FontProperties(size=size, weight=weight)
+    return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] / 72
+
+
+def left_of(row: Row) -> float:
+    """Where a row begins: layers inside others are indented."""
+    return 0.2 + INDENT * row.depth
 
 
 def draw_bracket(axes, row: Row, top: float, bottom: float) -> None:
     """Draw a line beside the rows of a group or wrapper."""
-    left = 0.25 + INDENT * row.depth
+    left = left_of(row) + 0.05
     axes.plot(
         [left, left, left + 0.15], [top, bottom - 0.06, bottom - 0.06], color=colour_of(row), lw=1.4
     )
@@ -286,10 +327,10 @@ def colour_of(row: Row) -> str:
     return COLOURS.get(row.call.name, OTHERS[0]) if row.call else "#6b7280"
 
 
-def draw_share(axes, y: float, share: float, colour: str) -> None:
+def draw_share(axes, middle: float, share: float, colour: str) -> None:
     """Draw a bar and its percentage."""
-    axes.barh(y - ROW / 2, 2.2 * share, height=0.22, left=6.0, color=colour, alpha=0.85)
-    axes.text(6.05 + 2.2 * share, y - ROW / 2, f" {share:.0%}", fontsize=8.5, va="center")
+    axes.barh(middle, 2.2 * share, height=0.22, left=6.0, color=colour, alpha=0.85)
+    axes.text(6.05 + 2.2 * share, middle, f" {share:.0%}", fontsize=8.5, va="center")
 
 
 def short(count: float) -> str:

@@ -3,7 +3,8 @@
 import pytest
 
 from minimodels import Config, InputError, ledger, preset
-from minimodels.draw import Options, Row, costs, main, rows, shapes, short
+from minimodels.draw import BOX, GAP, Options, Row, costs, main, rows, shapes, short
+from minimodels.ledger import size_text
 from minimodels.lm import LM
 
 TEXT = "local=attention(window=5) A:=attention(kv_heads=2) ((local mlp)*2 A mlp)*3 mod(attention moe, capacity=0.25)"
@@ -68,6 +69,11 @@ def test_numbers_have_three_digits(count, text):
     assert short(count) == text
 
 
+@pytest.mark.parametrize("count, text", [(2**22, "4,096 KiB"), (2**31, "2,048 MiB")])
+def test_sizes_have_thousands_separators(count, text):
+    assert size_text(count) == text
+
+
 @pytest.mark.parametrize("given", [{"model": "mod"}, {"layers": TEXT}])
 def test_the_command_writes_both_files(given, tmp_path):
     main(Options(**given, context=64, out=str(tmp_path / "picture")))
@@ -87,19 +93,34 @@ def test_wrong_options_are_refused(tmp_path):
         main(Options(config=tmp_path / "none.json"))
 
 
-def test_no_text_leaves_its_box(tmp_path, monkeypatch):
+def test_all_options_and_shapes_are_shown_and_no_text_leaves_its_box(tmp_path, monkeypatch):
+    """The options begin at the same distance from every name."""
     from matplotlib.figure import Figure
 
-    ends = []
+    ends, shown, gaps = [], [], []
 
     def measure(figure, *given, **named):
         (axes,) = figure.axes
         to_inches = axes.transData.inverted()
-        small = [text for text in axes.texts if text.get_fontsize() == 7]
-        ends.extend(to_inches.transform(text.get_window_extent())[1, 0] for text in small)
+        extents = {text: to_inches.transform(text.get_window_extent()) for text in axes.texts}
+        small = [text for text in axes.texts if text.get_fontsize() == 7 and text.get_text()]
+        names = [text for text in axes.texts if text.get_fontsize() == 10]
+        ends.extend(extents[text][1, 0] for text in small)
+        shown.append(" ".join(text.get_text() for text in small))
+        gaps.extend(
+            extents[text][0, 0] - extents[name][1, 0]
+            for name in names
+            for text in small
+            if name.get_position()[1] == text.get_position()[1]
+        )
 
     monkeypatch.setattr(Figure, "savefig", measure)
-    layers = "(mamba mlp deltanet(gate=vector, steps=2, beta_max=2) mod(moe(experts=16, experts_per_token=4)))*2"
+    options = "kv_heads=2, qk_norm=head, rope_scaling=yarn(factor=4, context=1024)"
+    moe = "experts=16, experts_per_token=4"
+    layers = f"(mamba2 mlp attention({options}) mod(moe({moe})))*2"
     main(Options(layers=layers, size="small", out=str(tmp_path / "long")))
-    assert len(ends) == 20  # options and shapes of five layers, in two pictures
-    assert max(ends) < 4.2
+    for text in (options, moe, "heads=24", "(numbers include the layers below)", "q, out 768×768"):
+        assert text in shown[0]
+    assert max(ends) < BOX
+    assert len(gaps) == 8  # four layers with text beside their names, in two pictures
+    assert all(abs(gap - GAP) < 0.05 for gap in gaps)

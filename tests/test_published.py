@@ -32,11 +32,21 @@ from peers import (
 )
 from safetensors.torch import load_file, save_file
 
-from minimodels import LM, Config, InputError, from_pretrained, preset, save_pretrained
+from minimodels import (
+    LM,
+    Config,
+    InputError,
+    from_pretrained,
+    load_model,
+    preset,
+    save_model,
+    save_pretrained,
+)
 from minimodels.generate import Sampling, generate
 from minimodels.grammar import Call, parse_call, set_options, write_value
 from minimodels.ops.linear_cross_entropy import IGNORE
 from minimodels.published import __main__ as command
+from minimodels.published.config_json import write_config
 from minimodels.published.families import FAMILIES
 from minimodels.published.mappings import Offset
 from minimodels.published.tensors import DERIVED
@@ -520,7 +530,7 @@ def test_no_option_is_lost(what, layers, tmp_path):
 def test_a_router_that_no_family_has_is_refused(router, qk_norm, tmp_path):
     lm = LM(Config(width=16, layers=f"attention(qk_norm={qk_norm}) moe(router={router})"))
     family = "olmoe" if qk_norm == "full" else "qwen3_moe"
-    with pytest.raises(InputError, match=f"\n  moe.router .*{family}"):
+    with pytest.raises(InputError, match=f"first\n  moe.router: .*{family}"):
         save_pretrained(lm, tmp_path / "a")
 
 
@@ -617,12 +627,35 @@ def test_what_no_family_expresses_says_why(tmp_path):
     for model in ("mod", "hybrid"):
         with pytest.raises(InputError, match="model: ") as error:
             save_pretrained(LM(preset(model)), tmp_path / model)
-        line, *table = str(error.value).splitlines()
-        assert line.endswith("differs in")
-        rows = {row.split()[0]: row.split(maxsplit=1)[1].split(", ") for row in table}
-        assert "llama" in rows["layers"]
-        assert sorted(name for names in rows.values() for name in names) == sorted(FAMILIES)
+        _, header, *_, last = str(error.value).splitlines()
+        assert header == "  what differs: from which families, the closest first"
+        assert last.startswith("  which layers, in which order: llama, mistral, qwen3, qwen2 and ")
         assert not any(tmp_path.iterdir())
+
+
+def test_the_family_from_which_the_fewest_options_differ_is_named_first():
+    layers = "(attention(qk_norm=head, softcap=20.0) mlp)*2"
+    with pytest.raises(InputError) as error:
+        write_config(Config(layers=layers, width=32), {})
+    _, _, closest, *others = str(error.value).splitlines()
+    assert closest == "  attention.softcap: qwen3, qwen3_moe, lfm2"
+    assert any("attention.qk_norm, attention.softcap: llama" in row for row in others)
+    assert len(others) <= 3
+
+
+def test_a_folder_without_a_model_is_named_with_the_runs_in_it(tmp_path):
+    for name in ("b", "a"):
+        save_model(LM(Config(width=16, layers="mlp")), tmp_path / name)
+    for folder, reason in ((tmp_path, "neither"), (tmp_path / "a/checkpoints", "neither")):
+        with pytest.raises(
+            InputError, match=f"model: '{folder}' .*options.json.*{reason}"
+        ) as error:
+            from_pretrained(folder)
+        assert f"did you mean {tmp_path / 'a'} " in str(error.value).replace("?", " ")
+    with pytest.raises(InputError, match="load_model .*this is a run"):
+        from_pretrained(tmp_path / "a")
+    with pytest.raises(InputError, match=f"did you mean {tmp_path / 'a'} or {tmp_path / 'b'}\\?"):
+        load_model(tmp_path)
 
 
 # Bad input.

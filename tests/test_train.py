@@ -458,6 +458,8 @@ REFUSED = [
     (["--data", "short"], "data: ", "context + 1"),
     (["--out", "taken"], "out: 'taken'", "a new or empty folder"),
     (["--resume", "nowhere"], "resume: 'nowhere'", "there is no such folder"),
+    (["--resume", "taken"], "resume: 'taken'", "a training run's folder, with options.json"),
+    (["--init", "taken"], "init: 'taken'", "config.json and safetensors"),
     (["--device", "warp"], "device: 'warp'", "auto, cpu"),
     (["--impl", "triton", "--device", "cpu"], "impl: 'triton'", "auto, reference or torch"),
     (["--vocab", "100"], "vocab: 100", "256 or more"),

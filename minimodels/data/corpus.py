@@ -69,8 +69,9 @@ def open_corpus(name: str, field: str, cache: Path) -> Corpus:
         files = list_files(name)
         if not files:
             word = name.partition("(")[0]
-            there = "" if Path(name).exists() else " (there is no such file)"
-            raise InputError("data", name, meant(word, [*TASKS, "stdlib"]) + ACCEPTED + there)
+            there = "is no file of text in it" if Path(name).exists() else "is no such file"
+            accepted = f"{meant(word, [*TASKS, 'stdlib'])}{ACCEPTED} (there {there})"
+            raise InputError("data", name, accepted)
         digest, total = fingerprint(files), sum(file.size for file in files.values())
         newest = max(file.path.stat().st_mtime_ns for file in files.values())
     except (OSError, ValueError, RuntimeError) as error:  # ValueError: the name contains a NUL

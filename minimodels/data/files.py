@@ -7,6 +7,7 @@ second link to the same file.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -109,6 +110,16 @@ def is_run(folder: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(options, dict) and options.keys() >= OPTIONS
+
+
+def runs_near(folder: Path) -> str:
+    """ "did you mean runs/a or runs/b? " if a folder is in a training run or contains some,
+    otherwise ""."""
+    near = [folder.parent]
+    with contextlib.suppress(OSError):
+        near += sorted(folder.iterdir())
+    runs = [str(each) for each in near if is_run(each)]
+    return f"did you mean {' or '.join(runs[:2])}? " if runs else ""
 
 
 class File(NamedTuple):

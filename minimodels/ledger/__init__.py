@@ -44,7 +44,7 @@ class Ledger:
         return (
             f"{self.parameters / 1e6:.2f}M parameters, {self.active / 1e6:.2f}M active; "
             f"{self.training_flops / 1e6:.1f} MFLOPs per trained token, "
-            f"{self.state_bytes / 1024:.0f} KiB of state at context {self.context}"
+            f"{size_text(self.state_bytes)} of state at context {self.context}"
         )
 
 
@@ -68,3 +68,9 @@ def ledger(config: Config, context: int, itemsize: int = 4) -> Ledger:
         state_bytes=state_bytes(model, context, itemsize),
         speedup=unrouted / forward,
     )
+
+
+def size_text(count: float) -> str:
+    """Bytes in KiB, or in MiB if they are many: "4,096 KiB", "1,152 MiB"."""
+    kibibytes = count / 1024
+    return f"{kibibytes:,.0f} KiB" if kibibytes < 100_000 else f"{kibibytes / 1024:,.0f} MiB"

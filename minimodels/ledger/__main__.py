@@ -1,4 +1,7 @@
-"""The command of the ledger: one line of costs for each model.
+"""Print what models cost, one line for each: parameters, FLOPs of a trained token, bytes of state.
+
+    python -m minimodels.ledger                                          every preset
+    python -m minimodels.ledger --layers "mamba mlp attention(window=64) mlp" --context 8192
 
 The last column, unrouted/routed, is how many times the compute of its forward pass a model would
 need if every token took every expert and every wrapped layer.
@@ -53,7 +56,7 @@ def main(options: Options) -> None:
         sizes = f"{cost.parameters / 1e6:9.2f}M {cost.active / 1e6:7.2f}M"
         flops = f"{cost.training_flops / 1e6:20.1f}"
         print(
-            f"{name:{width}}  {sizes}  {flops}  {cost.state_bytes / 1024:9.0f}  {cost.speedup:14.2f}x"
+            f"{name:{width}}  {sizes}  {flops}  {cost.state_bytes / 1024:9,.0f}  {cost.speedup:14.2f}x"
         )
 
 

@@ -214,17 +214,27 @@ def write_config(config: Config, origin: dict) -> tuple[str, dict]:
     `origin` is the config.json from which the model was read, or {}; its family is tried first.
     Raises InputError if no family can express the Config.
     """
-    differing: dict[str, list[str]] = {}  # what differs -> families
+    families: dict[str, list[str]] = {}  # what differs -> families
     for name in sorted(FAMILIES, key=lambda name: name != origin.get("model_type")):
         try:
             return name, express(config, name, origin)
         except InputError as error:
-            differing.setdefault(error.field.removeprefix("config.json "), []).append(name)
-    width = max(map(len, differing))
-    rows = sorted(differing.items(), key=lambda row: len(row[1]))
-    table = "\n".join(f"  {field:{width}}  {', '.join(names)}" for field, names in rows)
-    accepted = "a model that a published family can express; this one differs in"
-    raise InputError("model", config.layers, accepted, table)
+            differing = error.field.removeprefix("config.json ").removeprefix("layers: ")
+            families.setdefault(differing, []).append(name)
+    order = families.pop("layers", [])  # the farthest
+    # a family without an entry for something (a name without a dot) may differ in more
+    rows = sorted(families.items(), key=lambda row: ("." not in row[0], row[0].count(",")))[:3]
+    rows += [("which layers, in which order", order)] if order else []
+    table = [f"  {differing}: {some(names)}" for differing, names in rows]
+    table = ["  what differs: from which families, the closest first", *table]
+    accepted = "a model that a published family can express"
+    raise InputError("model", config.layers, accepted, "\n".join(table))
+
+
+def some(names: list[str]) -> str:
+    """The first of some names, and how many others there are."""
+    others = f" and {len(names) - 4} others" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + others
 
 
 def express(config: Config, name: str, origin: dict) -> dict:
@@ -305,15 +315,21 @@ def differ(one: object, other: object) -> bool:
 
 
 def compare(config: Config, again: Config, family: Family) -> None:
-    """Raise InputError unless both describe the same model."""
-    for field in fields(Config):
-        meant, said = getattr(config, field.name), getattr(again, field.name)
-        if differ(meant, said) and field.name not in ("layers", "impl"):
-            raise InputError(field.name, meant, str(said))
+    """Raise InputError, which names all that differs, unless both describe the same model."""
+    differing = [
+        field.name
+        for field in fields(Config)
+        if field.name not in ("layers", "impl")
+        and differ(getattr(config, field.name), getattr(again, field.name))
+    ]
     if [call.name for call in config.calls] != [call.name for call in again.calls]:
         raise InputError("layers", config.layers, again.layers)
     for (name, meant), (_, said) in zip(assign(config, family), assign(again, family), strict=True):
         role = family.roles[name]
-        for option in meant:
-            if differ(meant[option], said[option]) and option not in role.training:
-                raise InputError(f"{role.layer}.{option}", meant[option], str(said[option]))
+        differing += [
+            f"{role.layer}.{option}"
+            for option in meant
+            if differ(meant[option], said[option]) and option not in role.training
+        ]
+    if differing:
+        raise InputError(", ".join(dict.fromkeys(differing)), config.layers, again.layers)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError
 
+from minimodels.data.files import is_run, runs_near
 from minimodels.data.tokenizer import Bytes
 from minimodels.errors import InputError
 from minimodels.files import read_json, write_json
@@ -37,6 +38,11 @@ from minimodels.published.tensors import (
 )
 
 CONFIG = "config.json"
+ACCEPTED = (
+    "a published model, which is a folder with config.json and safetensors or OWNER/NAME on the "
+    "hub; load_model and the commands also read a run of train.py or save_model, which is a folder "
+    "with options.json and checkpoints"
+)
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
     "tokenizer.model", "added_tokens.json", "vocab.json", "merges.txt",
@@ -99,8 +105,8 @@ def save_pretrained(model: LM, path: str | Path, shard_bytes: int = 5_000_000_00
     the first that can express it. What was read with the model but is not part of Config (ids of
     special tokens, the tokenizer) is written again. Files have up to `shard_bytes` bytes each.
 
-    Raises InputError if no family can express the model, with each family's reason, and if the path
-    is neither new nor an empty folder, or cannot be written.
+    Raises InputError if no family can express the model, with what differs from the closest ones,
+    and if the path is neither new nor an empty folder, or cannot be written.
     """
     name, entries = write_config(model.config, model.published.entries if model.published else {})
     entries["dtype"] = str(model.embedding.weight.dtype).removeprefix("torch.")
@@ -165,15 +171,14 @@ def locate(path_or_id: str | Path, revision: str | None = None) -> Path:
     If there is a folder OWNER here, the name is not looked up on the hub, because it was meant as a
     path.
     """
-    name = str(path_or_id)
-    if name and Path(name).is_dir():
-        return Path(name)
+    name, folder = str(path_or_id), Path(path_or_id)
+    if name and folder.is_dir():
+        if (folder / CONFIG).exists():
+            return folder
+        reason = "this is a run" if is_run(folder) else "this folder is neither"
+        raise InputError("model", name, f"{runs_near(folder)}{ACCEPTED} ({reason})")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or Path(name.partition("/")[0]).is_dir():
-        accepted = (
-            "a folder that exists, with a training run or config.json and safetensors, or "
-            "OWNER/NAME on the hub"
-        )
-        raise InputError("model", name, accepted)
+        raise InputError("model", name, f"{ACCEPTED} (there is no such folder)")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:

@@ -19,6 +19,7 @@ import tyro
 from minimodels.architectures.registry import LAYERS, WRAPPERS
 from minimodels.command import parse_options
 from minimodels.config import Config
+from minimodels.data.files import runs_near
 from minimodels.errors import Count, InputError, NonNegative, Positive, Range, check_types
 from minimodels.files import LOCK
 from minimodels.grammar import set_options
@@ -231,6 +232,9 @@ def read_options(run: Path) -> Options:
         )
     if run.parent.name == checkpoint.FOLDER:
         accepted = f"the folder of the run, {run.parent.parent}; --init starts from a checkpoint"
+        raise InputError("resume", str(run), accepted)
+    if not (run / "options.json").exists():
+        accepted = f"{runs_near(run)}a training run's folder, with options.json and checkpoints"
         raise InputError("resume", str(run), accepted)
     saved = checkpoint.read_saved_options(run, "resume")
     try:

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
+from minimodels.data.files import runs_near
 from minimodels.errors import InputError
 from minimodels.files import read_json, sync, write_synced
 from minimodels.ranks import rank, world
@@ -145,7 +146,7 @@ def find(run: Path) -> Found:
         passed_over.append(f"{folder.name}: {damage}")
     old = f"{OLD_FILE} is of an earlier version" if (run / OLD_FILE).exists() else "it has none"
     reason = "; ".join(passed_over) or old
-    accepted = f"a run with a whole checkpoint, {FOLDER}/step-N ({reason})"
+    accepted = f"{runs_near(run)}a run with a whole checkpoint, {FOLDER}/step-N ({reason})"
     raise InputError("checkpoint", str(run), accepted)
 
 
