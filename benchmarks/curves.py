@@ -46,7 +46,7 @@ def main(options: Options) -> None:
     if options.axis not in AXES:
         raise InputError("axis", options.axis, ", ".join(AXES))
     if not options.runs:
-        raise InputError("runs", (), "folders of training runs")
+        raise InputError("runs", "", "folders of training runs")
     logs = {}
     for path in options.runs:
         if not path.exists():

@@ -98,7 +98,7 @@ def command_line_error(
     if option := found[1] if found else next(iter(written), ""):
         name = name_of(option)
         ours = {**synonyms, **{each: f"--{each.replace('_', '-')}" for each in known}}
-        close = [name] if name in ours else difflib.get_close_matches(name, ours, 3, 0.7)
+        close = [name] if name in ours else difflib.get_close_matches(name.lower(), ours, 3, 0.7)
         meant = list(dict.fromkeys(ours[each] for each in close))
         accepted = f"did you mean {' or '.join(meant)}?" if meant else "an option that --help lists"
         return InputError("option", option, accepted)

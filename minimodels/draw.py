@@ -26,7 +26,7 @@ from torch import nn
 from minimodels.colours import COLOURS, OTHERS
 from minimodels.command import parse_options, run_command
 from minimodels.config import Config
-from minimodels.errors import Count, InputError, check_types
+from minimodels.errors import Count, InputError, check_types, missing
 from minimodels.files import read_json
 from minimodels.grammar import Call, Group, parse, write_value
 from minimodels.layers import Stack, flops, parts, state_bytes
@@ -135,8 +135,8 @@ def rows(text: str) -> list[Row]:
                 Row("close", depth),
             ]
         if item.name in program.definitions:
-            shared, defined = program.definitions[item.name]
-            return visit(defined, depth, times, item.name if shared else name)
+            definition = program.definitions[item.name]
+            return visit(definition.item, depth, times, item.name if definition.shared else name)
         if item.layers:
             inside = [row for each in item.layers for row in visit(each, depth + 1)]
             return [Row("open", depth, item, times, name), *inside, Row("close", depth, item)]
@@ -153,7 +153,7 @@ def draw(config: Config, context: int, title: str, files: list[Path]) -> None:
     try:
         import matplotlib
     except ImportError:
-        raise InputError("matplotlib", "not installed", 'pip install -e ".[plot]"') from None
+        raise missing("matplotlib", "plot") from None
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "minimodels"  # the same model gives the same file
     from matplotlib import pyplot
@@ -348,7 +348,7 @@ class Options:
     model: str = ""
     """a preset; by default transformer, if neither layers nor a config is given"""
     layers: str = ""
-    """layers as text, at the width of `size`"""
+    """layers as text, with the width of `size` and its options, such as heads"""
     config: Path | None = None
     """config.json of a published model"""
     size: str = "tiny"

@@ -64,11 +64,13 @@ class Group:
     count: int = 1
 
 
-class Definition(NamedTuple):
+@dataclass(frozen=True)
+class Definition:
     """The item that a name stands for."""
 
     shared: bool  # ":=": one set of weights
     item: Call | Group
+    at: int = field(default=0, compare=False)
 
 
 class Program(NamedTuple):
@@ -95,20 +97,13 @@ def parse(text: str, field: str = "layers") -> Program:
     `field` and shows the place."""
     reader = Reader(text, field)
     definitions: dict[str, Definition] = {}
-    places: list[Token] = []
     while reader.now.kind == "name" and reader.peek().text in ("=", ":="):
         name = reader.take()
         if name.text in definitions:
             raise reader.error("a name that is not defined yet", name)
         shared = reader.take().text == ":="
-        definitions[name.text] = Definition(shared, reader.item())
-        places.append(name)
-    program = Program(definitions, reader.items(""))
-    used = used_definitions(program)
-    for name in places:
-        if name.text not in used:
-            raise reader.error("a definition whose name is used later", name)
-    return program
+        definitions[name.text] = Definition(shared, reader.item(), name.at)
+    return Program(definitions, reader.items(""))
 
 
 def parse_call(text: str, field: str) -> Call:
@@ -317,9 +312,9 @@ def expand(program: Program, text: str = "", field: str = "layers") -> tuple[Cal
         if len(open_names) == DEEPEST:
             accepted = f"definitions nested at most {DEEPEST} deep"
             raise InputError(field, item.name, accepted, excerpt(text, item.at))
-        shared, defined = program.definitions[item.name]
-        found = one(defined, (*open_names, item.name))
-        if not shared:
+        definition = program.definitions[item.name]
+        found = one(definition.item, (*open_names, item.name))
+        if not definition.shared:
             return found
         names = [item.name] if len(found) == 1 else [f"{item.name}.{i}" for i in range(len(found))]
         return tuple(
@@ -340,8 +335,8 @@ def count_layers(calls: tuple[Call, ...]) -> int:
 def write(program: Program) -> str:
     """Write a program as text, which parse reads as the same program."""
     definitions = [
-        f"{name}{':=' if shared else '='}{write_item(item)}"
-        for name, (shared, item) in program.definitions.items()
+        f"{name}{':=' if each.shared else '='}{write_item(each.item)}"
+        for name, each in program.definitions.items()
     ]
     return " ".join([*definitions, *map(write_item, program.items)])
 
@@ -427,8 +422,8 @@ def set_option(
         return with_option(item, within(item, inside, option) if inside else option, missing)
 
     definitions = {
-        key: Definition(shared, visit(item, key == name))
-        for key, (shared, item) in program.definitions.items()
+        key: replace(each, item=visit(each.item, key == name))
+        for key, each in program.definitions.items()
     }
     return Program(definitions, tuple(map(visit, program.items))), hits
 
@@ -454,8 +449,16 @@ def within(call: Call, name: str, option: Option) -> Option:
 
 def names_in(program: Program) -> set[str]:
     """The names of all calls and definitions."""
-    every = [item for _, item in program.definitions.values()] + list(program.items)
+    every = [each.item for each in program.definitions.values()] + list(program.items)
     return set(program.definitions).union(*map(names_of, every))
+
+
+def refuse_unused(text: str, field: str = "layers") -> None:
+    """Raise InputError if a definition in a text is not used."""
+    program = parse(text, field)
+    for name in program.definitions.keys() - used_definitions(program):
+        shown = excerpt(text, program.definitions[name].at)
+        raise InputError(field, name, "a definition whose name is used later", shown)
 
 
 def used_definitions(program: Program) -> set[str]:

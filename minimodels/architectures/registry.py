@@ -24,7 +24,7 @@ from minimodels.architectures.sparse_attention import SparseAttention
 from minimodels.architectures.transformer import Attention, SwiGLU
 from minimodels.config import Config
 from minimodels.errors import InputError, nearest
-from minimodels.grammar import Call, count_layers, excerpt, parse
+from minimodels.grammar import Call, count_layers, excerpt, parse, refuse_unused
 from minimodels.layers import Place, Stack
 from minimodels.options import read_options
 from minimodels.residual import RESIDUALS, Joint
@@ -52,7 +52,9 @@ def build(config: Config) -> Stack:
     Raises InputError for a name or an option that no layer has, and for options that do not fit
     each other or the model's width. The error shows the place in the text.
     """
-    return build_stack(config, config.calls, 0, {})
+    stack = build_stack(config, config.calls, 0, {})
+    refuse_unused(config.layers)
+    return stack
 
 
 def build_stack(
@@ -108,6 +110,7 @@ def check(config: Config) -> None:
             visit(call.layers)
 
     visit(config.calls)
+    refuse_unused(config.layers)
 
 
 def on_stream(kind: type[nn.Module]) -> bool:

@@ -24,7 +24,7 @@ class Options:
     model: str = ""
     """preset to count; by default every preset"""
     layers: str = ""
-    """layers to count instead, at the width of `size`"""
+    """layers to count instead, with the width of `size` and its options, such as heads"""
     size: str = "tiny"
     """tiny or small"""
     context: Count = 1024
