@@ -121,7 +121,9 @@ def test_unknown_names_suggest_known_ones(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"model: 'MAMBA' .* did you mean mamba\?"):
         preset("MAMBA")
     for name in ("nope", "runs/nope", "a/b/c"):  # none is looked up on the hub
-        with pytest.raises(InputError, match="a folder with config.json .* or OWNER/NAME on the hub"):
+        with pytest.raises(
+            InputError, match="a folder with config.json .* or OWNER/NAME on the hub"
+        ):
             locate(name)
 
 

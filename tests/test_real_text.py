@@ -565,6 +565,9 @@ def test_a_bar_ends_at_the_bytes_of_the_text(tmp_path, monkeypatch, name):
     bars = []
 
     class Bar(tqdm):
+        def __init__(self, **given):
+            super().__init__(**{**given, "disable": False})  # although this is no terminal
+
         def __exit__(self, *raised):
             bars.append((self.desc.partition(" /")[0], self.n, self.total))
             super().__exit__(*raised)
