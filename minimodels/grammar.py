@@ -456,9 +456,11 @@ def names_in(program: Program) -> set[str]:
 def refuse_unused(text: str, field: str = "layers") -> None:
     """Raise InputError if a definition in a text is not used."""
     program = parse(text, field)
-    for name in program.definitions.keys() - used_definitions(program):
-        shown = excerpt(text, program.definitions[name].at)
-        raise InputError(field, name, "a definition whose name is used later", shown)
+    used = used_definitions(program)
+    for name, definition in program.definitions.items():
+        if name not in used:
+            shown = excerpt(text, definition.at)
+            raise InputError(field, name, "a definition whose name is used later", shown)
 
 
 def used_definitions(program: Program) -> set[str]:

@@ -86,7 +86,7 @@ def parse(*arguments: str, monkeypatch) -> options.Options:
             ["--layers", "mlp", "--model", "mamba"],
             "model: 'mamba' is not accepted; accepted: --model or",
         ),
-        (["--init", "nothing"], "init: 'nothing' is not accepted; accepted: a folder that exists"),
+        (["--init", "nothing"], "init: 'nothing' is not accepted; accepted: a published model: a folder with"),
         (
             ["--tie-embeddings", "maybe"],
             "tie_embeddings: 'maybe' is not accepted; accepted: --tie-embeddings or --no-tie-embeddings",

@@ -39,9 +39,8 @@ from minimodels.published.tensors import (
 
 CONFIG = "config.json"
 ACCEPTED = (
-    "a published model, which is a folder with config.json and safetensors or OWNER/NAME on the "
-    "hub; load_model and the commands also read a run of train.py or save_model, which is a folder "
-    "with options.json and checkpoints"
+    "a published model: a folder with config.json and safetensors, or OWNER/NAME on the hub; or, "
+    "for load_model and the commands, a run: a folder with options.json and checkpoints"
 )
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
