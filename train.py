@@ -128,7 +128,9 @@ def train(run: Run, stopped: threading.Event, threads: Threads) -> bool:
     options = run.options
     pace = Pace(threads, ledger(options.config, options.context).training_flops)
     if run.budget.ended(run.seconds):
-        print("the run is at its bound; a larger bound, such as --steps N, continues it")
+        print(
+            f"the run has reached its bound, {run.budget.reached(run.seconds)}; a larger one continues it"
+        )
     bar_format = "{percentage:3.0f}% |{bar:20}| {elapsed}<{remaining} {postfix}"
     # seconds between updates: more in a file, which keeps every update
     wait = 0.5 if sys.stderr.isatty() else 30

@@ -8,6 +8,7 @@ log.jsonl.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,19 +48,20 @@ def main(options: Options) -> None:
         raise InputError("axis", options.axis, ", ".join(AXES))
     if not options.runs:
         raise InputError("runs", "", "folders of training runs")
-    logs = {}
+    logs, texts = {}, {}
     for path in options.runs:
         if not path.exists():
             raise InputError("runs", str(path), "the folder of a training run, or its log.jsonl")
         rows = read(path / "log.jsonl" if path.is_dir() else path, "runs")
-        logs[name_of(path, logs)] = points(rows, options.axis)
+        name = name_of(path, logs)
+        logs[name], texts[name] = points(rows, options.axis), data_of(path)
     axis = AXES[options.axis]
     question = f"Which run learns fastest, counted in {axis}?"
-    figure, axes = canvas(question, answer(logs, axis), caption(logs, axis))
+    figure, axes = canvas(question, answer(logs, axis), caption(logs, axis, texts))
     places = [place for curves in logs.values() for x, _ in curves for place in x]
     losses = [loss for curves in logs.values() for _, y in curves for loss in y]
     scale_axis(axes, "x", axis, places)
-    scale_axis(axes, "y", "bits per predicted token", losses)
+    scale_axis(axes, "y", "bits per byte, or per answer of a task", losses)
     for (name, (training, validation)), look in zip(
         logs.items(), looks([*logs]).values(), strict=True
     ):
@@ -91,13 +93,19 @@ def answer(logs: dict, axis: str) -> str:
             f"{name} {max(pairs)[1]:.2f} after {amount(max(pairs)[0])}"
             for name, pairs in curves.items()
         )
-        return f"The runs share no place, in {axis}: {'; '.join(ends)}"
+        return f"There is no place at which all runs were scored, in {axis}: {'; '.join(ends)}"
     scores = {name: at(pairs, last) for name, pairs in curves.items()}
     return verdict(scores, False, f"after {amount(last)} {axis}", "run", False)
 
 
-def caption(logs: dict, axis: str) -> str:
-    """How to read the picture, and how far each run went."""
+def data_of(path: Path) -> str:
+    """The data of a run; "" if its options are not beside its log."""
+    options = path / "options.json"
+    return json.loads(options.read_text()).get("data", "") if options.exists() else ""
+
+
+def caption(logs: dict, axis: str, texts: dict[str, str]) -> str:
+    """How to read the picture, how far each run went, and the data of each if they differ."""
     reached = {
         name: amount(max(training[0] + validation[0]))
         for name, (training, validation) in logs.items()
@@ -105,13 +113,24 @@ def caption(logs: dict, axis: str) -> str:
     ends = [f"{name} {end}" for name, end in reached.items()]
     if len(set(reached.values())) == 1:
         ends = [f"all {next(iter(reached.values()))}"]
-    return f"thin: training; thick, with points: validation. Reached, in {axis}: {', '.join(ends)}"
+    told = f"thin: training; thick, with points: validation. Reached, in {axis}: {', '.join(ends)}"
+    if len(set(texts.values())) > 1:
+        told += f". Different data: {', '.join(f'{name} {text}' for name, text in texts.items())}"
+    return told
 
 
 def points(rows: list[dict], axis: str) -> tuple[tuple[list, list], tuple[list, list]]:
-    """(x, y) of training and of validation. In older logs a validation row has no tokens and FLOPs
-    of its own, so it gets those of the training row before it."""
+    """(x, y) of training and of validation.
+
+    y is in bits per byte of text. The training loss is per token, so it is divided by the bytes per
+    token of the validation text. A task has no bytes; y is then in bits per answer. In older logs a
+    validation row has no tokens and FLOPs of its own, so it gets those of the training row before
+    it.
+    """
     bit = math.log(2)
+    for row in rows:
+        if "bits_per_byte" in row:
+            bit = row["validation_loss"] / row["bits_per_byte"]  # ln 2 times the bytes per token
     training, validation, spent = ([], []), ([], []), {}
     for row in rows:
         if "loss" in row:

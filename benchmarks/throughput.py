@@ -9,10 +9,12 @@ transformer?
 Models are matched on one axis (`--match`): each gets the width at which it has the transformer's
 parameters, active parameters or FLOPs per token. Contexts double from 256. The number of tokens per
 step is constant, so a longer context means fewer sequences, down to one. The models are timed in
-turn, and the first of them twice, which shows the noise. If a model does not fit in memory, that is
-a result too. In prefill and decoding, mixture-of-depths takes its share of the tokens at random,
-because an untrained router would take any number. If several paths are given, each model is timed
-with each path, and the crossover compares the fastest paths of both models.
+turn, and the first of them twice, which shows the noise. The share of the matrix products counts
+the ledger's FLOPs, in which a query sees every key, so a causal attention may exceed 100 %. If a
+model does not fit in memory, that is a result too. In prefill and decoding, mixture-of-depths takes
+its share of the tokens at random, because an untrained router would take any number. If several
+paths are given, each model is timed with each path, and the crossover compares the fastest paths of
+both models.
 """
 
 from __future__ import annotations

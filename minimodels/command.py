@@ -141,7 +141,11 @@ def stray_word(word: str, given: Sequence[str], known: Mapping[str, Any]) -> Inp
     if known.get(name) is bool and before[-1] == option:
         flag = name.replace("_", "-")
         return InputError(name, word, f"--{flag} or --no-{flag}, without a value")
-    if known.get(name) is str:
+    hint = known.get(name)
+    hint = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    if get_origin(hint) is list:
+        return InputError(name, word, f"one value after each {option}, which can be repeated")
+    if hint is str:
         return InputError(
             name, word, f'one text, in quotes if it has spaces: {option} "... {word}"'
         )
@@ -282,7 +286,9 @@ def stopped_by_signals() -> Iterator[threading.Event]:
             os.write(2, b"\nstopped at once; no checkpoint was changed\n")
             os._exit(128 + number)
         if rank() == 0 and not stopped.is_set():  # a step may take long, above all if it compiles
-            os.write(2, b"\nstopping after this step; a second signal stops at once\n")
+            os.write(
+                2, b"\nstopping after this step; a signal after more than a second stops at once\n"
+            )
         stopped.set()
 
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]

@@ -7,6 +7,7 @@ import math
 import types
 from collections.abc import Iterable
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 LARGEST = 2**31 - 1
@@ -63,7 +64,13 @@ NonNegative = Annotated[float, Range(0, math.inf, "a number of 0 or more")]
 Share = Annotated[float, Range(0, 1, "a fraction from 0 to 1")]
 Fraction = Annotated[float, Range(0, 1, "a fraction above 0, at most 1", above=True)]
 
-PLAIN = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+PLAIN = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    Path: "a path",
+}
 
 
 def check_types(given: Any) -> None:

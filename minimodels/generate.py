@@ -27,8 +27,13 @@ from minimodels.lm import LM
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. The penalty comes first, then the temperature and the filters,
-    in this order."""
+    """How the next token is drawn: Sampling(temperature=0.5, top_k=40).
+
+    The penalty comes first, then the temperature and the filters, in this order.
+
+    repetition_penalty: 1 is none. temperature: 0 takes the most likely token. top_k: 0 keeps all
+    tokens, and so do top_p=1 and min_p=0.
+    """
 
     repetition_penalty: Positive = 1.0
     """divides the logits of tokens that the text already contains, or multiplies them if they are

@@ -186,18 +186,27 @@ class Reader:
     def call(self) -> Call:
         """Read a name with its layers and options."""
         if self.now.text == "=":
-            accepted = "a layer; definitions come first, and options without a space before them"
-            raise self.error(f"{accepted}: a=mlp attention(window=64) a")
+            accepted = "a name; options have no space before them: name(option=1)"
+            if self.field == "layers":
+                accepted = (
+                    "a layer; definitions come first, and options without a space before them"
+                )
+                accepted += ": a=mlp attention(window=64) a"
+            raise self.error(accepted)
         if self.now.kind != "name":
             raise self.error(f"a layer; a text is like {EXAMPLE}")
         name, layers, options = self.take(), (), ()
         if self.now.text == "(" and self.now.touching:
             self.nest()
+            if self.now.kind == "number":
+                raise self.error("an option as name=value, such as heads=8")
             if self.now.text != ")" and self.peek().text != "=":
                 layers = self.items(")")
                 if self.now.text == ",":
                     self.take()
             options = self.options()
+            if options and self.now.text != ")":
+                raise self.error('"," or ")"')
             self.take(")")
             self.depth -= 1
         return Call(name.text, layers, options, at=name.at)
@@ -209,6 +218,8 @@ class Reader:
             name = self.take()
             if any(option.name == name.text for option in found):
                 raise self.error("each option once", name)
+            if found and self.now.text != "=":
+                raise self.error('"=", because layers come before options: mod(mlp, capacity=0.5)')
             self.take("=")
             found.append(Option(name.text, self.value(), name.at))
             if self.now.text != ",":

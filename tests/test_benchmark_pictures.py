@@ -251,7 +251,8 @@ def test_runs_that_were_not_scored_at_the_same_place_are_not_compared():
     runs = {"a": ([1, 2], [5, 4]), "b": ([3, 6], [4, 2]), "c": ([2, 6], [4, 3])}
     logs = {name: (validation, validation) for name, validation in runs.items()}
     assert curves.answer(logs, "steps").replace("\xa0", " ") == (
-        "The runs share no place, in steps: a 4.00 after 2; b 2.00 after 6; c 3.00 after 6"
+        "There is no place at which all runs were scored, in steps: a 4.00 after 2; b 2.00 after 6; "
+        "c 3.00 after 6"
     )
     del logs["a"]
     assert curves.answer(logs, "steps").replace("\xa0", " ").endswith("b 2.00; c 3.00")
@@ -265,6 +266,7 @@ def test_curves_have_an_answer_and_a_caption(tmp_path, monkeypatch):
         rows += [{"step": i, "tokens": 10 * i, "validation_loss": loss} for i, loss in enumerate(losses, 1)]  # fmt: skip
         (tmp_path / name).mkdir()
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / name / "options.json").write_text(json.dumps({"data": f"{name}.txt"}))
     curves.main(
         curves.Options(runs=(tmp_path / "mamba", tmp_path / "cost$moe"), out=tmp_path / "x")
     )
@@ -273,6 +275,7 @@ def test_curves_have_an_answer_and_a_caption(tmp_path, monkeypatch):
     assert title.startswith("Which run learns fastest, counted in training tokens?")
     assert "after 20 training tokens with one run each: mamba 1.44; cost\\$moe 2.16" in title
     caption = figure._supxlabel.get_text().replace("\n", " ")
+    assert "Different data: mamba mamba.txt, cost\\$moe cost\\$moe.txt" in caption
     assert "thin: training" in caption and "Reached, in training tokens: all 20" in caption
     colours = [line.get_color() for line in figure.axes[0].get_lines()]
     assert colours == [drawing.COLOURS["mamba"]] * 2 + [drawing.COLOURS["moe"]] * 2

@@ -522,6 +522,10 @@ def test_curves_are_drawn_from_logs(tmp_path):
     assert (tmp_path / "lr0.1.svg").exists()
     training, validation = curves.points([{**row, "file": "x"} for row in log], "flops")
     assert (training, validation) == (([5.0], [2 / math.log(2)]), ([5.0], [1 / math.log(2)]))
+    log[1]["bits_per_byte"] = 0.25 / math.log(2)  # four bytes a token
+    training, validation = curves.points([{**row, "file": "x"} for row in log], "flops")
+    assert training[1] == [pytest.approx(0.5 / math.log(2))]
+    assert validation[1] == [pytest.approx(0.25 / math.log(2))]
 
 
 def test_the_loss_by_position_is_that_of_each_token(tmp_path, capsys):

@@ -187,7 +187,7 @@ def test_refuses_a_file_too_short(tmp_path, size):
 
 def test_refuses_an_empty_folder(tmp_path):
     (tmp_path / "folder").mkdir()
-    with pytest.raises(InputError, match="a folder with files .*there is no file of text in it"):
+    with pytest.raises(InputError, match="a folder with files .*there is no file in it"):
         open_data(str(tmp_path), 8)
 
 

@@ -81,12 +81,17 @@ def parse(*arguments: str, monkeypatch) -> options.Options:
         ),
         (["--layers=mamba", "mlp"], 'in quotes if it has spaces: --layers "... mlp"'),
         (["--steps", "2", "mlp"], "such as --model mlp or --layers mlp"),
+        (["--set", "mlp.width=8", "mlp.bias=true"], "accepted: one value after each --set"),
+        (["--resume", "--steps", "3"], "resume: '' is not accepted; accepted: a path"),
         (["--layers", "mlp hybrid"], "the layers of the preset hybrid are (mamba mlp mamba moe"),
         (
             ["--layers", "mlp", "--model", "mamba"],
             "model: 'mamba' is not accepted; accepted: --model or",
         ),
-        (["--init", "nothing"], "init: 'nothing' is not accepted; accepted: a published model: a folder with"),
+        (
+            ["--init", "nothing"],
+            "init: 'nothing' is not accepted; accepted: a published model: a folder with",
+        ),
         (
             ["--tie-embeddings", "maybe"],
             "tie_embeddings: 'maybe' is not accepted; accepted: --tie-embeddings or --no-tie-embeddings",

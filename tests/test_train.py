@@ -314,7 +314,7 @@ def test_a_run_resumed_with_other_bounds_keeps_them(tmp_path, monkeypatch, capsy
         run("--resume", "parts", *bounds, monkeypatch=monkeypatch)
         assert "to 6 steps" in capsys.readouterr().out
     run("--resume", "parts", monkeypatch=monkeypatch)
-    assert "the run is at its bound" in capsys.readouterr().out
+    assert "the run has reached its bound, --steps 6; a larger one" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         run("--resume", "parts", "--steps", 5, monkeypatch=monkeypatch)
     assert "steps: 5 is not accepted; accepted: 6 or more" in capsys.readouterr().err

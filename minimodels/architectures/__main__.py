@@ -61,6 +61,7 @@ def describe_layer(name: str) -> str:
         "",
         f"paper: {kind.paper}",
         f"file:  {file_of(kind)}",
+        f"text:  {name}({'attention mlp, ' if name in WRAPPERS else ''}option=value, ...)",
         "",
     ]
     for options in (kind.Options, *shared):

@@ -69,7 +69,7 @@ def open_corpus(name: str, field: str, cache: Path) -> Corpus:
         files = list_files(name)
         if not files:
             word = name.partition("(")[0]
-            there = "is no file of text in it" if Path(name).exists() else "is no such file"
+            there = "is no file in it" if Path(name).exists() else "is no such file"
             accepted = f"{meant(word, [*TASKS, 'stdlib'])}{ACCEPTED} (there {there})"
             raise InputError("data", name, accepted)
         digest, total = fingerprint(files), sum(file.size for file in files.values())

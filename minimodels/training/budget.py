@@ -116,6 +116,11 @@ class Budget:
             return "minutes"
         return next((name for name, bound in self.bounds.items() if after[name] > bound), None)
 
+    def reached(self, seconds: float) -> str:
+        """The bound that the next step exceeds, as an option; "" if there is none."""
+        name = self.exceeded(self.shape(self.progress(seconds)), seconds)
+        return f"--{name} {self.bounds[name]:g}" if name else ""
+
     def ended(self, seconds: float) -> bool:
         """Whether the next step exceeds a bound."""
         return self.exceeded(self.shape(self.progress(seconds)), seconds) is not None

@@ -121,8 +121,8 @@ class Options:
     log_every: Count = 10
     """steps between lines of log.jsonl"""
     out: Path | None = None
-    """folder of the run, new or empty; by default runs/MODEL (runs/custom for other
-    layers), or the next free name"""
+    """folder of the run, new or empty; by default runs/MODEL (runs/custom if its layers or settings
+    are changed), or the next free name"""
     init: str = ""
     """weights to start from: the folder of a run, a checkpoint or a published model, or the id of a
     published model. Its layers and its tokenizer are used too"""
