@@ -147,7 +147,7 @@ def train(run: Run, stopped: threading.Event, threads: Threads) -> bool:
             if step % options.log_every == 0 or ended:
                 record = run.log(taken, rate)
                 speed = record["tokens_per_second"]
-                told = f"step {step}, loss {record['loss']:.3f}, {speed:,.0f} tokens/s"
+                told = f"step {step}, loss {record['loss']:.3f} nats, {speed:,.0f} tokens/s"
                 bar.set_postfix_str(told, refresh=False)
                 bar.update(run.budget.progress(seconds) - bar.n)
                 if not ended and (remark := pace.remark(speed)):

@@ -54,6 +54,9 @@ def overtaking(rows: list[dict], other: str = "transformer") -> dict[str, Crosso
     context a model's fastest path counts. Models that share fewer than two contexts with the
     `other` are left out. So are those that were timed only once, because that may be noise."""
     fastest: dict[str, dict[int, list[float]]] = {}  # model -> context -> seconds
+    again = {
+        row["context"]: row["seconds"] or [] for row in rows if row["model"] == f"{other} again"
+    }
     for row in sorted(rows, key=lambda row: row["context"]):
         if row["seconds"] and not row["model"].endswith(" again"):
             times = fastest.setdefault(row.get("base", row["model"]), {})
@@ -69,7 +72,7 @@ def overtaking(rows: list[dict], other: str = "transformer") -> dict[str, Crosso
         ]
         if len(contexts) > 1 and min(map(len, ratios)) > 1:
             last = contexts[-1]
-            meet = overlap(base[last], times[last])
+            meet = overlap(base[last] + again.get(last, []), times[last])
             found[model] = replace(crossover(contexts, ratios), overlap=meet)
     return found
 
@@ -79,17 +82,16 @@ def sentence(found: dict[str, Crossover], other: str = "transformer") -> str:
     groups: dict[str, list[str]] = {}  # where -> models; "": at a context of their own
     for model, place in found.items():
         first, last, name, where = place.contexts[0], place.contexts[-1], unbroken(model), ""
+        close = f" (too close to tell at {last:,})" if place.overlap else ""
         if place.high == first:
             where = f" everywhere from {first:,} to {last:,}"
         elif place.median < math.inf:
             high = f"{place.high:,.0f}" if place.high < math.inf else f"above {last:,}"
-            name += unbroken(f" from {place.median:,.0f} on ({place.low:,.0f}-{high})")
+            name += unbroken(f" from {place.median:,.0f} on ({place.low:,.0f}-{high})") + close
         elif place.sooner:
             where = f" in parts, but not at {last:,}"
         else:
             where = f" nowhere from {first:,} to {last:,}"
-        if place.overlap:
-            name += " (too close to tell at the end)"
-        groups.setdefault(where, []).append(name)
+        groups.setdefault(where and where + close, []).append(name)
     texts = [", ".join(names) + where for where, names in groups.items()]
     return f"Faster than the {other}: {'; '.join(texts)}" if texts else ""

@@ -109,13 +109,13 @@ def throughput(rows: Rows) -> Figures:
     """Tokens per second against context, one picture for each mode and batch."""
     pictures = defaultdict(list)
     for row in rows:
-        timed = row.get("benchmark") == "throughput" and row["seconds"]
-        if timed and not row["model"].endswith(" again"):
+        if row.get("benchmark") == "throughput" and row["seconds"]:
             pictures[row["mode"], row["batch"] if row["mode"] == "decode" else 0].append(row)
     for (mode, batch), picture in pictures.items():
         doing = {"train": "train", "prefill": "read", "decode": f"write (batch {batch})"}[mode]
         title = f"How many tokens a second does each architecture {doing}, as the context grows?"
         figure, axes = canvas(title, overtaken(picture), sources(picture))
+        picture = [row for row in picture if not row["model"].endswith(" again")]
         contexts = [row["context"] for row in picture]
         scale_axis(axes, "x", "context, tokens", contexts, log=True)
         rates = [row["tokens"] / seconds for row in picture for seconds in row["seconds"]]

@@ -287,7 +287,8 @@ def stopped_by_signals() -> Iterator[threading.Event]:
             os._exit(128 + number)
         if rank() == 0 and not stopped.is_set():  # a step may take long, above all if it compiles
             os.write(
-                2, b"\nstopping after this step; a signal after more than a second stops at once\n"
+                2,
+                b"\nstopping after this step; another Ctrl-C, at least a second later, stops at once\n",
             )
         stopped.set()
 

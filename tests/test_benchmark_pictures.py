@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import curves, drawing, plot, routing
+from benchmarks.crossover import overtaking, sentence
 from benchmarks.verdict import overlap, verdict
 from minimodels import LM, Config
 from minimodels.data.tasks import TASKS
@@ -219,9 +220,12 @@ def test_a_crossover_says_when_spreads_meet_at_the_end():
         for context, both in seconds.items()
         for i, model in enumerate(("mamba", "transformer"))
     ]
-    assert "mamba (too close to tell at the end) everywhere from" in plot.overtaken(rows)
+    told = plot.overtaken(rows).replace("\xa0", " ")
+    assert told.endswith("mamba everywhere from 256 to 512 (too close to tell at 512)")
     rows[-1]["seconds"] = [2.5, 2.6]
     assert "too close" not in plot.overtaken(rows)
+    noise = {**rows[-1], "model": "transformer again", "seconds": [2.1, 2.6]}  # the same model
+    assert "too close" in sentence(overtaking([*rows, noise]))
     once = [{**row, "seconds": row["seconds"][:1]} for row in rows]
     assert "timed once" in plot.overtaken(once)
 
