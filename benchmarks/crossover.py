@@ -22,7 +22,7 @@ class Crossover:
     median: float
     low: float
     high: float
-    sooner: bool  # whether it is faster at a context before the last, in the median round
+    sooner: bool  # whether it is faster at a context before the last, in every round
     overlap: bool = False  # whether their spreads at the longest context overlap
 
 
@@ -33,7 +33,7 @@ def crossover(contexts: list[int], ratios: list[list[float]]) -> Crossover:
     contexts have are used.
     """
     places = [rise(contexts, values) for values in zip(*ratios, strict=False)]
-    sooner = any(statistics.median(values) >= 1 for values in ratios[:-1])
+    sooner = any(min(values) >= 1 for values in ratios[:-1])
     return Crossover(contexts, statistics.median(places), min(places), max(places), sooner)
 
 

@@ -3,6 +3,7 @@ architecture; readable numbers."""
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 import zlib
@@ -109,6 +110,14 @@ def number(value: float) -> str:
     return "0" if text == "-0" else text
 
 
+# the ratio of the ends of a logarithmic axis, below which -> its ticks within a factor of ten
+TICKS = {
+    2.5: (1, 1.1, 1.2, 1.4, 1.6, 1.8, 2, 2.2, 2.5, 2.8, 3.2, 3.6, 4, 4.5, 5, 5.6, 6.3, 7, 8, 9),
+    10: (1, 1.5, 2, 3, 4, 5, 7),
+    math.inf: (1, 2, 5),
+}
+
+
 def scale_axis(
     axes, side: str, label: str, places: list[float], log: bool = False, share: bool = False
 ) -> None:
@@ -123,8 +132,8 @@ def scale_axis(
     if log:
         getattr(axes, f"set_{side}scale")("log")
         marks = sorted({*places})
-        narrow = marks[-1] < 10 * marks[0]
-        rounded = ticker.LogLocator(10, subs=(1, 1.5, 2, 3, 4, 5, 7) if narrow else (1, 2, 5))
+        subs = next(subs for ratio, subs in TICKS.items() if marks[-1] < ratio * marks[0])
+        rounded = ticker.LogLocator(10, subs=subs)
         measured = side == "x" and few(marks)
         axis.set_major_locator(ticker.FixedLocator(marks) if measured else rounded)
         axis.set_minor_locator(ticker.NullLocator())

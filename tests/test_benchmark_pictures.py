@@ -251,6 +251,15 @@ def test_several_files_are_told_apart_by_words():
     assert two == "solid: cpu, torch 2, commit a\ndashed: cpu, torch 2, commit b"
 
 
+@pytest.mark.parametrize("ends", [(900, 1300), (900, 5000), (900, 500_000)])
+def test_a_logarithmic_axis_has_several_ticks(ends):
+    _, axes = drawing.canvas("How many?", "", "")
+    axes.plot([1, 2], ends)
+    drawing.scale_axis(axes, "y", "tokens", list(ends), log=True)
+    low, high = axes.get_ylim()
+    assert 3 <= sum(low <= tick <= high for tick in axes.get_yticks()) <= 10
+
+
 def test_runs_that_were_not_scored_at_the_same_place_are_not_compared():
     runs = {"a": ([1, 2], [5, 4]), "b": ([3, 6], [4, 2]), "c": ([2, 6], [4, 3])}
     logs = {name: (validation, validation) for name, validation in runs.items()}

@@ -789,6 +789,8 @@ def test_a_crossover_is_the_last_one_of_most_rounds():
     assert crossover([256, 512], [[0.5] * 3, [1.0, 2.0, 8.0]]).median == pytest.approx(
         256 * math.sqrt(2)
     )
+    noisy = crossover([256, 512], [[0.03, 7.5], [0.4, 0.4]])  # one round was disturbed
+    assert not noisy.sooner and noisy.median == math.inf
     late = crossover([256, 512], [[0.5] * 3, [0.9, 0.9, 1.1]])  # only one round
     assert late.median == late.high == math.inf and late.low < 512
     row = {"model": "t", "base": "transformer", "context": 512, "seconds": [4.0, 4.0, 4.0]}
