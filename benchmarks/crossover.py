@@ -22,7 +22,7 @@ class Crossover:
     median: float
     low: float
     high: float
-    sooner: bool  # whether it is faster at a context before the last, in every round
+    sooner: bool  # whether it is faster at a context before the last, in the median round
     overlap: bool = False  # whether their spreads at the longest context overlap
 
 
@@ -33,7 +33,8 @@ def crossover(contexts: list[int], ratios: list[list[float]]) -> Crossover:
     contexts have are used.
     """
     places = [rise(contexts, values) for values in zip(*ratios, strict=False)]
-    sooner = any(min(values) >= 1 for values in ratios[:-1])
+    # in logarithms, because a disturbed round must not decide the middle of an even number
+    sooner = any(statistics.median(map(math.log, values)) >= 0 for values in ratios[:-1])
     return Crossover(contexts, statistics.median(places), min(places), max(places), sooner)
 
 
@@ -54,15 +55,17 @@ def overtaking(rows: list[dict], other: str = "transformer") -> dict[str, Crosso
     context a model's fastest path counts. Models that share fewer than two contexts with the
     `other` are left out. So are those that were timed only once, because that may be noise."""
     fastest: dict[str, dict[int, list[float]]] = {}  # model -> context -> seconds
-    again = {
-        row["context"]: row["seconds"] or [] for row in rows if row["model"] == f"{other} again"
-    }
+    noise: dict[int, list[float]] = {}  # context -> further seconds of the other's fastest path
+    again = {(row["model"], row["context"]): row["seconds"] or [] for row in rows}
     for row in sorted(rows, key=lambda row: row["context"]):
         if row["seconds"] and not row["model"].endswith(" again"):
-            times = fastest.setdefault(row.get("base", row["model"]), {})
-            known = times.get(row["context"])
+            base, context = row.get("base", row["model"]), row["context"]
+            times = fastest.setdefault(base, {})
+            known = times.get(context)
             if known is None or statistics.median(row["seconds"]) < statistics.median(known):
-                times[row["context"]] = row["seconds"]
+                times[context] = row["seconds"]
+                if base == other:
+                    noise[context] = again.get((f"{row['model']} again", context), [])
     base, found = fastest.pop(other, {}), {}
     for model, times in fastest.items():
         contexts = [context for context in times if context in base]
@@ -72,7 +75,7 @@ def overtaking(rows: list[dict], other: str = "transformer") -> dict[str, Crosso
         ]
         if len(contexts) > 1 and min(map(len, ratios)) > 1:
             last = contexts[-1]
-            meet = overlap(base[last] + again.get(last, []), times[last])
+            meet = overlap(base[last] + noise[last], times[last])
             found[model] = replace(crossover(contexts, ratios), overlap=meet)
     return found
 

@@ -48,20 +48,21 @@ def main(options: Options) -> None:
         raise InputError("axis", options.axis, ", ".join(AXES))
     if not options.runs:
         raise InputError("runs", "", "folders of training runs")
-    logs, texts = {}, {}
+    logs, texts, units = {}, {}, set()
     for path in options.runs:
         if not path.exists():
             raise InputError("runs", str(path), "the folder of a training run, or its log.jsonl")
         rows = read(path / "log.jsonl" if path.is_dir() else path, "runs")
         name = name_of(path, logs)
         logs[name], texts[name] = points(rows, options.axis), data_of(path)
+        units.add("byte" if any("bits_per_byte" in row for row in rows) else "predicted token")
     axis = AXES[options.axis]
     question = f"Which run learns fastest, counted in {axis}?"
     figure, axes = canvas(question, answer(logs, axis), caption(logs, axis, texts))
     places = [place for curves in logs.values() for x, _ in curves for place in x]
     losses = [loss for curves in logs.values() for _, y in curves for loss in y]
     scale_axis(axes, "x", axis, places)
-    scale_axis(axes, "y", "bits per byte, or per answer of a task", losses)
+    scale_axis(axes, "y", f"bits per {' or '.join(sorted(units))}", losses)
     for (name, (training, validation)), look in zip(
         logs.items(), looks([*logs]).values(), strict=True
     ):
@@ -99,9 +100,12 @@ def answer(logs: dict, axis: str) -> str:
 
 
 def data_of(path: Path) -> str:
-    """The data of a run; "" if its options are not beside its log."""
+    """The data of a run; "" if no options are in its folder."""
     options = path / "options.json"
-    return json.loads(options.read_text()).get("data", "") if options.exists() else ""
+    try:
+        return json.loads(options.read_text())["data"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def caption(logs: dict, axis: str, texts: dict[str, str]) -> str:
@@ -123,9 +127,9 @@ def points(rows: list[dict], axis: str) -> tuple[tuple[list, list], tuple[list, 
     """(x, y) of training and of validation.
 
     y is in bits per byte of text. The training loss is per token, so it is divided by the bytes per
-    token of the validation text. A task has no bytes; y is then in bits per answer. In older logs a
-    validation row has no tokens and FLOPs of its own, so it gets those of the training row before
-    it.
+    token of the validation text. A task has no bytes, so y is in bits per predicted token. In older
+    logs a validation row has no tokens and FLOPs of its own, so it gets those of the training row
+    before it.
     """
     bit = math.log(2)
     for row in rows:

@@ -226,6 +226,13 @@ def test_a_crossover_says_when_spreads_meet_at_the_end():
     assert "too close" not in plot.overtaken(rows)
     noise = {**rows[-1], "model": "transformer again", "seconds": [2.1, 2.6]}  # the same model
     assert "too close" in sentence(overtaking([*rows, noise]))
+    quick = {
+        **rows[-1],
+        "model": "transformer compiled",
+        "base": "transformer",
+        "seconds": [1.1, 1.2],
+    }
+    assert "too close" not in sentence(overtaking([*rows, quick, noise]))  # of another path
     once = [{**row, "seconds": row["seconds"][:1]} for row in rows]
     assert "timed once" in plot.overtaken(once)
 
